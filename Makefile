@@ -1,0 +1,47 @@
+# make setup   .venv with everything (EXTRA=gpu on a CUDA machine; cpu otherwise)
+# make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
+# make test    all tests          make check   ruff and pyright
+PYTHON ?= python3.11
+EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+VENV   := .venv
+STAMP  := $(VENV)/.setup-$(EXTRA)
+BIN    := $(VENV)/bin
+
+# uv does not read pip's configuration: hand it the wheel folders that pip would search. Where those hold the CPU build of
+# torch it is taken from there; elsewhere uv's --torch-backend picks the build for this machine.
+FIND_LINKS    := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
+TORCH_VERSION := 2.13.0
+ifeq ($(EXTRA),cpu)
+TORCH_WHEEL := $(firstword $(foreach dir,$(FIND_LINKS),$(wildcard $(dir)/torch-$(TORCH_VERSION)+cpu-cp311-*.whl)))
+TORCH_SOURCE := $(if $(TORCH_WHEEL),torch==$(TORCH_VERSION)+cpu,torch==$(TORCH_VERSION) --torch-backend cpu)
+else
+TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
+endif
+
+.PHONY: setup run test check docs clean
+setup: $(STAMP)
+
+# The stamp makes a second `make setup` free: it is redone only when what to install has changed.
+$(STAMP): pyproject.toml uv.lock
+	$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet "uv>=0.9"
+	test -x $(BIN)/python || $(PYTHON) -m uv venv --quiet --python $(PYTHON) $(VENV)
+	$(PYTHON) -m uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS)) $(TORCH_SOURCE)
+	$(PYTHON) -m uv sync --quiet --frozen --inexact --extra $(EXTRA) --extra dev
+	rm -f $(VENV)/.setup-*; touch $@
+
+run: setup
+	$(BIN)/python -m recipes.grpo_math $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python -m rlsys.config.reference docs/configuration.md
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,36 @@
+"""Configuration: frozen pydantic models, one file a section. Imports neither torch nor NumPy."""
+
+from rlsys.config.algorithm import AdvantageConfig, Aggregation, AlgorithmConfig, KLConfig, ObjectiveConfig
+from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
+from rlsys.config.generation import GenerationConfig
+from rlsys.config.model import Dtype, ModelConfig
+from rlsys.config.policy import OptimizerConfig, PolicyConfig
+from rlsys.config.reward import RewardConfig, RewardFunctionConfig
+from rlsys.config.run import ClusterConfig, RunConfig, RunSection
+from rlsys.config.section import Section
+from rlsys.config.trainer import CheckpointConfig, EvaluationConfig, TrainerConfig
+
+__all__ = [
+    "AdvantageConfig",
+    "Aggregation",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ColumnNames",
+    "DataConfig",
+    "Dtype",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "KLConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "RewardConfig",
+    "RewardFunctionConfig",
+    "RunConfig",
+    "RunSection",
+    "Section",
+    "SyntheticConfig",
+    "TrainerConfig",
+]

@@ -1,0 +1,44 @@
+"""The generation group: engine, sampling, and how far engine and trainer may disagree."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlsys.config.model import Dtype
+from rlsys.config.section import Section
+
+
+class GenerationConfig(Section):
+    engine: Literal["vllm", "transformers"] = Field(
+        default="vllm", description="Rollout engine. transformers is small and slow: the reference that tests compare against."
+    )
+    workers: int = Field(default=1, ge=1, description="Generation workers (actors); prompts are balanced over them.")
+    gpus_per_worker: float = Field(
+        default=1.0,
+        ge=0,
+        description="GPUs each worker reserves when the cluster has GPUs; below 1 to share a GPU with the policy.",
+    )
+    cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores that each worker reserves.")
+    dtype: Dtype = Field(default="float32", description="Precision of the engine's weights and arithmetic.")
+    samples_per_prompt: int = Field(default=8, ge=1, description="Responses sampled for each prompt: the group of GRPO.")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it as well.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling. 1: off.")
+    top_k: int = Field(default=0, ge=0, description="Sample among the k likeliest tokens. 0: off.")
+    min_tokens: int = Field(default=4, ge=0, description="Shortest response, in tokens; 4 so that none is empty.")
+    max_tokens: int = Field(default=64, ge=1, description="Longest response, in tokens.")
+    stop: tuple[str, ...] = Field(default=(), description="Strings that end a response; they stay in it.")
+    max_model_tokens: int | None = Field(
+        default=None, ge=1, description="Context length of the engine. null: max_prompt_tokens + max_tokens."
+    )
+    kv_cache_gib: float = Field(default=1.0, gt=0, description="Memory of the KV cache of one worker on a CPU, in GiB.")
+    gpu_memory_utilization: float = Field(
+        default=0.5, gt=0, le=1, description="Share of a GPU's memory for the engine (weights and KV cache)."
+    )
+    compile: bool = Field(default=False, description="Let vLLM compile the model: a minute or more to start, then somewhat faster.")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs over which one engine splits its model.")
+    logprob_gap_tolerance: float = Field(
+        default=0.05,
+        ge=0,
+        description="After each weight sync, the largest allowed mean absolute difference in log-probability between engine and "
+        "trainer on a probe. A larger gap stops the run. 0: do not probe.",
+    )

@@ -1,0 +1,219 @@
+"""The records that travel between the stages of a step.
+
+    PromptBatch -> RolloutBatch -> RewardBatch ---+
+                        +--------> LogprobBatch --+--> TrainBatch
+
+Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat: the tokens of all responses lie one after the
+other, and `sequence_offsets` says where each begins. Nothing is padded here and no mask is inferred from a pad id.
+
+B responses, P prompts, N tokens. A sequence is a prompt followed by its response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class StopReason(IntEnum):
+    """Why a response ended; the values are stored in `RolloutBatch.stop_reasons`."""
+
+    END = 0  # the end-of-sequence token, or a stop string
+    LENGTH = 1  # max_tokens reached: the response is truncated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem as the policy sees it. `token_ids` are final: nobody tokenizes the text again."""
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+    text: str  # the rendered prompt, for people
+    problem: str
+    ground_truth: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """P prompts. `group_ids` are unique within the run for training, within the call for evaluation."""
+
+    batch_id: int
+    prompts: tuple[Prompt, ...]
+    group_ids: NDArray[np.int64]  # [P]
+
+    def __post_init__(self) -> None:
+        assert self.group_ids.shape == (len(self.prompts),)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+    """How responses are sampled. `temperature` 0 is greedy (then log-probabilities are taken at temperature 1)."""
+
+    samples_per_prompt: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_tokens: int = 0
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    seed: int = 0  # equal seeds, prompts and weights give equal responses
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """B sampled responses, whole groups only, the responses of a group adjacent and in the order of `prompts`."""
+
+    prompts: PromptBatch
+    token_ids: NDArray[np.int32]  # [N] exactly as sampled
+    sequence_offsets: NDArray[np.int64]  # [B + 1]
+    prompt_lengths: NDArray[np.int32]  # [B]
+    response_mask: NDArray[np.bool_]  # [N] True where the policy sampled the token
+    rollout_logprobs: NDArray[np.float32]  # [N] 0 outside the mask
+    group_ids: NDArray[np.int64]  # [B]
+    oldest_weight_version: NDArray[np.int32]  # [B]
+    newest_weight_version: NDArray[np.int32]  # [B]
+    stop_reasons: NDArray[np.int8]  # [B] StopReason
+    response_texts: tuple[str, ...]  # [B]
+    temperature: float  # at which rollout_logprobs are taken, and every other log-probability must be
+
+    def __post_init__(self) -> None:
+        tokens, responses = len(self.token_ids), len(self.response_texts)
+        assert self.sequence_offsets.shape == (responses + 1,)
+        assert self.sequence_offsets[-1] == tokens
+        assert self.response_mask.shape == self.rollout_logprobs.shape == (tokens,)
+        assert self.group_ids.shape == self.prompt_lengths.shape == self.stop_reasons.shape == (responses,)
+
+    def __len__(self) -> int:
+        return len(self.response_texts)
+
+    @property
+    def batch_id(self) -> int:
+        return self.prompts.batch_id
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """[B] tokens of prompt and response."""
+        return np.diff(self.sequence_offsets)
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        """[B] sampled tokens."""
+        counts = np.concatenate([[0], np.cumsum(self.response_mask, dtype=np.int64)])
+        return np.diff(counts[self.sequence_offsets])
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_mask.sum())
+
+    @staticmethod
+    def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
+        """Join the parts of one batch, in the order given."""
+        assert batches, "nothing to concatenate"
+        if len(batches) == 1:
+            return batches[0]
+        assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
+        starts = np.cumsum([0] + [len(batch.token_ids) for batch in batches])
+        return RolloutBatch(
+            prompts=PromptBatch(
+                batch_id=batches[0].batch_id,
+                prompts=tuple(prompt for batch in batches for prompt in batch.prompts.prompts),
+                group_ids=np.concatenate([batch.prompts.group_ids for batch in batches]),
+            ),
+            token_ids=np.concatenate([batch.token_ids for batch in batches]),
+            sequence_offsets=np.concatenate(
+                [[0], *(batch.sequence_offsets[1:] + start for batch, start in zip(batches, starts[:-1], strict=True))]
+            ).astype(np.int64),
+            prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
+            response_mask=np.concatenate([batch.response_mask for batch in batches]),
+            rollout_logprobs=np.concatenate([batch.rollout_logprobs for batch in batches]),
+            group_ids=np.concatenate([batch.group_ids for batch in batches]),
+            oldest_weight_version=np.concatenate([batch.oldest_weight_version for batch in batches]),
+            newest_weight_version=np.concatenate([batch.newest_weight_version for batch in batches]),
+            stop_reasons=np.concatenate([batch.stop_reasons for batch in batches]),
+            response_texts=tuple(text for batch in batches for text in batch.response_texts),
+            temperature=batches[0].temperature,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardBatch:
+    """What the reward worker adds to the responses of one `RolloutBatch`, in its order."""
+
+    batch_id: int
+    rewards: NDArray[np.float32]  # [B] weighted sum of the components
+    accuracies: NDArray[np.float32]  # [B] score of the first reward function, clipped to 0..1
+    components: Mapping[str, NDArray[np.float32]]  # name -> [B], unweighted
+    reasons: tuple[str, ...]  # [B] why a response got its score: "ok", "no_answer", "timeout", ...
+    extracted_answers: tuple[str, ...]  # [B] "" where there is none
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @staticmethod
+    def concatenate(batches: Sequence[RewardBatch]) -> RewardBatch:
+        """Join the parts of one batch, in the order given."""
+        assert batches, "nothing to concatenate"
+        assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
+        return RewardBatch(
+            batch_id=batches[0].batch_id,
+            rewards=np.concatenate([batch.rewards for batch in batches]),
+            accuracies=np.concatenate([batch.accuracies for batch in batches]),
+            components={name: np.concatenate([batch.components[name] for batch in batches]) for name in batches[0].components},
+            reasons=tuple(reason for batch in batches for reason in batch.reasons),
+            extracted_answers=tuple(answer for batch in batches for answer in batch.extracted_answers),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobBatch:
+    """Log-probabilities of some rows of a batch under one policy: what one rank returns.
+
+    `logprobs` holds the rows' tokens one after the other (prompt and response, as in `RolloutBatch`), 0 outside the mask.
+    """
+
+    batch_id: int
+    rows: NDArray[np.int64]  # [b] indices into the whole batch
+    logprobs: NDArray[np.float32]  # [n]
+
+    @staticmethod
+    def scatter(parts: Sequence[LogprobBatch], sequence_offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Put the parts of all ranks in the order of the whole batch: `[N]`. Every row must come exactly once."""
+        whole = np.zeros(int(sequence_offsets[-1]), dtype=np.float32)
+        seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
+        for part in parts:
+            start = 0
+            for row in part.rows:
+                first, last = sequence_offsets[row], sequence_offsets[row + 1]
+                whole[first:last] = part.logprobs[start : start + last - first]
+                start += last - first
+                seen[row] += 1
+            assert start == len(part.logprobs)
+        assert (seen == 1).all(), "each row must come from exactly one rank"
+        return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Everything that an update needs. Flat arrays are aligned with `rollouts.token_ids` and 0 outside the mask."""
+
+    rollouts: RolloutBatch
+    rewards: RewardBatch
+    advantages: NDArray[np.float32]  # [N]
+    old_logprobs: NDArray[np.float32] | None = None  # [N]; None: one update a batch, so old = live at that update
+    ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
+    returns: NDArray[np.float32] | None = None  # [N] critic targets
+
+    def __post_init__(self) -> None:
+        assert len(self.rewards) == len(self.rollouts)
+        assert self.advantages.shape == self.rollouts.token_ids.shape
+
+    @property
+    def batch_id(self) -> int:
+        return self.rollouts.batch_id

@@ -1,0 +1,71 @@
+"""Metrics that know how they add up: over microbatches, mini-batches, ranks and workers.
+
+A worker reports `{"policy/entropy": mean(2.1, count=512)}`; `combine` merges any number of such reports into one, and `values`
+gives the plain numbers that are written and shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Reduction = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number, with its reduction; `count` is what a mean is over (its weight when means are merged)."""
+
+    value: float
+    reduction: Reduction
+    count: float = 1.0
+
+
+MetricMap = Mapping[str, Metric]
+
+
+def total(value: float) -> Metric:
+    """A quantity that adds up: tokens, seconds of work, timeouts."""
+    return Metric(float(value), "sum")
+
+
+def mean(value: float, count: float = 1.0) -> Metric:
+    """An average over `count` things; merged as the weighted mean."""
+    return Metric(float(value), "mean", float(count))
+
+
+def maximum(value: float) -> Metric:
+    """A largest value: ratio, gap, peak memory."""
+    return Metric(float(value), "max")
+
+
+def _combine_pair(name: str, left: Metric, right: Metric) -> Metric:
+    if left.reduction != right.reduction:
+        raise ValueError(f"metric {name!r} was reported both as {left.reduction} and as {right.reduction}")
+    if left.reduction == "sum":
+        return total(left.value + right.value)
+    if left.reduction == "max":
+        return maximum(max(left.value, right.value))
+    count = left.count + right.count
+    if count == 0:
+        return mean(0.0, 0.0)
+    return mean((left.value * left.count + right.value * right.count) / count, count)
+
+
+def combine(reports: Iterable[MetricMap]) -> dict[str, Metric]:
+    """Merge reports: sums add, means average with their counts as weights, maxima take the larger.
+
+    Raises:
+        ValueError: two reports declare different reductions for one name.
+    """
+    merged: dict[str, Metric] = {}
+    for report in reports:
+        for name, metric in report.items():
+            merged[name] = _combine_pair(name, merged[name], metric) if name in merged else metric
+    return merged
+
+
+def values(report: MetricMap) -> dict[str, float]:
+    """The plain numbers; means over nothing are left out."""
+    return {name: metric.value for name, metric in report.items() if metric.count > 0}

@@ -1,0 +1,141 @@
+"""What the driver needs of the workers, as async Protocols. The loop knows nothing else.
+
+A `Handle[T]` stands for a record that lives elsewhere (in Ray, an ObjectRef; in tests, a finished future). The driver passes
+handles on and never opens the large ones; a worker that gets a handle as an argument receives the record. Methods that start work
+and return a handle return at once; methods that are awaited come back when the work is done, with small records only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.driver.metrics import MetricMap
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Handle(Protocol[T_co]):
+    """A record somewhere in the cluster. Awaiting it brings the record here."""
+
+    def __await__(self) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutPart:
+    """Some whole groups of a batch, as soon as one worker has finished them."""
+
+    first_prompt: int  # index of the part's first prompt in the PromptBatch; parts ordered by it are in prompt order
+    num_prompts: int
+    num_response_tokens: int
+    rollouts: Handle[RolloutBatch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditedBatch:
+    """A train batch in the object store, with the metrics of rewards and advantages."""
+
+    batch: Handle[TrainBatch]
+    metrics: MetricMap = field(default_factory=dict)
+
+
+class Generator(Protocol):
+    """The generation group."""
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingParameters) -> AsyncIterator[RolloutPart]:
+        """Sample responses; parts come in the order in which they finish and cover each prompt once."""
+        ...
+
+    async def metrics(self) -> MetricMap:
+        """Peak memory and the like of the workers."""
+        ...
+
+
+class RewardScorer(Protocol):
+    """The reward worker."""
+
+    def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
+        """Start scoring the responses of one part."""
+        ...
+
+    async def metrics(self) -> MetricMap: ...
+
+
+class LogprobSource(Protocol):
+    """Anything that can tell log-probabilities of sampled tokens: the policy (`old`) or the reference (`ref`)."""
+
+    async def logprobs(self, rollouts: Sequence[Handle[RolloutBatch]]) -> Sequence[Handle[LogprobBatch]]:
+        """Log-probabilities of the whole batch, given as its parts in prompt order; one handle a rank."""
+        ...
+
+
+class Policy(LogprobSource, Protocol):
+    """The actor group."""
+
+    async def update(self, batch: Handle[TrainBatch]) -> MetricMap:
+        """All epochs and mini-batches on one train batch. Metrics are merged over ranks."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`, which exists and is empty."""
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote."""
+        ...
+
+
+class AdvantageComputer(Protocol):
+    """The advantage controller."""
+
+    async def credit(
+        self,
+        rollouts: Sequence[Handle[RolloutBatch]],
+        rewards: Sequence[Handle[RewardBatch]],
+        old_logprobs: Sequence[Handle[LogprobBatch]],
+        ref_logprobs: Sequence[Handle[LogprobBatch]],
+    ) -> CreditedBatch:
+        """Join a batch's parts (prompt order), compute advantages, leave the result in the object store.
+
+        An empty sequence of log-probability handles means that there are none.
+        """
+        ...
+
+    async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
+        """Write one step's rollouts as Parquet."""
+        ...
+
+    async def state(self) -> dict[str, Any]:
+        """JSON-compatible state of estimators that learn across batches, for checkpoints."""
+        ...
+
+    async def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class WeightSync(Protocol):
+    """Moves the policy's weights into the generation group."""
+
+    async def sync(self, version: int) -> MetricMap:
+        """Install the policy's present weights as `version` everywhere, and prove it with a probe.
+
+        Raises:
+            WeightSyncError: engine and trainer disagree by more than the tolerance.
+        """
+        ...
+
+
+class WeightSyncError(RuntimeError):
+    """Engine and trainer disagree after a weight sync; the message names the parameter groups that differ."""
+
+
+class PromptSource(Protocol):
+    """The seeded, resumable stream of training prompts."""
+
+    def next_batch(self) -> PromptBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
