@@ -1,0 +1,181 @@
+"""The Ray cluster of one run: connect, reserve resources, spawn actors into them, shut down in order.
+
+    role          bundle                   CPUs             GPUs
+    generation    one per worker           cpus_per_worker  gpus_per_worker
+    policy        one per rank             cpus_per_rank    gpus_per_rank
+    reference     the policy rank's own    0                shares the rank's GPU
+    reward, advantage                      0                0
+
+All bundles belong to one placement group, so a run starts with everything that it needs or not at all. The last row's actors
+reserve nothing: they work while the others wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlsys.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+RESERVATION_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Resources of one actor (and of those that share its place)."""
+
+    role: str
+    index: int
+    cpus: float
+    gpus: float
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
+    """The resources that a run reserves, policy ranks first."""
+    policy, generation = config.policy, config.generation
+    return (
+        *(
+            Bundle(role="policy", index=rank, cpus=policy.cpus_per_rank, gpus=policy.gpus_per_rank if with_gpus else 0)
+            for rank in range(policy.ranks)
+        ),
+        *(
+            Bundle(
+                role="generation",
+                index=index,
+                cpus=generation.cpus_per_worker,
+                gpus=generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0,
+            )
+            for index in range(generation.workers)
+        ),
+    )
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray with this run's reservation. Use `Cluster.connect`, and `shutdown` in a `finally`."""
+
+    bundles: tuple[Bundle, ...]
+    reservation: PlacementGroup
+    owns_ray: bool
+    threads: Mapping[str, int]
+    actors: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def connect(cls, config: RunConfig) -> Cluster:
+        """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, and reserve the run's resources.
+
+        Raises:
+            ValueError: the cluster has too few CPUs or GPUs.
+        """
+        owns_ray = not ray.is_initialized()
+        if owns_ray:
+            _connect_to_ray(config)
+        try:
+            available = ray.cluster_resources()
+            bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0)
+            _check_capacity(bundles, available)
+            reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+            if not reservation.wait(RESERVATION_TIMEOUT_S):
+                remove_placement_group(reservation)
+                raise ValueError(
+                    f"policy.ranks, generation.workers: the cluster did not free {_total(bundles)} within "
+                    f"{RESERVATION_TIMEOUT_S:.0f} s. Other jobs hold its resources: wait for them, or ask for less."
+                )
+        except BaseException:
+            if owns_ray:
+                ray.shutdown()
+            raise
+        return cls(bundles=bundles, reservation=reservation, owns_ray=owns_ray, threads=_threads(config))
+
+    def spawn(self, role: str, index: int, actor_class: type, *args: Any, shares: str | None = None, **options: Any) -> Any:
+        """Start `actor_class(*args)` as actor `role` number `index`.
+
+        It is placed in the bundle of its role, or in that of role `shares` (reserving no CPU of its own there); a role
+        without a bundle goes anywhere. `options` are Ray's (max_concurrency, num_gpus, ...).
+        """
+        place = shares or role
+        position = next((i for i, bundle in enumerate(self.bundles) if (bundle.role, bundle.index) == (place, index)), None)
+        options.setdefault("num_cpus", 0)
+        if position is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self.reservation, placement_group_bundle_index=position
+            )
+            if not shares:
+                options |= {"num_cpus": self.bundles[position].cpus, "num_gpus": self.bundles[position].gpus}
+        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"}
+        remote_class: Any = ray.remote(actor_class)  # Ray's stubs know no class given at run time
+        actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
+        self.actors[f"{role}-{index}"] = actor
+        return actor
+
+    async def wait_until_ready(self) -> None:
+        """Return when every actor spawned so far has been constructed; the first failure is raised, with the actor's name."""
+
+        async def ready(name: str, actor: Any) -> None:
+            try:
+                await actor.__ray_ready__.remote()
+            except RayError as error:
+                raise RuntimeError(f"actor {name} did not start: {error}") from error
+
+        await asyncio.gather(*(ready(name, actor) for name, actor in self.actors.items()))
+
+    def shutdown(self) -> None:
+        """Kill the actors, give the reservation back, and stop Ray if this run started it."""
+        for actor in self.actors.values():
+            ray.kill(actor)
+        self.actors.clear()
+        remove_placement_group(self.reservation)
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def _connect_to_ray(config: RunConfig) -> None:
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs sees none
+    if address:
+        ray.init(address=address, **settings)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        store = int(config.cluster.object_store_gib * 1024**3)
+        ray.init(address="local", include_dashboard=False, object_store_memory=store, **settings)
+    logger.info("ray: %s, resources %s", address or "started on this machine", ray.cluster_resources())
+
+
+def _total(bundles: tuple[Bundle, ...]) -> str:
+    cpus, gpus = sum(bundle.cpus for bundle in bundles), sum(bundle.gpus for bundle in bundles)
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+
+
+def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float]) -> None:
+    for resource, wanted in (("CPU", sum(b.cpus for b in bundles)), ("GPU", sum(b.gpus for b in bundles))):
+        if wanted > available.get(resource, 0):
+            raise ValueError(
+                f"policy.ranks, generation.workers: the run needs {wanted:g} {resource}s, the cluster has "
+                f"{available.get(resource, 0):g}. Lower policy.ranks, generation.workers or their {resource.lower()}s each, "
+                "or use a larger cluster."
+            )
+
+
+def _threads(config: RunConfig) -> dict[str, int]:
+    """Torch threads of the actors that compute on a CPU: generation and policy take turns, so each gets all cores."""
+    cores = os.cpu_count() or 1
+    return {
+        "policy": config.policy.threads_per_rank or max(1, cores // config.policy.ranks),
+        "generation": max(1, cores // config.generation.workers),
+    }
