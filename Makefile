@@ -21,11 +21,12 @@ endif
 .PHONY: setup run test check docs clean
 setup: $(STAMP)
 
+# --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
 # The stamp makes a second `make setup` free: it is redone only when what to install has changed.
 $(STAMP): pyproject.toml uv.lock
 	$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet "uv>=0.9"
 	test -x $(BIN)/python || $(PYTHON) -m uv venv --quiet --python $(PYTHON) $(VENV)
-	$(PYTHON) -m uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS)) $(TORCH_SOURCE)
+	$(PYTHON) -m uv pip install --quiet --no-config --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS)) $(TORCH_SOURCE)
 	$(PYTHON) -m uv sync --quiet --frozen --inexact --extra $(EXTRA) --extra dev
 	rm -f $(VENV)/.setup-*; touch $@
 
