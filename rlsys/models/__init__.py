@@ -1,0 +1,5 @@
+"""Models: from a name to weights and tokenizer."""
+
+from rlsys.models.catalogue import cache_directory, check_model_path, resolve_model
+
+__all__ = ["cache_directory", "check_model_path", "resolve_model"]

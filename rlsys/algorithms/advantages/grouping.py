@@ -1,0 +1,57 @@
+"""Statistics over the responses of a group, for groups of any size in any order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which group each of B responses belongs to: `index[i]` in 0..K-1, and `counts[k]` members of each."""
+
+    index: Tensor  # [B] int64
+    counts: Tensor  # [K] int64
+
+    @staticmethod
+    def of(group_ids: Tensor) -> Groups:
+        """From arbitrary group ids."""
+        _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+        return Groups(index, counts)
+
+    def total(self, values: Tensor) -> Tensor:
+        """[B] -> [K] sum over each group."""
+        return torch.zeros(len(self.counts), dtype=values.dtype, device=values.device).index_add_(0, self.index, values)
+
+    def extreme(self, values: Tensor, which: str) -> Tensor:
+        """[B] -> [K] smallest ("amin") or largest ("amax") value of each group."""
+        start = torch.zeros(len(self.counts), dtype=values.dtype, device=values.device)
+        return start.scatter_reduce_(0, self.index, values, reduce=which, include_self=False)
+
+    def spread(self, group_values: Tensor) -> Tensor:
+        """[K] -> [B] each group's value at its members."""
+        return group_values[self.index]
+
+    def all_equal(self, values: Tensor) -> Tensor:
+        """[B] bool: every member of the response's group has the same value (so also: it is alone)."""
+        return self.spread(self.extreme(values, "amax") == self.extreme(values, "amin"))
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32, or in float64 where they are that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def broadcast_to_tokens(response_values: Tensor, response_mask: Tensor) -> Tensor:
+    """[B] -> [B, T]: the response's value at each of its tokens, 0 outside the mask."""
+    return torch.where(response_mask, response_values[:, None], 0.0)
+
+
+def outcome_rewards(rewards: Tensor, token_rewards: Tensor | None, response_mask: Tensor) -> Tensor:
+    """[B] total reward of a response: its outcome plus all process rewards."""
+    rewards = at_least_float32(rewards)
+    if token_rewards is None:
+        return rewards
+    return rewards + torch.where(response_mask, at_least_float32(token_rewards), 0.0).sum(dim=1)

@@ -1,0 +1,88 @@
+"""Policy objectives: a ratio level composed with a weight function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
+from rlsys.algorithms.policy_objectives.weights import MAX_LOG_RATIO, WEIGHTS, Surrogate, register_weight
+from rlsys.registry import check_parameters
+
+__all__ = [
+    "PolicyObjectiveInputs",
+    "PolicyObjectiveOutput",
+    "Surrogate",
+    "available_ratios",
+    "available_weights",
+    "check_objective",
+    "policy_objective",
+    "register_ratio",
+    "register_weight",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjectiveInputs:
+    """All [B, T]."""
+
+    logprobs: Tensor  # with gradient
+    old_logprobs: Tensor
+    advantages: Tensor
+    response_mask: Tensor  # bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjectiveOutput:
+    """Unreduced losses (to be minimised) and detached token-level metrics, all [B, T] and 0 outside the mask."""
+
+    token_losses: Tensor
+    metrics: Mapping[str, Tensor]  # "ratio": rho_t; "clipped": 1.0 where the gradient was cut
+
+
+def available_ratios() -> tuple[str, ...]:
+    """Names for `algorithm.objective.ratio`."""
+    return RATIOS.names()
+
+
+def available_weights() -> tuple[str, ...]:
+    """Names for `algorithm.objective.weight`."""
+    return WEIGHTS.names()
+
+
+def check_objective(ratio: str, weight: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse unknown names and parameters.
+
+    Raises:
+        ValueError: naming the config field.
+    """
+    RATIOS.get(ratio, field="algorithm.objective.ratio")
+    check_parameters(WEIGHTS.get(weight, field="algorithm.objective.weight"), parameters, field="algorithm.objective.parameters")
+
+
+def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, **parameters: Any) -> PolicyObjectiveOutput:
+    """Token losses of one objective.
+
+        loss_t = - surrogate(rho_t, A_t)        rho of level `ratio`, surrogate of `weight`
+
+    Shapes: [B, T] -> [B, T]. Gradient flows through `logprobs` alone. At least float32.
+
+    Raises:
+        ValueError: unknown ratio, weight or parameter.
+    """
+    mask = inputs.response_mask
+    logprobs = torch.where(mask, inputs.logprobs if inputs.logprobs.dtype == torch.float64 else inputs.logprobs.float(), 0.0)
+    levels = log_ratios(ratio, logprobs, inputs.old_logprobs.detach().to(logprobs.dtype), mask)
+    advantages = torch.where(mask, inputs.advantages.detach().to(logprobs.dtype), 0.0)
+    surrogate = WEIGHTS.get(weight, field="algorithm.objective.weight")(levels, advantages, logprobs, **parameters)
+    return PolicyObjectiveOutput(
+        token_losses=torch.where(mask, -surrogate.values, 0.0),
+        metrics={
+            "ratio": torch.where(mask, levels.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0),
+            "clipped": torch.where(mask, surrogate.clipped.to(logprobs.dtype), 0.0),
+        },
+    )

@@ -1,0 +1,71 @@
+"""At which level the live policy is compared with the old one: the log-ratio that a weight function sees at each token.
+
+With d_t = logprobs_t - old_logprobs_t and |y| the tokens of the response:
+
+    token       d_t
+    sequence    1/|y| sum_s d_s                   geometric mean over the response (GSPO)
+    future      1/|y_{>=t}| sum_{s>=t} d_s        geometric mean from t on
+    prefix      sum_{s<=t} d_s                    product up to t
+    product     sum_s d_s                         product over the response
+
+All in log space; `sequence` sends its gradient through the token's own log-probability, as in GSPO-token (Zheng et al. 2025, section 4.3,
+arXiv:2507.18071), so that each token's surrogate depends on that token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlsys.registry import Registry
+
+RatioFunction = Callable[[Tensor, Tensor], Tensor]
+RATIOS: Registry[RatioFunction] = Registry("ratio")
+
+
+def register_ratio(name: str) -> Callable[[RatioFunction], RatioFunction]:
+    """Decorator: `function(log_differences [B, T], mask [B, T]) -> log_ratios [B, T]`; differences are 0 outside the mask."""
+    return RATIOS.register(name)
+
+
+@register_ratio("token")
+def token_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
+    """d_t."""
+    return differences
+
+
+@register_ratio("sequence")
+def sequence_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
+    """The mean of d over the response; gradient through d_t alone."""
+    mean = differences.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return mean.detach() + differences - differences.detach()
+
+
+@register_ratio("future")
+def future_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
+    """The mean of d from t to the end; gradient through d_t alone."""
+    remaining = mask.flip(1).cumsum(1).flip(1).clamp(min=1)
+    mean = differences.flip(1).cumsum(1).flip(1) / remaining
+    return mean.detach() + differences - differences.detach()
+
+
+@register_ratio("prefix")
+def prefix_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
+    """The sum of d up to and including t; gradient through d_t alone."""
+    total = differences.cumsum(1)
+    return total.detach() + differences - differences.detach()
+
+
+@register_ratio("product")
+def product_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
+    """The sum of d over the response; gradient through d_t alone."""
+    total = differences.sum(1, keepdim=True).expand_as(differences)
+    return total.detach() + differences - differences.detach()
+
+
+def log_ratios(level: str, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log-ratios of one level, [B, T] float32 or better, 0 outside the mask."""
+    differences = torch.where(mask, logprobs - old_logprobs, 0.0)
+    return torch.where(mask, RATIOS.get(level, field="algorithm.objective.ratio")(differences, mask), 0.0)

@@ -1,0 +1,135 @@
+"""The embedded generator: integer problems in symbols and in words, at five levels of difficulty.
+
+    level 1   one-digit sums and differences                    7 + 8, "Ann has 7 pens and gets 8 more ..."
+    level 2   two-digit sums and differences                    34 + 57
+    level 3   one-digit products, and three one-digit terms     6 * 7, 4 + 9 - 3
+    level 4   two-digit by one-digit products, exact quotients  34 * 6, 91 / 7
+    level 5   two operations with two-digit numbers             (12 + 35) * 4
+
+Train and held-out problems are disjoint by the arithmetic itself: if 7 + 8 is held out, no wording of 7 + 8 is trained on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rlsys.data.problems import Problem
+
+NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom")
+THINGS = ("apples", "books", "coins", "pens", "shells")
+
+
+@dataclass(frozen=True)
+class _Expression:
+    """Arithmetic before it is worded."""
+
+    symbols: str
+    answer: int
+    story: str | None = None  # a word problem with {name} and {things}
+
+
+def _sums_and_differences(low: int, high: int) -> Iterator[_Expression]:
+    for a, b in itertools.product(range(low, high + 1), repeat=2):
+        yield _Expression(
+            f"{a} + {b}", a + b, f"{{name}} has {a} {{things}} and gets {b} more. How many {{things}} does {{name}} have?"
+        )
+        if a >= b:
+            yield _Expression(f"{a} - {b}", a - b, f"{{name}} has {a} {{things}} and gives away {b}. How many {{things}} are left?")
+
+
+def _level_3() -> Iterator[_Expression]:
+    for a, b in itertools.product(range(2, 10), repeat=2):
+        yield _Expression(
+            f"{a} * {b}", a * b, f"{{name}} has {a} bags with {b} {{things}} each. How many {{things}} does {{name}} have?"
+        )
+    for a, b, c in itertools.product(range(1, 10), repeat=3):
+        yield _Expression(f"{a} + {b} + {c}", a + b + c)
+        if a + b >= c:
+            yield _Expression(f"{a} + {b} - {c}", a + b - c)
+
+
+def _level_4() -> Iterator[_Expression]:
+    for a, b in itertools.product(range(11, 100), range(2, 10)):
+        yield _Expression(
+            f"{a} * {b}", a * b, f"{{name}} has {b} boxes with {a} {{things}} each. How many {{things}} does {{name}} have?"
+        )
+        yield _Expression(
+            f"{a * b} / {b}", a, f"{{name}} shares {a * b} {{things}} equally among {b} friends. How many does each get?"
+        )
+
+
+def _level_5() -> Iterator[_Expression]:
+    for a, b, c in itertools.product(range(10, 50), range(10, 50), range(2, 10)):
+        yield _Expression(f"({a} + {b}) * {c}", (a + b) * c)
+        yield _Expression(f"{a} * {c} - {b}", a * c - b)
+
+
+LEVELS: dict[int, Callable[[], Iterator[_Expression]]] = {
+    1: lambda: _sums_and_differences(1, 9),
+    2: lambda: _sums_and_differences(10, 99),
+    3: _level_3,
+    4: _level_4,
+    5: _level_5,
+}
+
+
+def _wordings(expression: _Expression, level: int) -> list[Problem]:
+    """Every way to ask for one expression."""
+    texts = [f"What is {expression.symbols}?"]
+    if expression.story:
+        texts += [expression.story.format(name=name, things=things) for name, things in itertools.product(NAMES, THINGS)]
+    return [
+        Problem(
+            problem_id=f"synthetic-{level}-{expression.symbols.replace(' ', '')}-{i}",
+            problem=text,
+            answer=str(expression.answer),
+            level=level,
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems, always the same for the same arguments.
+
+    A fifth of all expressions is held out. Half of the problems that can be told as a story are.
+
+    Raises:
+        ValueError: an unknown level, or more problems asked for than the levels hold.
+    """
+    unknown = sorted(set(levels) - set(LEVELS))
+    if unknown:
+        raise ValueError(f"data.synthetic.levels: unknown level {unknown[0]}. Choose from {', '.join(map(str, LEVELS))}.")
+    rng = random.Random(seed)
+    expressions = [(expression, level) for level in sorted(set(levels)) for expression in LEVELS[level]()]
+    rng.shuffle(expressions)
+    held_out = len(expressions) // 5
+    evaluation = _draw(expressions[:held_out], eval_size, "eval_size", rng)
+    training = _draw(expressions[held_out:], train_size, "train_size", rng)
+    return training, evaluation
+
+
+def _draw(expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random) -> list[Problem]:
+    """`size` different problems, going round the expressions so that each is asked about equally often."""
+    pools = [_wordings(expression, level) for expression, level in expressions]
+    available = sum(map(len, pools))
+    if size > available:
+        raise ValueError(
+            f"data.synthetic.{field}: {size} problems were asked for, the levels hold {available}. Ask for fewer, or add levels to "
+            "data.synthetic.levels."
+        )
+    for pool in pools:
+        symbols, stories = pool[:1], pool[1:]
+        rng.shuffle(stories)
+        # Symbols and stories take turns to come first, so that the first round holds about half of each.
+        pool[:] = stories[:1] + symbols + stories[1:] if stories and rng.random() < 0.5 else symbols + stories
+    drawn: list[Problem] = []
+    for rank in itertools.count():
+        round_of_problems = [pool[rank] for pool in pools if rank < len(pool)]
+        drawn += round_of_problems[: size - len(drawn)]
+        if len(drawn) == size:
+            return drawn
+    raise AssertionError("unreachable")

