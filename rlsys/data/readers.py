@@ -121,7 +121,7 @@ def _read_hub(source: str, field: str) -> list[dict[str, Any]]:
 
     name, _, split = source.partition(":")
     try:
-        return list(load_dataset(name, split=split or "train"))  # pyright: ignore[reportArgumentType]
+        return [dict(row) for row in load_dataset(name, split=split or "train")]  # pyright: ignore[reportCallIssue, reportArgumentType]
     except Exception as error:  # the library raises many kinds, all of which mean that it is not to be had
         raise ValueError(
             f"{field}: the data set {source!r} could not be loaded ({type(error).__name__}: {error}). Check the id and split "

@@ -185,6 +185,6 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

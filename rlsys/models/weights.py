@@ -69,7 +69,7 @@ def pack_weights(
                 shard=len(shards),
                 offset=size,
                 num_bytes=data.nbytes,
-                checksum=zlib.adler32(memoryview(data)),
+                checksum=_checksum(data),
             )
         )
         parts.append(data)
@@ -90,7 +90,7 @@ def unpack_weights(manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
                 f"weights version {manifest.version}: {entry.name} lies outside the shards that came with the manifest"
             )
         data = shards[entry.shard][entry.offset : entry.offset + entry.num_bytes]
-        if zlib.adler32(memoryview(data)) != entry.checksum:
+        if _checksum(data) != entry.checksum:
             raise ValueError(f"weights version {manifest.version}: {entry.name} was damaged on the way (checksum differs)")
         tensor = _view(data)
         yield entry.name, tensor.view(getattr(torch, entry.dtype)).reshape(entry.shape)
@@ -101,3 +101,7 @@ def _view(data: NDArray[np.uint8]) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(data)
+
+
+def _checksum(data: NDArray[np.uint8]) -> int:
+    return zlib.adler32(data.data)

@@ -1,0 +1,277 @@
+"""One rank of the actor group: log-probabilities, updates, weights out, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
+from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
+from rlsys.driver.metrics import Metric, combine, maximum, mean, total
+from rlsys.models.weights import WeightManifest, pack_weights
+from rlsys.plugins import load_plugins
+from workers.policy.fsdp2 import (
+    DTYPES,
+    build_sharded_model,
+    full_state_dict,
+    join_process_group,
+    load_full_state_dict,
+    peak_memory_gib,
+    shares_prompts,
+    use_all_threads,
+)
+from workers.policy.loss import Denominators, PackLoss, pack_loss
+from workers.policy.packed_forward import PackTensors
+from workers.policy.schedule import learning_rate
+
+
+class RankWorker:
+    """What actor and reference ranks have in common: a sharded model that answers with log-probabilities."""
+
+    trainable = False
+
+    def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
+        load_plugins(config.plugins)
+        use_all_threads()
+        self.config = config
+        self.model_directory = model_directory
+        self.rank, self.world_size = rank, world_size
+
+    def rendezvous(self) -> str:
+        """An address on this node at which the ranks can meet; asked of rank 0."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def setup(self, address: str) -> None:
+        """Join the other ranks and build the model; all ranks at once."""
+        self.device = join_process_group(address, self.rank, self.world_size)
+        self.model = build_sharded_model(self.config, self.model_directory, self.device, self.world_size, trainable=self.trainable)
+        self.share_prompts = shares_prompts(self.config, self.device)
+
+    def _packs(self, rollouts: RolloutBatch, rows: NDArray[np.int64]) -> list[Pack]:
+        return pack_rows(
+            rollouts,
+            rows,
+            budget=self.config.policy.microbatch_tokens,
+            rank=self.rank,
+            ranks=self.world_size,
+            share_prompts=self.share_prompts,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, *parts: RolloutBatch) -> LogprobBatch:
+        """Log-probabilities of this rank's rows of the batch, given as its parts in prompt order."""
+        rollouts = RolloutBatch.concatenate(parts)
+        packs = self._packs(rollouts, np.arange(len(rollouts)))
+        flat = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        rows: list[int] = []
+        for pack in packs:
+            result = self.model(PackTensors.of(pack, self.device), rollouts.temperature)
+            if not pack.is_filler:
+                flat[pack.flat_positions] = result.logprobs.cpu().numpy()
+                rows += pack.rows.tolist()
+        offsets = rollouts.sequence_offsets
+        own = [flat[offsets[row] : offsets[row + 1]] for row in rows]
+        return LogprobBatch(
+            batch_id=rollouts.batch_id,
+            rows=np.asarray(rows, dtype=np.int64),
+            logprobs=np.concatenate(own) if own else np.zeros(0, dtype=np.float32),
+        )
+
+    def put_logprobs(self, *parts: RolloutBatch) -> Any:
+        """`logprobs`, left in the object store: a reference comes back."""
+        return ray.put(self.logprobs(*parts))
+
+    def metrics(self) -> dict[str, Metric]:
+        """Peak memory of this rank."""
+        name = "policy" if self.trainable else "reference"
+        return {f"memory/{name}": maximum(peak_memory_gib(self.device))}
+
+    def shutdown(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class ReferenceWorker(RankWorker):
+    """One rank of the frozen reference."""
+
+
+class PolicyWorker(RankWorker):
+    """One rank of the actor group."""
+
+    trainable = True
+
+    def setup(self, address: str) -> None:
+        super().setup(address)
+        settings = self.config.policy.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.steps = 0
+
+    def update(self, batch: TrainBatch) -> dict[str, Metric]:
+        """All epochs and mini-batches on one batch; every rank gets the whole batch and trains on its share."""
+        policy = self.config.policy
+        rate = learning_rate(policy.optimizer, self.steps, self.config.trainer.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = mini_batch_rows(
+            batch.rollouts, mini_batches=policy.mini_batches, epochs=policy.epochs, seed=self.config.trainer.seed
+        )
+        reports = [self._mini_batch(batch, chosen) for chosen in rows]
+        self.steps += 1
+        return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
+
+    def _mini_batch(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+        """One optimizer step on `rows`."""
+        lengths = batch.rollouts.response_lengths[rows]
+        sizes = Denominators(
+            num_tokens=max(1, int(lengths.sum())), num_sequences=len(rows), max_tokens=self.config.generation.max_tokens
+        )
+        losses, tokens = [], 0
+        for pack in self._packs(batch.rollouts, rows):
+            result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
+            loss = pack_loss(result, pack, batch, self.config.algorithm, sizes)
+            # FSDP averages gradients over ranks, and the denominators are global already: so scale by the ranks.
+            (loss.loss * (0.0 if pack.is_filler else self.world_size)).backward()
+            if not pack.is_filler:
+                losses.append(loss)
+                tokens += len(pack.targets)
+        return _loss_metrics(losses, tokens) | self._optimizer_step()
+
+    def _optimizer_step(self) -> dict[str, Metric]:
+        limit = self.config.policy.optimizer.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        finite = math.isfinite(value)  # the same on every rank, so all skip together
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"policy/skipped_updates": total(not finite)} | ({"policy/grad_norm": mean(value)} if finite else {})
+
+    def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
+        """On rank 0: the manifest, and the shards in the object store. All ranks must be asked."""
+        weights = full_state_dict(self.model)
+        if self.rank != 0:
+            return None
+        manifest, shards = pack_weights(weights.items(), version=version, dtype=DTYPES[self.config.generation.dtype])
+        return manifest, [ray.put(shard) for shard in shards]
+
+    @torch.no_grad()
+    def probe_logprobs(self, token_ids: NDArray[np.int32], temperature: float) -> NDArray[np.float32]:
+        """[n, L] sequences -> [n, L - 1] log-probabilities of each token but the first. All ranks must be asked."""
+        count, length = token_ids.shape
+        batch = RolloutBatch.from_sequences(token_ids, temperature=temperature)
+        packs = [pack for pack in pack_rows(batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False)]
+        flat = np.zeros(count * length, dtype=np.float32)
+        for pack in packs:
+            flat[pack.flat_positions] = self.model(PackTensors.of(pack, self.device), temperature).logprobs.cpu().numpy()
+        return flat.reshape(count, length)[:, 1:]
+
+    def save(self, directory: str) -> None:
+        """Hugging Face layout from rank 0, and each rank's optimizer state. All ranks must be asked."""
+        path = Path(directory)
+        weights = full_state_dict(self.model)
+        if self.rank == 0:
+            self._save_model(path, weights)
+            facts = {"ranks": self.world_size, "steps": self.steps}
+            (path / "policy_state.json").write_text(json.dumps(facts))
+        torch.save(self._local_optimizer_state(), path / f"optimizer_rank{self.rank}.pt")
+
+    def _save_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        for file in Path(self.model_directory).iterdir():
+            if (
+                file.suffix in (".json", ".jinja", ".model", ".txt")
+                and "safetensors" not in file.name
+                and "manifest" not in file.name
+            ):
+                shutil.copyfile(file, path / file.name)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"})
+
+    def _local_optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """Adam's moments of this rank's shards, in parameter order."""
+        return [
+            {
+                key: (value.to_local() if hasattr(value, "to_local") else value)
+                for key, value in self.optimizer.state[parameter].items()
+            }
+            for parameter in self.model.parameters()
+        ]
+
+    def load(self, directory: str) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint was written by another number of ranks, or for another model.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(directory)
+        facts = json.loads((path / "policy_state.json").read_text())
+        if facts["ranks"] != self.world_size:
+            raise ValueError(
+                f"policy.ranks: {directory} was written by {facts['ranks']} ranks, now there are {self.world_size}. Resume with "
+                f"--policy.ranks {facts['ranks']}, or start a new run with --model.path {directory}."
+            )
+        load_full_state_dict(self.model, load_file(path / "model.safetensors"))
+        self._load_optimizer_state(torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True))
+        self.steps = facts["steps"]
+
+    def _load_optimizer_state(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
+        from torch.distributed.tensor import DTensor
+
+        for parameter, state in zip(self.model.parameters(), states, strict=True):
+            for key, value in state.items():
+                if key != "step" and isinstance(parameter, DTensor):
+                    value = DTensor.from_local(
+                        value.to(self.device),
+                        parameter.device_mesh,
+                        parameter.placements,
+                        shape=parameter.shape,
+                        stride=parameter.stride(),
+                    )
+                self.optimizer.state[parameter][key] = value
+
+
+def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
+    """Token-weighted means and maxima of one mini-batch on one rank."""
+    if not losses:
+        return {}
+
+    def average(name: str) -> Metric:
+        return mean(sum(loss.sums[name] for loss in losses) / tokens, tokens)
+
+    metrics = {
+        "policy/loss": total(sum(float(loss.loss) for loss in losses)),
+        "policy/entropy": average("entropy"),
+        "policy/ratio_mean": average("ratio"),
+        "policy/ratio_square": average("ratio_square"),
+        "policy/clipped_share": average("clipped"),
+        "policy/logprob_gap_mean": average("gap"),
+        "policy/ratio_max": maximum(max(loss.maxima["ratio"] for loss in losses)),
+        "policy/logprob_gap_max": maximum(max(loss.maxima["gap"] for loss in losses)),
+        "policy/tokens": total(tokens),
+    }
+    return metrics | {f"policy/{name}": average(name) for name in losses[0].sums if name.startswith("kl_ref")}
