@@ -1,0 +1,62 @@
+"""The engine behind a generation worker.
+
+              prompts                          finished groups
+worker ---------------------> RolloutEngine -------------------> worker
+              weights, version                 log-probs of a probe
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.data.batches import Prompt, SamplingParameters, StopReason
+from rlsys.models.weights import WeightManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledResponse:
+    """One response, exactly as sampled."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of those tokens, at the sampling temperature
+    text: str
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGroup:
+    """All responses to prompt number `index` of the call."""
+
+    index: int
+    responses: tuple[SampledResponse, ...]
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with some version of the weights."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
+    ) -> Iterator[list[SampledGroup]]:
+        """Yield groups as they finish. Equal seeds, prompts, positions and weights give equal responses.
+
+        Args:
+            positions: each prompt's place in the whole batch, so that a prompt's randomness need not depend on the worker.
+        """
+        ...
+
+    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+        """Replace the weights; the next token is sampled with the new ones."""
+        ...
+
+    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[n, L] sequences -> [n, L - 1] log-probabilities at temperature 1 of each token but the first."""
+        ...
+
+    def weight_checksums(self) -> dict[str, float]:
+        """Sum of squares of each parameter as the engine holds it, by the engine's own names: to find out which differ."""
+        ...

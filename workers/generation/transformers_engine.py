@@ -1,0 +1,137 @@
+"""Rollouts with transformers: small, slow, bit-reproducible. The reference that tests compare other engines with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import Prompt, SamplingParameters, StopReason
+from rlsys.models.loading import load_causal_lm, load_tokenizer
+from rlsys.models.weights import WeightManifest, unpack_weights
+from workers.generation.engine import SampledGroup, SampledResponse
+
+
+class TransformersEngine:
+    """`RolloutEngine` on a plain transformers model: one prompt at a time, all its samples in one batch.
+
+    Each response draws from a generator of its own, seeded by (seed, position of the prompt, number of the sample), so that a response does not
+    depend on which others are sampled beside it.
+    """
+
+    def __init__(self, config: RunConfig, model_directory: str) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, config.generation.dtype)
+        model = load_causal_lm(model_directory, dtype=dtype, attention="sdpa", trust_remote_code=config.model.trust_remote_code)
+        model.eval().to(device=self._device)
+        self._model = model
+        self._tokenizer = load_tokenizer(model_directory)
+        end = self._model.generation_config.eos_token_id if self._model.generation_config else None
+        ends = end if isinstance(end, list) else [end]
+        self._end_ids = frozenset([token for token in ends if token is not None] or [self._model.config.eos_token_id])
+
+    def generate(
+        self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
+    ) -> Iterator[list[SampledGroup]]:
+        """See `RolloutEngine`."""
+        for index, (prompt, position) in enumerate(zip(prompts, positions, strict=True)):
+            generators = [
+                torch.Generator(self._device).manual_seed(_seed(sampling.seed, position, sample))
+                for sample in range(sampling.samples_per_prompt)
+            ]
+            yield [SampledGroup(index=index, responses=self._sample(prompt, sampling, generators))]
+
+    @torch.no_grad()
+    def _sample(
+        self, prompt: Prompt, sampling: SamplingParameters, generators: Sequence[torch.Generator]
+    ) -> tuple[SampledResponse, ...]:
+        count = len(generators)
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        logprobs: list[list[float]] = [[] for _ in range(count)]
+        reasons: list[StopReason | None] = [None] * count
+        inputs = torch.tensor([prompt.token_ids] * count, device=self._device)
+        cache = None
+        while any(reason is None for reason in reasons):
+            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            log_distribution = self._log_distribution(output.logits[:, -1].float(), sampling, len(tokens[0]))
+            chosen = _choose(log_distribution, sampling.temperature, generators)
+            for i, token in enumerate(chosen.tolist()):
+                if reasons[i] is None:
+                    tokens[i].append(token)
+                    logprobs[i].append(float(log_distribution[i, token]))
+                    reasons[i] = self._stop_reason(tokens[i], sampling)
+                else:
+                    tokens[i].append(token)  # keeps the batch rectangular; cut off below
+            inputs = chosen[:, None]
+        return tuple(
+            SampledResponse(
+                token_ids=tuple(tokens[i][: len(logprobs[i])]),
+                logprobs=tuple(logprobs[i]),
+                text=self._text(tokens[i][: len(logprobs[i])]),
+                stop_reason=reasons[i] or StopReason.LENGTH,
+            )
+            for i in range(count)
+        )
+
+    def _log_distribution(self, logits: Tensor, sampling: SamplingParameters, generated: int) -> Tensor:
+        """Log-probabilities from which the next token is drawn, in vLLM's order: min_tokens, temperature, top_k, top_p."""
+        if generated < min(sampling.min_tokens, sampling.max_tokens):
+            logits[:, list(self._end_ids)] = -torch.inf
+        if sampling.temperature:
+            logits = logits / sampling.temperature
+        if sampling.top_k:
+            threshold = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
+        if sampling.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            probabilities = ordered.softmax(-1)
+            beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+        return logits.log_softmax(-1)
+
+    def _stop_reason(self, tokens: Sequence[int], sampling: SamplingParameters) -> StopReason | None:
+        if tokens[-1] in self._end_ids:
+            return StopReason.END
+        if sampling.stop and len(tokens) >= sampling.min_tokens:
+            text = self._text(tokens)
+            if any(stop in text for stop in sampling.stop):
+                return StopReason.END
+        return StopReason.LENGTH if len(tokens) >= sampling.max_tokens else None
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+        """See `RolloutEngine`."""
+        parameters = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in unpack_weights(manifest, shards):
+                parameters[name].copy_(tensor)
+
+    @torch.no_grad()
+    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `RolloutEngine`."""
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        logprobs = self._model(input_ids=tokens).logits[:, :-1].float().log_softmax(-1)
+        return logprobs.gather(2, tokens[:, 1:, None])[..., 0].cpu().numpy()
+
+    def weight_checksums(self) -> dict[str, float]:
+        """See `RolloutEngine`."""
+        return {name: float(parameter.detach().float().square().sum()) for name, parameter in self._model.named_parameters()}
+
+
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+
+
+def _choose(log_distribution: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    if not temperature:
+        return log_distribution.argmax(-1)
+    return torch.cat(
+        [torch.multinomial(row.exp(), 1, generator=generator) for row, generator in zip(log_distribution, generators, strict=True)]
+    )

@@ -1,0 +1,165 @@
+"""Rollouts with vLLM, in the process of the worker. The only module of the generation group that imports vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import Prompt, SamplingParameters, StopReason
+from rlsys.models.weights import WeightManifest, unpack_weights
+from workers.generation.engine import SampledGroup, SampledResponse
+
+CPU_BLOCK_TOKENS = 32  # vLLM's own 128 would cache no prefix of a shorter prompt
+
+
+def _prepare_environment(config: RunConfig) -> None:
+    """vLLM reads these when it is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs here, where weights can be handed over by reference
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.generation.kv_cache_gib))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # trainer and engine take turns on the same cores
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions for apply_model; nothing comes from outside
+
+
+class VLLMEngine:
+    """`RolloutEngine` on vLLM: continuous batching, prefix caching, CPU or CUDA.
+
+    Log-probabilities are those of the distribution that was sampled from: after temperature, min_tokens, top_k and top_p
+    (`processed_logprobs`). The trainer knows the temperature only, so with the others in use the two differ by what these cut off.
+    """
+
+    def __init__(self, config: RunConfig, model_directory: str) -> None:
+        _prepare_environment(config)
+        from vllm import EngineArgs, LLMEngine
+
+        generation = config.generation
+        on_gpu = torch.cuda.is_available()
+        settings: dict[str, Any] = (
+            {"gpu_memory_utilization": generation.gpu_memory_utilization} if on_gpu else {"block_size": CPU_BLOCK_TOKENS}
+        )
+        self._config = config
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model_directory,
+                dtype=generation.dtype,
+                max_model_len=generation.max_model_tokens or config.data.max_prompt_tokens + generation.max_tokens,
+                enforce_eager=not generation.compile,
+                tensor_parallel_size=generation.tensor_parallel,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                async_scheduling=False,  # so that equal seeds give equal schedules
+                seed=config.trainer.seed,
+                trust_remote_code=config.model.trust_remote_code,
+                disable_log_stats=True,
+                **settings,
+            )
+        )
+        self._requests = 0
+
+    def generate(
+        self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
+    ) -> Iterator[list[SampledGroup]]:
+        """See `RolloutEngine`. The seed is that of torch's global generator: seeds of single requests do not work with chunked prefill on a CPU."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=sampling.samples_per_prompt,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_tokens=min(sampling.min_tokens, sampling.max_tokens),
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            skip_special_tokens=True,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # A warm cache would change how prompts are batched and with it the order in which responses draw their random numbers.
+        self._engine.reset_prefix_cache()
+        torch.manual_seed(np.random.SeedSequence([sampling.seed, *positions[:1]]).generate_state(1)[0].item())
+        pending: dict[str, int] = {}
+        for index, prompt in enumerate(prompts):
+            name = f"r{self._requests}"
+            self._requests += 1
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt.token_ids)}, parameters)
+            pending[name] = index
+        try:
+            while pending:
+                finished = [output for output in self._engine.step() if output.finished]
+                groups = [self._group(pending.pop(output.request_id), output) for output in finished]
+                if groups:
+                    yield groups
+        finally:
+            if pending:
+                self._engine.abort_request(list(pending))
+
+    def _group(self, index: int, output: Any) -> SampledGroup:
+        return SampledGroup(
+            index=index,
+            responses=tuple(
+                SampledResponse(
+                    token_ids=tuple(sample.token_ids),
+                    logprobs=tuple(
+                        choices[token].logprob for choices, token in zip(sample.logprobs, sample.token_ids, strict=True)
+                    ),
+                    text=sample.text,
+                    stop_reason=StopReason.LENGTH if sample.finish_reason == "length" else StopReason.END,
+                )
+                for sample in sorted(output.outputs, key=lambda sample: sample.index)
+            ),
+        )
+
+    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+        """See `RolloutEngine`."""
+        # vLLM's loaders may write into what they are given; the shards are shared memory, so each tensor is copied as it is used.
+        tensors = ((name, tensor.clone()) for name, tensor in unpack_weights(manifest, shards))
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        if not torch.cuda.is_available():
+            self._engine.apply_model(_refresh_tied_head)
+        self._engine.reset_prefix_cache()
+
+    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `RolloutEngine`."""
+        from vllm import SamplingParams
+
+        self._engine.reset_prefix_cache()  # log-probabilities of a cached prefix are not computed
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        names = [f"probe{self._requests + i}" for i in range(len(token_ids))]
+        self._requests += len(names)
+        for name, sequence in zip(names, token_ids, strict=True):
+            self._engine.add_request(name, {"prompt_token_ids": sequence.tolist()}, parameters)
+        rows: dict[str, list[float]] = {}
+        while len(rows) < len(names):
+            finished: list[Any] = [output for output in self._engine.step() if output.finished]
+            for output in finished:
+                pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+                rows[output.request_id] = [choices[token].logprob for choices, token in pairs]
+        return np.asarray([rows[name] for name in names], dtype=np.float32)
+
+    def weight_checksums(self) -> dict[str, float]:
+        """See `RolloutEngine`. Names are vLLM's: qkv_proj, gate_up_proj and so on are fused."""
+        return self._engine.apply_model(_sums_of_squares)[0]
+
+
+def _refresh_tied_head(model: torch.nn.Module) -> None:
+    """Pack the LM head again: on a CPU its matrix product reads a packed copy that a reload of tied embeddings leaves stale."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _sums_of_squares(model: torch.nn.Module) -> dict[str, float]:
+    """Parameters that a CPU engine has packed away into its own layout are empty and say nothing."""
+    parameters = model.named_parameters()
+    return {name: float(parameter.detach().float().square().sum()) for name, parameter in parameters if parameter.numel()}

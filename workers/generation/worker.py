@@ -1,0 +1,114 @@
+"""One generation worker: an engine, its version of the weights, and finished groups out."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
+from rlsys.driver.metrics import Metric, maximum
+from rlsys.models.weights import WeightManifest
+from workers.generation.engine import RolloutEngine, SampledGroup
+
+
+def make_engine(config: RunConfig, model_directory: str) -> RolloutEngine:
+    """The engine that `generation.engine` names."""
+    if config.generation.engine == "vllm":
+        from workers.generation.vllm_engine import VLLMEngine
+
+        return VLLMEngine(config, model_directory)
+    from workers.generation.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config, model_directory)
+
+
+class GenerationWorker:
+    """Ray actor around one engine."""
+
+    def __init__(self, config: RunConfig, model_directory: str) -> None:
+        self._engine = make_engine(config, model_directory)
+        self._version = -1
+
+    def generate(
+        self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
+    ) -> Iterator[tuple[int, ...] | RolloutBatch]:
+        """Alternately the indices of some finished prompts with their number of sampled tokens, and their `RolloutBatch`.
+
+        A Ray streaming generator: the caller fetches the small items and passes the references of the large ones on.
+        """
+        positions = range(first_prompt, first_prompt + len(prompts))
+        for groups in self._engine.generate(prompts.prompts, positions, sampling):
+            for group in groups:
+                batch = build_rollouts(prompts, [group], sampling, self._version)
+                yield (first_prompt + group.index, batch.num_response_tokens)
+                yield batch
+
+    def install_weights(self, manifest: WeightManifest, *shards: NDArray[np.uint8]) -> None:
+        """Install the weights of `manifest.version`; an older version than the present one is refused."""
+        if manifest.version < self._version:
+            raise ValueError(f"weights version {manifest.version} is older than the installed {self._version}")
+        self._engine.install_weights(manifest, shards)
+        self._version = manifest.version
+
+    def version(self) -> int:
+        """Version of the installed weights; -1 before the first sync."""
+        return self._version
+
+    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `RolloutEngine`."""
+        return self._engine.probe_logprobs(token_ids)
+
+    def weight_checksums(self) -> dict[str, float]:
+        """See `RolloutEngine`."""
+        return self._engine.weight_checksums()
+
+    def metrics(self) -> dict[str, Metric]:
+        """Peak memory of this process, or of its GPU."""
+        if torch.cuda.is_available():
+            return {"memory/generation": maximum(torch.cuda.max_memory_allocated() / 1024**3)}
+        return {"memory/generation": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
+
+
+def build_rollouts(
+    prompts: PromptBatch, groups: Sequence[SampledGroup], sampling: SamplingParameters, version: int
+) -> RolloutBatch:
+    """The rollout batch of some finished groups."""
+    chosen = [prompts.prompts[group.index] for group in groups]
+    ids = prompts.group_ids[[group.index for group in groups]]
+    rows = [
+        (prompt, group_id, response)
+        for prompt, group_id, group in zip(chosen, ids, groups, strict=True)
+        for response in group.responses
+    ]
+    lengths = np.array([(len(prompt.token_ids), len(response.token_ids)) for prompt, _, response in rows], dtype=np.int64)
+    total = int(lengths.sum())
+    tokens = np.empty(total, dtype=np.int32)
+    mask = np.zeros(total, dtype=np.bool_)
+    logprobs = np.zeros(total, dtype=np.float32)
+    offsets = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))]).astype(np.int64)
+    for (prompt, _, response), start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
+        middle = start + len(prompt.token_ids)
+        tokens[start:middle] = prompt.token_ids
+        tokens[middle:end] = response.token_ids
+        logprobs[middle:end] = response.logprobs
+        mask[middle:end] = True
+    versions = np.full(len(rows), version, dtype=np.int32)
+    return RolloutBatch(
+        prompts=PromptBatch(batch_id=prompts.batch_id, prompts=tuple(chosen), group_ids=ids),
+        token_ids=tokens,
+        sequence_offsets=offsets,
+        prompt_lengths=lengths[:, 0].astype(np.int32),
+        response_mask=mask,
+        rollout_logprobs=logprobs,
+        group_ids=np.array([group_id for _, group_id, _ in rows], dtype=np.int64),
+        oldest_weight_version=versions,
+        newest_weight_version=versions,
+        stop_reasons=np.array([response.stop_reason for _, _, response in rows], dtype=np.int8),
+        response_texts=tuple(response.text for _, _, response in rows),
+        temperature=sampling.temperature or 1.0,
+    )

@@ -1,0 +1,83 @@
+"""Weights from the policy to the engines through Ray's object store, proven by a probe after every sync."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.driver.metrics import Metric, maximum, mean, total
+from rlsys.driver.ports import WeightSyncError
+from rlsys.models.weights import WeightManifest, unpack_weights
+
+
+class WeightSource(Protocol):
+    """The policy group as weight sync needs it."""
+
+    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]: ...
+
+    async def probe_logprobs(self, token_ids: NDArray[np.int32], temperature: float) -> NDArray[np.float32]: ...
+
+
+class ObjectStoreWeightSync:
+    """Implements `ports.WeightSync`: rank 0 puts shards into the store, every engine of a node reads the same memory."""
+
+    def __init__(self, policy: WeightSource, workers: Sequence[Any], config: RunConfig, probe_tokens: NDArray[np.int32]) -> None:
+        """`workers` are generation actors; `probe_tokens` [n, L] the sequences on which both sides are compared."""
+        self._policy = policy
+        self._workers = workers
+        self._tolerance = config.generation.logprob_gap_tolerance
+        self._probe = probe_tokens
+
+    async def sync(self, version: int) -> dict[str, Metric]:
+        """See `ports.WeightSync`."""
+        manifest, shards = await self._policy.export_weights(version)
+        await asyncio.gather(*(worker.install_weights.remote(manifest, *shards) for worker in self._workers))
+        metrics = {"sync/bytes": total(manifest.num_bytes)}
+        if self._tolerance:
+            metrics |= await self._prove(manifest, shards)
+        return metrics
+
+    async def _prove(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
+        """Compare log-probabilities of the probe on both sides."""
+        trainer = await self._policy.probe_logprobs(self._probe, 1.0)
+        engines = await asyncio.gather(*(worker.probe_logprobs.remote(self._probe) for worker in self._workers))
+        gaps = [np.abs(engine - trainer) for engine in engines]
+        means = [float(gap.mean()) for gap in gaps]
+        worst = int(np.argmax(means))
+        if not means[worst] <= self._tolerance:  # also catches NaN
+            checksums = await self._workers[worst].weight_checksums.remote()
+            different = differing_groups(manifest, [await shard for shard in shards], checksums)
+            raise WeightSyncError(
+                f"after the sync of weights version {manifest.version}, generation worker {worst} and the trainer differ by {means[worst]:.4f} "
+                f"in mean log-probability (generation.logprob_gap_tolerance is {self._tolerance}). Parameter groups that differ: "
+                f"{', '.join(different) or 'none by their norms, so the engine computes with a stale copy (suspect the LM head of tied embeddings)'}."
+            )
+        return {
+            "sync/logprob_gap_mean": mean(float(np.mean(means)), sum(gap.size for gap in gaps)),
+            "sync/logprob_gap_max": maximum(max(float(gap.max()) for gap in gaps)),
+        }
+
+
+# Engines fuse projections; what they hold under one name is several tensors of the manifest.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+def _fused_name(name: str) -> str:
+    return ".".join(FUSED.get(part, part) for part in name.split("."))
+
+
+def differing_groups(
+    manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]], engine: dict[str, float], *, tolerance: float = 1e-3
+) -> list[str]:
+    """Names of the parameters whose sums of squares differ between what was sent and what the engine holds, relatively by `tolerance`."""
+    plain = all(entry.name in engine for entry in manifest.entries)
+    sent: dict[str, float] = {}
+    for name, tensor in unpack_weights(manifest, shards):
+        key = name if plain else _fused_name(name)
+        sent[key] = sent.get(key, 0.0) + float(tensor.float().square().sum())
+    return [name for name, value in sent.items() if name in engine and abs(engine[name] - value) > tolerance * max(value, 1e-12)]
