@@ -108,11 +108,9 @@ class AdvantageComputer(Protocol):
         """Write one step's rollouts as Parquet."""
         ...
 
-    async def state(self) -> dict[str, Any]:
-        """JSON-compatible state of estimators that learn across batches, for checkpoints."""
+    async def metrics(self) -> MetricMap:
+        """Peak memory."""
         ...
-
-    async def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 class WeightSync(Protocol):

@@ -27,7 +27,8 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.generation.dtype)
         model = load_causal_lm(model_directory, dtype=dtype, attention="sdpa", trust_remote_code=config.model.trust_remote_code)
-        model.eval().to(device=self._device)
+        model.eval()
+        torch.nn.Module.to(model, self._device)
         self._model = model
         self._tokenizer = load_tokenizer(model_directory)
         end = self._model.generation_config.eos_token_id if self._model.generation_config else None

@@ -1,0 +1,43 @@
+"""Between flat token arrays and the [B, T] tensors of response tokens that algorithm functions take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlsys.data.batches import RolloutBatch
+
+
+@dataclass(frozen=True)
+class ResponsePadding:
+    """Where each flat position of a response's span lies in [B, T]. The span runs from the end of the prompt to the end of the sequence."""
+
+    flat: NDArray[np.int64]  # [n] positions in the flat arrays
+    rows: NDArray[np.int64]  # [n]
+    columns: NDArray[np.int64]  # [n]
+    shape: tuple[int, int]
+
+    @staticmethod
+    def of(rollouts: RolloutBatch) -> ResponsePadding:
+        """Of all responses of a batch."""
+        starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
+        lengths = rollouts.sequence_offsets[1:] - starts
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return ResponsePadding(np.repeat(starts, lengths) + columns, rows, columns, (len(lengths), max(1, int(lengths.max()))))
+
+    def pad(self, values: NDArray) -> Tensor:
+        """[N] -> [B, T], zeros (False) beyond each span."""
+        padded = np.zeros(self.shape, dtype=values.dtype)
+        padded[self.rows, self.columns] = values[self.flat]
+        return torch.from_numpy(padded)
+
+    def unpad(self, padded: Tensor, num_tokens: int) -> NDArray[np.float32]:
+        """[B, T] -> [N] float32, zeros on the prompts."""
+        flat = np.zeros(num_tokens, dtype=np.float32)
+        flat[self.flat] = padded.to(torch.float32).numpy()[self.rows, self.columns]
+        return flat

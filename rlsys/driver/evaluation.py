@@ -1,0 +1,87 @@
+"""Held-out evaluation: greedy accuracy, mean@k, pass@k."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import PromptBatch, RewardBatch, SamplingParameters
+from rlsys.driver.ports import Generator, RewardScorer
+
+EVALUATION_SEED = 20240401  # always the same, so that evaluations of one run differ by the policy alone
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that at least one of k samples is right.
+
+        pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k / i)
+
+    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, section 2.1 (arXiv:2107.03374).
+
+    Example: n = 4, c = 2, k = 2: 1 - C(2, 2) / C(4, 2) = 5/6.
+
+    Raises:
+        ValueError: k > samples, or correct > samples.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(
+            f"pass@k needs 1 <= k <= samples and 0 <= correct <= samples, not k={k}, samples={samples}, correct={correct}"
+        )
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
+
+
+class Evaluator:
+    """Runs the held-out prompts through the same generation group and reward worker as training."""
+
+    def __init__(
+        self, config: RunConfig, prompts: PromptBatch, generator: Generator, scorer: RewardScorer, stop: tuple[str, ...]
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._generator = generator
+        self._scorer = scorer
+        self._stop = stop
+
+    async def evaluate(self) -> dict[str, float]:
+        """Metrics `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k` and each `eval/pass@k`."""
+        settings = self._config.trainer.evaluation
+        correct, tokens = await self._correct(samples=1, temperature=0.0)
+        values = {"eval/accuracy": float(correct.mean()), "eval/response_length": tokens / len(self._prompts)}
+        samples = settings.samples_per_prompt
+        if samples > 1:
+            counts, _ = await self._correct(samples=samples, temperature=settings.temperature)
+            values[f"eval/mean@{samples}"] = float(counts.mean()) / samples
+            for k in settings.pass_at:
+                values[f"eval/pass@{k}"] = float(np.mean([pass_at_k(samples, int(count), k) for count in counts]))
+        return values
+
+    async def _correct(self, *, samples: int, temperature: float) -> tuple[NDArray[np.int64], int]:
+        """[P] right responses of each prompt, and the tokens sampled in all."""
+        generation = self._config.generation
+        sampling = SamplingParameters(
+            samples_per_prompt=samples,
+            temperature=temperature,
+            top_p=generation.top_p if temperature else 1.0,
+            top_k=generation.top_k if temperature else 0,
+            min_tokens=generation.min_tokens,
+            max_tokens=generation.max_tokens,
+            stop=self._stop,
+            seed=EVALUATION_SEED,
+        )
+        firsts, scores, tokens = [], [], 0
+        async for part in self._generator.generate(self._prompts, sampling):
+            firsts.append(part.first_prompt)
+            scores.append(self._scorer.score(part.rollouts))
+            tokens += part.num_response_tokens
+        rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
+        counts = np.zeros(len(self._prompts), dtype=np.int64)
+        for first, batch in zip(firsts, rewards, strict=True):
+            right = (batch.accuracies >= 0.5).reshape(-1, samples).sum(axis=1)
+            counts[first : first + len(right)] = right
+        return counts, tokens
