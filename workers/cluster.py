@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 RESERVATION_TIMEOUT_S = 120.0
 
+# glibc gives large blocks back to the system when they are freed and zeroes them again when they come back; keeping them makes a training
+# step on a CPU a quarter faster.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
@@ -117,7 +121,7 @@ class Cluster:
             )
             if not shares:
                 options |= {"num_cpus": self.bundles[position].cpus, "num_gpus": self.bundles[position].gpus}
-        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"} | ALLOCATOR
         remote_class: Any = ray.remote(actor_class)  # Ray's stubs know no class given at run time
         actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
         self.actors[f"{role}-{index}"] = actor

@@ -1,0 +1,228 @@
+"""From a recipe to a run: the only code that knows all parts.
+
+    command line -> checks -> Ray -> actors -> loop -> summary
+
+Heavy imports wait until the command line is known to be right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rlsys.config import RunConfig
+from rlsys.config.command_line import ConfigError, HelpRequested, Invocation, dump_yaml, parse
+from rlsys.config.hardware import Hardware, detect_hardware
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import Console
+
+    from rlsys.data.prompt_stream import LoadedProblems, LoadedPrompts
+    from rlsys.driver.run_directory import RunDirectory
+    from rlsys.driver.synchronous_loop import Workers
+    from workers.cluster import Cluster
+
+Recipe = Callable[[Hardware], RunConfig]
+PROBE_SEQUENCES, PROBE_TOKENS = 4, 32
+
+
+def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a recipe as a command: exit code 0 done, 2 bad input, 130 interrupted, 1 anything else."""
+    hardware = detect_hardware()
+    try:
+        invocation = parse(recipe(hardware), sys.argv[1:] if arguments is None else arguments)
+        code = _run(invocation, hardware)
+    except HelpRequested as help_requested:
+        print(help_requested)
+        code = 0
+    except ValueError as error:
+        lines = str(error).splitlines()
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _run(invocation: Invocation, hardware: Hardware) -> int:
+    config = invocation.config
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rich.console import Console
+
+    from rlsys.driver.preflight import check_config, check_model, describe_plan
+    from rlsys.driver.run_directory import RunDirectory
+    from rlsys.models import resolve_model
+
+    console = Console()
+    if invocation.resume and not config.run.directory:
+        raise ConfigError("run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME.")
+    directory = RunDirectory.named_by(config)
+    problems = check_config(config, directory, hardware, resume=invocation.resume)
+    model_directory = resolve_model(config.model.path)
+    reference_directory = resolve_model(config.model.reference_path) if config.model.reference_path else model_directory
+    check_model(config, model_directory)
+    if invocation.dry_run:
+        print(dump_yaml(config))
+        print(describe_plan(config, hardware, problems, model_directory, directory))
+        return 0
+    directory.create(config)
+    _log_to(directory.log)
+    return asyncio.run(_train(invocation, problems, model_directory, reference_directory, directory, console))
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+async def _train(
+    invocation: Invocation,
+    problems: LoadedProblems,
+    model_directory: Path,
+    reference_directory: Path,
+    directory: RunDirectory,
+    console: Console,
+) -> int:
+    from rlsys.algorithms.advantages import needs_old_logprobs
+    from rlsys.data.prompt_stream import load_prompts
+    from rlsys.data.prompt_templates import stop_strings
+    from rlsys.driver.checkpoints import CheckpointStore
+    from rlsys.driver.evaluation import Evaluator
+    from rlsys.driver.metrics_log import MetricsLog, read_metrics
+    from rlsys.driver.observer import Observers
+    from rlsys.driver.progress import Progress, print_summary
+    from rlsys.driver.report import ReportWriter
+    from rlsys.driver.synchronous_loop import SynchronousLoop
+    from rlsys.models.loading import load_tokenizer
+    from workers.cluster import Cluster
+
+    config, began = invocation.config, time.monotonic()
+    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
+    checkpoint = store.latest() if invocation.resume else None
+    if invocation.resume:
+        console.print(
+            f"resuming from {checkpoint.path}" if checkpoint else "no complete checkpoint: starting from the beginning",
+            highlight=False,
+        )
+    prompts = load_prompts(config, load_tokenizer(model_directory), problems)
+    _report_dropped(prompts, console)
+    stop = stop_strings(config.data.template, config.generation.stop)
+    console.print(f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False)
+    cluster = Cluster.connect(config)  # blocks: Ray sets its signal handlers in the main thread only
+    try:
+        workers = await start_workers(cluster, config, model_directory, reference_directory, probe_tokens(prompts))
+        metrics = MetricsLog(
+            directory, keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0) if invocation.resume else None
+        )
+        observers = Observers([metrics, Progress(console, live=config.run.progress), ReportWriter(directory)])
+        evaluator = Evaluator(config, prompts.evaluation, workers.generator, workers.scorer, stop)
+        loop = SynchronousLoop(
+            config,
+            workers,
+            prompts.train,
+            evaluator,
+            store,
+            observers,
+            rollouts_directory=directory.rollouts,
+            metrics_log=metrics,
+            stop=stop,
+            needs_old_logprobs=needs_old_logprobs(config.algorithm.advantage.name),
+        )
+        if checkpoint:
+            await loop.restore(checkpoint)
+        _stop_on_signals(loop.request_stop, console)
+        outcome = await loop.run()
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        logging.getLogger(__name__).exception("the run failed")
+        message = str(error).strip().splitlines()
+        console.print(
+            f"the run failed: {message[-1] if message else type(error).__name__}", style="red", highlight=False, markup=False
+        )
+        console.print(
+            f"details in {directory.log}. Continue with --run.directory {directory.path} --resume", highlight=False, soft_wrap=True
+        )
+        return 1
+    finally:
+        cluster.shutdown()
+    print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
+    return 0 if outcome == "finished" else 130
+
+
+def _report_dropped(prompts: LoadedPrompts, console: Console) -> None:
+    for field, dropped in (("data.train", prompts.dropped_train), ("data.eval", prompts.dropped_evaluation)):
+        if dropped:
+            console.print(f"{field}: {dropped} prompts longer than data.max_prompt_tokens were dropped", highlight=False)
+
+
+def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None:
+    """First Ctrl-C or SIGTERM: end after this step, saved. Second: leave at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        console.print("stopping after this step; once more to leave at once", highlight=False)
+        request_stop()
+        loop.remove_signal_handler(number)  # the next one acts as usual
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+
+
+def probe_tokens(prompts: LoadedPrompts) -> NDArray[np.int32]:
+    """[n, L] beginnings of held-out prompts, on which engine and trainer are compared after each weight sync."""
+    import numpy as np
+
+    candidates = [prompt.token_ids for prompt in prompts.evaluation.prompts]
+    length = min(PROBE_TOKENS, min(map(len, candidates)))
+    # The ends of prompts: worked examples make the beginnings all the same.
+    return np.asarray([tokens[-length:] for tokens in candidates[:PROBE_SEQUENCES]], dtype=np.int32)
+
+
+async def start_workers(
+    cluster: Cluster, config: RunConfig, model_directory: Path, reference_directory: Path, probe: NDArray[np.int32]
+) -> Workers:
+    """All actors of a run, placed, started and ready."""
+    from rlsys.driver.synchronous_loop import Workers
+    from workers.advantage_controller import AdvantageController, AdvantageControllerClient
+    from workers.generation.group import GenerationGroup
+    from workers.generation.worker import GenerationWorker
+    from workers.policy.group import PolicyGroup, ReferenceGroup
+    from workers.policy.worker import PolicyWorker, ReferenceWorker
+    from workers.reward_worker import RewardWorker, RewardWorkerClient
+    from workers.weight_sync.object_store import ObjectStoreWeightSync
+
+    ranks = config.policy.ranks
+    model = str(model_directory)
+    policy_actors = [cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks) for rank in range(ranks)]
+    generation_actors = [cluster.spawn("generation", i, GenerationWorker, config, model) for i in range(config.generation.workers)]
+    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
+    reference_actors = []
+    if config.algorithm.kl.coefficient > 0:
+        reference_actors = [
+            cluster.spawn("reference", rank, ReferenceWorker, config, str(reference_directory), rank, ranks, shares="policy")
+            for rank in range(ranks)
+        ]
+    await cluster.wait_until_ready()
+    policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
+    reference = ReferenceGroup(reference_actors) if reference_actors else None
+    await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
+    scorer, controller = RewardWorkerClient(reward_actor), AdvantageControllerClient(controller_actor)
+    return Workers(
+        generator=generator,
+        scorer=scorer,
+        policy=policy,
+        reference=reference,
+        advantages=controller,
+        weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
+        reporting=(generator, scorer, controller, *([reference] if reference else [])),
+    )

@@ -1,0 +1,91 @@
+"""metrics.jsonl and TensorBoard events: every number of a run, as it comes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tensorboardX import SummaryWriter
+
+from rlsys.driver.observer import Outcome
+from rlsys.driver.run_directory import RunDirectory
+
+Kind = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRecord:
+    """One line of metrics.jsonl."""
+
+    kind: Kind
+    step: int
+    time: float  # seconds since the epoch
+    values: Mapping[str, float]
+
+
+def read_metrics(path: Path) -> list[MetricsRecord]:
+    """All complete records; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        numbers = {name: math.nan if value is None else value for name, value in fields["values"].items()}
+        records.append(MetricsRecord(kind=fields["kind"], step=fields["step"], time=fields["time"], values=numbers))
+    return records
+
+
+class MetricsLog:
+    """Observer that appends to metrics.jsonl, flushed line by line, and to TensorBoard."""
+
+    def __init__(self, directory: RunDirectory, *, keep_lines: int | None = None) -> None:
+        """`keep_lines`: on a resume, the lines that the checkpoint knew; what a crashed run wrote after them is dropped."""
+        self._path = directory.metrics
+        if keep_lines is not None:
+            self._truncate(keep_lines)
+        self._lines = len(read_metrics(self._path))
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(directory.tensorboard))
+
+    def _truncate(self, lines: int) -> None:
+        kept = self._path.read_text().splitlines(keepends=True)[:lines] if self._path.exists() else []
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self._path)
+
+    def position(self) -> int:
+        """Lines written so far: what a checkpoint remembers."""
+        return self._lines
+
+    def _write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), "values": numbers}) + "\n")
+        self._file.flush()
+        self._lines += 1
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def on_start(self, first_step: int, total_steps: int) -> None: ...
+
+    def on_phase(self, step: int, phase: str) -> None: ...
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self._write("train", step, values)
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self._write("eval", step, values)
+
+    def on_checkpoint(self, step: int, path: str) -> None: ...
+
+    def on_end(self, outcome: Outcome, message: str) -> None:
+        self._file.close()
+        self._events.close()

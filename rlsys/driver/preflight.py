@@ -1,0 +1,193 @@
+"""Everything that can be known to be wrong before Ray starts."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rlsys.algorithms.advantages import available_advantage_estimators, get_advantage_estimator
+from rlsys.algorithms.policy_objectives import check_objective
+from rlsys.config import RunConfig
+from rlsys.config.hardware import Hardware
+from rlsys.data.prompt_stream import LoadedProblems, load_problems
+from rlsys.data.prompt_templates import template_source
+from rlsys.driver.run_directory import RunDirectory
+from rlsys.models import check_model_path
+from rlsys.models.loading import context_length, parameter_count
+from rlsys.plugins import load_plugins
+from rlsys.registry import check_parameters
+from rlsys.rewards import get_reward_function
+
+GROUP_ESTIMATORS = ("grpo", "rloo")  # they compare the responses of a group, so a group of one teaches nothing
+CONNECT_LIMIT_S = 3.0
+
+
+class PreflightError(ValueError):
+    """All problems that were found, a line each."""
+
+
+def check_config(config: RunConfig, directory: RunDirectory, hardware: Hardware, *, resume: bool) -> LoadedProblems:
+    """Refuse what cannot work, before any process is started; returns the problems, which had to be read for it.
+
+    Raises:
+        PreflightError: every problem found.
+    """
+    load_plugins(config.plugins)  # the names below may be theirs
+    problems: list[str] = []
+    loaded: list[LoadedProblems] = []
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: directory.check(resume=resume),
+        lambda: check_model_path(config.model.path),
+        lambda: check_model_path(config.model.reference_path) if config.model.reference_path else None,
+        lambda: template_source(config.data.template),
+        lambda: loaded.append(load_problems(config)),
+        lambda: _check_estimator(config),
+        lambda: check_objective(
+            config.algorithm.objective.ratio, config.algorithm.objective.weight, config.algorithm.objective.parameters
+        ),
+        lambda: _check_address(config),
+        *(lambda function=function: _check_reward(function.name, function.parameters) for function in config.reward.functions),
+    )
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    problems += _contradictions(config)
+    if not config.cluster.address:
+        problems += _resource_problems(config, hardware)
+    if problems:
+        raise PreflightError("\n".join(problems))
+    return loaded[0]
+
+
+def _check_estimator(config: RunConfig) -> None:
+    advantage = config.algorithm.advantage
+    check_parameters(get_advantage_estimator(advantage.name), advantage.parameters, field="algorithm.advantage.parameters")
+
+
+def _check_reward(name: str, parameters: dict) -> None:
+    check_parameters(get_reward_function(name), parameters, field="reward.functions.parameters")
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    trainer, generation = config.trainer, config.generation
+    if trainer.prompts_per_step % config.policy.mini_batches:
+        yield (
+            f"policy.mini_batches: {config.policy.mini_batches} does not divide trainer.prompts_per_step {trainer.prompts_per_step}. Whole groups stay "
+            "together: choose a divisor."
+        )
+    if generation.samples_per_prompt == 1 and config.algorithm.advantage.name in GROUP_ESTIMATORS:
+        others = ", ".join(name for name in available_advantage_estimators() if name not in GROUP_ESTIMATORS)
+        yield (
+            f"generation.samples_per_prompt: 1 gives {config.algorithm.advantage.name!r} nothing to compare, so every advantage would be 0. Sample at "
+            f"least 2, or choose another algorithm.advantage.name ({others})."
+        )
+    if trainer.prompts_per_step * generation.samples_per_prompt < config.policy.ranks:
+        yield f"policy.ranks: {config.policy.ranks} ranks for fewer responses a step. Raise trainer.prompts_per_step or lower policy.ranks."
+    too_large = [k for k in trainer.evaluation.pass_at if k > trainer.evaluation.samples_per_prompt]
+    if too_large:
+        yield (
+            f"trainer.evaluation.pass_at: pass@{too_large[0]} needs as many samples, and trainer.evaluation.samples_per_prompt is "
+            f"{trainer.evaluation.samples_per_prompt}. Raise the samples or drop that k."
+        )
+    if generation.min_tokens > generation.max_tokens:
+        yield f"generation.min_tokens: {generation.min_tokens} is above generation.max_tokens {generation.max_tokens}. Lower it."
+    longest = config.data.max_prompt_tokens + generation.max_tokens
+    if generation.max_model_tokens is not None and generation.max_model_tokens < longest:
+        yield (
+            f"generation.max_model_tokens: {generation.max_model_tokens} is less than data.max_prompt_tokens + generation.max_tokens = {longest}. Raise "
+            "it, or leave it null."
+        )
+
+
+def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """More actors than a Ray that is started on this machine could place."""
+    policy, generation = config.policy, config.generation
+    cpus = policy.ranks * policy.cpus_per_rank + generation.workers * generation.cpus_per_worker
+    if cpus > hardware.cpus:
+        yield (
+            f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} workers need {cpus} CPUs, this machine has "
+            f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
+        )
+    gpus = policy.ranks * policy.gpus_per_rank + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
+    if hardware.gpus and gpus > hardware.gpus:
+        yield (
+            f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has {hardware.gpus}. Lower them, share a GPU with "
+            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster with cluster.address."
+        )
+
+
+def _check_address(config: RunConfig) -> None:
+    """Knock at the door of a named cluster, so that Ray does not wait half a minute to say the same less clearly."""
+    address = config.cluster.address
+    if address in (None, "auto", "local"):
+        return
+    assert address is not None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"cluster.address: {address!r} is not host:port, ray://host:port or auto.")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"cluster.address: nothing answers at {address!r} ({error}). Start the head node with `ray start --head`, or leave the field null to "
+            "start Ray here."
+        ) from error
+
+
+def check_model(config: RunConfig, model_directory: Path) -> None:
+    """Checks that need the model's files.
+
+    Raises:
+        PreflightError: prompt and response do not fit the model's positions.
+    """
+    limit = context_length(model_directory)
+    longest = config.generation.max_model_tokens or config.data.max_prompt_tokens + config.generation.max_tokens
+    if limit is not None and longest > limit:
+        raise PreflightError(
+            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + generation.max_tokens {config.generation.max_tokens} "
+            f"exceed the model's {limit} positions. Lower one of them."
+        )
+
+
+def describe_plan(
+    config: RunConfig, hardware: Hardware, problems: LoadedProblems, model_directory: Path, directory: RunDirectory
+) -> str:
+    """What a run would start, and roughly how much memory it would take. Nothing is started.
+
+    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes a parameter over the ranks, compute-dtype weights beside them where that
+    is bfloat16. Of an engine: its weights and the KV cache. Activations come on top and grow with policy.microbatch_tokens.
+    """
+    parameters = parameter_count(model_directory)
+    policy, generation, trainer = config.policy, config.generation, config.trainer
+    half = 2 if policy.compute_dtype == "bfloat16" else 0
+    rank_gib = parameters * (16 / policy.ranks + half) / 1024**3
+    cache = f"{generation.kv_cache_gib:g} GiB cache" if not hardware.gpus else f"{generation.gpu_memory_utilization:.0%} of its GPU"
+    engine_gib = parameters * (2 if generation.dtype == "bfloat16" else 4) / 1024**3
+    samples = trainer.prompts_per_step * generation.samples_per_prompt
+    on_gpu = bool(hardware.gpus)
+    rows = [
+        f"machine      {hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
+        f"ray          {config.cluster.address or 'started on this machine'}",
+        f"model        {config.model.path}: {parameters / 1e6:.1f} M parameters",
+        f"generation   {generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU"
+        + (f" + {generation.gpus_per_worker:g} GPU" if on_gpu else "")
+        + f" each; {engine_gib:.2f} GiB weights ({generation.dtype}), {cache}",
+        f"policy       {policy.ranks} x {policy.strategy}, {policy.cpus_per_rank} CPU"
+        + (f" + {policy.gpus_per_rank:g} GPU" if on_gpu else "")
+        + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations",
+        "reference    "
+        + (
+            f"{policy.ranks} ranks beside the policy" if config.algorithm.kl.coefficient else "none (algorithm.kl.coefficient is 0)"
+        ),
+        f"rewards      {config.reward.processes} processes: {', '.join(function.name for function in config.reward.functions)}",
+        f"advantages   {config.algorithm.advantage.name}, objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
+        f"{config.algorithm.aggregation}",
+        f"data         {len(problems.train)} training and {len(problems.evaluation)} held-out problems, template {config.data.template}",
+        f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} samples = {samples} responses of at most "
+        f"{generation.max_tokens} tokens; {policy.epochs * policy.mini_batches} optimizer steps",
+        f"run          {trainer.steps} steps into {directory.path}",
+    ]
+    return "\n".join(rows)
