@@ -36,9 +36,9 @@ class GenerationConfig(Section):
     )
     compile: bool = Field(default=False, description="Let vLLM compile the model: a minute or more to start, then somewhat faster.")
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs over which one engine splits its model.")
-    logprob_gap_tolerance: float = Field(
-        default=0.05,
+    logprob_gap_tolerance: float | None = Field(
+        default=None,
         ge=0,
         description="After each weight sync, the largest allowed mean absolute difference in log-probability between engine and "
-        "trainer on a probe. A larger gap stops the run. 0: do not probe.",
+        "trainer on a probe. A larger gap stops the run. 0: do not probe. null: 0.01 where both compute in float32, else 0.15.",
     )

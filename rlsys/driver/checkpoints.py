@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Awaitable, Callable
@@ -38,16 +39,20 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. One process at a time may save."""
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._directory = directory
         self._keep = keep
+        self._damaged: set[Path] = set()  # found by `latest`
 
     async def save(self, step: int, write: Callable[[Path], Awaitable[None]], state: dict[str, Any]) -> Path:
         """Write a checkpoint and drop the oldest beyond `keep`. `write` fills the directory that it is given.
 
-        Whatever happens meanwhile, earlier checkpoints stay as they were.
+        Whatever happens meanwhile, earlier checkpoints stay as they were, and this one is there completely or not at all.
+
+        Raises:
+            Whatever `write` raises, and OSError of a full or failing disk.
         """
         final = self._directory / f"{PREFIX}{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -56,36 +61,50 @@ class CheckpointStore:
         await write(partial)
         (partial / TRAINER_STATE).write_text(json.dumps(state, indent=1))
         await asyncio.to_thread(_seal, partial)
-        if final.exists():  # a resumed run may pass the same step again
-            shutil.rmtree(final)
+        if final.exists():  # damaged, or `latest` would have led the run past this step
+            self._retire(final)
         partial.rename(final)
         _sync_directory(self._directory)
-        self._prune()
+        await asyncio.to_thread(self._prune)
         return final
 
+    def _retire(self, checkpoint: Path) -> None:
+        """Take a checkpoint out of the list before its files go, so that a half-deleted one is never taken for one."""
+        retired = checkpoint.with_name(checkpoint.name + ".retired" + PARTIAL)
+        shutil.rmtree(retired, ignore_errors=True)  # left by a process that was killed here
+        checkpoint.rename(retired)
+        self._damaged.discard(checkpoint)
+
     def _prune(self) -> None:
-        for path in self._steps()[: -self._keep]:
-            shutil.rmtree(path)
+        steps = self._steps()
+        intact = [path for path in steps if path not in self._damaged]
+        for path in {*steps} - {*intact[-self._keep :]}:
+            self._retire(path)
         for leftover in self._directory.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
         """Renamed checkpoint directories, oldest first."""
-        return sorted(path for path in self._directory.glob(f"{PREFIX}*") if path.is_dir() and path.suffix != PARTIAL)
+        found = [path for path in self._directory.glob(f"{PREFIX}*") if re.fullmatch(PREFIX + r"\d+", path.name) and path.is_dir()]
+        return sorted(found, key=_step_of)
 
     def latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint; damaged ones are named in the log and passed over."""
         for path in reversed(self._steps()):
             damage = find_damage(path)
             if damage is None:
-                return Checkpoint(
-                    step=int(path.name.removeprefix(PREFIX)), path=path, state=json.loads((path / TRAINER_STATE).read_text())
-                )
+                return Checkpoint(step=_step_of(path), path=path, state=json.loads((path / TRAINER_STATE).read_text()))
             logger.warning("checkpoint %s is damaged (%s): using the one before it", path, damage)
+            self._damaged.add(path)
         return None
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def _checksum(file: Path) -> int:
+    """CRC-32: it finds what disks and killed processes do to files, at a gigabyte a second and more."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
@@ -96,12 +115,14 @@ def _checksum(file: Path) -> int:
 def _seal(directory: Path) -> None:
     """Flush every file to the disk, then write the manifest."""
     files = {}
-    for file in sorted(directory.iterdir()):
-        with file.open("rb") as stream:
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            _sync_directory(path)
+            continue
+        with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        files[file.name] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
-    manifest = directory / MANIFEST
-    with manifest.open("w") as stream:
+        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+    with (directory / MANIFEST).open("w") as stream:
         json.dump(files, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
@@ -124,7 +145,7 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"no {MANIFEST}: it was never finished"
     except ValueError:
         return f"{MANIFEST} is not readable"
-    if TRAINER_STATE not in files:
+    if not isinstance(files, dict) or TRAINER_STATE not in files:
         return f"{TRAINER_STATE} is not part of it"
     for name, expected in files.items():
         file = checkpoint / name

@@ -74,11 +74,13 @@ class Evaluator:
             stop=self._stop,
             seed=EVALUATION_SEED,
         )
-        firsts, scores, tokens = [], [], 0
+        firsts, scores, answered, tokens = [], [], 0, 0
         async for part in self._generator.generate(self._prompts, sampling):
             firsts.append(part.first_prompt)
+            answered += part.num_prompts
             scores.append(self._scorer.score(part.rollouts))
             tokens += part.num_response_tokens
+        assert answered == len(self._prompts), "the generation group must answer each prompt once"
         rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
         counts = np.zeros(len(self._prompts), dtype=np.int64)
         for first, batch in zip(firsts, rewards, strict=True):

@@ -7,6 +7,10 @@ from typing import Literal, Protocol
 
 Outcome = Literal["finished", "interrupted", "failed"]
 
+# What a step's time is made of, in this order: each is reported as time/<phase>, and together they are time/step.
+# reward: waiting for rewards that were not ready when generation and log-probabilities were done.
+PHASES = ("generate", "logprobs", "reward", "advantages", "update", "sync", "other")
+
 
 class Observer(Protocol):
     """Each method is called in the driver's event loop and returns soon."""
@@ -16,7 +20,7 @@ class Observer(Protocol):
         ...
 
     def on_phase(self, step: int, phase: str) -> None:
-        """A phase of a step begins (generate, logprobs, advantages, update, sync, evaluate, checkpoint)."""
+        """A phase begins: one of `PHASES` (but "other"), "evaluate" or "checkpoint"."""
         ...
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:

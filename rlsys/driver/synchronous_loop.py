@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, PromptBatch, SamplingParameters
 from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.metrics import Metric, MetricMap, combine, values
+from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, values
 from rlsys.driver.observer import Observer, Outcome
 from rlsys.driver.ports import (
     AdvantageComputer,
@@ -39,6 +40,9 @@ from rlsys.driver.ports import (
     RolloutPart,
     WeightSync,
 )
+from rlsys.driver.resume import check_resumable, describe_origin, differences
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class PhaseClock:
         self._start = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -121,68 +125,104 @@ class SynchronousLoop:
         self._stop_requested = asyncio.Event()
         self._step = 0  # completed steps, which is also the version of the policy's weights
         self._saved_step = 0
+        self._evaluated_step = -1
+        self._save_time: dict[str, float] = {}  # of a checkpoint; reported with the step after it, beyond that step's time/step
+        self._place = "start"
 
     def request_stop(self) -> None:
-        """End after the current step, with a checkpoint. Called from a signal handler."""
+        """End after the current step, with a checkpoint; a running evaluation is abandoned. Called from a signal handler."""
         self._stop_requested.set()
 
     async def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was written; call before `run`."""
+        """Continue where `checkpoint` was written; call before `run`. What has changed since is named in the log.
+
+        Raises:
+            ValueError: another model, sharding or data.
+        """
+        check_resumable(checkpoint, self._config)
+        for change in differences(checkpoint, self._config):
+            logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
         self._prompts.load_state(checkpoint.state["prompts"])
         await self._workers.policy.load(checkpoint.path)
         self._step = self._saved_step = checkpoint.step
+        self._evaluated_step = checkpoint.state["evaluated_step"]
 
     async def run(self) -> Outcome:
-        """Train until the last step, or until a stop is requested; the weights that result are always saved."""
-        steps = self._config.trainer.steps
-        self._observer.on_start(self._step + 1, steps)
+        """Train until the last step, or until a stop is requested; the weights that result are always saved.
+
+        Raises:
+            Whatever a worker raised, with a note that says in which phase of which step, and from where to resume.
+        """
+        self._observer.on_start(self._step + 1, self._config.trainer.steps)
         try:
-            await self._workers.weights.sync(self._step)
-            if self._step == 0:
-                await self._evaluate()
-            while self._step < steps and not self._stop_requested.is_set():
-                report = await self._train_step()
-                self._step += 1
-                self._observer.on_step(self._step, report)
-                if not self._stop_requested.is_set():
-                    await self._evaluate_and_save_if_due()
-            if self._saved_step < self._step:
-                await self._save()
-        except BaseException as error:
-            self._observer.on_end("failed", f"{type(error).__name__}: {error}")
+            await self._train()
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            self._observer.on_end("interrupted", f"left during {self._place}; {self._newest_checkpoint()}")
             raise
-        outcome: Outcome = "finished" if self._step >= steps else "interrupted"
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            error.add_note(f"This happened during {self._place}; {self._newest_checkpoint()}.")
+            self._observer.on_end("failed", f"{self._place}: {type(error).__name__}: {reason}")
+            raise
+        complete = self._step >= self._config.trainer.steps and not self._evaluation_is_due()
+        outcome: Outcome = "finished" if complete else "interrupted"
         self._observer.on_end(outcome, "")
         return outcome
 
+    async def _train(self) -> None:
+        trainer = self._config.trainer
+        self._enter(self._step, "sync")
+        await self._workers.weights.sync(self._step)
+        await self._evaluate_if_due()
+        while self._step < trainer.steps and not self._stop_requested.is_set():
+            report = await self._train_step()
+            self._step += 1
+            self._observer.on_step(self._step, report | self._save_time)
+            self._save_time = {}
+            await self._evaluate_if_due()
+            if trainer.checkpoints.every and self._step % trainer.checkpoints.every == 0:
+                await self._save()
+        if self._saved_step < self._step:
+            await self._save()
+
     async def _train_step(self) -> dict[str, float]:
-        """One step: the drawing at the top of this file."""
+        """One step: the drawing at the top of this file. All handles are dropped when it returns, so the object store is free again."""
         clock, workers, step = PhaseClock(), self._workers, self._step + 1
         with self._timed(clock, step, "generate"):
             parts, rewards = await self._generate_and_score(self._prompts.next_batch())
         rollouts = [part.rollouts for part in parts]
-        with self._timed(clock, step, "logprobs"):
+        with self._timed(clock, step, "logprobs"):  # the reward pool works meanwhile
             old, ref = await self._old_and_ref_logprobs(rollouts)
-        with self._timed(clock, step, "advantages"):  # waits for the last rewards too
+        with self._timed(clock, step, "reward"):  # these records are small: a few numbers a response
+            await asyncio.gather(*rewards)
+        with self._timed(clock, step, "advantages"):
             credited = await workers.advantages.credit(rollouts, rewards, old, ref)
         with self._timed(clock, step, "update"):
             update, _ = await asyncio.gather(workers.policy.update(credited.batch), self._write_rollouts(step, credited))
         with self._timed(clock, step, "sync"):
             sync = await workers.weights.sync(step)
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
-        return _step_values(combine([credited.metrics, update, sync, *memory]), clock.values())
+        return _step_values(combine([credited.metrics, update, sync, _driver_memory(), *memory]), clock.values())
+
+    def _enter(self, step: int, phase: str) -> None:
+        self._place = f"{phase} of step {step}"
+        self._observer.on_phase(step, phase)
 
     @contextmanager
-    def _timed(self, clock: PhaseClock, step: int, phase: str):
-        self._observer.on_phase(step, phase)
+    def _timed(self, clock: PhaseClock, step: int, phase: str) -> Iterator[None]:
+        self._enter(step, phase)
         with clock.phase(phase):
             yield
 
     async def _generate_and_score(self, prompts: PromptBatch) -> tuple[list[RolloutPart], list[Handle]]:
-        """Sample responses; each part goes to the reward worker the moment it is there. Both lists are in prompt order."""
+        """Sample responses; each part goes to the reward worker the moment it is there. Both lists are in prompt order.
+
+        Each part is a few whole groups. A generation group that lost one would silently bias the update, hence the count.
+        """
         scored: list[tuple[RolloutPart, Handle]] = []
         async for part in self._workers.generator.generate(prompts, self._sampling(prompts.batch_id)):
             scored.append((part, self._workers.scorer.score(part.rollouts)))
+        assert sum(part.num_prompts for part, _ in scored) == len(prompts), "the generation group must answer each prompt once"
         scored.sort(key=lambda pair: pair[0].first_prompt)
         return [part for part, _ in scored], [reward for _, reward in scored]
 
@@ -218,32 +258,58 @@ class SynchronousLoop:
         if step in (1, self._config.trainer.steps) or (every and step % every == 0):
             await self._workers.advantages.write_rollouts(credited.batch, self._rollouts_directory / f"step_{step:06d}.parquet")
 
-    async def _evaluate_and_save_if_due(self) -> None:
-        trainer = self._config.trainer
-        last = self._step == trainer.steps
-        if trainer.evaluation.every and (last or self._step % trainer.evaluation.every == 0):
-            await self._evaluate()
-        if trainer.checkpoints.every and self._step % trainer.checkpoints.every == 0:
-            await self._save()
+    def _evaluation_is_due(self) -> bool:
+        """Before the first step, after each `every` steps and after the last; an abandoned one is still due after a resume."""
+        every = self._config.trainer.evaluation.every
+        if self._evaluator is None or not every or self._evaluated_step == self._step:
+            return False
+        return self._step % every == 0 or self._step == self._config.trainer.steps
 
-    async def _evaluate(self) -> None:
-        if self._evaluator is None or not self._config.trainer.evaluation.every:
+    async def _evaluate_if_due(self) -> None:
+        if self._evaluator is None or not self._evaluation_is_due() or self._stop_requested.is_set():
             return
-        self._observer.on_phase(self._step, "evaluate")
+        self._enter(self._step, "evaluate")
         start = time.perf_counter()
-        report = await self._evaluator.evaluate()
-        self._observer.on_evaluation(self._step, report | {"time/evaluate": time.perf_counter() - start})
+        report = await _unless_stopped(self._evaluator.evaluate(), self._stop_requested)
+        if report is not None:
+            self._observer.on_evaluation(self._step, report | {"time/evaluate": time.perf_counter() - start})
+            self._evaluated_step = self._step
 
     async def _save(self) -> None:
-        self._observer.on_phase(self._step, "checkpoint")
+        self._enter(self._step, "checkpoint")
+        start = time.perf_counter()
         state: dict[str, Any] = {
             "step": self._step,
+            "evaluated_step": self._evaluated_step,
             "prompts": self._prompts.state(),
             "metrics_position": self._metrics_log.position(),
+            **describe_origin(self._config),
         }
         path = await self._checkpoints.save(self._step, self._workers.policy.save, state)
         self._saved_step = self._step
+        self._save_time = {"time/checkpoint": time.perf_counter() - start}
         self._observer.on_checkpoint(self._step, str(path))
+
+    def _newest_checkpoint(self) -> str:
+        if not self._saved_step:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is that of step {self._saved_step}, from which --resume continues"
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+    """The result of `work`, or None when `stop` was set first; then `work` is cancelled."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        stopped.cancel()
+
+
+def _driver_memory() -> MetricMap:
+    """Peak memory of this process, in GiB: it must not grow with the batch."""
+    return {"memory/driver": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
 
 
 def _step_values(metrics: Mapping[str, Metric], times: Mapping[str, float]) -> dict[str, float]:
