@@ -24,7 +24,7 @@ class SyntheticConfig(Section):
         default=(1,), description="Difficulty levels to draw from, each 1 (one-digit) to 5.", min_length=1
     )
     train_size: int = Field(
-        default=2000, ge=1, description="Training problems to generate (problems, at most what the levels hold)."
+        default=1000, ge=1, description="Training problems to generate (problems, at most what the levels hold)."
     )
     eval_size: int = Field(default=64, ge=1, description="Held-out problems to generate; never equal to a training problem.")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from rlsys.data.problems import Problem
 
+SYMBOLIC = ("What is {}?", "Compute {}.", "Find the value of {}.", "{} = ?", "Work out {}.", "How much is {}?")
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom")
 THINGS = ("apples", "books", "coins", "pens", "shells")
 
@@ -76,26 +77,26 @@ LEVELS: dict[int, Callable[[], Iterator[_Expression]]] = {
 }
 
 
-def _wordings(expression: _Expression, level: int) -> list[Problem]:
-    """Every way to ask for one expression."""
-    texts = [f"What is {expression.symbols}?"]
+def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[Problem]:
+    """Every way to ask for one expression, in symbols and in words by turns as long as there are both."""
+    symbols = [form.format(expression.symbols) for form in SYMBOLIC]
+    stories = []
     if expression.story:
-        texts += [expression.story.format(name=name, things=things) for name, things in itertools.product(NAMES, THINGS)]
+        stories = [expression.story.format(name=name, things=things) for name, things in itertools.product(NAMES, THINGS)]
+    rng.shuffle(symbols)
+    rng.shuffle(stories)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(symbols, stories))
+    texts = [text for text in turns if text is not None]
+    key = f"synthetic-{level}-{expression.symbols.replace(' ', '')}"
     return [
-        Problem(
-            problem_id=f"synthetic-{level}-{expression.symbols.replace(' ', '')}-{i}",
-            problem=text,
-            answer=str(expression.answer),
-            level=level,
-        )
-        for i, text in enumerate(texts)
+        Problem(problem_id=f"{key}-{i}", problem=text, answer=str(expression.answer), level=level) for i, text in enumerate(texts)
     ]
 
 
 def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, always the same for the same arguments.
 
-    A fifth of all expressions is held out. Half of the problems that can be told as a story are.
+    A fifth of all expressions is held out. Problems come in symbols and in words about equally often, as long as the wordings last.
 
     Raises:
         ValueError: an unknown level, or more problems asked for than the levels hold.
@@ -114,18 +115,16 @@ def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int,
 
 def _draw(expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random) -> list[Problem]:
     """`size` different problems, going round the expressions so that each is asked about equally often."""
-    pools = [_wordings(expression, level) for expression, level in expressions]
+    pools = [_wordings(expression, level, rng) for expression, level in expressions]
     available = sum(map(len, pools))
     if size > available:
         raise ValueError(
             f"data.synthetic.{field}: {size} problems were asked for, the levels hold {available}. Ask for fewer, or add levels to "
             "data.synthetic.levels."
         )
-    for pool in pools:
-        symbols, stories = pool[:1], pool[1:]
-        rng.shuffle(stories)
-        # Symbols and stories take turns to come first, so that the first round holds about half of each.
-        pool[:] = stories[:1] + symbols + stories[1:] if stories and rng.random() < 0.5 else symbols + stories
+    for i, pool in enumerate(pools):
+        if i % 2 and len(pool) > 1:  # so that one round over the expressions holds about half of each kind
+            pool[0], pool[1] = pool[1], pool[0]
     drawn: list[Problem] = []
     for rank in itertools.count():
         round_of_problems = [pool[rank] for pool in pools if rank < len(pool)]
