@@ -62,7 +62,7 @@ def test_weights_survive_the_journey_in_either_precision():
     generator = torch.Generator().manual_seed(0)
     tensors = {"a.weight": torch.randn(3, 5, generator=generator), "b": torch.randn(7, generator=generator), "c": torch.randn(1, 1)}
     for dtype in (torch.float32, torch.bfloat16):
-        manifest, shards = pack_weights(tensors.items(), version=4, dtype=dtype, shard_bytes=64)
+        manifest, shards = pack_weights(tensors.items(), version=4, dtype=dtype, shard_bytes=16)
         assert len(shards) > 1
         assert manifest.num_bytes == sum(shard.nbytes for shard in shards)
         for shard in shards:

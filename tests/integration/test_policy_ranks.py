@@ -1,0 +1,153 @@
+"""The actor group on real Ray and gloo: the same update whatever the ranks, the packing and the microbatches."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tests.rollout_examples import random_rollouts, train_batch
+
+from rlsys.config import AlgorithmConfig, KLConfig, ModelConfig, OptimizerConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlsys.data.batches import LogprobBatch, TrainBatch
+from rlsys.driver.metrics import values
+from rlsys.models import resolve_model
+from rlsys.models.weights import unpack_weights
+from workers.policy.group import PolicyGroup, ReferenceGroup
+from workers.policy.worker import PolicyWorker, ReferenceWorker
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def config(ranks: int, **policy: object) -> RunConfig:
+    settings = {"ranks": ranks, "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5), **policy}
+    return RunConfig(
+        model=ModelConfig(path="tiny"),
+        policy=PolicyConfig.model_validate(settings),
+        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.05), entropy_coefficient=0.01),
+        trainer=TrainerConfig(steps=10),
+    )
+
+
+class Group:
+    """Actors of one policy group, killed at the end."""
+
+    def __init__(self, config: RunConfig, actor_class: type = PolicyWorker) -> None:
+        ranks = config.policy.ranks
+        remote_class = ray.remote(actor_class)
+        model = str(resolve_model("tiny"))
+        self.actors = [remote_class.options(num_cpus=0).remote(config, model, rank, ranks) for rank in range(ranks)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        self.group = (PolicyGroup if actor_class is PolicyWorker else ReferenceGroup)(self.actors)
+
+    async def __aenter__(self):
+        await self.group.setup()
+        return self.group
+
+    async def __aexit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
+    manifest, refs = await group.export_weights(1)
+    return {name: tensor.clone() for name, tensor in unpack_weights(manifest, [await ref for ref in refs])}
+
+
+async def logprobs_of(group: ReferenceGroup, batch: TrainBatch) -> np.ndarray:
+    parts = await group.logprobs([ray.put(batch.rollouts)])
+    return LogprobBatch.scatter([await part for part in parts], batch.rollouts.sequence_offsets)
+
+
+def example() -> TrainBatch:
+    batch = random_rollouts(0, groups=6, samples=4)
+    made = train_batch(batch)
+    noise = np.random.default_rng(9).normal(scale=0.1, size=len(batch.token_ids))
+    near = np.where(batch.response_mask, -5.7 + noise, 0).astype(np.float32)
+    return TrainBatch(rollouts=batch, rewards=made.rewards, advantages=made.advantages, old_logprobs=near, ref_logprobs=near)
+
+
+async def updated(policy: RunConfig, batch: TrainBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Weights and metrics after one update."""
+    async with Group(policy) as group:
+        report = values(await group.update(ray.put(batch)))
+        return await weights_of(group), report
+
+
+async def test_update_does_not_depend_on_ranks_or_packing():
+    batch = example()
+    async with Group(config(1)) as group:
+        start = await weights_of(group)
+        report = values(await group.update(ray.put(batch)))
+        reference = await weights_of(group)
+    plans = [
+        config(1, share_prompts=False, microbatch_tokens=64, logit_chunk_tokens=3),
+        config(2, microbatch_tokens=50, gradient_checkpointing=True),
+    ]
+    results = [await updated(plan, batch) for plan in plans]
+    moved = max(float((reference[name] - start[name]).abs().max()) for name in reference)
+    assert moved > 5e-4  # the update did something
+    for weights, other in results:
+        for name, tensor in weights.items():
+            # Adam's first step is lr * g / (|g| + eps): where a gradient is about 0 its sign is rounding, so compare where it is not.
+            agree = (tensor - reference[name]).abs() < 1e-5
+            assert agree.float().mean() > 0.999, name
+        for metric in ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/ratio_mean", "policy/ratio_max", "policy/kl_ref_k3"):
+            assert other[metric] == pytest.approx(report[metric], rel=1e-4, abs=1e-6), metric
+        assert other["policy/effective_sample_size"] == pytest.approx(report["policy/effective_sample_size"], rel=1e-5)
+        assert other["policy/tokens"] == report["policy/tokens"]
+
+
+async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference():
+    batch = example()
+    async with Group(config(1)) as one, Group(config(2)) as two, Group(config(2), ReferenceWorker) as reference:
+        a, b, c = [await logprobs_of(group, batch) for group in (one, two, reference)]
+        tokens = batch.rollouts.token_ids[:24].reshape(2, 12)
+        probes = await asyncio.gather(one.probe_logprobs(tokens, 1.0), two.probe_logprobs(tokens, 1.0))
+    assert np.allclose(a, b, atol=1e-5)
+    assert np.allclose(a, c, atol=1e-5)
+    assert np.allclose(*probes, atol=1e-5)
+    assert (a[~batch.rollouts.response_mask] == 0).all()
+    assert (a[batch.rollouts.response_mask] < 0).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ranks: int):
+    batch, plan = example(), config(ranks, epochs=2, mini_batches=2)
+    async with Group(plan) as group:
+        await group.update(ray.put(batch))
+        await group.save(tmp_path)
+        await group.update(ray.put(batch))
+        straight = await weights_of(group)
+    async with Group(plan) as group:
+        await group.load(tmp_path)
+        await group.update(ray.put(batch))
+        resumed = await weights_of(group)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"  # the checkpoint is a Hugging Face directory
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+async def test_another_number_of_ranks_is_refused(tmp_path: Path):
+    (tmp_path / "policy_state.json").write_text('{"ranks": 2, "steps": 1}')
+    async with Group(config(1)) as group:
+        with pytest.raises(Exception, match=r"policy\.ranks: .* was written by 2 ranks, now there are 1"):
+            await group.load(tmp_path)
+
+
+async def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    batch = example()
+    broken = TrainBatch(
+        rollouts=batch.rollouts,
+        rewards=batch.rewards,
+        advantages=np.where(batch.rollouts.response_mask, np.nan, 0).astype(np.float32),
+        old_logprobs=batch.old_logprobs,
+    )
+    async with Group(config(1)) as group:
+        before = await weights_of(group)
+        report = values(await group.update(ray.put(broken)))
+        after = await weights_of(group)
+    assert report["policy/skipped_updates"] == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -1,0 +1,88 @@
+"""The reward worker on real Ray and real processes: limits, crashes, plug-ins."""
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from tests.rollout_examples import rollouts
+
+from rlsys.config import RewardConfig, RewardFunctionConfig, RunConfig
+from rlsys.data.batches import RolloutBatch
+from rlsys.driver.metrics import values
+from workers.reward_worker import RewardWorker, RewardWorkerClient
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+PLUGIN = "rlsys_example_plugin"
+
+
+@pytest.fixture(autouse=True)
+def plugin_path(monkeypatch: pytest.MonkeyPatch):
+    folder = str(Path(__file__).parents[1] / "plugin_package")
+    monkeypatch.setenv("PYTHONPATH", folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def worker(plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0):
+    config = RunConfig(
+        plugins=(PLUGIN,), reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s)
+    )
+    remote_class = ray.remote(RewardWorker)
+    environment = {"env_vars": {"PYTHONPATH": plugin_path}}
+    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(config)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+def with_texts(texts: list[str], first_group: int = 0) -> RolloutBatch:
+    """Groups of one response each; the ground truth of group i is str(i)."""
+    batch = rollouts([([1], [[2]]) for _ in texts], first_group=first_group)
+    return replace(batch, response_texts=tuple(texts))
+
+
+async def test_weighted_sum_reasons_and_answers(plugin_path: str):
+    actor = worker(plugin_path, RewardFunctionConfig(name="math"), RewardFunctionConfig(name="format_boxed", weight=0.1))
+    batch = with_texts([r"\boxed{0}", r"\boxed{7}", "none", r"\boxed{3} and \boxed{3}"])
+    rewards = await RewardWorkerClient(actor).score(ray.put(batch))
+    assert rewards.rewards.tolist() == pytest.approx([1.1, 0.1, 0.0, 1.0])
+    assert rewards.accuracies.tolist() == [1, 0, 0, 1]
+    assert rewards.reasons == ("correct", "wrong", "no_answer", "correct")
+    assert rewards.extracted_answers == ("0", "7", "", "3")
+    ray.kill(actor)
+
+
+async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugin_path: str):
+    actor = worker(plugin_path, RewardFunctionConfig(name="example_trouble"), timeout_s=1.0)
+    client = RewardWorkerClient(actor)
+    texts = ["fine", "hang", "fine", "hang in c", "crash", "raise", "ignore signals", "fine"]
+    rewards = await client.score(ray.put(with_texts(texts)))
+    assert rewards.reasons == ("ok", "timeout", "ok", "timeout", "crash", "error", "timeout", "ok")
+    assert rewards.rewards.tolist() == [1, 0, 1, 0, 0, 0, 0, 1]
+    metrics = values(await client.metrics())
+    assert (metrics["reward/timeouts"], metrics["reward/crashes"], metrics["reward/errors"]) == (3, 1, 1)
+    assert values(await client.metrics())["reward/timeouts"] == 0  # counted once
+    ray.kill(actor)
+
+
+async def test_many_parts_at_once_each_in_its_order(plugin_path: str):
+    actor = worker(plugin_path, RewardFunctionConfig(name="math"))
+    client = RewardWorkerClient(actor)
+    # response i of part `number` is right (its ground truth is i) where number + i is even
+    parts = [with_texts([f"\\boxed{{{i if (number + i) % 2 == 0 else -1}}}" for i in range(4)]) for number in range(10)]
+    for number, rewards in enumerate(await asyncio.gather(*(client.score(ray.put(part)) for part in parts))):
+        assert rewards.rewards.tolist() == [float((number + i) % 2 == 0) for i in range(4)]
+    ray.kill(actor)
+
+
+async def test_the_pool_dies_with_its_actor(plugin_path: str):
+    actor = worker(plugin_path, RewardFunctionConfig(name="math"))
+    own, *pool = await actor.process_ids.remote()
+    processes = [psutil.Process(pid) for pid in pool]
+    assert len(processes) == 2
+    os.kill(own, signal.SIGKILL)
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert len(gone) == 2
+    assert alive == []

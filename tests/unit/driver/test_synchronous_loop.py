@@ -1,0 +1,534 @@
+"""The loop against in-process fakes: what it computes, in which order, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlsys.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    KLConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from rlsys.driver.checkpoints import CheckpointStore
+from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
+from rlsys.driver.observer import PHASES, Observers, Outcome
+from rlsys.driver.run_directory import RunDirectory
+from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
+from tests.in_process_fakes import (
+    PROBLEMS,
+    InProcessAdvantages,
+    OpenedByDriverError,
+    Stage,
+    TableGenerator,
+    TablePolicy,
+    held_out_prompts,
+    in_process_workers,
+    make_prompts,
+)
+
+DEADLOCK_S = 20  # a test that waits for an overlap which never comes fails after this
+
+
+def make_config(
+    *, steps: int = 6, evaluate: int = 0, save: int = 0, kl: float = 0.0, mini_batches: int = 1, seed: int = 3, pass_at: int = 1
+) -> RunConfig:
+    return RunConfig(
+        generation=GenerationConfig(samples_per_prompt=8, min_tokens=0, max_tokens=2),
+        policy=PolicyConfig(mini_batches=mini_batches),
+        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=kl)),
+        trainer=TrainerConfig(
+            steps=steps,
+            prompts_per_step=4,
+            seed=seed,
+            evaluation=EvaluationConfig(every=evaluate, samples_per_prompt=4 if pass_at > 1 else 1, pass_at=(pass_at,)),
+            checkpoints=CheckpointConfig(every=save, keep=2),
+        ),
+    )
+
+
+@dataclass
+class Recorder:
+    """Observer that writes everything down; `react` is called at each phase."""
+
+    journal: list[str]
+    react: Callable[[int, str], None] = lambda step, phase: None
+    at_step: Callable[[], None] = lambda: None
+    steps: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    evaluations: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    ends: list[tuple[Outcome, str]] = field(default_factory=list)
+    first_step: int = 0
+
+    def on_start(self, first_step: int, total_steps: int) -> None:
+        self.first_step = first_step
+
+    def on_phase(self, step: int, phase: str) -> None:
+        self.journal.append(f"phase:{phase}")
+        self.react(step, phase)
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, values))
+        self.at_step()
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self.evaluations.append((step, values))
+
+    def on_checkpoint(self, step: int, path: str) -> None:
+        assert Path(path).is_dir()
+        self.checkpoints.append(step)
+
+    def on_end(self, outcome: Outcome, message: str) -> None:
+        self.ends.append((outcome, message))
+
+
+@dataclass
+class Run:
+    stage: Stage
+    workers: Workers
+    recorder: Recorder
+    store: CheckpointStore
+    directory: RunDirectory
+    loop: SynchronousLoop
+
+    async def finish(self) -> Outcome:
+        return await asyncio.wait_for(self.loop.run(), DEADLOCK_S)
+
+    @property
+    def generator(self) -> TableGenerator:
+        assert isinstance(self.workers.generator, TableGenerator)
+        return self.workers.generator
+
+    @property
+    def policy(self) -> TablePolicy:
+        assert isinstance(self.workers.policy, TablePolicy)
+        return self.workers.policy
+
+    @property
+    def batches(self) -> list[Mapping]:
+        assert isinstance(self.workers.advantages, InProcessAdvantages)
+        return self.workers.advantages.batches
+
+
+async def start(path: Path, config: RunConfig, *, resume: bool = False, needs_old_logprobs: bool = False) -> Run:
+    """A run with new workers, as a new process would make them; with `resume`, restored from the newest checkpoint."""
+    stage = Stage()
+    workers, directory = in_process_workers(stage, config), RunDirectory(path)
+    directory.create(config)
+    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
+    checkpoint = store.latest() if resume else None
+    log = MetricsLog(directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None)
+    recorder = Recorder(stage.journal)
+    loop = SynchronousLoop(
+        config,
+        workers,
+        make_prompts(config),
+        Evaluator(config, held_out_prompts(), workers.generator, workers.scorer, stop=()),
+        store,
+        Observers([log, recorder]),
+        rollouts_directory=directory.rollouts,
+        metrics_log=log,
+        stop=("</answer>",),
+        needs_old_logprobs=needs_old_logprobs,
+    )
+    if checkpoint:
+        await loop.restore(checkpoint)
+    return Run(stage, workers, recorder, store, directory, loop)
+
+
+def without_times(records: list[MetricsRecord]) -> list[tuple]:
+    """What must be equal between two runs of one configuration."""
+    measured = ("time/", "throughput/", "memory/")
+    return [
+        (record.kind, record.step, {name: value for name, value in record.values.items() if not name.startswith(measured)})
+        for record in records
+    ]
+
+
+def assert_same_metrics(left: Path, right: Path) -> None:
+    first, second = (without_times(read_metrics(RunDirectory(path).metrics)) for path in (left, right))
+    assert [record[:2] for record in first] == [record[:2] for record in second]
+    for (_, _, expected), (_, _, found) in zip(first, second, strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+async def test_learns(tmp_path: Path) -> None:
+    """Chance is 1/8; REINFORCE with group baselines must get well beyond it, on training samples and on greedy answers."""
+    run = await start(tmp_path, make_config(steps=30, evaluate=10))
+    assert await run.finish() == "finished"
+    rewards = [values["reward/mean"] for _, values in run.recorder.steps]
+    accuracies = {step: values["eval/accuracy"] for step, values in run.recorder.evaluations}
+    assert np.mean(rewards[:3]) < 0.35
+    assert np.mean(rewards[-3:]) > 0.8
+    assert list(accuracies) == [0, 10, 20, 30]
+    assert accuracies[0] <= 0.5 < 0.8 < accuracies[30]
+
+
+async def test_order_of_a_step_and_versions(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(steps=3, kl=0.1, mini_batches=2))
+    await run.finish()
+    step = [event for event in run.stage.journal if not event.startswith(("phase", "part", "scor"))]
+    one = ["generate", "logprobs:old", "logprobs:ref", "credit", "update", "write_rollouts", "sync"]
+    assert step == ["sync", *one * 3, "save"]
+    assert [batch["versions"] for batch in run.batches] == [{0}, {1}, {2}]
+    assert run.generator.version == run.policy.updates == 3
+
+
+async def test_parts_are_joined_in_prompt_order(tmp_path: Path) -> None:
+    """The generator finishes the last prompts first."""
+    run = await start(tmp_path, make_config(steps=2))
+    await run.finish()
+    assert [batch["group_ids"] for batch in run.batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+async def test_rewards_are_scored_while_generation_goes_on(tmp_path: Path) -> None:
+    """The last part is held back until the first one is being scored."""
+    run = await start(tmp_path, make_config(steps=1))
+    scoring = asyncio.Event()
+
+    async def began() -> None:
+        scoring.set()
+
+    run.stage.hooks = {"scoring": began, "part:last": lambda: _wait(scoring)}
+    assert await run.finish() == "finished"
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def test_old_and_ref_run_side_by_side_and_beside_rewards(tmp_path: Path) -> None:
+    """old waits for ref to begin and ref for old; scoring waits for both."""
+    run = await start(tmp_path, make_config(steps=1, kl=0.1, mini_batches=2))
+    old, ref = asyncio.Event(), asyncio.Event()
+
+    async def on_old() -> None:
+        old.set()
+        await ref.wait()
+
+    async def on_ref() -> None:
+        ref.set()
+        await old.wait()
+
+    async def on_scoring() -> None:
+        await old.wait()
+        await ref.wait()
+
+    run.stage.hooks = {"logprobs:old": on_old, "logprobs:ref": on_ref, "scoring": on_scoring}
+    assert await run.finish() == "finished"
+
+
+async def test_waiting_for_rewards_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    """A reward that comes only once the loop waits for nothing else is counted under time/reward."""
+    run = await start(tmp_path, make_config(steps=1))
+    waiting = asyncio.Event()
+    run.recorder.react = lambda _, phase: waiting.set() if phase == "reward" else None
+    run.stage.hooks = {"scoring": lambda: _wait(waiting)}
+    assert await run.finish() == "finished"
+    journal = run.stage.journal
+    assert journal.index("phase:reward") < journal.index("phase:advantages")
+
+
+async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
+    cases = {
+        "one update, no KL": (make_config(steps=1), False, set()),
+        "two updates a batch": (make_config(steps=1, mini_batches=2), False, {"logprobs:old"}),
+        "the estimator reads them": (make_config(steps=1), True, {"logprobs:old"}),
+        "KL": (make_config(steps=1, kl=0.01), False, {"logprobs:ref"}),
+    }
+    for name, (config, needs_old, expected) in cases.items():
+        run = await start(tmp_path / name, config, needs_old_logprobs=needs_old)
+        await run.finish()
+        assert {event for event in run.stage.journal if event.startswith("logprobs")} == expected, name
+        (batch,) = run.batches
+        assert (batch["old_gap"] is not None) == ("logprobs:old" in expected)
+        assert (batch["ref_gap"] is not None) == ("logprobs:ref" in expected)
+
+
+async def test_old_logprobs_reach_their_rows(tmp_path: Path) -> None:
+    """Two ranks return alternate rows; joined, they equal what the engine sampled with, while the reference falls behind."""
+    run = await start(tmp_path, make_config(steps=4, kl=0.01, mini_batches=2))
+    await run.finish()
+    assert max(batch["old_gap"] for batch in run.batches) < 1e-6
+    assert run.batches[0]["ref_gap"] < 1e-6 < 0.1 < run.batches[3]["ref_gap"]
+
+
+async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
+    """By reference counts alone: the object store cannot wait for a garbage collection."""
+    run = await start(tmp_path, make_config(steps=4, kl=0.1, mini_batches=2, evaluate=2))
+    alive: list[int] = []
+    run.recorder.at_step = lambda: alive.append(len(run.stage.handles))
+    most = 0
+
+    async def count() -> None:
+        nonlocal most
+        most = max(most, len(run.stage.handles))
+
+    run.stage.hooks = {"update": count}
+    await run.finish()
+    assert alive == [0, 0, 0, 0]
+    assert most == 2 + 2 + 2 + 2 + 1  # rollouts and rewards of two parts, old and ref of two ranks, the train batch
+
+
+async def test_the_fakes_catch_a_driver_that_opens_a_batch(tmp_path: Path) -> None:
+    """What all tests here rely on."""
+    run = await start(tmp_path, make_config())
+    await run.workers.weights.sync(0)
+    prompts = make_prompts(make_config()).next_batch()
+    async for part in run.workers.generator.generate(prompts, run.loop._sampling(0)):
+        with pytest.raises(OpenedByDriverError):
+            await part.rollouts
+
+
+async def test_metrics_of_a_step(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(steps=3, save=2))
+    await run.finish()
+    for _, values in run.recorder.steps:
+        assert sum(values[f"time/{phase}"] for phase in PHASES) == pytest.approx(values["time/step"])
+        assert min(values[f"time/{phase}"] for phase in PHASES) >= 0
+        assert values["rollout/tokens"] == values["policy/tokens"] == 4 * 8 * 2
+        assert values["throughput/generate"] == pytest.approx(64 / values["time/generate"])
+        assert values["throughput/update"] == pytest.approx(64 / values["time/update"])
+        assert values["memory/driver"] > 0.01
+        assert {"memory/generation", "memory/reward", "memory/advantage"} <= set(values)
+    assert ["time/checkpoint" in values for _, values in run.recorder.steps] == [False, False, True]
+
+
+async def test_rollouts_of_each_step_are_written(tmp_path: Path) -> None:
+    config = make_config(steps=5)
+    every_second = config.model_copy(update={"trainer": config.trainer.model_copy(update={"save_rollouts_every": 2})})
+    run = await start(tmp_path, every_second)
+    await run.finish()
+    assert sorted(path.name for path in run.directory.rollouts.iterdir()) == [f"step_{step:06d}.parquet" for step in (1, 2, 4, 5)]
+
+
+async def test_sampling_seed_depends_on_run_and_batch_alone(tmp_path: Path) -> None:
+    """Golden: the first word of NumPy's SeedSequence([seed, batch_id]), which NumPy promises to keep."""
+    run = await start(tmp_path, make_config(steps=2, seed=3))
+    await run.finish()
+    assert [request.seed for request in run.generator.requests] == [
+        np.random.SeedSequence([3, 0]).generate_state(1)[0],
+        np.random.SeedSequence([3, 1]).generate_state(1)[0],
+    ]
+    assert run.generator.requests[0].seed == 1576890651  # written down from NumPy 2.3: another value would change every resumed run
+    assert all(request.stop == ("</answer>",) for request in run.generator.requests)
+
+
+async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Eight steps at once; and eight with an actor's death in step 6, resumed from step 4: the same lines of metrics, to 1e-6."""
+    config = make_config(steps=8, evaluate=2, save=2, kl=0.05, mini_batches=2, pass_at=2)
+    whole = await start(tmp_path / "whole", config)
+    await whole.finish()
+
+    killed = await start(tmp_path / "killed", config)
+    updates = 0
+
+    async def die() -> None:
+        nonlocal updates
+        updates += 1
+        if updates == 6:
+            raise RuntimeError("the worker died")
+
+    killed.stage.hooks = {"update": die}
+    with pytest.raises(RuntimeError, match="the worker died"):
+        await killed.finish()
+    assert read_metrics(killed.directory.metrics)[-1].step == 5  # beyond the checkpoint: must go
+
+    resumed = await start(tmp_path / "killed", config, resume=True)
+    assert await resumed.finish() == "finished"
+    assert resumed.recorder.first_step == 5
+    assert_same_metrics(tmp_path / "whole", tmp_path / "killed")
+    np.testing.assert_array_equal(resumed.policy.logits, whole.policy.logits)
+    assert len(read_metrics(whole.directory.metrics)) == 8 + 5
+
+
+async def test_different_seeds_differ(tmp_path: Path) -> None:
+    """So that the equality above says something."""
+    for seed in (1, 2):
+        await (await start(tmp_path / str(seed), make_config(seed=seed))).finish()
+    with pytest.raises(AssertionError):
+        assert_same_metrics(tmp_path / "1", tmp_path / "2")
+
+
+async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(steps=6, save=2))
+    count = 0
+
+    async def fail() -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise ConnectionError("actor 7 is gone\nits node left the cluster")
+
+    run.stage.hooks = {"update": fail}
+    with pytest.raises(ConnectionError) as caught:
+        await run.finish()
+    assert caught.value.__notes__ == [
+        "This happened during update of step 3; the newest checkpoint is that of step 2, from which --resume continues."
+    ]
+    assert run.recorder.ends == [("failed", "update of step 3: ConnectionError: its node left the cluster")]
+    checkpoint = run.store.latest()
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+@pytest.mark.parametrize("event", ["generate", "part:last", "scoring", "logprobs:old", "logprobs:ref", "credit", "sync", "save"])
+async def test_a_failure_anywhere_ends_the_run(tmp_path: Path, event: str) -> None:
+    """Also one in work that nobody waits for at that moment, such as scoring during generation."""
+    run = await start(tmp_path, make_config(steps=2, kl=0.1, mini_batches=2))
+
+    async def fail() -> None:
+        raise OSError(f"no {event}")
+
+    run.stage.hooks = {event: fail}
+    with pytest.raises(OSError, match=f"no {event}"):
+        await run.finish()
+    ((outcome, message),) = run.recorder.ends
+    assert (outcome, f"OSError: no {event}" in message) == ("failed", True)
+    assert run.store.latest() is None
+
+
+async def test_a_generator_that_loses_a_prompt_is_found_out(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config())
+    generate = run.generator.generate
+
+    async def lossy(prompts, sampling):
+        async for part in generate(prompts, sampling):
+            if part.first_prompt:
+                yield part
+
+    run.generator.generate = lossy
+    with pytest.raises(AssertionError, match="must answer each prompt once"):
+        await run.finish()
+
+
+@pytest.mark.parametrize("phase", ["generate", "reward", "update", "sync"])
+async def test_a_stop_request_ends_after_the_step_with_a_checkpoint(tmp_path: Path, phase: str) -> None:
+    """Step 2 is due for an evaluation, which is not made; the resumed run makes it up and equals the uninterrupted one."""
+    config = make_config(steps=4, evaluate=2)
+    run = await start(tmp_path / "stopped", config)
+    run.recorder.react = lambda step, at: run.loop.request_stop() if (step, at) == (2, phase) else None
+    assert await run.finish() == "interrupted"
+    assert run.recorder.checkpoints == [2]
+    assert [step for step, _ in run.recorder.evaluations] == [0]
+    assert run.recorder.ends == [("interrupted", "")]
+
+    resumed = await start(tmp_path / "stopped", config, resume=True)
+    assert await resumed.finish() == "finished"
+    await (await start(tmp_path / "whole", config)).finish()
+    assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
+
+
+async def test_a_stop_request_abandons_an_evaluation(tmp_path: Path) -> None:
+    """The evaluation after step 2 never ends; the stop request comes while it runs."""
+    run = await start(tmp_path, make_config(steps=4, evaluate=2))
+    evaluations = 0
+
+    async def hang() -> None:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == 2:
+            run.loop.request_stop()
+            await asyncio.Event().wait()
+
+    run.stage.hooks = {"generate:greedy": hang}
+    assert await run.finish() == "interrupted"
+    assert run.recorder.checkpoints == [2]
+    assert [step for step, _ in run.recorder.evaluations] == [0]
+
+
+async def test_a_stop_in_the_last_evaluation_is_made_up_after_a_resume(tmp_path: Path) -> None:
+    """All steps are done, but the run is not finished without its last evaluation."""
+    config = make_config(steps=2, evaluate=2)
+    run = await start(tmp_path, config)
+    run.recorder.react = lambda step, at: run.loop.request_stop() if (step, at) == (2, "evaluate") else None
+    assert await run.finish() == "interrupted"
+    resumed = await start(tmp_path, config, resume=True)
+    assert await resumed.finish() == "finished"
+    assert [record.step for record in read_metrics(run.directory.metrics) if record.kind == "eval"] == [0, 2]
+
+
+async def test_a_stop_before_the_first_step_trains_nothing(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(evaluate=2))
+    run.loop.request_stop()
+    assert await run.finish() == "interrupted"
+    assert run.recorder.steps == run.recorder.evaluations == run.recorder.checkpoints == []
+
+
+async def test_cancellation_leaves_at_once(tmp_path: Path) -> None:
+    """The second Ctrl-C: no waiting, no checkpoint, and the display is told."""
+    run = await start(tmp_path, make_config(steps=4, save=1))
+    updating = asyncio.Event()
+    count = 0
+
+    async def hang() -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            updating.set()
+            await asyncio.Event().wait()
+
+    run.stage.hooks = {"update": hang}
+    task = asyncio.create_task(run.loop.run())
+    await asyncio.wait_for(updating.wait(), DEADLOCK_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    ((outcome, message),) = run.recorder.ends
+    assert outcome == "interrupted"
+    assert "update of step 2" in message
+    assert "checkpoint is that of step 1" in message
+
+
+async def test_restore_names_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    await (await start(tmp_path, make_config(steps=2))).finish()
+    with caplog.at_level(logging.WARNING):
+        longer = await start(tmp_path, make_config(steps=3, evaluate=5), resume=True)
+    changes = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+    assert changes == ["trainer.evaluation.every: 0 -> 5", "trainer.steps: 2 -> 3"]
+    assert await longer.finish() == "finished"
+    assert [step for step, _ in longer.recorder.steps] == [3]
+
+
+async def test_restore_refuses_another_model(tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    await (await start(tmp_path, config)).finish()
+    other = config.model_copy(update={"model": config.model.model_copy(update={"path": "tiny"})})
+    with pytest.raises(ValueError, match=r"model\.path: 'tiny'.*'smollm2-135m'.*start a new run"):
+        await start(tmp_path, other, resume=True)
+
+
+async def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    config = make_config(steps=2, evaluate=1)
+    run = await start(tmp_path, config)
+    await run.finish()
+    before = run.directory.metrics.read_text()
+    again = await start(tmp_path, config, resume=True)
+    assert await again.finish() == "finished"
+    assert again.recorder.steps == again.recorder.evaluations == again.recorder.checkpoints == []
+    assert run.directory.metrics.read_text() == before
+
+
+async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(steps=3, save=2, evaluate=2))
+    await run.finish()
+    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == ["step_000002", "step_000003"]
+    state = json.loads((run.directory.checkpoints / "step_000002" / "trainer_state.json").read_text())
+    assert state["step"] == state["evaluated_step"] == 2
+    assert state["prompts"] == {"batches_taken": 2, "prompts": PROBLEMS}
+    assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
+    assert state["config"]["trainer"]["steps"] == 3
+    assert {"torch", "numpy"} <= set(state["versions"])
