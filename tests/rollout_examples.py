@@ -6,7 +6,11 @@ from rlsys.data.batches import Prompt, PromptBatch, RewardBatch, RolloutBatch, T
 
 
 def rollouts(
-    groups: list[tuple[list[int], list[list[int]]]], *, holes: dict[int, list[int]] | None = None, batch_id: int = 0, first_group: int = 0
+    groups: list[tuple[list[int], list[list[int]]]],
+    *,
+    holes: dict[int, list[int]] | None = None,
+    batch_id: int = 0,
+    first_group: int = 0,
 ) -> RolloutBatch:
     """A batch from (prompt tokens, responses' tokens) of each group. `holes[row]` are response positions that the policy did not sample."""
     prompts = tuple(

@@ -251,6 +251,7 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "prompt": row["prompt"],
+            "question": row["prompt"].rstrip().split("\n\n")[-1][-300:],
             "response": row["response"],
             "answer": row["extracted_answer"],
             "truth": row["ground_truth"],

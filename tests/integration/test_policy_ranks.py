@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from tests.rollout_examples import random_rollouts, train_batch
 
 from rlsys.config import AlgorithmConfig, KLConfig, ModelConfig, OptimizerConfig, PolicyConfig, RunConfig, TrainerConfig
 from rlsys.data.batches import LogprobBatch, TrainBatch
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.weights import unpack_weights
+from tests.rollout_examples import random_rollouts, train_batch
 from workers.policy.group import PolicyGroup, ReferenceGroup
 from workers.policy.worker import PolicyWorker, ReferenceWorker
 
@@ -92,7 +92,14 @@ async def test_update_does_not_depend_on_ranks_or_packing():
             # Adam's first step is lr * g / (|g| + eps): where a gradient is about 0 its sign is rounding, so compare where it is not.
             agree = (tensor - reference[name]).abs() < 1e-5
             assert agree.float().mean() > 0.999, name
-        for metric in ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/ratio_mean", "policy/ratio_max", "policy/kl_ref_k3"):
+        for metric in (
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/entropy",
+            "policy/ratio_mean",
+            "policy/ratio_max",
+            "policy/kl_ref_k3",
+        ):
             assert other[metric] == pytest.approx(report[metric], rel=1e-4, abs=1e-6), metric
         assert other["policy/effective_sample_size"] == pytest.approx(report["policy/effective_sample_size"], rel=1e-5)
         assert other["policy/tokens"] == report["policy/tokens"]

@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from tests.rollout_examples import rollouts
 
 from rlsys.config import RewardConfig, RewardFunctionConfig, RunConfig
 from rlsys.data.batches import RolloutBatch
 from rlsys.driver.metrics import values
+from tests.rollout_examples import rollouts
 from workers.reward_worker import RewardWorker, RewardWorkerClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -29,9 +29,7 @@ def plugin_path(monkeypatch: pytest.MonkeyPatch):
 
 
 def worker(plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0):
-    config = RunConfig(
-        plugins=(PLUGIN,), reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s)
-    )
+    config = RunConfig(plugins=(PLUGIN,), reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s))
     remote_class = ray.remote(RewardWorker)
     environment = {"env_vars": {"PYTHONPATH": plugin_path}}
     return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(config)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]

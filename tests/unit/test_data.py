@@ -66,7 +66,10 @@ def test_jsonl_with_a_column_mapping_and_filters(tmp_path: Path):
         ("/no/such.parquet", r"data\.train: no such file '/no/such\.parquet'\. Give the path"),
         ("{dir}/broken.parquet", r"data\.train: cannot read .*broken\.parquet' as Parquet"),
         ("{dir}/broken.jsonl", r"line 2 of .*broken\.jsonl' is no JSON"),
-        ("{dir}/columns.jsonl", r"has no column 'problem'\. Its columns are answer, question; name the right one in data\.columns\.problem"),
+        (
+            "{dir}/columns.jsonl",
+            r"has no column 'problem'\. Its columns are answer, question; name the right one in data\.columns\.problem",
+        ),
         ("{dir}/notes.txt", r"is neither a \.parquet nor a \.jsonl file"),
         ("{dir}/empty.jsonl", "has no column|no problem"),
     ],
@@ -84,7 +87,9 @@ def test_unusable_files_get_one_clear_message(tmp_path: Path, source: str, messa
 
 def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
     source = jsonl(tmp_path / "x.jsonl", [{"problem": "1", "answer": "1", "level": 2, "subject": "Algebra"}])
-    with pytest.raises(ValueError, match=r"1 rows read, filters data\.levels=\[5\]; the file has levels \[2\] and subjects \['Algebra'\]"):
+    with pytest.raises(
+        ValueError, match=r"1 rows read, filters data\.levels=\[5\]; the file has levels \[2\] and subjects \['Algebra'\]"
+    ):
         read_problems(source, columns=COLUMNS, field="data.train", levels=(5,))
 
 
@@ -128,7 +133,11 @@ def test_a_users_template_file(tmp_path: Path, tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("no variable", "never uses"), ("{{ problem }} {{ other }}", "no usable Jinja template"), ("{{ problem", "no usable Jinja template")],
+    [
+        ("no variable", "never uses"),
+        ("{{ problem }} {{ other }}", "no usable Jinja template"),
+        ("{{ problem", "no usable Jinja template"),
+    ],
 )
 def test_unusable_templates(tmp_path: Path, text: str, message: str):
     (tmp_path / "t.jinja").write_text(text)
@@ -185,7 +194,9 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path: Pa
     template.write_text("{{ problem }}")
     loaded = load_prompts(config(train=source, eval=source, template=str(template), max_prompt_tokens=100), tokenizer)
     assert (len(loaded.train), loaded.dropped_train, loaded.dropped_evaluation) == (2, 1, 1)
-    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens .*'2', has \d+"):
+    with pytest.raises(
+        ValueError, match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens .*'2', has \d+"
+    ):
         load_prompts(
             config(train=source, eval=source, template=str(template), max_prompt_tokens=100, overlong_prompts="refuse"), tokenizer
         )

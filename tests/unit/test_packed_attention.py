@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from tests.rollout_examples import random_rollouts, rollouts
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rlsys.data.batches import RolloutBatch
 from rlsys.data.packing import pack_rows
+from tests.rollout_examples import random_rollouts, rollouts
 from workers.policy.packed_attention import register_packed_attention
 from workers.policy.packed_forward import PackedCausalLM, PackTensors
 

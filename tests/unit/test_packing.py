@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.rollout_examples import random_rollouts, rollouts
 
 from rlsys.data.packing import mini_batch_rows, pack_rows
+from tests.rollout_examples import random_rollouts, rollouts
 
 
 def test_golden_shared_prompt():

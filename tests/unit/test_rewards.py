@@ -96,7 +96,12 @@ def test_never_raises(completion: str, truth: str):
 
 def test_nothing_is_evaluated(tmp_path: Path):
     target = tmp_path / "created"
-    payloads = [f"__import__('pathlib').Path('{target}').touch()", f"open('{target}', 'w')", "(lambda: 1)()", "().__class__.__bases__"]
+    payloads = [
+        f"__import__('pathlib').Path('{target}').touch()",
+        f"open('{target}', 'w')",
+        "(lambda: 1)()",
+        "().__class__.__bases__",
+    ]
     for payload in payloads:
         verify_math(f"\\boxed{{{payload}}}", "1")
         verify_math("\\boxed{1}", payload)
@@ -152,6 +157,10 @@ def test_parameters_are_checked():
         return limit * scale
 
     check_parameters(reward, {"limit": 3, "scale": 1}, field="f")
-    for parameters, message in [({}, "needs this parameter"), ({"limit": True}, "expects int"), ({"limit": 1, "scal": 2}, "Did you mean scale")]:
+    for parameters, message in [
+        ({}, "needs this parameter"),
+        ({"limit": True}, "expects int"),
+        ({"limit": 1, "scal": 2}, "Did you mean scale"),
+    ]:
         with pytest.raises(ValueError, match=message):
             check_parameters(reward, parameters, field="f")

@@ -15,9 +15,7 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 
 def test_golden():
     # One feature, two words: logits (2, 0) / 2 = (1, 0); pi = e / (1 + e)
-    out = token_logprobs(
-        torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=2.0, chunk_tokens=8
-    )
+    out = token_logprobs(torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=2.0, chunk_tokens=8)
     p = torch.tensor([1.0, 0.0]).softmax(0)
     assert out.logprobs.item() == pytest.approx(p[0].log().item())
     assert out.entropies.item() == pytest.approx(-(p * p.log()).sum().item())

@@ -74,7 +74,7 @@ class TransformersEngine:
                 token_ids=tuple(tokens[i][: len(logprobs[i])]),
                 logprobs=tuple(logprobs[i]),
                 text=self._text(tokens[i][: len(logprobs[i])]),
-                stop_reason=reasons[i] or StopReason.LENGTH,
+                stop_reason=StopReason.LENGTH if (reason := reasons[i]) is None else reason,
             )
             for i in range(count)
         )

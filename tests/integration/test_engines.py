@@ -1,0 +1,252 @@
+"""Contract of the rollout engines, on real vLLM and on transformers."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from rlsys.config import DataConfig, GenerationConfig, ModelConfig, RunConfig
+from rlsys.data.batches import Prompt, PromptBatch, RolloutBatch, SamplingParameters, StopReason
+from rlsys.driver.ports import WeightSyncError
+from rlsys.models import resolve_model
+from rlsys.models.loading import load_causal_lm, load_tokenizer
+from rlsys.models.weights import WeightManifest, pack_weights
+from workers.generation.group import GenerationGroup
+from workers.generation.worker import GenerationWorker
+from workers.weight_sync.object_store import ObjectStoreWeightSync, differing_groups
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+SAMPLING = SamplingParameters(samples_per_prompt=4, temperature=0.8, min_tokens=2, max_tokens=12, seed=3)
+
+
+def config(engine: str) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path="tiny"),
+        data=DataConfig(max_prompt_tokens=100),
+        generation=GenerationConfig.model_validate({"engine": engine, "dtype": "float32", "max_tokens": 64}),
+    )
+
+
+def start_worker(engine: str):
+    remote_class = ray.remote(GenerationWorker)
+    return remote_class.options(num_cpus=0).remote(config(engine), str(resolve_model("tiny")))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def worker(request: pytest.FixtureRequest, ray_cluster: None) -> Iterator:
+    actor = start_worker(request.param)
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_causal_lm(resolve_model("tiny"), dtype=torch.float32, attention="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptBatch:
+    tokenizer = load_tokenizer(resolve_model("tiny"))
+    texts = ["Problem: Ann has 3 and", "Eva gets 5", "What is the answer? " * 6, "Tom loses 1 and 2."]
+    made = tuple(
+        Prompt(problem_id=str(i), token_ids=tuple(tokenizer(text)["input_ids"]), text=text, problem=text, ground_truth="1")
+        for i, text in enumerate(texts)
+    )
+    return PromptBatch(batch_id=5, prompts=made, group_ids=np.arange(20, 24, dtype=np.int64))
+
+
+async def generate(workers: list, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
+    parts = [part async for part in GenerationGroup(workers).generate(prompts, sampling)]
+    parts.sort(key=lambda part: part.first_prompt)
+    batches = [await part.rollouts for part in parts]
+    assert [part.num_response_tokens for part in parts] == [batch.num_response_tokens for batch in batches]
+    return RolloutBatch.concatenate(batches)
+
+
+@torch.no_grad()
+def expected_logprobs(model: torch.nn.Module, batch: RolloutBatch, row: int) -> np.ndarray:
+    start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+    tokens = torch.from_numpy(batch.token_ids[start:end].astype(np.int64))[None]
+    logs = (model(input_ids=tokens).logits[0, :-1] / batch.temperature).log_softmax(-1)
+    return logs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
+
+
+def forbid_end(sampling: SamplingParameters) -> SamplingParameters:
+    """Without min_tokens no token is masked, so the engine's distribution is the model's own."""
+    return replace(sampling, min_tokens=0)
+
+
+async def test_batch_layout(worker, prompts: PromptBatch):
+    batch = await generate([worker], prompts, SAMPLING)
+    assert batch.batch_id == 5
+    assert batch.group_ids.tolist() == [20] * 4 + [21] * 4 + [22] * 4 + [23] * 4  # prompt order, groups together
+    for row, group in enumerate(batch.group_ids):
+        prompt = prompts.prompts[group - 20]
+        start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+        middle = start + len(prompt.token_ids)
+        assert tuple(batch.token_ids[start:middle]) == prompt.token_ids
+        assert not batch.response_mask[start:middle].any()
+        assert batch.response_mask[middle:end].all()
+        assert 2 <= end - middle <= 12
+        assert (batch.stop_reasons[row] == StopReason.LENGTH) == (end - middle == 12 and batch.token_ids[end - 1] != _end_token())
+    assert (batch.rollout_logprobs[~batch.response_mask] == 0).all()
+    assert (batch.rollout_logprobs[batch.response_mask] <= 0).all()
+
+
+def _end_token() -> int:
+    return int(load_tokenizer(resolve_model("tiny")).convert_tokens_to_ids("<|im_end|>"))
+
+
+async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(worker, prompts: PromptBatch, model: torch.nn.Module):
+    await install(worker, model, 0)
+    batch = await generate([worker], prompts, forbid_end(SAMPLING))
+    for row in range(len(batch)):
+        start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+        mask = batch.response_mask[start:end][1:]
+        got = batch.rollout_logprobs[start:end][1:]
+        assert np.abs(got - expected_logprobs(model, batch, row))[mask].max() < 2e-3
+
+
+async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):
+    one, two = [await generate([worker], prompts, SAMPLING) for _ in range(2)]
+    other = await generate([worker], prompts, replace(SAMPLING, seed=4))
+    assert one.token_ids.tolist() == two.token_ids.tolist()
+    assert one.token_ids.tolist() != other.token_ids.tolist()
+
+
+async def test_greedy_is_transformers_generate(worker, prompts: PromptBatch, model):
+    await install(worker, model, 0)
+    batch = await generate([worker], prompts, SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=8))
+    for row, prompt in enumerate(prompts.prompts):
+        tokens = torch.tensor([prompt.token_ids])
+        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8)[0]
+        start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+        assert batch.token_ids[start:end].tolist() == expected.tolist()
+
+
+async def test_stop_strings_stay_in_the_response(worker, prompts: PromptBatch):
+    free = await generate([worker], prompts, replace(SAMPLING, min_tokens=1))
+    whole = [text for text in free.response_texts if len(text) > 6 and "\ufffd" not in text[:6]]
+    text, stop = whole[0], whole[0][3:5]
+    batch = await generate([worker], prompts, replace(SAMPLING, min_tokens=1, stop=(stop,)))
+    row = free.response_texts.index(text)
+    expected = text[: text.index(stop) + len(stop)]
+    assert batch.response_texts[row].startswith(expected)
+    assert batch.stop_reasons[row] == StopReason.END
+    start, end = batch.sequence_offsets[row] + batch.prompt_lengths[row], batch.sequence_offsets[row + 1]
+    decoded = load_tokenizer(resolve_model("tiny")).decode(batch.token_ids[start:end].tolist(), skip_special_tokens=True)
+    assert decoded.startswith(expected)  # the tokens are those sampled, up to the one that completed the string
+    assert len(decoded) - len(expected) < 8  # and none after it
+
+
+async def install(worker, model: torch.nn.Module, version: int) -> tuple[WeightManifest, list[np.ndarray]]:
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
+    # the actors outlive single tests, so versions only grow
+    manifest = replace(manifest, version=max(version, await worker.version.remote()))
+    await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
+    return manifest, shards
+
+
+def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
+    import copy
+
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * scale)
+    return other
+
+
+async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(worker, prompts: PromptBatch, model: torch.nn.Module):
+    """The trap: with tied embeddings a CPU engine's LM head reads a packed copy that a reload leaves stale, and nothing complains."""
+    other = changed(model, 0.5)
+    await install(worker, other, 1)
+    batch = await generate([worker], prompts, forbid_end(SAMPLING))
+    gaps, stale = [], []
+    head_only = changed(model, 0.5)
+    head_only.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # new body, old head
+    for row in range(len(batch)):
+        start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+        mask = batch.response_mask[start:end][1:]
+        got = batch.rollout_logprobs[start:end][1:][mask]
+        gaps.append(np.abs(got - expected_logprobs(other, batch, row)[mask]))
+        stale.append(np.abs(got - expected_logprobs(head_only, batch, row)[mask]))
+    assert np.concatenate(gaps).max() < 5e-3
+    assert np.concatenate(stale).mean() > 0.02  # so a stale head would have been seen
+    assert set(batch.newest_weight_version.tolist()) == {await worker.version.remote()}
+    await install(worker, model, 2)
+
+
+async def test_older_weights_are_refused(worker, model: torch.nn.Module):
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    manifest, shards = pack_weights(tensors.items(), version=-5, dtype=torch.float32)
+    await install(worker, model, 3)
+    with pytest.raises(Exception, match=r"weights version -5 is older than the installed"):
+        await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
+
+
+async def test_two_workers_cover_all_prompts_in_order(prompts: PromptBatch):
+    """Each response of the transformers engine has its own seed, so how prompts are shared out changes nothing."""
+    workers = [start_worker("transformers") for _ in range(2)]
+    both, alone = await generate(workers, prompts, SAMPLING), await generate(workers[:1], prompts, SAMPLING)
+    assert both.token_ids.tolist() == alone.token_ids.tolist()
+    for actor in workers:
+        ray.kill(actor)
+
+
+async def test_groups_stream_out_before_the_last_is_done(worker, prompts: PromptBatch):
+    """The first part arrives while its worker still has prompts in hand: parts come one by one, not all at the end."""
+    parts = []
+    stream = GenerationGroup([worker]).generate(prompts, SAMPLING)
+    parts.append(await anext(stream))
+    assert parts[0].num_prompts < len(prompts)
+    parts += [part async for part in stream]
+    assert sorted(part.first_prompt for part in parts) == [0, 1, 2, 3]
+
+
+class TrainerSide:
+    """The policy's side of weight sync, around a plain model."""
+
+    def __init__(self, model: torch.nn.Module, told: torch.nn.Module) -> None:
+        self._model, self._told = model, told
+
+    async def export_weights(self, version: int):
+        tensors = {name: tensor for name, tensor in self._told.state_dict().items() if name != "lm_head.weight"}
+        manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
+        return manifest, [ray.put(shard) for shard in shards]
+
+    async def probe_logprobs(self, token_ids: np.ndarray, temperature: float) -> np.ndarray:
+        tokens = torch.from_numpy(token_ids.astype(np.int64))
+        with torch.no_grad():
+            logs = self._model(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+        return logs.gather(2, tokens[:, 1:, None])[..., 0].numpy()
+
+
+async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
+    probe = np.arange(24, dtype=np.int32).reshape(2, 12) + 10
+    version = await worker.version.remote() + 1
+    good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
+    report = await good.sync(version)
+    assert report["sync/logprob_gap_mean"].value < 1e-3
+    bad = ObjectStoreWeightSync(TrainerSide(changed(model, 0.5), model), [worker], config("vllm"), probe)
+    with pytest.raises(WeightSyncError, match=r"differ by \d\.\d+ in mean log-probability .*Parameter groups that differ"):
+        await bad.sync(version + 1)
+
+
+def test_parameter_groups_that_differ_are_named():
+    tensors = {
+        "model.layers.0.q_proj.weight": torch.ones(2),
+        "model.layers.0.k_proj.weight": torch.ones(3),
+        "model.norm.weight": torch.ones(4),
+    }
+    manifest, shards = pack_weights(tensors.items(), version=0, dtype=torch.float32)
+    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 4.0}) == []
+    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 9.0}) == [
+        "model.norm.weight"
+    ]
+    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 6.0}) == ["model.layers.0.qkv_proj.weight"]

@@ -1,0 +1,173 @@
+"""The recipe as a user runs it: processes, files, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+from rlsys.driver.metrics_log import read_metrics
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "tests" / "plugin_package"
+
+# The tiny model, the reproducible engine, and few small steps.
+SMALL = [
+    *("--model.path", "tiny", "--generation.engine", "transformers", "--generation.dtype", "float32"),
+    *("--policy.compute_dtype", "float32", "--generation.max_tokens", "8", "--generation.samples_per_prompt", "4"),
+    *("--trainer.prompts_per_step", "4", "--data.synthetic.train_size", "40", "--data.synthetic.eval_size", "4"),
+    *("--plugins", "rlsys_example_plugin", "--reward.functions", "[{name: example_digits}]"),
+    *("--trainer.checkpoints.every", "2", "--trainer.evaluation.every", "2"),
+]
+
+
+def command(directory: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "recipes.grpo_math", *SMALL, "--run.directory", str(directory), *flags]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(PLUGINS), "HF_HUB_OFFLINE": "1"}
+
+
+def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(directory, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+
+
+def training_values(directory: Path) -> dict[int, dict[str, float]]:
+    """Of each step, what does not depend on the clock or on the process."""
+    skipped = ("time/", "throughput/", "memory/")
+    return {
+        record.step: {name: value for name, value in record.values.items() if not name.startswith(skipped)}
+        for record in read_metrics(directory / "metrics.jsonl")
+        if record.kind == "train"
+    }
+
+
+def test_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path):
+    directory = tmp_path / "run"
+    done = run(
+        directory,
+        *("--policy.ranks", "1", "--trainer.steps", "4", "--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
+        *("--algorithm.advantage.name", "example_sign", "--algorithm.advantage.parameters.scale", "0.5"),
+        *("--policy.mini_batches", "2", "--policy.epochs", "2", "--trainer.evaluation.samples_per_prompt", "2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out accuracy after 0 steps" in done.stdout
+    assert "\x1b" not in done.stdout  # no control characters in a log file
+    assert {path.name for path in directory.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "report.html", "run.log")
+    }
+    steps = training_values(directory)
+    assert sorted(steps) == [1, 2, 3, 4]
+    wanted = {
+        *(
+            "reward/mean",
+            "reward/std",
+            "reward/accuracy",
+            "reward/format_rate",
+            "rollout/response_length",
+            "rollout/truncated_share",
+        ),
+        *(
+            "rollout/equal_reward_groups",
+            "policy/entropy",
+            "policy/kl_ref_k1",
+            "policy/kl_ref_k3",
+            "policy/ratio_mean",
+            "policy/ratio_max",
+        ),
+        *(
+            "policy/clipped_share",
+            "policy/effective_sample_size",
+            "policy/grad_norm",
+            "policy/learning_rate",
+            "policy/logprob_gap_mean",
+        ),
+        *("policy/logprob_gap_max", "sync/logprob_gap_mean", "advantage/positive_share"),
+    }
+    assert wanted <= set(steps[4])
+    assert steps[1]["policy/logprob_gap_max"] < 1e-3  # engine and trainer agree
+    assert abs(steps[4]["policy/ratio_mean"] - 1) > 1e-6  # several updates a batch: ratios move
+    table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000004.parquet")
+    assert table.num_rows == 16
+    assert table["old_logprobs"].null_count == table["ref_logprobs"].null_count == 0
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["algorithm"]["advantage"] == {"name": "example_sign", "parameters": {"scale": 0.5}}
+    page = (directory / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    evaluations = [record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "eval"]
+    assert {"eval/accuracy", "eval/mean@2", "eval/pass@1"} <= set(evaluations[-1].values)
+
+    again = run(directory)
+    assert again.returncode == 2
+    assert "run.directory" in again.stderr
+    assert "--resume" in again.stderr
+
+
+def kill_when(process: subprocess.Popen[str], text: str, number: signal.Signals) -> str:
+    """Send a signal as soon as `text` appears in the output; returns all of the output."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            process.send_signal(number)
+            text = "\0"
+    process.wait(timeout=120)
+    return "".join(lines)
+
+
+def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(directory, *flags),
+        cwd=ROOT,
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path):
+    flags = ["--trainer.steps", "6", "--policy.ranks", "1", "--policy.optimizer.schedule", "cosine"]
+    straight = tmp_path / "straight"
+    assert run(straight, *flags).returncode == 0
+
+    killed = tmp_path / "killed"
+    kill_when(start(killed, *flags), "5/6", signal.SIGKILL)  # after the checkpoint of step 4
+    assert max(training_values(killed)) < 6
+    # The newest checkpoint is damaged as well: the one before it takes over, and the run says so.
+    newest = max((killed / "checkpoints").glob("step_??????"))
+    with (newest / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\x7f")
+    resumed = run(killed, *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"step_{int(newest.name[-6:]) - 2:06d}" in resumed.stdout
+    assert "damaged" in resumed.stdout + resumed.stderr + (killed / "run.log").read_text()
+
+    expected, got = training_values(straight), training_values(killed)
+    assert sorted(got) == [1, 2, 3, 4, 5, 6]
+    for step, values in expected.items():
+        assert set(got[step]) == set(values)
+        for name, value in values.items():
+            assert got[step][name] == pytest.approx(value, abs=1e-6, rel=1e-6), (step, name)
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path: Path):
+    directory = tmp_path / "run"
+    output = kill_when(process := start(directory, "--trainer.steps", "500"), "1/500", signal.SIGINT)
+    assert process.returncode == 130, output
+    assert "stopping after this step" in output
+    steps = max(training_values(directory))
+    state = json.loads((directory / "checkpoints" / f"step_{steps:06d}" / "trainer_state.json").read_text())
+    assert state["step"] == steps
+    assert "Traceback" not in output
