@@ -251,6 +251,7 @@ class FirstTokenScorer:
         answers = tuple(text.split()[0] for text in batch.response_texts)
         right = [answer == truths[group].ground_truth for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)]
         rewards = np.asarray(right, dtype=np.float32)
+        self._stage.journal.append("scored")
         return RewardBatch(
             batch_id=batch.batch_id,
             rewards=rewards,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ def config(engine: str) -> RunConfig:
     )
 
 
-def start_worker(engine: str):
-    remote_class = ray.remote(GenerationWorker)
-    return remote_class.options(num_cpus=0).remote(config(engine), str(resolve_model("tiny")))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+def start_worker(engine: str) -> Any:
+    remote_class: Any = ray.remote(GenerationWorker)
+    return remote_class.options(num_cpus=0).remote(config(engine), str(resolve_model("tiny")))
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
@@ -97,7 +98,8 @@ async def test_batch_layout(worker, prompts: PromptBatch):
 
 
 def _end_token() -> int:
-    return int(load_tokenizer(resolve_model("tiny")).convert_tokens_to_ids("<|im_end|>"))
+    tokenizer: Any = load_tokenizer(resolve_model("tiny"))
+    return tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(worker, prompts: PromptBatch, model: torch.nn.Module):
@@ -137,7 +139,8 @@ async def test_stop_strings_stay_in_the_response(worker, prompts: PromptBatch):
     assert batch.response_texts[row].startswith(expected)
     assert batch.stop_reasons[row] == StopReason.END
     start, end = batch.sequence_offsets[row] + batch.prompt_lengths[row], batch.sequence_offsets[row + 1]
-    decoded = load_tokenizer(resolve_model("tiny")).decode(batch.token_ids[start:end].tolist(), skip_special_tokens=True)
+    tokenizer: Any = load_tokenizer(resolve_model("tiny"))
+    decoded = tokenizer.decode(batch.token_ids[start:end].tolist(), skip_special_tokens=True)
     assert decoded.startswith(expected)  # the tokens are those sampled, up to the one that completed the string
     assert len(decoded) - len(expected) < 8  # and none after it
 
@@ -162,14 +165,18 @@ def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
     return other
 
 
+def head_of(model: Any) -> torch.Tensor:
+    return model.lm_head.weight
+
+
 async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(worker, prompts: PromptBatch, model: torch.nn.Module):
     """The trap: with tied embeddings a CPU engine's LM head reads a packed copy that a reload leaves stale, and nothing complains."""
     other = changed(model, 0.5)
     await install(worker, other, 1)
     batch = await generate([worker], prompts, forbid_end(SAMPLING))
     gaps, stale = [], []
-    head_only = changed(model, 0.5)
-    head_only.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # new body, old head
+    head_only: Any = changed(model, 0.5)
+    head_only.lm_head.weight = torch.nn.Parameter(head_of(model).detach().clone())  # new body, old head
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]

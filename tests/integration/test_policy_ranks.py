@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,12 @@ class Group:
 
     def __init__(self, config: RunConfig, actor_class: type = PolicyWorker) -> None:
         ranks = config.policy.ranks
-        remote_class = ray.remote(actor_class)
+        remote_class: Any = ray.remote(actor_class)
         model = str(resolve_model("tiny"))
-        self.actors = [remote_class.options(num_cpus=0).remote(config, model, rank, ranks) for rank in range(ranks)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        self.actors = [remote_class.options(num_cpus=0).remote(config, model, rank, ranks) for rank in range(ranks)]
         self.group = (PolicyGroup if actor_class is PolicyWorker else ReferenceGroup)(self.actors)
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Any:
         await self.group.setup()
         return self.group
 

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,11 +29,11 @@ def plugin_path(monkeypatch: pytest.MonkeyPatch):
     return folder
 
 
-def worker(plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0):
+def worker(plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0) -> Any:
     config = RunConfig(plugins=(PLUGIN,), reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s))
-    remote_class = ray.remote(RewardWorker)
+    remote_class: Any = ray.remote(RewardWorker)
     environment = {"env_vars": {"PYTHONPATH": plugin_path}}
-    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(config)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(config)
 
 
 def with_texts(texts: list[str], first_group: int = 0) -> RolloutBatch:

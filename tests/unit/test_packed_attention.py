@@ -1,5 +1,7 @@
 """A packed forward pass gives each response what a forward pass of its own would."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tests.rollout_examples import random_rollouts, rollouts
 from workers.policy.packed_attention import register_packed_attention
 from workers.policy.packed_forward import PackedCausalLM, PackTensors
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,

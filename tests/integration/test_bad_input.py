@@ -1,0 +1,133 @@
+"""Bad input is refused before anything starts: exit code 2, one message for each mistake, no traceback, no Ray."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.grpo_math import grpo_math
+from recipes.run_recipe import run_recipe
+from rlsys.models import resolve_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# Fails loudly if Ray is even imported.
+RUNNER = """
+import sys, importlib.abc
+class NoRay(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "ray" or name == "vllm":
+            raise AssertionError("RAY WAS IMPORTED")
+sys.meta_path.insert(0, NoRay())
+from recipes.grpo_math import grpo_math
+from recipes.run_recipe import run_recipe
+run_recipe(grpo_math, sys.argv[1:])
+"""
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str, model: str = "tiny") -> str:
+    """What the command says on stderr; it must exit with 2."""
+    import ray
+
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(grpo_math, ["--model.path", model, *flags])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2, captured.out + captured.err
+    assert not ray.is_initialized()
+    return captured.err
+
+
+def in_a_process(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUNNER, "--model.path", "tiny", *flags],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "columns.jsonl").write_text('{"question": "1", "answer": "1"}\n')
+    (folder / "good.jsonl").write_text('{"problem": "1 + 1", "answer": "2", "level": 1}\n')
+    (folder / "used").mkdir()
+    (folder / "used" / "metrics.jsonl").write_text("")
+    (folder / "empty").mkdir()
+    shutil.copytree(resolve_model("tiny"), folder / "mute")
+    for file in (folder / "mute").glob("tokenizer*"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "remedy"),
+    [
+        (["--data.train", "/no/such.parquet"], "data.train", "Give the path"),
+        (["--data.train", "{files}/columns.jsonl"], "data.train", "data.columns.problem"),
+        (["--data.train", "{files}/good.jsonl", "--data.levels", "5"], "data.train", "widen the filters"),
+        (["--algorithm.advantage.name", "grop"], "algorithm.advantage.name", "Did you mean grpo"),
+        (["--algorithm.objective.weight", "ppo_clipp"], "algorithm.objective.weight", "Did you mean ppo_clip"),
+        (["--algorithm.objective.ratio", "tokn"], "algorithm.objective.ratio", "Did you mean token"),
+        (["--reward.functions", "[{name: mth}]"], "reward.functions.name", "Did you mean math"),
+        (["--data.template", "few_shots"], "data.template", "Did you mean few_shot"),
+        (["--algorithm.advantage.parameters.std_dof", "1"], "algorithm.advantage.parameters.std_dof", "Did you mean std_ddof"),
+        (["--algorithm.advantage.parameters.eps", "small"], "algorithm.advantage.parameters.eps", "expects float"),
+        (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
+        (["--policy.ranks", "60"], "policy.ranks", "this machine has"),
+        (["--generation.samples_per_prompt", "1"], "generation.samples_per_prompt", "Sample at least 2"),
+        (["--generation.max_tokens", "5000"], "generation.max_tokens", "2048 positions"),
+        (["--run.directory", "{files}/used"], "run.directory", "--resume"),
+        (["--run.directory", "{files}/none", "--resume"], "run.directory", "holds no run"),
+        (["--resume"], "run.directory", "Add --run.directory"),
+        (["--plugins", "no_such_module"], "plugins", "PYTHONPATH"),
+        (["--trainer.evaluation.pass_at", "8"], "trainer.evaluation.pass_at", "Raise the samples"),
+        (["--cluster.address", "nowhere"], "cluster.address", "host:port"),
+    ],
+)
+def test_one_message_with_field_and_remedy(
+    capsys: pytest.CaptureFixture[str], files: Path, flags: list[str], field: str, remedy: str
+):
+    message = refused(capsys, *(flag.replace("{files}", str(files)) for flag in flags))
+    assert f"error: {field}" in message
+    assert remedy in message
+    assert message.count("\n") == 1
+
+
+def test_an_unreachable_cluster(capsys: pytest.CaptureFixture[str]):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    message = refused(capsys, "--cluster.address", f"127.0.0.1:{port}")
+    assert f"error: cluster.address: nothing answers at '127.0.0.1:{port}'" in message
+
+
+@pytest.mark.parametrize(("path", "message"), [("mute", "has no tokenizer"), ("empty", "has no config.json")])
+def test_incomplete_model_directories(capsys: pytest.CaptureFixture[str], files: Path, path: str, message: str):
+    assert message in refused(capsys, model=str(files / path))
+
+
+def test_several_mistakes_are_reported_together(capsys: pytest.CaptureFixture[str]):
+    message = refused(capsys, "--algorithm.advantage.name", "x", "--policy.mini_batches", "3", "--data.train", "/none.jsonl")
+    assert message.count("error: ") == 3
+
+
+def test_a_mistake_ends_the_process_without_a_traceback_and_without_ray():
+    done = in_a_process("--algorithm.advantage.name", "grop")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: algorithm.advantage.name: unknown advantage estimator 'grop'. Did you mean grpo")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_dry_run_starts_nothing_and_prints_the_plan(tmp_path: Path):
+    done = in_a_process("--dry-run", "--run.directory", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate: 1.0e-05" in done.stdout
+    assert "generation   1 x vllm" in done.stdout
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,84 @@
+"""Imports point downward only, and what must start fast stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("rlsys", "workers", "recipes")
+# What each layer may import of this project, besides itself.
+LAYERS = {
+    "rlsys.config": (),
+    "rlsys.registry": (),
+    "rlsys.plugins": (),
+    "rlsys.algorithms": ("rlsys.config", "rlsys.registry"),
+    "rlsys.models": ("rlsys.config",),
+    "rlsys.data": ("rlsys.config", "rlsys.models"),
+    "rlsys.rewards": ("rlsys.config", "rlsys.registry", "rlsys.plugins", "rlsys.data"),
+    "rlsys.driver": ("rlsys",),
+    "workers": ("rlsys",),
+    "recipes": ("rlsys", "workers"),
+}
+# Parts of workers/ meet in recipes/run_recipe.py only.
+PARTS = (
+    "workers.generation",
+    "workers.policy",
+    "workers.weight_sync",
+    "workers.reward_worker",
+    "workers.advantage_controller",
+    "workers.cluster",
+)
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    return [(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), file) for file in files]
+
+
+def imports(file: Path) -> set[str]:
+    """Modules named in import statements anywhere in a file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative imports hide the direction"
+            found.add(node.module)
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
+def test_a_module_imports_downward_only(name: str, file: Path):
+    used = imports(file)
+    own = {module for module in used if any(within(module, package) for package in PACKAGES)}
+    layer = next((layer for layer in LAYERS if within(name, layer)), None)
+    if layer is None:
+        assert own == set(), f"{name} belongs to no layer"
+        return
+    wrong = [module for module in own if not any(within(module, allowed) for allowed in (layer, *LAYERS[layer]))]
+    assert not wrong, f"{name} must not import {wrong}"
+    if within(name, "rlsys"):
+        assert not {"ray", "vllm", "deepspeed"} & {module.split(".")[0] for module in used}
+    if within(name, "rlsys.config"):
+        assert not {"torch", "numpy"} & {module.split(".")[0] for module in used}
+    if "vllm" in {module.split(".")[0] for module in used}:
+        assert name == "workers.generation.vllm_engine"
+    part = next((part for part in PARTS if within(name, part)), None)
+    if part:
+        others = [module for module in own if within(module, "workers") and not within(module, part)]
+        assert not others, f"{name} must not import {others}"
+
+
+@pytest.mark.parametrize("statement", ["import rlsys.config.command_line", "import recipes.grpo_math, recipes.run_recipe"])
+def test_the_command_line_loads_nothing_heavy(statement: str):
+    heavy = ("torch", "numpy", "ray", "vllm", "transformers", "pyarrow")
+    script = f"import sys; {statement}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
