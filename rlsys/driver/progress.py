@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.driver.metrics_log import MetricsRecord
-from rlsys.driver.observer import Outcome
+from rlsys.driver.observer import PHASES, Outcome
 from rlsys.driver.run_directory import RunDirectory
 
-PHASES = ("generate", "logprobs", "advantages", "update", "sync", "other")
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
     ("correct", "reward/accuracy", "{:.1%}"),

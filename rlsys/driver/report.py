@@ -20,7 +20,7 @@ import yaml
 
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.metrics_log import MetricsRecord, read_metrics
-from rlsys.driver.observer import Outcome
+from rlsys.driver.observer import PHASES, Outcome
 from rlsys.driver.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ TEMPLATE = Path(__file__).parent / "report_template.html"
 SAMPLES_PER_STEP = 12
 WIDTH, HEIGHT = 420, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 26
-PHASES = ("generate", "logprobs", "advantages", "update", "sync", "other")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ argument `packed_layout`, which transformers hands down to the attention functio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from rlsys.data.packing import SegmentGroup
 SHARING_KERNELS = ("sdpa", "eager", "flex_attention")
 
 
+@dataclass(frozen=True)
+class AttentionBlock:
+    """Queries of a group that are computed together, and the keys that they may see: [a, b) ranges within the group."""
+
+    queries: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+    mask: Tensor  # [queries, keys] bool
+
+
 def group_mask(group: SegmentGroup, device: torch.device) -> Tensor:
     """[L, L] bool, True where token q (row) may see token k (column) of one segment group."""
     lengths = torch.tensor([group.prompt_length, *group.response_lengths], device=device)
@@ -29,22 +39,44 @@ def group_mask(group: SegmentGroup, device: torch.device) -> Tensor:
     return visible & (order[None, :] <= order[:, None])
 
 
+# One call for a whole group computes scores between responses only to mask them; a call for each response computes none, but there are more calls.
+SPLIT_WHEN_WASTED = 3.0
+
+
+def attention_blocks(group: SegmentGroup, device: torch.device) -> list[AttentionBlock]:
+    """The cheaper of the two ways to compute a group: all at once, or the prompt and each response for itself."""
+    prompt = group.prompt_length
+    split_cost = prompt**2 + sum(length * (prompt + length) for length in group.response_lengths)
+    whole = group_mask(group, device)
+    if group.length**2 <= SPLIT_WHEN_WASTED * split_cost:
+        return [AttentionBlock((0, group.length), ((0, group.length),), whole)]
+    blocks = [AttentionBlock((0, prompt), ((0, prompt),), whole[:prompt, :prompt])]
+    start = prompt
+    for length in group.response_lengths:
+        end = start + length
+        if length:
+            mask = torch.cat([whole[start:end, :prompt], whole[start:end, start:end]], dim=1)
+            blocks.append(AttentionBlock((start, end), ((0, prompt), (start, end)), mask))
+        start = end
+    return blocks
+
+
 class PackedLayout:
     """Where the groups of a pack lie, with what each kernel derives from it once and uses in every layer."""
 
     def __init__(self, groups: Sequence[SegmentGroup], device: torch.device) -> None:
         self.groups = tuple(groups)
         self.device = device
-        self._masks: list[Tensor] | None = None
+        self._blocks: list[list[AttentionBlock]] | None = None
         self._block_mask: Any = None
         self._cumulative: Tensor | None = None
 
     @property
-    def masks(self) -> list[Tensor]:
-        """One [L, L] mask a group."""
-        if self._masks is None:
-            self._masks = [group_mask(group, self.device) for group in self.groups]
-        return self._masks
+    def blocks(self) -> list[list[AttentionBlock]]:
+        """The blocks of each group."""
+        if self._blocks is None:
+            self._blocks = [attention_blocks(group, self.device) for group in self.groups]
+        return self._blocks
 
     @property
     def cumulative_lengths(self) -> Tensor:
@@ -85,7 +117,7 @@ def _repeat_heads(states: Tensor, times: int) -> Tensor:
 
 
 def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """Attention function that runs `kernel` on each group of the pack: cost grows with the groups' squares, not the pack's."""
+    """Attention function that runs `kernel` on the blocks of each group: cost grows with the groups' squares, not the pack's."""
 
     def attention(
         module: nn.Module,
@@ -101,9 +133,16 @@ def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], 
         times = query.shape[1] // key.shape[1]
         key, value = _repeat_heads(key, times), _repeat_heads(value, times)
         outputs = []
-        for group, mask in zip(packed_layout.groups, packed_layout.masks, strict=True):
-            part = slice(group.start, group.start + group.length)
-            outputs.append(kernel(query[:, :, part], key[:, :, part], value[:, :, part], mask, scaling))
+        for group, blocks in zip(packed_layout.groups, packed_layout.blocks, strict=True):
+            for block in blocks:
+                first, last = block.queries
+                seen_keys, seen_values = (
+                    torch.cat([states[:, :, group.start + a : group.start + b] for a, b in block.keys], dim=2)
+                    for states in (key, value)
+                )
+                outputs.append(
+                    kernel(query[:, :, group.start + first : group.start + last], seen_keys, seen_values, block.mask, scaling)
+                )
         return torch.cat(outputs, dim=2).transpose(1, 2), None
 
     return attention

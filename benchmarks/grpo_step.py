@@ -1,0 +1,117 @@
+"""Seconds of one GRPO step by phase, on the real actors.
+
+    python -m benchmarks.grpo_step                                                    SmolLM2-135M, float32 and bfloat16, KL 0 and 0.04
+    python -m benchmarks.grpo_step --cases tiny,float32,0                             the control plane alone
+
+Each step samples 4 prompts x 8 responses, every response forced to 32 new tokens, and makes one update. The first two steps warm up and are not
+counted; the figures are medians over the others. Results are recorded in docs/measurements.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+from pathlib import Path
+
+from recipes.grpo_math import on_cpu
+from recipes.run_recipe import probe_tokens, start_workers
+from rlsys.config import RunConfig
+from rlsys.config.command_line import evolve
+from rlsys.config.hardware import detect_hardware
+from rlsys.data.prompt_stream import load_prompts
+from rlsys.driver.checkpoints import CheckpointStore
+from rlsys.driver.metrics_log import MetricsLog, read_metrics
+from rlsys.driver.observer import PHASES
+from rlsys.driver.run_directory import RunDirectory
+from rlsys.driver.synchronous_loop import SynchronousLoop
+from rlsys.models import resolve_model
+from rlsys.models.loading import load_tokenizer
+from workers.cluster import Cluster
+
+WARM_UP = 2
+CASES = (
+    "smollm2-135m,bfloat16,0",
+    "smollm2-135m,bfloat16,0.04",
+    "smollm2-135m,float32,0",
+    "smollm2-135m,float32,0.04",
+    "tiny,float32,0",
+)
+
+
+def case_config(case: str, steps: int, more: dict[str, object]) -> RunConfig:
+    """The configuration of `model,dtype,KL coefficient`."""
+    model, dtype, coefficient = case.split(",")
+    return evolve(
+        on_cpu(detect_hardware()),
+        {
+            "model.path": model,
+            "generation.dtype": dtype,
+            "policy.compute_dtype": dtype,
+            "algorithm.kl.coefficient": float(coefficient),
+            "generation.min_tokens": 32,  # every response has its full length
+            "generation.max_tokens": 32,
+            "generation.stop": ["never-sampled"],
+            "generation.samples_per_prompt": 8,
+            "trainer.prompts_per_step": 4,
+            "trainer.steps": steps + WARM_UP,
+            "trainer.evaluation.every": 0,
+            "trainer.checkpoints.every": 0,
+            "trainer.save_rollouts_every": 0,
+            **more,
+        },
+    )
+
+
+async def measure(config: RunConfig) -> dict[str, float]:
+    """Medians over the counted steps."""
+    model = resolve_model(config.model.path)
+    prompts = load_prompts(config, load_tokenizer(model))
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = RunDirectory(Path(scratch))
+        directory.create(config)
+        cluster = Cluster.connect(config)
+        try:
+            workers = await start_workers(cluster, config, model, model, probe_tokens(prompts))
+            log = MetricsLog(directory)
+            loop = SynchronousLoop(
+                config,
+                workers,
+                prompts.train,
+                None,
+                CheckpointStore(directory.checkpoints, keep=1),
+                log,
+                rollouts_directory=directory.rollouts,
+                metrics_log=log,
+                stop=config.generation.stop,
+            )
+            await loop.run()
+        finally:
+            cluster.shutdown()
+        steps = [record.values for record in read_metrics(directory.metrics)[WARM_UP:]]
+    names = sorted({name for step in steps for name in step if name.startswith(("time/", "memory/"))} | {"rollout/tokens"})
+    return {name: statistics.median(step[name] for step in steps if name in step) for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=CASES, help="model,dtype,KL coefficient")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further fields of the configuration")
+    arguments = parser.parse_args()
+    more: dict[str, object] = dict(item.split("=", 1) for item in arguments.set)
+    print("| model, precision, KL | step | " + " | ".join(PHASES) + " | tokens | policy GiB | engine GiB |")
+    print("|---" * (len(PHASES) + 5) + "|")
+    for case in arguments.cases:
+        figures = asyncio.run(measure(case_config(case, arguments.steps, more)))
+        cells = [f"{figures.get(f'time/{phase}', 0.0):.3f}" for phase in PHASES]
+        memory = [f"{figures.get(f'memory/{role}', 0.0):.2f}" for role in ("policy", "generation")]
+        print(
+            f"| {case} | **{figures['time/step']:.3f}** | {' | '.join(cells)} | {figures['rollout/tokens']:.0f} | {' | '.join(memory)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
