@@ -100,6 +100,7 @@ async def _train(
     from rlsys.driver.observer import Observers
     from rlsys.driver.progress import Progress, print_summary
     from rlsys.driver.report import ReportWriter
+    from rlsys.driver.resume import check_resumable
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.models.loading import load_tokenizer
     from workers.cluster import Cluster
@@ -107,6 +108,8 @@ async def _train(
     config, began = invocation.config, time.monotonic()
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
     checkpoint = store.latest() if invocation.resume else None
+    if checkpoint:
+        check_resumable(checkpoint, config)
     if invocation.resume:
         console.print(
             f"resuming from {checkpoint.path}" if checkpoint else "no complete checkpoint: starting from the beginning",

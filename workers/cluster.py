@@ -46,7 +46,8 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        # A bundle may not be empty.
+        return {"CPU": self.cpus or 0.01} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:

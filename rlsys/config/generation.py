@@ -18,7 +18,11 @@ class GenerationConfig(Section):
         ge=0,
         description="GPUs each worker reserves when the cluster has GPUs; below 1 to share a GPU with the policy.",
     )
-    cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores that each worker reserves.")
+    cpus_per_worker: int = Field(
+        default=1,
+        ge=0,
+        description="CPU cores that each worker reserves. 0: none, since generation and training take turns on small machines.",
+    )
     dtype: Dtype = Field(default="float32", description="Precision of the engine's weights and arithmetic.")
     samples_per_prompt: int = Field(default=8, ge=1, description="Responses sampled for each prompt: the group of GRPO.")
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it as well.")
