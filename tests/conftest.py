@@ -3,8 +3,11 @@
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("rlsys", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("rlsys")  # the same examples every time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 
