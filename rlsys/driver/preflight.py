@@ -86,6 +86,9 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         )
     if trainer.prompts_per_step * generation.samples_per_prompt < config.policy.ranks:
         yield f"policy.ranks: {config.policy.ranks} ranks for fewer responses a step. Raise trainer.prompts_per_step or lower policy.ranks."
+    names = [function.name for function in config.reward.functions]
+    if len(set(names)) < len(names):
+        yield f"reward.functions: {', '.join(names)} names a function twice. Name each once, with one weight."
     too_large = [k for k in trainer.evaluation.pass_at if k > trainer.evaluation.samples_per_prompt]
     if too_large:
         yield (

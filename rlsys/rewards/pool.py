@@ -46,7 +46,11 @@ class RewardPool:
         barrier = threading.Barrier(self._config.processes)
 
         def start() -> None:
-            self._process()
+            try:
+                self._process()
+            except BaseException:
+                barrier.abort()  # or the others would wait for ever
+                raise
             barrier.wait()  # keeps one thread from starting twice
 
         for future in [self._threads.submit(start) for _ in range(self._config.processes)]:
@@ -114,7 +118,11 @@ class _Process:
         theirs.close()
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
-        self.ask((config.functions, plugins), START_LIMIT_S)
+        try:
+            self.ask((config.functions, plugins), START_LIMIT_S)
+        except BaseException:
+            self.kill()
+            raise
 
     def ask(self, question: object, limit_s: float) -> object:
         """The process's answer.

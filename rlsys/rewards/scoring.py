@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,5 +31,8 @@ def score_completion(functions: Sequence[RewardFunctionConfig], completion: str,
             if i == 0:
                 reason, answer = verdict.reason, verdict.answer or ""
         else:
-            components.append(float(get_reward_function(function.name)(completion, ground_truth, **function.parameters)))
+            value = float(get_reward_function(function.name)(completion, ground_truth, **function.parameters))
+            if not math.isfinite(value):
+                raise ValueError(f"reward function {function.name!r} returned {value}; a reward must be finite")
+            components.append(value)
     return Score(components=tuple(components), reason=reason, answer=answer)

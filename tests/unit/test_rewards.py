@@ -56,6 +56,9 @@ def test_equivalent_answers(answer: str, truth: str):
         ("red", "blue"),
         ("1000", "100"),
         (r"\frac{1}{0}", "1"),
+        ("1 2", "12"),
+        (r"3 \quad 4", "34"),
+        ("2 1/2", r"\frac{21}{2}"),
     ],
 )
 def test_near_misses(answer: str, truth: str):

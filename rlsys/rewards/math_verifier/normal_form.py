@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])|\\ |~|\$")
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|\\[!,;:]|(?<!\\)\\ |~|\$")
+# Space means nothing beside a sign, but "1 2" is not "12", and "2 1/2" is not "21/2".
+_IDLE_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"^(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}$")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
@@ -17,12 +19,12 @@ MAX_DIGITS = 200  # longer numbers are compared as text
 
 def normal_string(answer: str) -> str:
     """`answer` without what never changes its meaning: spacing commands, dollar signs, \\left and \\right, \\dfrac against \\frac."""
-    text = _DROPPED.sub("", answer.strip())
+    text = _DROPPED.sub(" ", answer.strip())
     text = _TEXT.sub(r"\1", text)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-")
     text = text.replace("^\\circ", "").replace("^{\\circ}", "").replace("\\%", "").replace("\\degree", "")
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
-    return re.sub(r"\s+", "", text).rstrip(".")
+    return _IDLE_SPACE.sub("", re.sub(r"\s+", " ", text).strip()).rstrip(".")
 
 
 def as_number(normal: str) -> Fraction | None:
