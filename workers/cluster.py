@@ -46,8 +46,8 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        # A bundle may not be empty.
-        return {"CPU": self.cpus or 0.01} | ({"GPU": self.gpus} if self.gpus else {})
+        # A bundle may not be empty: one that reserves no core reserves a mebibyte.
+        return ({"CPU": self.cpus} if self.cpus else {"memory": 1024**2}) | ({"GPU": self.gpus} if self.gpus else {})
 
 
 def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:

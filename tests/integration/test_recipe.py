@@ -49,11 +49,11 @@ def training_values(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_two_ranks_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path):
+def test_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path):
     directory = tmp_path / "run"
     done = run(
         directory,
-        *("--policy.ranks", "2", "--generation.cpus_per_worker", "0", "--trainer.steps", "4"),
+        *("--policy.ranks", "1", "--trainer.steps", "4"),
         *("--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
         *("--algorithm.advantage.name", "example_sign", "--algorithm.advantage.parameters.scale", "0.5"),
         *("--policy.mini_batches", "2", "--policy.epochs", "2", "--trainer.evaluation.samples_per_prompt", "2"),
