@@ -116,6 +116,11 @@ def _repeat_heads(states: Tensor, times: int) -> Tensor:
     return states if times == 1 else states.repeat_interleave(times, dim=1)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """Attention function that runs `kernel` on the blocks of each group: cost grows with the groups' squares, not the pack's."""
 
@@ -137,8 +142,7 @@ def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], 
             for block in blocks:
                 first, last = block.queries
                 seen_keys, seen_values = (
-                    torch.cat([states[:, :, group.start + a : group.start + b] for a, b in block.keys], dim=2)
-                    for states in (key, value)
+                    _joined([states[:, :, group.start + a : group.start + b] for a, b in block.keys]) for states in (key, value)
                 )
                 outputs.append(
                     kernel(query[:, :, group.start + first : group.start + last], seen_keys, seen_values, block.mask, scaling)

@@ -182,7 +182,7 @@ class PolicyWorker(RankWorker):
         """[n, L] sequences -> [n, L - 1] log-probabilities of each token but the first. All ranks must be asked."""
         count, length = token_ids.shape
         batch = RolloutBatch.from_sequences(token_ids, temperature=temperature)
-        packs = list(pack_rows(batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False))
+        packs = pack_rows(batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False)
         flat = np.zeros(count * length, dtype=np.float32)
         for pack in packs:
             flat[pack.flat_positions] = self.model(PackTensors.of(pack, self.device), temperature).logprobs.cpu().numpy()
