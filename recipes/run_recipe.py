@@ -91,7 +91,8 @@ async def _train(
     directory: RunDirectory,
     console: Console,
 ) -> int:
-    from rlsys.algorithms.advantages import needs_old_logprobs
+    from ray.exceptions import RayError
+
     from rlsys.data.prompt_stream import load_prompts
     from rlsys.data.prompt_templates import stop_strings
     from rlsys.driver.checkpoints import CheckpointStore
@@ -120,6 +121,7 @@ async def _train(
     stop = stop_strings(config.data.template, config.generation.stop)
     console.print(f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False)
     cluster = Cluster.connect(config)  # blocks: Ray sets its signal handlers in the main thread only
+    training = False
     try:
         workers = await start_workers(cluster, config, model_directory, reference_directory, probe_tokens(prompts))
         metrics = MetricsLog(
@@ -137,14 +139,15 @@ async def _train(
             rollouts_directory=directory.rollouts,
             metrics_log=metrics,
             stop=stop,
-            needs_old_logprobs=needs_old_logprobs(config.algorithm.advantage.name),
         )
         if checkpoint:
             await loop.restore(checkpoint)
         _stop_on_signals(loop.request_stop, console)
+        training = True
         outcome = await loop.run()
     except Exception as error:
-        if isinstance(error, ValueError):
+        # Until here a ValueError is about the input. Ray gives an actor's error the type that it had there: those are never.
+        if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
             raise
         logging.getLogger(__name__).exception("the run failed")
         message = str(error).strip().splitlines()

@@ -29,10 +29,12 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.data.prompt_stream import PromptStream
+from rlsys.data.rollout_files import write_rollouts
+from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.driver.metrics import Metric, maximum, mean, total
 from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart
 from rlsys.driver.synchronous_loop import Workers
-from workers.advantage_controller import AdvantageController, batch_metrics
+from workers.advantage_controller import batch_metrics
 
 T = TypeVar("T")
 PROBLEMS, VOCABULARY = 6, 8
@@ -171,7 +173,7 @@ def _coordinates(batch: RolloutBatch) -> tuple[NDArray[np.int64], NDArray[np.int
 
 
 class TableGenerator:
-    """Implements `ports.Generator` with its own copy of the logits; parts of up to two prompts, the last first."""
+    """Implements `ports.Generator` with its own copy of the logits; the last prompt first."""
 
     def __init__(self, stage: Stage, config: RunConfig) -> None:
         self._stage = stage
@@ -182,18 +184,16 @@ class TableGenerator:
     async def generate(self, prompts: PromptBatch, sampling: SamplingParameters) -> AsyncIterator[RolloutPart]:
         self.requests.append(sampling)
         await self._stage.enter("generate:greedy" if sampling.temperature == 0 else "generate")
-        for first in reversed(range(0, len(prompts), 2)):
-            count = min(2, len(prompts) - first)
-            await self._stage.enter("part:last" if first == 0 else "part")
+        for index in reversed(range(len(prompts))):
+            await self._stage.enter("part:last" if index == 0 else "part")
             part = PromptBatch(
                 batch_id=prompts.batch_id,
-                prompts=prompts.prompts[first : first + count],
-                group_ids=prompts.group_ids[first : first + count],
+                prompts=prompts.prompts[index : index + 1],
+                group_ids=prompts.group_ids[index : index + 1],
             )
             rollouts = self._sample(part, sampling)
             yield RolloutPart(
-                first_prompt=first,
-                num_prompts=count,
+                prompt_index=index,
                 num_response_tokens=rollouts.num_response_tokens,
                 rollouts=self._stage.put(rollouts),
             )
@@ -270,7 +270,7 @@ class InProcessAdvantages:
 
     def __init__(self, stage: Stage, config: RunConfig) -> None:
         self._stage = stage
-        self._controller = AdvantageController(config)
+        self._assigner = CreditAssigner(config)
         self.batches: list[Mapping[str, Any]] = []  # a few facts about each train batch
 
     async def credit(
@@ -279,13 +279,15 @@ class InProcessAdvantages:
         rewards: Sequence[Handle[RewardBatch]],
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
+        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         await self._stage.enter("credit")
-        train, diagnostics = self._controller.advantages(
+        train, diagnostics = self._assigner.assign(
             RolloutBatch.concatenate(await _open_all(rollouts)),
             RewardBatch.concatenate(await _open_all(rewards)),
             await _open_all(old_logprobs),
             await _open_all(ref_logprobs),
+            RewardBatch.concatenate(await _open_all(greedy_rewards)) if greedy_rewards else None,
         )
         mask = train.rollouts.response_mask
         self.batches.append(
@@ -298,11 +300,17 @@ class InProcessAdvantages:
         )
         return CreditedBatch(batch=self._stage.put(train), metrics=batch_metrics(train) | diagnostics)
 
+    async def state(self) -> dict[str, Any]:
+        return self._assigner.state()
+
+    async def load_state(self, state: dict[str, Any]) -> None:
+        self._assigner.load_state(state)
+
     async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
         await self._stage.enter("write_rollouts")
         (train,) = await _open_all([batch])
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._controller.write_rollouts(train, str(path))
+        write_rollouts(train, path)
 
     async def metrics(self) -> dict[str, Metric]:
         return {"memory/advantage": maximum(0.0)}

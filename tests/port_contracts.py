@@ -39,7 +39,7 @@ class System:
 
     async def parts(self, sampling: SamplingParameters | None = None) -> list[RolloutPart]:
         parts = [part async for part in self.workers.generator.generate(self.prompts, sampling or self.sampling)]
-        return sorted(parts, key=lambda part: part.first_prompt)
+        return sorted(parts, key=lambda part: part.prompt_index)
 
     async def rollouts(self, sampling: SamplingParameters | None = None) -> RolloutBatch:
         return RolloutBatch.concatenate([await self.open(part.rollouts) for part in await self.parts(sampling)])
@@ -58,12 +58,10 @@ class System:
 
 async def generator_answers_each_prompt_once(system: System) -> None:
     parts = await system.parts()
-    firsts = [part.first_prompt for part in parts]
-    assert firsts == np.cumsum([0] + [part.num_prompts for part in parts])[:-1].tolist()
-    assert sum(part.num_prompts for part in parts) == len(system.prompts)
+    assert [part.prompt_index for part in parts] == list(range(len(system.prompts)))
     for part in parts:
         batch = await system.open(part.rollouts)
-        mine = slice(part.first_prompt, part.first_prompt + part.num_prompts)
+        mine = slice(part.prompt_index, part.prompt_index + 1)
         assert batch.prompts.prompts == system.prompts.prompts[mine]
         assert batch.batch_id == system.prompts.batch_id
         assert batch.num_response_tokens == part.num_response_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import resource
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,65 +11,46 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
-from rlsys.algorithms.advantages import AdvantageInputs, get_advantage_estimator
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
-from rlsys.data.padding import ResponsePadding
 from rlsys.data.rollout_files import write_rollouts
+from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.driver.metrics import Metric, MetricMap, maximum, mean, total
 from rlsys.driver.ports import CreditedBatch, Handle
 from rlsys.plugins import load_plugins
 
 
 class AdvantageController:
-    """Ray actor that runs any registered estimator."""
+    """Ray actor around a `CreditAssigner`."""
 
     def __init__(self, config: RunConfig) -> None:
         load_plugins(config.plugins)
-        self._estimator = get_advantage_estimator(config.algorithm.advantage.name)
-        self._parameters = config.algorithm.advantage.parameters
+        self._assigner = CreditAssigner(config)
 
-    def credit(self, num_parts: int, num_old: int, *records: Any) -> tuple[Any, MetricMap]:
-        """`records`: `num_parts` RolloutBatches, as many RewardBatches, `num_old` LogprobBatches of old, the rest of ref.
+    def credit(self, num_parts: int, num_old: int, num_ref: int, *records: Any) -> tuple[Any, MetricMap]:
+        """`records`: `num_parts` RolloutBatches, as many RewardBatches, the LogprobBatches of old and of ref, RewardBatches of greedy responses.
 
         Returns:
             A reference to the TrainBatch, and the metrics of rewards and advantages.
         """
-        rollouts = RolloutBatch.concatenate(records[:num_parts])
-        rewards = RewardBatch.concatenate(records[num_parts : 2 * num_parts])
-        logprobs = records[2 * num_parts :]
-        batch, diagnostics = self.advantages(rollouts, rewards, logprobs[:num_old], logprobs[num_old:])
-        return ray.put(batch), batch_metrics(batch) | diagnostics
+        remaining = iter(records)
 
-    def advantages(
-        self, rollouts: RolloutBatch, rewards: RewardBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]
-    ) -> tuple[TrainBatch, dict[str, Metric]]:
-        """The train batch of a joined batch, and the estimator's diagnostics."""
-        offsets = rollouts.sequence_offsets
-        old_logprobs = LogprobBatch.scatter(old, offsets) if old else None
-        ref_logprobs = LogprobBatch.scatter(ref, offsets) if ref else None
-        padding = ResponsePadding.of(rollouts)
-        inputs = AdvantageInputs(
-            rewards=torch.from_numpy(rewards.rewards.copy()),
-            response_mask=padding.pad(rollouts.response_mask),
-            group_ids=torch.from_numpy(rollouts.group_ids.copy()),
-            rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
-            old_logprobs=None if old_logprobs is None else padding.pad(old_logprobs),
-            ref_logprobs=None if ref_logprobs is None else padding.pad(ref_logprobs),
-        )
-        output = self._estimator(inputs, **self._parameters)
-        tokens = len(rollouts.token_ids)
-        batch = TrainBatch(
-            rollouts=rollouts,
-            rewards=rewards,
-            advantages=padding.unpad(output.advantages, tokens),
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            returns=None if output.returns is None else padding.unpad(output.returns, tokens),
-        )
-        return batch, {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+        def take(count: int) -> list[Any]:
+            return list(itertools.islice(remaining, count))
+
+        rollouts, rewards = RolloutBatch.concatenate(take(num_parts)), RewardBatch.concatenate(take(num_parts))
+        old, ref, greedy = take(num_old), take(num_ref), list(remaining)
+        batch, metrics = self._assigner.assign(rollouts, rewards, old, ref, RewardBatch.concatenate(greedy) if greedy else None)
+        return ray.put(batch), batch_metrics(batch) | metrics
+
+    def state(self) -> dict[str, Any]:
+        """See `CreditAssigner`."""
+        return self._assigner.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `CreditAssigner`."""
+        self._assigner.load_state(state)
 
     def write_rollouts(self, batch: TrainBatch, path: str) -> None:
         """Write one step's rollouts as Parquet."""
@@ -75,8 +58,6 @@ class AdvantageController:
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory."""
-        import resource
-
         return {"memory/advantage": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
 
 
@@ -119,11 +100,20 @@ class AdvantageControllerClient:
         rewards: Sequence[Handle[RewardBatch]],
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
+        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         """See `ports.AdvantageComputer`."""
-        records = (*rollouts, *rewards, *old_logprobs, *ref_logprobs)
-        batch, metrics = await self._actor.credit.remote(len(rollouts), len(old_logprobs), *records)
+        records = (*rollouts, *rewards, *old_logprobs, *ref_logprobs, *greedy_rewards)
+        batch, metrics = await self._actor.credit.remote(len(rollouts), len(old_logprobs), len(ref_logprobs), *records)
         return CreditedBatch(batch=batch, metrics=metrics)
+
+    async def state(self) -> dict[str, Any]:
+        """See `ports.AdvantageComputer`."""
+        return await self._actor.state.remote()
+
+    async def load_state(self, state: dict[str, Any]) -> None:
+        """See `ports.AdvantageComputer`."""
+        await self._actor.load_state.remote(state)
 
     async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
         """See `ports.AdvantageComputer`."""

@@ -150,7 +150,7 @@ class Cluster:
 
 
 def _connect_to_ray(config: RunConfig) -> None:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = config.cluster.joined_address
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs sees none
     if address:

@@ -9,24 +9,26 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    """Both [n] float32 (float64 for float64 inputs)."""
+    """All [n] float32 (float64 for float64 inputs)."""
 
     logprobs: Tensor
     entropies: Tensor
+    score_norms: Tensor  # without gradient
 
 
 def token_logprobs(
     hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, temperature: float, chunk_tokens: int
 ) -> TokenLogprobs:
-    """log pi(target | prefix) and the entropy of pi(. | prefix), at each of n positions.
+    """log pi(target | prefix), the entropy of pi(. | prefix) and the squared norm of the score, at each of n positions.
 
         z = hidden W^T / temperature,    log pi(a) = z_a - logsumexp(z),    H = logsumexp(z) - sum_k pi_k z_k
+        ||d log pi(a) / dz||^2 = 1 - 2 pi(a) + sum_k pi_k^2
 
-    Both are differentiable. The backward pass computes the logits of a chunk again instead of keeping them:
+    The first two are differentiable. The backward pass computes the logits of a chunk again instead of keeping them:
 
         d log pi(a) / dz_k = 1[k = a] - pi_k         dH / dz_k = -pi_k (log pi_k + H)
 
-    Shapes: hidden [n, d], lm_head_weight [V, d], targets [n] int64 -> [n], [n].
+    Shapes: hidden [n, d], lm_head_weight [V, d], targets [n] int64 -> [n], [n], [n].
 
     Conventions: the products with W run in the dtype of `hidden` (bfloat16 products for bfloat16), softmax and everything after it in float32; the
     gradient of W is summed over chunks in float32. At most `chunk_tokens` x V logits exist at a time.
@@ -55,9 +57,11 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, work = len(hidden), _work_dtype(hidden.dtype)
-        logprobs, entropies, normalizers = (torch.empty(n, dtype=work, device=hidden.device) for _ in range(3))
+        logprobs, entropies, norms, normalizers = (torch.empty(n, dtype=work, device=hidden.device) for _ in range(4))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             logits = _scaled_logits(hidden[part], weight, temperature)
@@ -71,12 +75,14 @@ class _TokenLogprobs(torch.autograd.Function):
             normalizers[part] = normalizer + top[:, 0]
             logprobs[part] = chosen - normalizers[part]
             entropies[part] = normalizer - expected
+            norms[part] = 1 - 2 * logprobs[part].exp() + torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropies
+        ctx.mark_non_differentiable(norms)
+        return logprobs, entropies, norms
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=_work_dtype(weight.dtype), device=weight.device)

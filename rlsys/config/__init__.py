@@ -1,6 +1,16 @@
 """Configuration: frozen pydantic models, one file a section. Imports neither torch nor NumPy."""
 
-from rlsys.config.algorithm import AdvantageConfig, Aggregation, AlgorithmConfig, KLConfig, ObjectiveConfig
+from rlsys.config.algorithm import (
+    AdvantageConfig,
+    Aggregation,
+    AlgorithmConfig,
+    DynamicSamplingConfig,
+    EntropyConfig,
+    KLConfig,
+    ObjectiveConfig,
+    OverlongConfig,
+    RolloutCorrectionConfig,
+)
 from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import Dtype, ModelConfig
@@ -19,15 +29,19 @@ __all__ = [
     "ColumnNames",
     "DataConfig",
     "Dtype",
+    "DynamicSamplingConfig",
+    "EntropyConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "KLConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OverlongConfig",
     "PolicyConfig",
     "RewardConfig",
     "RewardFunctionConfig",
+    "RolloutCorrectionConfig",
     "RunConfig",
     "RunSection",
     "Section",

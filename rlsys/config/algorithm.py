@@ -29,8 +29,63 @@ class KLConfig(Section):
     coefficient: float = Field(
         default=0.0, ge=0, description="Weight of the KL to the reference. 0: the reference model does not run."
     )
-    kind: Literal["k1", "k2", "k3"] = Field(default="k3", description="Schulman's estimator of the KL, per token.")
-    placement: Literal["loss"] = Field(default="loss", description="Where the KL enters: as a term of the loss.")
+    kind: Literal["k1", "k2", "k3", "k3_k2"] = Field(
+        default="k3",
+        description="Schulman's estimator of the KL, per token; k3_k2 has the value of k3 and the gradient of k2, which is that of the KL.",
+    )
+    direction: Literal["reverse", "forward"] = Field(
+        default="reverse", description="reverse: KL(policy || reference). forward: KL(reference || policy)."
+    )
+    placement: Literal["loss", "reward", "advantage"] = Field(
+        default="loss",
+        description="Where the KL enters: a term of the loss; a cost of each token in the reward; or inside the advantage (token_kl_grpo).",
+    )
+    target: float | None = Field(
+        default=None, gt=0, description="KL a token (k3) that the coefficient is adapted to reach. null: the coefficient is fixed."
+    )
+    horizon: float = Field(default=50.0, gt=0, description="Steps over which an adaptive coefficient may change by a fifth.")
+
+
+class EntropyConfig(Section):
+    bonus: float = Field(default=0.0, ge=0, description="Weight of an entropy bonus in the loss. 0: none.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="Maximum-entropy RL: each token earns -temperature * log pi in the reward. 0: none."
+    )
+    target: float | None = Field(
+        default=None, ge=0, description="Entropy a token, in nats, that the temperature is tuned to reach. null: it is fixed."
+    )
+    learning_rate: float = Field(default=0.05, gt=0, description="Step of that tuning in log temperature, a trainer step.")
+
+
+class RolloutCorrectionConfig(Section):
+    """Importance weights old / rollout, for the mismatch between engine and trainer."""
+
+    level: Literal["none", "token", "sequence"] = Field(default="none", description="Level of the ratio. none: no correction.")
+    cap: float = Field(default=2.0, gt=0, description="Largest weight: truncated importance sampling.")
+    mask_below: float | None = Field(default=None, gt=0, description="Drop what has a smaller ratio. null: nothing.")
+    mask_above: float | None = Field(default=None, gt=0, description="Drop what has a larger ratio. null: nothing.")
+
+
+class OverlongConfig(Section):
+    """What becomes of responses that reach the token limit."""
+
+    buffer_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Length of the band before generation.max_tokens over which a penalty grows from 0 to its full size (DAPO). 0: no penalty.",
+    )
+    penalty: float = Field(default=1.0, ge=0, description="Size of that penalty, subtracted from the reward.")
+    mask_truncated: bool = Field(default=False, description="Leave truncated responses out of the loss.")
+
+
+class DynamicSamplingConfig(Section):
+    """Replace groups whose rewards are all equal, which teach nothing, by further sampling (DAPO)."""
+
+    max_rounds: int = Field(
+        default=1,
+        ge=1,
+        description="Rounds of sampling a step at most; what is missing then is filled with groups of equal rewards. 1: off.",
+    )
 
 
 class AlgorithmConfig(Section):
@@ -42,4 +97,9 @@ class AlgorithmConfig(Section):
         "sequence_sum, constant (Dr. GRPO).",
     )
     kl: KLConfig = Field(default=KLConfig(), description="KL regularisation to the reference policy.")
-    entropy_coefficient: float = Field(default=0.0, ge=0, description="Weight of an entropy bonus. 0: none.")
+    entropy: EntropyConfig = Field(default=EntropyConfig(), description="Entropy bonus and maximum-entropy RL.")
+    rollout_correction: RolloutCorrectionConfig = Field(
+        default=RolloutCorrectionConfig(), description="Correction of the mismatch between engine and trainer."
+    )
+    overlong: OverlongConfig = Field(default=OverlongConfig(), description="Responses that reach the token limit.")
+    dynamic_sampling: DynamicSamplingConfig = Field(default=DynamicSamplingConfig(), description="Groups of equal rewards.")

@@ -1,5 +1,7 @@
 """The whole configuration of a run."""
 
+import os
+
 from pydantic import Field
 
 from rlsys.config.algorithm import AlgorithmConfig
@@ -22,6 +24,11 @@ class ClusterConfig(Section):
         default=None, description="Address of a Ray cluster. null: RAY_ADDRESS where set, else start Ray here."
     )
     object_store_gib: float = Field(default=1.0, gt=0, description="Object store of a Ray started here, in GiB.")
+
+    @property
+    def joined_address(self) -> str | None:
+        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where Ray is started here."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
 class RunConfig(Section):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,17 +203,22 @@ class LogprobBatch:
     batch_id: int
     rows: NDArray[np.int64]  # [b] indices into the whole batch
     logprobs: NDArray[np.float32]  # [n]
+    score_norms: NDArray[np.float32] | None = None  # [n] proxy of ||grad log pi||^2; None: nobody reads them
 
     @staticmethod
-    def scatter(parts: Sequence[LogprobBatch], sequence_offsets: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Put the parts of all ranks in the order of the whole batch: `[N]`. Every row must come exactly once."""
+    def scatter(
+        parts: Sequence[LogprobBatch],
+        sequence_offsets: NDArray[np.int64],
+        array: Literal["logprobs", "score_norms"] = "logprobs",
+    ) -> NDArray[np.float32]:
+        """Put one array of all ranks' parts in the order of the whole batch: `[N]`. Every row must come exactly once."""
         whole = np.zeros(int(sequence_offsets[-1]), dtype=np.float32)
         seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
         for part in parts:
             start = 0
             for row in part.rows:
                 first, last = sequence_offsets[row], sequence_offsets[row + 1]
-                whole[first:last] = part.logprobs[start : start + last - first]
+                whole[first:last] = getattr(part, array)[start : start + last - first]
                 start += last - first
                 seen[row] += 1
             assert start == len(part.logprobs)
@@ -230,9 +236,12 @@ class TrainBatch:
     old_logprobs: NDArray[np.float32] | None = None  # [N]; None: one update a batch, so old = live at that update
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
     returns: NDArray[np.float32] | None = None  # [N] critic targets
+    kl_coefficient: float = 0.0  # of the KL term in the loss
+    trained: NDArray[np.bool_] | None = None  # [B] responses that enter the loss; None: all
 
     def __post_init__(self) -> None:
         assert len(self.rewards) == len(self.rollouts)
+        assert self.trained is None or self.trained.shape == (len(self.rollouts),)
         assert self.advantages.shape == self.rollouts.token_ids.shape
 
     @property

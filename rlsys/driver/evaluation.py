@@ -74,16 +74,14 @@ class Evaluator:
             stop=self._stop,
             seed=EVALUATION_SEED,
         )
-        firsts, scores, answered, tokens = [], [], 0, 0
+        indices, scores, tokens = [], [], 0
         async for part in self._generator.generate(self._prompts, sampling):
-            firsts.append(part.first_prompt)
-            answered += part.num_prompts
+            indices.append(part.prompt_index)
             scores.append(self._scorer.score(part.rollouts))
             tokens += part.num_response_tokens
-        assert answered == len(self._prompts), "the generation group must answer each prompt once"
+        assert sorted(indices) == list(range(len(self._prompts))), "the generation group must answer each prompt once"
         rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
         counts = np.zeros(len(self._prompts), dtype=np.int64)
-        for first, batch in zip(firsts, rewards, strict=True):
-            right = (batch.accuracies >= 0.5).reshape(-1, samples).sum(axis=1)
-            counts[first : first + len(right)] = right
+        for index, batch in zip(indices, rewards, strict=True):
+            counts[index] = (batch.accuracies >= 0.5).sum()
         return counts, tokens

@@ -26,10 +26,9 @@ class Handle(Protocol[T_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPart:
-    """Some whole groups of a batch, as soon as one worker has finished them."""
+    """One whole group of a batch, as soon as its worker has finished it."""
 
-    first_prompt: int  # index of the part's first prompt in the PromptBatch; parts ordered by it are in prompt order
-    num_prompts: int
+    prompt_index: int  # in the PromptBatch; parts ordered by it are in prompt order
     num_response_tokens: int
     rollouts: Handle[RolloutBatch]
 
@@ -97,11 +96,20 @@ class AdvantageComputer(Protocol):
         rewards: Sequence[Handle[RewardBatch]],
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
+        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         """Join a batch's parts (prompt order), compute advantages, leave the result in the object store.
 
-        An empty sequence of log-probability handles means that there are none.
+        An empty sequence of log-probability handles means that there are none. `greedy_rewards` are those of one greedy response a prompt.
         """
+        ...
+
+    async def state(self) -> dict[str, Any]:
+        """What outlives a batch (adaptive coefficients, moving averages), ready for JSON; saved in checkpoints."""
+        ...
+
+    async def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
         ...
 
     async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:

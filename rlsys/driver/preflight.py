@@ -6,7 +6,9 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rlsys.algorithms.advantages import available_advantage_estimators, get_advantage_estimator
+import torch
+
+from rlsys.algorithms.advantages import AdvantageInputs, available_advantage_estimators, estimator_needs, get_advantage_estimator
 from rlsys.algorithms.policy_objectives import check_objective
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
@@ -19,7 +21,15 @@ from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
 from rlsys.rewards import get_reward_function
 
-GROUP_ESTIMATORS = ("grpo", "rloo")  # they compare the responses of a group, so a group of one teaches nothing
+GROUP_ESTIMATORS = (
+    "grpo",
+    "grpo_process",
+    "opo",
+    "optimal_baseline",
+    "optimal_token_baseline",
+    "rloo",
+    "token_kl_grpo",
+)  # they compare the responses of a group, so a group of one teaches nothing
 CONNECT_LIMIT_S = 3.0
 
 
@@ -55,7 +65,8 @@ def check_config(config: RunConfig, directory: RunDirectory, hardware: Hardware,
         except ValueError as error:
             problems.append(str(error))
     problems += _contradictions(config)
-    if not config.cluster.address:
+    problems += _algorithm_contradictions(config)
+    if config.cluster.joined_address in (None, "local"):
         problems += _resource_problems(config, hardware)
     if problems:
         raise PreflightError("\n".join(problems))
@@ -64,7 +75,20 @@ def check_config(config: RunConfig, directory: RunDirectory, hardware: Hardware,
 
 def _check_estimator(config: RunConfig) -> None:
     advantage = config.algorithm.advantage
-    check_parameters(get_advantage_estimator(advantage.name), advantage.parameters, field="algorithm.advantage.parameters")
+    estimator = get_advantage_estimator(advantage.name)
+    check_parameters(estimator, advantage.parameters, field="algorithm.advantage.parameters")
+    zeros = torch.zeros(2, 1)
+    example = AdvantageInputs(
+        rewards=torch.tensor([0.0, 1.0]),
+        response_mask=zeros == 0,
+        group_ids=torch.zeros(2, dtype=torch.int64),
+        rollout_logprobs=zeros,
+        old_logprobs=zeros,
+        ref_logprobs=zeros,
+        score_norms=zeros + 1,
+        greedy_rewards=zeros[:, 0],
+    )
+    estimator(example, **advantage.parameters)  # refuses values that its signature cannot
 
 
 def _check_reward(name: str, parameters: dict) -> None:
@@ -105,6 +129,37 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
+    """Fields of the algorithm that only make sense together."""
+    algorithm, kl, entropy = config.algorithm, config.algorithm.kl, config.algorithm.entropy
+    if algorithm.advantage.name in available_advantage_estimators():
+        in_advantage = "ref_logprobs" in estimator_needs(algorithm.advantage.name)
+        if in_advantage and (kl.placement != "advantage" or kl.coefficient == 0):
+            yield (
+                f"algorithm.kl: the estimator {algorithm.advantage.name!r} carries the KL itself, but placement is {kl.placement!r} and coefficient "
+                f"{kl.coefficient:g}. Set --algorithm.kl.placement advantage and a coefficient above 0."
+            )
+        if kl.placement == "advantage" and not in_advantage:
+            yield (
+                f"algorithm.kl.placement: 'advantage' needs an estimator that reads the reference, and {algorithm.advantage.name!r} does not. Choose "
+                "token_kl_grpo, or the placement loss or reward."
+            )
+    if kl.kind == "k3_k2" and kl.direction == "forward":
+        yield "algorithm.kl.kind: 'k3_k2' corrects the gradient of the reverse direction. Choose k1, k2 or k3 with the forward one."
+    if kl.target is not None and kl.coefficient == 0:
+        yield f"algorithm.kl.target: {kl.target:g} can only be reached from a coefficient above 0. Set algorithm.kl.coefficient."
+    if entropy.target is not None and entropy.temperature == 0:
+        yield f"algorithm.entropy.target: {entropy.target:g} can only be reached from a temperature above 0. Set algorithm.entropy.temperature."
+    if algorithm.overlong.buffer_tokens > config.generation.max_tokens:
+        yield (
+            f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is above generation.max_tokens {config.generation.max_tokens}. Lower "
+            "it: the band lies before the limit."
+        )
+    low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
+    if low is not None and high is not None and low >= high:
+        yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."
+
+
 def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """More actors than a Ray that is started on this machine could place."""
     policy, generation = config.policy, config.generation
@@ -124,19 +179,18 @@ def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
 
 def _check_address(config: RunConfig) -> None:
     """Knock at the door of a named cluster, so that Ray does not wait half a minute to say the same less clearly."""
-    address = config.cluster.address
-    if address in (None, "auto", "local"):
+    address = config.cluster.joined_address
+    if address is None or address in ("auto", "local"):
         return
-    assert address is not None
+    field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"cluster.address: {address!r} is not host:port, ray://host:port or auto.")
+        raise ValueError(f"{field}: {address!r} is not host:port, ray://host:port or auto.")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
     except OSError as error:
         raise ValueError(
-            f"cluster.address: nothing answers at {address!r} ({error}). Start the head node with `ray start --head`, or leave the field null to "
-            "start Ray here."
+            f"{field}: nothing answers at {address!r} ({error}). Start the head node with `ray start --head`, or leave it out to start Ray here."
         ) from error
 
 
@@ -173,7 +227,7 @@ def describe_plan(
     on_gpu = bool(hardware.gpus)
     rows = [
         f"machine      {hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
-        f"ray          {config.cluster.address or 'started on this machine'}",
+        f"ray          {config.cluster.joined_address or 'started on this machine'}",
         f"model        {config.model.path}: {parameters / 1e6:.1f} M parameters",
         f"generation   {generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU"
         + (f" + {generation.gpus_per_worker:g} GPU" if on_gpu else "")

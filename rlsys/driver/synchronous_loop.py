@@ -1,6 +1,6 @@
 """The synchronous training loop.
 
-     prompts ---> generate ---part by part---> score ------------+
+     prompts ---> generate ---group by group--> score -----------+
                      |                                           |
                      +------> old log-probs, ref log-probs ------+--> advantages --> update --> sync weights --> next step
                               (where they are needed)
@@ -16,17 +16,18 @@ import resource
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import LogprobBatch, PromptBatch, SamplingParameters
+from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, SamplingParameters
 from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
+from rlsys.driver.credit_assignment import required_inputs
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, values
+from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, total, values
 from rlsys.driver.observer import Observer, Outcome
 from rlsys.driver.ports import (
     AdvantageComputer,
@@ -72,6 +73,15 @@ class Workers:
     reporting: Sequence[HasMetrics] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """The responses to one prompt on their way to the update."""
+
+    part: RolloutPart
+    rewards: Handle[RewardBatch]
+    greedy_rewards: Handle[RewardBatch] | None  # of the greedy response; None: the estimator does not read it
+
+
 class PhaseClock:
     """Seconds spent in each phase of a step."""
 
@@ -109,9 +119,7 @@ class SynchronousLoop:
         rollouts_directory: Path,
         metrics_log: MetricsPosition,
         stop: tuple[str, ...],
-        needs_old_logprobs: bool = False,
     ) -> None:
-        """`needs_old_logprobs`: the estimator reads them. They are computed anyway where one batch is updated on more than once."""
         self._config = config
         self._workers = workers
         self._prompts = prompts
@@ -121,7 +129,7 @@ class SynchronousLoop:
         self._rollouts_directory = rollouts_directory
         self._metrics_log = metrics_log
         self._stop_strings = stop
-        self._needs_old = needs_old_logprobs or config.policy.epochs * config.policy.mini_batches > 1
+        self._needs = required_inputs(config)
         self._stop_requested = asyncio.Event()
         self._step = 0  # completed steps, which is also the version of the policy's weights
         self._saved_step = 0
@@ -144,6 +152,7 @@ class SynchronousLoop:
             logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
         self._prompts.load_state(checkpoint.state["prompts"])
         await self._workers.policy.load(checkpoint.path)
+        await self._workers.advantages.load_state(checkpoint.state["advantages"])
         self._step = self._saved_step = checkpoint.step
         self._evaluated_step = checkpoint.state["evaluated_step"]
 
@@ -189,20 +198,22 @@ class SynchronousLoop:
         """One step: the drawing at the top of this file. All handles are dropped when it returns, so the object store is free again."""
         clock, workers, step = PhaseClock(), self._workers, self._step + 1
         with self._timed(clock, step, "generate"):
-            parts, rewards = await self._generate_and_score(self._prompts.next_batch())
-        rollouts = [part.rollouts for part in parts]
+            groups, sampled = await self._sample_groups()
+        rollouts = [group.part.rollouts for group in groups]
+        rewards = [group.rewards for group in groups]
+        greedy = [group.greedy_rewards for group in groups if group.greedy_rewards is not None]
         with self._timed(clock, step, "logprobs"):  # the reward pool works meanwhile
             old, ref = await self._old_and_ref_logprobs(rollouts)
         with self._timed(clock, step, "reward"):  # these records are small: a few numbers a response
-            await asyncio.gather(*rewards)
+            await asyncio.gather(*rewards, *greedy)
         with self._timed(clock, step, "advantages"):
-            credited = await workers.advantages.credit(rollouts, rewards, old, ref)
+            credited = await workers.advantages.credit(rollouts, rewards, old, ref, greedy)
         with self._timed(clock, step, "update"):
             update, _ = await asyncio.gather(workers.policy.update(credited.batch), self._write_rollouts(step, credited))
         with self._timed(clock, step, "sync"):
             sync = await workers.weights.sync(step)
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
-        return _step_values(combine([credited.metrics, update, sync, _driver_memory(), *memory]), clock.values())
+        return _step_values(combine([sampled, credited.metrics, update, sync, _driver_memory(), *memory]), clock.values())
 
     def _enter(self, step: int, phase: str) -> None:
         self._place = f"{phase} of step {step}"
@@ -214,21 +225,63 @@ class SynchronousLoop:
         with clock.phase(phase):
             yield
 
-    async def _generate_and_score(self, prompts: PromptBatch) -> tuple[list[RolloutPart], list[Handle]]:
-        """Sample responses; each part goes to the reward worker the moment it is there. Both lists are in prompt order.
+    async def _sample_groups(self) -> tuple[list[ScoredGroup], MetricMap]:
+        """The groups of one step, in prompt order, and how they came about.
 
-        Each part is a few whole groups. A generation group that lost one would silently bias the update, hence the count.
+        With dynamic sampling (`algorithm.dynamic_sampling`), groups whose rewards are all equal are replaced by those of further prompts; after the last
+        allowed round such groups fill what is still missing, so that the batch always has its size.
         """
-        scored: list[tuple[RolloutPart, Handle]] = []
-        async for part in self._workers.generator.generate(prompts, self._sampling(prompts.batch_id)):
-            scored.append((part, self._workers.scorer.score(part.rollouts)))
-        assert sum(part.num_prompts for part, _ in scored) == len(prompts), "the generation group must answer each prompt once"
-        scored.sort(key=lambda pair: pair[0].first_prompt)
-        return [part for part, _ in scored], [reward for _, reward in scored]
+        rounds, wanted = self._config.algorithm.dynamic_sampling.max_rounds, self._config.trainer.prompts_per_step
+        prompts = self._prompts.next_batch()
+        if rounds == 1:
+            return await self._generate_and_score(prompts, round_number=0), {}
+        useful: list[ScoredGroup] = []
+        equal: list[ScoredGroup] = []
+        number = 0
+        for number in range(rounds):
+            # The later rounds belong to the batch of the first.
+            batch = prompts if number == 0 else replace(self._prompts.next_batch(), batch_id=prompts.batch_id)
+            for group in await self._generate_and_score(batch, round_number=number):
+                rewards = (await group.rewards).rewards  # a few numbers
+                (equal if rewards.max() == rewards.min() else useful).append(group)
+            if len(useful) >= wanted:
+                break
+        counts = {
+            "sampling/rounds": total(number + 1),
+            "sampling/replaced_groups": total(min(len(equal), len(useful) + len(equal) - wanted)),
+            "sampling/missing_groups": total(max(0, wanted - len(useful))),
+        }
+        return (useful + equal)[:wanted], counts
 
-    def _sampling(self, batch_id: int) -> SamplingParameters:
+    async def _generate_and_score(self, prompts: PromptBatch, *, round_number: int) -> list[ScoredGroup]:
+        """Sample responses; each group goes to the reward worker the moment it is there. In prompt order.
+
+        A generation group that lost a prompt would silently bias the update, hence the check.
+        """
+        sampling = self._sampling(prompts.batch_id, round_number)
+        scored = await self._stream(prompts, sampling)
+        greedy: dict[int, tuple[RolloutPart, Handle[RewardBatch]]] = {}
+        if "greedy_rewards" in self._needs:
+            greedy = await self._stream(prompts, replace(sampling, samples_per_prompt=1, temperature=0.0, top_p=1.0, top_k=0))
+        return [
+            ScoredGroup(part=part, rewards=rewards, greedy_rewards=greedy[index][1] if greedy else None)
+            for index, (part, rewards) in sorted(scored.items())
+        ]
+
+    async def _stream(
+        self, prompts: PromptBatch, sampling: SamplingParameters
+    ) -> dict[int, tuple[RolloutPart, Handle[RewardBatch]]]:
+        """Parts and their rewards by the index of the prompt."""
+        scored: dict[int, tuple[RolloutPart, Handle[RewardBatch]]] = {}
+        async for part in self._workers.generator.generate(prompts, sampling):
+            scored[part.prompt_index] = part, self._workers.scorer.score(part.rollouts)
+        assert sorted(scored) == list(range(len(prompts))), "the generation group must answer each prompt once"
+        return scored
+
+    def _sampling(self, batch_id: int, round_number: int) -> SamplingParameters:
         """The seed depends on the run's seed and the batch alone, so that a resumed run samples what the uninterrupted one would."""
         generation = self._config.generation
+        entropy = [self._config.trainer.seed, batch_id, *([round_number] if round_number else [])]
         return SamplingParameters(
             samples_per_prompt=generation.samples_per_prompt,
             temperature=generation.temperature,
@@ -237,7 +290,7 @@ class SynchronousLoop:
             min_tokens=generation.min_tokens,
             max_tokens=generation.max_tokens,
             stop=self._stop_strings,
-            seed=int(np.random.SeedSequence([self._config.trainer.seed, batch_id]).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
         )
 
     async def _old_and_ref_logprobs(
@@ -250,7 +303,8 @@ class SynchronousLoop:
 
         policy, reference = self._workers.policy, self._workers.reference
         return await asyncio.gather(
-            policy.logprobs(rollouts) if self._needs_old else none(), reference.logprobs(rollouts) if reference else none()
+            policy.logprobs(rollouts) if "old_logprobs" in self._needs else none(),
+            reference.logprobs(rollouts) if reference else none(),
         )
 
     async def _write_rollouts(self, step: int, credited: CreditedBatch) -> None:
@@ -283,6 +337,7 @@ class SynchronousLoop:
             "evaluated_step": self._evaluated_step,
             "prompts": self._prompts.state(),
             "metrics_position": self._metrics_log.position(),
+            "advantages": await self._workers.advantages.state(),
             **describe_origin(self._config),
         }
         path = await self._checkpoints.save(self._step, self._workers.policy.save, state)

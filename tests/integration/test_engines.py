@@ -61,7 +61,7 @@ def prompts() -> PromptBatch:
 
 async def generate(workers: list, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
     parts = [part async for part in GenerationGroup(workers).generate(prompts, sampling)]
-    parts.sort(key=lambda part: part.first_prompt)
+    parts.sort(key=lambda part: part.prompt_index)
     batches = [await part.rollouts for part in parts]
     assert [part.num_response_tokens for part in parts] == [batch.num_response_tokens for batch in batches]
     return RolloutBatch.concatenate(batches)
@@ -211,9 +211,8 @@ async def test_groups_stream_out_before_the_last_is_done(worker, prompts: Prompt
     parts = []
     stream = GenerationGroup([worker]).generate(prompts, SAMPLING)
     parts.append(await anext(stream))
-    assert parts[0].num_prompts < len(prompts)
     parts += [part async for part in stream]
-    assert sorted(part.first_prompt for part in parts) == [0, 1, 2, 3]
+    assert sorted(part.prompt_index for part in parts) == [0, 1, 2, 3]
 
 
 class TrainerSide:

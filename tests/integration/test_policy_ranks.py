@@ -9,7 +9,16 @@ import pytest
 import ray
 import torch
 
-from rlsys.config import AlgorithmConfig, KLConfig, ModelConfig, OptimizerConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlsys.config import (
+    AlgorithmConfig,
+    EntropyConfig,
+    KLConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from rlsys.data.batches import LogprobBatch, TrainBatch
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
@@ -26,7 +35,7 @@ def config(ranks: int, **policy: object) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path="tiny"),
         policy=PolicyConfig.model_validate(settings),
-        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.05), entropy_coefficient=0.01),
+        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.05), entropy=EntropyConfig(bonus=0.01)),
         trainer=TrainerConfig(steps=10),
     )
 
@@ -65,7 +74,9 @@ def example() -> TrainBatch:
     made = train_batch(batch)
     noise = np.random.default_rng(9).normal(scale=0.1, size=len(batch.token_ids))
     near = np.where(batch.response_mask, -5.7 + noise, 0).astype(np.float32)
-    return TrainBatch(rollouts=batch, rewards=made.rewards, advantages=made.advantages, old_logprobs=near, ref_logprobs=near)
+    return TrainBatch(
+        rollouts=batch, rewards=made.rewards, advantages=made.advantages, old_logprobs=near, ref_logprobs=near, kl_coefficient=0.05
+    )
 
 
 async def updated(policy: RunConfig, batch: TrainBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

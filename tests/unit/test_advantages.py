@@ -1,5 +1,7 @@
 """Advantage estimators: golden numbers, properties, traps."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from rlsys.algorithms.advantages import (
 )
 
 
-def inputs(rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Tensor) -> AdvantageInputs:
+def inputs(rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Any) -> AdvantageInputs:
     lengths = lengths or [2] * len(rewards)
     mask = torch.arange(max(max(lengths), 1))[None, :] < torch.tensor(lengths)[:, None]
     return AdvantageInputs(rewards=torch.tensor(rewards), response_mask=mask, group_ids=torch.tensor(groups), **more)

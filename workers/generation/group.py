@@ -52,11 +52,9 @@ class GenerationGroup:
         try:
             stream = worker.generate.options(num_returns="streaming").remote(part, share.start, sampling)
             while (head := await anext(stream, None)) is not None:
-                first_prompt, tokens = await head
+                index, tokens = await head
                 rollouts = await anext(stream)
-                await queue.put(
-                    RolloutPart(first_prompt=first_prompt, num_prompts=1, num_response_tokens=tokens, rollouts=rollouts)
-                )
+                await queue.put(RolloutPart(prompt_index=index, num_response_tokens=tokens, rollouts=rollouts))
         except Exception as error:
             await queue.put(error)
         else:

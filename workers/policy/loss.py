@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlsys.algorithms.kl import kl_estimate
 from rlsys.algorithms.loss_aggregation import aggregate_loss
-from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_objective
+from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, log_ratios, policy_objective, rollout_correction
 from rlsys.algorithms.token_logprobs import TokenLogprobs
 from rlsys.config import AlgorithmConfig
 from rlsys.data.batches import TrainBatch
@@ -48,8 +50,18 @@ class _Padder:
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
 
 
-def pack_loss(result: TokenLogprobs, pack: Pack, batch: TrainBatch, algorithm: AlgorithmConfig, sizes: Denominators) -> PackLoss:
-    """Objective, KL and entropy terms of one pack. Gradient flows through `result` alone."""
+def pack_loss(
+    result: TokenLogprobs,
+    pack: Pack,
+    batch: TrainBatch,
+    algorithm: AlgorithmConfig,
+    sizes: Denominators,
+    objective_parameters: Mapping[str, Any],
+) -> PackLoss:
+    """Objective, KL and entropy terms of one pack. Gradient flows through `result` alone.
+
+    `objective_parameters` are those of the weight, with what it took from the whole mini-batch.
+    """
     device = result.logprobs.device
     padder = _Padder(pack, device)
 
@@ -67,16 +79,23 @@ def pack_loss(result: TokenLogprobs, pack: Pack, batch: TrainBatch, algorithm: A
         ),
         ratio=algorithm.objective.ratio,
         weight=algorithm.objective.weight,
-        **algorithm.objective.parameters,
+        **objective_parameters,
     )
+    rollout = of_batch(batch.rollouts.rollout_logprobs)
     token_losses = objective.token_losses
     sums: dict[str, float] = {}
+    if algorithm.rollout_correction.level != "none":
+        correction = rollout_correction(padder.pad(old), padder.pad(rollout), mask, **algorithm.rollout_correction.model_dump())
+        token_losses = token_losses * correction
+        sums |= {"rollout_correction": float(correction.sum()), "rollout_masked_share": float((mask & (correction == 0)).sum())}
     if batch.ref_logprobs is not None:
-        ref = of_batch(batch.ref_logprobs)
-        token_losses = token_losses + algorithm.kl.coefficient * padder.pad(kl_estimate(result.logprobs, ref, algorithm.kl.kind))
+        ref, kl = of_batch(batch.ref_logprobs), algorithm.kl
+        if batch.kl_coefficient:
+            estimate = kl_estimate(result.logprobs, ref, kl.kind, direction=kl.direction)
+            token_losses = token_losses + batch.kl_coefficient * padder.pad(estimate)
         sums |= {f"kl_ref_{kind}": float(kl_estimate(result.logprobs.detach(), ref, kind).sum()) for kind in ("k1", "k3")}
-    if algorithm.entropy_coefficient:
-        token_losses = token_losses - algorithm.entropy_coefficient * padder.pad(result.entropies)
+    if algorithm.entropy.bonus:
+        token_losses = token_losses - algorithm.entropy.bonus * padder.pad(result.entropies)
     loss = aggregate_loss(
         token_losses,
         mask,
@@ -86,7 +105,7 @@ def pack_loss(result: TokenLogprobs, pack: Pack, batch: TrainBatch, algorithm: A
         max_tokens=sizes.max_tokens,
     )
     ratio = objective.metrics["ratio"]
-    gap = (of_batch(batch.rollouts.rollout_logprobs) - old).abs()
+    gap = (rollout - old).abs()
     sums |= {
         "entropy": float(result.entropies.detach().sum()),
         "ratio": float(ratio.sum()),
@@ -95,3 +114,12 @@ def pack_loss(result: TokenLogprobs, pack: Pack, batch: TrainBatch, algorithm: A
         "gap": float(gap.sum()),
     }
     return PackLoss(loss=loss, sums=sums, maxima={"ratio": float(ratio.max()), "gap": float(gap.max())})
+
+
+def pack_log_ratios(result: TokenLogprobs, pack: Pack, batch: TrainBatch, level: str) -> Tensor:
+    """[m] log-ratios of one level at the pack's tokens, for weights with a statistic over the mini-batch."""
+    assert batch.old_logprobs is not None
+    padder = _Padder(pack, result.logprobs.device)
+    old = torch.from_numpy(batch.old_logprobs[pack.flat_positions]).to(result.logprobs.device)
+    mask = padder.pad(torch.ones_like(result.logprobs)).bool()
+    return log_ratios(level, padder.pad(result.logprobs), padder.pad(old), mask)[padder.rows, padder.columns]

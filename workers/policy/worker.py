@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
+from rlsys.driver.credit_assignment import required_inputs
 from rlsys.driver.metrics import Metric, combine, maximum, mean, total
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.plugins import load_plugins
@@ -32,7 +34,7 @@ from workers.policy.fsdp2 import (
     shares_prompts,
     use_all_threads,
 )
-from workers.policy.loss import Denominators, PackLoss, pack_loss
+from workers.policy.loss import Denominators, PackLoss, pack_log_ratios, pack_loss
 from workers.policy.packed_forward import PackTensors
 from workers.policy.schedule import learning_rate
 
@@ -48,6 +50,7 @@ class RankWorker:
         self.config = config
         self.model_directory = model_directory
         self.rank, self.world_size = rank, world_size
+        self.returns_score_norms = self.trainable and "score_norms" in required_inputs(config)
 
     def rendezvous(self) -> str:
         """An address on this node at which the ranks can meet; asked of rank 0."""
@@ -77,19 +80,20 @@ class RankWorker:
         """Log-probabilities of this rank's rows of the batch, given as its parts in prompt order."""
         rollouts = RolloutBatch.concatenate(parts)
         packs = self._packs(rollouts, np.arange(len(rollouts)))
-        flat = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        flat, norms = (np.zeros(len(rollouts.token_ids), dtype=np.float32) for _ in range(2))
         rows: list[int] = []
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), rollouts.temperature)
             if not pack.is_filler:
                 flat[pack.flat_positions] = result.logprobs.cpu().numpy()
+                norms[pack.flat_positions] = result.score_norms.cpu().numpy()
                 rows += pack.rows.tolist()
-        offsets = rollouts.sequence_offsets
-        own = [flat[offsets[row] : offsets[row + 1]] for row in rows]
+        own = np.asarray(rows, dtype=np.int64)
         return LogprobBatch(
             batch_id=rollouts.batch_id,
-            rows=np.asarray(rows, dtype=np.int64),
-            logprobs=np.concatenate(own) if own else np.zeros(0, dtype=np.float32),
+            rows=own,
+            logprobs=_of_rows(flat, own, rollouts.sequence_offsets),
+            score_norms=_of_rows(norms, own, rollouts.sequence_offsets) if self.returns_score_norms else None,
         )
 
     def put_logprobs(self, *parts: RolloutBatch) -> Any:
@@ -138,7 +142,8 @@ class PolicyWorker(RankWorker):
         rows = mini_batch_rows(
             batch.rollouts, mini_batches=policy.mini_batches, epochs=policy.epochs, seed=self.config.trainer.seed
         )
-        reports = [self._mini_batch(batch, chosen) for chosen in rows]
+        kept = [chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows]
+        reports = [self._mini_batch(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)} for chosen in kept]
         self.steps += 1
         return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
 
@@ -149,15 +154,39 @@ class PolicyWorker(RankWorker):
             num_tokens=max(1, int(lengths.sum())), num_sequences=len(rows), max_tokens=self.config.generation.max_tokens
         )
         losses, tokens = [], 0
-        for pack in self._packs(batch.rollouts, rows):
+        packs = self._packs(batch.rollouts, rows)
+        parameters = self._objective_parameters(batch, packs)
+        for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
-            loss = pack_loss(result, pack, batch, self.config.algorithm, sizes)
+            loss = pack_loss(result, pack, batch, self.config.algorithm, sizes, parameters)
             # FSDP averages gradients over ranks, and the denominators are global already: so scale by the ranks.
             (loss.loss * (0.0 if pack.is_filler else self.world_size)).backward()
             if not pack.is_filler:
                 losses.append(loss)
                 tokens += len(pack.targets)
-        return _loss_metrics(losses, tokens) | self._optimizer_step()
+        chosen = {
+            f"policy/{name}": mean(value)
+            for name, value in parameters.items()
+            if name not in self.config.algorithm.objective.parameters
+        }
+        return _loss_metrics(losses, tokens) | chosen | self._optimizer_step()
+
+    @torch.no_grad()
+    def _objective_parameters(self, batch: TrainBatch, packs: Sequence[Pack]) -> dict[str, Any]:
+        """The weight's parameters; one with a statistic over the mini-batch costs a forward pass, after the first update of a batch."""
+        objective = self.config.algorithm.objective
+        statistic = batch_parameters_of(objective.weight)
+        if statistic is None:
+            return objective.parameters
+        own = [torch.zeros(0)]
+        if batch.old_logprobs is not None:
+            for pack in packs:
+                result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
+                if not pack.is_filler:
+                    own.append(pack_log_ratios(result, pack, batch, objective.ratio).cpu())
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, torch.cat(own))
+        return {**objective.parameters, **statistic(torch.cat(everyone), **objective.parameters)}
 
     def _optimizer_step(self) -> dict[str, Metric]:
         limit = self.config.policy.optimizer.max_grad_norm or math.inf
@@ -255,6 +284,12 @@ class PolicyWorker(RankWorker):
                 self.optimizer.state[parameter][key] = value
 
 
+def _of_rows(flat: NDArray[np.float32], rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The tokens of `rows`, one row after the other."""
+    own = [flat[offsets[row] : offsets[row + 1]] for row in rows]
+    return np.concatenate(own) if own else np.zeros(0, dtype=np.float32)
+
+
 def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
     """Token-weighted means and maxima of one mini-batch on one rank."""
     if not losses:
@@ -274,4 +309,4 @@ def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
         "policy/logprob_gap_max": maximum(max(loss.maxima["gap"] for loss in losses)),
         "policy/tokens": total(tokens),
     }
-    return metrics | {f"policy/{name}": average(name) for name in losses[0].sums if name.startswith("kl_ref")}
+    return metrics | {f"policy/{name}": average(name) for name in losses[0].sums if name.startswith(("kl_ref", "rollout_"))}

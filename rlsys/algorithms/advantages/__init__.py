@@ -1,27 +1,47 @@
 """Advantage estimators: one a file, found by name."""
 
+from rlsys.algorithms.advantages.gae import gae_advantages
 from rlsys.algorithms.advantages.grpo import grpo_advantages
+from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
 from rlsys.algorithms.advantages.inputs import (
     AdvantageEstimator,
     AdvantageInputs,
     AdvantageOutput,
+    Need,
     available_advantage_estimators,
+    estimator_needs,
     get_advantage_estimator,
-    needs_old_logprobs,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.opo import opo_advantages
+from rlsys.algorithms.advantages.optimal_baseline import optimal_baseline_advantages
+from rlsys.algorithms.advantages.optimal_token_baseline import optimal_token_baseline_advantages
 from rlsys.algorithms.advantages.reinforce import reinforce_advantages
+from rlsys.algorithms.advantages.reinforce_baseline import reinforce_baseline_advantages
+from rlsys.algorithms.advantages.reinforce_plus_plus import reinforce_plus_plus_advantages
+from rlsys.algorithms.advantages.remax import remax_advantages
 from rlsys.algorithms.advantages.rloo import rloo_advantages
+from rlsys.algorithms.advantages.token_kl_grpo import token_kl_grpo_advantages
 
 __all__ = [
     "AdvantageEstimator",
     "AdvantageInputs",
     "AdvantageOutput",
+    "Need",
     "available_advantage_estimators",
+    "estimator_needs",
+    "gae_advantages",
     "get_advantage_estimator",
     "grpo_advantages",
-    "needs_old_logprobs",
+    "grpo_process_advantages",
+    "opo_advantages",
+    "optimal_baseline_advantages",
+    "optimal_token_baseline_advantages",
     "register_advantage_estimator",
     "reinforce_advantages",
+    "reinforce_baseline_advantages",
+    "reinforce_plus_plus_advantages",
+    "remax_advantages",
     "rloo_advantages",
+    "token_kl_grpo_advantages",
 ]

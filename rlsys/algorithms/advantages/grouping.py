@@ -22,16 +22,17 @@ class Groups:
         return Groups(index, counts)
 
     def total(self, values: Tensor) -> Tensor:
-        """[B] -> [K] sum over each group."""
-        return torch.zeros(len(self.counts), dtype=values.dtype, device=values.device).index_add_(0, self.index, values)
+        """[B, ...] -> [K, ...] sum over each group."""
+        return values.new_zeros((len(self.counts), *values.shape[1:])).index_add_(0, self.index, values)
 
     def extreme(self, values: Tensor, which: str) -> Tensor:
-        """[B] -> [K] smallest ("amin") or largest ("amax") value of each group."""
-        start = torch.zeros(len(self.counts), dtype=values.dtype, device=values.device)
-        return start.scatter_reduce_(0, self.index, values, reduce=which, include_self=False)
+        """[B, ...] -> [K, ...] smallest ("amin") or largest ("amax") value of each group."""
+        start = values.new_zeros((len(self.counts), *values.shape[1:]))
+        index = self.index.reshape(-1, *[1] * (values.ndim - 1)).expand_as(values)
+        return start.scatter_reduce_(0, index, values, reduce=which, include_self=False)
 
     def spread(self, group_values: Tensor) -> Tensor:
-        """[K] -> [B] each group's value at its members."""
+        """[K, ...] -> [B, ...] each group's value at its members."""
         return group_values[self.index]
 
     def all_equal(self, values: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,19 +24,36 @@ class AdvantageInputs:
     old_logprobs: Tensor | None = None  # [B, T]
     ref_logprobs: Tensor | None = None  # [B, T]
     values: Tensor | None = None  # [B, T] critic
-    score_norms: Tensor | None = None  # [B, T] proxy of ||grad log pi||^2
+    score_norms: Tensor | None = None  # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
+    greedy_rewards: Tensor | None = None  # [B] reward of the greedy response to the same prompt
+    truncated: Tensor | None = None  # [B] bool: cut off at the token limit
+    step_ends: Tensor | None = None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
+    kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
+    state: Mapping[str, float] = field(default_factory=dict)  # what the estimator returned as its state for the batch before
 
     def __post_init__(self) -> None:
         mask = self.response_mask
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(f"response_mask must be a [B, T] bool tensor, not {tuple(mask.shape)} {mask.dtype}")
-        for name in ("rewards", "group_ids"):
-            if getattr(self, name).shape != mask.shape[:1]:
-                raise ValueError(f"{name} must have shape [{mask.shape[0]}], not {tuple(getattr(self, name).shape)}")
-        for name in ("token_rewards", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "score_norms"):
+        for name in ("rewards", "group_ids", "greedy_rewards", "truncated"):
+            array = getattr(self, name)
+            if array is not None and array.shape != mask.shape[:1]:
+                raise ValueError(f"{name} must have shape [{mask.shape[0]}], not {tuple(array.shape)}")
+        for name in ("token_rewards", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "score_norms", "step_ends"):
             array = getattr(self, name)
             if array is not None and array.shape != mask.shape:
                 raise ValueError(f"{name} must have the shape of response_mask, {tuple(mask.shape)}, not {tuple(array.shape)}")
+
+    def require(self, name: str, *, estimator: str, remedy: str) -> Tensor:
+        """The array `name`, which `estimator` cannot do without.
+
+        Raises:
+            ValueError: it is None; the message says how to get it.
+        """
+        array = getattr(self, name)
+        if array is None:
+            raise ValueError(f"algorithm.advantage.name: {estimator!r} needs {name}, which this batch does not have. {remedy}")
+        return array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +62,23 @@ class AdvantageOutput:
 
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
+    state: Mapping[str, float] = field(default_factory=dict)  # comes back with the next batch; saved in checkpoints
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
 AdvantageEstimator = Callable[..., AdvantageOutput]
+# What costs something to provide, so that it is made only for the estimators that say they read it.
+Need = Literal["old_logprobs", "ref_logprobs", "score_norms", "greedy_rewards"]
 _ESTIMATORS: Registry[AdvantageEstimator] = Registry("advantage estimator")
+_NEEDS: dict[str, frozenset[Need]] = {}
 
 
-def register_advantage_estimator(name: str) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
-    """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`."""
+def register_advantage_estimator(name: str, *, needs: Iterable[Need] = ()) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
+    """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`.
+
+    `needs` names the optional inputs that the estimator reads: the driver has them computed, and they are not None then.
+    """
+    _NEEDS[name] = frozenset(needs)
     return _ESTIMATORS.register(name)
 
 
@@ -70,6 +96,7 @@ def available_advantage_estimators() -> tuple[str, ...]:
     return _ESTIMATORS.names()
 
 
-def needs_old_logprobs(name: str) -> bool:
-    """Whether an estimator reads `old_logprobs`, so that the policy must compute them before the update."""
-    return bool(getattr(get_advantage_estimator(name), "needs_old_logprobs", False))
+def estimator_needs(name: str) -> frozenset[Need]:
+    """The optional inputs that the estimator `name` reads."""
+    get_advantage_estimator(name)
+    return _NEEDS[name]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from rlsys.algorithms.advantages.grouping import at_least_float32
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.returns import reward_to_go
 
 
 @register_advantage_estimator("reinforce")
@@ -14,14 +12,12 @@ def reinforce_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
 
         A_t = r + sum_{s >= t} r_s        r the outcome, r_s process rewards: a token answers only for what comes after it
 
-    Source: Williams 1992; causality as in Sutton and Barto, section 13.3.
+    With rewards in {0, 1} only right responses are learned from: RAFT.
+
+    Source: Williams 1992; causality as in Sutton and Barto, section 13.3. RAFT: Dong et al. 2023 (arXiv:2304.06767).
 
     Shapes: rewards [B], token_rewards [B, T] or None, response_mask [B, T] -> advantages [B, T].
 
     Conventions: undiscounted; a process reward at t counts for t itself; those outside the mask are ignored.
     """
-    returns = at_least_float32(inputs.rewards)[:, None].expand(inputs.response_mask.shape)
-    if inputs.token_rewards is not None:
-        masked = torch.where(inputs.response_mask, at_least_float32(inputs.token_rewards), 0.0)
-        returns = returns + masked.flip(1).cumsum(1).flip(1)
-    return AdvantageOutput(advantages=torch.where(inputs.response_mask, returns, 0.0))
+    return AdvantageOutput(advantages=reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask))

@@ -10,19 +10,35 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
-from rlsys.algorithms.policy_objectives.weights import MAX_LOG_RATIO, WEIGHTS, Surrogate, register_weight
+from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
+from rlsys.algorithms.policy_objectives.weights import (
+    MAX_LOG_RATIO,
+    WEIGHTS,
+    Surrogate,
+    TokenTerms,
+    batch_parameters_of,
+    effective_sample_size,
+    gradient_coefficient,
+    register_weight,
+)
 from rlsys.registry import check_parameters
 
 __all__ = [
     "PolicyObjectiveInputs",
     "PolicyObjectiveOutput",
     "Surrogate",
+    "TokenTerms",
     "available_ratios",
     "available_weights",
+    "batch_parameters_of",
     "check_objective",
+    "effective_sample_size",
+    "gradient_coefficient",
+    "log_ratios",
     "policy_objective",
     "register_ratio",
     "register_weight",
+    "rollout_correction",
 ]
 
 
@@ -55,13 +71,14 @@ def available_weights() -> tuple[str, ...]:
 
 
 def check_objective(ratio: str, weight: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse unknown names and parameters.
+    """Refuse unknown names, parameters and values.
 
     Raises:
         ValueError: naming the config field.
     """
     RATIOS.get(ratio, field="algorithm.objective.ratio")
     check_parameters(WEIGHTS.get(weight, field="algorithm.objective.weight"), parameters, field="algorithm.objective.parameters")
+    gradient_coefficient(weight, torch.zeros(1), torch.ones(1), **parameters)  # refuses values that the signature cannot
 
 
 def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, **parameters: Any) -> PolicyObjectiveOutput:
@@ -78,7 +95,8 @@ def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, 
     logprobs = torch.where(mask, inputs.logprobs if inputs.logprobs.dtype == torch.float64 else inputs.logprobs.float(), 0.0)
     levels = log_ratios(ratio, logprobs, inputs.old_logprobs.detach().to(logprobs.dtype), mask)
     advantages = torch.where(mask, inputs.advantages.detach().to(logprobs.dtype), 0.0)
-    surrogate = WEIGHTS.get(weight, field="algorithm.objective.weight")(levels, advantages, logprobs, **parameters)
+    function = WEIGHTS.get(weight, field="algorithm.objective.weight")
+    surrogate = function(TokenTerms(levels, advantages, logprobs, mask), **parameters)
     return PolicyObjectiveOutput(
         token_losses=torch.where(mask, -surrogate.values, 0.0),
         metrics={

@@ -1,19 +1,21 @@
-"""Weight functions: the surrogate L(rho, A) that an update maximises at each token.
+"""Weight functions: the surrogate L(rho, A) that an update maximises at each token, and the coefficient w(rho, A) that it puts before A grad log pi.
 
-A weight takes log-ratios, advantages and log-probabilities, all [B, T], and returns the surrogate (to be maximised) and a bool tensor of the
-tokens whose gradient it cut.
-
-    none         log pi * A                                 score function, no ratio
-    importance   rho A
-    ppo_clip     min(rho A, clip(rho, 1-low, 1+high) A)
-    dual_clip    ppo_clip, and at least c A where A < 0
-    cispo        stop(clip(rho, 1-low, 1+high)) log pi * A
+name             surrogate                                    w(rho, A)
+none             log pi A                                     1
+importance       rho A                                        rho
+ppo_clip         min(rho A, clip(rho, 1-low, 1+high) A)       rho, and 0 once rho has gone too far in A's direction
+dual_clip        ppo_clip, and at least c A where A < 0       the same, and 0 where A < 0 and rho > c
+upper_clip       stop(min(rho, 1+high)) log pi A              min(rho, 1+high), on both signs of A
+power            stop(rho^q) log pi A                         rho^q
+adaptive_power   the same, q chosen for the batch             rho^q
+sapo             4/tau sigmoid(tau (rho - 1)) A               rho sech^2(tau (rho - 1) / 2)
+cispo            stop(clip(rho, 1-low, 1+high)) log pi A      clip(rho, 1-low, 1+high)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,20 @@ from rlsys.registry import Registry
 MAX_LOG_RATIO = 20.0
 
 
+class TokenTerms(NamedTuple):
+    """What a weight function sees, all [B, T] and 0 outside the mask."""
+
+    log_ratios: Tensor  # of the chosen level, with gradient
+    advantages: Tensor
+    logprobs: Tensor  # of the live policy, with gradient
+    mask: Tensor  # bool
+
+    @property
+    def ratios(self) -> Tensor:
+        """rho, bounded to [e^-20, e^20]."""
+        return self.log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 class Surrogate(NamedTuple):
     """What is maximised, and where the weight cut the gradient."""
 
@@ -32,59 +48,72 @@ class Surrogate(NamedTuple):
 
 
 WeightFunction = Callable[..., Surrogate]
+# From a whole mini-batch's log-ratios [n] (and the weight's own parameters) to the parameters that stay fixed while its parts are trained on.
+BatchParameters = Callable[..., Mapping[str, Any]]
 WEIGHTS: Registry[WeightFunction] = Registry("weight")
+_BATCH_PARAMETERS: dict[str, BatchParameters] = {}
 
 
-def register_weight(name: str) -> Callable[[WeightFunction], WeightFunction]:
-    """Decorator: `function(log_ratios, advantages, logprobs, *, keywords...) -> Surrogate`."""
+def register_weight(name: str, *, batch_parameters: BatchParameters | None = None) -> Callable[[WeightFunction], WeightFunction]:
+    """Decorator: `function(terms: TokenTerms, *, keywords...) -> Surrogate`, as `algorithm.objective.weight`.
+
+    `batch_parameters(log_ratios, **parameters)` is for weights with a statistic over the batch: the trainer calls it with the
+    log-ratios of a whole mini-batch before its update, so that the loss does not depend on how the mini-batch is cut into forward
+    passes.
+    """
+    if batch_parameters:
+        _BATCH_PARAMETERS[name] = batch_parameters
     return WEIGHTS.register(name)
 
 
-def _ratio(log_ratios: Tensor) -> Tensor:
-    return log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def batch_parameters_of(name: str) -> BatchParameters | None:
+    """The batch statistic of a weight; None for most."""
+    return _BATCH_PARAMETERS.get(name)
 
 
-def _check_band(clip_low: float, clip_high: float) -> None:
-    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if value < 0 or (name == "clip_low" and value > 1):
-            raise ValueError(
-                f"algorithm.objective.parameters.{name}: {value} is outside [0, 1]"
-                if name == "clip_low"
-                else f"algorithm.objective.parameters.{name}: {value} is negative; give a width such as 0.2"
-            )
+def _uncut(values: Tensor) -> Surrogate:
+    return Surrogate(values, torch.zeros_like(values, dtype=torch.bool))
+
+
+def _score(weight: Tensor, terms: TokenTerms) -> Surrogate:
+    """stop(weight) log pi A: a score function with exactly this coefficient."""
+    return _uncut(weight.detach() * terms.logprobs * terms.advantages)
+
+
+def _check_width(name: str, value: float, highest: float = float("inf")) -> None:
+    if not 0 <= value <= highest:
+        bound = f"[0, {highest:g}]" if highest < float("inf") else "[0, inf)"
+        raise ValueError(f"algorithm.objective.parameters.{name}: {value} is outside {bound}; give a width such as 0.2")
 
 
 @register_weight("none")
-def no_weight(log_ratios: Tensor, advantages: Tensor, logprobs: Tensor) -> Surrogate:
-    """log pi * A: the score-function estimator, whatever the ratio."""
-    return Surrogate(logprobs * advantages, torch.zeros_like(advantages, dtype=torch.bool))
+def no_weight(terms: TokenTerms) -> Surrogate:
+    """log pi A: the score-function estimator, whatever the ratio."""
+    return _score(torch.ones_like(terms.advantages), terms)
 
 
 @register_weight("importance")
-def importance_weight(log_ratios: Tensor, advantages: Tensor, logprobs: Tensor) -> Surrogate:
+def importance_weight(terms: TokenTerms) -> Surrogate:
     """rho A: importance sampling without a trust region."""
-    return Surrogate(_ratio(log_ratios) * advantages, torch.zeros_like(advantages, dtype=torch.bool))
+    return _uncut(terms.ratios * terms.advantages)
 
 
 @register_weight("ppo_clip")
-def ppo_clip_weight(
-    log_ratios: Tensor, advantages: Tensor, logprobs: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
-) -> Surrogate:
+def ppo_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): no gradient once the ratio has gone far enough in A's direction.
 
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025, Clip-Higher (arXiv:2503.14476).
     """
-    _check_band(clip_low, clip_high)
-    ratio = _ratio(log_ratios)
+    _check_width("clip_low", clip_low, 1.0)
+    _check_width("clip_high", clip_high)
+    ratio, advantages = terms.ratios, terms.advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     cut = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
     return Surrogate(torch.minimum(ratio * advantages, clipped * advantages), cut)
 
 
 @register_weight("dual_clip")
-def dual_clip_weight(
-    log_ratios: Tensor, advantages: Tensor, logprobs: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0
-) -> Surrogate:
+def dual_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0) -> Surrogate:
     """ppo_clip, bounded below by c A for negative advantages, so that a ratio far above 1 cannot make the loss explode.
 
     Source: Ye et al. 2020, equation 5 (arXiv:1912.09729).
@@ -94,20 +123,124 @@ def dual_clip_weight(
     """
     if clip_c <= 1:
         raise ValueError(f"algorithm.objective.parameters.clip_c: {clip_c} must be above 1")
-    surrogate, cut = ppo_clip_weight(log_ratios, advantages, logprobs, clip_low=clip_low, clip_high=clip_high)
-    floor = clip_c * advantages
-    negative = advantages < 0
+    surrogate, cut = ppo_clip_weight(terms, clip_low=clip_low, clip_high=clip_high)
+    floor = clip_c * terms.advantages
+    negative = terms.advantages < 0
     return Surrogate(torch.where(negative, torch.maximum(surrogate, floor), surrogate), cut | (negative & (surrogate < floor)))
 
 
+@register_weight("upper_clip")
+def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate:
+    """stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped whatever the sign of A; every token keeps a gradient.
+
+    Biased where the cap binds, and unlike ppo_clip also on the pessimistic side, where ratios are largest.
+
+    Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO, upper clipping; Ionides 2008 (truncated
+    importance sampling).
+    """
+    _check_width("clip_high", clip_high)
+    return _score(terms.ratios.clamp(max=1 + clip_high), terms)
+
+
+@register_weight("power")
+def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
+    """stop(rho^q) log pi A: between no correction (q = 0: biased, least variance) and the full one (q = 1: unbiased, most variance).
+
+    Source: Bai and Zhang 2026, the power family.
+    """
+    _check_width("q", q, 1.0)
+    return _score((q * terms.log_ratios).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), terms)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """Share of samples that weights w_i = exp(log_weights_i) leave, (sum w)^2 / (n sum w^2), in (0, 1]; 1 for equal weights and for none.
+
+    Source: Kish 1965. Computed in log space, so no weight overflows.
+    """
+    if not log_weights.numel():
+        return log_weights.new_ones(())
+    flat = log_weights.reshape(-1).double()
+    return (2 * flat.logsumexp(0) - (2 * flat).logsumexp(0)).exp() / flat.numel()
+
+
+def adaptive_power_of(log_ratios: Tensor, *, target_ess: float = 0.9, q: float | None = None) -> dict[str, float]:
+    """{"q": ...}: the largest q in [0, 1] for which rho^q keeps an effective sample size of at least `target_ess`, to 1e-6.
+
+    The effective sample size of rho^q falls from 1 at q = 0 as q grows (its logarithm is 2 K(q) - K(2q) with K the cumulant
+    generating function of log rho, whose derivative 2 (K'(q) - K'(2q)) is at most 0 as K is convex), so bisection finds the
+    boundary.
+    """
+    _check_width("target_ess", target_ess, 1.0)
+    if q is not None:
+        return {"q": q}
+    if float(effective_sample_size(log_ratios)) >= target_ess:
+        return {"q": 1.0}
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        enough = float(effective_sample_size(middle * log_ratios)) >= target_ess
+        low, high = (middle, high) if enough else (low, middle)
+    return {"q": low}
+
+
+@register_weight("adaptive_power", batch_parameters=adaptive_power_of)
+def adaptive_power_weight(terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None) -> Surrogate:
+    """stop(rho^q) log pi A with q as large as the spread of the ratios allows.
+
+    q is the largest power whose weights keep an effective sample size of `target_ess`: 1 while the policy is close to the one that
+    sampled (full correction, no bias), falling as it moves away. This answers the open question of the source, which asks for a
+    correction that moves between the two by itself.
+
+    Conventions: `q` None takes it from these tokens; the trainer passes that of the whole mini-batch.
+
+    Source: the power family of Bai and Zhang 2026; the criterion is Kish's effective sample size.
+    """
+    return power_weight(terms, **adaptive_power_of(terms.log_ratios.detach()[terms.mask], target_ess=target_ess, q=q))
+
+
+@register_weight("sapo")
+def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
+    """4/tau sigmoid(tau (rho - 1)) A, tau = tau_pos where A > 0 and tau_neg elsewhere: a trust region without an edge.
+
+    Source: Gao et al. 2025, Soft Adaptive Policy Optimization, equations 5 to 8 (arXiv:2511.20347).
+
+    Raises:
+        ValueError: a temperature is not positive.
+    """
+    for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
+        if value <= 0:
+            raise ValueError(f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate")
+    tau = torch.where(terms.advantages > 0, tau_pos, tau_neg).to(terms.advantages.dtype)
+    return _uncut(4 / tau * torch.sigmoid(tau * (terms.ratios - 1)) * terms.advantages)
+
+
 @register_weight("cispo")
-def cispo_weight(
-    log_ratios: Tensor, advantages: Tensor, logprobs: Tensor, *, clip_low: float = 1.0, clip_high: float = 0.2
-) -> Surrogate:
-    """stop(clip(rho)) log pi * A: every token keeps a gradient, its weight is bounded.
+def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
+    """stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.
 
     Source: MiniMax 2025, MiniMax-M1, section 3.1 (arXiv:2506.13585).
     """
-    _check_band(clip_low, clip_high)
-    weight = _ratio(log_ratios).clamp(1 - clip_low, 1 + clip_high).detach()
-    return Surrogate(weight * logprobs * advantages, torch.zeros_like(advantages, dtype=torch.bool))
+    _check_width("clip_low", clip_low, 1.0)
+    _check_width("clip_high", clip_high)
+    return _score(terms.ratios.clamp(1 - clip_low, 1 + clip_high), terms)
+
+
+def gradient_coefficient(weight: str, log_ratios: Tensor, advantages: Tensor, **parameters: Any) -> Tensor:
+    """w(rho, A): what stands before A grad log pi in the gradient of a weight's surrogate, taken from the surrogate itself by differentiation.
+
+        d surrogate / d log pi = w(rho, A) A
+
+    Shapes: any equal ones, elementwise; `adaptive_power` takes its q from all of `log_ratios` unless it is given.
+
+    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1, and at +1 where A is 0.
+
+    Raises:
+        ValueError: unknown weight or parameter value.
+    """
+    function = WEIGHTS.get(weight, field="algorithm.objective.weight")
+    sign = torch.where(advantages < 0, -1.0, 1.0).to(log_ratios.dtype)
+    with torch.enable_grad():
+        logprobs = torch.zeros_like(log_ratios).requires_grad_()
+        terms = TokenTerms(log_ratios.detach() + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool))
+        (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
+    return gradient * sign

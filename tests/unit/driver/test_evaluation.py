@@ -111,7 +111,7 @@ async def test_nothing_is_held_after_an_evaluation() -> None:
     stage, _, evaluator = make(4, (1,))
     await evaluator.evaluate()
     assert len(stage.handles) == 0
-    assert stage.journal.count("score") == 2 * PROBLEMS / 2
+    assert stage.journal.count("score") == 2 * PROBLEMS
 
 
 async def test_a_lost_prompt_is_found_out() -> None:
@@ -120,7 +120,7 @@ async def test_a_lost_prompt_is_found_out() -> None:
 
     async def lossy(prompts, sampling):
         async for part in generate(prompts, sampling):
-            if part.first_prompt:
+            if part.prompt_index:
                 yield part
 
     generator.generate = lossy

@@ -8,13 +8,17 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from rlsys.config import (
+    AdvantageConfig,
     AlgorithmConfig,
     CheckpointConfig,
+    DynamicSamplingConfig,
+    EntropyConfig,
     EvaluationConfig,
     GenerationConfig,
     KLConfig,
@@ -44,12 +48,28 @@ DEADLOCK_S = 20  # a test that waits for an overlap which never comes fails afte
 
 
 def make_config(
-    *, steps: int = 6, evaluate: int = 0, save: int = 0, kl: float = 0.0, mini_batches: int = 1, seed: int = 3, pass_at: int = 1
+    *,
+    steps: int = 6,
+    evaluate: int = 0,
+    save: int = 0,
+    kl: float = 0.0,
+    placement: Literal["loss", "reward", "advantage"] = "loss",
+    temperature: float = 0.0,
+    estimator: str = "grpo",
+    sampling_rounds: int = 1,
+    mini_batches: int = 1,
+    seed: int = 3,
+    pass_at: int = 1,
 ) -> RunConfig:
     return RunConfig(
         generation=GenerationConfig(samples_per_prompt=8, min_tokens=0, max_tokens=2),
         policy=PolicyConfig(mini_batches=mini_batches),
-        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=kl)),
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(name=estimator),
+            kl=KLConfig(coefficient=kl, placement=placement),
+            entropy=EntropyConfig(temperature=temperature),
+            dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds),
+        ),
         trainer=TrainerConfig(
             steps=steps,
             prompts_per_step=4,
@@ -123,7 +143,7 @@ class Run:
         return self.workers.advantages.batches
 
 
-async def start(path: Path, config: RunConfig, *, resume: bool = False, needs_old_logprobs: bool = False) -> Run:
+async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
     """A run with new workers, as a new process would make them; with `resume`, restored from the newest checkpoint."""
     stage = Stage()
     workers, directory = in_process_workers(stage, config), RunDirectory(path)
@@ -142,7 +162,6 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False, needs_ol
         rollouts_directory=directory.rollouts,
         metrics_log=log,
         stop=("</answer>",),
-        needs_old_logprobs=needs_old_logprobs,
     )
     if checkpoint:
         await loop.restore(checkpoint)
@@ -242,19 +261,26 @@ async def test_waiting_for_rewards_is_a_phase_of_its_own(tmp_path: Path) -> None
         "phase:reward",
         "scored",
         "scored",
+        "scored",
+        "scored",
         "phase:advantages",
     ]
 
 
 async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
     cases = {
-        "one update, no KL": (make_config(steps=1), False, set()),
-        "two updates a batch": (make_config(steps=1, mini_batches=2), False, {"logprobs:old"}),
-        "the estimator reads them": (make_config(steps=1), True, {"logprobs:old"}),
-        "KL": (make_config(steps=1, kl=0.01), False, {"logprobs:ref"}),
+        "one update, no KL": (make_config(steps=1), set()),
+        "two updates a batch": (make_config(steps=1, mini_batches=2), {"logprobs:old"}),
+        "the estimator reads them": (
+            make_config(steps=1, kl=0.01, estimator="token_kl_grpo"),
+            {"logprobs:old", "logprobs:ref"},
+        ),
+        "KL": (make_config(steps=1, kl=0.01), {"logprobs:ref"}),
+        "KL in the reward": (make_config(steps=1, kl=0.01, placement="reward"), {"logprobs:old", "logprobs:ref"}),
+        "rewarded entropy": (make_config(steps=1, temperature=0.1), {"logprobs:old"}),
     }
-    for name, (config, needs_old, expected) in cases.items():
-        run = await start(tmp_path / name, config, needs_old_logprobs=needs_old)
+    for name, (config, expected) in cases.items():
+        run = await start(tmp_path / name, config)
         await run.finish()
         assert {event for event in run.stage.journal if event.startswith("logprobs")} == expected, name
         (batch,) = run.batches
@@ -284,7 +310,7 @@ async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
     run.stage.hooks = {"update": count}
     await run.finish()
     assert alive == [0, 0, 0, 0]
-    assert most == 2 + 2 + 2 + 2 + 1  # rollouts and rewards of two parts, old and ref of two ranks, the train batch
+    assert most == 4 + 4 + 2 + 2 + 1  # rollouts and rewards of four groups, old and ref of two ranks, the train batch
 
 
 async def test_the_fakes_catch_a_driver_that_opens_a_batch(tmp_path: Path) -> None:
@@ -292,7 +318,7 @@ async def test_the_fakes_catch_a_driver_that_opens_a_batch(tmp_path: Path) -> No
     run = await start(tmp_path, make_config())
     await run.workers.weights.sync(0)
     prompts = make_prompts(make_config()).next_batch()
-    async for part in run.workers.generator.generate(prompts, run.loop._sampling(0)):
+    async for part in run.workers.generator.generate(prompts, run.loop._sampling(0, 0)):
         with pytest.raises(OpenedByDriverError):
             await part.rollouts
 
@@ -411,7 +437,7 @@ async def test_a_generator_that_loses_a_prompt_is_found_out(tmp_path: Path) -> N
 
     async def lossy(prompts, sampling):
         async for part in generate(prompts, sampling):
-            if part.first_prompt:
+            if part.prompt_index:
                 yield part
 
     run.generator.generate = lossy

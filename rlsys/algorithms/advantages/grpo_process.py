@@ -1,0 +1,48 @@
+"""GRPO with process supervision."""
+
+from __future__ import annotations
+
+import torch
+
+from rlsys.algorithms.advantages.grouping import Groups
+from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, suffix_sum
+
+
+@register_advantage_estimator("grpo_process")
+def grpo_process_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6) -> AdvantageOutput:
+    """Step rewards, normalised over all steps of the group, summed over the steps that are still to come.
+
+        A_it = sum over steps k of response i that end at or after t of (r_ik - mean(R)) / (std(R) + eps)        R all step rewards of the group
+
+    Source: Shao et al. 2024, DeepSeekMath, section 4.1.3 (arXiv:2402.03300).
+
+    Shapes: rewards [B], token_rewards [B, T], step_ends [B, T] bool or None -> advantages [B, T].
+
+    Conventions: a step's reward lies at its last token. The outcome belongs to the response's last step, which ends at its last
+    token. Without `step_ends`, steps end where token_rewards are not 0; give them where a step may earn 0. Without process rewards
+    this is GRPO. A group of one step, or of equal step rewards, gets exactly 0. The paper writes "index(j) > t" in one place; a
+    step's own last token belongs to the step here.
+
+    Example: a group of ((0, 1), (0, 0)) with steps at every token: mean 1/4, std sqrt(3)/4; normalised ((-1, 3), (-1, -1)) /
+    sqrt(3); advantages ((2, 3), (-2, -1)) / sqrt(3).
+
+    Raises:
+        ValueError: `std_ddof` is neither 0 nor 1.
+    """
+    if std_ddof not in (0, 1):
+        raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
+    mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
+    ends = inputs.step_ends
+    if ends is None:
+        ends = torch.zeros_like(mask) if inputs.token_rewards is None else inputs.token_rewards != 0
+    ends = mask & (ends | last_tokens(mask))
+    rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
+    lowest = groups.extreme(torch.where(ends, rewards, torch.inf).amin(1), "amin")
+    rewards = torch.where(ends, rewards - groups.spread(lowest)[:, None], 0.0)
+    steps = groups.total(ends.sum(1))
+    mean = groups.total(rewards.sum(1)) / steps.clamp(min=1)
+    centred = torch.where(ends, rewards - groups.spread(mean)[:, None], 0.0)
+    variance = groups.total((centred**2).sum(1)) / (steps - std_ddof).clamp(min=1)
+    normalized = centred / (groups.spread(variance.sqrt())[:, None] + eps)
+    return AdvantageOutput(advantages=torch.where(mask, suffix_sum(normalized), 0.0))

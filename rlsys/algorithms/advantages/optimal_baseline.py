@@ -1,0 +1,65 @@
+"""REINFORCE with the constant baseline of least variance."""
+
+from __future__ import annotations
+
+import torch
+
+from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, broadcast_to_tokens, outcome_rewards
+from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+
+SCOPES = ("group", "batch")
+
+
+@register_advantage_estimator("optimal_baseline", needs=("score_norms",))
+def optimal_baseline_advantages(inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group") -> AdvantageOutput:
+    """The reward minus the average reward weighted by the size of the gradient that it multiplies.
+
+        b = E[g^2 r] / E[g^2],    g_i^2 = sum_t ||grad log pi(y_it)||^2,    A_i = r_i - b
+
+    b minimises E[g^2 (r - b)^2], the variance of the score-function estimator among constant baselines. `score_norms` hold a proxy
+    of the squared norms: that of the gradient with respect to the logits, 1 - 2 pi(a) + sum_k pi_k^2.
+
+    Source: Greensmith et al. 2004, section 3.2; Peters and Schaal 2008, section 3.2.
+
+    Shapes: rewards [B], score_norms [B, T] -> advantages [B, T].
+
+    Conventions: the sum over t leaves out the products between different tokens' gradients. Expectations are over the response's
+    group, or over the whole batch. With `leave_one_out` they leave the response itself out, and the gradient is unbiased; without,
+    b depends on r_i. Where the weights sum to 0 the plain mean stands in. A response without others gets exactly 0, as does a group
+    of equal rewards.
+
+    Example: rewards (1, 0), g^2 (3, 1): b = 3/4, advantages (1/4, -3/4). Leave-one-out: b = (0, 1), advantages (1, -1).
+
+    Raises:
+        ValueError: unknown scope, or no score_norms.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"algorithm.advantage.parameters.scope: unknown {scope!r}. Choose from {', '.join(SCOPES)}.")
+    norms = inputs.require("score_norms", estimator="optimal_baseline", remedy="The policy computes them with old_logprobs.")
+    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
+    groups = Groups.of(inputs.group_ids if scope == "group" else torch.zeros_like(inputs.group_ids))
+    weights = torch.where(inputs.response_mask, at_least_float32(norms), 0.0).sum(1)
+    return AdvantageOutput(
+        advantages=broadcast_to_tokens(rewards_above_baseline(rewards, weights, groups, leave_one_out), inputs.response_mask)
+    )
+
+
+def rewards_above_baseline(
+    rewards: torch.Tensor, weights: torch.Tensor, groups: Groups, leave_one_out: bool = False
+) -> torch.Tensor:
+    """[B] r_i - sum_j w_j r_j / sum_j w_j over the group of i, without i itself when `leave_one_out`; the plain mean where all those weights are 0.
+
+    Rewards are measured from the group's smallest, so that equal ones cancel exactly.
+    """
+    rewards = rewards - groups.spread(groups.extreme(rewards, "amin"))
+
+    def mean(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total, weighted = groups.spread(groups.total(weights)), groups.spread(groups.total(weights * rewards))
+        if leave_one_out:
+            total, weighted = total - weights, weighted - weights * rewards
+        return weighted / torch.where(total > 0, total, 1.0), total > 0
+
+    weighted_mean, has_weight = mean(weights)
+    plain_mean, _ = mean(torch.ones_like(weights))
+    alone = groups.spread(groups.counts) == 1
+    return torch.where(alone, 0.0, rewards - torch.where(has_weight, weighted_mean, plain_mean))

@@ -1,0 +1,35 @@
+"""ReMax: the greedy response as the baseline."""
+
+from __future__ import annotations
+
+import torch
+
+from rlsys.algorithms.advantages.grouping import at_least_float32
+from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.returns import reward_to_go
+
+
+@register_advantage_estimator("remax", needs=("greedy_rewards",))
+def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
+    """The reward-to-go minus the reward of the greedy response to the same prompt.
+
+        A_t = G_t - r(greedy(x))
+
+    The greedy response does not depend on the sampled one, so the gradient stays unbiased; it costs one more response a prompt.
+
+    Source: Li et al. 2024, ReMax, algorithm 1 (arXiv:2310.10505).
+
+    Shapes: rewards [B], greedy_rewards [B] -> advantages [B, T].
+
+    Conventions: no scaling. Process rewards of the greedy response are not known and count as 0.
+
+    Example: reward 1, greedy reward 0.25: advantage 0.75 at every token.
+
+    Raises:
+        ValueError: no greedy_rewards.
+    """
+    greedy = inputs.require(
+        "greedy_rewards", estimator="remax", remedy="The driver samples and scores one greedy response a prompt."
+    )
+    returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
+    return AdvantageOutput(advantages=torch.where(inputs.response_mask, returns - at_least_float32(greedy)[:, None], 0.0))

@@ -1,0 +1,54 @@
+"""Rewards along a response: where they fall, and what is still to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.advantages.grouping import at_least_float32
+
+
+def suffix_sum(values: Tensor) -> Tensor:
+    """[B, T] -> [B, T]: the sum from t to the end."""
+    return values.flip(1).cumsum(1).flip(1)
+
+
+def last_tokens(response_mask: Tensor) -> Tensor:
+    """[B, T] bool: the last sampled token of each response; nowhere in a response without tokens."""
+    return response_mask & (suffix_sum(response_mask.long()) == 1)
+
+
+def step_rewards(rewards: Tensor, token_rewards: Tensor | None, response_mask: Tensor) -> Tensor:
+    """[B, T] reward of each token: its process reward, and the outcome at the last one; 0 outside the mask.
+
+    Example: outcome 1, process rewards (0.5, 0.25): (0.5, 1.25).
+    """
+    at_last = torch.where(last_tokens(response_mask), at_least_float32(rewards)[:, None], 0.0)
+    if token_rewards is None:
+        return at_last
+    return at_last + torch.where(response_mask, at_least_float32(token_rewards), 0.0)
+
+
+def reward_to_go(rewards: Tensor, token_rewards: Tensor | None, response_mask: Tensor) -> Tensor:
+    """[B, T] G_t = r + sum_{s >= t} r_s: a token answers for the outcome and for the process rewards from it on; 0 outside the mask."""
+    returns = at_least_float32(rewards)[:, None].expand(response_mask.shape)
+    if token_rewards is not None:
+        returns = returns + suffix_sum(torch.where(response_mask, at_least_float32(token_rewards), 0.0))
+    return torch.where(response_mask, returns, 0.0)
+
+
+def masked_moments(values: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (ddof 0) over the tokens of a batch; both 0 where there is none."""
+    count = response_mask.sum().clamp(min=1)
+    mean = torch.where(response_mask, values, 0.0).sum() / count
+    variance = torch.where(response_mask, (values - mean) ** 2, 0.0).sum() / count
+    return mean, variance.sqrt()
+
+
+def whitened(values: Tensor, response_mask: Tensor, eps: float) -> Tensor:
+    """[B, T] (x - mean) / (std + eps) over the tokens of the batch; exactly 0 where all are equal, and outside the mask."""
+    mean, std = masked_moments(values, response_mask)
+    inside = values[response_mask]
+    if not len(inside) or bool(inside.max() == inside.min()):
+        return torch.zeros_like(values)
+    return torch.where(response_mask, (values - mean) / (std + eps), 0.0)

@@ -1,0 +1,211 @@
+"""From rewards to advantages: everything that happens to a batch between the reward worker and the update.
+
+    outcome rewards -- overlong penalty --+
+    KL to the reference, per token -------+--> advantage estimator --> TrainBatch
+    entropy, per token -------------------+
+
+Three numbers outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput, Need, estimator_needs, get_advantage_estimator
+from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
+from rlsys.algorithms.kl import adapted_coefficient, kl_estimate
+from rlsys.algorithms.reward_shaping import soft_overlong_penalty
+from rlsys.config import RunConfig
+from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
+from rlsys.data.padding import ResponsePadding
+from rlsys.driver.metrics import Metric, mean
+
+
+def required_inputs(config: RunConfig) -> frozenset[Need]:
+    """What the driver must have computed before credit is assigned: of the estimator, and of everything else that reads it."""
+    algorithm = config.algorithm
+    needs: set[Need] = set(estimator_needs(algorithm.advantage.name))
+    if algorithm.kl.coefficient > 0:
+        needs.add("ref_logprobs")
+    several_updates = config.policy.epochs * config.policy.mini_batches > 1
+    in_rewards = (algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward") or algorithm.entropy.temperature > 0
+    if several_updates or in_rewards or algorithm.kl.target is not None or "score_norms" in needs:
+        needs.add("old_logprobs")
+    return frozenset(needs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arrays:
+    """The log-probabilities of a batch, flat `[N]`."""
+
+    old: NDArray[np.float32] | None
+    ref: NDArray[np.float32] | None
+    score_norms: NDArray[np.float32] | None
+
+    @staticmethod
+    def join(rollouts: RolloutBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]) -> _Arrays:
+        offsets = rollouts.sequence_offsets
+        with_norms = bool(old) and all(part.score_norms is not None for part in old)
+        return _Arrays(
+            old=LogprobBatch.scatter(old, offsets) if old else None,
+            ref=LogprobBatch.scatter(ref, offsets) if ref else None,
+            score_norms=LogprobBatch.scatter(old, offsets, "score_norms") if with_norms else None,
+        )
+
+
+class CreditAssigner:
+    """Turns scored rollouts into train batches, one after the other."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._estimator = get_advantage_estimator(config.algorithm.advantage.name)
+        self._kl_coefficient = config.algorithm.kl.coefficient
+        self._temperature = config.algorithm.entropy.temperature
+        self._estimator_state: Mapping[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on from here, ready for JSON."""
+        return {
+            "kl_coefficient": self._kl_coefficient,
+            "entropy_temperature": self._temperature,
+            "estimator": dict(self._estimator_state),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. A fixed coefficient or temperature stays what the configuration says."""
+        if self._config.algorithm.kl.target is not None:
+            self._kl_coefficient = state["kl_coefficient"]
+        if self._config.algorithm.entropy.target is not None:
+            self._temperature = state["entropy_temperature"]
+        self._estimator_state = state["estimator"]
+
+    def assign(
+        self,
+        rollouts: RolloutBatch,
+        rewards: RewardBatch,
+        old: Sequence[LogprobBatch],
+        ref: Sequence[LogprobBatch],
+        greedy: RewardBatch | None = None,
+    ) -> tuple[TrainBatch, dict[str, Metric]]:
+        """The train batch of a joined batch, and metrics. `greedy` has one response for each prompt of `rollouts`, in its order.
+
+        Raises:
+            ValueError: the estimator gave a result that is not finite.
+        """
+        arrays = _Arrays.join(rollouts, old, ref)
+        rewards = self._shaped(rollouts, rewards)
+        padding = ResponsePadding.of(rollouts)
+        output = self._estimator(
+            self._inputs(rollouts, rewards, arrays, padding, greedy), **self._config.algorithm.advantage.parameters
+        )
+        if not bool(torch.isfinite(output.advantages).all()):
+            raise ValueError(
+                f"algorithm.advantage.name: {self._config.algorithm.advantage.name!r} gave advantages that are not finite"
+            )
+        self._estimator_state = output.state
+        batch = self._train_batch(rollouts, rewards, arrays, output, padding)
+        metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()} | self._adapt(rollouts, arrays)
+        return batch, metrics
+
+    def _shaped(self, rollouts: RolloutBatch, rewards: RewardBatch) -> RewardBatch:
+        """Rewards with the overlong penalty, which becomes one of their components."""
+        overlong = self._config.algorithm.overlong
+        if not overlong.buffer_tokens:
+            return rewards
+        penalty = soft_overlong_penalty(
+            torch.from_numpy(rollouts.response_lengths),
+            max_tokens=self._config.generation.max_tokens,
+            buffer_tokens=overlong.buffer_tokens,
+            penalty=overlong.penalty,
+        ).numpy()
+        return replace(rewards, rewards=rewards.rewards + penalty, components={**rewards.components, "overlong": penalty})
+
+    def _inputs(
+        self,
+        rollouts: RolloutBatch,
+        rewards: RewardBatch,
+        arrays: _Arrays,
+        padding: ResponsePadding,
+        greedy: RewardBatch | None,
+    ) -> AdvantageInputs:
+        def padded(values: NDArray[np.float32] | None) -> Tensor | None:
+            return None if values is None else padding.pad(values)
+
+        mask, old, ref = padding.pad(rollouts.response_mask), padded(arrays.old), padded(arrays.ref)
+        placement = self._config.algorithm.kl.placement
+        return AdvantageInputs(
+            rewards=torch.from_numpy(rewards.rewards.copy()),
+            response_mask=mask,
+            group_ids=torch.from_numpy(rollouts.group_ids.copy()),
+            token_rewards=self._token_rewards(old, ref, mask),
+            rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
+            old_logprobs=old,
+            ref_logprobs=ref,
+            score_norms=padded(arrays.score_norms),
+            greedy_rewards=None if greedy is None else torch.from_numpy(_of_each_response(rollouts, greedy.rewards)),
+            truncated=torch.from_numpy(rollouts.stop_reasons == StopReason.LENGTH),
+            kl_coefficient=self._kl_coefficient if placement == "advantage" else 0.0,
+            state=self._estimator_state,
+        )
+
+    def _token_rewards(self, old: Tensor | None, ref: Tensor | None, mask: Tensor) -> Tensor | None:
+        """[B, T] what each token pays for its KL and earns for its surprise; None where neither is asked for."""
+        kl, parts = self._config.algorithm.kl, []
+        if kl.placement == "reward" and self._kl_coefficient > 0:
+            assert old is not None, "the driver computes old log-probabilities where the KL is placed in the reward"
+            assert ref is not None, "and those of the reference"
+            estimate = kl_estimate(old, ref, kl.kind, direction=kl.direction)
+            parts.append(torch.where(mask, -self._kl_coefficient * estimate, 0.0))
+        if self._temperature > 0:
+            assert old is not None, "the driver computes old log-probabilities where entropy is rewarded"
+            parts.append(entropy_rewards(old, mask, self._temperature))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _train_batch(
+        self, rollouts: RolloutBatch, rewards: RewardBatch, arrays: _Arrays, output: AdvantageOutput, padding: ResponsePadding
+    ) -> TrainBatch:
+        tokens, algorithm = len(rollouts.token_ids), self._config.algorithm
+        return TrainBatch(
+            rollouts=rollouts,
+            rewards=rewards,
+            advantages=padding.unpad(output.advantages, tokens),
+            old_logprobs=arrays.old,
+            ref_logprobs=arrays.ref,
+            returns=None if output.returns is None else padding.unpad(output.returns, tokens),
+            kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
+            trained=rollouts.stop_reasons != StopReason.LENGTH if algorithm.overlong.mask_truncated else None,
+        )
+
+    def _adapt(self, rollouts: RolloutBatch, arrays: _Arrays) -> dict[str, Metric]:
+        """Move the adaptive coefficient and temperature, from what this batch shows; the values that this batch was made with are reported."""
+        kl, entropy, mask = self._config.algorithm.kl, self._config.algorithm.entropy, rollouts.response_mask
+        metrics: dict[str, Metric] = {}
+        if kl.coefficient > 0:
+            metrics["kl/coefficient"] = mean(self._kl_coefficient)
+        if kl.target is not None and arrays.old is not None and arrays.ref is not None:
+            old, ref = torch.from_numpy(arrays.old[mask]), torch.from_numpy(arrays.ref[mask])
+            measured = float(kl_estimate(old, ref, "k3").mean())
+            self._kl_coefficient = adapted_coefficient(self._kl_coefficient, measured, target=kl.target, horizon=kl.horizon)
+        if entropy.temperature > 0:
+            metrics["entropy/temperature"] = mean(self._temperature)
+            if entropy.target is not None and arrays.old is not None:
+                self._temperature = tuned_temperature(
+                    self._temperature,
+                    -float(arrays.old[mask].mean()),
+                    target=entropy.target,
+                    learning_rate=entropy.learning_rate,
+                )
+        return metrics
+
+
+def _of_each_response(rollouts: RolloutBatch, of_prompts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[P] values in the order of the prompts -> [B] at their responses."""
+    index = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
+    return of_prompts[[index[int(group)] for group in rollouts.group_ids]].astype(np.float32)
