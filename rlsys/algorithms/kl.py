@@ -48,7 +48,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, direction:
     if kind == "k3":
         return k3
     k2 = difference**2 / 2
-    return k3.detach() + k2 - k2.detach()
+    return k3.detach() + (k2 - k2.detach())
 
 
 def _forward(difference: Tensor, kind: str) -> Tensor:

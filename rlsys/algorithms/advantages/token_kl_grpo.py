@@ -18,7 +18,7 @@ def token_kl_returns(
     It is GAE(1, 1) without a critic on the rewards -(beta / H) K_k, plus r at the last token. H counts the response's own tokens. 0
     outside the mask.
     """
-    lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
+    lengths = response_mask.sum(1, keepdim=True).clamp(min=1).to(rewards.dtype)
     costs = torch.where(response_mask, at_least_float32(old_logprobs) - at_least_float32(ref_logprobs), 0.0)
     returns = rewards[:, None] - coefficient / lengths * suffix_sum(costs)
     return torch.where(response_mask, returns, 0.0)
