@@ -1,6 +1,7 @@
 """The actor group on real Ray and gloo: the same update whatever the ranks, the packing and the microbatches."""
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import ray
 import torch
 
 from rlsys.config import (
+    AdvantageConfig,
     AlgorithmConfig,
     EntropyConfig,
     KLConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     PolicyConfig,
+    RolloutCorrectionConfig,
     RunConfig,
     TrainerConfig,
 )
@@ -115,6 +119,49 @@ async def test_update_does_not_depend_on_ranks_or_packing():
             assert other[metric] == pytest.approx(report[metric], rel=1e-4, abs=1e-6), metric
         assert other["policy/effective_sample_size"] == pytest.approx(report["policy/effective_sample_size"], rel=1e-5)
         assert other["policy/tokens"] == report["policy/tokens"]
+
+
+async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing():
+    """adaptive_power takes its q from the whole mini-batch, the mismatch correction from whole responses, and masked responses leave no trace."""
+    batch = example()
+    trained = np.arange(len(batch.rollouts)) % 3 != 0
+    batch = dataclasses.replace(batch, trained=trained)
+    reports = []
+    for plan in (config(1), config(1, share_prompts=False, microbatch_tokens=64), config(2, microbatch_tokens=50)):
+        algorithm = AlgorithmConfig(
+            objective=ObjectiveConfig(ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}),
+            rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
+            aggregation="token_mean",
+        )
+        _, report = await updated(plan.model_copy(update={"algorithm": algorithm}), batch)
+        reports.append(report)
+    first = reports[0]
+    assert 0.01 < first["policy/q"] < 0.99
+    assert first["policy/tokens"] == batch.rollouts.response_lengths[trained].sum()
+    assert 0 < first["policy/rollout_masked_share"] < 1
+    for report in reports[1:]:
+        for metric in ("policy/q", "policy/loss", "policy/grad_norm", "policy/rollout_correction", "policy/rollout_masked_share"):
+            assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
+
+
+async def test_a_mini_batch_without_trained_responses_is_skipped():
+    batch = dataclasses.replace(example(), trained=np.zeros(24, dtype=np.bool_))
+    _, report = await updated(config(2), batch)
+    assert report["policy/skipped_updates"] >= 1
+    assert "policy/grad_norm" not in report
+
+
+async def test_score_norms_come_only_where_they_are_read():
+    batch = example().rollouts
+    for estimator, wanted in (("grpo", False), ("opo", False), ("optimal_baseline", True)):
+        plan = config(1).model_copy(update={"algorithm": AlgorithmConfig(advantage=AdvantageConfig(name=estimator))})
+        async with Group(plan) as group:
+            (part,) = [await handle for handle in await group.logprobs([ray.put(batch)])]
+        assert (part.score_norms is not None) == wanted
+        if wanted:
+            norms = LogprobBatch.scatter([part], batch.sequence_offsets, "score_norms")
+            assert (norms[~batch.response_mask] == 0).all()
+            assert ((norms > 0) & (norms < 2))[batch.response_mask].all()
 
 
 async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference():

@@ -19,6 +19,17 @@ def test_golden():
     p = torch.tensor([1.0, 0.0]).softmax(0)
     assert out.logprobs.item() == pytest.approx(p[0].log().item())
     assert out.entropies.item() == pytest.approx(-(p * p.log()).sum().item())
+    assert out.score_norms.item() == pytest.approx((1 - p[0].item()) ** 2 + p[1].item() ** 2)
+
+
+def test_score_norms_are_squared_gradients_with_respect_to_the_scaled_logits():
+    hidden, weight, targets = example()
+    out = token_logprobs(hidden, weight, targets, temperature=0.7, chunk_tokens=3)
+    logits = (hidden @ weight.T / 0.7).detach().requires_grad_()
+    logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    assert logits.grad is not None
+    assert torch.allclose(out.score_norms, logits.grad.square().sum(1))
+    assert not out.score_norms.requires_grad
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

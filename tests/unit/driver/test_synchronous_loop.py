@@ -562,3 +562,59 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
     assert state["config"]["trainer"]["steps"] == 3
     assert {"torch", "numpy"} <= set(state["versions"])
+
+
+async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path) -> None:
+    """Trained groups have mixed rewards as long as the rounds suffice; what is missing is filled up, and everything is counted."""
+    plain = await start(tmp_path / "plain", make_config(steps=3))
+    await plain.finish()
+    run = await start(tmp_path / "dynamic", make_config(steps=3, sampling_rounds=4))
+    await run.finish()
+    for _, step in run.recorder.steps:
+        missing = step["sampling/missing_groups"]
+        assert step["rollout/equal_reward_groups"] * 4 == missing
+        assert 1 <= step["sampling/rounds"] <= 4
+        assert step["sampling/rounds"] == 4 or not missing
+    assert sum(step["sampling/replaced_groups"] for _, step in run.recorder.steps) > 0
+    assert sum(step["rollout/equal_reward_groups"] for _, step in plain.recorder.steps) > sum(
+        step["rollout/equal_reward_groups"] for _, step in run.recorder.steps
+    )
+    seeds = [request.seed for request in run.generator.requests]
+    assert len(set(seeds)) == len(seeds)  # a further round is sampled anew
+    assert all(len(set(batch["group_ids"])) == 4 for batch in run.batches)
+
+
+async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> None:
+    config = make_config(steps=4, sampling_rounds=3, save=2)
+    await (await start(tmp_path / "whole", config)).finish()
+    stopped = await start(tmp_path / "stopped", config)
+    stopped.recorder.react = lambda step, at: stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    await stopped.finish()
+    await (await start(tmp_path / "stopped", config, resume=True)).finish()
+    assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
+
+
+async def test_a_greedy_response_a_prompt_is_sampled_where_the_estimator_reads_it(tmp_path: Path) -> None:
+    run = await start(tmp_path, make_config(steps=2, estimator="remax"))
+    await run.finish()
+    assert [(request.samples_per_prompt, request.temperature) for request in run.generator.requests] == [(8, 1.0), (1, 0.0)] * 2
+    assert all(step["advantage/mean_abs"] > 0 for _, step in run.recorder.steps)
+
+
+async def test_adaptive_numbers_resume_with_the_run(tmp_path: Path) -> None:
+    """The entropy temperature is tuned from batch to batch; a resumed run goes on with the value it had."""
+
+    def tuned() -> RunConfig:
+        made = make_config(steps=4, save=2, temperature=0.1)
+        entropy = made.algorithm.entropy.model_copy(update={"target": 1.0})
+        return made.model_copy(update={"algorithm": made.algorithm.model_copy(update={"entropy": entropy})})
+
+    await (await start(tmp_path / "whole", tuned())).finish()
+    stopped = await start(tmp_path / "stopped", tuned())
+    stopped.recorder.react = lambda step, at: stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    await stopped.finish()
+    resumed = await start(tmp_path / "stopped", tuned(), resume=True)
+    await resumed.finish()
+    temperatures = [step["entropy/temperature"] for _, step in (*stopped.recorder.steps, *resumed.recorder.steps)]
+    assert len(set(temperatures)) == 4
+    assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")

@@ -1,0 +1,182 @@
+"""From rewards to a train batch: penalties, costs of tokens, adaptive numbers, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlsys.config import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    EntropyConfig,
+    GenerationConfig,
+    KLConfig,
+    OverlongConfig,
+    PolicyConfig,
+    RunConfig,
+)
+from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch
+from rlsys.driver.credit_assignment import CreditAssigner, required_inputs
+from rlsys.driver.metrics import values
+from tests.rollout_examples import rollouts
+
+
+def make_config(
+    estimator: str = "reinforce", *, mini_batches: int = 1, parameters: dict | None = None, **algorithm: Any
+) -> RunConfig:
+    return RunConfig(
+        generation=GenerationConfig(max_tokens=4, min_tokens=0),
+        policy=PolicyConfig(mini_batches=mini_batches),
+        algorithm=AlgorithmConfig(advantage=AdvantageConfig(name=estimator, parameters=parameters or {}), **algorithm),
+    )
+
+
+def batch() -> RolloutBatch:
+    """Two groups of two: responses of 2, 4, 1 and 3 tokens."""
+    return rollouts([([9], [[1, 2], [1, 2, 3, 4]]), ([8, 8], [[5], [5, 6, 7]])])
+
+
+def rewards(values: list[float]) -> RewardBatch:
+    array = np.asarray(values, dtype=np.float32)
+    count = len(values)
+    return RewardBatch(
+        batch_id=0,
+        rewards=array,
+        accuracies=array,
+        components={"math": array},
+        reasons=("ok",) * count,
+        extracted_answers=("",) * count,
+    )
+
+
+def logprobs(made: RolloutBatch, value: float, *, norm: float | None = None) -> list[LogprobBatch]:
+    """The same log-probability at every sampled token, from one rank."""
+    flat = np.where(made.response_mask, value, 0.0).astype(np.float32)
+    norms = None if norm is None else np.where(made.response_mask, norm, 0.0).astype(np.float32)
+    return [LogprobBatch(batch_id=0, rows=np.arange(len(made)), logprobs=flat, score_norms=norms)]
+
+
+def advantages_of(made: RolloutBatch, flat: np.ndarray) -> list[list[float]]:
+    ends, starts = made.sequence_offsets[1:], made.sequence_offsets[:-1] + made.prompt_lengths
+    return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+
+
+def test_required_inputs():
+    assert required_inputs(make_config()) == frozenset()
+    assert required_inputs(make_config(mini_batches=2)) == {"old_logprobs"}
+    assert required_inputs(make_config("opo", kl=KLConfig(coefficient=0.1))) == {"ref_logprobs"}
+    assert required_inputs(make_config(kl=KLConfig(coefficient=0.1, target=1.0))) == {"ref_logprobs", "old_logprobs"}
+    assert required_inputs(make_config("optimal_baseline")) == {"score_norms", "old_logprobs"}
+    assert required_inputs(make_config("remax")) == {"greedy_rewards"}
+
+
+def test_the_kl_in_the_reward_is_paid_by_the_tokens_up_to_it():
+    """K = 0.5 a token, beta 0.1: a token pays 0.05 for itself and for each that follows; the loss has no KL term of its own then."""
+    made = batch()
+    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.1, placement="reward", kind="k1")))
+    train, metrics = assigner.assign(made, rewards([1, 0, 1, 0]), logprobs(made, -1.0), logprobs(made, -1.5))
+    expected = [[0.9, 0.95], [-0.2, -0.15, -0.1, -0.05], [0.95], [-0.15, -0.1, -0.05]]
+    for found, wanted in zip(advantages_of(made, train.advantages), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-6)
+    assert train.kl_coefficient == 0.0
+    assert values(metrics)["kl/coefficient"] == 0.1
+
+
+def test_entropy_in_the_reward():
+    made = batch()
+    assigner = CreditAssigner(make_config(entropy=EntropyConfig(temperature=0.1)))
+    train, _ = assigner.assign(made, rewards([0, 0, 0, 0]), logprobs(made, -2.0), [])
+    assert advantages_of(made, train.advantages)[1] == pytest.approx([0.8, 0.6, 0.4, 0.2], abs=1e-6)
+
+
+def test_the_kl_in_the_loss_leaves_the_advantages_alone():
+    made = batch()
+    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.1)))
+    train, _ = assigner.assign(made, rewards([1, 0, 1, 0]), [], logprobs(made, -1.5))
+    assert train.kl_coefficient == 0.1
+    assert advantages_of(made, train.advantages)[0] == [1.0, 1.0]
+
+
+def test_the_kl_in_the_advantage_reaches_the_estimator():
+    """r_j = r - (beta / H) sum K: with K = 1 and beta = 1, every response's first token pays 1, so the groups' differences are the rewards'."""
+    made = batch()
+    assigner = CreditAssigner(make_config("token_kl_grpo", kl=KLConfig(coefficient=1.0, placement="advantage")))
+    train, _ = assigner.assign(made, rewards([1, 1, 1, 1]), logprobs(made, -1.0), logprobs(made, -2.0))
+    first, second = advantages_of(made, train.advantages)[:2]
+    # at the first token both pay 1; at the second one pays 1/2 and the other 3/4
+    assert first == pytest.approx([0.0, 1.0], abs=1e-4)
+    assert second[:2] == pytest.approx([0.0, -1.0], abs=1e-4)
+
+
+def test_overlong_penalty_becomes_a_component_of_the_reward():
+    """Limit 4, buffer 2: lengths 2, 4, 1, 3 pay 0, 1, 0, 1/2."""
+    made = batch()
+    assigner = CreditAssigner(make_config(overlong=OverlongConfig(buffer_tokens=2)))
+    train, _ = assigner.assign(made, rewards([1, 1, 1, 1]), [], [])
+    assert train.rewards.components["overlong"].tolist() == [0.0, -1.0, 0.0, -0.5]
+    assert train.rewards.rewards.tolist() == [1.0, 0.0, 1.0, 0.5]
+    assert train.rewards.accuracies.tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_truncated_responses_can_be_left_out_of_the_loss():
+    made = batch()
+    object.__setattr__(made, "stop_reasons", np.array([0, 1, 0, 0], dtype=np.int8))
+    train, _ = CreditAssigner(make_config(overlong=OverlongConfig(mask_truncated=True))).assign(made, rewards([1, 1, 1, 1]), [], [])
+    assert train.trained is not None
+    assert train.trained.tolist() == [True, False, True, True]
+    assert CreditAssigner(make_config()).assign(made, rewards([1, 1, 1, 1]), [], [])[0].trained is None
+
+
+def test_greedy_rewards_reach_the_responses_of_their_prompt():
+    made = batch()
+    greedy = rewards([0.25, 0.75])
+    train, _ = CreditAssigner(make_config("remax")).assign(made, rewards([1, 0, 1, 0]), [], [], greedy)
+    assert [row[0] for row in advantages_of(made, train.advantages)] == [0.75, -0.25, 0.25, -0.75]
+
+
+def test_score_norms_come_with_the_old_logprobs():
+    """Lengths 2 and 4 with equal norms weigh 1 to 2: b = 1/3 for rewards 1 and 0."""
+    made = batch()
+    train, _ = CreditAssigner(make_config("optimal_baseline")).assign(
+        made, rewards([1, 0, 0, 0]), logprobs(made, -1.0, norm=0.5), []
+    )
+    assert [row[0] for row in advantages_of(made, train.advantages)] == pytest.approx([2 / 3, -1 / 3, 0.0, 0.0])
+
+
+def test_adaptive_numbers_move_and_survive_a_checkpoint():
+    """KL of k3 at d = 0.5: e^-0.5 - 0.5 = 0.107, above its target; entropy 1, below its own: both numbers rise, and the next batch is made with them."""
+    config = make_config(
+        "reinforce_baseline",
+        parameters={"baseline": "moving_average"},
+        kl=KLConfig(coefficient=0.1, target=0.05, horizon=10),
+        entropy=EntropyConfig(temperature=0.2, target=2.0, learning_rate=0.1),
+    )
+    made, scores = batch(), rewards([1, 0, 1, 0])
+    first = CreditAssigner(config)
+    train, metrics = first.assign(made, scores, logprobs(made, -1.0), logprobs(made, -1.5))
+    assert train.kl_coefficient == 0.1
+    assert values(metrics)["entropy/temperature"] == 0.2
+    second = CreditAssigner(config)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for assigner in (first, second):
+        train, metrics = assigner.assign(made, scores, logprobs(made, -1.0), logprobs(made, -1.5))
+        assert train.kl_coefficient == pytest.approx(0.1 * 1.02)
+        assert values(metrics)["entropy/temperature"] == pytest.approx(0.2 * np.exp(0.1))
+        assert values(metrics)["advantage/baseline"] == pytest.approx(
+            1.0
+        )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
+
+
+def test_fixed_numbers_follow_the_configuration_after_a_resume():
+    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.3)))
+    assigner.load_state({"kl_coefficient": 0.1, "entropy_temperature": 0.0, "estimator": {}})
+    assert assigner.state()["kl_coefficient"] == 0.3
+
+
+def test_advantages_that_are_not_finite_are_refused():
+    made = batch()
+    with pytest.raises(ValueError, match=r"algorithm\.advantage\.name: 'reinforce' gave advantages that are not finite"):
+        CreditAssigner(make_config()).assign(made, rewards([1, float("nan"), 0, 0]), [], [])
