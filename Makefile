@@ -43,6 +43,7 @@ check: setup
 
 docs: setup
 	$(BIN)/python -m rlsys.config.reference docs/configuration.md
+	$(BIN)/python -m rlsys.algorithms.reference docs/algorithms.md
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache
