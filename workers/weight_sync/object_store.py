@@ -48,15 +48,16 @@ class ObjectStoreWeightSync:
     async def sync(self, version: int) -> dict[str, Metric]:
         """See `ports.WeightSync`."""
         manifest, shards = await self._policy.export_weights(version)
-        await asyncio.gather(*(worker.install_weights.remote(manifest, *shards) for worker in self._workers))
+        installed = [worker.install_weights.remote(manifest, *shards) for worker in self._workers]
         metrics = {"sync/bytes": total(manifest.num_bytes)}
-        if self._tolerance:
-            metrics |= await self._prove(manifest, shards)
-        return metrics
+        if not self._tolerance:
+            await asyncio.gather(*installed)
+            return metrics
+        trainer, *_ = await asyncio.gather(self._policy.probe_logprobs(self._probe, 1.0), *installed)
+        return metrics | await self._prove(manifest, shards, trainer)
 
-    async def _prove(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
-        """Compare log-probabilities of the probe on both sides."""
-        trainer = await self._policy.probe_logprobs(self._probe, 1.0)
+    async def _prove(self, manifest: WeightManifest, shards: Sequence[Any], trainer: NDArray[np.float32]) -> dict[str, Metric]:
+        """Compare the engines' log-probabilities of the probe with the trainer's."""
         engines = await asyncio.gather(*(worker.probe_logprobs.remote(self._probe) for worker in self._workers))
         gaps = [np.abs(engine - trainer) for engine in engines]
         means = [float(gap.mean()) for gap in gaps]
