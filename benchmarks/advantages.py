@@ -43,7 +43,9 @@ def grpo_by_loop(inputs: AdvantageInputs) -> Tensor:
     for group in inputs.group_ids.unique():
         rows = (inputs.group_ids == group).nonzero()[:, 0]
         rewards = inputs.rewards[rows]
-        for row, value in zip(rows.tolist(), ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).tolist(), strict=True):
+        for row, value in zip(
+            rows.tolist(), ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).tolist(), strict=True
+        ):
             advantages[row] = value * inputs.response_mask[row]
     return advantages
 

@@ -14,6 +14,11 @@ class AdvantageConfig(Section):
     parameters: dict[str, Any] = Field(
         default={}, description="Keyword parameters of the estimator, checked against its signature."
     )
+    recompute: bool = Field(
+        default=False,
+        description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: for "
+        "estimators that correct for the policy having moved since sampling (hierarchical).",
+    )
 
 
 class ObjectiveConfig(Section):

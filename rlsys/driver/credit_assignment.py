@@ -34,7 +34,7 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
     needs: set[Need] = set(estimator_needs(algorithm.advantage.name))
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
-    several_updates = config.policy.epochs * config.policy.mini_batches > 1
+    several_updates = config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
     in_rewards = (algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward") or algorithm.entropy.temperature > 0
     if several_updates or in_rewards or algorithm.kl.target is not None or "score_norms" in needs:
         needs.add("old_logprobs")
@@ -203,6 +203,37 @@ class CreditAssigner:
                     learning_rate=entropy.learning_rate,
                 )
         return metrics
+
+
+def recomputed(
+    config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], old: NDArray[np.float32], score_norms: NDArray[np.float32]
+) -> tuple[TrainBatch, dict[str, Metric]]:
+    """`batch` with new `old_logprobs` and, at the responses `rows`, advantages that were estimated from them; `old` and `score_norms` are flat `[N]`.
+
+    For `algorithm.advantage.recompute`. Costs of tokens and greedy responses do not go with it (refused before a run starts).
+
+    Raises:
+        ValueError: the estimator gave a result that is not finite.
+    """
+    rollouts, advantage = batch.rollouts, config.algorithm.advantage
+    padding, index = ResponsePadding.of(rollouts), torch.from_numpy(rows)
+    inputs = AdvantageInputs(
+        rewards=torch.from_numpy(batch.rewards.rewards[rows]),
+        response_mask=padding.pad(rollouts.response_mask)[index],
+        group_ids=torch.from_numpy(rollouts.group_ids[rows]),
+        rollout_logprobs=padding.pad(rollouts.rollout_logprobs)[index],
+        old_logprobs=padding.pad(old)[index],
+        score_norms=padding.pad(score_norms)[index],
+        truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
+    )
+    output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
+    if not bool(torch.isfinite(output.advantages).all()):
+        raise ValueError(f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite")
+    whole = torch.zeros(padding.shape)
+    whole[index] = output.advantages.float()
+    advantages = padding.unpad(whole, len(rollouts.token_ids))
+    metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+    return replace(batch, advantages=advantages, old_logprobs=old), metrics
 
 
 def _of_each_response(rollouts: RolloutBatch, of_prompts: NDArray[np.float32]) -> NDArray[np.float32]:

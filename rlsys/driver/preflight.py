@@ -150,6 +150,13 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
         yield f"algorithm.kl.target: {kl.target:g} can only be reached from a coefficient above 0. Set algorithm.kl.coefficient."
     if entropy.target is not None and entropy.temperature == 0:
         yield f"algorithm.entropy.target: {entropy.target:g} can only be reached from a temperature above 0. Set algorithm.entropy.temperature."
+    costs = (kl.placement != "loss" and kl.coefficient > 0) or entropy.temperature > 0
+    needs_greedy = algorithm.advantage.name == "remax"
+    if algorithm.advantage.recompute and (costs or needs_greedy):
+        yield (
+            "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
+            "token_kl_grpo and with remax."
+        )
     if algorithm.overlong.buffer_tokens > config.generation.max_tokens:
         yield (
             f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is above generation.max_tokens {config.generation.max_tokens}. Lower "

@@ -69,6 +69,23 @@ CHARTS = (
         ),
         percent=True,
     ),
+    ChartSpec(
+        "Gradient second moment over that of the leave-one-out mean",
+        (
+            ("in use", "advantage/variance_ratio/used", "train"),
+            ("group mean", "advantage/variance_ratio/group_mean", "train"),
+            ("OPO", "advantage/variance_ratio/opo", "train"),
+        ),
+    ),
+    ChartSpec(
+        "Effective sample size of the ratios, by position",
+        (
+            ("first token", "advantage/effective_share/first", "train"),
+            ("middle", "advantage/effective_share/middle", "train"),
+            ("last", "advantage/effective_share/last", "train"),
+        ),
+        percent=True,
+    ),
     ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),
 )
 

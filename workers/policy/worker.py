@@ -20,7 +20,7 @@ from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
-from rlsys.driver.credit_assignment import required_inputs
+from rlsys.driver.credit_assignment import recomputed, required_inputs
 from rlsys.driver.metrics import Metric, combine, maximum, mean, total
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.plugins import load_plugins
@@ -155,6 +155,7 @@ class PolicyWorker(RankWorker):
         )
         losses, tokens = [], 0
         packs = self._packs(batch.rollouts, rows)
+        batch, diagnostics = self._recomputed(batch, rows, packs)
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
@@ -169,7 +170,24 @@ class PolicyWorker(RankWorker):
             for name, value in parameters.items()
             if name not in self.config.algorithm.objective.parameters
         }
-        return _loss_metrics(losses, tokens) | chosen | self._optimizer_step()
+        return _loss_metrics(losses, tokens) | diagnostics | chosen | self._optimizer_step()
+
+    @torch.no_grad()
+    def _recomputed(
+        self, batch: TrainBatch, rows: NDArray[np.int64], packs: Sequence[Pack]
+    ) -> tuple[TrainBatch, dict[str, Metric]]:
+        """The batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it; every rank estimates the same."""
+        if not self.config.algorithm.advantage.recompute:
+            return batch, {}
+        flat = np.zeros((2, len(batch.rollouts.token_ids)), dtype=np.float32)
+        for pack in packs:
+            result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
+            if not pack.is_filler:
+                flat[:, pack.flat_positions] = torch.stack([result.logprobs, result.score_norms]).cpu().numpy()
+        everyone = torch.from_numpy(flat).to(self.device)
+        dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
+        logprobs, norms = everyone.cpu().numpy()
+        return recomputed(self.config, batch, rows, logprobs, norms)
 
     @torch.no_grad()
     def _objective_parameters(self, batch: TrainBatch, packs: Sequence[Pack]) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""metrics.jsonl, the console, the report and the run's directory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlsys.config import RunConfig, RunSection
+from rlsys.driver.metrics_log import MetricsLog, read_metrics
+from rlsys.driver.progress import Progress, duration, phase_line, print_summary
+from rlsys.driver.report import Series, format_number, line_chart, nice_ticks, write_report
+from rlsys.driver.run_directory import RunDirectory
+
+STEP = {
+    "reward/mean": 0.25,
+    "reward/accuracy": 0.5,
+    "rollout/tokens": 100.0,
+    "policy/grad_norm": 1.5,
+    "time/generate": 2.0,
+    "time/update": 5.0,
+    "time/step": 8.0,
+    "memory/policy": 3.0,
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory(tmp_path / "run")
+    made.create(RunConfig())
+    return made
+
+
+def test_metrics_are_written_line_by_line_and_read_back(directory: RunDirectory):
+    log = MetricsLog(directory)
+    log.on_step(1, STEP)
+    log.on_evaluation(1, {"eval/accuracy": 0.75})
+    log.on_step(2, {"reward/mean": math.nan})
+    assert log.position() == 3
+    records = read_metrics(directory.metrics)  # flushed: readable while the run goes on
+    assert [(r.kind, r.step) for r in records] == [("train", 1), ("eval", 1), ("train", 2)]
+    assert records[0].values == STEP
+    assert math.isnan(records[2].values["reward/mean"])
+    assert "NaN" not in directory.metrics.read_text()  # JSON has no NaN
+    log.on_end("finished", "")
+    assert list(directory.tensorboard.iterdir())
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(directory: RunDirectory):
+    log = MetricsLog(directory)
+    log.on_step(1, STEP)
+    log.on_end("failed", "")
+    with directory.metrics.open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert [record.step for record in read_metrics(directory.metrics)] == [1]
+
+
+def test_a_resume_drops_what_the_checkpoint_did_not_know(directory: RunDirectory):
+    log = MetricsLog(directory)
+    for step in (1, 2, 3):
+        log.on_step(step, STEP)
+    log.on_end("failed", "")
+    resumed = MetricsLog(directory, keep_lines=2)
+    assert resumed.position() == 2
+    resumed.on_step(3, {"reward/mean": 0.5})
+    resumed.on_end("finished", "")
+    assert [r.values["reward/mean"] for r in read_metrics(directory.metrics)] == [0.25, 0.25, 0.5]
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (7.4, 61, 3599.7, 3725)] == ["7 s", "1 m 01 s", "1 h 00 m", "1 h 02 m"]
+
+
+def test_phase_line():
+    assert phase_line(STEP) == "generate 2.00 s (25%), update 5.00 s (62%)"
+
+
+def plain_console() -> Console:
+    return Console(record=True, width=200, force_terminal=False)
+
+
+def test_plain_progress_prints_a_row_a_step():
+    console = plain_console()
+    progress = Progress(console, live=True)  # no terminal: plain lines all the same
+    progress.on_start(1, 2)
+    progress.on_evaluation(0, {"eval/accuracy": 0.1, "eval/pass@4": 0.3})
+    progress.on_step(1, STEP)
+    progress.on_step(2, STEP)
+    progress.on_checkpoint(2, "runs/x/checkpoints/step_000002")
+    progress.on_end("interrupted", "stopped")
+    lines = console.export_text().splitlines()
+    assert lines[0] == "held-out accuracy after 0 steps: 10.0% (pass@4 30.0%)"
+    assert lines[1].split()[:4] == ["step", "reward", "correct", "length"]
+    assert lines[2].split()[:3] == ["1/2", "0.250", "50.0%"]
+    assert "gen 2.0" in lines[2]
+    assert lines[3].split()[0] == "2/2"
+    assert lines[4:] == ["checkpoint runs/x/checkpoints/step_000002", "run interrupted after 2 steps: stopped"]
+
+
+def test_the_live_panel_shows_step_phase_and_numbers():
+    console = Console(record=True, width=120, force_terminal=True)
+    progress = Progress(console, live=True)
+    progress.on_start(1, 10)
+    progress.on_evaluation(0, {"eval/accuracy": 0.1})
+    progress.on_step(1, STEP)
+    progress.on_phase(2, "update")
+    assert progress._live is not None
+    with console.capture() as capture:
+        console.print(progress._live.get_renderable())
+    panel = capture.get()
+    for text in ("step 1/10", "ETA", "update", "reward", "0.250", "generate 2.00 s", "0: 10.0%"):
+        assert text in panel
+    progress.on_end("finished", "")
+
+
+def test_summary(directory: RunDirectory):
+    log = MetricsLog(directory)
+    log.on_evaluation(0, {"eval/accuracy": 0.1})
+    log.on_step(1, STEP)
+    log.on_step(2, STEP | {"reward/mean": 0.75})
+    log.on_evaluation(2, {"eval/accuracy": 0.6})
+    log.on_end("finished", "")
+    console = plain_console()
+    print_summary(console, read_metrics(directory.metrics), directory, 75)
+    text = console.export_text()
+    for part in (
+        "10.0% -> 60.0% (steps 0 -> 2)",
+        "0.250 -> 0.750",
+        "2, 8.00 s each",
+        "200, 50 a second",
+        "policy 3.00 GiB",
+        "1 m 15 s",
+    ):
+        assert part in text
+    assert f"metrics      {directory.metrics}" in text.replace("\n", " ")
+
+
+def test_ticks_are_round_and_cover_the_range():
+    for low, high in ((0.013, 0.87), (-3.0, 12.0), (5.0, 5.0), (0.0, 1e-6)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low
+        assert ticks[-1] >= high
+        assert len({round(b - a, 12) for a, b in itertools.pairwise(ticks)}) == 1
+
+
+def test_numbers_are_short():
+    assert [format_number(value) for value in (0.0, 0.03125, 1234.0, 1.5e-6)] == ["0", "0.03125", "1,234", "1.5e-06"]
+    assert format_number(0.125, percent=True) == "12.5 %"
+
+
+def test_a_chart_without_points_is_nothing_and_titles_are_escaped():
+    assert line_chart("empty", [Series("a", ())]) == ""
+    chart = line_chart("a < b", [Series("x & y", ((1, 0.5), (2, 0.7)))])
+    assert "a &lt; b" in chart
+    assert "x &amp; y" in chart
+    assert chart.count("<circle") == 2
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory):
+    log = MetricsLog(directory)
+    for step in range(1, 12):
+        log.on_step(step, STEP)
+    log.on_evaluation(11, {"eval/accuracy": 0.6})
+    log.on_end("finished", "")
+    write_report(directory)
+    page = directory.report.read_text()
+    assert "Reward" in page
+    assert "algorithm.advantage.name" in page
+    for outside in ('src="http', "href=", "@import", "url("):
+        assert outside not in page
+    assert not list(directory.path.glob("*.partial"))
+
+
+def test_the_report_of_a_run_without_steps(directory: RunDirectory):
+    write_report(directory)
+    assert "No step is complete yet" in directory.report.read_text()
+
+
+def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(directory: RunDirectory, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"run\.directory: .* exists already\. Add --resume"):
+        directory.check(resume=False)
+    directory.check(resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        RunDirectory(tmp_path / "none").check(resume=True)
+    (tmp_path / "empty").mkdir()
+    RunDirectory(tmp_path / "empty").check(resume=False)
+
+
+def test_run_directory_names(tmp_path: Path):
+    assert RunDirectory.named_by(RunConfig(run=RunSection(directory="runs/mine"))).path == Path("runs/mine")
+    assert RunDirectory.named_by(RunConfig(recipe="dapo_math")).path.name.startswith("dapo_math-")
+
+
+def test_metrics_of_an_old_kind_stay_readable(directory: RunDirectory):
+    line = {"kind": "train", "step": 1, "time": 0.0, "values": {"a": 1.0}, "something": "new"}
+    directory.metrics.write_text(json.dumps(line) + "\n")
+    assert read_metrics(directory.metrics)[0].values == {"a": 1.0}
