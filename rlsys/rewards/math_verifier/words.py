@@ -1,0 +1,97 @@
+"""Answers that are words, letters or times: compared as text, without what only dresses it up."""
+
+from __future__ import annotations
+
+import re
+
+from rlsys.rewards.math_verifier.lexer import NUMBER_WORDS
+
+_WRAPPER = re.compile(r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle|bf|rm)(?![a-zA-Z])|\\[,;:! ]|~|\$|\\[()\[\]]")
+_CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?[.:)]?")
+_LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(\S.*)", re.DOTALL)
+_CHOICE_WORDS = re.compile(r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE)
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
+_PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
+_ARTICLES = re.compile(r"^(?:the|an|a|on|it is|is)\s+")
+_ALIASES = {
+    "no solution": "no solution", "no solutions": "no solution", "none": "no solution", "no real solution": "no solution",
+    "no real solutions": "no solution", "there are no solutions": "no solution", "empty set": "no solution", "empty": "no solution",
+    "the empty set": "no solution", "dne": "undefined", "does not exist": "undefined", "not defined": "undefined",
+}  # fmt: skip
+_MEANINGS = {
+    "no solution": r"\emptyset", "infinity": r"\infty", "negative infinity": r"-\infty", "positive infinity": r"\infty", "minus infinity": r"-\infty",
+    "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}", "all real": r"\mathbb{R}", "any real number": r"\mathbb{R}", "reals": r"\mathbb{R}",
+    "real numbers": r"\mathbb{R}", "all real x": r"\mathbb{R}", "the real numbers": r"\mathbb{R}", "set of all real numbers": r"\mathbb{R}",
+}  # fmt: skip
+
+
+def plain(answer: str) -> str:
+    """`answer` without text commands, spacing and dollar signs."""
+    text = answer
+    for _ in range(3):
+        unwrapped = _WRAPPER.sub(r" \1 ", text)
+        if unwrapped == text:
+            break
+        text = unwrapped
+    text = _SPACING.sub(" ", text)
+    return " ".join(text.split())
+
+
+def meaning(answer: str) -> str:
+    """An answer in words that is a number or a set, as LaTeX; other answers unchanged."""
+    if not any(c.isalpha() for c in answer) or len(answer) > 80:
+        return answer
+    text = plain(answer).strip(" .!").lower()
+    text = _ALIASES.get(text, text)
+    if text in NUMBER_WORDS:
+        return str(NUMBER_WORDS[text])
+    return _MEANINGS.get(text, answer)
+
+
+def phrase(answer: str) -> str:
+    """Words in the form in which they are compared: small letters, no article, no punctuation at the ends."""
+    text = plain(answer).replace("{", "").replace("}", "").lower().strip()
+    while len(text) > 2 and text[0] == "(" and text[-1] == ")":
+        text = text[1:-1].strip()
+    text = _ARTICLES.sub("", text.strip(" .,;:!")).strip(" .,;:!")
+    return _ALIASES.get(text, text)
+
+
+def items(answer: str) -> list[str]:
+    """The items of a list of words, sorted."""
+    parts = re.split(r",\s*and\s+|,|;|\s+and\s+|&", plain(answer).strip(" .{}\\"))
+    return sorted(phrase(part) for part in parts if part.strip())
+
+
+def choice(answer: str) -> tuple[str, str, bool] | None:
+    """(letter, what stands after it, whether it is marked as a choice) of a multiple-choice answer.
+
+    Example: `choice(r"\\textbf{(C)}\\ 12")` is `("C", "12", True)`.
+    """
+    if len(answer) > 300:
+        return None
+    text = plain(answer).strip()
+    stripped = _CHOICE_WORDS.sub("", text)
+    if match := _CHOICE.fullmatch(stripped):
+        marked = stripped != text or "(" in text or "\\" in answer or text[-1:] in ".:)"
+        return match[1], "", marked
+    if match := _LABELLED.fullmatch(text):
+        rest = match[3]
+        if match[1] and not (re.search(r"\)\s", text) or "\\text" in answer) or rest[0] in "+-*/^=,()<>|_" or rest.startswith(("and ", "or ")):
+            return None
+        return match[1] or match[2], rest, True
+    return None
+
+
+def clock(answer: str) -> tuple[int, str] | None:
+    """(minutes since midnight or noon, a or p or nothing) of a time of day."""
+    if len(answer) > 60 or not any(c in answer for c in "mM:"):
+        return None
+    text = plain(answer).strip(" .")
+    text = re.sub(r"\s*:\s*", ":", text)
+    if match := _CLOCK.fullmatch(text) or _CLOCK.fullmatch(text + "."):
+        return int(match[1]) % 12 * 60 + int(match[2] or 0), match[3].lower()
+    if match := _PLAIN_CLOCK.fullmatch(text):
+        return int(match[1]) % 12 * 60 + int(match[2]), ""
+    return None
