@@ -1,6 +1,6 @@
 """The value of an expression, and whether two expressions have the same one.
 
-Rational constants are compared exactly. Everything else is evaluated with 50 digits (150 where cancellation has eaten too many) at a few points
+Rational constants are compared exactly. Everything else is evaluated with 50 digits (more where cancellation has eaten too many) at a few points
 drawn from the variables' names, so the same two expressions always meet the same points. Different expressions that agree to 30 digits at three
 such points are not found among answers; equal ones always agree, whatever their form, and no rewriting can run away. In exchange nothing is proven:
 an identity is accepted on evidence.
@@ -29,8 +29,7 @@ from rlsys.rewards.math_verifier.limits import (
 )
 from rlsys.rewards.math_verifier.nodes import Call, Constant, Marked, Node, Number, Numeral, Power, Product, Sum, Symbol, children, symbols
 
-DIGITS = 50
-MORE_DIGITS = 150
+DIGITS = (50, 150, 2200)  # of an evaluation; the next number where the last one left nothing but rounding errors
 POINTS = 3  # that two expressions must share
 # Where variables are looked for: both signs, and large enough for radicands such as x - 20.
 _RANGES = ((0.3, 2.5), (-2.5, 2.5), (3.0, 9.0), (-3.0, -0.2), (-9.0, 9.0), (20.0, 60.0), (-60.0, -20.0), (0.01, 0.3), (0.5, 0.99), (-0.99, 0.99))
@@ -122,7 +121,7 @@ def _exact_call(name: str, values: list[Fraction | None]) -> Fraction | None:
     return None
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _context(digits: int) -> Any:
     from mpmath import MPContext  # only some answers need it, and it takes a while to import
 
@@ -134,7 +133,7 @@ def _context(digits: int) -> Any:
 class Evaluator:
     """High-precision values of one expression after another at one point; `scale` is the largest number met on the way."""
 
-    def __init__(self, point: dict[str, float], *, digits: int = DIGITS, real: bool = True, log_base: int | None = None) -> None:
+    def __init__(self, point: dict[str, float], *, digits: int = DIGITS[0], real: bool = True, log_base: int | None = None) -> None:
         self.context = _context(digits)
         self._point = {name: self.context.mpf(value) for name, value in point.items()}
         self._real = real
@@ -176,12 +175,16 @@ class Evaluator:
         if not self.context.isfinite(result):
             raise UndefinedError
         magnitude = self.context.mag(result)
-        if magnitude > MAX_MAGNITUDE_DIGITS * 3.33:
+        if magnitude > MAX_MAGNITUDE_DIGITS * 3.33 or (result != 0 and magnitude < -MAX_MAGNITUDE_DIGITS * 3.33 and not self._cancelled(magnitude)):
             raise TooLargeError
         size = abs(result)
         if size > self.scale:
             self.scale = size
         return result
+
+    def _cancelled(self, magnitude: int) -> bool:
+        """Whether so small a result may be what rounding left of zero."""
+        return magnitude < self.context.mag(self.scale) - self.context.prec + 40
 
     def _constant(self, name: str) -> Any:
         if name == "i":
@@ -385,21 +388,25 @@ def points(names: frozenset[str]) -> Iterator[dict[str, float]]:
 
 
 def _same_at(left: Node, right: Node, point: dict[str, float], real: bool, log_base: int | None) -> bool:
-    for digits in (DIGITS, MORE_DIGITS):
-        evaluator = Evaluator(point, digits=digits, real=real, log_base=log_base)
+    lost = 0  # digits that cancellation may eat: those before the point of the largest number on the way
+    for digits in DIGITS:
+        evaluator = Evaluator(point, digits=digits + lost, real=real, log_base=log_base)
         first, second = evaluator.value(left), evaluator.value(right)
         difference, size = abs(first - second), max(abs(first), abs(second))
-        noise = evaluator.scale * evaluator.context.mpf(10) ** (12 - digits)
-        if difference > noise:
-            return False
-        if size > noise * 10**10 or digits == MORE_DIGITS:
-            break
-    return True
+        noise = evaluator.scale * evaluator.context.mpf(10) ** (12 - digits - lost)
+        if size > noise * 10**10:
+            return bool(difference <= noise)
+        lost = int(evaluator.context.mag(evaluator.scale) / 3.32) + 1
+    return bool(difference <= noise)  # no number may be this small but not zero
 
 
 def real_value(node: Node) -> Any:
     """The value of a real constant, for ordering. Raises as `same_value` does."""
     value = exact(node)
     if value is not None:
-        return _context(DIGITS).mpf(value.numerator) / value.denominator
-    return Evaluator({}).value(node)
+        return _context(DIGITS[0]).mpf(value.numerator) / value.denominator
+    evaluator = Evaluator({})
+    result = evaluator.value(node)
+    if evaluator.scale > 10**30 and evaluator.scale > abs(result) * 10**30:
+        raise TooLargeError  # its digits may all be wrong
+    return result

@@ -10,7 +10,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BARE = re.compile(r"[^\s${}\\]+")
 _ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
-_LAST_LINE_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+_LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
 MAX_LINE = 1000
 
 
@@ -116,6 +116,8 @@ def _announced(completion: str) -> str | None:
 
 def _last_line(completion: str) -> str | None:
     line = completion.rstrip()[-MAX_LINE:].split("\n")[-1].strip(" *_`")
+    if len(line) >= MAX_LINE - 10:
+        return None
     formulas = list(_DISPLAYED.finditer(line))
     if formulas:
         line = next(group for group in formulas[-1].groups() if group is not None)

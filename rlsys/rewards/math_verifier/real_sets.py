@@ -13,7 +13,7 @@ from functools import cmp_to_key
 from typing import Any
 
 from rlsys.rewards.math_verifier.evaluation import Evaluator, exact, points, real_value, same_value
-from rlsys.rewards.math_verifier.limits import UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.limits import MAX_LIST_ITEMS, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
     INFINITY, MINUS_ONE, REALS, Call, Group, Listing, Node, Number, Power, Product, Relation, SetOf, SetOperation, Sum, Symbol, children, negative,
     symbols,
@@ -133,6 +133,8 @@ def _combined(operation: str, left: RealSet, right: RealSet) -> RealSet:
 
 def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
     """`x < 1 or x > 2`; `x != 1, 2`; `(-oo, 1), (2, oo)`."""
+    if len(items) > MAX_LIST_ITEMS:
+        raise UnparsableError("too many conditions")
     sets: list[RealSet] = []
     first = items[0]
     for item in items:

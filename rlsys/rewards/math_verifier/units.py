@@ -63,6 +63,7 @@ _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _AREA = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 UNIT_WORDS = frozenset(name for name in _BASE if len(name) > 1) | frozenset(_WHOLE) | frozenset({"square", "cubic", "sq", "units", "unit", "per"})
 SINGLE_LETTER_UNITS = frozenset("mgshLNJW")
+_IMPOSSIBLE = ((("impossible", 1),), Fraction(1))  # no unit has this exponent: it equals no other
 _PART = re.compile(r"(/|\^-?\d+|[^\s/^]+)")
 
 
@@ -81,7 +82,7 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
         elif part.startswith("^") or part in ("squared", "cubed"):
             power = {"squared": 2, "cubed": 3}.get(part) or int(part[1:][:3])
             if last is None or not 0 < abs(power) <= 4:
-                return None
+                return _IMPOSSIBLE
             name, factor, done = last
             powers[name] += done * (power - 1)
             size *= factor ** (done * (power - 1))
