@@ -13,12 +13,14 @@ time is limited by the reward worker, which runs this in a process that it can k
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from rlsys.rewards.math_verifier import words
 from rlsys.rewards.math_verifier.comparison import same_answer
 from rlsys.rewards.math_verifier.extraction import EXTRACTIONS, extract_answer, last_boxed
 from rlsys.rewards.math_verifier.limits import MAX_ANSWER_CHARACTERS, TooLargeError, UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.nodes import Node
 from rlsys.rewards.math_verifier.normal_form import normal_form
 from rlsys.rewards.math_verifier.parser import readings
 from rlsys.rewards.math_verifier.plain_numbers import plain_number
@@ -82,7 +84,7 @@ def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
         return False, "expression", "unparsable"
 
 
-def _equal_or_undefined(answer, truth) -> bool:
+def _equal_or_undefined(answer: Node, truth: Node) -> bool:
     try:
         return same_answer(answer, truth)
     except UndefinedError:
@@ -125,6 +127,8 @@ def _same_words(answer: str, truth: str) -> tuple[bool, str, str]:
     if not first or not second:
         return False, "words", "unparsable"
     if first == second or (_only_letters(first) and "".join(first.split()) == "".join(second.split())):
+        return True, "words", "correct"
+    if re.search("[a-z]{3}", first) and first.replace(",", "").split() == second.replace(",", "").split():
         return True, "words", "correct"
     if words.items(answer) == words.items(truth) and len(words.items(truth)) > 1:
         return True, "words", "correct"

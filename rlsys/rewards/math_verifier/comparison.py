@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -13,6 +12,7 @@ from rlsys.rewards.math_verifier.nodes import (
     Ratio, Relation, SetOf, SetOperation, Sum, Symbol, children, negative, symbols,
 )  # fmt: skip
 from rlsys.rewards.math_verifier.real_sets import FLIPPED, is_infinite, real_set, same_equation, same_set, substitute
+from rlsys.rewards.math_verifier.parser import added
 from rlsys.rewards.math_verifier.units import parse_unit
 
 MIN_SIGNIFICANT_DIGITS = 3  # of a rounded value that may stand for an exact one
@@ -66,14 +66,29 @@ def _simplified_listing(node: Listing) -> Node:
     if isinstance(node.items[0], Relation) and node.items[0].operators == ("=",):
         name = node.items[0].parts[0]
         if is_name(name) and not any(isinstance(item, Relation) for item in node.items[1:]):  # x = 2, 3
-            return _simplified_listing(Listing((node.items[0].parts[1], *node.items[1:]), node.separator))
+            return _named(name, _simplified_listing(Listing((node.items[0].parts[1], *node.items[1:]), node.separator)))
         if all(isinstance(item, Relation) and item.operators == ("=",) and _same_variable(item.parts[0], name) for item in node.items):
-            return _simplified_listing(Listing(tuple(i.parts[1] for i in node.items if isinstance(i, Relation)), node.separator))
+            values = tuple(i.parts[1] for i in node.items if isinstance(i, Relation))
+            return _named(name, _simplified_listing(Listing(values, node.separator)))
+    if node.separator == "and" and len(node.items) == 2 and all(isinstance(item, Measured) for item in node.items):
+        first, second = node.items
+        try:
+            if isinstance(first, Measured) and isinstance(second, Measured) and first.unit != second.unit:
+                return added(first, second)  # 3 hours and 20 minutes
+        except UnparsableError:
+            pass
     items: list[Node] = []
     for item in node.items:
         inner = simplified(item)
         items.extend(inner.items if isinstance(inner, Listing) else (inner,))
     return Listing(tuple(items), node.separator)
+
+
+def _named(name: Node, values: Node) -> Node:
+    """x = 2, 3: the values and whose they are."""
+    if isinstance(name, Symbol):
+        return Relation((Symbol(name.name.split("_")[0]), values), ("=",))
+    return values
 
 
 def _same_variable(left: Node, right: Node) -> bool:
@@ -158,9 +173,7 @@ def _simplified_relation(node: Relation) -> Node:
     value = simplified(values[0])
     if isinstance(parts[0], Group):
         return value
-    if isinstance(value, Listing):
-        return value
-    return Relation((parts[0], value), ("=",))
+    return _named(parts[0], value) if isinstance(value, Listing) else Relation((parts[0], value), ("=",))
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
@@ -191,7 +204,7 @@ def _equations(left: Node, right: Node) -> bool:
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        return is_name(left.parts[0]) and not isinstance(right, Listing | Ratio) and same_answer(left.parts[1], right)
+        return is_name(left.parts[0]) and not isinstance(right, Ratio) and same_answer(left.parts[1], right)
     if right.operators != ("=",):
         return False
     if is_name(left.parts[0]) and is_name(right.parts[0]):
@@ -262,6 +275,15 @@ def _sets(left: Node, right: Node) -> bool:
         return same_set(real_set(left), real_set(right))
     except (UnparsableError, UndefinedError):
         return False
+
+
+def _memberships(left: Node, right: Node) -> bool:
+    """k in Z against k in Z, or against Z."""
+    if not isinstance(left, Relation) or left.operators != ("in",):
+        return False
+    if isinstance(right, Relation) and right.operators == ("in",):
+        return _same_items(left.parts, right.parts)
+    return isinstance(right, Symbol) and left.parts[1] == right
 
 
 def _finite_sets(left: Node, right: Node) -> bool:
@@ -479,6 +501,8 @@ def _units(left: Node, right: Node) -> bool:
     if not isinstance(right, Measured):
         if _mark(right) == "degree" and parse_unit(left.unit) == _RADIAN:
             return isinstance(left.value, _EXPRESSIONS) and same_value(left.value, right)
+        if isinstance(right, _EXPRESSIONS) and _mark(right) and parse_unit(left.unit) is not None:
+            return False  # dollars and percents
         return _item(left.value, right)
     first, second = parse_unit(left.unit), parse_unit(right.unit)
     if first is None or second is None:
@@ -532,10 +556,6 @@ def _ratios(left: Node, right: Node) -> bool:
     return all(_item(Product((a, second)), Product((b, first))) for a, b in zip(left.parts, right.parts, strict=True))
 
 
-def _independent_signs(left: Node, right: Node) -> bool:
-    return False
-
-
 _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _values,
     _units,
@@ -548,6 +568,6 @@ _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _equations,
     _inequalities,
     _assignments,
+    _memberships,
     _sets,
 )
-__all__ = ["itertools", "same_answer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rlsys.rewards.math_verifier.limits import MAX_ANSWER_CHARACTERS, MAX_TOKENS, UnparsableError
@@ -54,7 +55,7 @@ _RENAMED = {
     "rceil": "rceil", "colon": ":", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "circ": "circ", "degree": "degree",
     "textdegree": "degree", "emptyset": "emptyset", "varnothing": "emptyset", "frac": "frac", "binom": "binom", "sqrt": "sqrt", "over": "over",
     "choose": "choose", "begin": "begin", "end": "end", "imath": "i", "pounds": "pounds", "textsterling": "pounds", "euro": "euro", "yen": "yen",
-    "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", "textdollar": "\\$",
+    "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", "textdollar": "\\$", "mathdollar": "\\$",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi "
@@ -74,6 +75,8 @@ _DECIMALS = re.compile(r"(?:\.|\{,\}|\{\.\}|\\\.)(\d+)", re.ASCII)
 _REPEATING = re.compile(r"\.(\d*)(?:\\(?:overline|bar|dot|widehat)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)(?=\s*$))", re.ASCII)
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])", re.ASCII)
 _ELLIPSIS = re.compile(r"\s*(?:\\l?dots\b|\\cdots\b|\.\.\.)")
+_PER_TIME = re.compile(r"\s*/\s*(?:s|h|sec|min|hr)(?![a-z])")
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _TEXT_RUN = re.compile(r"[A-Za-z]+(?:[.'’-][A-Za-z]+)*\.?")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
@@ -94,15 +97,15 @@ def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
     """
     if len(text) > MAX_ANSWER_CHARACTERS:
         raise UnparsableError("too long")
-    return _Lexer(text.translate(_TRANSLATION), thousands).run()
+    return _Lexer(_TIMES.sub("*", text.translate(_TRANSLATION)), thousands).run()
 
 
 class _Lexer:
-    def __init__(self, text: str, thousands: bool, in_text: bool = False, before: Token | None = None) -> None:
+    def __init__(self, text: str, thousands: bool, in_text: bool = False, before: Sequence[Token] = ()) -> None:
         self._text = text
         self._thousands = thousands
         self._in_text = in_text
-        self._before = before  # the token before this text
+        self._before = before  # the tokens before this text
         self._position = 0
         self._spaced = False
         self._brackets = 0
@@ -210,7 +213,7 @@ class _Lexer:
             self._add("name", "union")
         elif lower in ("th", "st", "nd", "rd") and self._tokens and self._tokens[-1].kind == "number":
             self._add("name", "ordinal")
-        elif lower in UNIT_WORDS and len(run) > 1 and self._after_value():
+        elif self._after_value() and ((lower in UNIT_WORDS and len(run) > 1) or self._is_speed(run)):
             self._add("word", run)
         else:
             self._letter_run(run)
@@ -220,8 +223,20 @@ class _Lexer:
         return run == "U" and bool(self._tokens) and self._tokens[-1].text in (")", "]", "}") and following in ("(", "[", "\\")
 
     def _after_value(self) -> bool:
-        last = self._tokens[-1] if self._tokens else self._before
+        tokens = [*self._before[-3:], *self._tokens[-4:]]
+        position = len(tokens) - 1
+        while position > 0 and tokens[position].text in ("{", "frac"):  # 15 \frac{m}{s}
+            position -= 1
+        if position > 0 and tokens[position].text == "*" and tokens[position - 1].kind == "word":
+            return True
+        last = tokens[position] if tokens else None
         return last is not None and (last.kind in ("number", "word") or last.text in (")", "}", "pi", "/", "|"))
+
+    def _is_speed(self, run: str) -> bool:
+        """The letters of m/s, which are no variables."""
+        if run == "m" and _PER_TIME.match(self._text, self._position):
+            return True
+        return run in ("s", "h") and len(self._tokens) > 1 and self._tokens[-1].text == "/" and self._tokens[-2].kind == "word"
 
     def _letter_run(self, run: str) -> None:
         if len(run) == 1:
@@ -339,7 +354,7 @@ class _Lexer:
     def _nested(self, content: str, *, in_text: bool) -> None:
         if content.count("\\") > 20 or content.count("{") > 10:
             raise UnparsableError("text within text")
-        inner = _Lexer(content, self._thousands, in_text, self._tokens[-1] if self._tokens else self._before)
+        inner = _Lexer(content, self._thousands, in_text, [*self._before, *self._tokens[-4:]])
         inner._brackets = self._brackets
         inner._spaced = True
         self._tokens.extend(inner.run())
@@ -348,9 +363,10 @@ class _Lexer:
 
     def _blackboard(self) -> None:
         letter = self._argument().strip()
-        if letter != "R":
-            raise UnparsableError("a set of numbers other than the reals")
-        self._add("name", "reals")
+        if letter == "R":
+            self._add("name", "reals")
+        else:
+            self._add("letter", f"the set {letter}")
 
     def _not(self) -> None:
         rest = self._text[self._position :].lstrip()

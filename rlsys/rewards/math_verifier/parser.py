@@ -24,6 +24,7 @@ from rlsys.rewards.math_verifier.nodes import (
     EMPTY_SET, INFINITY, MINUS_ONE, REALS, Approximate, Call, Constant, Group, Listing, Marked, Matrix, Measured, Node, Number, Numeral,
     PlusMinus, Power, Product, Ratio, Relation, SetOf, SetOperation, Sum, Symbol, negative,
 )  # fmt: skip
+from rlsys.rewards.math_verifier.units import parse_unit
 from rlsys.rewards.math_verifier.words import plain
 
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
@@ -33,6 +34,7 @@ _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", 
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
 _FILLERS = frozenset("the answer is final so thus are equals approximately about roughly nearly at exactly".split())
+_INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
 _ROUNDED = frozenset("approximately about roughly nearly".split())
 _BASE_WORDS = {w: i for i, w in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)} | {"sixteen": 16}
 _FUNCTION_LETTERS = frozenset("fgFG")
@@ -60,21 +62,29 @@ def parse(text: str) -> Node:
     return _Parser(tokenize(text)).answer()
 
 
-_NUMERAL = re.compile(r"\(?([0-9A-Z]+)\)?_(?:\{\s*\(?(\d\d?|[a-z]+)\)?\s*\}|(\d\d?))")
+_NUMERAL = re.compile(r"\(?([0-9A-Z]+)\)?(?:_\{\(?(\d\d?|[a-z]+)\)?\}|_(\d\d?|[a-z]+)|,?\(?(?:in)?base(\d\d?|[a-z]+)\)?)")
 
 
 def _numeral_with_letters(text: str) -> Numeral | None:
-    """2B7_{12}; digits beyond 9 are letters, which the grammar would multiply."""
-    if "_" not in text or len(text) > 100:
+    """2B7_{12} or "101 base 2"; digits beyond 9 are letters, which the grammar would multiply."""
+    if ("_" not in text and "base" not in text) or len(text) > 100:
         return None
     match = _NUMERAL.fullmatch("".join(plain(text).split()))
-    if not match or match[1].isdecimal():
+    if not match:
         return None
-    written = match[2] or match[3]
+    written = match[2] or match[3] or match[4]
     base = int(written) if written.isdecimal() else _BASE_WORDS.get(written, 0)
-    if not 10 < base <= 36 or any(int(digit, 36) >= base for digit in match[1]):
+    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in match[1]):
         return None
-    return Numeral(match[1].lstrip("0"), base)
+    return Numeral(match[1].lstrip("0") or "0", base)
+
+
+def added(first: Measured, second: Node) -> Measured:
+    """5 ft + 6 in, in the first unit."""
+    units = [parse_unit(part.unit) if isinstance(part, Measured) else None for part in (first, second)]
+    if units[0] is None or units[1] is None or units[0][0] != units[1][0] or not isinstance(second, Measured):
+        raise UnparsableError("several units")
+    return Measured(Sum((first.value, Product((second.value, Number(units[1][1] / units[0][1]))))), first.unit)
 
 
 class _Parser:
@@ -154,21 +164,31 @@ class _Parser:
             operators.append(self._next().text)
             parts.append(self._set())
         node: Node = Relation(tuple(parts), tuple(operators)) if operators else parts[0]
-        units, self._units = set(self._units), outer
+        node = self._measured(node)
+        while self._kind() == "number" and isinstance(node, Measured):  # 5 ft 6 in
+            node = added(node, self._measured(self._product()))
+        self._units = outer
+        return Approximate(node) if rounded else node
+
+    def _measured(self, node: Node) -> Node:
+        units, self._units = set(self._units), []
         if len(units) > 1:
             raise UnparsableError("several units")
-        if units:
-            node = Measured(node, units.pop())
-        return Approximate(node) if rounded else node
+        return Measured(node, units.pop()) if units else node
 
     def _skip_fillers(self) -> bool:
         rounded = False
         start = self._position
-        while self._kind() == "word" and self._tokens[self._position].text.lower() in _FILLERS:
-            rounded |= self._tokens[self._position].text.lower() in _ROUNDED
+        while self._kind() == "word":
             self._position += 1
-        if self._position > start and self._accept(":"):
-            pass
+        words = [token.text.lower() for token in self._tokens[start : self._position]]
+        rounded = any(word in _ROUNDED for word in words)
+        introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() == ":")
+        if not introduced and not all(word in _FILLERS for word in words):
+            self._position = start
+            return False
+        if words:
+            self._accept(":")
         return rounded
 
     def _set(self) -> Node:
@@ -213,7 +233,7 @@ class _Parser:
                 factors.append(Power(self._signed_power(), MINUS_ONE))
             elif self._starts_factor():
                 if self._units and self._kind() == "number":
-                    raise UnparsableError("a number after a unit")
+                    return Product(tuple(factors)) if len(factors) > 1 else factors[0]
                 factors.append(self._adjacent(factors))
             else:
                 return Product(tuple(factors)) if len(factors) > 1 else factors[0]
@@ -281,6 +301,9 @@ class _Parser:
                 node = self._superscript(node)
             elif self._accept("!"):
                 node = Call("double factorial" if self._accept("!") else "factorial", (node,))
+            elif self._peek() == "\\$" and self._kind(1) not in ("number", "letter"):
+                self._position += 1
+                self._units.append("dollars")
             elif self._accept("ordinal"):
                 pass
             elif self._accept("%"):

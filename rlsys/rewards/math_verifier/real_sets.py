@@ -20,7 +20,6 @@ from rlsys.rewards.math_verifier.nodes import (
 )  # fmt: skip
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-_COMPLEMENT = {"<": ">=", ">=": "<", ">": "<=", "<=": ">", "=": "!=", "!=": "="}
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,11 @@ def _relation(node: Relation) -> RealSet:
 
 
 def _half_line(left: Node, right: Node, operator: str) -> RealSet:
+    if isinstance(right, Call) and right.name == "abs":
+        left, right, operator = right, left, FLIPPED[operator]
+    if isinstance(left, Call) and left.name == "abs" and not symbols(right) and real_value(right) > 0 and operator not in ("=", "!="):
+        above, below = _half_line(left.arguments[0], right, operator), _half_line(left.arguments[0], negative(right), FLIPPED[operator])
+        return _combined("intersection" if operator in ("<", "<=") else "union", above, below)
     left, right = _opaque(left), _opaque(right)
     names = symbols(left) | symbols(right)
     if len(names) != 1:

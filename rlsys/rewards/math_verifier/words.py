@@ -13,10 +13,11 @@ _LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(\S.*)", re.DOT
 _CHOICE_WORDS = re.compile(r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
+_PUNCTUATION = " .,;:!\"'`“”‘’"
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |valid |possible )?(?:solutions?|roots?)(?: exists?)?")
 _ARTICLES = re.compile(r"^(?:the|an|a|on|it is|is)\s+")
 _ALIASES = {
-    "no solution": "no solution", "no solutions": "no solution", "none": "no solution", "no real solution": "no solution",
-    "no real solutions": "no solution", "there are no solutions": "no solution", "empty set": "no solution", "empty": "no solution",
+    "none": "no solution", "empty set": "no solution", "empty": "no solution",
     "the empty set": "no solution", "dne": "undefined", "does not exist": "undefined", "not defined": "undefined",
 }  # fmt: skip
 _MEANINGS = {
@@ -38,12 +39,15 @@ def plain(answer: str) -> str:
     return " ".join(text.split())
 
 
+def _alias(text: str) -> str:
+    return "no solution" if _NO_SOLUTION.fullmatch(text) else _ALIASES.get(text, text)
+
+
 def meaning(answer: str) -> str:
     """An answer in words that is a number or a set, as LaTeX; other answers unchanged."""
     if not any(c.isalpha() for c in answer) or len(answer) > 80:
         return answer
-    text = plain(answer).strip(" .!").lower()
-    text = _ALIASES.get(text, text)
+    text = _alias(plain(answer).strip(_PUNCTUATION).lower())
     if text in NUMBER_WORDS:
         return str(NUMBER_WORDS[text])
     return _MEANINGS.get(text, answer)
@@ -54,8 +58,8 @@ def phrase(answer: str) -> str:
     text = plain(answer).replace("{", "").replace("}", "").lower().strip()
     while len(text) > 2 and text[0] == "(" and text[-1] == ")":
         text = text[1:-1].strip()
-    text = _ARTICLES.sub("", text.strip(" .,;:!")).strip(" .,;:!")
-    return _ALIASES.get(text, text)
+    text = _ARTICLES.sub("", text.strip(_PUNCTUATION)).strip(_PUNCTUATION)
+    return _alias(" ".join(text.split()))
 
 
 def items(answer: str) -> list[str]:
