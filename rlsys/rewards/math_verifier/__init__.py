@@ -54,7 +54,9 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
         return MathVerdict(score=0.0, answer=answer[:MAX_ANSWER_CHARACTERS], normal_form=None, rule="extraction", reason="too_long")
     truth = last_boxed(ground_truth) or ground_truth
     equal, rule, reason = same_answer_text(answer, truth.strip())
-    return MathVerdict(score=float(equal), answer=answer, normal_form=normal_form(answer), rule=rule, reason="correct" if equal else reason)
+    return MathVerdict(
+        score=float(equal), answer=answer, normal_form=normal_form(answer), rule=rule, reason="correct" if equal else reason
+    )
 
 
 def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
@@ -80,7 +82,13 @@ def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
         return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
     except TooLargeError:
         return False, "expression", "too_large"
-    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError):  # mpmath at a singularity: not shown to be equal
+    except (
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+    ):  # mpmath at a singularity: not shown to be equal
         return False, "expression", "unparsable"
 
 

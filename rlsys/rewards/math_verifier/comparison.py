@@ -8,11 +8,34 @@ from fractions import Fraction
 from rlsys.rewards.math_verifier.evaluation import exact, real_value, same_value
 from rlsys.rewards.math_verifier.limits import MAX_LIST_ITEMS, MAX_SIGN_CHOICES, TooLargeError, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
-    EMPTY_SET, REALS, Approximate, Call, Constant, Group, Listing, Marked, Matrix, Measured, Node, Number, Numeral, PlusMinus, Power, Product,
-    Ratio, Relation, SetOf, SetOperation, Sum, Symbol, children, negative, symbols,
+    EMPTY_SET,
+    REALS,
+    Approximate,
+    Call,
+    Constant,
+    Group,
+    Listing,
+    Marked,
+    Matrix,
+    Measured,
+    Node,
+    Number,
+    Numeral,
+    PlusMinus,
+    Power,
+    Product,
+    Ratio,
+    Relation,
+    SetOf,
+    SetOperation,
+    Sum,
+    Symbol,
+    children,
+    negative,
+    symbols,
 )  # fmt: skip
-from rlsys.rewards.math_verifier.real_sets import FLIPPED, is_infinite, real_set, same_equation, same_set, substitute
 from rlsys.rewards.math_verifier.parser import added
+from rlsys.rewards.math_verifier.real_sets import FLIPPED, is_infinite, real_set, same_equation, same_set, substitute
 from rlsys.rewards.math_verifier.units import parse_unit
 
 MIN_SIGNIFICANT_DIGITS = 3  # of a rounded value that may stand for an exact one
@@ -55,7 +78,12 @@ def simplified(node: Node) -> Node:
 
 def _grouped_matrix(node: Node) -> Node:
     """[[1, 2], [3, 4]] is a matrix."""
-    if isinstance(node, Group) and node.opening == "[" and node.items and all(isinstance(i, Group) and i.opening == "[" for i in node.items):
+    if (
+        isinstance(node, Group)
+        and node.opening == "["
+        and node.items
+        and all(isinstance(i, Group) and i.opening == "[" for i in node.items)
+    ):
         rows = tuple(item.items for item in node.items if isinstance(item, Group))
         if len({len(row) for row in rows}) == 1:
             return Matrix(rows)
@@ -67,7 +95,9 @@ def _simplified_listing(node: Listing) -> Node:
         name = node.items[0].parts[0]
         if is_name(name) and not any(isinstance(item, Relation) for item in node.items[1:]):  # x = 2, 3
             return _named(name, _simplified_listing(Listing((node.items[0].parts[1], *node.items[1:]), node.separator)))
-        if all(isinstance(item, Relation) and item.operators == ("=",) and _same_variable(item.parts[0], name) for item in node.items):
+        if all(
+            isinstance(item, Relation) and item.operators == ("=",) and _same_variable(item.parts[0], name) for item in node.items
+        ):
             values = tuple(i.parts[1] for i in node.items if isinstance(i, Relation))
             return _named(name, _simplified_listing(Listing(values, node.separator)))
     if node.separator == "and" and len(node.items) == 2 and all(isinstance(item, Measured) for item in node.items):
@@ -244,7 +274,10 @@ def _inequalities(left: Node, right: Node) -> bool:
 
 def _assignments(left: Node, right: Node) -> bool:
     """x = 3, y = -1 against (3, -1), the variables in alphabetical order; AB = 9, CD = 4 in any order."""
-    if not (isinstance(left, Listing) and all(isinstance(i, Relation) and i.operators == ("=",) and is_name(i.parts[0]) for i in left.items)):
+    if not (
+        isinstance(left, Listing)
+        and all(isinstance(i, Relation) and i.operators == ("=",) and is_name(i.parts[0]) for i in left.items)
+    ):
         return False
     pairs = {str(i.parts[0]): i.parts[1] for i in left.items if isinstance(i, Relation)}
     if len(pairs) != len(left.items):
@@ -266,9 +299,8 @@ def _sets(left: Node, right: Node) -> bool:
         return False
     if isinstance(left, Relation) and left.operators == ("in",) and isinstance(left.parts[1], SetOf | Listing):
         return same_answer(left.parts[1], right)
-    if isinstance(left, Group) and isinstance(right, Group | Listing):
-        if isinstance(right, Group):
-            return False  # two pairs are compared as pairs
+    if isinstance(left, Group) and isinstance(right, Group | Listing) and isinstance(right, Group):
+        return False  # two pairs are compared as pairs
     if not isinstance(right, infinite | Listing | SetOf) and right != REALS:
         return False
     try:
@@ -289,9 +321,7 @@ def _memberships(left: Node, right: Node) -> bool:
 def _finite_sets(left: Node, right: Node) -> bool:
     if not isinstance(left, SetOf):
         return False
-    if isinstance(right, Listing) and right.separator != "~":
-        others = right.items
-    elif isinstance(right, SetOf):
+    if (isinstance(right, Listing) and right.separator != "~") or isinstance(right, SetOf):
         others = right.items
     elif len(left.items) == 1 and not isinstance(right, Group | Matrix | SetOperation) and left.items[0] != EMPTY_SET:
         return same_answer(left.items[0], right)
@@ -319,7 +349,11 @@ def _lists(left: Node, right: Node) -> bool:
     if not isinstance(left, Listing):
         return False
     if left.separator == "~":
-        return any(_item(item, right) for item in left.items) if not isinstance(right, Listing) else _same_items(left.items, right.items)
+        return (
+            any(_item(item, right) for item in left.items)
+            if not isinstance(right, Listing)
+            else _same_items(left.items, right.items)
+        )
     if not isinstance(right, Listing):
         return False
     return _same_multiset(left.items, right.items)
@@ -397,7 +431,9 @@ def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
     if None in matrices or len(shapes) != 1:
         return None
     present = [m for m in matrices if m is not None]
-    return Matrix(tuple(tuple(Sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*(m.rows for m in present), strict=True)))
+    return Matrix(
+        tuple(tuple(Sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*(m.rows for m in present), strict=True))
+    )
 
 
 def _holds_matrix(node: Node) -> bool:
@@ -434,7 +470,9 @@ def _matrices(left: Node, right: Node) -> bool:
 
 
 def _is_matrix(node: Node) -> bool:
-    return not isinstance(node, Group | Listing | Relation | SetOf | SetOperation) and (_holds_matrix(node) or _has_unit_vectors(node))
+    return not isinstance(node, Group | Listing | Relation | SetOf | SetOperation) and (
+        _holds_matrix(node) or _has_unit_vectors(node)
+    )
 
 
 def _has_unit_vectors(node: Node) -> bool:
@@ -511,8 +549,10 @@ def _units(left: Node, right: Node) -> bool:
         return False
     if first[1] == second[1]:
         return _item(left.value, right.value)
-    return isinstance(left.value, _EXPRESSIONS) and isinstance(right.value, _EXPRESSIONS) and same_value(
-        Product((left.value, Number(first[1]))), Product((right.value, Number(second[1])))
+    return (
+        isinstance(left.value, _EXPRESSIONS)
+        and isinstance(right.value, _EXPRESSIONS)
+        and same_value(Product((left.value, Number(first[1]))), Product((right.value, Number(second[1]))))
     )
 
 
@@ -547,7 +587,11 @@ def _ratios(left: Node, right: Node) -> bool:
     if not isinstance(left, Ratio):
         return False
     if not isinstance(right, Ratio):
-        return len(left.parts) == 2 and isinstance(right, _EXPRESSIONS) and _item(Product((left.parts[0], Power(left.parts[1], Number(Fraction(-1))))), right)
+        return (
+            len(left.parts) == 2
+            and isinstance(right, _EXPRESSIONS)
+            and _item(Product((left.parts[0], Power(left.parts[1], Number(Fraction(-1))))), right)
+        )
     if len(left.parts) != len(right.parts):
         return False
     first, second = left.parts[0], right.parts[0]

@@ -27,12 +27,36 @@ from rlsys.rewards.math_verifier.limits import (
     UndefinedError,
     UnparsableError,
 )
-from rlsys.rewards.math_verifier.nodes import Call, Constant, Marked, Node, Number, Numeral, Power, Product, Sum, Symbol, children, symbols
+from rlsys.rewards.math_verifier.nodes import (
+    Call,
+    Constant,
+    Marked,
+    Node,
+    Number,
+    Numeral,
+    Power,
+    Product,
+    Sum,
+    Symbol,
+    children,
+    symbols,
+)
 
 DIGITS = (50, 150, 2200)  # of an evaluation; the next number where the last one left nothing but rounding errors
 POINTS = 3  # that two expressions must share
 # Where variables are looked for: both signs, and large enough for radicands such as x - 20.
-_RANGES = ((0.3, 2.5), (-2.5, 2.5), (3.0, 9.0), (-3.0, -0.2), (-9.0, 9.0), (20.0, 60.0), (-60.0, -20.0), (0.01, 0.3), (0.5, 0.99), (-0.99, 0.99))
+_RANGES = (
+    (0.3, 2.5),
+    (-2.5, 2.5),
+    (3.0, 9.0),
+    (-3.0, -0.2),
+    (-9.0, 9.0),
+    (20.0, 60.0),
+    (-60.0, -20.0),
+    (0.01, 0.3),
+    (0.5, 0.99),
+    (-0.99, 0.99),
+)
 
 
 def exact(node: Node) -> Fraction | None:
@@ -175,7 +199,9 @@ class Evaluator:
         if not self.context.isfinite(result):
             raise UndefinedError
         magnitude = self.context.mag(result)
-        if magnitude > MAX_MAGNITUDE_DIGITS * 3.33 or (result != 0 and magnitude < -MAX_MAGNITUDE_DIGITS * 3.33 and not self._cancelled(magnitude)):
+        if magnitude > MAX_MAGNITUDE_DIGITS * 3.33 or (
+            result != 0 and magnitude < -MAX_MAGNITUDE_DIGITS * 3.33 and not self._cancelled(magnitude)
+        ):
             raise TooLargeError
         size = abs(result)
         if size > self.scale:
@@ -262,7 +288,9 @@ class Evaluator:
         for value in values:
             if abs(value) > 10**6:
                 raise TooLargeError
-            total += self.context.sin(value * self.context.mpf(generator.uniform(0.5, 1))) + value * self.context.mpf(generator.uniform(1, 2))
+            total += self.context.sin(value * self.context.mpf(generator.uniform(0.5, 1))) + value * self.context.mpf(
+                generator.uniform(1, 2)
+            )
         return total
 
     def _log(self, values: list[Any]) -> Any:
@@ -300,7 +328,10 @@ class Evaluator:
             self._require(value, value != 0 and (value.real > 0 or not self._real))
             return context.log(value) if name == "ln" else context.log(value) / context.log(10)
         if name == "factorial":
-            self._require(value, abs(value) < MAX_FACTORIAL and not (self._is_real(value) and value.real < 0 and value.real == int(value.real)))
+            self._require(
+                value,
+                abs(value) < MAX_FACTORIAL and not (self._is_real(value) and value.real < 0 and value.real == int(value.real)),
+            )
             return context.gamma(value + 1)
         if name in ("floor", "ceil"):
             self._require(value, self._is_real(value))
@@ -324,7 +355,7 @@ class Evaluator:
 
 _EXACT_FUNCTIONS = frozenset({"floor", "ceil", "factorial", "double factorial", "binomial", "gcd", "lcm", "max", "min"})
 _TWO_ARGUMENTS = frozenset({"binomial", "max", "min"})
-_FUNCTIONS = {name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth exp cbrt".split()} | {
+_FUNCTIONS = {name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "cbrt"]} | {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "cis": "expj",
 }  # fmt: skip
 
@@ -394,9 +425,12 @@ def _same_at(left: Node, right: Node, point: dict[str, float], real: bool, log_b
         first, second = evaluator.value(left), evaluator.value(right)
         difference, size = abs(first - second), max(abs(first), abs(second))
         noise = evaluator.scale * evaluator.context.mpf(10) ** (12 - digits - lost)
-        if size > noise * 10**10:
-            return bool(difference <= noise)
-        lost = int(evaluator.context.mag(evaluator.scale) / 3.32) + 1
+        if difference > noise and size > noise * 10**10:
+            return False
+        needed = max(int(evaluator.context.mag(evaluator.scale) / 3.32) + 1, 0)
+        if size > noise * 10**10 and needed <= lost + 12:
+            return True
+        lost = needed
     return bool(difference <= noise)  # no number may be this small but not zero
 
 

@@ -18,8 +18,44 @@ class Token(NamedTuple):
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth log ln lg exp sqrt cbrt gcd lcm min max cis "
-    "asin acos atan abs floor ceil arg Re Im".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "arccot",
+        "arcsec",
+        "arccsc",
+        "sinh",
+        "cosh",
+        "tanh",
+        "coth",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+        "sqrt",
+        "cbrt",
+        "gcd",
+        "lcm",
+        "min",
+        "max",
+        "cis",
+        "asin",
+        "acos",
+        "atan",
+        "abs",
+        "floor",
+        "ceil",
+        "arg",
+        "Re",
+        "Im",
+    ]
 )
 _UNICODE = {
     **dict.fromkeys("−–—﹣－", "-"), **dict.fromkeys("×✕", "\\times "), **dict.fromkeys("·⋅∙•", "\\cdot "), "÷": "\\div ",
@@ -37,14 +73,66 @@ _UNICODE = {
 _TRANSLATION = str.maketrans(_UNICODE)
 
 _IGNORED = frozenset(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits nolimits "
-    "mathstrut strut hline cline boldmath rm bf it sf tt mathop mathbin mathrel mathord nonumber".split()
+    [
+        "left",
+        "right",
+        "big",
+        "Big",
+        "bigg",
+        "Bigg",
+        "bigl",
+        "bigr",
+        "Bigl",
+        "Bigr",
+        "biggl",
+        "biggr",
+        "Biggl",
+        "Biggr",
+        "displaystyle",
+        "textstyle",
+        "scriptstyle",
+        "limits",
+        "nolimits",
+        "mathstrut",
+        "strut",
+        "hline",
+        "cline",
+        "boldmath",
+        "rm",
+        "bf",
+        "it",
+        "sf",
+        "tt",
+        "mathop",
+        "mathbin",
+        "mathrel",
+        "mathord",
+        "nonumber",
+    ]
 )
 _INVISIBLE = frozenset({"phantom", "hphantom", "vphantom", "label", "tag"})
-_SPACES = frozenset("quad qquad enspace thinspace medspace thickspace space hspace vspace hskip".split())
-_TEXT_COMMANDS = frozenset("text mbox hbox textnormal textrm textbf textit textsf texttt textup emph mathrm operatorname mathsf mathtt".split())
-_STYLE_COMMANDS = frozenset("mathbf mathit boldsymbol bm bold vec hat overrightarrow mathcal mathscr".split())
-_TRANSPARENT = frozenset("boxed fbox overline underline bar widehat mathchoice ensuremath cancel".split())
+_SPACES = frozenset(["quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "hspace", "vspace", "hskip"])
+_TEXT_COMMANDS = frozenset(
+    [
+        "text",
+        "mbox",
+        "hbox",
+        "textnormal",
+        "textrm",
+        "textbf",
+        "textit",
+        "textsf",
+        "texttt",
+        "textup",
+        "emph",
+        "mathrm",
+        "operatorname",
+        "mathsf",
+        "mathtt",
+    ]
+)
+_STYLE_COMMANDS = frozenset(["mathbf", "mathit", "boldsymbol", "bm", "bold", "vec", "hat", "overrightarrow", "mathcal", "mathscr"])
+_TRANSPARENT = frozenset(["boxed", "fbox", "overline", "underline", "bar", "widehat", "mathchoice", "ensuremath", "cancel"])
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "dbinom": "binom", "tbinom": "binom", "cdot": "*",
     "times": "*", "ast": "*", "div": "/", "slash": "/", "pm": "+-", "mp": "-+", "le": "<=", "leq": "<=", "leqslant": "<=", "leqq": "<=", "ge": ">=",
@@ -58,8 +146,49 @@ _RENAMED = {
     "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", "textdollar": "\\$", "mathdollar": "\\$",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega triangle angle measuredangle ell hbar".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "triangle",
+        "angle",
+        "measuredangle",
+        "ell",
+        "hbar",
+    ]
 )
 _WORD_NAMES = {
     "and": "and", "or": "or", "percent": "%", "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity",
@@ -83,9 +212,33 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+        ]
     )
-} | {word: 10 * tens for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+} | {
+    word: 10 * tens
+    for tens, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
+}
 SCALE_WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -148,11 +301,10 @@ class _Lexer:
 
     def _punctuation(self, character: str) -> None:
         two = self._text[self._position : self._position + 2]
-        if two in ("<=", ">=", "!=", "**", "=="):
-            if two != "!=" or self._text[self._position + 2 : self._position + 3] != "=":
-                self._position += 2
-                self._add("name", {"**": "^", "==": "="}.get(two, two))
-                return
+        if two in ("<=", ">=", "!=", "**", "==") and (two != "!=" or self._text[self._position + 2 : self._position + 3] != "="):
+            self._position += 2
+            self._add("name", {"**": "^", "==": "="}.get(two, two))
+            return
         self._position += 1
         if character in "([":
             self._brackets += 1
@@ -188,10 +340,7 @@ class _Lexer:
         self._add("number", digits, decimals)
 
     def _letters(self) -> None:
-        if self._in_text:
-            match = _TEXT_RUN.match(self._text, self._position)
-        else:
-            match = _LETTERS.match(self._text, self._position)
+        match = _TEXT_RUN.match(self._text, self._position) if self._in_text else _LETTERS.match(self._text, self._position)
         assert match
         self._position = match.end()
         run = match[0].rstrip(".")

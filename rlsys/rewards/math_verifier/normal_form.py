@@ -8,8 +8,26 @@ from rlsys.rewards.math_verifier import words
 from rlsys.rewards.math_verifier.evaluation import exact
 from rlsys.rewards.math_verifier.limits import TooLargeError, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
-    Approximate, Call, Constant, Group, Listing, Marked, Matrix, Measured, Node, Number, Numeral, PlusMinus, Power, Product, Ratio, Relation,
-    SetOf, SetOperation, Sum, Symbol,
+    Approximate,
+    Call,
+    Constant,
+    Group,
+    Listing,
+    Marked,
+    Matrix,
+    Measured,
+    Node,
+    Number,
+    Numeral,
+    PlusMinus,
+    Power,
+    Product,
+    Ratio,
+    Relation,
+    SetOf,
+    SetOperation,
+    Sum,
+    Symbol,
 )  # fmt: skip
 from rlsys.rewards.math_verifier.parser import parse
 from rlsys.rewards.math_verifier.plain_numbers import plain_number

@@ -21,8 +21,31 @@ from fractions import Fraction
 from rlsys.rewards.math_verifier.lexer import FUNCTIONS, SCALE_WORDS, Token, tokenize
 from rlsys.rewards.math_verifier.limits import MAX_DEPTH, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
-    EMPTY_SET, INFINITY, MINUS_ONE, REALS, Approximate, Call, Constant, Group, Listing, Marked, Matrix, Measured, Node, Number, Numeral,
-    PlusMinus, Power, Product, Ratio, Relation, SetOf, SetOperation, Sum, Symbol, negative,
+    EMPTY_SET,
+    INFINITY,
+    MINUS_ONE,
+    REALS,
+    Approximate,
+    Call,
+    Constant,
+    Group,
+    Listing,
+    Marked,
+    Matrix,
+    Measured,
+    Node,
+    Number,
+    Numeral,
+    PlusMinus,
+    Power,
+    Product,
+    Ratio,
+    Relation,
+    SetOf,
+    SetOperation,
+    Sum,
+    Symbol,
+    negative,
 )  # fmt: skip
 from rlsys.rewards.math_verifier.units import parse_unit
 from rlsys.rewards.math_verifier.words import plain
@@ -33,10 +56,15 @@ _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
-_FILLERS = frozenset("the answer is final so thus are equals approximately about roughly nearly at exactly".split())
+_FILLERS = frozenset(
+    ["the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about", "roughly", "nearly", "at", "exactly"]
+)
 _INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
-_ROUNDED = frozenset("approximately about roughly nearly".split())
-_BASE_WORDS = {w: i for i, w in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)} | {"sixteen": 16}
+_ROUNDED = frozenset(["approximately", "about", "roughly", "nearly"])
+_BASE_WORDS = {
+    w: i
+    for i, w in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], start=2)
+} | {"sixteen": 16}
 _FUNCTION_LETTERS = frozenset("fgFG")
 MAX_SCIENTIFIC_EXPONENT = 4000
 
@@ -263,7 +291,9 @@ class _Parser:
             if isinstance(factor, Marked) and _is_proper_fraction(factor.value) and self._tokens[position].text == "frac":
                 return replace(factor, value=self._mixed(factors, last, factor.value))
         if number:
-            if isinstance(last, Symbol | Constant | Call) or (isinstance(last, Group | Sum | Product | Power) and not isinstance(factor, Number)):
+            if isinstance(last, Symbol | Constant | Call) or (
+                isinstance(last, Group | Sum | Product | Power) and not isinstance(factor, Number)
+            ):
                 return factor
             if self._tokens[position - 1].text in (")", "|", "}"):
                 return factor
@@ -282,7 +312,9 @@ class _Parser:
             return True
         if name == "|":
             return self._bars == 0 and self._closing_bar()
-        if name == "[" and (self._kind(1) == "end" or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)):
+        if name == "[" and (
+            self._kind(1) == "end" or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)
+        ):
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
             "(", "[", "{", "frac", "sqrt", "binom", "pi", "i", "infinity", "begin", "\\$", "lfloor", "lceil", "<|", "pounds", "euro", "yen", "reals",
@@ -336,7 +368,11 @@ class _Parser:
             if sign not in "+-":
                 raise UnparsableError("a power of the reals")
             return Relation((Symbol("x"), Number(Fraction(0))), (">" if sign == "+" else "<",))
-        if isinstance(node, Number) and braces and [t.text for t in self._tokens[self._position + 1 : self._position + 3]] in (["t", "h"], ["n", "d"]):
+        if (
+            isinstance(node, Number)
+            and braces
+            and [t.text for t in self._tokens[self._position + 1 : self._position + 3]] in (["t", "h"], ["n", "d"])
+        ):
             self._position += 4
             return node
         exponent = self._nested(self._exponent)
@@ -630,7 +666,12 @@ class _Parser:
         if self._peek() == "{" and self._kind(1) == "word":
             return self._unit_fraction()
         numerator, denominator = self._tex_argument(), self._tex_argument()
-        if isinstance(numerator, Number) and isinstance(denominator, Number) and denominator.value and None is numerator.decimals is denominator.decimals:
+        if (
+            isinstance(numerator, Number)
+            and isinstance(denominator, Number)
+            and denominator.value
+            and None is numerator.decimals is denominator.decimals
+        ):
             return Number(numerator.value / denominator.value)
         return Product((numerator, Power(denominator, MINUS_ONE)))
 
@@ -664,7 +705,11 @@ class _Parser:
         if self._accept("["):
             degree = self._nested(self._listing)
             self._expect("]")
-        if self._kind() == "number" and len(self._tokens[self._position].text) > 1 and self._tokens[self._position].text.isdecimal():
+        if (
+            self._kind() == "number"
+            and len(self._tokens[self._position].text) > 1
+            and self._tokens[self._position].text.isdecimal()
+        ):
             radicand: Node = self._tex_argument()
             if self._kind() == "number" and not self._tokens[self._position].spaced:
                 return Product((Call("root", (radicand, degree)), self._plain_number()))

@@ -15,7 +15,23 @@ from typing import Any
 from rlsys.rewards.math_verifier.evaluation import Evaluator, exact, points, real_value, same_value
 from rlsys.rewards.math_verifier.limits import MAX_LIST_ITEMS, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
-    INFINITY, MINUS_ONE, REALS, Call, Group, Listing, Node, Number, Power, Product, Relation, SetOf, SetOperation, Sum, Symbol, children, negative,
+    INFINITY,
+    MINUS_ONE,
+    REALS,
+    Call,
+    Group,
+    Listing,
+    Node,
+    Number,
+    Power,
+    Product,
+    Relation,
+    SetOf,
+    SetOperation,
+    Sum,
+    Symbol,
+    children,
+    negative,
     symbols,
 )  # fmt: skip
 
@@ -139,7 +155,9 @@ def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
     for item in items:
         if not isinstance(item, Relation | Group | SetOperation) and isinstance(first, Relation) and first.operators == ("!=",):
             item = Relation((first.parts[0], item), ("!=",))
-        if isinstance(item, Group) and not any(is_infinite(end) for group in items if isinstance(group, Group) for end in group.items):
+        if isinstance(item, Group) and not any(
+            is_infinite(end) for group in items if isinstance(group, Group) for end in group.items
+        ):
             raise UnparsableError("tuples, not intervals")
         if isinstance(item, Relation) and item.operators == ("=",) and separator != "or":
             raise UnparsableError("values, not conditions")
@@ -184,8 +202,17 @@ def _relation(node: Relation) -> RealSet:
 def _half_line(left: Node, right: Node, operator: str) -> RealSet:
     if isinstance(right, Call) and right.name == "abs":
         left, right, operator = right, left, FLIPPED[operator]
-    if isinstance(left, Call) and left.name == "abs" and not symbols(right) and real_value(right) > 0 and operator not in ("=", "!="):
-        above, below = _half_line(left.arguments[0], right, operator), _half_line(left.arguments[0], negative(right), FLIPPED[operator])
+    if (
+        isinstance(left, Call)
+        and left.name == "abs"
+        and not symbols(right)
+        and real_value(right) > 0
+        and operator not in ("=", "!=")
+    ):
+        above, below = (
+            _half_line(left.arguments[0], right, operator),
+            _half_line(left.arguments[0], negative(right), FLIPPED[operator]),
+        )
         return _combined("intersection" if operator in ("<", "<=") else "union", above, below)
     left, right = _opaque(left), _opaque(right)
     names = symbols(left) | symbols(right)

@@ -45,7 +45,12 @@ _define(
     ("45359237/100000", "lb lbs pound pounds pounds-sterling"),
     ("45359237/1600000", "oz ounce ounces"),
 )
-_define("volume", ("1", "L liter liters litre litres"), ("1/1000", "mL ml milliliter milliliters"), ("3785411784/1000000000", "gallon gallons gal"))
+_define(
+    "volume",
+    ("1", "L liter liters litre litres"),
+    ("1/1000", "mL ml milliliter milliliters"),
+    ("3785411784/1000000000", "gallon gallons gal"),
+)
 _define("dollar", ("1", "dollar dollars usd"), ("1/100", "cent cents"))
 _define("euro", ("1", "euro euros eur"))
 _define("rupee", ("1", "rupee rupees"))
@@ -61,7 +66,11 @@ _define("acre", ("1", "acre acres"))
 
 _WHOLE = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _AREA = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-UNIT_WORDS = frozenset(name for name in _BASE if len(name) > 1) | frozenset(_WHOLE) | frozenset({"square", "cubic", "sq", "units", "unit", "per"})
+UNIT_WORDS = (
+    frozenset(name for name in _BASE if len(name) > 1)
+    | frozenset(_WHOLE)
+    | frozenset({"square", "cubic", "sq", "units", "unit", "per"})
+)
 SINGLE_LETTER_UNITS = frozenset("mgshLNJW")
 _IMPOSSIBLE = ((("impossible", 1),), Fraction(1))  # no unit has this exponent: it equals no other
 _PART = re.compile(r"(/|\^-?\d+|[^\s/^]+)")

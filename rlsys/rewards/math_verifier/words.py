@@ -6,15 +6,21 @@ import re
 
 from rlsys.rewards.math_verifier.lexer import NUMBER_WORDS
 
-_WRAPPER = re.compile(r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(
+    r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)\s*\{([^{}]*)\}"
+)
 _SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle|bf|rm)(?![a-zA-Z])|\\[,;:! ]|~|\$|\\[()\[\]]")
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?[.:)]?")
 _LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(\S.*)", re.DOTALL)
-_CHOICE_WORDS = re.compile(r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE)
+_CHOICE_WORDS = re.compile(
+    r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE
+)
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _PUNCTUATION = " .,;:!\"'`“”‘’"
-_NO_SOLUTION = re.compile(r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |valid |possible )?(?:solutions?|roots?)(?: exists?)?")
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |valid |possible )?(?:solutions?|roots?)(?: exists?)?"
+)
 _ARTICLES = re.compile(r"^(?:the|an|a|on|it is|is)\s+")
 _ALIASES = {
     "none": "no solution", "empty set": "no solution", "empty": "no solution",
@@ -82,7 +88,11 @@ def choice(answer: str) -> tuple[str, str, bool] | None:
         return match[1], "", marked
     if match := _LABELLED.fullmatch(text):
         rest = match[3]
-        if match[1] and not (re.search(r"\)\s", text) or "\\text" in answer) or rest[0] in "+-*/^=,()<>|_" or rest.startswith(("and ", "or ")):
+        if (
+            (match[1] and not (re.search(r"\)\s", text) or "\\text" in answer))
+            or rest[0] in "+-*/^=,()<>|_"
+            or rest.startswith(("and ", "or "))
+        ):
             return None
         return match[1] or match[2], rest, True
     return None
