@@ -188,7 +188,7 @@ def check_any_pair(examples: int) -> None:
     """No pair of strings raises; equality is symmetric and reflexive."""
 
     @given(STRINGS, STRINGS)
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     def check(first: str, second: str) -> None:
         assert verify_math(first, second).score in (0.0, 1.0)
         assert verify_math(f"\\boxed{{{first}}}", second, extraction="lenient").score in (0.0, 1.0)

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 from rlsys.rewards.math_verifier import words
 from rlsys.rewards.math_verifier.comparison import same_answer
-from rlsys.rewards.math_verifier.extraction import EXTRACTIONS, extract_answer, last_boxed
+from rlsys.rewards.math_verifier.extraction import EXTRACTIONS, extract_answer, has_one_filled_box, last_boxed
 from rlsys.rewards.math_verifier.limits import MAX_ANSWER_CHARACTERS, TooLargeError, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import Node
 from rlsys.rewards.math_verifier.normal_form import normal_form
 from rlsys.rewards.math_verifier.parser import readings
 from rlsys.rewards.math_verifier.plain_numbers import plain_number
 
-__all__ = ["EXTRACTIONS", "MathVerdict", "extract_answer", "last_boxed", "same_answer_text", "verify_math"]
+__all__ = ["EXTRACTIONS", "MathVerdict", "extract_answer", "has_one_filled_box", "last_boxed", "same_answer_text", "verify_math"]
 
 
 @dataclass(frozen=True, kw_only=True)

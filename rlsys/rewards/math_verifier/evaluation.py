@@ -419,19 +419,20 @@ def points(names: frozenset[str]) -> Iterator[dict[str, float]]:
 
 
 def _same_at(left: Node, right: Node, point: dict[str, float], real: bool, log_base: int | None) -> bool:
-    lost = 0  # digits that cancellation may eat: those before the point of the largest number on the way
+    same, lost = False, 0  # lost: digits that cancellation may eat: those before the point of the largest number on the way
     for digits in DIGITS:
         evaluator = Evaluator(point, digits=digits + lost, real=real, log_base=log_base)
         first, second = evaluator.value(left), evaluator.value(right)
         difference, size = abs(first - second), max(abs(first), abs(second))
         noise = evaluator.scale * evaluator.context.mpf(10) ** (12 - digits - lost)
-        if difference > noise and size > noise * 10**10:
+        same = bool(difference <= noise)
+        if not same and size > noise * 10**10:
             return False
         needed = max(int(evaluator.context.mag(evaluator.scale) / 3.32) + 1, 0)
         if size > noise * 10**10 and needed <= lost + 12:
             return True
         lost = needed
-    return bool(difference <= noise)  # no number may be this small but not zero
+    return same  # no number may be this small but not zero
 
 
 def real_value(node: Node) -> Any:

@@ -30,6 +30,13 @@ def last_boxed(text: str) -> str | None:
     return bare[0].rstrip(".,;:") if bare else None
 
 
+def has_one_filled_box(text: str) -> bool:
+    """Whether there is exactly one box, closed and not empty."""
+    boxes = sum(1 for _ in _BOX.finditer(text))
+    content = last_boxed(text) if boxes == 1 else None
+    return bool(content and content.strip())
+
+
 def _last_box(text: str) -> re.Match[str] | None:
     end = len(text)
     while (start := max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))) >= 0:

@@ -17,45 +17,15 @@ class Token(NamedTuple):
     decimals: int | None = None  # of a number
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "sqrt",
-        "cbrt",
-        "gcd",
-        "lcm",
-        "min",
-        "max",
-        "cis",
-        "asin",
-        "acos",
-        "atan",
-        "abs",
-        "floor",
-        "ceil",
-        "arg",
-        "Re",
-        "Im",
-    ]
+    _words(
+        "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth log ln lg exp sqrt cbrt gcd lcm "
+        "min max cis asin acos atan abs floor ceil arg Re Im"
+    )
 )
 _UNICODE = {
     **dict.fromkeys("−–—﹣－", "-"), **dict.fromkeys("×✕", "\\times "), **dict.fromkeys("·⋅∙•", "\\cdot "), "÷": "\\div ",
@@ -73,66 +43,18 @@ _UNICODE = {
 _TRANSLATION = str.maketrans(_UNICODE)
 
 _IGNORED = frozenset(
-    [
-        "left",
-        "right",
-        "big",
-        "Big",
-        "bigg",
-        "Bigg",
-        "bigl",
-        "bigr",
-        "Bigl",
-        "Bigr",
-        "biggl",
-        "biggr",
-        "Biggl",
-        "Biggr",
-        "displaystyle",
-        "textstyle",
-        "scriptstyle",
-        "limits",
-        "nolimits",
-        "mathstrut",
-        "strut",
-        "hline",
-        "cline",
-        "boldmath",
-        "rm",
-        "bf",
-        "it",
-        "sf",
-        "tt",
-        "mathop",
-        "mathbin",
-        "mathrel",
-        "mathord",
-        "nonumber",
-    ]
+    _words(
+        "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
+        "nolimits mathstrut strut hline cline boldmath rm bf it sf tt mathop mathbin mathrel mathord nonumber"
+    )
 )
 _INVISIBLE = frozenset({"phantom", "hphantom", "vphantom", "label", "tag"})
-_SPACES = frozenset(["quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "hspace", "vspace", "hskip"])
+_SPACES = frozenset(_words("quad qquad enspace thinspace medspace thickspace space hspace vspace hskip"))
 _TEXT_COMMANDS = frozenset(
-    [
-        "text",
-        "mbox",
-        "hbox",
-        "textnormal",
-        "textrm",
-        "textbf",
-        "textit",
-        "textsf",
-        "texttt",
-        "textup",
-        "emph",
-        "mathrm",
-        "operatorname",
-        "mathsf",
-        "mathtt",
-    ]
+    _words("text mbox hbox textnormal textrm textbf textit textsf texttt textup emph mathrm operatorname mathsf mathtt")
 )
-_STYLE_COMMANDS = frozenset(["mathbf", "mathit", "boldsymbol", "bm", "bold", "vec", "hat", "overrightarrow", "mathcal", "mathscr"])
-_TRANSPARENT = frozenset(["boxed", "fbox", "overline", "underline", "bar", "widehat", "mathchoice", "ensuremath", "cancel"])
+_STYLE_COMMANDS = frozenset(_words("mathbf mathit boldsymbol bm bold vec hat overrightarrow mathcal mathscr"))
+_TRANSPARENT = frozenset(_words("boxed fbox overline underline bar widehat mathchoice ensuremath cancel"))
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "dbinom": "binom", "tbinom": "binom", "cdot": "*",
     "times": "*", "ast": "*", "div": "/", "slash": "/", "pm": "+-", "mp": "-+", "le": "<=", "leq": "<=", "leqslant": "<=", "leqq": "<=", "ge": ">=",
@@ -143,52 +65,14 @@ _RENAMED = {
     "rceil": "rceil", "colon": ":", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "circ": "circ", "degree": "degree",
     "textdegree": "degree", "emptyset": "emptyset", "varnothing": "emptyset", "frac": "frac", "binom": "binom", "sqrt": "sqrt", "over": "over",
     "choose": "choose", "begin": "begin", "end": "end", "imath": "i", "pounds": "pounds", "textsterling": "pounds", "euro": "euro", "yen": "yen",
-    "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", "textdollar": "\\$", "mathdollar": "\\$",
+    "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", 
+    "textdollar": "\\$", "mathdollar": "\\$",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "triangle",
-        "angle",
-        "measuredangle",
-        "ell",
-        "hbar",
-    ]
+    _words(
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+        "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega triangle angle measuredangle ell hbar"
+    )
 )
 _WORD_NAMES = {
     "and": "and", "or": "or", "percent": "%", "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity",
@@ -212,33 +96,12 @@ _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-        ]
+        _words(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+            "nineteen"
+        )
     )
-} | {
-    word: 10 * tens
-    for tens, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
-}
+} | {word: 10 * tens for tens, word in enumerate(_words("twenty thirty forty fifty sixty seventy eighty ninety"), start=2)}
 SCALE_WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 

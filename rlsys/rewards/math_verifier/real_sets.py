@@ -162,7 +162,7 @@ def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
         if isinstance(item, Relation) and item.operators == ("=",) and separator != "or":
             raise UnparsableError("values, not conditions")
         if isinstance(item, Relation) and item.operators == ("=",):
-            sets.append(_half_line(*item.parts, "="))
+            sets.append(_half_line(item.parts[0], item.parts[1], "="))
         else:
             sets.append(real_set(item))
     unequal = all(isinstance(item, Relation) and "!=" in item.operators for item in items[:1])
