@@ -8,11 +8,13 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.rewards.math_verifier import extract_answer, same_answer_text, verify_math
+from rlsys.rewards.math_verifier.__main__ import main
 from rlsys.rewards.math_verifier.units import parse_unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,3 +202,41 @@ def check_any_pair(examples: int) -> None:
 
 def test_any_pair_of_strings():
     check_any_pair(EXAMPLES)
+
+
+def test_command_line_prints_verdict_and_rule(capsys: pytest.CaptureFixture[str]):
+    assert main([r"so \boxed{0.5}", r"\frac{1}{2}"]) == 0
+    printed = capsys.readouterr().out
+    assert "score        1.0" in printed
+    assert "rule         number" in printed
+    assert main([r"so \boxed{0.4}", r"\frac{1}{2}"]) == 1
+
+
+def test_command_line_scores_files_and_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"id": 1, "completion": r"\boxed{1}", "ground_truth": "1"},
+        {"id": 2, "completion": "<answer>2</answer> \\boxed{3}", "ground_truth": "2"},
+        {"id": 3, "completion": "none", "ground_truth": "[4,5]"},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    boxed, tagged = tmp_path / "boxed.parquet", tmp_path / "tagged.parquet"
+    assert main(["--file", str(file), "--out", str(boxed)]) == 0
+    assert main(["--file", str(file), "--out", str(tagged), "--extraction", "answer_tag"]) == 0
+    table = pyarrow.parquet.read_table(boxed)
+    assert table["score"].to_pylist() == [1.0, 0.0, 0.0]
+    assert table["id"].to_pylist() == [1, 2, 3]
+    assert table["reason"].to_pylist() == ["correct", "wrong", "no_answer"]
+    assert main(["--compare", str(boxed), str(tagged)]) == 1
+    assert "3 rows, 2 disagreements: 1 now right, 1 now wrong" in capsys.readouterr().out
+    assert main(["--compare", str(boxed), str(boxed)]) == 0
+
+
+def test_command_line_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"completion": "a"}\n')
+    assert main(["--file", str(file)]) == 2
+    assert "row 1: no column 'ground_truth' among completion. Name it" in capsys.readouterr().err
+    file.write_text("{\n")
+    assert main(["--file", str(file)]) == 2
+    assert "line 1: no JSON" in capsys.readouterr().err
