@@ -9,6 +9,7 @@ from rlsys.rewards.math_verifier.evaluation import exact, real_value, same_value
 from rlsys.rewards.math_verifier.limits import MAX_LIST_ITEMS, MAX_SIGN_CHOICES, TooLargeError, UndefinedError, UnparsableError
 from rlsys.rewards.math_verifier.nodes import (
     EMPTY_SET,
+    MINUS_ONE,
     REALS,
     Approximate,
     Call,
@@ -38,7 +39,9 @@ from rlsys.rewards.math_verifier.parser import added
 from rlsys.rewards.math_verifier.real_sets import FLIPPED, is_infinite, real_set, same_equation, same_set, substitute
 from rlsys.rewards.math_verifier.units import parse_unit
 
-MIN_SIGNIFICANT_DIGITS = 3  # of a rounded value that may stand for an exact one
+# Digits that a value said to be rounded must show, to equal another decimal or an exact value.
+MIN_DIGITS_OF_DECIMAL = 3
+MIN_DIGITS_OF_EXACT = 4
 
 
 def same_answer(left: Node, right: Node) -> bool:
@@ -111,6 +114,12 @@ def _simplified_listing(node: Listing) -> Node:
     for item in node.items:
         inner = simplified(item)
         items.extend(inner.items if isinstance(inner, Listing) else (inner,))
+    if (
+        node.separator == "or"
+        and not any(isinstance(item, Relation) for item in items)
+        and all(_item(items[0], item) for item in items[1:])
+    ):
+        return items[0]  # 0.5 or 1/2
     return Listing(tuple(items), node.separator)
 
 
@@ -170,14 +179,20 @@ def _with_sign(node: Node, sign: int) -> Node:
 # Equations
 
 
+def _is_part_of_name(node: Node) -> bool:
+    if isinstance(node, Power):
+        return node.exponent == MINUS_ONE and is_name(node.base)
+    return isinstance(node, Symbol | Relation) or (isinstance(node, Product) and is_name(node))
+
+
 def is_name(node: Node) -> bool:
     """Whether a side of an equation only names what the other side gives: x, f(x), AB, P(A), (x, y)."""
     if isinstance(node, Symbol):
         return node != REALS
     if isinstance(node, Call):
         return node.name.startswith("undefined ") or (node.name == "abs" and is_name(node.arguments[0]))
-    if isinstance(node, Product):
-        return len(node.factors) <= 3 and all(isinstance(factor, Symbol) for factor in node.factors)
+    if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
+        return len(node.factors) <= 3 and isinstance(node.factors[0], Symbol | Product) and all(map(_is_part_of_name, node.factors))
     if isinstance(node, Group):
         return all(isinstance(item, Symbol) for item in node.items)
     return isinstance(node, Constant) and node.name == "i"
@@ -556,7 +571,7 @@ def _units(left: Node, right: Node) -> bool:
     )
 
 
-def _rounds_to(value: Node, rounded: Number, *, minimum: int = MIN_SIGNIFICANT_DIGITS) -> bool:
+def _rounds_to(value: Node, rounded: Number, *, minimum: int) -> bool:
     """Whether `rounded` is `value` to the decimals it is written with, and has digits enough to tell."""
     decimals = rounded.decimals or 0
     digits = str(abs(int(rounded.value * 10**decimals))).lstrip("0")
@@ -580,7 +595,10 @@ def _roundings(left: Node, right: Node) -> bool:
     if _item(value, other):
         return True
     plain, against = _without_unit(value), _without_unit(other)
-    return isinstance(plain, Number) and isinstance(against, _EXPRESSIONS) and not symbols(against) and _rounds_to(against, plain)
+    if not isinstance(plain, Number) or not isinstance(against, _EXPRESSIONS) or symbols(against):
+        return False
+    decimal = isinstance(against, Number) and against.decimals is not None
+    return _rounds_to(against, plain, minimum=MIN_DIGITS_OF_DECIMAL if decimal else MIN_DIGITS_OF_EXACT)
 
 
 def _ratios(left: Node, right: Node) -> bool:

@@ -324,6 +324,8 @@ class Evaluator:
         context = self.context
         if name == "abs":
             return abs(value)
+        if name == "conjugate":
+            return context.conj(value)
         if name in ("ln", "lg"):
             self._require(value, value != 0 and (value.real > 0 or not self._real))
             return context.log(value) if name == "ln" else context.log(value) / context.log(10)

@@ -37,14 +37,17 @@ _UNICODE = {
     "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     "½": "\\frac12 ", "⅓": "\\frac13 ", "⅔": "\\frac23 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "⅕": "\\frac15 ", "⅖": "\\frac25 ", "⅗": "\\frac35 ",
     "⅘": "\\frac45 ", "⅙": "\\frac16 ", "⅚": "\\frac56 ", "⅛": "\\frac18 ", "⅜": "\\frac38 ", "⅝": "\\frac58 ", "⅞": "\\frac78 ",
-    **{c: f"^{{{i}}}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, **{c: f"_{{{i}}}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+    "⁄": "/",
     **{chr(0xFF10 + i): str(i) for i in range(10)},
 }  # fmt: skip
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_PLAIN_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
 _TRANSLATION = str.maketrans(_UNICODE)
 
 _IGNORED = frozenset(
     _words(
-        "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
+        "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
         "nolimits mathstrut strut hline cline boldmath rm bf it sf tt mathop mathbin mathrel mathord nonumber"
     )
 )
@@ -54,19 +57,20 @@ _TEXT_COMMANDS = frozenset(
     _words("text mbox hbox textnormal textrm textbf textit textsf texttt textup emph mathrm operatorname mathsf mathtt")
 )
 _STYLE_COMMANDS = frozenset(_words("mathbf mathit boldsymbol bm bold vec hat overrightarrow mathcal mathscr"))
-_TRANSPARENT = frozenset(_words("boxed fbox overline underline bar widehat mathchoice ensuremath cancel"))
+_TRANSPARENT = frozenset(_words("boxed fbox underline widehat mathchoice ensuremath cancel"))
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "dbinom": "binom", "tbinom": "binom", "cdot": "*",
     "times": "*", "ast": "*", "div": "/", "slash": "/", "pm": "+-", "mp": "-+", "le": "<=", "leq": "<=", "leqslant": "<=", "leqq": "<=", "ge": ">=",
     "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "doteq": "~",
     "cup": "union", "bigcup": "union", "cap": "intersection", "bigcap": "intersection", "setminus": "difference", "backslash": "difference",
     "smallsetminus": "difference", "in": "in", "infty": "infinity", "pi": "pi", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
-    "langle": "<|", "rangle": "|>", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
+    "langle": "<|", "rangle": "|>", "lvert": "|", "rvert": "|", "vert": "|", "lVert": "|", "rVert": "|", "Vert": "|",
+    "mid": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
     "rceil": "rceil", "colon": ":", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "circ": "circ", "degree": "degree",
     "textdegree": "degree", "emptyset": "emptyset", "varnothing": "emptyset", "frac": "frac", "binom": "binom", "sqrt": "sqrt", "over": "over",
     "choose": "choose", "begin": "begin", "end": "end", "imath": "i", "pounds": "pounds", "textsterling": "pounds", "euro": "euro", "yen": "yen",
-    "top": "top", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and", "percent": "%", 
-    "textdollar": "\\$", "mathdollar": "\\$",
+    "top": "top", "overline": "overline", "bar": "overline", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and",
+    "percent": "%",    "textdollar": "\\$", "mathdollar": "\\$",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
     _words(
@@ -113,6 +117,8 @@ def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
     """
     if len(text) > MAX_ANSWER_CHARACTERS:
         raise UnparsableError("too long")
+    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_PLAIN_DIGITS)}}}", text)
+    text = _SUBSCRIPTS.sub(lambda match: f"_{{{match[0].translate(_PLAIN_DIGITS)}}}", text)
     return _Lexer(_TIMES.sub("*", text.translate(_TRANSLATION)), thousands).run()
 
 

@@ -80,7 +80,9 @@ def readings(text: str) -> list[Node]:
     first = parse(text)
     if isinstance(first, Number) and "," in text and "{,}" not in text and "!" not in text:
         second = _Parser(tokenize(text, thousands=False)).answer()
-        if isinstance(second, Listing) and all(isinstance(item, Number) and item.value >= 100 for item in second.items[1:]):
+        if isinstance(second, Listing) and all(
+            isinstance(item, Number) and item.value >= 100 and item.decimals is None for item in second.items[1:]
+        ):
             return [first, second]
     return [first]
 
@@ -117,7 +119,7 @@ def added(first: Measured, second: Node) -> Measured:
 
 class _Parser:
     def __init__(self, tokens: list[Token]) -> None:
-        while tokens and tokens[-1].text in (",", ";", ":", "..."):
+        while tokens and tokens[-1].text in (",", ";", ":", "...", "\\\\"):
             if tokens[-1].text == "...":
                 raise UnparsableError("an unfinished list")
             tokens = tokens[:-1]
@@ -211,12 +213,12 @@ class _Parser:
             self._position += 1
         words = [token.text.lower() for token in self._tokens[start : self._position]]
         rounded = any(word in _ROUNDED for word in words)
-        introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() == ":")
+        introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() in (":", "="))
         if not introduced and not all(word in _FILLERS for word in words):
             self._position = start
             return False
         if words:
-            self._accept(":")
+            self._accept(":", "=")
         return rounded
 
     def _set(self) -> Node:
@@ -495,9 +497,11 @@ class _Parser:
             if self._kind() != "letter":
                 raise UnparsableError("a figure without its name")
             return Symbol(name + self._next().text)
+        while self._accept("'"):
+            name += "'"
         if name in ("C", "P") and self._peek() == "(":
             return self._chosen(name)
-        if name in _FUNCTION_LETTERS and self._peek() in ("(", "^"):
+        if name.rstrip("'") in _FUNCTION_LETTERS and self._peek() in ("(", "^"):
             return self._undefined_function(name)
         return Symbol(name)
 
@@ -551,7 +555,7 @@ class _Parser:
             else:
                 base = self._nested(self._exponent)
         argument = self._nested(self._argument_of_function)
-        arguments = argument.items if isinstance(argument, Group) else (argument,)
+        arguments = argument.items if isinstance(argument, Group | SetOf) else (argument,)
         if exponent == MINUS_ONE and name in _INVERSE:
             return Call(_INVERSE[name], arguments)
         if name == "log" and base is not None:
@@ -563,7 +567,7 @@ class _Parser:
 
     def _argument_of_function(self) -> Node:
         """`\\sin 2x \\cos x` is sin(2x) cos x: the argument runs to the next function, sign or bracketed factor."""
-        if self._peek() in ("(", "{", "[", "|"):
+        if self._peek() in ("(", "{", "[", "|", "\\{"):
             node = self._primary()
             while self._peek() == "circ" or (self._peek() == "^" and self._peek(1) in ("circ",)):
                 node = self._superscript(node) if self._peek() == "^" else (self._next(), self._degrees(node))[1]
@@ -588,7 +592,7 @@ class _Parser:
 
     def _rest_of_braces(self) -> Node:
         if self._accept("}"):
-            if self._peek() == "_" and self._tokens[self._position + 1 : self._position + 2]:
+            if self._accept("_"):
                 return self._choose_with_indices()
             raise UnparsableError("an empty group")
         node = self._nested(self._listing)
@@ -601,7 +605,6 @@ class _Parser:
 
     def _choose_with_indices(self) -> Node:
         """{}_{10}C_3."""
-        self._expect("_")
         upper = self._exponent()
         letter = self._next()
         self._expect("_")
@@ -656,7 +659,7 @@ class _Parser:
     def _builder(self, head: Node, condition: Node) -> Node:
         if not isinstance(head, Symbol) or not isinstance(condition, Relation | Listing):
             raise UnparsableError("a set by a condition on something else than a variable")
-        return condition
+        return SetOperation("intersection", REALS, condition)
 
     def _money(self, unit: str) -> Node:
         self._units.append(unit)
@@ -727,6 +730,11 @@ class _Parser:
         self._bars -= 1
         return Call("abs", (node,))
 
+    def _overlined(self) -> Node:
+        """A conjugate; over letters only the name of a segment or a mean."""
+        node = self._tex_argument()
+        return node if isinstance(node, Symbol) else Call("conjugate", (node,))
+
     def _rounded_down(self, name: str, closing: str) -> Node:
         node = self._nested(self._sum)
         self._expect(closing)
@@ -734,6 +742,8 @@ class _Parser:
 
     def _environment(self) -> Node:
         name = self._environment_name()
+        if name == "cases":
+            return self._system()
         if name not in _MATRICES:
             raise UnparsableError(f"environment {name}")
         if name == "array" and self._accept("{"):
@@ -751,6 +761,16 @@ class _Parser:
         if self._environment_name() != name or not rows or len({len(row) for row in rows}) != 1:
             raise UnparsableError("an irregular matrix")
         return Matrix(tuple(rows), name == "vmatrix")
+
+    def _system(self) -> Node:
+        """Equations that hold together."""
+        rows = [self._nested(self._clause)]
+        while self._accept("\\\\", ",") and self._peek() != "end":
+            rows.append(self._nested(self._clause))
+        self._expect("end")
+        if self._environment_name() != "cases" or len(rows) < 2:
+            raise UnparsableError("a definition by cases")
+        return Listing(tuple(rows), "and")
 
     def _environment_name(self) -> str:
         self._expect("{")
@@ -779,6 +799,8 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
     "i": lambda p: Constant("i"),
     "infinity": lambda p: INFINITY,
     "emptyset": lambda p: EMPTY_SET,
+    "overline": lambda p: p._overlined(),
+    "_": lambda p: p._choose_with_indices(),
     "reals": lambda p: REALS,
     "\\$": lambda p: p._money("dollars"),
     "pounds": lambda p: p._money("pounds"),

@@ -69,7 +69,8 @@ def real_set(node: Node, *, infinite_needed: bool = False) -> RealSet:
         case Group(opening, (low, high), closing) if opening in ("(", "[") and closing in (")", "]"):
             return _interval(low, high, opening == "[", closing == "]")
         case SetOperation(operation, left, right):
-            return _combined(operation, real_set(left), real_set(right))
+            found = _combined(operation, real_set(left), real_set(right))
+            return RealSet(found.endpoints, found.contains)  # the variable of {x | x > 2} is bound
         case Relation((_, inner), ("in",)):
             found = real_set(inner)
             return RealSet(found.endpoints, found.contains, _variable_name(node.parts[0]))
@@ -174,6 +175,8 @@ def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
         if result.variable != other.variable:
             raise UnparsableError("conditions on several variables")
         result = _combined(operation, result, other)
+    if separator == "," and operation == "intersection" and same_set(result, RealSet((), lambda order: False)):
+        return _listing(items, "or")  # x < -1, x > 1
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rlsys.rewards.math_verifier.lexer import NUMBER_WORDS
+from rlsys.rewards.math_verifier.lexer import NUMBER_WORDS, SCALE_WORDS
 
 _WRAPPER = re.compile(
     r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)\s*\{([^{}]*)\}"
@@ -12,6 +12,7 @@ _WRAPPER = re.compile(
 _SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle|bf|rm)(?![a-zA-Z])|\\[,;:! ]|~|\$|\\[()\[\]]")
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?[.:)]?")
 _LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(\S.*)", re.DOTALL)
+_ANOTHER_LABEL = re.compile(r"(?:^|[\s,;])(?:\(\s*[A-J]\s*\)|[A-J]\s*[).:])")  # all options listed are no choice
 _CHOICE_WORDS = re.compile(
     r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE
 )
@@ -20,6 +21,9 @@ _PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
 _PUNCTUATION = " .,;:!\"'`“”‘’"
 _NO_SOLUTION = re.compile(
     r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |valid |possible )?(?:solutions?|roots?)(?: exists?)?"
+)
+_EXCEPT = re.compile(
+    r"(?:all )?real (?:numbers|values|x) (?:except|but|other than)(?: for)? (?:x ?(?:=|\\ne) ?)?([^a-z]+(?: and [^a-z]+)?)"
 )
 _ARTICLES = re.compile(r"^(?:the|an|a|on|it is|is)\s+")
 _ALIASES = {
@@ -49,13 +53,30 @@ def _alias(text: str) -> str:
     return "no solution" if _NO_SOLUTION.fullmatch(text) else _ALIASES.get(text, text)
 
 
+def _number_in_words(text: str) -> int | None:
+    """seven, twenty-one, one hundred, three million."""
+    parts = text.replace("-", " ").split()
+    scale = 1
+    if len(parts) > 1 and parts[-1] in SCALE_WORDS:
+        scale = 10 ** SCALE_WORDS[parts.pop()]
+        parts = ["one"] if parts == ["a"] else parts
+    values = [NUMBER_WORDS.get(part) for part in parts]
+    if len(values) == 1 and values[0] is not None:
+        return values[0] * scale
+    if len(values) == 2 and values[0] in range(20, 100, 10) and values[1] in range(1, 10):
+        return (values[0] + values[1]) * scale  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+    return None
+
+
 def meaning(answer: str) -> str:
     """An answer in words that is a number or a set, as LaTeX; other answers unchanged."""
     if not any(c.isalpha() for c in answer) or len(answer) > 80:
         return answer
     text = _alias(plain(answer).strip(_PUNCTUATION).lower())
-    if text in NUMBER_WORDS:
-        return str(NUMBER_WORDS[text])
+    if (number := _number_in_words(text)) is not None:
+        return str(number)
+    if match := _EXCEPT.fullmatch(text):
+        return r"\mathbb{R}\setminus\{" + match[1].replace(" and ", ",") + r"\}"
     return _MEANINGS.get(text, answer)
 
 
@@ -92,6 +113,7 @@ def choice(answer: str) -> tuple[str, str, bool] | None:
             (match[1] and not (re.search(r"\)\s", text) or "\\text" in answer))
             or rest[0] in "+-*/^=,()<>|_"
             or rest.startswith(("and ", "or "))
+            or _ANOTHER_LABEL.search(rest)
         ):
             return None
         return match[1] or match[2], rest, True
