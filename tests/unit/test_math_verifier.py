@@ -20,7 +20,7 @@ from rlsys.rewards.math_verifier.units import parse_unit
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [json.loads(line) for line in (ROOT / "benchmarks" / "math_verifier_cases.jsonl").read_text(encoding="utf-8").splitlines()]
 EXAMPLES = int(os.environ.get("RLSYS_FUZZ_EXAMPLES", "400"))  # python -m benchmarks.math_verifier --fuzz 50000 runs more
-LIMIT_S = 2.0
+LIMIT_S = 2.0  # of processor time, which other work on the machine does not change
 
 GROUND_TRUTHS = [
     "42", r"\frac{1}{2}", "x^2+1", "(1,2)", r"\{1,2\}", r"(-\infty,1]", r"\begin{pmatrix}1\\2\end{pmatrix}", "B", r"2\sqrt{3}", r"x\ge 2",
@@ -32,6 +32,7 @@ ADVERSARIAL = [
     r"e^{e^{e^{e^{10}}}}", r"\exp(\exp(\exp(100)))", r"\tan(10^{500})", r"\sin(10^{1900})", "((x+1)^{1000}+1)^{1000}", "(x+1)^{10^{9}}",
     r"(1+10^{-9})^{10^{12}}", r"\left(1+\frac1x\right)^{10^{300}}", "1e999999999", r"10^{-10^{10}}", r"\sqrt[10^{100}]{2}", r"\cosh(9999)",
     "(" * 30 + "x" + "+1)^{99}" * 30, "(" * 36 + "3" + ")^{3}" * 36, "x!" * 300, r"0.\overline{" + "123456789" * 190 + "}", "50" + "%" * 1500,
+    "0." + "1" * 1900 + "2...",
     # length and nesting
     "9" * 100_000, "(" * 100_000, "{" * 100_000, r"\frac{" * 20_000, "(" * 900 + "1" + ")" * 900, r"\sqrt{" * 300 + "2" + "}" * 300,
     r"\sqrt" * 400 + "2", "-" * 1900 + "1", "2^" * 900 + "2", r"\pm 1" * 200, "(1,2)," * 300 + "(1,2)", r"\{" * 900 + r"\}" * 900, "|" * 1900,
@@ -131,19 +132,19 @@ def test_units_are_converted_by_dimension():
 @pytest.mark.parametrize("answer", ADVERSARIAL, ids=range(len(ADVERSARIAL)))
 def test_adversarial_answers_end_in_time_and_are_wrong(answer: str):
     for truth in GROUND_TRUTHS:
-        start = time.perf_counter()
+        start = time.process_time()
         for completion, wanted in ((f"\\boxed{{{answer}}}", truth), (f"\\boxed{{{truth}}}", answer), (answer, truth)):
             assert verify_math(completion, wanted, extraction="lenient").score == 0.0 or completion == answer
-        assert time.perf_counter() - start < LIMIT_S, answer[:50]
+        assert time.process_time() - start < LIMIT_S, answer[:50]
 
 
 @pytest.mark.parametrize("filler", [r"\boxed{5", "<answer>", r"\boxed{5} ", "the answer is ", "$", "\\(", " ", "\n", "a"])
 def test_extraction_is_linear(filler: str):
     completion = filler * (200_000 // len(filler))
     for extraction in ("boxed", "answer_tag", "lenient"):
-        start = time.perf_counter()
+        start = time.process_time()
         extract_answer(completion, extraction)
-        assert time.perf_counter() - start < LIMIT_S
+        assert time.process_time() - start < LIMIT_S
 
 
 def test_adversarial_answers_need_little_memory():

@@ -192,7 +192,11 @@ def is_name(node: Node) -> bool:
     if isinstance(node, Call):
         return node.name.startswith("undefined ") or (node.name == "abs" and is_name(node.arguments[0]))
     if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
-        return len(node.factors) <= 3 and isinstance(node.factors[0], Symbol | Product) and all(map(_is_part_of_name, node.factors))
+        return (
+            0 < len(node.factors) <= 3
+            and not isinstance(node.factors[0], Power | Relation)
+            and all(map(_is_part_of_name, node.factors))
+        )
     if isinstance(node, Group):
         return all(isinstance(item, Symbol) for item in node.items)
     return isinstance(node, Constant) and node.name == "i"

@@ -159,6 +159,7 @@ class Evaluator:
 
     def __init__(self, point: dict[str, float], *, digits: int = DIGITS[0], real: bool = True, log_base: int | None = None) -> None:
         self.context = _context(digits)
+        self.context.dps = digits  # an interrupted function may have left another
         self._point = {name: self.context.mpf(value) for name, value in point.items()}
         self._real = real
         self._log_base = log_base

@@ -85,6 +85,7 @@ _WORD_NAMES = {
 _PUNCTUATION = {
     **{c: c for c in "+-*/^_=<>()[]{}|,;:!%&'"}, "~": "",
 }  # fmt: skip
+MAX_REPEATED_DIGITS = 12  # before the period, and in it, where dots stand for the rest of a decimal
 _STRONG_SEPARATOR = r"(?:,\\!\s?|\{,\}(?:\\!)?|\\,|\\ |\\;|\\!,|,\\,)"
 _INTEGER = re.compile(rf"[1-9]\d{{0,2}}(?:(?:{_STRONG_SEPARATOR}|,)\d{{3}}(?!\d))+|[1-9]\d{{0,2}}(?: \d{{3}}(?!\d))+|\d+", re.ASCII)
 _INTEGER_IN_BRACKETS = re.compile(rf"[1-9]\d{{0,2}}(?:{_STRONG_SEPARATOR}\d{{3}}(?!\d))+|\d+", re.ASCII)
@@ -162,6 +163,8 @@ class _Lexer:
                 self._punctuation(character)
             else:
                 raise UnparsableError(f"character {character!r}")
+        if len(self._tokens) > MAX_TOKENS:
+            raise UnparsableError("too many tokens")
         return self._tokens
 
     def _add(self, kind: str, text: str, decimals: int | None = None) -> None:
@@ -404,9 +407,9 @@ def _fraction_of_repeating(whole: str, fixed: str, period: str) -> str:
 
 def _fraction_of_ellipsis(whole: str, digits: str) -> str:
     """`0.333...` is 1/3: the shortest period that fills the digits at least twice."""
-    for start in range(len(digits)):
+    for start in range(min(len(digits), MAX_REPEATED_DIGITS)):
         rest = digits[start:]
-        for length in range(1, len(rest) // 2 + 1):
+        for length in range(1, min(len(rest) // 2, MAX_REPEATED_DIGITS) + 1):
             period = rest[:length]
             if len(rest) >= 2 * length and (period * len(rest))[: len(rest)] == rest and (length > 1 or len(rest) > 1):
                 return _fraction_of_repeating(whole, digits[:start], period)

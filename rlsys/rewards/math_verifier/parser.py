@@ -330,7 +330,7 @@ class _Parser:
 
     def _power(self) -> Node:
         node = self._nested(self._primary)
-        while True:
+        for _ in range(MAX_DEPTH):
             if self._peek() == "^":
                 node = self._superscript(node)
             elif self._accept("!"):
@@ -355,6 +355,7 @@ class _Parser:
                 node = self._suffix_words(node)
             else:
                 return node
+        raise UnparsableError("nested too deeply")
 
     def _superscript(self, node: Node) -> Node:
         self._expect("^")
