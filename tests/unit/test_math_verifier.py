@@ -241,3 +241,23 @@ def test_command_line_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pyt
     file.write_text("{\n")
     assert main(["--file", str(file)]) == 2
     assert "line 1: no JSON" in capsys.readouterr().err
+
+
+MEASURED = [
+    r"5\text{ cm}",
+    r"5\text{ m}",
+    r"\$5",
+    r"5\text{ hours}",
+    r"5\text{ cm}^2",
+    r"5\%",
+    r"5^\circ",
+    r"5\pmod 7",
+    r"5\pmod 8",
+]
+WRAPPERS = ["{}", "x={}", r"\approx {}", r"\{{{}\}}", "({},1)", "{},6", r"x\approx {}", r"\text{{The answer is }} {}"]
+
+
+def test_a_wrong_unit_stays_wrong_in_whatever_it_is_wrapped():
+    wrapped = [[wrapper.format(value) for wrapper in WRAPPERS] for value in MEASURED]
+    pairs = [(a, b) for i, first in enumerate(wrapped) for j, second in enumerate(wrapped) if i != j for a in first for b in second]
+    assert [pair for pair in pairs if same_answer_text(*pair)[0]] == []

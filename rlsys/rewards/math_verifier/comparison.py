@@ -548,6 +548,17 @@ def _unmarked(node: Node) -> Node:
             return node
 
 
+def _holds_unit(node: Node) -> bool:
+    return isinstance(node, Measured | Marked) or any(_holds_unit(child) for child in children(node))
+
+
+def _different_units(left: Node, right: Node) -> bool:
+    if not isinstance(left, Measured) or not isinstance(right, Measured):
+        return False
+    first, second = parse_unit(left.unit), parse_unit(right.unit)
+    return first is not None and second is not None and first != second
+
+
 _RADIAN = parse_unit("radian")
 
 
@@ -558,6 +569,8 @@ def _units(left: Node, right: Node) -> bool:
     if not isinstance(right, Measured):
         if _mark(right) == "degree" and parse_unit(left.unit) == _RADIAN:
             return isinstance(left.value, _EXPRESSIONS) and same_value(left.value, right)
+        if not isinstance(right, _EXPRESSIONS) and _holds_unit(right):
+            return False  # a relation or a rounding; the rules for those look inside
         if isinstance(right, _EXPRESSIONS) and _mark(right) and parse_unit(left.unit) is not None:
             return False  # dollars and percents
         return _item(left.value, right)
@@ -598,6 +611,8 @@ def _roundings(left: Node, right: Node) -> bool:
         return any(_item(left, item) for item in other.items)
     if _item(value, other):
         return True
+    if _different_units(value, other) or _mark(_without_unit(value)) != _mark(_without_unit(other)):
+        return False
     plain, against = _without_unit(value), _without_unit(other)
     if not isinstance(plain, Number) or not isinstance(against, _EXPRESSIONS) or symbols(against):
         return False

@@ -48,7 +48,7 @@ _TRANSLATION = str.maketrans(_UNICODE)
 _IGNORED = frozenset(
     _words(
         "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
-        "nolimits mathstrut strut hline cline boldmath rm bf it sf tt mathop mathbin mathrel mathord nonumber"
+        "nolimits mathstrut strut hline cline boldmath rm bf it sf tt mathop mathbin mathrel mathord nonumber therefore"
     )
 )
 _INVISIBLE = frozenset({"phantom", "hphantom", "vphantom", "label", "tag"})
@@ -70,6 +70,7 @@ _RENAMED = {
     "textdegree": "degree", "emptyset": "emptyset", "varnothing": "emptyset", "frac": "frac", "binom": "binom", "sqrt": "sqrt", "over": "over",
     "choose": "choose", "begin": "begin", "end": "end", "imath": "i", "pounds": "pounds", "textsterling": "pounds", "euro": "euro", "yen": "yen",
     "top": "top", "overline": "overline", "bar": "overline", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*", "And": "and",
+    "pmod": "mod", "bmod": "mod", "mod": "mod",
     "percent": "%",    "textdollar": "\\$", "mathdollar": "\\$",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
@@ -80,7 +81,7 @@ _SYMBOL_COMMANDS = frozenset(
 )
 _WORD_NAMES = {
     "and": "and", "or": "or", "percent": "%", "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity",
-    "inf": "infinity", "infty": "infinity", "to": ":",
+    "mod": "mod", "inf": "infinity","infty": "infinity", "to": ":",
 }  # fmt: skip
 _PUNCTUATION = {
     **{c: c for c in "+-*/^_=<>()[]{}|,;:!%&'"}, "~": "",

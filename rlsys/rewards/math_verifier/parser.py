@@ -338,6 +338,8 @@ class _Parser:
             elif self._peek() == "\\$" and self._kind(1) not in ("number", "letter"):
                 self._position += 1
                 self._units.append("dollars")
+            elif self._peek() == "mod" or (self._peek() == "(" and self._peek(1) == "mod"):
+                self._modulus()
             elif self._accept("ordinal"):
                 pass
             elif self._accept("%"):
@@ -420,6 +422,16 @@ class _Parser:
         if not 2 <= base <= 36 or not digits.isdecimal() or any(int(d) >= base for d in digits):
             raise UnparsableError("a base")
         return Numeral(digits.lstrip("0") or "0", base)
+
+    def _modulus(self) -> None:
+        """7 (mod 11): the modulus is a unit, which may be left out but not be another."""
+        brackets = self._accept("(")
+        self._expect("mod")
+        braces = self._accept("{")
+        token = self._next()
+        if token.kind != "number" or (braces and not self._accept("}")) or (brackets and not self._accept(")")):
+            raise UnparsableError("a modulus")
+        self._units.append(f"modulus:{token.text}")
 
     # Words after a value
 

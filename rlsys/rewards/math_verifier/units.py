@@ -81,6 +81,8 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
 
     Example: `parse_unit("km / h")` is `((("length", 1), ("time", -1)), Fraction(5, 18))`.
     """
+    if text.startswith("modulus:"):
+        return ((text, 1),), Fraction(1)
     powers: dict[str, int] = {}
     size = Fraction(1)
     sign, coming = 1, 1
