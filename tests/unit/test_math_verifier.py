@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from rlsys.rewards.math_verifier import extract_answer, same_answer_text, verify_math
 from rlsys.rewards.math_verifier.__main__ import main
+from rlsys.rewards.math_verifier.limits import UnparsableError
+from rlsys.rewards.math_verifier.nodes import Call, Marked, Measured, Number, Power, Product, Sum, Symbol
+from rlsys.rewards.math_verifier.parser import parse
 from rlsys.rewards.math_verifier.units import parse_unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,3 +264,20 @@ def test_a_wrong_unit_stays_wrong_in_whatever_it_is_wrapped():
     wrapped = [[wrapper.format(value) for wrapper in WRAPPERS] for value in MEASURED]
     pairs = [(a, b) for i, first in enumerate(wrapped) for j, second in enumerate(wrapped) if i != j for a in first for b in second]
     assert [pair for pair in pairs if same_answer_text(*pair)[0]] == []
+
+
+def test_a_near_miss_stays_wrong_inside_equations_tuples_and_lists():
+    values = (Number, Symbol, Sum, Product, Power, Call, Measured, Marked)
+    pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case and not case["expected"]]
+    pairs = [pair for pair in pairs if all(isinstance(parsed(text), values) for text in pair)]
+    assert len(pairs) > 500
+    for wrapper in ("z={}", "z>{}", "({},1)", "{},9999", "\\begin{{pmatrix}}{}\\\\1\\end{{pmatrix}}"):
+        wrapped = [(wrapper.format(answer), wrapper.format(truth)) for answer, truth in pairs]
+        assert [pair for pair in wrapped if same_answer_text(*pair)[0]] == []
+
+
+def parsed(text: str) -> object:
+    try:
+        return parse(text)
+    except UnparsableError:
+        return None

@@ -256,13 +256,11 @@ def _equations(left: Node, right: Node) -> bool:
         return is_name(left.parts[0]) and not isinstance(right, Ratio) and same_answer(left.parts[1], right)
     if right.operators != ("=",):
         return False
-    if is_name(left.parts[0]) and is_name(right.parts[0]):
-        first, second = left.parts[0], right.parts[0]
-        if first == second or (_is_function_name(first) and _is_function_name(second) and Call not in (type(first), type(second))):
-            if same_answer(left.parts[1], right.parts[1]):
-                return True
-        elif _is_function_name(first) and _is_function_name(second):
-            return same_answer(left.parts[1], right.parts[1])
+    first, second = left.parts[0], right.parts[0]
+    if first == second and is_name(first):
+        return same_answer(left.parts[1], right.parts[1])
+    if _is_function_name(first) and _is_function_name(second) and same_answer(left.parts[1], right.parts[1]):
+        return True
     try:
         return bool(same_equation(_difference(left), _difference(right), ordered=False))
     except UnparsableError:
@@ -284,6 +282,11 @@ def _inequalities(left: Node, right: Node) -> bool:
     first, second = left.operators[0], right.operators[0]
     if first not in FLIPPED or second not in FLIPPED or "=" in (first, second):
         return False
+    try:
+        if real_set(left) and real_set(right):
+            return False  # the rule for sets decides, exactly
+    except (UnparsableError, UndefinedError):
+        pass
     try:
         sign = same_equation(_difference(left), _difference(right), ordered=True)
     except UnparsableError:
@@ -632,7 +635,7 @@ def _ratios(left: Node, right: Node) -> bool:
     if len(left.parts) != len(right.parts):
         return False
     first, second = left.parts[0], right.parts[0]
-    if exact(first) == 0 or exact(second) == 0:
+    if any(exact(part) == 0 for part in (*left.parts, *right.parts)):
         return _same_items(left.parts, right.parts)
     return all(_item(Product((a, second)), Product((b, first))) for a, b in zip(left.parts, right.parts, strict=True))
 

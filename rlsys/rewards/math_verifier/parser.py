@@ -281,6 +281,8 @@ class _Parser:
         position = self._position
         factor = self._power()
         last = factors[-1]
+        if isinstance(factor, Numeral):
+            raise UnparsableError("a numeral beside a factor")
         if isinstance(last, Number) and last.decimals is None and last.value.denominator == 1:
             if number and self._tokens[position].spaced and isinstance(factor, Number) and self._accept("/"):
                 denominator = self._power()  # "2 1/2"

@@ -224,7 +224,8 @@ def _half_line(left: Node, right: Node, operator: str) -> RealSet:
     (name,) = names
     for infinite, other_side in ((left, right), (right, left)):
         if is_infinite(infinite) and isinstance(other_side, Symbol):
-            return RealSet((), lambda order: True, name)
+            upward = operator in (">", ">=") if infinite is right else operator in ("<", "<=")
+            return _all_or_nothing((is_infinite(infinite) < 0) == upward, name)
     difference = Sum((left, negative(right)))
     zero, one = substitute(difference, name, Number(Fraction(0))), substitute(difference, name, Number(Fraction(1)))
     slope = Sum((one, negative(zero)))
@@ -244,6 +245,10 @@ def _half_line(left: Node, right: Node, operator: str) -> RealSet:
         }[operator]  # fmt: skip
 
     return RealSet((end,), contains, name)
+
+
+def _all_or_nothing(everything: bool, variable: str) -> RealSet:
+    return RealSet((), lambda order: everything, variable)
 
 
 def _opaque(node: Node) -> Node:
@@ -270,6 +275,9 @@ def substitute(node: Node, name: str, value: Node) -> Node:
             return node
 
 
+MAX_SCALE = 10**9  # of the numbers in two equations that are compared by their ratio
+
+
 def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
     """Whether `left = 0` and `right = 0` say the same because one side is a constant multiple of the other.
 
@@ -284,13 +292,15 @@ def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
                 above, below = evaluator.value(left), evaluator.value(right)
             except UndefinedError:
                 continue
+            if evaluator.scale > MAX_SCALE:
+                return 0  # a change of the variables would not show in the ratio
             noise = evaluator.scale * evaluator.context.mpf(10) ** -35
             if abs(below) < noise or abs(above) < noise:
                 if abs(below) < noise and abs(above) < noise:
                     continue
                 return 0
             ratios.append(above / below)
-            if len(ratios) > 1 and abs(ratios[-1] / ratios[0] - 1) > evaluator.context.mpf(10) ** -25:
+            if len(ratios) > 1 and abs(ratios[-1] / ratios[0] - 1) > evaluator.context.mpf(10) ** -32:
                 return 0
             if len(ratios) == 4:
                 break

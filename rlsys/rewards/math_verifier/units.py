@@ -83,6 +83,8 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
     """
     if text.startswith("modulus:"):
         return ((text, 1),), Fraction(1)
+    if text.lower().replace(".", "") in ("am", "pm"):
+        return ((text.lower().replace(".", ""), 1),), Fraction(1)
     powers: dict[str, int] = {}
     size = Fraction(1)
     sign, coming = 1, 1
