@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +73,10 @@ def check_parameters(function: Callable[..., Any], parameters: Mapping[str, Any]
             near = difflib.get_close_matches(name, accepted, n=2)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"It takes {', '.join(accepted) or 'no parameters'}."
             raise ValueError(f"{field}.{name}: {function.__name__} has no such parameter. {hint}")
+        if name in hints and get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+            raise ValueError(
+                f"{field}.{name}: {value!r} is not accepted. Choose one of {', '.join(map(str, get_args(hints[name])))}."
+            )
         if name in hints and not _is_instance(value, hints[name]):
             expected = getattr(hints[name], "__name__", str(hints[name]))
             raise ValueError(f"{field}.{name}: {value!r} is a {type(value).__name__}; {function.__name__} expects {expected}.")

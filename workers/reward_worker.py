@@ -17,6 +17,7 @@ from rlsys.driver.ports import Handle
 from rlsys.rewards.pool import RewardPool
 
 COUNTED_FAILURES = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
+COUNTED_REASONS = ("correct", "wrong", "no_answer", "too_long", "too_large", "unparsable")  # of the math verifier
 
 
 class RewardWorker:
@@ -26,17 +27,17 @@ class RewardWorker:
         self._functions = config.reward.functions
         self._pool = RewardPool(config.reward, config.plugins)
         self._pool.warm_up()
-        self._failures: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:
         """Rewards of one part, in its order."""
         truths = dict(zip(rollouts.prompts.group_ids.tolist(), (p.ground_truth for p in rollouts.prompts.prompts), strict=True))
         futures = [
-            asyncio.wrap_future(self._pool.submit(text, truths[int(group)]))
-            for text, group in zip(rollouts.response_texts, rollouts.group_ids, strict=True)
+            asyncio.wrap_future(self._pool.submit(text, truths[int(group)], int(tokens)))
+            for text, group, tokens in zip(rollouts.response_texts, rollouts.group_ids, rollouts.response_lengths, strict=True)
         ]
         scores = await asyncio.gather(*futures)
-        self._failures.update(score.reason for score in scores if score.reason in COUNTED_FAILURES)
+        self._reasons.update(score.reason for score in scores)
         components = np.asarray([score.components for score in scores], dtype=np.float32).reshape(len(scores), len(self._functions))
         weights = np.asarray([function.weight for function in self._functions], dtype=np.float32)
         return RewardBatch(
@@ -49,10 +50,12 @@ class RewardWorker:
         )
 
     async def metrics(self) -> dict[str, Metric]:
-        """Failures since the last call, and peak memory."""
-        failures, self._failures = self._failures, Counter()
+        """Failures and verdict reasons since the last call, and peak memory."""
+        reasons, self._reasons = self._reasons, Counter()
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024**2
-        counts = {f"reward/{name}": total(failures[reason]) for reason, name in COUNTED_FAILURES.items()}
+        counts = {f"reward/{name}": total(reasons[reason]) for reason, name in COUNTED_FAILURES.items()}
+        if self._functions[0].name == "math":
+            counts |= {f"reward/reasons/{reason}": total(reasons[reason]) for reason in COUNTED_REASONS}
         return counts | {"memory/reward": maximum(peak)}
 
     async def process_ids(self) -> list[int]:

@@ -20,6 +20,11 @@ class RewardConfig(Section):
         description="Reward functions, summed with their weights. The first decides accuracy (a score of at least 0.5 is right).",
     )
     processes: int = Field(default=1, ge=1, description="Processes of the reward pool.")
+    memory_gb: float = Field(
+        default=1.0,
+        ge=0,
+        description="How much a process may grow while it scores, in GiB; beyond it the answer gets 0. 0 sets no limit.",
+    )
     timeout_s: float = Field(
         default=2.0,
         gt=0,

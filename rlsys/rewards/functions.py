@@ -1,34 +1,83 @@
-"""The rewards that come with rlsys."""
+"""The rewards that come with rlsys.
+
+A reward function takes `(completion, ground_truth)`, and a third argument where it is called `completion_tokens`: the number of tokens that the
+policy sampled. Its keyword-only parameters are set in the config (`reward.functions`).
+"""
 
 from __future__ import annotations
 
-import re
+from typing import Literal
 
-from rlsys.rewards.math_verifier import last_boxed, verify_math
+from rlsys.rewards.math_verifier import has_one_filled_box, verify_math
 from rlsys.rewards.registry import register_reward_function
-
-_R1_ZERO = re.compile(
-    r"^(?:(?!</think>|<think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*$", re.DOTALL
-)
 
 
 @register_reward_function("math")
-def math_reward(completion: str, ground_truth: str) -> float:
+def math_reward(completion: str, ground_truth: str, *, extraction: Literal["boxed", "answer_tag", "lenient"] = "boxed") -> float:
     """1 where the completion's answer equals the ground truth, else 0. See `verify_math`."""
-    return verify_math(completion, ground_truth).score
+    return verify_math(completion, ground_truth, extraction=extraction).score
 
 
 @register_reward_function("format_boxed")
 def format_boxed_reward(completion: str, ground_truth: str) -> float:
-    """1 where the completion holds exactly one box, closed and not empty, else 0; right or wrong does not matter."""
-    content = last_boxed(completion)
-    return float(completion.count("\\boxed") == 1 and bool(content and content.strip()))
+    r"""1 where the completion holds exactly one \boxed{...} or \fbox{...}, closed and not empty, else 0; right or wrong does not matter."""
+    return float(has_one_filled_box(completion))
 
 
 @register_reward_function("format_r1_zero")
 def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
     """1 where the completion reads `reasoning </think> <answer> ... </answer>` with each tag exactly once, else 0.
 
-    The opening <think> belongs to the prompt (template `r1_zero`).
+    The opening <think> belongs to the prompt (template `r1_zero`). Nothing but space stands between the elements and after the last.
     """
-    return float(_R1_ZERO.match(completion) is not None)
+    if any(completion.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")) or "<think>" in completion:
+        return 0.0
+    _, _, rest = completion.partition("</think>")
+    rest = rest.strip()
+    return float(rest.startswith("<answer>") and rest.endswith("</answer>"))
+
+
+@register_reward_function("soft_overlong")
+def soft_overlong_reward(
+    completion: str, ground_truth: str, completion_tokens: int, *, max_tokens: int, buffer_tokens: int
+) -> float:
+    """DAPO's soft overlong punishment: 0 for short responses, falling to -1 over the last `buffer_tokens` before `max_tokens`.
+
+        0                                               n <= max_tokens - buffer_tokens
+        (max_tokens - buffer_tokens - n) / buffer_tokens  up to max_tokens
+        -1                                              beyond
+
+    **Source**: DAPO (arXiv:2503.14476), equation 13; there max_tokens is 20480 and buffer_tokens 4096.
+    **Conventions**: n counts sampled tokens, the end-of-sequence token included. Set `max_tokens` to `generation.max_tokens`: a response cut off
+    there gets -1.
+
+    Example: with max_tokens 100 and buffer_tokens 20, 80 tokens give 0, 90 give -0.5, 100 give -1.
+    """
+    if not 0 < buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"reward.functions.parameters.buffer_tokens: {buffer_tokens} must be between 1 and max_tokens ({max_tokens})."
+        )
+    over = completion_tokens - (max_tokens - buffer_tokens)
+    return -min(max(over / buffer_tokens, 0.0), 1.0)
+
+
+@register_reward_function("repetition")
+def repetition_reward(completion: str, ground_truth: str, *, ngram: int = 4, scale: float = 1.0) -> float:
+    """Minus `scale` times the share of repeated word n-grams: 0 where none occurs twice, towards -scale for a loop.
+
+        -scale * (1 - distinct n-grams / n-grams)
+
+    **Source**: Demystifying Long Chain-of-Thought Reasoning (arXiv:2502.03373), the n-gram repetition penalty, averaged over the response.
+    **Conventions**: words are separated by white space; a completion of fewer than `ngram` words gets 0. Ordinary prose repeats some n-grams, and
+    algebra more: look at `reward/repetition` of the untrained model before choosing the weight.
+
+    Example: "a b a b a b" with ngram 2 has five bigrams, two of them distinct: -0.6.
+    """
+    if ngram < 1:
+        raise ValueError(f"reward.functions.parameters.ngram: {ngram} must be at least 1.")
+    words = completion.split()
+    total = len(words) - ngram + 1
+    if total < 1:
+        return 0.0
+    distinct = len(set(zip(*(words[i:] for i in range(ngram)), strict=False)))
+    return -scale * (1 - distinct / total)

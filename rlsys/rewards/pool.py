@@ -1,7 +1,7 @@
 """A pool of processes that score completions under a wall-clock limit.
 
 A process that takes too long is killed and replaced, and so is one that dies; either costs one answer. The limit holds inside C code too,
-and starts when the answer is handed to the process. Run as a module, this file is the process's side.
+and starts when the answer is handed to the process. Memory is limited as well. Run as a module, this file is the process's side.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from rlsys.config import RewardConfig
 from rlsys.plugins import load_plugins
@@ -56,13 +58,13 @@ class RewardPool:
         for future in [self._threads.submit(start) for _ in range(self._config.processes)]:
             future.result()
 
-    def submit(self, completion: str, ground_truth: str) -> Future[Score]:
-        """Score one completion. The future never fails: what goes wrong becomes a score of 0 with its reason."""
-        return self._threads.submit(self._score, completion, ground_truth)
+    def submit(self, completion: str, ground_truth: str, completion_tokens: int = 0) -> Future[Score]:
+        """Score one completion of so many sampled tokens. The future never fails: what goes wrong becomes a score of 0 with its reason."""
+        return self._threads.submit(self._score, completion, ground_truth, completion_tokens)
 
-    def _score(self, completion: str, ground_truth: str) -> Score:
+    def _score(self, completion: str, ground_truth: str, completion_tokens: int) -> Score:
         try:
-            answer = self._process().ask((completion, ground_truth), self._config.timeout_s)
+            answer = self._process().ask((completion, ground_truth, completion_tokens), self._config.timeout_s)
         except TimeoutError:
             answer = "timeout"
         except (EOFError, OSError):
@@ -119,7 +121,7 @@ class _Process:
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
         try:
-            self.ask((config.functions, plugins), START_LIMIT_S)
+            self.ask((config.functions, plugins, config.memory_gb), START_LIMIT_S)
         except BaseException:
             self.kill()
             raise
@@ -150,15 +152,25 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)  # it ended before we asked
 
 
+def _limit_memory(memory_gb: float) -> None:
+    """Let this process grow by so much from now on; beyond it an answer fails with a MemoryError."""
+    if memory_gb:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + int(memory_gb * 1024**3)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def _serve(connection: Connection) -> None:
-    functions, plugins = pickle.loads(connection.recv_bytes())
+    functions, plugins, memory_gb = pickle.loads(connection.recv_bytes())
     load_plugins(plugins)
-    score_completion(functions, "\\boxed{x^2 + 1}", "1 + x^2")  # imports what the first answer would otherwise wait for
+    with contextlib.suppress(Exception):  # a user's function may refuse this text
+        score_completion(functions, "\\boxed{x^2 + 1}", "1 + x^2")  # imports what the first answer would otherwise wait for
+    _limit_memory(memory_gb)
     connection.send_bytes(pickle.dumps(READY))
     while True:
-        completion, ground_truth = pickle.loads(connection.recv_bytes())
+        completion, ground_truth, completion_tokens = pickle.loads(connection.recv_bytes())
         try:
-            answer: object = score_completion(functions, completion, ground_truth)
+            answer: object = score_completion(functions, completion, ground_truth, completion_tokens)
         except Exception as error:  # a user's function may raise anything
             answer = (f"{type(error).__name__}: {error}",)
         connection.send_bytes(pickle.dumps(answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from rlsys.registry import Registry
@@ -11,7 +12,10 @@ _REWARDS: Registry[RewardFunction] = Registry("reward function")
 
 
 def register_reward_function(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator: make `function(completion, ground_truth, *, keywords...) -> float` available in `reward.functions`."""
+    """Decorator: make `function(completion, ground_truth, *, keywords...) -> float` available in `reward.functions`.
+
+    A function that needs the number of sampled tokens takes it third: `function(completion, ground_truth, completion_tokens, *, keywords...)`.
+    """
     return _REWARDS.register(name)
 
 
@@ -22,6 +26,11 @@ def get_reward_function(name: str) -> RewardFunction:
         ValueError: unknown name, with the nearest ones.
     """
     return _REWARDS.get(name, field="reward.functions.name")
+
+
+def takes_completion_tokens(function: RewardFunction) -> bool:
+    """Whether a reward function asks for the number of sampled tokens."""
+    return "completion_tokens" in inspect.signature(function).parameters
 
 
 def available_reward_functions() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlsys.config import RewardConfig, RewardFunctionConfig
 from rlsys.registry import Registry, check_parameters
 from rlsys.rewards import (
     available_reward_functions,
@@ -13,8 +14,12 @@ from rlsys.rewards import (
     format_r1_zero_reward,
     get_reward_function,
     math_reward,
+    repetition_reward,
+    soft_overlong_reward,
     verify_math,
 )
+from rlsys.rewards.pool import RewardPool
+from rlsys.rewards.scoring import score_completion
 
 MATH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "math"
 
@@ -121,7 +126,17 @@ def test_ground_truths_of_math_equal_themselves():
 
 @pytest.mark.parametrize(
     ("completion", "score"),
-    [(r"is \boxed{3}", 1.0), (r"\boxed{1} \boxed{2}", 0.0), (r"\boxed{}", 0.0), (r"\boxed{3", 0.0), ("3", 0.0)],
+    [
+        (r"is \boxed{3}", 1.0),
+        (r"is \fbox{3}", 1.0),
+        (r"\fbox{1} \boxed{2}", 0.0),
+        (r"\boxed{\fbox{2}}", 0.0),
+        (r"\boxed{ }", 0.0),
+        (r"\boxed{1} \boxed{2}", 0.0),
+        (r"\boxed{}", 0.0),
+        (r"\boxed{3", 0.0),
+        ("3", 0.0),
+    ],
 )
 def test_format_boxed(completion: str, score: float):
     assert format_boxed_reward(completion, "") == score
@@ -167,3 +182,57 @@ def test_parameters_are_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             check_parameters(reward, parameters, field="f")
+
+
+@pytest.mark.parametrize(("tokens", "score"), [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (150, -1.0)])
+def test_soft_overlong_falls_over_the_buffer(tokens: int, score: float):
+    assert soft_overlong_reward("", "", tokens, max_tokens=100, buffer_tokens=20) == score  # (80 - tokens) / 20
+
+
+def test_soft_overlong_refuses_a_buffer_beyond_the_limit():
+    with pytest.raises(ValueError, match="buffer_tokens: 200 must be between 1 and max_tokens \\(100\\)"):
+        soft_overlong_reward("", "", 1, max_tokens=100, buffer_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("a b a b a b", -0.6),  # bigrams ab ba ab ba ab: 2 of 5 are distinct
+        ("a b c d", 0.0),
+        ("a", 0.0),
+        ("", 0.0),
+        ("a a a a a", -0.75),  # aa four times
+    ],
+)
+def test_repetition_counts_repeated_ngrams(completion: str, score: float):
+    assert repetition_reward(completion, "", ngram=2) == pytest.approx(score)
+    assert repetition_reward(completion, "", ngram=2, scale=0.5) == pytest.approx(score / 2)
+
+
+def test_scoring_hands_out_token_counts_and_parameters():
+    functions = (
+        RewardFunctionConfig(name="math", parameters={"extraction": "answer_tag"}),
+        RewardFunctionConfig(name="soft_overlong", parameters={"max_tokens": 100, "buffer_tokens": 20}),
+        RewardFunctionConfig(name="repetition", parameters={"ngram": 1}),
+    )
+    score = score_completion(functions, "\\boxed{1} <answer> 2 </answer>", "2", 90)
+    assert score.components == (1.0, -0.5, 0.0)
+    assert (score.reason, score.answer) == ("correct", "2")
+
+
+def test_an_unknown_extraction_is_refused_before_a_run():
+    with pytest.raises(ValueError, match=r"f\.extraction: 'box' is not accepted\. Choose one of boxed, answer_tag, lenient"):
+        check_parameters(get_reward_function("math"), {"extraction": "box"}, field="f")
+
+
+def test_a_process_of_the_pool_may_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "greedy_reward.py").write_text(
+        "from rlsys.rewards import register_reward_function\n"
+        "@register_reward_function('greedy')\n"
+        "def greedy(completion, ground_truth):\n"
+        "    return float(len(bytearray(int(completion)))) * 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = RewardPool(RewardConfig(functions=(RewardFunctionConfig(name="greedy"),), memory_gb=0.5), ("greedy_reward",))
+    assert [pool.submit(str(size), "").result().reason for size in (1000, 2 * 1024**3, 1000)] == ["ok", "error", "ok"]
+    pool.shutdown()

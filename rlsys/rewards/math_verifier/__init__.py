@@ -1,20 +1,31 @@
-"""A rule-based verifier for mathematical answers.
+"""A rule-based verifier for mathematical answers in LaTeX.
 
-Cheap exact rules decide most answers; the rest goes to `math-verify`, which parses LaTeX into SymPy. Nothing in a completion is evaluated as code.
-Time is not limited here but by the reward worker, which runs this in a process that it can kill.
+```text
+completion --extraction--> answer --same text?--same number?--choice, time?--> parser --> tree --comparison--> equal or not
+                                                                                |                    |
+                                                                          words (as text)     evaluation (50 digits)
+```
+
+Cheap exact rules decide most answers. The others are parsed by a grammar of our own from a closed list of tokens into a tree of plain values, and
+compared by kind and by value. Nothing in a completion is ever evaluated as code, and every step is bounded by the sizes in `limits`; wall-clock
+time is limited by the reward worker, which runs this in a process that it can kill.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 from dataclasses import dataclass
 
-from rlsys.rewards.math_verifier.extraction import extract_answer, last_boxed
-from rlsys.rewards.math_verifier.normal_form import as_number, normal_string
+from rlsys.rewards.math_verifier import words
+from rlsys.rewards.math_verifier.comparison import same_answer
+from rlsys.rewards.math_verifier.extraction import EXTRACTIONS, extract_answer, has_one_filled_box, last_boxed
+from rlsys.rewards.math_verifier.limits import MAX_ANSWER_CHARACTERS, TooLargeError, UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.nodes import Node
+from rlsys.rewards.math_verifier.normal_form import normal_form
+from rlsys.rewards.math_verifier.parser import readings
+from rlsys.rewards.math_verifier.plain_numbers import plain_number
 
-__all__ = ["MathVerdict", "extract_answer", "last_boxed", "verify_math"]
-
-MAX_ANSWER_CHARACTERS = 2000  # no answer of MATH has more than a few hundred
+__all__ = ["EXTRACTIONS", "MathVerdict", "extract_answer", "has_one_filled_box", "last_boxed", "same_answer_text", "verify_math"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,48 +35,106 @@ class MathVerdict:
     score: float  # 1 equal to the ground truth, else 0
     answer: str | None  # as extracted
     normal_form: str | None
-    rule: str  # extraction | string | number | symbolic
-    reason: str  # "correct", "wrong", "no_answer", "too_long", "unparsable"
+    rule: str  # extraction | text | number | choice | time | expression | words
+    reason: str  # "correct", "wrong", "no_answer", "too_long", "too_large", "unparsable"
 
 
-def verify_math(completion: str, ground_truth: str) -> MathVerdict:
-    """Whether the answer of `completion` equals `ground_truth`. Never raises, whatever the strings.
+def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed") -> MathVerdict:
+    """Whether the answer of `completion` equals `ground_truth`. Never raises, whatever the two strings.
 
-    The answer is the last box (or, without one, the last <answer> element). An empty or unclosed box is no answer.
+    `extraction` says where the answer stands: see `extract_answer`. Equality is of mathematical objects, not of forms: an unsimplified fraction or
+    an unexpanded product is right. `docs/math_verifier.md` has the conventions.
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
-    answer = extract_answer(completion)
+    answer = extract_answer(completion, extraction)
     if answer is None:
         return MathVerdict(score=0.0, answer=None, normal_form=None, rule="extraction", reason="no_answer")
-    if len(answer) > MAX_ANSWER_CHARACTERS:
+    if len(answer) > MAX_ANSWER_CHARACTERS and answer != ground_truth.strip():
         return MathVerdict(score=0.0, answer=answer[:MAX_ANSWER_CHARACTERS], normal_form=None, rule="extraction", reason="too_long")
-    given, wanted = normal_string(answer), normal_string(ground_truth)
-
-    def verdict(equal: bool, rule: str) -> MathVerdict:
-        return MathVerdict(score=float(equal), answer=answer, normal_form=given, rule=rule, reason="correct" if equal else "wrong")
-
-    if given == wanted:
-        return verdict(True, "string")
-    given_number, wanted_number = as_number(given), as_number(wanted)
-    if given_number is not None and wanted_number is not None:
-        return verdict(given_number == wanted_number, "number")
-    equal = _symbolically_equal(answer, ground_truth)
-    if equal is None:
-        return MathVerdict(score=0.0, answer=answer, normal_form=given, rule="symbolic", reason="unparsable")
-    return verdict(equal, "symbolic")
+    truth = last_boxed(ground_truth) or ground_truth
+    equal, rule, reason = same_answer_text(answer, truth.strip())
+    return MathVerdict(
+        score=float(equal), answer=answer, normal_form=normal_form(answer), rule=rule, reason="correct" if equal else reason
+    )
 
 
-def _symbolically_equal(answer: str, ground_truth: str) -> bool | None:
-    """math-verify's judgement; None where it cannot parse one side."""
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
+    """Whether two answers are equal, the rule that decided, and the reason where they are not. Symmetric; never raises."""
+    if answer == truth:
+        return True, "text", "correct"
+    first, second = plain_number(answer), plain_number(truth)
+    if first is not None and second is not None:
+        return first == second, "number", "wrong"
+    if (times := _same_time(answer, truth)) is not None:
+        return times, "time", "wrong"
+    if (choices := _same_choice(answer, truth)) is not None:
+        return choices, "choice", "wrong"
     try:
-        # Its own time limits use signals, which work in the main thread only; the reward worker's do not.
-        gold = parse(f"\\boxed{{{ground_truth}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-        given = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-        return bool(verify(gold, given, timeout_seconds=None)) if gold and given else None
-    except Exception:  # parsers of arbitrary text fail in arbitrary ways, all of which mean: not shown to be equal
+        return _same_parsed(words.meaning(answer), words.meaning(truth))
+    except (UnparsableError, RecursionError):
+        return _same_words(answer, truth)
+
+
+def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
+    try:
+        pairs = [(a, b) for b in readings(truth) for a in readings(answer)]
+        return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
+    except TooLargeError:
+        return False, "expression", "too_large"
+    except (UnparsableError, RecursionError):
+        raise
+    except Exception:  # numerical code fails in many ways at singularities, all of which mean: not shown to be equal
+        return False, "expression", "unparsable"
+
+
+def _equal_or_undefined(answer: Node, truth: Node) -> bool:
+    try:
+        return same_answer(answer, truth)
+    except UndefinedError:
+        return False
+
+
+def _same_time(answer: str, truth: str) -> bool | None:
+    first, second = words.clock(answer), words.clock(truth)
+    if first is None and second is None:
         return None
+    if first is None or second is None:
+        return False if (first or second or (0, ""))[1] else None
+    if not first[1] and not second[1]:
+        return None  # 3:5 may be a ratio
+    return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
+
+
+def _same_choice(answer: str, truth: str) -> bool | None:
+    """Letters of a multiple-choice question; a label and what it stands for may come together. None where it is no such question."""
+    first, second = words.choice(answer), words.choice(truth)
+    if first is not None and second is not None:
+        if first[0] == second[0]:
+            return True if not first[1] or not second[1] else same_answer_text(first[1], second[1])[0]
+        if first[2] or second[2]:
+            return first[0].upper() == second[0].upper() and first[0].upper() in "ABCDEFGHIJ" and not (first[1] and second[1])
+        return None
+    for labelled, other in ((first, truth), (second, answer)):
+        if labelled is not None and labelled[1]:
+            return same_answer_text(labelled[1], other)[0] or None
+    return None
+
+
+def _only_letters(text: str) -> bool:
+    return text.replace(" ", "").isalpha()
+
+
+def _same_words(answer: str, truth: str) -> tuple[bool, str, str]:
+    """Text that is no mathematics: equal words, or lists of the same words."""
+    first, second = words.phrase(answer), words.phrase(truth)
+    if not first or not second:
+        return False, "words", "unparsable"
+    if first == second or (_only_letters(first) and "".join(first.split()) == "".join(second.split())):
+        return True, "words", "correct"
+    if re.search("[a-z]{3}", first) and first.replace(",", "").split() == second.replace(",", "").split():
+        return True, "words", "correct"
+    if words.items(answer) == words.items(truth) and len(words.items(truth)) > 1:
+        return True, "words", "correct"
+    known = any(character.isalpha() for character in first) and not any(character in "\\^_{}" for character in first)
+    return False, "words", "wrong" if known else "unparsable"

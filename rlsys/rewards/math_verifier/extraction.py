@@ -1,41 +1,134 @@
-"""Finding the answer in a completion."""
+"""Finding the answer in a completion. Every search is linear in the completion's length."""
 
 from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+EXTRACTIONS = ("boxed", "answer_tag", "lenient")
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
+_BARE = re.compile(r"[^\s${}\\]+")
+_ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
+_DISPLAYED = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
+_LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
+MAX_LINE = 1000
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` or `\fbox{...}` with its braces balanced; None where there is none or it never closes.
 
+    `\boxed 5`, without braces, holds what follows up to the next space, brace or command.
+
     Example: `last_boxed(r"so \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
     """
-    matches = list(_BOX.finditer(text))
-    return _balanced(text, matches[-1].end()) if matches else None
+    match = _last_box(text)
+    if match is None:
+        return None
+    if match[1]:
+        return _balanced(text, match.end())
+    bare = _BARE.match(text, match.end())
+    return bare[0].rstrip(".,;:") if bare else None
+
+
+def has_one_filled_box(text: str) -> bool:
+    """Whether there is exactly one box, closed and not empty."""
+    boxes = sum(1 for _ in _BOX.finditer(text))
+    content = last_boxed(text) if boxes == 1 else None
+    return bool(content and content.strip())
+
+
+def _last_box(text: str) -> re.Match[str] | None:
+    end = len(text)
+    while (start := max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))) >= 0:
+        if match := _BOX.match(text, start):
+            return match
+        end = start
+    return None
 
 
 def _balanced(text: str, start: int) -> str | None:
     depth = 1
     position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":  # an escaped brace does not count
-            position += 2
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[start:position]
-        position += 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped brace does not count
+        token = match[0]
+        if token == "{":
+            depth += 1
+        elif token == "}":
+            depth -= 1
+            if depth == 0:
+                position = match.start()
+                return text[start:position]
     return None
 
 
-def extract_answer(completion: str) -> str | None:
-    """The answer of a completion: its last box, else its last <answer> element; None where neither holds anything."""
-    boxed = last_boxed(completion)
-    if boxed is None and not _BOX.search(completion):
-        tags = _ANSWER_TAG.findall(completion)
-        boxed = tags[-1] if tags else None
-    return boxed.strip() or None if boxed is not None else None
+def last_answer_tag(text: str) -> str | None:
+    """The content of the last `<answer>...</answer>`; None where there is none."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start < 0 or text.find("<answer>", end) >= 0:  # a last tag that never closes is no answer
+        return None
+    return text[start + len("<answer>") : end]
+
+
+def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
+    """The answer of a completion, None where it has none (also where its last box is empty or never closes).
+
+    - `boxed`: the last box; in a completion without any box, the last <answer> element.
+    - `answer_tag`: the last <answer> element; a box inside it is unpacked.
+    - `lenient`: as `boxed`, then what follows the last "the answer is", then the last formula or number of the last line.
+
+    Raises:
+        ValueError: an unknown `extraction`.
+    """
+    if extraction not in EXTRACTIONS:
+        raise ValueError(f"extraction: {extraction!r} is unknown. Choose one of {', '.join(EXTRACTIONS)}.")
+    if extraction == "answer_tag":
+        return _cleaned(last_answer_tag(completion))
+    if _last_box(completion) is not None:
+        return _cleaned(last_boxed(completion))
+    tag = last_answer_tag(completion)
+    if tag is not None or extraction == "boxed" or "<answer>" in completion:
+        return _cleaned(tag)
+    return _cleaned(_announced(completion) or _last_line(completion))
+
+
+def _cleaned(answer: str | None) -> str | None:
+    """Without white space and without boxes around the whole answer."""
+    if answer is None:
+        return None
+    answer = answer.strip()
+    for _ in range(3):
+        match = _last_box(answer)
+        if match is None:
+            break
+        inner = last_boxed(answer)
+        if inner is None:
+            return None
+        answer = inner.strip()
+    return answer or None
+
+
+def _announced(completion: str) -> str | None:
+    last = None
+    for match in _ANNOUNCED.finditer(completion):
+        last = match
+    if last is None:
+        return None
+    sentence = completion[last.end() : last.end() + MAX_LINE].strip().split("\n")[0]
+    if formula := _DISPLAYED.match(sentence.lstrip("* ")):
+        return next(group for group in formula.groups() if group is not None)
+    sentence = re.split(r"(?<=[^\s])\.(?:\s|$)|[!?]", sentence)[0]
+    return sentence.strip(" *_`") or None
+
+
+def _last_line(completion: str) -> str | None:
+    line = completion.rstrip()[-MAX_LINE:].split("\n")[-1].strip(" *_`")
+    if len(line) >= MAX_LINE - 10:
+        return None
+    formulas = list(_DISPLAYED.finditer(line))
+    if formulas:
+        line = next(group for group in formulas[-1].groups() if group is not None)
+        return line.split("=")[-1].strip() or None
+    if numbers := _LAST_LINE_NUMBER.findall(line):
+        return numbers[-1]
+    return line if 0 < len(line) <= 30 and not line.endswith(":") else None

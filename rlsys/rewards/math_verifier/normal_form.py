@@ -1,46 +1,93 @@
-"""Cheap exact comparison: most answers are integers, decimals or fractions, and need no symbolic algebra."""
+"""A short canonical spelling of an answer, for people who read verdicts; equality is decided by `comparison`, not by this text."""
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|\\[!,;:]|(?<!\\)\\ |~|\$")
-# Space means nothing beside a sign, but "1 2" is not "12", and "2 1/2" is not "21/2".
-_IDLE_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"^(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}$")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
-_NUMBER = re.compile(r"^-?\d+(?:\.\d+)?$|^-?\.\d+$")
-_PLAIN_FRACTION = re.compile(r"^(-?\d+)/(\d+)$")
-_THOUSANDS = re.compile(r"^-?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
-MAX_DIGITS = 200  # longer numbers are compared as text
+from rlsys.rewards.math_verifier import words
+from rlsys.rewards.math_verifier.evaluation import exact
+from rlsys.rewards.math_verifier.limits import TooLargeError, UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.nodes import (
+    Approximate,
+    Call,
+    Constant,
+    Group,
+    Listing,
+    Marked,
+    Matrix,
+    Measured,
+    Node,
+    Number,
+    Numeral,
+    PlusMinus,
+    Power,
+    Product,
+    Ratio,
+    Relation,
+    SetOf,
+    SetOperation,
+    Sum,
+    Symbol,
+)  # fmt: skip
+from rlsys.rewards.math_verifier.parser import parse
+from rlsys.rewards.math_verifier.plain_numbers import plain_number
+
+MAX_CHARACTERS = 500
 
 
-def normal_string(answer: str) -> str:
-    """`answer` without what never changes its meaning: spacing commands, dollar signs, \\left and \\right, \\dfrac against \\frac."""
-    text = _DROPPED.sub(" ", answer.strip())
-    text = _TEXT.sub(r"\1", text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("−", "-")
-    text = text.replace("^\\circ", "").replace("^{\\circ}", "").replace("\\%", "").replace("\\degree", "")
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
-    return _IDLE_SPACE.sub("", re.sub(r"\s+", " ", text).strip()).rstrip(".")
+def normal_form(answer: str) -> str:
+    """Numbers reduced, commuting parts sorted, brackets explicit; words in small letters."""
+    number = plain_number(answer)
+    if number is not None:
+        return str(number)[:MAX_CHARACTERS]
+    try:
+        return spelled(parse(words.meaning(answer)))[:MAX_CHARACTERS]
+    except (UnparsableError, UndefinedError, TooLargeError, RecursionError, ValueError):
+        return words.phrase(answer[:MAX_CHARACTERS])
 
 
-def as_number(normal: str) -> Fraction | None:
-    """The exact value of an integer, decimal or plain fraction; None for anything else."""
-    if len(normal) > MAX_DIGITS:
-        return None
-    if _THOUSANDS.match(normal):
-        normal = normal.replace(",", "")
-    if _NUMBER.match(normal):
-        return Fraction(normal)
-    if match := _FRACTION.match(normal):
-        sign, numerator, denominator = match.groups()
-        if int(denominator) == 0:
-            return None
-        value = Fraction(int(numerator), int(denominator))
-        return -value if sign else value
-    if match := _PLAIN_FRACTION.match(normal):
-        return Fraction(int(match[1]), int(match[2])) if int(match[2]) else None
-    return None
+def spelled(node: Node) -> str:
+    """The spelling of one node."""
+    try:
+        value = exact(node)
+    except (TooLargeError, UndefinedError):
+        value = None
+    if value is not None and abs(value) < Fraction(10) ** 60:
+        return str(value)
+    match node:
+        case Number(value, _):
+            return f"{float(value):.6e}" if abs(value) < Fraction(10) ** 300 else "a large number"
+        case Symbol(name) | Constant(name):
+            return name
+        case Sum(terms):
+            return "(" + " + ".join(sorted(map(spelled, terms))) + ")"
+        case Product(factors):
+            return "*".join(sorted(map(spelled, factors)))
+        case Power(base, exponent):
+            return f"{spelled(base)}^{spelled(exponent)}"
+        case Call(name, arguments):
+            return f"{name}({', '.join(map(spelled, arguments))})"
+        case PlusMinus(term, _):
+            return f"±{spelled(term)}"
+        case Marked(inner, mark):
+            return spelled(inner) + {"degree": "°", "percent": "%"}[mark]
+        case Measured(inner, unit):
+            return f"{spelled(inner)} [{unit}]"
+        case Approximate(inner):
+            return f"≈{spelled(inner)}"
+        case Numeral(digits, base):
+            return f"{digits}_{base}"
+        case Ratio(parts):
+            return ":".join(map(spelled, parts))
+        case Group(opening, parts, closing):
+            return opening + ", ".join(map(spelled, parts)) + closing
+        case SetOf(parts):
+            return "{" + ", ".join(sorted(map(spelled, parts))) + "}"
+        case SetOperation(operation, left, right):
+            return f"({spelled(left)} {operation} {spelled(right)})"
+        case Listing(parts, _):
+            return ", ".join(sorted(map(spelled, parts)))
+        case Matrix(rows, _):
+            return "[" + "; ".join(", ".join(map(spelled, row)) for row in rows) + "]"
+        case Relation(parts, operators):
+            return spelled(parts[0]) + "".join(f" {o} {spelled(p)}" for o, p in zip(operators, parts[1:], strict=True))

@@ -1,0 +1,223 @@
+"""The verifier against the ones people use: accuracy, false positives, speed, identity on MATH, fuzzing, adversarial input.
+
+    python -m benchmarks.math_verifier                          the labelled set, speed, and MATH where it is found
+    python -m benchmarks.math_verifier --fuzz 50000             random pairs of strings: it never raises and is symmetric
+    python -m benchmarks.math_verifier --pool 2                 verdicts a second through the reward pool, by number of processes
+
+The labelled set is math_verifier_cases.jsonl: `answer` (put into a box) or `completion`, `ground_truth`, `expected`, and a kind.
+Results are recorded in docs/math_verifier.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import re
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlsys.rewards.math_verifier import last_boxed, same_answer_text, verify_math
+
+CASES = Path(__file__).with_name("math_verifier_cases.jsonl")
+MATH = Path(__file__).resolve().parents[2] / "shared" / "data" / "math"
+Verifier = Callable[[dict[str, Any]], bool]
+
+
+def load_cases() -> list[dict[str, Any]]:
+    """The labelled set, each case with its `completion` and `extraction`."""
+    cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    for case in cases:
+        case.setdefault("completion", f"So the answer is $\\boxed{{{case.get('answer', '')}}}$.")
+        case.setdefault("extraction", "boxed")
+    return cases
+
+
+def ours(case: dict[str, Any]) -> bool:
+    """rlsys."""
+    return verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"]).score == 1.0
+
+
+def math_verify_alone(case: dict[str, Any]) -> bool:
+    """math-verify as its README uses it."""
+    from math_verify import parse, verify
+
+    try:
+        return bool(verify(parse(f"\\boxed{{{case['ground_truth']}}}"), parse(case["completion"])))
+    except Exception:
+        return False
+
+
+def math_paper(case: dict[str, Any]) -> bool:
+    """The string normalisation of the MATH paper (Hendrycks et al., arXiv:2103.03874, appendix), written from its description."""
+    answer = last_boxed(case["completion"])
+    return answer is not None and normalised(answer) == normalised(case["ground_truth"])
+
+
+def normalised(text: str) -> str:
+    """What the MATH paper compares."""
+    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    text = text.replace("\\left", "").replace("\\right", "").replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
+    text = text.split("\\text{ ")[0].replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if text.startswith("."):
+        text = "0" + text
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        text = right
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    return re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", text)
+
+
+def accuracy(cases: list[dict[str, Any]], verifiers: dict[str, Verifier], show: bool) -> None:
+    """Print the table of docs/math_verifier.md, by verifier and by kind."""
+    by_kind: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    print("| verifier | accuracy | false positives | false negatives | seconds | cases/s |\n|---|---|---|---|---|---|")
+    negatives = sum(not case["expected"] for case in cases)
+    for name, verifier in verifiers.items():
+        verifier(cases[0])  # imports
+        start = time.perf_counter()
+        verdicts = [verifier(case) for case in cases]
+        seconds = time.perf_counter() - start
+        wrong = [(case, verdict) for case, verdict in zip(cases, verdicts, strict=True) if verdict != case["expected"]]
+        false_positives = sum(verdict for _, verdict in wrong)
+        print(
+            f"| {name} | {1 - len(wrong) / len(cases):.2%} | {false_positives / negatives:.2%} ({false_positives} of {negatives}) | "
+            f"{(len(wrong) - false_positives) / (len(cases) - negatives):.2%} | {seconds:.1f} | {len(cases) / seconds:,.0f} |",
+            flush=True,
+        )
+        for case, verdict in zip(cases, verdicts, strict=True):
+            by_kind[case["kind"]][name].append(verdict == case["expected"])
+        if show and verifier is ours:
+            for case, verdict in wrong:
+                print("   ", verdict, case.get("answer", case["completion"][-60:]), "|", case["ground_truth"])
+    print("\n| kind | cases | " + " | ".join(verifiers) + " |\n|---|---|" + "---|" * len(verifiers))
+    for kind, results in sorted(by_kind.items()):
+        counts = [len(verdicts) for verdicts in results.values()]
+        print(f"| {kind} | {counts[0]} | " + " | ".join(f"{sum(v) / len(v):.0%}" for v in results.values()) + " |")
+
+
+def typical_completions(count: int = 2000) -> list[tuple[str, str]]:
+    """2,000 characters each; integers and fractions, every other one right."""
+    generator = random.Random(0)
+    filler = "We move every term to one side, so that $x^2 - 5x + 6 = 0$ and the factors can be read off. "
+    pairs = []
+    for i in range(count):
+        a, b = generator.randint(-999, 999), generator.randint(2, 99)
+        truth = str(a) if i % 3 else f"\\frac{{{a}}}{{{b}}}"
+        given = truth if i % 2 else (str(a + 1) if i % 3 else f"\\dfrac{{{a + 1}}}{{{b}}}")
+        ending = f"Therefore the answer is $\\boxed{{{given}}}$."
+        pairs.append(((filler * 30)[: 2000 - len(ending)] + ending, truth))
+    return pairs
+
+
+def throughput(repeats: int = 5) -> None:
+    """Verdicts a second on one core, best of a few passes."""
+    pairs = typical_completions()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for completion, truth in pairs:
+            verify_math(completion, truth)
+        best = min(best, time.perf_counter() - start)
+    print(f"\ntypical completions of 2,000 characters, one core: {len(pairs) / best:,.0f} verdicts/s")
+
+
+def pool_throughput(most: int) -> None:
+    """Verdicts a second through the reward pool."""
+    from rlsys.config import RewardConfig
+    from rlsys.rewards.pool import RewardPool
+
+    cases = load_cases() * 2
+    for processes in range(1, most + 1):
+        pool = RewardPool(RewardConfig(processes=processes), ())
+        pool.warm_up()
+        start = time.perf_counter()
+        for future in [pool.submit(case["completion"], case["ground_truth"]) for case in cases]:
+            future.result()
+        print(f"pool of {processes}: {len(cases) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set")
+        pool.shutdown()
+
+
+def identity_on_math(pairs: int) -> None:
+    """Every ground truth equals itself in a box; pairs of different answers do not, unless they truly are equal."""
+    if not MATH.exists():
+        print(f"\nMATH is not at {MATH}: identity is not measured")
+        return
+    import pyarrow.parquet
+
+    answers = [a for part in ("train", "test") for a in pyarrow.parquet.read_table(MATH / f"{part}.parquet")["answer"].to_pylist()]
+    different = [a for a in answers if verify_math(f"\\boxed{{{a}}}", a).score != 1.0]
+    empty = sum(not answer.strip() for answer in answers)
+    print(
+        f"\nMATH: {len(answers)} answers, {len(different)} not equal to themselves, of which {empty} are empty (an empty box is no answer)"
+    )
+    generator = random.Random(0)
+    distinct = sorted(set(answers))
+    drawn = [generator.sample(distinct, 2) for _ in range(pairs)]
+    start = time.perf_counter()
+    hits = [(a, b) for a, b in drawn if same_answer_text(a, b)[0]]
+    print(f"{pairs} random pairs of different strings: {len(hits)} equal ({time.perf_counter() - start:.1f} s)")
+    for a, b in hits:
+        print(f"    {a}   {b}")
+
+
+def fuzz(examples: int) -> None:
+    """Strings of all kinds: no exception, symmetric, reflexive."""
+    from tests.unit.test_math_verifier import check_any_pair
+
+    start = time.perf_counter()
+    check_any_pair(examples)
+    print(f"\n{examples:,} random pairs of strings: no exception, symmetric and reflexive ({time.perf_counter() - start:.0f} s)")
+
+
+def adversarial() -> None:
+    """The slowest of the adversarial answers, against every kind of ground truth."""
+    from tests.unit.test_math_verifier import ADVERSARIAL, GROUND_TRUTHS
+
+    slowest, count = (0.0, ""), 0
+    for answer in ADVERSARIAL:
+        for truth in GROUND_TRUTHS:
+            for completion, wanted in ((f"\\boxed{{{answer}}}", truth), (f"\\boxed{{{truth}}}", answer)):
+                start = time.perf_counter()
+                verify_math(completion, wanted)
+                slowest = max(slowest, (time.perf_counter() - start, answer[:40]))
+                count += 1
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"\nadversarial: {count} verdicts, slowest {slowest[0]:.2f} s ({slowest[1]!r}), peak memory of this process {memory:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="only fuzz, with N pairs")
+    parser.add_argument("--pool", type=int, default=0, metavar="N", help="only measure the reward pool with 1 to N processes")
+    parser.add_argument("--pairs", type=int, default=20_000, help="random pairs of MATH answers")
+    parser.add_argument("--show", action="store_true", help="print the cases that rlsys gets wrong")
+    parser.add_argument("--ours-only", action="store_true", help="leave the other verifiers out")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # math-verify's
+    if arguments.fuzz:
+        fuzz(arguments.fuzz)
+    elif arguments.pool:
+        pool_throughput(arguments.pool)
+    else:
+        verifiers: dict[str, Verifier] = {"rlsys": ours}
+        adversarial()
+        throughput()
+        if not arguments.ours_only:
+            verifiers |= {"math-verify": math_verify_alone, "MATH paper": math_paper}
+        accuracy(load_cases(), verifiers, arguments.show)
+        identity_on_math(arguments.pairs)
+
+
+if __name__ == "__main__":
+    main()
