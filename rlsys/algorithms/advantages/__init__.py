@@ -1,6 +1,7 @@
 """Advantage estimators: one a file, found by name."""
 
 from rlsys.algorithms.advantages.grpo import grpo_advantages
+from rlsys.algorithms.advantages.hierarchical import hierarchical_advantages
 from rlsys.algorithms.advantages.inputs import (
     AdvantageEstimator,
     AdvantageInputs,
@@ -20,6 +21,7 @@ __all__ = [
     "available_advantage_estimators",
     "get_advantage_estimator",
     "grpo_advantages",
+    "hierarchical_advantages",
     "needs_old_logprobs",
     "register_advantage_estimator",
     "reinforce_advantages",

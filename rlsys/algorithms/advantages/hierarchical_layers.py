@@ -1,0 +1,152 @@
+"""The features of hierarchical baselines: prefix ratios of a batch, and which of them are the layers of a position."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.advantages.grouping import Groups
+
+LAYER_SETS = ("final", "current", "current_and_final", "blocks", "all")
+LONGEST_FOR_ALL = 512  # `all` has a layer a token, so its cost grows with the cube of the length
+FIELD = "algorithm.advantage.parameters"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
+
+    base: Tensor  # [S] int64, ascending
+    current: bool
+
+    @staticmethod
+    def of(name: str, length: int, block_size: int) -> Layers:
+        """The layer set called `name` for responses padded to `length` tokens.
+
+        Conventions: positions count from 0. `final` is the last column: the cumulative log-ratio is constant after a response's end, so the
+        ratio there is that of the whole response, whatever its length. `blocks` ends a layer after every `block_size` tokens.
+
+        Raises:
+            ValueError: unknown name, a block size out of range, or `all` for long responses.
+        """
+        last = length - 1
+        if name not in LAYER_SETS:
+            raise ValueError(f"{FIELD}.layers: {name!r} is none of {', '.join(LAYER_SETS)}")
+        if name == "blocks" and block_size < 1:
+            raise ValueError(f"{FIELD}.block_size: {block_size} must be at least 1 token")
+        if name == "all" and length > LONGEST_FOR_ALL:
+            raise ValueError(f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. Use 'blocks'.")
+        base = {
+            "current": [],
+            "all": list(range(length)),
+            "blocks": sorted({*range(block_size - 1, last, max(block_size, 1)), last}),
+        }.get(name, [last])
+        return Layers(torch.tensor(base, dtype=torch.int64), current=name in ("current", "current_and_final", "blocks"))
+
+    @property
+    def most(self) -> int:
+        """Layers of the first position, which has the most."""
+        return len(self.base) + self.current
+
+    def count(self, positions: Tensor) -> Tensor:
+        """[t] number of layers at each position, at least 1."""
+        return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(min=1)
+
+    def features(self, ratios: Tensor, positions: Tensor) -> Tensor:
+        """[K, G, T] prefix ratios -> [K, t, G, p] those of each position's layers over sqrt(number of layers), 0 for layers before it.
+
+        Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer set: one ridge then shrinks all
+        layer sets alike.
+        """
+        alive = (self.base >= positions[:, None]).to(ratios.dtype)  # [t, S]
+        parts = [ratios[:, None, :, self.base] * alive[None, :, None, :]]
+        if self.current:
+            parts.append(ratios[:, :, positions].transpose(1, 2)[..., None])
+        return torch.cat(parts, dim=3) / self.count(positions).sqrt()[None, :, None, None]
+
+    def kernel(self, ratios: Tensor, positions: Tensor) -> Tensor:
+        """[K, t, G, G] products of the features of every two responses: x_t x_t^T without forming x_t.
+
+        The layers of t are a trailing part of the layers of position 0, so the products of all t are the cumulative sums, from the last
+        layer backwards, of one sequence of rank-one terms; only the current layer is a position's own.
+        """
+        fixed = ratios[:, :, self.base].movedim(2, 0)  # [S, K, G]
+        terms = fixed[:, :, :, None] * fixed[:, :, None, :]
+        trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])])
+        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)
+        if self.current:
+            now = ratios[:, :, positions].transpose(1, 2)
+            total = total + now[..., :, None] * now[..., None, :]
+        return total / self.count(positions)[None, :, None, None]
+
+
+def prefix_ratios(
+    rollout_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    response_mask: Tensor,
+    *,
+    log_ratio_clip: float | None = None,
+    ratio_truncation: float | None = None,
+) -> Tensor:
+    """[B, T] float64 ratio of each response up to and with each token: how much likelier the trainer's policy makes it than the sampler's.
+
+        rho_{<=t} = exp(D_t),   D_t = sum_{u <= t, u in mask} old_u - rollout_u
+
+    Source: references/hierarchical_token_baselines.md, section 8.3.
+
+    Shapes: all [B, T].
+
+    Conventions: tokens outside the mask (padding, tool output) do not count, so D is constant over them and after the end.
+    `log_ratio_clip` c bounds D to [-c, c], `ratio_truncation` m bounds rho from above by m. Both bias the gradient towards that of the
+    rollout policy's own distribution; neither is on by default.
+
+    Raises:
+        ValueError: log-probabilities are missing or not finite, a bound is out of range, or a ratio overflows.
+    """
+    for name, array, remedy in (
+        ("rollout_logprobs", rollout_logprobs, "The engine must return the log-probability of each sampled token."),
+        ("old_logprobs", old_logprobs, "Compute the policy's log-probabilities of the batch before the update (needs_old_logprobs)."),
+    ):
+        if array is None:
+            raise ValueError(f"hierarchical baselines need {name}, which this batch does not have. {remedy}")
+        broken = ~torch.isfinite(array) & response_mask
+        if broken.any():
+            raise ValueError(f"{name}: {int(broken.sum())} values inside the response mask are not finite, first at {_first(broken)}")
+    for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
+        if bound is not None and not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(f"{FIELD}.{name}: {bound} must be positive and finite, or null for none")
+    assert rollout_logprobs is not None
+    assert old_logprobs is not None
+    cumulative = torch.where(response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0).cumsum(dim=1)
+    if log_ratio_clip is not None:
+        cumulative = cumulative.clamp(-log_ratio_clip, log_ratio_clip)
+    if ratio_truncation is not None:
+        cumulative = cumulative.clamp(max=math.log(ratio_truncation))
+    too_far = cumulative.abs() > LARGEST_LOG_RATIO
+    if too_far.any():
+        row, column = _first(too_far)
+        raise ValueError(
+            f"the log-ratio of response {row} reaches {float(cumulative[row, column]):.1f} at token {column}: exp of it leaves nothing finite. "
+            f"The policies are too far apart (or their tokens do not match); set {FIELD}.log_ratio_clip to bound it."
+        )
+    return cumulative.exp()
+
+
+LARGEST_LOG_RATIO = 150.0  # products of four ratios stay inside float64
+
+
+def _first(where: Tensor) -> tuple[int, int]:
+    row, column = where.nonzero()[0].tolist()
+    return row, column
+
+
+def self_normalised(ratios: Tensor, groups: Groups) -> Tensor:
+    """[B, T] ratios over their group's mean at the same token, so that each group's ratios average to 1.
+
+    Biased by O(1/G): a response's weight then depends on its own ratio twice. Bounds every ratio by the size of its group.
+    """
+    sums = ratios.new_zeros(len(groups.counts), ratios.shape[1]).index_add_(0, groups.index, ratios)
+    return ratios / (sums / groups.counts[:, None])[groups.index]
