@@ -6,7 +6,7 @@ over rho_{<=t}: the same regression with the ratio moved into the weights, witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +15,17 @@ from torch import Tensor
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
 CHUNK = 1 << 21  # numbers in the largest temporary array: 16 MiB in float64, of which a handful live at once
+JITTER = 1e-12  # of a matrix's mean diagonal, on top of the ridge: two layers may be the same
+Solve = Callable[[Tensor, Tensor], Tensor]  # ([..., p, p], [..., p]) -> [..., p]
 
 
 @dataclass(frozen=True)
 class GroupedBatch:
-    """A batch as K groups padded to G responses; absent responses have `present` False and weight 0."""
+    """A batch as K groups padded to G responses; absent responses have `present` False, ratio, reward and weight 0."""
 
     ratios: Tensor  # [K, G, T] float64 rho_{<=t}
     rewards: Tensor  # [K, G] float64
+    centre: Tensor  # [K, G] what the reward is compared with before the layers are fitted: `others_mean`, for one
     present: Tensor  # [K, G] bool
     weights: Tensor  # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token there
     layers: Layers
@@ -33,31 +36,33 @@ class GroupedBatch:
         return self.ratios[:, :, -1]
 
     @property
-    def others_mean(self) -> Tensor:
-        """[K, G] mean reward of the others of the group; 0 for a response that is alone."""
-        others = self.present.sum(dim=1, keepdim=True) - 1
-        return (self.rewards.sum(dim=1, keepdim=True) - self.rewards) / others.clamp(min=1)
-
-    @property
-    def others_variance(self) -> Tensor:
-        """[K, G] variance of the rewards of the others of the group (divided by their number)."""
-        others = (self.present.sum(dim=1, keepdim=True) - 1).clamp(min=1)
-        centred = torch.where(self.present, self.rewards - _row_mean(self.rewards, self.present), 0.0)  # first centred: no cancellation
-        squares = (centred.square().sum(dim=1, keepdim=True) - centred.square()) / others
-        return (squares - (centred / others).square()).clamp(min=0)
-
-    @property
     def base(self) -> Tensor:
-        """[K, G] policy-gradient weight under the leave-one-out mean: rho_{<=L} (R - mean of the others)."""
-        return self.final * (self.rewards - self.others_mean)
+        """[K, G] policy-gradient weight before any layer: rho_{<=L} (R - centre)."""
+        return self.final * (self.rewards - self.centre)
 
     def groups(self, which: Tensor) -> GroupedBatch:
         """Those groups alone."""
-        return GroupedBatch(self.ratios[which], self.rewards[which], self.present[which], self.weights[which], self.layers)
+        return GroupedBatch(
+            self.ratios[which], self.rewards[which], self.centre[which], self.present[which], self.weights[which], self.layers
+        )
 
 
-def _row_mean(values: Tensor, present: Tensor) -> Tensor:
-    return torch.where(present, values, 0.0).sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True)
+def others_mean(rewards: Tensor, present: Tensor) -> Tensor:
+    """[K, G] mean reward of the others of the group; the own reward of a response that is alone, so that it gets exactly 0."""
+    others = present.sum(dim=1, keepdim=True) - 1
+    mean = (rewards.sum(dim=1, keepdim=True) - rewards) / others.clamp(min=1)
+    first = rewards[:, :1]
+    equal = ((rewards == first) | ~present).all(dim=1, keepdim=True)  # also of one: whatever rounding does to the mean of equal numbers
+    return torch.where(equal | (others < 1), rewards, mean)
+
+
+def others_variance(rewards: Tensor, present: Tensor) -> Tensor:
+    """[K, G] variance of the rewards of the others of the group, divided by their number; exactly 0 where they are all equal."""
+    others = (present.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    centred = torch.where(present, rewards - rewards.sum(dim=1, keepdim=True) / (others + 1), 0.0)  # first centred: no cancellation
+    squares = (centred.square().sum(dim=1, keepdim=True) - centred.square()) / others
+    variance = squares - (centred / others).square()
+    return torch.where(variance > 1e-12 * squares, variance, 0.0)
 
 
 def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
@@ -65,94 +70,131 @@ def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
     yield from positions.split(max(1, CHUNK // max(numbers_per_position, 1)))
 
 
-def group_corrections(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
-    """[K, G, t] what the layers fitted within the group add to the leave-one-out mean baseline, for each response without itself.
+def group_corrections(
+    batch: GroupedBatch, positions: Tensor, ridge: float, *, left_out: bool = True, solve: Solve | None = None
+) -> Tensor:
+    """[K, G, t] what the layers fitted within the group add to the centre, for each response without itself.
 
         f_i(t) = sum_s rho_{<=s, i} beta_{t, -i}^(s)
-        beta_{t, -i} = argmin  sum_{j != i} n_j(t) (rho_j (R_j - c_{-i}) - x_j(t) . beta)^2 + ridge |beta|^2,   x: `Layers.features`
+        beta_{t, -i} = argmin  sum_{j != i} n_j(t) (rho_j (R_j - c_i) - x_j(t) . beta)^2 + ridge |beta|^2,   x: `Layers.features`
 
-    with c_{-i} the mean of the others. Not fitted G times: the residual of a left-out response is e_i / (1 - h_ii), and since the target is
-    linear in c, that of the fit centred without i is the same combination of two such residuals.
+    with c_i the centre of i, which has not seen R_i either. Not fitted G times: the residual of a left-out response is e_i / (1 - h_ii),
+    and since the target is linear in c, that of the fit centred for i is the same combination of two such residuals.
 
     Source: references/hierarchical_token_baselines.md, section 7; the leave-one-out residual: Allen 1974, The relationship between variable
-    selection and data augmentation.
+    selection and data augmentation and a method for prediction, Technometrics 16.
 
-    Conventions: `ridge` counts responses with all ratios 1. A response without a token at t has weight 0 there and gets 0, as does one
-    whose group has no other with a token.
+    Conventions: `ridge` counts responses with all ratios 1. A response without a token at t has weight 0 there and gets 0, as does one whose
+    group has no other with a token. `left_out=False` fits on i too, which is biased. With `solve` every left-out system is formed and
+    solved by it, which takes p^2 numbers a token.
     """
-    fit = _by_features if batch.layers.most < batch.rewards.shape[1] else _by_products
-    groups, size = batch.rewards.shape
-    width = groups * size * (min(size, batch.layers.most) + 2)
-    return torch.cat([fit(batch, part, ridge) for part in chunks(positions, width)], dim=2)
+    size, most = batch.rewards.shape[1], batch.layers.most
+    fit = _by_features if most < size else _by_products
+    if solve is not None:
+        fit = _by_solving(solve)
+    width = batch.rewards.numel() * (min(size, most) + 2 if solve is None else most * most)
+    return torch.cat([fit(batch, part, ridge, left_out) for part in chunks(positions, width)], dim=2)
 
 
-def _targets(batch: GroupedBatch) -> Tensor:
+def targets(batch: GroupedBatch) -> Tensor:
     """[K, 1, G, 2] the two parts of the target, rho R and rho: rho (R - c) is the first less c times the second."""
     return torch.stack([batch.final * batch.rewards, batch.final], dim=-1)[:, None]
 
 
-def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
+def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:
     """With one p x p system a position, for fewer layers than responses."""
     n = batch.weights[:, :, positions].transpose(1, 2)  # [K, t, G]
     x = batch.layers.features(batch.ratios, positions)  # [K, t, G, p]
-    y = _targets(batch).expand(*n.shape, 2)
+    y = targets(batch).expand(*n.shape, 2)
     weighted = (x * n[..., None]).transpose(2, 3)
-    gram = weighted @ x
-    gram.diagonal(dim1=2, dim2=3).add_(ridge)
-    factor = torch.linalg.cholesky(gram)
-    beta = torch.cholesky_solve(weighted @ y, factor)
-    leverage = (weighted * torch.cholesky_solve(x.transpose(2, 3), factor)).sum(dim=2)[..., None]  # h_ii
-    without = (x @ beta - leverage * y) / (1 - leverage)
-    return _centred(batch, without, n)
+    factor = torch.linalg.cholesky(ridged(weighted @ x, ridge))
+    fitted = x @ torch.cholesky_solve(weighted @ y, factor)
+    if left_out:
+        leverage = (weighted * torch.cholesky_solve(x.transpose(2, 3), factor)).sum(dim=2)[..., None]  # h_ii
+        fitted = (fitted - leverage * y) / (1 - leverage).clamp(min=JITTER)
+    return _centred(batch, fitted, n)
 
 
-def _by_products(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
+def _by_products(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:
     """With one G x G system a position, for as many layers as responses or more."""
     n = batch.weights[:, :, positions].transpose(1, 2)
-    inverse, roots = inverse_kernel(batch, positions, ridge)
-    y = _targets(batch) * roots[..., None]
-    residual = (inverse @ y) / inverse.diagonal(dim1=2, dim2=3)[..., None]
-    without = (y - residual) / roots.clamp(min=TINY)[..., None]
-    return _centred(batch, without, n)
+    inverse, roots, shrink = inverse_kernel(batch, positions, ridge)
+    y = targets(batch) * roots[..., None]
+    residual = inverse @ y
+    residual = residual / inverse.diagonal(dim1=2, dim2=3)[..., None] if left_out else residual * shrink
+    return _centred(batch, (y - residual) / roots.clamp(min=TINY)[..., None], n)
 
 
-def inverse_kernel(batch: GroupedBatch, positions: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """[K, t, G, G] inverse of N^1/2 X X^T N^1/2 + ridge, which is (1 - hat matrix) / ridge, and [K, t, G] N^1/2."""
+def _by_solving(solve: Solve) -> Callable[[GroupedBatch, Tensor, float, bool], Tensor]:
+    """With one p x p system a token, each without the response it is for."""
+
+    def fit(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:
+        n = batch.weights[:, :, positions].transpose(1, 2)
+        x = batch.layers.features(batch.ratios, positions)
+        weighted = x * n[..., None]
+        own = weighted[..., None] * x[..., None, :] * left_out  # [K, t, G, p, p]
+        gram = (weighted.transpose(2, 3) @ x)[:, :, None] - own
+        y = targets(batch)
+        pair = (weighted.transpose(2, 3) @ y.expand(*n.shape, 2))[:, :, None] - weighted[..., None] * y[..., None, :] * left_out
+        moment = pair[..., 0] - batch.centre[:, None, :, None] * pair[..., 1]
+        fitted = (x * solve(ridged(gram, ridge), moment)).sum(dim=3)
+        return torch.where(n > 0, fitted, 0.0).transpose(1, 2)
+
+    return fit
+
+
+def ridged(gram: Tensor, ridge: Tensor | float) -> Tensor:
+    """`gram` with ridge and jitter on its diagonal."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(dim=-1, keepdim=True)
+    return gram + torch.diag_embed((ridge + JITTER * scale + TINY).expand_as(diagonal))
+
+
+def inverse_kernel(batch: GroupedBatch, positions: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[K, t, G, G] inverse of N^1/2 X X^T N^1/2 + ridge, which is (1 - hat matrix) / ridge; [K, t, G] N^1/2; [K, t, 1, 1] that ridge."""
     roots = batch.weights[:, :, positions].transpose(1, 2).sqrt()
     kernel = batch.layers.kernel(batch.ratios, positions) * roots[..., :, None] * roots[..., None, :]
-    kernel.diagonal(dim1=2, dim2=3).add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(kernel)), roots
+    shrink = ridge + JITTER * kernel.diagonal(dim1=2, dim2=3).mean(dim=2)[..., None, None] + TINY
+    kernel = kernel + shrink * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(kernel)), roots, shrink
 
 
 TINY = 1e-100
 
 
-def _centred(batch: GroupedBatch, without: Tensor, n: Tensor) -> Tensor:
-    """[K, G, t] from the two parts of the left-out prediction; 0 where the response has no token."""
-    fitted = without[..., 0] - batch.others_mean[:, None] * without[..., 1]
+def _centred(batch: GroupedBatch, parts: Tensor, n: Tensor) -> Tensor:
+    """[K, G, t] from the predictions of both parts of the target; 0 where the response has no token."""
+    fitted = parts[..., 0] - batch.centre[:, None] * parts[..., 1]
     return torch.where(n > 0, fitted, 0.0).transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class NormalEquations:
-    """Sums over responses of n x x^T and n x y at each position."""
+def gauss_seidel(
+    gram: Tensor, moment: Tensor, *, start: Tensor | None = None, sweeps: int = 200, tolerance: float = 1e-10
+) -> tuple[Tensor, int]:
+    """Solution of gram @ beta = moment, one layer at a time, and the sweeps it took.
 
-    gram: Tensor  # [..., t, p, p]
-    moment: Tensor  # [..., t, p]
+        beta_s <- (moment_s - sum_{r != s} gram_sr beta_r) / gram_ss
 
-    @staticmethod
-    def of(batch: GroupedBatch, positions: Tensor) -> NormalEquations:
-        """Of the pooled regression: features times the variance of the others' rewards, targets centred by their mean.
+    Source: references/hierarchical_token_baselines.md, section 8.4, route 2.
 
-        The shift from the leave-one-out mean to the best baseline is a covariance of reward and ratio; it grows with the spread of the
-        rewards, and where all others agree there is none to expect.
-        """
-        n = batch.weights[:, :, positions].movedim(2, 0).flatten(1)  # [t, K * G]
-        x = pooled_features(batch, positions).transpose(0, 1).flatten(1, 2)  # [t, K * G, p]
-        weighted = (x * n[..., None]).transpose(1, 2)
-        return NormalEquations(weighted @ x, (weighted @ batch.base.flatten()[None, :, None])[..., 0])
+    Shapes: gram [..., p, p], moment and start [..., p] -> [..., p].
+
+    Conventions: `start` 0 where not given. Stops when no beta of a sweep moves by more than `tolerance` of the largest. Converges for every
+    symmetric positive definite matrix, the slower the more alike two layers are.
+    """
+    beta = torch.zeros_like(moment) if start is None else start.clone()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=TINY)
+    for sweep in range(1, sweeps + 1):
+        moved = 0.0
+        for s in range(moment.shape[-1]):
+            step = (moment[..., s] - (gram[..., s, :] * beta).sum(dim=-1)) / diagonal[..., s]
+            beta[..., s] += step
+            moved = max(moved, float(step.abs().max()))
+        if moved <= tolerance * float(beta.abs().max()):
+            return beta, sweep
+    return beta, sweeps
 
 
-def pooled_features(batch: GroupedBatch, positions: Tensor) -> Tensor:
-    """[K, t, G, p] layers' features times the variance of the rewards of the others of the group."""
-    return batch.layers.features(batch.ratios, positions) * batch.others_variance[:, None, :, None]
+def by_cholesky(gram: Tensor, moment: Tensor) -> Tensor:
+    """Solution of gram @ beta = moment for symmetric positive definite matrices."""
+    return torch.cholesky_solve(moment[..., None], torch.linalg.cholesky(gram))[..., 0]

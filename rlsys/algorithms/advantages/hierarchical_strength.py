@@ -1,4 +1,8 @@
-"""How far hierarchical baselines may leave the leave-one-out mean: strengths read from responses that they are not used on."""
+"""How far hierarchical baselines leave the leave-one-out mean: strengths read from responses that they are not used on.
+
+The strength of a fit is a number in [0, 1] that multiplies what it adds to the leave-one-out mean. It starts from what pays on average for
+the size of the group and the spread of its ratios, and leaves that only for a strength that saved clearly more on held-out responses.
+"""
 
 from __future__ import annotations
 
@@ -7,159 +11,128 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical_fits import (
-    GroupedBatch,
-    NormalEquations,
-    chunks,
-    group_corrections,
-    inverse_kernel,
-    pooled_features,
-)
+from rlsys.algorithms.advantages.hierarchical_fits import TINY, GroupedBatch, by_cholesky, group_corrections, inverse_kernel, targets
+from rlsys.algorithms.advantages.hierarchical_pooling import FoldSums, fold_of_group, pooled_features
 
-SAMPLED_POSITIONS = 64  # strengths are one number for all positions: these many, evenly spread, are enough to read it
-FOLDS = 8
-FEWEST_OTHERS = 12  # responses a strength must be read from; with fewer its own noise costs more than it gains
-CAUTION = 1.0  # standard errors by which the estimated gain is lowered before strengths are compared
-STEPS = 9  # candidates for each strength: 0, 1/8, ... 1
+# The four numbers below were set on random tabular policies other than those of docs/hierarchical_baselines.md.
+HALF_STRENGTH = 14.0  # effective responses a group with which its own fit starts at strength 1/2
+CAUTION = 2.0  # standard errors by which a gain must exceed that of the starting strength
+SMALL_SAMPLE = 6.0  # the standard error of n units is itself unsure: it is widened by 1 + 6 / n
+STEPS = 9  # candidates: 0, 1/8, ... 1
+SAMPLED_POSITIONS = 64  # a strength is one number for all positions: these many, evenly spread, are enough to read it
 
 
 @dataclass(frozen=True)
 class Gains:
-    """What corrections would have saved on units (groups or responses) that the fits had not seen.
+    """What corrections f would have saved on units (responses) that the fits had not seen.
 
-    With y the weight under the leave-one-out mean and f the corrections, sum n y^2 - sum n (y - gamma . f)^2 = 2 gamma . u - gamma V gamma.
+    With y the weight under the centre, sum n y^2 - sum n (y - gamma . f)^2 = 2 gamma . u - gamma V gamma.
     """
 
-    linear: Tensor  # [..., units, m] u
-    quadratic: Tensor  # [..., units, m, m] V
+    linear: Tensor  # [..., units, m] u = sum n y f
+    quadratic: Tensor  # [..., units, m, m] V = sum n f f^T
 
     @staticmethod
-    def of(loss_weights: Tensor, target: Tensor, corrections: Tensor, dims: tuple[int, ...]) -> Gains:
-        """From weights and targets [...] and corrections [..., m], summed over `dims`."""
-        weighted = corrections * loss_weights[..., None]
-        return Gains(
-            (weighted * target[..., None]).sum(dims),
-            (weighted[..., :, None] * corrections[..., None, :]).sum(dims),
-        )
+    def of(n: Tensor, target: Tensor, corrections: Tensor, dim: int) -> Gains:
+        """From weights and targets [...] and corrections [..., m], summed over positions `dim`."""
+        weighted = corrections * n[..., None]
+        return Gains((weighted * target[..., None]).sum(dim), (weighted[..., :, None] * corrections[..., None, :]).sum(dim))
 
 
-def cautious_strengths(gains: Gains, counted: Tensor, caution: float = CAUTION) -> Tensor:
-    """[..., m] strengths in [0, 1] with the largest gain that is still there `caution` standard errors below its mean over units.
+def cautious_strengths(gains: Gains, counted: Tensor, start: Tensor) -> Tensor:
+    """[..., m] the strengths whose gain over `start` is largest after CAUTION standard errors are taken off; `start` if none is positive.
 
-    Zero, which is the leave-one-out mean, has gain and error 0, so it wins whenever nothing else is clearly better. `counted` [..., units]
-    says which units may be looked at.
+    Shapes: gains over [..., units], counted [..., units] bool which units may be looked at, start [..., m].
     """
-    m = gains.linear.shape[-1]
-    steps = torch.linspace(0, 1, STEPS, dtype=torch.float64, device=counted.device)
-    candidates = torch.cartesian_prod(*[steps] * m).reshape(-1, m)
-    gain = 2 * gains.linear @ candidates.T - torch.einsum("...mk,cm,ck->...c", gains.quadratic, candidates, candidates)
-    number = counted.sum(-1).clamp(min=1)[..., None]
-    gain = torch.where(counted[..., None], gain, 0.0)
-    mean = gain.sum(-2) / number
-    deviation = torch.where(counted[..., None], gain - mean[..., None, :], 0.0).square().sum(-2)
-    error = (deviation / (number - 1).clamp(min=1) / number).sqrt()
-    return candidates[(mean - caution * error).argmax(-1)]
+    m = start.shape[-1]
+    steps = torch.linspace(0, 1, STEPS, dtype=torch.float64, device=start.device)
+    grid = torch.cartesian_prod(*[steps] * m).reshape(-1, m)
+    candidates = torch.cat([start[..., None, :], grid.expand(*start.shape[:-1], -1, m)], dim=-2)  # [..., c, m]
+    linear = gains.linear @ candidates.transpose(-1, -2)
+    products = (candidates[..., :, None] * candidates[..., None, :]).flatten(-2)
+    gain = 2 * linear - gains.quadratic.flatten(-2) @ products.transpose(-1, -2)  # [..., units, c]
+    gain = torch.where(counted[..., None], gain - gain[..., :1], 0.0)
+    number = counted.sum(dim=-1).clamp(min=1)[..., None]
+    mean = gain.sum(dim=-2) / number
+    deviation = torch.where(counted[..., None], gain - mean[..., None, :], 0.0).square().sum(dim=-2)
+    error = (deviation / number / (number - 1).clamp(min=1)).sqrt() * (1 + SMALL_SAMPLE / number)
+    best = (mean - CAUTION * error).argmax(dim=-1)
+    return candidates.gather(-2, best[..., None, None].expand(*best.shape, 1, m))[..., 0, :]
 
 
-def sampled(positions: int, device: torch.device) -> Tensor:
+def starting_strength(size: Tensor, ratio_sum: Tensor, square_sum: Tensor, number: Tensor) -> Tensor:
+    """E^2 / (E^2 + HALF_STRENGTH^2), E = size times the share of effective responses, (sum rho)^2 / (number sum rho^2)."""
+    effective = size * ratio_sum.square() / (number * square_sum).clamp(min=TINY)
+    return effective.square() / (effective.square() + HALF_STRENGTH**2)
+
+
+def sampled(length: int, device: torch.device) -> Tensor:
     """At most SAMPLED_POSITIONS positions, each in the middle of an equal part of the response."""
-    number = min(SAMPLED_POSITIONS, positions)
-    return ((torch.arange(number, device=device) + 0.5) * positions / number).long()
+    number = min(SAMPLED_POSITIONS, length)
+    return ((torch.arange(number, device=device) + 0.5) * length / number).long()
 
 
-def lone_group_strengths(batch: GroupedBatch, loss_weights: Tensor, ridge: float) -> Tensor:
+def lone_group_strengths(batch: GroupedBatch, n: Tensor, ridge: float) -> Tensor:
     """[1, G] strength of the group's own fit for each response of a batch of one group, from all pairs of the others.
 
     With i and j both left out, the residuals are (M_SS)^-1 (M y)_S for S = {i, j} and M = 1 - hat matrix: closed, so no fit is repeated.
     """
     size = batch.rewards.shape[1]
-    others = batch.present.sum(dim=1).item() - 2
-    centre = (batch.rewards.sum() - batch.rewards[0, :, None] - batch.rewards[0]) / max(others, 1)  # [i, j] mean without both
-    target = batch.final[:, None] * (batch.rewards[:, None] - centre)  # [1, i, j]
-    linear, quadratic = torch.zeros(2, size, size, 1, dtype=torch.float64, device=target.device)
-    for part in chunks(sampled(batch.ratios.shape[2], target.device), size * size * 3):
-        inverse, roots = inverse_kernel(batch, part, ridge)
-        own = inverse.diagonal(dim1=2, dim2=3)
-        y = torch.stack([batch.final * batch.rewards, batch.final], -1)[:, None] * roots[..., None]
-        both = inverse @ y
-        determinant = (own[..., :, None] * own[..., None, :] - inverse.square()).clamp(min=1e-300)
-        residual = (both[:, :, None] * own[..., None, None] - inverse[..., None] * both[:, :, :, None]) / determinant[..., None]
-        residual = residual / roots.clamp(min=1e-100)[:, :, None, :, None]
-        correction = target[:, None] - (residual[..., 0] - centre * residual[..., 1])  # [1, t, i, j]
-        n = loss_weights[:, :, part].transpose(1, 2)[:, :, None]
-        gains = Gains.of(n.expand_as(correction), target[:, None].expand_as(correction), correction[..., None], dims=(0, 1))
-        linear, quadratic = linear + gains.linear, quadratic + gains.quadratic[..., 0]
-    counted = (batch.present & ~torch.eye(size, dtype=torch.bool, device=target.device)) & batch.present.T
-    return cautious_strengths(Gains(linear, quadratic[..., None]), counted)[None, :, 0]
+    linear = batch.final.new_zeros(size, size, 1)
+    quadratic = linear[..., None].clone()
+    positions = sampled(batch.ratios.shape[2], n.device)
+    for part in positions.split(max(1, (1 << 20) // size**2)):
+        correction, target = _pair_corrections(batch, part, ridge)
+        weight = n[0, :, part].T[:, None].expand_as(correction)
+        gains = Gains.of(weight, target.expand_as(correction), correction[..., None], dim=0)
+        linear, quadratic = linear + gains.linear, quadratic + gains.quadratic
+    others = batch.present[0] & ~torch.eye(size, dtype=torch.bool, device=n.device)  # [i, j]
+    rho = batch.final[0].expand(size, size) * others
+    number = others.sum(dim=1)
+    start = starting_strength(number + 1, rho.sum(dim=1), rho.square().sum(dim=1), number)
+    return cautious_strengths(Gains(linear, quadratic), others, start[:, None])[None, :, 0]
 
 
-@dataclass(frozen=True)
-class Folds:
-    """Groups dealt into folds, and the pooled regression of each fold at some positions."""
-
-    of_group: Tensor  # [K] fold of each group
-    number: int
-    gram: Tensor  # [F, t, p, p]
-    moment: Tensor  # [F, t, p]
-    spread: Tensor  # [F, 2] sum of the squared variances that scale the features, and responses
-
-    @staticmethod
-    def deal(groups: int, device: torch.device) -> tuple[Tensor, int]:
-        number = min(FOLDS, groups)
-        return torch.arange(groups, device=device) % number, number
-
-    @staticmethod
-    def at(batch: GroupedBatch, positions: Tensor) -> Folds:
-        of_group, number = Folds.deal(len(batch.rewards), positions.device)
-        parts = [batch.groups(of_group == fold) for fold in range(number)]
-        equations = [NormalEquations.of(part, positions) for part in parts]
-        spread = torch.stack(
-            [torch.stack([part.others_variance.square()[part.present].sum(), part.present.sum().double()]) for part in parts]
-        )
-        return Folds(
-            of_group,
-            number,
-            torch.stack([e.gram for e in equations]),
-            torch.stack([e.moment for e in equations]),
-            spread,
-        )
-
-    def coefficients(self, left_out: Tensor, ridge: float) -> Tensor:
-        """[t, p] of the regression over all folds but `left_out`; 0 where those have no spread of rewards to learn from."""
-        kept = torch.ones(self.number, dtype=torch.bool, device=left_out.device)
-        kept[left_out] = False
-        squares, responses = self.spread[kept].sum(0)
-        if not squares > 0:
-            return torch.zeros_like(self.moment[0])
-        gram = self.gram[kept].sum(0)
-        # features are scaled by variances: so is what counts as one response
-        gram.diagonal(dim1=1, dim2=2).add_(ridge * squares / responses)
-        return torch.cholesky_solve(self.moment[kept].sum(0)[..., None], torch.linalg.cholesky(gram))[..., 0]
+def _pair_corrections(batch: GroupedBatch, positions: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """[t, i, j] correction for j without i and j, and [i, j] what it should be."""
+    rewards, final = batch.rewards[0], batch.final[0]
+    others = (batch.present.sum() - 2).clamp(min=1)
+    centre = (rewards.sum() - rewards[:, None] - rewards) / others  # [i, j] mean without both
+    inverse, roots = (array[0] for array in inverse_kernel(batch, positions, ridge)[:2])
+    own = inverse.diagonal(dim1=1, dim2=2)
+    both = inverse @ (targets(batch)[0] * roots[..., None])  # [t, j, 2]
+    determinant = (own[:, :, None] * own[:, None, :] - inverse.square()).clamp(min=TINY)
+    residual = (both[:, None] * own[:, :, None, None] - inverse[..., None] * both[:, :, None]) / determinant[..., None]
+    residual = residual / roots.clamp(min=TINY)[:, None, :, None]
+    target = final * (rewards - centre)
+    return target - (residual[..., 0] - centre * residual[..., 1]), target
 
 
-def fold_strengths(batch: GroupedBatch, loss_weights: Tensor, scope: str, group_ridge: float, batch_ridge: float) -> Tensor:
-    """[F, 2] strengths of the pooled fit and of the group's own for the groups of each fold, from the other folds alone.
+def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool, own: bool) -> Tensor:
+    """[F, 2] strengths of the pooled fit and of the groups' own for the groups of each fold, from the other folds alone.
 
     For fold f, every other fold g is predicted by a pooled fit that saw neither f nor g, and by its groups' own leave-one-out fits.
     """
-    positions = sampled(batch.ratios.shape[2], batch.ratios.device)
-    own = group_corrections(batch, positions, group_ridge) if scope != "batch" else torch.zeros_like(batch.ratios[:, :, positions])
-    folds = Folds.at(batch, positions)
-    pooled = scope != "group" and folds.number > 2
-    features = pooled_features(batch, positions) if pooled else None
-    strengths = torch.zeros(folds.number, 2, dtype=torch.float64, device=positions.device)
-    n = loss_weights[:, :, positions]
-    target = batch.base[..., None].expand_as(n)
-    for fold in range(folds.number):
-        shared = torch.zeros_like(own)
-        for other in range(folds.number) if pooled else ():
-            if other != fold:
-                beta = folds.coefficients(torch.tensor([fold, other]), batch_ridge)
-                members = folds.of_group == other
-                assert features is not None
-                shared[members] = torch.einsum("ktgp,tp->kgt", features[members], beta)
-        gains = Gains.of(n, target, torch.stack([shared, own], -1), dims=(2,))
-        counted = (batch.present & (folds.of_group != fold)[:, None]).flatten()
-        if int(counted.sum()) >= FEWEST_OTHERS:
-            strengths[fold] = cautious_strengths(Gains(gains.linear.flatten(0, 1), gains.quadratic.flatten(0, 1)), counted)
+    positions = sampled(batch.ratios.shape[2], n.device)
+    fold = fold_of_group(len(batch.rewards), n.device)
+    number = int(fold.max()) + 1
+    within = group_corrections(batch, positions, ridge) if own else torch.zeros_like(batch.ratios[:, :, positions])
+    sums = FoldSums.of(batch, positions) if pooled and number > 2 else None
+    x = pooled_features(batch, positions)
+    rho = batch.final * batch.present
+    sizes = batch.present.sum(dim=1).double()
+    strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
+    for f in range(number):
+        shared = torch.zeros_like(within)
+        for g in range(number) if sums is not None else ():
+            if g != f:
+                beta = sums.coefficients((f, g), ridge, by_cholesky)  # type: ignore[union-attr]
+                shared[fold == g] = (x[fold == g] @ beta[None, :, :, None])[..., 0].transpose(1, 2)
+        seen = fold != f
+        gains = Gains.of(n[seen][:, :, positions], batch.base[seen][..., None], torch.stack([shared, within], -1)[seen], dim=2)
+        start = starting_strength(sizes[seen].mean(), rho[seen].sum(), rho[seen].square().sum(), sizes[seen].sum())
+        allowed = torch.stack([torch.zeros_like(start), start * own])
+        strengths[f] = cautious_strengths(
+            Gains(gains.linear.flatten(0, 1), gains.quadratic.flatten(0, 1)), batch.present[seen].flatten(), allowed
+        )
     return strengths
