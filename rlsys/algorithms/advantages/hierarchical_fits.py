@@ -153,10 +153,11 @@ def ridged(gram: Tensor, ridge: Tensor | float) -> Tensor:
 def inverse_kernel(batch: GroupedBatch, positions: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """[K, t, G, G] inverse of N^1/2 X X^T N^1/2 + ridge, which is (1 - hat matrix) / ridge; [K, t, G] N^1/2; [K, t, 1, 1] that ridge."""
     roots = batch.weights[:, :, positions].transpose(1, 2).sqrt()
-    kernel = batch.layers.kernel(batch.ratios, positions) * roots[..., :, None] * roots[..., None, :]
-    shrink = ridge + JITTER * kernel.diagonal(dim1=2, dim2=3).mean(dim=2)[..., None, None] + TINY
-    kernel = kernel + shrink * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(kernel)), roots, shrink
+    kernel = batch.layers.kernel(batch.ratios, positions, roots)
+    diagonal = kernel.diagonal(dim1=2, dim2=3)
+    shrink = ridge + JITTER * diagonal.mean(dim=2, keepdim=True) + TINY
+    diagonal += shrink
+    return torch.cholesky_inverse(torch.linalg.cholesky(kernel)), roots, shrink[..., None]
 
 
 TINY = 1e-100

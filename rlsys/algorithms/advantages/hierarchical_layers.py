@@ -55,20 +55,23 @@ class Layers:
         """[t] number of layers at each position, at least 1."""
         return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(min=1)
 
+    def held(self, positions: Tensor) -> Tensor:
+        """[t, S] float64, 1 where a fixed layer is one of the position's, that is not before it."""
+        return (self.base >= positions[:, None]).double()
+
     def features(self, ratios: Tensor, positions: Tensor) -> Tensor:
         """[K, G, T] prefix ratios -> [K, t, G, p] those of each position's layers over sqrt(number of layers), 0 for layers before it.
 
         Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer set: one ridge then shrinks all
         layer sets alike.
         """
-        alive = (self.base >= positions[:, None]).to(ratios.dtype)  # [t, S]
-        parts = [ratios[:, None, :, self.base] * alive[None, :, None, :]]
+        parts = [ratios[:, None, :, self.base] * self.held(positions)[None, :, None, :]]
         if self.current:
             parts.append(ratios[:, :, positions].transpose(1, 2)[..., None])
         return torch.cat(parts, dim=3) / self.count(positions).sqrt()[None, :, None, None]
 
-    def kernel(self, ratios: Tensor, positions: Tensor) -> Tensor:
-        """[K, t, G, G] products of the features of every two responses: x_t x_t^T without forming x_t.
+    def kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
+        """[K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G]: without forming the features.
 
         The layers of t are a trailing part of the layers of position 0, so the products of all t are the cumulative sums, from the last
         layer backwards, of one sequence of rank-one terms; only the current layer is a position's own.
@@ -76,11 +79,12 @@ class Layers:
         fixed = ratios[:, :, self.base].movedim(2, 0)  # [S, K, G]
         terms = fixed[:, :, :, None] * fixed[:, :, None, :]
         trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])])
-        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)
+        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)  # a copy: changed in place below
         if self.current:
             now = ratios[:, :, positions].transpose(1, 2)
-            total = total + now[..., :, None] * now[..., None, :]
-        return total / self.count(positions)[None, :, None, None]
+            total.addcmul_(now[..., :, None], now[..., None, :])
+        scaled = roots / self.count(positions).sqrt()[:, None]
+        return total.mul_(scaled[..., :, None]).mul_(scaled[..., None, :])
 
 
 def prefix_ratios(

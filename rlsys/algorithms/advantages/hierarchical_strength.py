@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.hierarchical_fits import TINY, GroupedBatch, by_cholesky, group_corrections, inverse_kernel, targets
-from rlsys.algorithms.advantages.hierarchical_pooling import FoldSums, fold_of_group, pooled_features
+from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, held_out_predictions
 
 # The four numbers below were set on random tabular policies other than those of docs/hierarchical_baselines.md.
 HALF_STRENGTH = 14.0  # effective responses a group with which its own fit starts at strength 1/2
@@ -117,19 +117,13 @@ def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool
     fold = fold_of_group(len(batch.rewards), n.device)
     number = int(fold.max()) + 1
     within = group_corrections(batch, positions, ridge) if own else torch.zeros_like(batch.ratios[:, :, positions])
-    sums = FoldSums.of(batch, positions) if pooled and number > 2 else None
-    x = pooled_features(batch, positions)
+    shared = held_out_predictions(batch, positions, ridge, by_cholesky) if pooled and number > 2 else within.new_zeros(number, *within.shape)
     rho = batch.final * batch.present
     sizes = batch.present.sum(dim=1).double()
     strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
     for f in range(number):
-        shared = torch.zeros_like(within)
-        for g in range(number) if sums is not None else ():
-            if g != f:
-                beta = sums.coefficients((f, g), ridge, by_cholesky)  # type: ignore[union-attr]
-                shared[fold == g] = (x[fold == g] @ beta[None, :, :, None])[..., 0].transpose(1, 2)
         seen = fold != f
-        gains = Gains.of(n[seen][:, :, positions], batch.base[seen][..., None], torch.stack([shared, within], -1)[seen], dim=2)
+        gains = Gains.of(n[seen][:, :, positions], batch.base[seen][..., None], torch.stack([shared[f], within], -1)[seen], dim=2)
         start = starting_strength(sizes[seen].mean(), rho[seen].sum(), rho[seen].square().sum(), sizes[seen].sum())
         allowed = torch.stack([torch.zeros_like(start), start * own])
         strengths[f] = cautious_strengths(
