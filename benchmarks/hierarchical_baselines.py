@@ -74,7 +74,9 @@ def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     strengths = " ".join(f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("strength"))
     naive = f"{plain_seconds(inputs, layers, int(group)):.0f}" if plain else "-"
-    print(f"| {scope} | {layers} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {strengths} |")
+    print(
+        f"| {scope} | {layers} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {strengths} |"
+    )
 
 
 def main() -> None:
@@ -86,7 +88,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.case:
         return run_case(given.case, given.responses, given.tokens, given.plain)
-    print("| scope | layers | group | seconds | peak GiB | of that the call | plain lstsq, seconds | strengths |\n|---|---|---|---|---|---|---|---|", flush=True)
+    header = ("scope", "layers", "group", "seconds", "peak GiB", "of that the call", "plain lstsq, seconds", "strengths")
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
     for case in CASES:
         sizes = ["--responses", str(given.responses), "--tokens", str(given.tokens)]
         subprocess.run([sys.executable, "-m", "benchmarks.hierarchical_baselines", "--case", case, *sizes], check=True)

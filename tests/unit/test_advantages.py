@@ -90,10 +90,14 @@ def test_grpo_properties(rows: list[tuple[int, float]], shift: float, scale: flo
 
 @pytest.mark.parametrize("name", available_advantage_estimators())
 def test_zero_outside_the_mask_and_padding_changes_nothing(name: str):
-    narrow = inputs([1.0, 0.0, 0.5, 0.0], [0, 0, 1, 1], [3, 1, 2, 0])
+    logprobs = {"rollout_logprobs": -torch.rand(4, 3), "old_logprobs": -torch.rand(4, 3)}
+    narrow = inputs([1.0, 0.0, 0.5, 0.0], [0, 0, 1, 1], [3, 1, 2, 0], **logprobs)
     padding = torch.zeros(4, 5, dtype=torch.bool)
     wide = AdvantageInputs(
-        rewards=narrow.rewards, response_mask=torch.cat([narrow.response_mask, padding], dim=1), group_ids=narrow.group_ids
+        rewards=narrow.rewards,
+        response_mask=torch.cat([narrow.response_mask, padding], dim=1),
+        group_ids=narrow.group_ids,
+        **{name: torch.cat([array, torch.zeros(4, 5)], dim=1) for name, array in logprobs.items()},
     )
     estimator = get_advantage_estimator(name)
     a, b = estimator(narrow).advantages, estimator(wide).advantages

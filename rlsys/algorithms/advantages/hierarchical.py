@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.baseline_variance import baseline_diagnostics
+from rlsys.algorithms.advantages.baseline_variance import (
+    ONE_A_RESPONSE,
+    condition_numbers,
+    effective_share,
+    plain_baseline,
+    variance_ratios,
+)
 from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
 from rlsys.algorithms.advantages.hierarchical_fits import (
     TINY,
@@ -20,9 +26,9 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
     group_corrections,
     others_mean,
 )
-from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, prefix_ratios, self_normalised
+from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections
-from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths
+from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
 AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
@@ -55,6 +61,7 @@ def hierarchical_advantages(
     scope: str = "auto",
     ridge: float | None = None,
     centre: bool = True,
+    max_tokens: int | None = None,
     log_ratio_clip: float | None = None,
     ratio_truncation: float | None = None,
     self_normalise: bool = False,
@@ -80,9 +87,12 @@ def hierarchical_advantages(
             `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
         weights: of the regression of Delta_t: `ratio_squared` rho_{<=t}^2 (the variance formula without score norms), `score` that times
             `score_norms`, `uniform` 1, `tempered` rho_{<=t}^2 2 / (1 + rho_{<=L}), steadier where few responses have most of the weight.
+            A response that has ended counts with its last ratio, except in `score`, where its norms are 0.
         scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds both, each with its strength.
         ridge: None is automatic: ridge 1, strengths from held-out responses. A number is that ridge at strength 1 (`auto` is then `group`).
         cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
+        max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
+            which then has a say in its own baselines through their number. Exactly unbiased only with a number.
         centre: False drops c, so that the ridge shrinks towards no baseline at all; needs a `ridge`.
         solver: `gauss_seidel` sweeps over the layers, from `warm_start` where the batch before left one; same solution as `wls`.
         Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
@@ -98,33 +108,31 @@ def hierarchical_advantages(
     _check(
         output=output, solver=solver, weights=weights, cross_fit=cross_fit, scope=scope, ridge=ridge, centre=centre, inputs=inputs
     )
+    bounds = Bounds(log_ratio_clip, ratio_truncation)
+    full, inputs = inputs.response_mask, _trimmed(inputs)
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
-    bounds = {"log_ratio_clip": log_ratio_clip, "ratio_truncation": ratio_truncation}
-    ratios = prefix_ratios(inputs.rollout_logprobs, inputs.old_logprobs, mask, **bounds)
-    clipped = float((ratios != prefix_ratios(inputs.rollout_logprobs, inputs.old_logprobs, mask))[mask].double().mean()) if any(
-        bounds.values()
-    ) else 0.0
-    ratios = self_normalised(ratios, groups) if self_normalise else ratios
-    if mask.numel() == 0:
-        return AdvantageOutput(advantages=ratios.float())
+    ratios, clipped = _ratios(inputs, bounds, groups, self_normalise)
+    if not mask.any():
+        return AdvantageOutput(advantages=torch.zeros(full.shape, dtype=torch.float32, device=full.device))
     places, present = padded_places(groups)
     alive = mask[places] & present[..., None]
-    batch = _grouped(inputs, ratios, places, present, alive, Layers.of(layers, mask.shape[1], block_size), weights, centre, cross_fit)
+    span = _span(mask.shape[1], max_tokens)
+    batch = _grouped(inputs, ratios, places, present, alive, Layers.of(layers, span, block_size), weights, centre, cross_fit)
     norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
     solve = _sweeper(warm_start) if solver == "gauss_seidel" else None
+    everywhere = torch.arange(mask.shape[1], device=mask.device)
     if ridge is None:
-        correction, strengths = _automatic(batch, norms, scope, solve)
+        correction, strengths = _automatic(batch, norms, scope, solve, everywhere)
     else:
         correction, strengths = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve), {}
-    padded = torch.where(alive, batch.base[..., None] - correction, 0.0)
-    padded = padded / batch.ratios.clamp(min=TINY) if output == "residual" else padded
-    advantages = torch.zeros_like(ratios)
-    advantages[places[present]] = padded[present]
+    weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
     measured = {"clipped_share": clipped, **strengths}
     if diagnostics:
-        weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
-        measured |= baseline_diagnostics(batch, weight, norms, outcome_rewards(inputs.rewards, inputs.token_rewards, mask)[places].double())
-    return AdvantageOutput(advantages=advantages.float(), diagnostics=measured)
+        measured |= _diagnostics(batch, norms, weight, inputs, places, block_size, span)
+    advantages = torch.zeros(full.shape, dtype=torch.float32, device=full.device)
+    asked = weight / batch.ratios.clamp(min=TINY) if output == "residual" else weight
+    advantages[places[present], : mask.shape[1]] = asked[present].float()
+    return AdvantageOutput(advantages=advantages, diagnostics=measured)
 
 
 hierarchical_advantages.needs_old_logprobs = True  # type: ignore[attr-defined]
@@ -148,6 +156,41 @@ def _check(*, ridge: float | None, centre: bool, inputs: AdvantageInputs, **chos
             raise ValueError(f"{FIELD}.weights: 'score' needs score_norms, which this batch does not have. Use 'ratio_squared'.")
     elif not (torch.isfinite(norms) & (norms >= 0))[inputs.response_mask].all():
         raise ValueError("score_norms: values inside the response mask must be finite and at least 0")
+
+
+def _span(longest: int, max_tokens: int | None) -> int:
+    if max_tokens is not None and max_tokens < longest:
+        raise ValueError(f"{FIELD}.max_tokens: {max_tokens} is less than the {longest} tokens of the longest response")
+    return longest if max_tokens is None else max_tokens
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the ratios are held within."""
+
+    log_ratio_clip: float | None
+    ratio_truncation: float | None
+
+
+def _ratios(inputs: AdvantageInputs, bounds: Bounds, groups: Groups, self_normalise: bool) -> tuple[Tensor, float]:
+    """[B, T] ratios as the options say, and the share of tokens whose ratio a bound changed."""
+    arrays = inputs.rollout_logprobs, inputs.old_logprobs, inputs.response_mask
+    held = {"log_ratio_clip": bounds.log_ratio_clip, "ratio_truncation": bounds.ratio_truncation}
+    ratios = prefix_ratios(*arrays, **held)
+    share = 0.0
+    if any(bound is not None for bound in held.values()):
+        changed = log_prefix_ratios(*arrays).exp() != ratios
+        share = float(changed[inputs.response_mask].double().mean())
+    return (self_normalised(ratios, groups) if self_normalise else ratios), share
+
+
+def _trimmed(inputs: AdvantageInputs) -> AdvantageInputs:
+    """Without the columns after the last token of all, which would add layers and sampled positions that mean nothing."""
+    mask = inputs.response_mask
+    width = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 0
+    names = ("response_mask", "token_rewards", "rollout_logprobs", "old_logprobs", "score_norms")
+    cut = {name: array[:, :width] for name in names if (array := getattr(inputs, name)) is not None}
+    return replace(inputs, **cut, ref_logprobs=None, values=None)
 
 
 def padded_places(groups: Groups) -> tuple[Tensor, Tensor]:
@@ -184,12 +227,12 @@ def _grouped(
     # the regression is of rho_{<=t} Delta_t: its weights are those of Delta_t over rho_{<=t}^2
     if weights == "score":
         assert inputs.score_norms is not None
-        of_weight = inputs.score_norms[places].double()
+        of_weight = torch.where(alive, inputs.score_norms[places].double(), 0.0)
     elif weights == "tempered":
-        of_weight = 2 / (1 + padded[:, :, -1:])
+        of_weight = (2 / (1 + padded[:, :, -1:])).expand_as(padded)
     else:
         of_weight = padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
-    return GroupedBatch(padded, rewards, centre, present, torch.where(alive, of_weight, 0.0), layers)
+    return GroupedBatch(padded, rewards, centre, present, torch.where(present[..., None], of_weight, 0.0), layers)
 
 
 def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
@@ -200,11 +243,12 @@ def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solv
     return group_corrections(batch, positions, ridge, left_out=left_out, solve=solve)
 
 
-def _automatic(batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None) -> tuple[Tensor, dict[str, float]]:
-    """[K, G, T] corrections of both scopes, each at the strength that responses it is not used on allow, and those strengths."""
-    groups, _, length = batch.ratios.shape
-    positions = torch.arange(length, device=batch.ratios.device)
-    correction = torch.zeros_like(batch.ratios)
+def _automatic(
+    batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """[K, G, t] corrections of both scopes, each at the strength that responses it is not used on allow, and those strengths."""
+    groups = len(batch.rewards)
+    correction = torch.zeros_like(batch.ratios[:, :, positions])
     if groups == 1:
         own = lone_group_strengths(batch, norms, AUTOMATIC_RIDGE) * (scope != "batch")
         pooled = own.new_zeros(1)
@@ -216,6 +260,30 @@ def _automatic(batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | No
     if (pooled > 0).any():
         correction += pooled_corrections(batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled)
     return correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}
+
+
+def _diagnostics(
+    batch: GroupedBatch, norms: Tensor, weight: Tensor, inputs: AdvantageInputs, places: Tensor, block_size: int, span: int
+) -> dict[str, float]:
+    """Variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition, at a few positions."""
+    at = sampled(batch)
+    n, alive = norms[:, :, at], inputs.response_mask[places][:, :, at] & batch.present[..., None]
+    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places] * batch.present
+    weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
+    shifted = rewards - rewards[:, :1] * batch.present
+    centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
+    for name in ("final", "current", "current_and_final", "blocks"):
+        other = replace(centred, layers=Layers.of(name, span, block_size))
+        weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at)[0]
+    ratios = variance_ratios(weights, n)
+    share = effective_share(batch.ratios[:, :, at], alive)
+    return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
+        "won": float(ratios["used"] < 1),
+        "effective_share/first": float(share[0]),
+        "effective_share/middle": float(share[len(share) // 2]),
+        "effective_share/last": float(share[-1]),
+        "condition_number": float(condition_numbers(batch, at).median()),
+    }
 
 
 def _sweeper(memory: WarmStart | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -52,7 +52,9 @@ def others_mean(rewards: Tensor, present: Tensor) -> Tensor:
     others = present.sum(dim=1, keepdim=True) - 1
     mean = (rewards.sum(dim=1, keepdim=True) - rewards) / others.clamp(min=1)
     first = rewards[:, :1]
-    equal = ((rewards == first) | ~present).all(dim=1, keepdim=True)  # also of one: whatever rounding does to the mean of equal numbers
+    equal = ((rewards == first) | ~present).all(
+        dim=1, keepdim=True
+    )  # also of one: whatever rounding does to the mean of equal numbers
     return torch.where(equal | (others < 1), rewards, mean)
 
 

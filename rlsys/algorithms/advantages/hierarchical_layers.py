@@ -19,14 +19,15 @@ FIELD = "algorithm.advantage.parameters"
 class Layers:
     """The layers of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
 
-    base: Tensor  # [S] int64, ascending
+    base: Tensor  # [S] int64, ascending; may lie behind the last column of the ratios, which is constant from there on
     current: bool
+    span: int  # positions that the layers are laid over
 
     @staticmethod
     def of(name: str, length: int, block_size: int) -> Layers:
-        """The layer set called `name` for responses padded to `length` tokens.
+        """The layer set called `name` for responses of at most `length` tokens.
 
-        Conventions: positions count from 0. `final` is the last column: the cumulative log-ratio is constant after a response's end, so the
+        Conventions: positions count from 0. `final` is the last position: the cumulative log-ratio is constant after a response's end, so the
         ratio there is that of the whole response, whatever its length. `blocks` ends a layer after every `block_size` tokens.
 
         Raises:
@@ -44,7 +45,7 @@ class Layers:
             "all": list(range(length)),
             "blocks": sorted({*range(block_size - 1, last, max(block_size, 1)), last}),
         }.get(name, [last])
-        return Layers(torch.tensor(base, dtype=torch.int64), current=name in ("current", "current_and_final", "blocks"))
+        return Layers(torch.tensor(base, dtype=torch.int64), name in ("current", "current_and_final", "blocks"), length)
 
     @property
     def most(self) -> int:
@@ -54,6 +55,10 @@ class Layers:
     def count(self, positions: Tensor) -> Tensor:
         """[t] number of layers at each position, at least 1."""
         return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(min=1)
+
+    def fixed(self, ratios: Tensor) -> Tensor:
+        """[K, G, T] -> [K, G, S] ratios up to the fixed layers."""
+        return ratios[:, :, self.base.clamp(max=ratios.shape[2] - 1)]
 
     def held(self, positions: Tensor) -> Tensor:
         """[t, S] float64, 1 where a fixed layer is one of the position's, that is not before it."""
@@ -65,7 +70,7 @@ class Layers:
         Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer set: one ridge then shrinks all
         layer sets alike.
         """
-        parts = [ratios[:, None, :, self.base] * self.held(positions)[None, :, None, :]]
+        parts = [self.fixed(ratios)[:, None] * self.held(positions)[None, :, None, :]]
         if self.current:
             parts.append(ratios[:, :, positions].transpose(1, 2)[..., None])
         return torch.cat(parts, dim=3) / self.count(positions).sqrt()[None, :, None, None]
@@ -76,7 +81,7 @@ class Layers:
         The layers of t are a trailing part of the layers of position 0, so the products of all t are the cumulative sums, from the last
         layer backwards, of one sequence of rank-one terms; only the current layer is a position's own.
         """
-        fixed = ratios[:, :, self.base].movedim(2, 0)  # [S, K, G]
+        fixed = self.fixed(ratios).movedim(2, 0)  # [S, K, G]
         terms = fixed[:, :, :, None] * fixed[:, :, None, :]
         trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])])
         total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)  # a copy: changed in place below
@@ -110,21 +115,10 @@ def prefix_ratios(
     Raises:
         ValueError: log-probabilities are missing or not finite, a bound is out of range, or a ratio overflows.
     """
-    for name, array, remedy in (
-        ("rollout_logprobs", rollout_logprobs, "The engine must return the log-probability of each sampled token."),
-        ("old_logprobs", old_logprobs, "Compute the policy's log-probabilities of the batch before the update (needs_old_logprobs)."),
-    ):
-        if array is None:
-            raise ValueError(f"hierarchical baselines need {name}, which this batch does not have. {remedy}")
-        broken = ~torch.isfinite(array) & response_mask
-        if broken.any():
-            raise ValueError(f"{name}: {int(broken.sum())} values inside the response mask are not finite, first at {_first(broken)}")
     for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
         if bound is not None and not (bound > 0 and math.isfinite(bound)):
             raise ValueError(f"{FIELD}.{name}: {bound} must be positive and finite, or null for none")
-    assert rollout_logprobs is not None
-    assert old_logprobs is not None
-    cumulative = torch.where(response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0).cumsum(dim=1)
+    cumulative = log_prefix_ratios(rollout_logprobs, old_logprobs, response_mask)
     if log_ratio_clip is not None:
         cumulative = cumulative.clamp(-log_ratio_clip, log_ratio_clip)
     if ratio_truncation is not None:
@@ -139,7 +133,33 @@ def prefix_ratios(
     return cumulative.exp()
 
 
-LARGEST_LOG_RATIO = 150.0  # products of four ratios stay inside float64
+LARGEST_LOG_RATIO = 80.0  # its exponential still fits float32, and products of four of them float64
+
+
+def log_prefix_ratios(rollout_logprobs: Tensor | None, old_logprobs: Tensor | None, response_mask: Tensor) -> Tensor:
+    """[B, T] float64 D_t of `prefix_ratios`, before any bound.
+
+    Raises:
+        ValueError: log-probabilities are missing, or not finite inside the mask.
+    """
+    for name, array, remedy in (
+        ("rollout_logprobs", rollout_logprobs, "The engine must return the log-probability of each sampled token."),
+        (
+            "old_logprobs",
+            old_logprobs,
+            "Compute the policy's log-probabilities of the batch before the update (needs_old_logprobs).",
+        ),
+    ):
+        if array is None:
+            raise ValueError(f"hierarchical baselines need {name}, which this batch does not have. {remedy}")
+        broken = ~torch.isfinite(array) & response_mask
+        if broken.any():
+            raise ValueError(
+                f"{name}: {int(broken.sum())} values inside the response mask are not finite, first at {_first(broken)}"
+            )
+    assert rollout_logprobs is not None
+    assert old_logprobs is not None
+    return torch.where(response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0).cumsum(dim=1)
 
 
 def _first(where: Tensor) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
     """[t, p, p], [t, p], [2] of one fold. The fixed layers are the same at every t, so all t take their products from one matrix."""
     layers = part.layers
     v = others_variance(part.rewards, part.present).flatten()
-    fixed = part.ratios[:, :, layers.base].flatten(0, 1)  # [B, S]
+    fixed = layers.fixed(part.ratios).flatten(0, 1)  # [B, S]
     n = part.weights[:, :, positions].flatten(0, 1) * v[:, None]  # [B, t] once for each of the two factors x and y
     nx = n * v[:, None]
     held = layers.held(positions)  # [t, S]
@@ -75,7 +75,9 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
     if layers.current:
         now = part.ratios[:, :, positions].flatten(0, 1)  # [B, t]
         cross = (nx * now).T @ fixed * held
-        gram = torch.cat([torch.cat([gram, cross[:, :, None]], 2), torch.cat([cross, (nx * now**2).sum(0)[:, None]], 1)[:, None]], 1)
+        gram = torch.cat(
+            [torch.cat([gram, cross[:, :, None]], 2), torch.cat([cross, (nx * now**2).sum(0)[:, None]], 1)[:, None]], 1
+        )
         moment = torch.cat([moment, (n * now * target[:, None]).sum(0)[:, None]], 1)
     count = layers.count(positions)
     return gram / count[:, None, None], moment / count.sqrt()[:, None], torch.stack([v.square().sum(), part.present.sum().double()])
@@ -86,7 +88,7 @@ def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
     layers = part.layers
     scaled = beta / layers.count(positions).sqrt()[:, None]
     number = len(layers.base)
-    fitted = part.ratios[:, :, layers.base] @ (scaled[:, :number] * layers.held(positions)).T
+    fitted = layers.fixed(part.ratios) @ (scaled[:, :number] * layers.held(positions)).T
     if layers.current:
         fitted = fitted + part.ratios[:, :, positions] * scaled[:, number]
     return torch.where(part.weights[:, :, positions] > 0, fitted * others_variance(part.rewards, part.present)[..., None], 0.0)

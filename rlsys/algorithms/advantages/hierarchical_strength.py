@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical_fits import TINY, GroupedBatch, by_cholesky, group_corrections, inverse_kernel, targets
+from rlsys.algorithms.advantages.hierarchical_fits import (
+    TINY,
+    GroupedBatch,
+    by_cholesky,
+    group_corrections,
+    inverse_kernel,
+    targets,
+)
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, held_out_predictions
 
 # The four numbers below were set on random tabular policies other than those of docs/hierarchical_baselines.md.
@@ -66,10 +73,12 @@ def starting_strength(size: Tensor, ratio_sum: Tensor, square_sum: Tensor, numbe
     return effective.square() / (effective.square() + HALF_STRENGTH**2)
 
 
-def sampled(length: int, device: torch.device) -> Tensor:
-    """At most SAMPLED_POSITIONS positions, each in the middle of an equal part of the response."""
-    number = min(SAMPLED_POSITIONS, length)
-    return ((torch.arange(number, device=device) + 0.5) * length / number).long()
+def sampled(batch: GroupedBatch) -> Tensor:
+    """At most SAMPLED_POSITIONS positions, evenly over what the layers span, as far as there are responses."""
+    span = batch.layers.span
+    number = min(SAMPLED_POSITIONS, span)
+    positions = torch.arange(number, device=batch.ratios.device) * span // number
+    return positions[positions < batch.ratios.shape[2]]
 
 
 def lone_group_strengths(batch: GroupedBatch, n: Tensor, ridge: float) -> Tensor:
@@ -80,7 +89,7 @@ def lone_group_strengths(batch: GroupedBatch, n: Tensor, ridge: float) -> Tensor
     size = batch.rewards.shape[1]
     linear = batch.final.new_zeros(size, size, 1)
     quadratic = linear[..., None].clone()
-    positions = sampled(batch.ratios.shape[2], n.device)
+    positions = sampled(batch)
     for part in positions.split(max(1, (1 << 20) // size**2)):
         correction, target = _pair_corrections(batch, part, ridge)
         weight = n[0, :, part].T[:, None].expand_as(correction)
@@ -113,11 +122,15 @@ def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool
 
     For fold f, every other fold g is predicted by a pooled fit that saw neither f nor g, and by its groups' own leave-one-out fits.
     """
-    positions = sampled(batch.ratios.shape[2], n.device)
+    positions = sampled(batch)
     fold = fold_of_group(len(batch.rewards), n.device)
     number = int(fold.max()) + 1
     within = group_corrections(batch, positions, ridge) if own else torch.zeros_like(batch.ratios[:, :, positions])
-    shared = held_out_predictions(batch, positions, ridge, by_cholesky) if pooled and number > 2 else within.new_zeros(number, *within.shape)
+    shared = (
+        held_out_predictions(batch, positions, ridge, by_cholesky)
+        if pooled and number > 2
+        else within.new_zeros(number, *within.shape)
+    )
     rho = batch.final * batch.present
     sizes = batch.present.sum(dim=1).double()
     strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
