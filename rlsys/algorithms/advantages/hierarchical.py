@@ -71,7 +71,7 @@ def hierarchical_advantages(
     """The policy-gradient weight of each token, importance-corrected, less one baseline for each layer of the future ratio.
 
         W_t = rho_{<=t} Delta_t = rho_{<=L} (R - c) - gamma sum_{s in layers(t)} rho_{<=s} beta_t^(s)
-        Delta_t = alpha_t^(L) R - sum_s alpha_t^(s) (beta_t^(s) of which c is part where s = L),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
+        Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in layers(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
 
     c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t, as a weighted regression that has not
     seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression.
@@ -232,7 +232,15 @@ def _grouped(
         of_weight = (2 / (1 + padded[:, :, -1:])).expand_as(padded)
     else:
         of_weight = padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
-    return GroupedBatch(padded, rewards, centre, present, torch.where(present[..., None], of_weight, 0.0), layers)
+    return GroupedBatch(
+        padded,
+        rewards,
+        centre,
+        present,
+        torch.where(present[..., None], of_weight, 0.0),
+        layers,
+        steady=weights in ("ratio_squared", "tempered"),
+    )
 
 
 def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:

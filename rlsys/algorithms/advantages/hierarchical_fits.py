@@ -29,6 +29,7 @@ class GroupedBatch:
     present: Tensor  # [K, G] bool
     weights: Tensor  # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token there
     layers: Layers
+    steady: bool = False  # the weights are the same at every position
 
     @property
     def final(self) -> Tensor:
@@ -43,7 +44,13 @@ class GroupedBatch:
     def groups(self, which: Tensor) -> GroupedBatch:
         """Those groups alone."""
         return GroupedBatch(
-            self.ratios[which], self.rewards[which], self.centre[which], self.present[which], self.weights[which], self.layers
+            self.ratios[which],
+            self.rewards[which],
+            self.centre[which],
+            self.present[which],
+            self.weights[which],
+            self.layers,
+            self.steady,
         )
 
 
@@ -91,6 +98,10 @@ def group_corrections(
     solved by it, which takes p^2 numbers a token.
     """
     size, most = batch.rewards.shape[1], batch.layers.most
+    if (
+        batch.steady and solve is None and ridge >= 1e-3
+    ):  # one factorisation, then subtractions, which a ridge keeps from cancelling
+        return _by_one_factorisation(batch, positions, ridge, left_out)
     fit = _by_features if most < size else _by_products
     if solve is not None:
         fit = _by_solving(solve)
@@ -101,6 +112,39 @@ def group_corrections(
 def targets(batch: GroupedBatch) -> Tensor:
     """[K, 1, G, 2] the two parts of the target, rho R and rho: rho (R - c) is the first less c times the second."""
     return torch.stack([batch.final * batch.rewards, batch.final], dim=-1)[:, None]
+
+
+def _by_one_factorisation(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:
+    """With one G x G system for all positions between two fixed layers, where the weights are the same everywhere.
+
+    The normal equations of those positions differ in the current layer alone, a term of rank one: (A + u u^T)^-1 = M - q q^T / (1 + u . q) with
+    M = A^-1 and q = M u (Sherman and Morrison 1950).
+    """
+    layers = batch.layers
+    before = torch.searchsorted(layers.base, positions)  # fixed layers before each position
+    roots = batch.weights[:, :, 0].sqrt()
+    y = targets(batch)[:, 0] * roots[..., None]  # [K, G, 2]
+    runs = []
+    for part in before.unique_consecutive(return_counts=True)[1].tolist():
+        here, positions = positions[:part], positions[part:]
+        kernel = layers.fixed_kernel(batch.ratios, here[:1], roots[:, None])[:, 0]
+        diagonal = kernel.diagonal(dim1=1, dim2=2)
+        shrink = ridge + JITTER * diagonal.mean(dim=1)[:, None] + TINY
+        diagonal += shrink
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+        own, residual = inverse.diagonal(dim1=1, dim2=2)[..., None], (inverse @ y)[:, :, None]  # [K, G, 1], [K, G, 1, 2]
+        if layers.current:
+            now = batch.ratios[:, :, here] * (roots / layers.count(here[:1]).sqrt())[..., None]  # u [K, G, t]
+            turned = inverse @ now  # q
+            scale = 1 + (now * turned).sum(dim=1, keepdim=True)
+            shared = torch.einsum("kgt,kgc->ktc", now, residual[:, :, 0])[:, None] / scale[..., None]  # [K, 1, t, 2]
+            own = (own - turned.square() / scale).clamp(min=JITTER * own)
+            residual = residual - turned[..., None] * shared
+        residual = residual / own[..., None] if left_out else residual * shrink[..., None, None]
+        parts = (y[:, :, None] - residual) / roots.clamp(min=TINY)[..., None, None]
+        fitted = parts[..., 0] - batch.centre[..., None] * parts[..., 1]
+        runs.append(torch.where(batch.present[..., None], fitted, 0.0).expand(-1, -1, part))
+    return torch.cat(runs, dim=2)
 
 
 def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:

@@ -76,18 +76,23 @@ class Layers:
         return torch.cat(parts, dim=3) / self.count(positions).sqrt()[None, :, None, None]
 
     def kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
-        """[K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G]: without forming the features.
+        """[K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G]: without forming the features."""
+        total = self.fixed_kernel(ratios, positions, roots)
+        if self.current:
+            now = ratios[:, :, positions].transpose(1, 2) * roots / self.count(positions).sqrt()[:, None]
+            total.addcmul_(now[..., :, None], now[..., None, :])
+        return total
 
-        The layers of t are a trailing part of the layers of position 0, so the products of all t are the cumulative sums, from the last
-        layer backwards, of one sequence of rank-one terms; only the current layer is a position's own.
+    def fixed_kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
+        """[K, t, G, G] that of the fixed layers alone.
+
+        The fixed layers of t are a trailing part of those of position 0, so the products of all t are the cumulative sums, from the last layer
+        backwards, of one sequence of rank-one terms.
         """
         fixed = self.fixed(ratios).movedim(2, 0)  # [S, K, G]
         terms = fixed[:, :, :, None] * fixed[:, :, None, :]
         trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])])
-        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)  # a copy: changed in place below
-        if self.current:
-            now = ratios[:, :, positions].transpose(1, 2)
-            total.addcmul_(now[..., :, None], now[..., None, :])
+        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)  # a copy: changed in place
         scaled = roots / self.count(positions).sqrt()[:, None]
         return total.mul_(scaled[..., :, None]).mul_(scaled[..., None, :])
 
