@@ -27,7 +27,7 @@ from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 from tests.enumerable_policy import ResponseSpace
 
-SETTINGS = ("learnt", "counted", "noise")
+SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")
 PLAIN = ("none", "group_mean", "opo", "optimal_token")
 LAYERS = ("final", "current", "current_and_final", "all")
 FIRST_SEED = 1000  # the constants of the estimator were set on seeds below 200

@@ -471,3 +471,19 @@ def test_all_layers_of_a_long_response_are_refused():
     )
     with pytest.raises(ValueError, match="'all' takes at most 512 tokens, these are 600"):
         hierarchical_advantages(made, layers="all")
+
+
+def test_ended_responses_take_no_part_where_that_is_asked_for():
+    """The answer to "which responses are fitted at t": all, or those with a token there; unbiased both ways."""
+    made = Enumerated(4, end_token=True, size=(2, 3))
+    exact = expectation(made, 4, fit_ended=False)
+    assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
+    drawn = made.drawn(1, 12)
+    left_out = hierarchical_advantages(drawn, fit_ended=False, ridge=1.0).advantages
+    assert not torch.allclose(left_out, hierarchical_advantages(drawn, ridge=1.0).advantages, atol=1e-3)
+    whole = replace(drawn, response_mask=torch.ones_like(drawn.response_mask))
+    assert torch.allclose(
+        hierarchical_advantages(whole, fit_ended=False, ridge=1.0).advantages,
+        hierarchical_advantages(whole, ridge=1.0).advantages,
+        atol=1e-5,
+    )

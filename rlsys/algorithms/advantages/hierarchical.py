@@ -61,6 +61,7 @@ def hierarchical_advantages(
     scope: str = "auto",
     ridge: float | None = None,
     centre: bool = True,
+    fit_ended: bool = True,
     max_tokens: int | None = None,
     log_ratio_clip: float | None = None,
     ratio_truncation: float | None = None,
@@ -87,7 +88,9 @@ def hierarchical_advantages(
             `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
         weights: of the regression of Delta_t: `ratio_squared` rho_{<=t}^2 (the variance formula without score norms), `score` that times
             `score_norms`, `uniform` 1, `tempered` rho_{<=t}^2 2 / (1 + rho_{<=L}), steadier where few responses have most of the weight.
-            A response that has ended counts with its last ratio, except in `score`, where its norms are 0.
+        fit_ended: a response without a token at t (ended, or a tool's) takes part in the regression of t with its ratio there. False leaves
+            it out, as its score is 0: lower variance where length tells something of the reward, but no longer RLOO's result on-policy.
+            Weights `score` leave it out in any case, since its norms are 0.
         scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds both, each with its strength.
         ridge: None is automatic: ridge 1, strengths from held-out responses. A number is that ridge at strength 1 (`auto` is then `group`).
         cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
@@ -97,8 +100,8 @@ def hierarchical_advantages(
         solver: `gauss_seidel` sweeps over the layers, from `warm_start` where the batch before left one; same solution as `wls`.
         Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
             `self_normalise` (O(1/G)).
-        Groups of one, and groups of equal rewards, get exactly 0. With all ratios 1 the result is RLOO's, except with weights `score`, where it
-        is a shrunk optimal token baseline. Process rewards are summed into the outcome. Computed in float64.
+        Groups of one, and groups of equal rewards, get exactly 0. With all ratios 1 the result is RLOO's, except with weights `score` (a shrunk
+        optimal token baseline) or without `fit_ended`. Process rewards are summed into the outcome. Computed in float64.
 
     Example: one group, rewards (1, 0), all ratios 1: c = (0, 1), W = (1, -1) at every token, as in RLOO.
 
@@ -118,6 +121,8 @@ def hierarchical_advantages(
     alive = mask[places] & present[..., None]
     span = _span(mask.shape[1], max_tokens)
     batch = _grouped(inputs, ratios, places, present, alive, Layers.of(layers, span, block_size), weights, centre, cross_fit)
+    if not fit_ended:
+        batch = replace(batch, weights=torch.where(alive, batch.weights, 0.0), steady=False)
     norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
     solve = _sweeper(warm_start) if solver == "gauss_seidel" else None
     everywhere = torch.arange(mask.shape[1], device=mask.device)
