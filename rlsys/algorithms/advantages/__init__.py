@@ -3,6 +3,7 @@
 from rlsys.algorithms.advantages.gae import gae_advantages
 from rlsys.algorithms.advantages.grpo import grpo_advantages
 from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
+from rlsys.algorithms.advantages.hierarchical import hierarchical_advantages
 from rlsys.algorithms.advantages.inputs import (
     AdvantageEstimator,
     AdvantageInputs,
@@ -34,6 +35,7 @@ __all__ = [
     "get_advantage_estimator",
     "grpo_advantages",
     "grpo_process_advantages",
+    "hierarchical_advantages",
     "opo_advantages",
     "optimal_baseline_advantages",
     "optimal_token_baseline_advantages",

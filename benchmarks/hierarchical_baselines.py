@@ -1,0 +1,100 @@
+"""Seconds and memory of hierarchical baselines at training size, beside a plain `lstsq` for every position.
+
+    python -m benchmarks.hierarchical_baselines                     1,024 responses x 8,192 tokens, every case, each in its own process
+    python -m benchmarks.hierarchical_baselines --responses 256     a smaller batch
+    python -m benchmarks.hierarchical_baselines --case group,blocks,16
+
+The plain version forms and solves one least-squares problem a group and position with `torch.linalg.lstsq`, in sample, with neither
+leave-one-out nor strengths: less work by far. It is timed on a few positions and scaled to all. Results are recorded in docs/hierarchical_baselines.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
+
+CASES = [f"{scope},{layers},16" for scope in ("auto", "group", "batch") for layers in ("current_and_final", "blocks")]
+CASES += ["auto,current_and_final,64", "auto,blocks,64"]
+PLAIN_POSITIONS = 16
+
+
+def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
+    """Responses of different lengths, tool tokens in some, log-ratios that drift to a standard deviation of about 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(tokens // 4, tokens + 1, (responses,), generator=generator)
+    lengths[0] = tokens
+    mask = torch.arange(tokens)[None] < lengths[:, None]
+    mask[::7, tokens // 8 : tokens // 6] = False
+    old = -torch.rand(responses, tokens, generator=generator)
+    noise = torch.randn(responses, tokens, generator=generator) * 0.5 / tokens**0.5
+    return AdvantageInputs(
+        rewards=torch.randint(0, 2, (responses,), generator=generator).float(),
+        response_mask=mask,
+        group_ids=torch.arange(responses) // group,
+        rollout_logprobs=old - noise,
+        old_logprobs=old,
+    )
+
+
+def plain_seconds(inputs: AdvantageInputs, layers: str, group: int) -> float:
+    """Seconds of one `lstsq` a group and position, for all positions, from a few."""
+    assert inputs.old_logprobs is not None
+    assert inputs.rollout_logprobs is not None
+    ratios = torch.where(inputs.response_mask, inputs.old_logprobs.double() - inputs.rollout_logprobs, 0.0).cumsum(1).exp()
+    length = ratios.shape[1]
+    boundaries = [*range(255, length - 1, 256), length - 1] if layers == "blocks" else [length - 1]
+    start = time.perf_counter()
+    for t in torch.linspace(0, length - 1, PLAIN_POSITIONS).long().tolist():
+        for rows in torch.arange(len(ratios)).split(group):
+            _one_plain_fit(ratios[rows], inputs.rewards[rows].double(), inputs.response_mask[rows, t], t, boundaries)
+    return (time.perf_counter() - start) * length / PLAIN_POSITIONS
+
+
+def _one_plain_fit(ratios: Tensor, rewards: Tensor, alive: Tensor, t: int, boundaries: list[int]) -> Tensor:
+    features = ratios[:, [t, *(s for s in boundaries if s >= t)]] * alive[:, None]
+    target = ratios[:, -1] * rewards * alive
+    return target - features @ torch.linalg.lstsq(features, target[:, None], driver="gelsd").solution[:, 0]
+
+
+def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
+    scope, layers, group = case.split(",")
+    inputs = batch_of(responses, tokens, int(group))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    out = hierarchical_advantages(inputs, layers=layers, scope=scope)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    strengths = " ".join(f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("strength"))
+    naive = f"{plain_seconds(inputs, layers, int(group)):.0f}" if plain else "-"
+    print(
+        f"| {scope} | {layers} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {strengths} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--responses", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--case", help="scope,layers,group size; default: all")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
+    given = parser.parse_args()
+    if given.case:
+        return run_case(given.case, given.responses, given.tokens, given.plain)
+    header = ("scope", "layers", "group", "seconds", "peak GiB", "of that the call", "plain lstsq, seconds", "strengths")
+    print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
+    for case in CASES:
+        sizes = ["--responses", str(given.responses), "--tokens", str(given.tokens)]
+        subprocess.run([sys.executable, "-m", "benchmarks.hierarchical_baselines", "--case", case, *sizes], check=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Hierarchical token-level baselines: one baseline a layer of the future importance ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.advantages.baseline_variance import (
+    ONE_A_RESPONSE,
+    condition_numbers,
+    effective_share,
+    plain_baseline,
+    variance_ratios,
+)
+from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, outcome_rewards
+from rlsys.algorithms.advantages.hierarchical_fits import (
+    TINY,
+    GroupedBatch,
+    Solve,
+    by_cholesky,
+    gauss_seidel,
+    group_corrections,
+    others_mean,
+)
+from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
+from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections
+from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled
+from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+
+AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
+CHOICES = {
+    "output": ("score_weight", "residual"),
+    "solver": ("wls", "gauss_seidel"),
+    "weights": ("ratio_squared", "uniform", "score", "tempered"),
+    "cross_fit": ("leave_one_out", "none"),
+    "scope": ("auto", "group", "batch"),
+}
+
+
+@dataclass
+class WarmStart:
+    """Where Gauss-Seidel starts the pooled fit of the next batch: the coefficients of the last. Keep one and pass it with every batch."""
+
+    coefficients: dict[tuple[int, ...], Tensor] | None = None
+
+
+@register_advantage_estimator("hierarchical", needs=("old_logprobs", "score_norms"))
+def hierarchical_advantages(
+    inputs: AdvantageInputs,
+    *,
+    layers: str = "current_and_final",
+    block_size: int = 256,
+    output: str = "score_weight",
+    solver: str = "wls",
+    weights: str = "ratio_squared",
+    cross_fit: str = "leave_one_out",
+    scope: str = "auto",
+    ridge: float | None = None,
+    centre: bool = True,
+    fit_ended: bool = True,
+    max_tokens: int | None = None,
+    log_ratio_clip: float | None = None,
+    ratio_truncation: float | None = None,
+    self_normalise: bool = False,
+    diagnostics: bool = True,
+    warm_start: WarmStart | None = None,
+) -> AdvantageOutput:
+    """The policy-gradient weight of each token, importance-corrected, less one baseline for each layer of the future ratio.
+
+        W_t = rho_{<=t} Delta_t = rho_{<=L} (R - c) - gamma sum_{s in layers(t)} rho_{<=s} beta_t^(s)
+        Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in layers(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
+
+    c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t, as a weighted regression that has not
+    seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression.
+
+    Source: references/hierarchical_token_baselines.md, (HB), (WLS) and section 8.5; strengths and pooling: docs/hierarchical_baselines.md.
+
+    Shapes: rewards [B], rollout_logprobs, old_logprobs, response_mask [B, T] -> advantages [B, T].
+
+    Conventions:
+        layers: `final` (s = L, Seq-IS), `current` (s = t), `current_and_final`, `blocks` (every `block_size` tokens, current and final),
+            `all` (every s >= t; at most 512 tokens). The mean of the others stays in the final layer whatever is chosen.
+        output: `score_weight` W_t, for an objective without ratio or clip (weight `none`: stop-gradient W_t times log pi), is unbiased;
+            `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
+        weights: of the regression of Delta_t: `ratio_squared` rho_{<=t}^2 (the variance formula without score norms), `score` that times
+            `score_norms`, `uniform` 1, `tempered` rho_{<=t}^2 2 / (1 + rho_{<=L}), steadier where few responses have most of the weight.
+        fit_ended: a response without a token at t (ended, or a tool's) takes part in the regression of t with its ratio there. False leaves
+            it out, as its score is 0: lower variance where length tells something of the reward, but no longer RLOO's result on-policy.
+            Weights `score` leave it out in any case, since its norms are 0.
+        scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds both, each with its strength.
+        ridge: None is automatic: ridge 1, strengths from held-out responses. A number is that ridge at strength 1 (`auto` is then `group`).
+        cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
+        max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
+            which then has a say in its own baselines through their number. Exactly unbiased only with a number.
+        centre: False drops c, so that the ridge shrinks towards no baseline at all; needs a `ridge`.
+        solver: `gauss_seidel` sweeps over the layers, from `warm_start` where the batch before left one; same solution as `wls`.
+        Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
+            `self_normalise` (O(1/G)).
+        Groups of one, and groups of equal rewards, get exactly 0. With all ratios 1 the result is RLOO's, except with weights `score` (a shrunk
+        optimal token baseline) or without `fit_ended`. Process rewards are summed into the outcome. Computed in float64.
+
+    Example: one group, rewards (1, 0), all ratios 1: c = (0, 1), W = (1, -1) at every token, as in RLOO.
+
+    Raises:
+        ValueError: rollout or old log-probabilities missing or not finite, ratios that overflow, an unknown choice or a number out of range.
+    """
+    _check(
+        output=output, solver=solver, weights=weights, cross_fit=cross_fit, scope=scope, ridge=ridge, centre=centre, inputs=inputs
+    )
+    bounds = Bounds(log_ratio_clip, ratio_truncation)
+    dtype = at_least_float32(inputs.rewards).dtype
+    full, inputs = inputs.response_mask, _trimmed(inputs)
+    mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
+    ratios, clipped = _ratios(inputs, bounds, groups, self_normalise)
+    if not mask.any():
+        return AdvantageOutput(advantages=torch.zeros(full.shape, dtype=dtype, device=full.device))
+    places, present = padded_places(groups)
+    alive = mask[places] & present[..., None]
+    span = _span(mask.shape[1], max_tokens)
+    batch = _grouped(inputs, ratios, places, present, alive, Layers.of(layers, span, block_size), weights, centre, cross_fit)
+    if not fit_ended:
+        batch = replace(batch, weights=torch.where(alive, batch.weights, 0.0), steady=False)
+    norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
+    solve = _sweeper(warm_start) if solver == "gauss_seidel" else None
+    everywhere = torch.arange(mask.shape[1], device=mask.device)
+    if ridge is None:
+        correction, strengths = _automatic(batch, norms, scope, solve, everywhere)
+    else:
+        correction, strengths = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve), {}
+    weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
+    measured = {"clipped_share": clipped, **strengths}
+    if diagnostics:
+        measured |= _diagnostics(batch, norms, weight, inputs, places, block_size, span)
+    advantages = torch.zeros(full.shape, dtype=dtype, device=full.device)
+    asked = weight / batch.ratios.clamp(min=TINY) if output == "residual" else weight
+    advantages[places[present], : mask.shape[1]] = asked[present].to(dtype)
+    return AdvantageOutput(advantages=advantages, diagnostics=measured)
+
+
+def _check(*, ridge: float | None, centre: bool, inputs: AdvantageInputs, **chosen: str) -> None:
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{FIELD}.{name}: {value!r} is none of {', '.join(CHOICES[name])}")
+    if ridge is not None and not (ridge >= 0 and math.isfinite(ridge)):
+        raise ValueError(f"{FIELD}.ridge: {ridge} must be finite and at least 0, or null for automatic")
+    if ridge is None and not (centre and chosen["cross_fit"] == "leave_one_out"):
+        raise ValueError(
+            f"{FIELD}.ridge: automatic shrinkage is towards the leave-one-out mean. With centre false or cross_fit none, set a ridge, e.g. 1.0"
+        )
+    if not torch.isfinite(inputs.rewards).all():
+        raise ValueError("rewards: not all are finite")
+    norms = inputs.score_norms
+    if norms is None:
+        if chosen["weights"] == "score":
+            raise ValueError(f"{FIELD}.weights: 'score' needs score_norms, which this batch does not have. Use 'ratio_squared'.")
+    elif not (torch.isfinite(norms) & (norms >= 0))[inputs.response_mask].all():
+        raise ValueError("score_norms: values inside the response mask must be finite and at least 0")
+
+
+def _span(longest: int, max_tokens: int | None) -> int:
+    if max_tokens is not None and max_tokens < longest:
+        raise ValueError(f"{FIELD}.max_tokens: {max_tokens} is less than the {longest} tokens of the longest response")
+    return longest if max_tokens is None else max_tokens
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the ratios are held within."""
+
+    log_ratio_clip: float | None
+    ratio_truncation: float | None
+
+
+def _ratios(inputs: AdvantageInputs, bounds: Bounds, groups: Groups, self_normalise: bool) -> tuple[Tensor, float]:
+    """[B, T] ratios as the options say, and the share of tokens whose ratio a bound changed."""
+    arrays = inputs.rollout_logprobs, inputs.old_logprobs, inputs.response_mask
+    held = {"log_ratio_clip": bounds.log_ratio_clip, "ratio_truncation": bounds.ratio_truncation}
+    ratios = prefix_ratios(*arrays, **held)
+    share = 0.0
+    if any(bound is not None for bound in held.values()):
+        changed = log_prefix_ratios(*arrays).exp() != ratios
+        share = float(changed[inputs.response_mask].double().mean())
+    return (self_normalised(ratios, groups) if self_normalise else ratios), share
+
+
+def _trimmed(inputs: AdvantageInputs) -> AdvantageInputs:
+    """Without the columns after the last token of all, which would add layers and sampled positions that mean nothing."""
+    mask = inputs.response_mask
+    width = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 0
+    names = ("response_mask", "token_rewards", "rollout_logprobs", "old_logprobs", "score_norms")
+    cut = {name: array[:, :width] for name in names if (array := getattr(inputs, name)) is not None}
+    return replace(inputs, **cut, ref_logprobs=None, values=None)
+
+
+def padded_places(groups: Groups) -> tuple[Tensor, Tensor]:
+    """[K, G] which response stands at each place of groups padded to the largest, and whether one does (if not, some response is named)."""
+    order = torch.argsort(groups.index, stable=True)
+    starts = groups.counts.cumsum(0) - groups.counts
+    slots = torch.arange(int(groups.counts.max()), device=order.device)
+    present = slots < groups.counts[:, None]
+    return order[(starts[:, None] + slots).clamp(max=len(order) - 1)], present
+
+
+def _grouped(
+    inputs: AdvantageInputs,
+    ratios: Tensor,
+    places: Tensor,
+    present: Tensor,
+    alive: Tensor,
+    layers: Layers,
+    weights: str,
+    centred: bool,
+    cross_fit: str,
+) -> GroupedBatch:
+    """The batch in groups, with the weights and the centre of its regressions."""
+    padded = torch.where(present[..., None], ratios[places], 0.0)
+    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places]
+    if centred:
+        rewards = rewards - rewards[:, :1]  # changes nothing but rounding: equal rewards are now exactly 0
+    rewards = torch.where(present, rewards, 0.0)
+    centre = torch.zeros_like(rewards)
+    if centred and cross_fit == "leave_one_out":
+        centre = others_mean(rewards, present)
+    elif centred:
+        centre = (rewards.sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True)).expand_as(rewards)
+    # the regression is of rho_{<=t} Delta_t: its weights are those of Delta_t over rho_{<=t}^2
+    if weights == "score":
+        assert inputs.score_norms is not None
+        of_weight = torch.where(alive, inputs.score_norms[places].double(), 0.0)
+    elif weights == "tempered":
+        of_weight = (2 / (1 + padded[:, :, -1:])).expand_as(padded)
+    else:
+        of_weight = padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
+    return GroupedBatch(
+        padded,
+        rewards,
+        centre,
+        present,
+        torch.where(present[..., None], of_weight, 0.0),
+        layers,
+        steady=weights in ("ratio_squared", "tempered"),
+    )
+
+
+def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
+    """[K, G, T] corrections at strength 1 with one ridge for all."""
+    positions = torch.arange(batch.ratios.shape[2], device=batch.ratios.device)
+    if scope == "batch":
+        return pooled_corrections(batch, positions, ridge, solve or by_cholesky, left_out=left_out)
+    return group_corrections(batch, positions, ridge, left_out=left_out, solve=solve)
+
+
+def _automatic(
+    batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """[K, G, t] corrections of both scopes, each at the strength that responses it is not used on allow, and those strengths."""
+    groups = len(batch.rewards)
+    correction = torch.zeros_like(batch.ratios[:, :, positions])
+    if groups == 1:
+        own = lone_group_strengths(batch, norms, AUTOMATIC_RIDGE) * (scope != "batch")
+        pooled = own.new_zeros(1)
+    else:
+        both = fold_strengths(batch, norms, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch")
+        own, pooled = both[fold_of_group(groups, positions.device), 1][:, None], both[:, 0]
+    if (own > 0).any():
+        correction = own[..., None] * group_corrections(batch, positions, AUTOMATIC_RIDGE, solve=solve)
+    if (pooled > 0).any():
+        correction += pooled_corrections(batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled)
+    return correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}
+
+
+def _diagnostics(
+    batch: GroupedBatch, norms: Tensor, weight: Tensor, inputs: AdvantageInputs, places: Tensor, block_size: int, span: int
+) -> dict[str, float]:
+    """Variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition, at a few positions."""
+    at = sampled(batch)
+    n, alive = norms[:, :, at], inputs.response_mask[places][:, :, at] & batch.present[..., None]
+    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places] * batch.present
+    weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
+    shifted = rewards - rewards[:, :1] * batch.present
+    centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
+    for name in ("final", "current", "current_and_final", "blocks"):
+        other = replace(centred, layers=Layers.of(name, span, block_size))
+        weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at)[0]
+    ratios = variance_ratios(weights, n)
+    share = effective_share(batch.ratios[:, :, at], alive)
+    return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
+        "won": float(ratios["used"] < 1),
+        "effective_share/first": float(share[0]),
+        "effective_share/middle": float(share[len(share) // 2]),
+        "effective_share/last": float(share[-1]),
+        "condition_number": float(condition_numbers(batch, at).median()),
+    }
+
+
+def _sweeper(memory: WarmStart | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Gauss-Seidel as a solver of pooled fits ([t, p], started where `memory` has one of that shape and kept there) and of group fits."""
+
+    def solve(gram: Tensor, moment: Tensor) -> Tensor:
+        known = None if memory is None or memory.coefficients is None else memory.coefficients.get(tuple(moment.shape))
+        beta, _ = gauss_seidel(gram, moment, start=known)
+        if memory is not None and moment.ndim == 2:
+            memory.coefficients = {**(memory.coefficients or {}), tuple(moment.shape): beta}
+        return beta
+
+    return solve
