@@ -32,7 +32,6 @@ from rlsys.algorithms.policy_objectives import effective_sample_size, gradient_c
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.algorithms.reference import importance_variances
-from rlsys.algorithms.reward_shaping import soft_overlong_penalty
 from rlsys.algorithms.token_logprobs import token_logprobs
 from rlsys.config import AlgorithmConfig
 from rlsys.data.rollout_files import read_rollouts
@@ -99,10 +98,10 @@ def _score(model: Any, token_ids: Sequence[int], start: int, temperature: float)
     return result.logprobs, result.score_norms
 
 
-def compare(batch: StoredBatch, preset: AlgorithmConfig, max_tokens: int) -> dict[str, float]:
+def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     """The row of one preset."""
     mask, inputs = batch.mask, batch.inputs
-    advantages = _advantages(batch, preset, max_tokens)
+    advantages = _advantages(batch, preset)
     assert inputs.old_logprobs is not None
     assert inputs.score_norms is not None
     ratios = log_ratios(preset.objective.ratio, batch.live_logprobs, inputs.old_logprobs, mask)
@@ -122,12 +121,9 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig, max_tokens: int) -> dic
     }
 
 
-def _advantages(batch: StoredBatch, preset: AlgorithmConfig, max_tokens: int) -> Tensor:
+def _advantages(batch: StoredBatch, preset: AlgorithmConfig) -> Tensor:
     inputs, kl = batch.inputs, preset.kl
-    rewards, token_rewards = inputs.rewards, None
-    if preset.overlong.buffer_tokens:
-        buffer = min(preset.overlong.buffer_tokens, max_tokens)
-        rewards = rewards + soft_overlong_penalty(batch.mask.sum(1), max_tokens=max_tokens, buffer_tokens=buffer)
+    token_rewards = None
     if kl.placement == "reward" and kl.coefficient:
         assert inputs.old_logprobs is not None
         assert inputs.ref_logprobs is not None
@@ -135,7 +131,6 @@ def _advantages(batch: StoredBatch, preset: AlgorithmConfig, max_tokens: int) ->
     changed = AdvantageInputs(
         **{
             **vars(inputs),
-            "rewards": rewards,
             "token_rewards": token_rewards,
             "kl_coefficient": kl.coefficient if kl.placement == "advantage" else 0.0,
         }
@@ -203,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = {name: compare(batch, preset, max_tokens=batch.mask.shape[1]) for name, preset in PRESETS.items()}
+    rows = {name: compare(batch, preset) for name, preset in PRESETS.items()}
     output = parsed.output or parsed.rollouts.parent
     output.mkdir(parents=True, exist_ok=True)
     print(table(rows))

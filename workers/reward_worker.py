@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import psutil
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import RewardBatch, RolloutBatch
@@ -17,7 +19,6 @@ from rlsys.driver.ports import Handle
 from rlsys.rewards.pool import RewardPool
 
 COUNTED_FAILURES = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
-COUNTED_REASONS = ("correct", "wrong", "no_answer", "too_long", "too_large", "unparsable")  # of the math verifier
 
 
 class RewardWorker:
@@ -50,13 +51,14 @@ class RewardWorker:
         )
 
     async def metrics(self) -> dict[str, Metric]:
-        """Failures and verdict reasons since the last call, and peak memory."""
+        """Failures since the last call, and memory: this process's peak and what the pool holds now."""
         reasons, self._reasons = self._reasons, Counter()
-        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024**2
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for process in self._pool.process_ids():
+            with contextlib.suppress(psutil.Error):  # it may have been replaced meanwhile
+                memory += psutil.Process(process).memory_info().rss
         counts = {f"reward/{name}": total(reasons[reason]) for reason, name in COUNTED_FAILURES.items()}
-        if self._functions[0].name == "math":
-            counts |= {f"reward/reasons/{reason}": total(reasons[reason]) for reason in COUNTED_REASONS}
-        return counts | {"memory/reward": maximum(peak)}
+        return counts | {"memory/reward": maximum(memory / 1024**3)}
 
     async def process_ids(self) -> list[int]:
         """This process first, then those of the pool."""

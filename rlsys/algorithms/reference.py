@@ -20,7 +20,6 @@ from rlsys.algorithms.policy_objectives import gradient_coefficient, rollout_cor
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.ratios import RATIOS
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
-from rlsys.algorithms.reward_shaping import soft_overlong_penalty
 from rlsys.config import AlgorithmConfig
 from rlsys.registry import keyword_parameters
 
@@ -101,7 +100,7 @@ def reference() -> str:
         _block(adapted_coefficient),
     ]
     lines += ["## Entropy\n", "### In the reward\n", _block(entropy_rewards), "### Its temperature\n", _block(tuned_temperature)]
-    lines += ["## Overlong responses\n", _block(soft_overlong_penalty), EXPLOSION, *_explosion(), "", FIGURE]
+    lines += [EXPLOSION, *_explosion(), "", FIGURE]
     return "\n".join(lines) + "\n"
 
 
@@ -135,8 +134,6 @@ def _presets() -> Iterator[str]:
         more = []
         if preset.dynamic_sampling.max_rounds > 1:
             more.append(f"dynamic sampling, {preset.dynamic_sampling.max_rounds} rounds")
-        if preset.overlong.buffer_tokens:
-            more.append(f"overlong band of {preset.overlong.buffer_tokens} tokens")
         estimator, weight = (
             _with(preset.advantage.name, preset.advantage.parameters),
             _with(preset.objective.weight, preset.objective.parameters),

@@ -72,14 +72,8 @@ class RolloutCorrectionConfig(Section):
 
 
 class OverlongConfig(Section):
-    """What becomes of responses that reach the token limit."""
+    """What becomes of responses that reach the token limit; a penalty for coming close to it is the reward `soft_overlong`."""
 
-    buffer_tokens: int = Field(
-        default=0,
-        ge=0,
-        description="Length of the band before generation.max_tokens over which a penalty grows from 0 to its full size (DAPO). 0: no penalty.",
-    )
-    penalty: float = Field(default=1.0, ge=0, description="Size of that penalty, subtracted from the reward.")
     mask_truncated: bool = Field(default=False, description="Leave truncated responses out of the loss.")
 
 

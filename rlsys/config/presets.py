@@ -1,6 +1,6 @@
 """Published algorithms as settings of the pieces: a preset is data, the pieces do the work.
 
-    estimator x (ratio, weight) x aggregation x KL placement, and what the driver adds (dynamic sampling, overlong shaping)
+    estimator x (ratio, weight) x aggregation x KL placement, and what the driver adds (dynamic sampling)
 
 A recipe takes one whole (`PRESETS["dapo"]`) or changes a field of it (`model_copy(update=...)`). Group size, mini-batches, epochs
 and learning rate belong to the recipe. Imports neither torch nor NumPy, as all of `rlsys.config`;
@@ -20,7 +20,6 @@ from rlsys.config.algorithm import (
     DynamicSamplingConfig,
     KLConfig,
     ObjectiveConfig,
-    OverlongConfig,
 )
 
 
@@ -63,14 +62,13 @@ PRESETS: Mapping[str, AlgorithmConfig] = MappingProxyType(
         "dr_grpo": _preset("grpo", "ppo_clip", "constant", estimator_parameters={"divide_by_std": False}),
         # Chu et al. 2025: the plain policy gradient with the group's mean; every token counts the same.
         "gpg": _preset("grpo", "none", "token_mean", estimator_parameters={"divide_by_std": False}),
-        # Yu et al. 2025: Clip-Higher, token-level loss, dynamic sampling, soft overlong punishment, no KL.
+        # Yu et al. 2025: Clip-Higher, token-level loss, dynamic sampling, no KL; the soft overlong punishment is the reward `soft_overlong`.
         "dapo": _preset(
             "grpo",
             "ppo_clip",
             "token_mean",
             weight_parameters={"clip_low": 0.2, "clip_high": 0.28},
             dynamic_sampling=DynamicSamplingConfig(max_rounds=3),
-            overlong=OverlongConfig(buffer_tokens=4),
         ),
         # Zheng et al. 2025: the ratio of whole sequences, a geometric mean, in a narrow band.
         "gspo": _preset(
@@ -86,6 +84,12 @@ PRESETS: Mapping[str, AlgorithmConfig] = MappingProxyType(
         "raft_plus_plus": _preset("reinforce", "ppo_clip", "sequence_mean"),
         # Bai and Zhang 2026: the KL inside the advantage, token by token.
         "token_kl_grpo": _preset("token_kl_grpo", "ppo_clip", "sequence_mean", ratio="future", kl=_kl(0.04, "advantage", "k1")),
+        # docs/hierarchical_baselines.md: importance-corrected weights, so the objective has no ratio of its own.
+        "hierarchical": AlgorithmConfig(
+            advantage=AdvantageConfig(name="hierarchical", recompute=True),
+            objective=ObjectiveConfig(weight="none"),
+            aggregation="sequence_sum",
+        ),
         # Bai and Zhang 2026: rho^q, between no correction and the full one.
         "power": _preset("grpo", "power", "sequence_mean", weight_parameters={"q": 0.5}),
         "adaptive_power": _preset("grpo", "adaptive_power", "sequence_mean", weight_parameters={"target_ess": 0.9}),

@@ -1,8 +1,8 @@
 """From rewards to advantages: everything that happens to a batch between the reward worker and the update.
 
-    outcome rewards -- overlong penalty --+
-    KL to the reference, per token -------+--> advantage estimator --> TrainBatch
-    entropy, per token -------------------+
+    outcome rewards -----------------+
+    KL to the reference, per token --+--> advantage estimator --> TrainBatch
+    entropy, per token --------------+
 
 Three numbers outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput, Need, estimator_needs, get_advantage_estimator
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
 from rlsys.algorithms.kl import adapted_coefficient, kl_estimate
-from rlsys.algorithms.reward_shaping import soft_overlong_penalty
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
 from rlsys.data.padding import ResponsePadding
@@ -100,7 +99,6 @@ class CreditAssigner:
             ValueError: the estimator gave a result that is not finite.
         """
         arrays = _Arrays.join(rollouts, old, ref)
-        rewards = self._shaped(rollouts, rewards)
         padding = ResponsePadding.of(rollouts)
         output = self._estimator(
             self._inputs(rollouts, rewards, arrays, padding, greedy), **self._config.algorithm.advantage.parameters
@@ -113,19 +111,6 @@ class CreditAssigner:
         batch = self._train_batch(rollouts, rewards, arrays, output, padding)
         metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()} | self._adapt(rollouts, arrays)
         return batch, metrics
-
-    def _shaped(self, rollouts: RolloutBatch, rewards: RewardBatch) -> RewardBatch:
-        """Rewards with the overlong penalty, which becomes one of their components."""
-        overlong = self._config.algorithm.overlong
-        if not overlong.buffer_tokens:
-            return rewards
-        penalty = soft_overlong_penalty(
-            torch.from_numpy(rollouts.response_lengths),
-            max_tokens=self._config.generation.max_tokens,
-            buffer_tokens=overlong.buffer_tokens,
-            penalty=overlong.penalty,
-        ).numpy()
-        return replace(rewards, rewards=rewards.rewards + penalty, components={**rewards.components, "overlong": penalty})
 
     def _inputs(
         self,

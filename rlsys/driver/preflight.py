@@ -157,11 +157,6 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
             "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
             "token_kl_grpo and with remax."
         )
-    if algorithm.overlong.buffer_tokens > config.generation.max_tokens:
-        yield (
-            f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is above generation.max_tokens {config.generation.max_tokens}. Lower "
-            "it: the band lies before the limit."
-        )
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."

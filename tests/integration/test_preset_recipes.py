@@ -55,7 +55,7 @@ def test_dapo(tmp_path: Path):
     for step in train("dapo", tmp_path / "run"):
         assert 1 <= step["sampling/rounds"] <= 3
         assert step["rollout/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
-        assert -1 <= step["reward/component/overlong"] <= 0
+        assert -1 <= step["reward/component/soft_overlong"] <= 0
 
 
 @pytest.mark.parametrize("recipe", ["rloo", "token_kl_grpo"])

@@ -23,7 +23,6 @@ from rlsys.algorithms.policy_objectives import (
 )
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.weights import adaptive_power_of
-from rlsys.algorithms.reward_shaping import soft_overlong_penalty
 from rlsys.registry import check_parameters
 
 
@@ -383,14 +382,6 @@ def test_entropy_rewards_and_temperature_golden():
     assert entropy_rewards(torch.tensor([[-2.0, -9.0]]), mask, 0.1).tolist() == [[pytest.approx(0.2), 0.0]]
     # entropy 0.5 below the target of 1: log alpha grows by 0.1 * 0.5
     assert tuned_temperature(0.2, 0.5, target=1.0, learning_rate=0.1) == pytest.approx(0.2 * math.exp(0.05))
-
-
-def test_soft_overlong_penalty_golden():
-    # limit 20, buffer 5: nothing to 15, then a fifth a token
-    lengths = torch.tensor([3, 15, 17, 20, 25])
-    assert soft_overlong_penalty(lengths, max_tokens=20, buffer_tokens=5).tolist() == pytest.approx([0, 0, -0.4, -1, -1])
-    with pytest.raises(ValueError, match=r"overlong\.buffer_tokens: 30 must be above 0 and at most"):
-        soft_overlong_penalty(lengths, max_tokens=20, buffer_tokens=30)
 
 
 def test_parameters_are_checked_against_the_signature():

@@ -111,16 +111,6 @@ def test_the_kl_in_the_advantage_reaches_the_estimator():
     assert second[:2] == pytest.approx([0.0, -1.0], abs=1e-4)
 
 
-def test_overlong_penalty_becomes_a_component_of_the_reward():
-    """Limit 4, buffer 2: lengths 2, 4, 1, 3 pay 0, 1, 0, 1/2."""
-    made = batch()
-    assigner = CreditAssigner(make_config(overlong=OverlongConfig(buffer_tokens=2)))
-    train, _ = assigner.assign(made, rewards([1, 1, 1, 1]), [], [])
-    assert train.rewards.components["overlong"].tolist() == [0.0, -1.0, 0.0, -0.5]
-    assert train.rewards.rewards.tolist() == [1.0, 0.0, 1.0, 0.5]
-    assert train.rewards.accuracies.tolist() == [1.0, 1.0, 1.0, 1.0]
-
-
 def test_truncated_responses_can_be_left_out_of_the_loss():
     made = batch()
     object.__setattr__(made, "stop_reasons", np.array([0, 1, 0, 0], dtype=np.int8))

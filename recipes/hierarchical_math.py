@@ -1,0 +1,35 @@
+"""Hierarchical token-level baselines, off-policy: four mini-batches a rollout batch, ratios and baselines recomputed before each.
+
+    python -m recipes.hierarchical_math
+
+Source: docs/hierarchical_baselines.md. The policy-gradient weight of each token corrects for the policy having moved since it
+sampled, less a baseline for each layer of that correction; the loss is the plain score function. Everything else is that of
+`recipes.grpo_math`.
+"""
+
+from recipes.grpo_math import grpo_math
+from rlsys.config import AdvantageConfig, RunConfig
+from rlsys.config.hardware import Hardware
+from rlsys.config.presets import PRESETS
+
+
+def hierarchical_math(hardware: Hardware) -> RunConfig:
+    """The default of this machine. `max_tokens` fixes where blocks lie, so that no response has a say in its own baselines."""
+    default = grpo_math(hardware)
+    preset = PRESETS["hierarchical"]
+    advantage = AdvantageConfig(
+        name="hierarchical", parameters={"max_tokens": default.generation.max_tokens}, recompute=preset.advantage.recompute
+    )
+    return default.model_copy(
+        update={
+            "recipe": "hierarchical_math",
+            "algorithm": preset.model_copy(update={"advantage": advantage}),
+            "policy": default.policy.model_copy(update={"mini_batches": 4}),
+        }
+    )
+
+
+if __name__ == "__main__":
+    from recipes.run_recipe import run_recipe
+
+    run_recipe(hierarchical_math)
