@@ -71,3 +71,12 @@ def test_gspo_on_two_ranks(tmp_path: Path):
     assert steps[2]["sync/logprob_gap_mean"] < 0.15
     # the ratio of a whole response moves less than that of its tokens
     assert max(abs(step["policy/ratio_max"] - 1) for step in steps) < 0.5
+
+
+def test_hierarchical(tmp_path: Path):
+    """Four mini-batches, advantages estimated anew before each; the diagnostics arrive."""
+    steps = train("hierarchical", tmp_path / "run", "--trainer.prompts_per_step", "8")
+    for step in steps:
+        assert 0 < step["advantage/effective_share/last"] <= 1
+        assert step["advantage/variance_ratio/leave_one_out"] == 1.0
+    assert "Effective sample size of the ratios" in (tmp_path / "run" / "report.html").read_text()

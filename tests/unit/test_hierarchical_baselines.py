@@ -384,7 +384,8 @@ def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_lear
             for k, (p, d) in enumerate(zip(prompts, drawn, strict=True))
         ]
         names = ("rewards", "response_mask", "group_ids", "rollout_logprobs", "old_logprobs", "score_norms")
-        batch = AdvantageInputs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        batch = AdvantageInputs(**joined)
         ratio = torch.stack([p.ratios[d, -1] for p, d in zip(prompts, drawn, strict=True)]).flatten()[:, None]
         both = torch.stack(
             [hierarchical_advantages(batch, diagnostics=False).advantages.double(), ratio * rloo_advantages(batch).advantages]
