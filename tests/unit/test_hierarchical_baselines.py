@@ -233,7 +233,7 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero():
 # The fits
 
 
-def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str) -> Tensor:
+def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str, fit_ended: bool) -> Tensor:
     """[B, T] weights by solving one regression a response and position, on the others of its group, from the definition in Delta."""
     ratios = (drawn.old_logprobs - drawn.rollout_logprobs).cumsum(1).exp()  # type: ignore[operator]
     length = ratios.shape[1]
@@ -252,6 +252,7 @@ def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str) ->
         assert drawn.score_norms is not None
         squared = ratios[:, t] ** 2
         w = {"ratio_squared": squared, "uniform": torch.ones_like(squared), "score": squared * drawn.score_norms[:, t]}[weights]
+        others = others if fit_ended else others[drawn.response_mask[others, t]]
         x, z, w = features[others], target[others], w[others]
         # the ridge is on coefficients of x = rho: the same as here, since those of alpha are the same beta
         gram = (x * w[:, None]).T @ x + ridge * torch.eye(x.shape[1], dtype=torch.float64)
@@ -268,13 +269,19 @@ def test_leave_one_out_in_closed_form_is_refitting(layers: str, weights: str, so
     made = Enumerated(8, end_token=True, size=(3, 5))
     drawn = made.drawn(1, 19)
     order = torch.randperm(19, generator=made.generator)
-    for ids in (torch.arange(19) // 3, torch.arange(19) // 9):
+    for ids, fit_ended in itertools.product((torch.arange(19) // 3, torch.arange(19) // 9), (False, True)):
         ids[-1] = ids[-2]
         batch = replace(drawn, group_ids=ids[order])
-        out = hierarchical_advantages(
-            batch, layers=layers, weights=weights, ridge=0.7, block_size=2, solver=solver, diagnostics=False
-        )
-        assert torch.allclose(out.advantages.double(), refitted(batch, layers, 0.7, weights), atol=2e-5, rtol=1e-4)
+        told: dict[str, Any] = {
+            "layers": layers,
+            "weights": weights,
+            "ridge": 0.7,
+            "block_size": 2,
+            "solver": solver,
+            "fit_ended": fit_ended,
+        }
+        out = hierarchical_advantages(batch, diagnostics=False, **told).advantages.double()
+        assert torch.allclose(out, refitted(batch, layers, 0.7, weights, fit_ended), atol=2e-5, rtol=1e-4)
 
 
 def test_without_centre_or_cross_fit_it_is_plain_least_squares():
@@ -474,17 +481,15 @@ def test_all_layers_of_a_long_response_are_refused():
         hierarchical_advantages(made, layers="all")
 
 
-def test_ended_responses_take_no_part_where_that_is_asked_for():
-    """The answer to "which responses are fitted at t": all, or those with a token there; unbiased both ways."""
+@pytest.mark.parametrize("fit_ended", [False, True])
+def test_ended_responses_take_part_where_that_is_asked_for(fit_ended: bool):
+    """The answer to "which responses are fitted at t": those with a token there, or all; unbiased both ways."""
     made = Enumerated(4, end_token=True, size=(2, 3))
-    exact = expectation(made, 4, fit_ended=False)
+    exact = expectation(made, 4, fit_ended=fit_ended)
     assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
     drawn = made.drawn(1, 12)
-    left_out = hierarchical_advantages(drawn, fit_ended=False, ridge=1.0).advantages
-    assert not torch.allclose(left_out, hierarchical_advantages(drawn, ridge=1.0).advantages, atol=1e-3)
+    chosen = hierarchical_advantages(drawn, fit_ended=fit_ended, ridge=1.0).advantages
+    assert not torch.allclose(chosen, hierarchical_advantages(drawn, fit_ended=not fit_ended, ridge=1.0).advantages, atol=1e-3)
     whole = replace(drawn, response_mask=torch.ones_like(drawn.response_mask))
-    assert torch.allclose(
-        hierarchical_advantages(whole, fit_ended=False, ridge=1.0).advantages,
-        hierarchical_advantages(whole, ridge=1.0).advantages,
-        atol=1e-5,
-    )
+    all_alive = hierarchical_advantages(whole, fit_ended=True, ridge=1.0).advantages
+    assert torch.allclose(hierarchical_advantages(whole, fit_ended=False, ridge=1.0).advantages, all_alive, atol=1e-5)

@@ -61,7 +61,7 @@ def hierarchical_advantages(
     scope: str = "auto",
     ridge: float | None = None,
     centre: bool = True,
-    fit_ended: bool = True,
+    fit_ended: bool = False,
     max_tokens: int | None = None,
     log_ratio_clip: float | None = None,
     ratio_truncation: float | None = None,
@@ -88,9 +88,9 @@ def hierarchical_advantages(
             `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
         weights: of the regression of Delta_t: `ratio_squared` rho_{<=t}^2 (the variance formula without score norms), `score` that times
             `score_norms`, `uniform` 1, `tempered` rho_{<=t}^2 2 / (1 + rho_{<=L}), steadier where few responses have most of the weight.
-        fit_ended: a response without a token at t (ended, or a tool's) takes part in the regression of t with its ratio there. False leaves
-            it out, as its score is 0: lower variance where length tells something of the reward, but no longer RLOO's result on-policy.
-            Weights `score` leave it out in any case, since its norms are 0.
+        fit_ended: False leaves responses without a token at t (ended, or a tool's) out of the regression of t, as their score there is 0.
+            True lets them take part with their ratio there (not with weights `score`): one factorisation a block, but a higher variance
+            where length tells something of the reward.
         scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds both, each with its strength.
         ridge: None is automatic: ridge 1, strengths from held-out responses. A number is that ridge at strength 1 (`auto` is then `group`).
         cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
@@ -100,8 +100,9 @@ def hierarchical_advantages(
         solver: `gauss_seidel` sweeps over the layers, from `warm_start` where the batch before left one; same solution as `wls`.
         Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
             `self_normalise` (O(1/G)).
-        Groups of one, and groups of equal rewards, get exactly 0. With all ratios 1 the result is RLOO's, except with weights `score` (a shrunk
-        optimal token baseline) or without `fit_ended`. Process rewards are summed into the outcome. Computed in float64.
+        Groups of one, and groups of equal rewards, get exactly 0. A response gets RLOO's result where all
+        others of the batch have only ratios of exactly 1, so on-policy all do. With the least drift the baselines already use what length says.
+        Process rewards are summed into the outcome. Computed in float64.
 
     Example: one group, rewards (1, 0), all ratios 1: c = (0, 1), W = (1, -1) at every token, as in RLOO.
 
@@ -131,6 +132,8 @@ def hierarchical_advantages(
         correction, strengths = _automatic(batch, norms, scope, solve, everywhere)
     else:
         correction, strengths = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve), {}
+    if centre:
+        correction = correction * _others_drifted(batch.ratios, alive)[..., None]
     weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
     measured = {"clipped_share": clipped, **strengths}
     if diagnostics:
@@ -244,6 +247,12 @@ def _grouped(
         layers,
         steady=weights in ("ratio_squared", "tempered"),
     )
+
+
+def _others_drifted(ratios: Tensor, alive: Tensor) -> Tensor:
+    """[K, G] 1.0 where any other response of the batch has a ratio other than 1: what decides has not seen the response either."""
+    drifted = ((ratios != 1) & alive).any(dim=2)
+    return (drifted.sum() - drifted.int() > 0).double()
 
 
 def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
