@@ -75,7 +75,8 @@ class _TokenLogprobs(torch.autograd.Function):
             normalizers[part] = normalizer + top[:, 0]
             logprobs[part] = chosen - normalizers[part]
             entropies[part] = normalizer - expected
-            norms[part] = 1 - 2 * logprobs[part].exp() + torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
+            square = torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
+            norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(min=0)  # rounding, where a token is all but certain
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(norms)

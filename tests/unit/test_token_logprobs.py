@@ -54,6 +54,15 @@ def test_value_and_gradient_equal_the_plain_formula(chunk: int, temperature: flo
     assert torch.allclose(weight.grad, plain_weight.grad, atol=1e-12)
 
 
+def test_score_norms_of_a_certain_token_are_not_below_zero():
+    """1 - 2 pi + sum pi^2 is a small difference of numbers near 1 there: rounding alone would make some of these negative."""
+    hidden = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 3
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * 3
+    out = token_logprobs(hidden, weight, (hidden @ weight.T).argmax(1), temperature=1.0, chunk_tokens=64)
+    assert (out.score_norms >= 0).all()
+    assert (out.score_norms < 1e-6).any()
+
+
 def test_finite_differences():
     hidden, weight, targets = example()
 
