@@ -48,16 +48,15 @@ class ObjectStoreWeightSync:
     async def sync(self, version: int) -> dict[str, Metric]:
         """See `ports.WeightSync`."""
         manifest, shards = await self._policy.export_weights(version)
-        installed = [worker.install_weights.remote(manifest, *shards) for worker in self._workers]
+        await asyncio.gather(*(worker.install_weights.remote(manifest, *shards) for worker in self._workers))
         metrics = {"sync/bytes": total(manifest.num_bytes)}
-        if not self._tolerance:
-            await asyncio.gather(*installed)
-            return metrics
-        trainer, *_ = await asyncio.gather(self._policy.probe_logprobs(self._probe, 1.0), *installed)
-        return metrics | await self._prove(manifest, shards, trainer)
+        if self._tolerance:
+            metrics |= await self._prove(manifest, shards)
+        return metrics
 
-    async def _prove(self, manifest: WeightManifest, shards: Sequence[Any], trainer: NDArray[np.float32]) -> dict[str, Metric]:
-        """Compare the engines' log-probabilities of the probe with the trainer's."""
+    async def _prove(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
+        """Compare log-probabilities of the probe on both sides. The sides take turns: on the same cores, both at once take longer than one after the other."""
+        trainer = await self._policy.probe_logprobs(self._probe, 1.0)
         engines = await asyncio.gather(*(worker.probe_logprobs.remote(self._probe) for worker in self._workers))
         gaps = [np.abs(engine - trainer) for engine in engines]
         means = [float(gap.mean()) for gap in gaps]
