@@ -55,7 +55,7 @@ class ObjectStoreWeightSync:
         return metrics
 
     async def _prove(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
-        """Compare log-probabilities of the probe on both sides. The sides take turns: on the same cores, both at once take longer than one after the other."""
+        """Compare log-probabilities of the probe on both sides, which take turns: on the same cores both at once take longer."""
         trainer = await self._policy.probe_logprobs(self._probe, 1.0)
         engines = await asyncio.gather(*(worker.probe_logprobs.remote(self._probe) for worker in self._workers))
         gaps = [np.abs(engine - trainer) for engine in engines]
