@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.file:
             return score_file(options)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if options.completion is None or options.ground_truth is None:
         parser.error("give a completion and a ground truth, --file, or --compare")
@@ -77,8 +77,10 @@ def read_rows(path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:
     """Rows of a JSONL or Parquet file.
 
     Raises:
-        ValueError: a row lacks a needed column, or is no JSON; the message has its number.
+        ValueError: there is no such file; a row lacks a needed column, or is no JSON: the message has its number.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}. Name a JSONL or Parquet file with a completion and a ground truth in each row.")
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
