@@ -129,7 +129,9 @@ class TrainerClient:
     def score(self, rollouts: Any) -> Any:
         return self._actor.score.remote(rollouts)
 
-    async def credit(self, rollouts: Any, rewards: Any, old_logprobs: Any, ref_logprobs: Any) -> CreditedBatch:
+    async def credit(
+        self, rollouts: Any, rewards: Any, old_logprobs: Any, ref_logprobs: Any, greedy_rewards: Any = ()
+    ) -> CreditedBatch:
         (batch,) = await self._actor.credit.remote(*rollouts, *rewards)
         return CreditedBatch(batch=batch)
 
@@ -146,6 +148,10 @@ class TrainerClient:
     async def metrics(self) -> dict:
         return {}
 
+    async def state(self) -> dict:
+        return {}
+
+    async def load_state(self, state: dict) -> None: ...
     async def write_rollouts(self, batch: Any, path: Path) -> None: ...
     async def save(self, directory: Path) -> None: ...
     async def load(self, directory: Path) -> None: ...
