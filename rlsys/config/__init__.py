@@ -12,6 +12,7 @@ from rlsys.config.algorithm import (
     RolloutCorrectionConfig,
 )
 from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
+from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import Dtype, ModelConfig
 from rlsys.config.policy import OptimizerConfig, PolicyConfig
@@ -28,6 +29,7 @@ __all__ = [
     "ClusterConfig",
     "ColumnNames",
     "DataConfig",
+    "DiagnosticsConfig",
     "Dtype",
     "DynamicSamplingConfig",
     "EntropyConfig",

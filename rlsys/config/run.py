@@ -6,6 +6,7 @@ from pydantic import Field
 
 from rlsys.config.algorithm import AlgorithmConfig
 from rlsys.config.data import DataConfig
+from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
 from rlsys.config.policy import PolicyConfig
@@ -45,5 +46,6 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = Field(default=AlgorithmConfig(), description="The mathematics of an update.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Rewards.")
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="The loop.")
+    diagnostics: DiagnosticsConfig = Field(default=DiagnosticsConfig(), description="Measurements on request.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")

@@ -78,6 +78,21 @@ CHARTS = (
         ),
     ),
     ChartSpec(
+        "True gradient variance over that of the leave-one-out mean",
+        (
+            ("in use", "gradient/variance_ratio/used", "train"),
+            ("in use, as the proxy has it", "gradient/proxy_ratio/used", "train"),
+            ("group mean", "gradient/variance_ratio/group_mean", "train"),
+        ),
+    ),
+    ChartSpec(
+        "Share of the gradient's second moment between different positions",
+        (
+            ("in use", "gradient/cross_position_share/used", "train"),
+            ("leave-one-out mean", "gradient/cross_position_share/leave_one_out", "train"),
+        ),
+    ),
+    ChartSpec(
         "Effective sample size of the ratios, by position",
         (
             ("first token", "advantage/effective_share/first", "train"),

@@ -13,6 +13,7 @@ import torch
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
+    DiagnosticsConfig,
     EntropyConfig,
     KLConfig,
     ModelConfig,
@@ -142,6 +143,23 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
     for report in reports[1:]:
         for metric in ("policy/q", "policy/loss", "policy/grad_norm", "policy/rollout_correction", "policy/rollout_masked_share"):
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
+
+
+async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone():
+    batch = example()
+    rollouts = dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
+    batch = dataclasses.replace(batch, rollouts=rollouts)
+    plain, silent = await updated(config(1), batch)
+    assert not any(name.startswith("gradient/") for name in silent)
+    reports = []
+    for plan in (config(1), config(2, microbatch_tokens=50), config(1, gradient_checkpointing=True)):
+        weights, report = await updated(plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch)
+        reports.append({name: value for name, value in report.items() if name.startswith("gradient/")})
+        if plan.policy.ranks == 1:
+            assert all((weights[name] - tensor).abs().max() < 1e-6 for name, tensor in plain.items())
+    assert reports[0]["gradient/variance_ratio/leave_one_out"] == 1
+    for report in reports[1:]:
+        assert report == pytest.approx(reports[0], rel=1e-3, abs=1e-5)
 
 
 async def test_a_mini_batch_without_trained_responses_is_skipped():

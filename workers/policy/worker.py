@@ -34,6 +34,7 @@ from workers.policy.fsdp2 import (
     shares_prompts,
     use_all_threads,
 )
+from workers.policy.gradient_diagnostics import gradient_metrics, last_down_projection
 from workers.policy.loss import Denominators, PackLoss, pack_log_ratios, pack_loss
 from workers.policy.packed_forward import PackTensors
 from workers.policy.schedule import learning_rate
@@ -65,14 +66,14 @@ class RankWorker:
         self.model = build_sharded_model(self.config, self.model_directory, self.device, self.world_size, trainable=self.trainable)
         self.share_prompts = shares_prompts(self.config, self.device)
 
-    def _packs(self, rollouts: RolloutBatch, rows: NDArray[np.int64]) -> list[Pack]:
+    def _packs(self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True) -> list[Pack]:
         return pack_rows(
             rollouts,
             rows,
             budget=self.config.policy.microbatch_tokens,
             rank=self.rank,
             ranks=self.world_size,
-            share_prompts=self.share_prompts,
+            share_prompts=self.share_prompts and may_share,
         )
 
     @torch.no_grad()
@@ -132,6 +133,8 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        if self.config.diagnostics.gradient:
+            last_down_projection(self.model)  # refuses a model without one now, not after the first rollouts
 
     def update(self, batch: TrainBatch) -> dict[str, Metric]:
         """All epochs and mini-batches on one batch; every rank gets the whole batch and trains on its share."""
@@ -156,6 +159,7 @@ class PolicyWorker(RankWorker):
         losses, tokens = [], 0
         packs = self._packs(batch.rollouts, rows)
         batch, diagnostics = self._recomputed(batch, rows, packs)
+        diagnostics |= self._gradient_metrics(batch, rows)
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
@@ -188,6 +192,17 @@ class PolicyWorker(RankWorker):
         dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
         logprobs, norms = everyone.cpu().numpy()
         return recomputed(self.config, batch, rows, logprobs, norms)
+
+    def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+        """True gradients under several baselines, in the steps in which `diagnostics.gradient` asks for them."""
+        settings = self.config.diagnostics
+        if not settings.gradient or self.steps % settings.gradient_every:
+            return {}
+
+        def plan(members: NDArray[np.int64]) -> list[Pack]:
+            return self._packs(batch.rollouts, members, may_share=False)
+
+        return gradient_metrics(self.model, batch, rows, plan, self.device)
 
     @torch.no_grad()
     def _objective_parameters(self, batch: TrainBatch, packs: Sequence[Pack]) -> dict[str, Any]:

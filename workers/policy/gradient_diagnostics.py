@@ -1,0 +1,113 @@
+"""`diagnostics.gradient`: the scores of the last layer's down projection, and the gradient's variance from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rlsys.algorithms.advantages.gradient_variance import (
+    BASELINES,
+    GroupMoments,
+    gradient_diagnostics,
+    plain_weights,
+    response_moments,
+)
+from rlsys.algorithms.token_logprobs import TokenLogprobs
+from rlsys.data.batches import TrainBatch
+from rlsys.data.packing import Pack
+from rlsys.driver.metrics import Metric, mean
+from workers.policy.packed_forward import PackedCausalLM, PackTensors
+
+Plan = Callable[[NDArray[np.int64]], Sequence[Pack]]  # rows -> this rank's packs, each prompt computed for each response
+
+
+def last_down_projection(model: PackedCausalLM) -> nn.Linear:
+    """The linear map whose gradients are looked at.
+
+    Raises:
+        ValueError: the model has none of that name.
+    """
+    layer = getattr(model.model.get_decoder(), "layers")[-1]  # noqa: B009
+    module = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"diagnostics.gradient: the last layer of {type(model.model).__name__} has no mlp.down_proj, whose gradients would be measured. Set it to "
+            "false for this model."
+        )
+    return module
+
+
+def pack_scores(
+    model: PackedCausalLM, pack: Pack, temperature: float, device: torch.device
+) -> tuple[TokenLogprobs, Tensor, Tensor]:
+    """Log-probabilities of the pack's m tokens, [m, d] their gradients by the projection's output and [m, f] its input, float32.
+
+    No hidden state may predict two tokens, so the pack must not share prompts. Gradients of parameters are not touched.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.extend((inputs[0], output))
+
+    hook = last_down_projection(model).register_forward_hook(keep)
+    with torch.enable_grad():
+        result = model(PackTensors.of(pack, device), temperature)
+    hook.remove()
+    inward, output = seen
+    (outward,) = torch.autograd.grad(result.logprobs.sum(), output)
+    at = torch.from_numpy(pack.predict_positions).to(device)
+    return result, outward[0, at].float(), inward.detach()[0, at].float()
+
+
+def gradient_metrics(
+    model: PackedCausalLM, batch: TrainBatch, rows: NDArray[np.int64], plan: Plan, device: torch.device
+) -> dict[str, Metric]:
+    """`gradient/<name>` of `gradient_diagnostics` for the responses `rows` under the live policy. All ranks must be asked.
+
+    `used` are the batch's advantages as they stand: with `hierarchical` and output `score_weight`, what the update weights scores by.
+    """
+    groups = []
+    ids = batch.rollouts.group_ids[rows]
+    for group in np.unique(ids):
+        members = rows[ids == group]
+        if len(members) > 1:
+            groups.append(_group_moments(model, batch, members, plan(members), device).spread(len(members)))
+    return {f"gradient/{name}": mean(value) for name, value in gradient_diagnostics(groups).items()}
+
+
+def _group_moments(
+    model: PackedCausalLM, batch: TrainBatch, members: NDArray[np.int64], packs: Sequence[Pack], device: torch.device
+) -> GroupMoments:
+    """Over all ranks. A response's scores are used as soon as they are there; its weights need the rewards of the whole group only."""
+    rewards = torch.from_numpy(batch.rewards.rewards[members].astype(np.float64)).to(device)
+    plain = plain_weights(rewards, torch.ones_like(rewards))  # [3, G]
+    place = {int(row): i for i, row in enumerate(members)}
+    projection = last_down_projection(model)
+    outward, inward, none = (
+        torch.zeros(0, size, device=device) for size in (projection.out_features, projection.in_features, len(BASELINES))
+    )
+    nothing = response_moments(none.T, outward, inward, none[:, 0])  # all that a rank without a response of the group has
+    parts = []
+    for pack in packs:
+        result, outward, inward = pack_scores(model, pack, batch.rollouts.temperature, device)
+        if pack.is_filler:
+            continue
+        sampled, used = (
+            torch.from_numpy(array[pack.flat_positions]).to(device) for array in (batch.rollouts.rollout_logprobs, batch.advantages)
+        )
+        for index, row in enumerate(pack.rows):
+            own = torch.from_numpy(pack.response_index == index).to(device)
+            ratio = (result.logprobs.detach()[own].double() - sampled[own].double()).sum().exp()
+            weights = (ratio * plain[:, place[int(row)], None]).float().expand(-1, int(own.sum()))
+            weights = torch.cat([weights, used[own][None]])
+            parts.append(response_moments(weights, outward[own], inward[own], result.score_norms[own]))
+    own_sum = sum(parts, start=nothing)
+    arrays = (own_sum.gradient, own_sum.squares, own_sum.same_position, own_sum.proxy)
+    for array in arrays:
+        dist.all_reduce(array)
+    return GroupMoments(*arrays)
