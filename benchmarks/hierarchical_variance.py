@@ -83,7 +83,7 @@ def plain(name: str) -> Weights:
         ratios = (batch.old_logprobs - batch.rollout_logprobs).cumsum(1).exp().unflatten(0, (groups, -1))
         rewards = batch.rewards.unflatten(0, (groups, -1))
         present = torch.ones_like(rewards, dtype=torch.bool)
-        grouped = GroupedBatch(ratios, rewards, rewards, present, ratios, Layers.of("final", ratios.shape[2], 1))
+        grouped = GroupedBatch(ratios, rewards, rewards, present, ratios, Layers.of("final", ratios.shape[2], 1, ratios.device))
         return (
             plain_baseline(name, grouped, batch.score_norms.unflatten(0, (groups, -1)), rewards).flatten(0, 1) * batch.response_mask
         )

@@ -85,5 +85,52 @@ class ResponseSpace:
         )
 
 
+class Enumerated:
+    """All responses of a random policy, a drifted sampler, and random rewards."""
+
+    def __init__(
+        self, seed: int, context: Context = "prefix", end_token: bool = False, size: tuple[int, int] = (3, 4), drift: float = 0.6
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        self.space = ResponseSpace.of(*size, context=context, end_token=end_token)
+        self.old = self.space.random_logits(generator)
+        self.rollout = self.old + drift * self.space.random_logits(generator)
+        self.rewards = torch.randn(len(self.space.tokens), generator=generator, dtype=torch.float64)
+        self.probability = self.space.probabilities(self.rollout)  # [S] of being sampled
+        self.ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()  # [S, L]
+        self.scores = self.space.scores(self.old)  # [S, L, P]
+        self.gradient = self.space.gradient(self.old, self.rewards)
+        self.generator = generator
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Expectation under the sampler of something a response has."""
+        return torch.tensordot(self.probability, values, dims=1)
+
+    def token_gradients(self, beta: Tensor) -> Tensor:
+        """[S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L] of (position, layer >= position)."""
+        later = torch.ones(self.space.length, self.space.length, dtype=torch.float64).triu()
+        alpha = self.ratios[:, None, :] / self.ratios[:, :, None]  # [S, t, s]
+        residual = alpha[:, :, -1] * self.rewards[:, None] - (alpha * beta * later).sum(2)
+        return (self.ratios * residual)[..., None] * self.scores
+
+    def best_beta(self) -> Tensor:
+        """[L, L] the exact solution of the normal equations of every position."""
+        length = self.space.length
+        beta = torch.zeros(length, length, dtype=torch.float64)
+        norms = self.scores.square().sum(2)
+        for t in range(length):
+            alpha = self.ratios[:, t:] / self.ratios[:, t : t + 1]
+            weight = self.probability * self.ratios[:, t] ** 2 * norms[:, t]
+            gram = (alpha * weight[:, None]).T @ alpha
+            beta[t, t:] = torch.linalg.pinv(gram, hermitian=True, rtol=1e-11) @ (
+                (alpha * weight[:, None]).T @ (alpha[:, -1] * self.rewards)
+            )
+        return beta
+
+    def drawn(self, groups: int, size: int) -> AdvantageInputs:
+        indices = torch.multinomial(self.probability, groups * size, replacement=True, generator=self.generator)
+        return self.space.inputs(indices, self.rewards, self.rollout, self.old, torch.arange(groups).repeat_interleave(size))
+
+
 def _key(tokens: tuple[int, ...], position: int, context: Context) -> tuple[int, ...]:
     return tokens[:position] if context == "prefix" else tokens[max(position - 1, 0) : position]

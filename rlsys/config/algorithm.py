@@ -9,6 +9,13 @@ from rlsys.config.section import Section
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
+class BaselineNetworkConfig(Section):
+    """The network of `hierarchical` with `solver: network`."""
+
+    width: int = Field(default=64, ge=1, description="Units of its one hidden layer.")
+    learning_rate: float = Field(default=3e-3, gt=0, description="Of Adam; one step a mini-batch.")
+
+
 class AdvantageConfig(Section):
     name: str = Field(default="grpo", description="A registered advantage estimator.")
     parameters: dict[str, Any] = Field(
@@ -18,6 +25,9 @@ class AdvantageConfig(Section):
         default=False,
         description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: for "
         "estimators that correct for the policy having moved since sampling (hierarchical).",
+    )
+    network: BaselineNetworkConfig = Field(
+        default=BaselineNetworkConfig(), description="The network of `hierarchical` with `solver: network`."
     )
 
 

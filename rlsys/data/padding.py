@@ -31,13 +31,13 @@ class ResponsePadding:
         return ResponsePadding(np.repeat(starts, lengths) + columns, rows, columns, (len(lengths), max(1, int(lengths.max()))))
 
     def pad(self, values: NDArray) -> Tensor:
-        """[N] -> [B, T], zeros (False) beyond each span."""
-        padded = np.zeros(self.shape, dtype=values.dtype)
+        """[N, ...] -> [B, T, ...], zeros (False) beyond each span."""
+        padded = np.zeros((*self.shape, *values.shape[1:]), dtype=values.dtype)
         padded[self.rows, self.columns] = values[self.flat]
         return torch.from_numpy(padded)
 
     def unpad(self, padded: Tensor, num_tokens: int) -> NDArray[np.float32]:
-        """[B, T] -> [N] float32, zeros on the prompts."""
-        flat = np.zeros(num_tokens, dtype=np.float32)
+        """[B, T, ...] -> [N, ...] float32, zeros on the prompts."""
+        flat = np.zeros((num_tokens, *padded.shape[2:]), dtype=np.float32)
         flat[self.flat] = padded.to(torch.float32).numpy()[self.rows, self.columns]
         return flat

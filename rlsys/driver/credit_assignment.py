@@ -18,7 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput, Need, estimator_needs, get_advantage_estimator
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    AdvantageOutput,
+    Need,
+    estimator_needs,
+    get_advantage_estimator,
+)
+from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
 from rlsys.algorithms.kl import adapted_coefficient, kl_estimate
 from rlsys.config import RunConfig
@@ -190,10 +197,26 @@ class CreditAssigner:
         return metrics
 
 
-def recomputed(
-    config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], old: NDArray[np.float32], score_norms: NDArray[np.float32]
-) -> tuple[TrainBatch, dict[str, Metric]]:
-    """`batch` with new `old_logprobs` and, at the responses `rows`, advantages that were estimated from them; `old` and `score_norms` are flat `[N]`.
+@dataclass(frozen=True, kw_only=True)
+class LiveLogprobs:
+    """What the live policy says of a batch, flat."""
+
+    logprobs: NDArray[np.float32]  # [N]
+    score_norms: NDArray[np.float32]  # [N]
+    layer_baselines: NDArray[np.float32] | None = None  # [N, p] of a baseline network; None: there is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """A batch whose advantages were estimated again, and what else the estimator gave."""
+
+    batch: TrainBatch
+    metrics: dict[str, Metric]
+    regression: BaselineRegression | None  # flat [N, ...], what a baseline network is to learn
+
+
+def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs) -> Recomputed:
+    """`batch` with the live log-probabilities as `old_logprobs` and, at the responses `rows`, advantages that were estimated from them.
 
     For `algorithm.advantage.recompute`. Costs of tokens and greedy responses do not go with it (refused before a run starts).
 
@@ -207,18 +230,31 @@ def recomputed(
         response_mask=padding.pad(rollouts.response_mask)[index],
         group_ids=torch.from_numpy(rollouts.group_ids[rows]),
         rollout_logprobs=padding.pad(rollouts.rollout_logprobs)[index],
-        old_logprobs=padding.pad(old)[index],
-        score_norms=padding.pad(score_norms)[index],
+        old_logprobs=padding.pad(live.logprobs)[index],
+        score_norms=padding.pad(live.score_norms)[index],
+        layer_baselines=None if live.layer_baselines is None else padding.pad(live.layer_baselines)[index],
         truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
     )
     output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
     if not bool(torch.isfinite(output.advantages).all()):
         raise ValueError(f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite")
-    whole = torch.zeros(padding.shape)
-    whole[index] = output.advantages.float()
-    advantages = padding.unpad(whole, len(rollouts.token_ids))
-    metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
-    return replace(batch, advantages=advantages, old_logprobs=old), metrics
+
+    def flat(values: Tensor) -> NDArray[np.float32]:
+        """[b, t, ...] of the rows, perhaps without columns at the end -> [N, ...]."""
+        whole = torch.zeros(*padding.shape, *values.shape[2:])
+        whole[index, : values.shape[1]] = values.float()
+        return padding.unpad(whole, len(rollouts.token_ids))
+
+    regression = output.regression
+    if regression is not None:
+        regression = BaselineRegression(
+            *(torch.from_numpy(flat(array)) for array in (regression.features, regression.base, regression.weights))
+        )
+    return Recomputed(
+        batch=replace(batch, advantages=flat(output.advantages), old_logprobs=live.logprobs),
+        metrics={f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()},
+        regression=regression,
+    )
 
 
 def _of_each_response(rollouts: RolloutBatch, of_prompts: NDArray[np.float32]) -> NDArray[np.float32]:

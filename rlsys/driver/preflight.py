@@ -157,6 +157,17 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
             "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
             "token_kl_grpo and with remax."
         )
+    if algorithm.advantage.name == "hierarchical" and algorithm.advantage.parameters.get("solver") == "network":
+        if not algorithm.advantage.recompute:
+            yield (
+                "algorithm.advantage.parameters.solver: 'network' is evaluated and trained by the policy's ranks, before each mini-batch. Set "
+                "algorithm.advantage.recompute true."
+            )
+        if config.policy.epochs > 1:
+            yield (
+                f"policy.epochs: in the second of {config.policy.epochs} epochs the baseline network would have seen the responses it is used on, which "
+                "is biased. Set it to 1, or another algorithm.advantage.parameters.solver."
+            )
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."

@@ -78,6 +78,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--data.template", "few_shots"], "data.template", "Did you mean few_shot"),
         (["--algorithm.advantage.parameters.std_dof", "1"], "algorithm.advantage.parameters.std_dof", "Did you mean std_ddof"),
         (["--algorithm.advantage.parameters.eps", "small"], "algorithm.advantage.parameters.eps", "expects float"),
+        (
+            ["--algorithm.advantage.name", "hierarchical", "--algorithm.advantage.parameters.solver", "network"],
+            "algorithm.advantage.parameters.solver",
+            "recompute true",
+        ),
         (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
         (["--policy.ranks", "60"], "policy.ranks", "this machine has"),
         (["--generation.samples_per_prompt", "1"], "generation.samples_per_prompt", "Sample at least 2"),

@@ -13,6 +13,7 @@ import torch
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
+    BaselineNetworkConfig,
     DiagnosticsConfig,
     EntropyConfig,
     KLConfig,
@@ -212,6 +213,39 @@ async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ra
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"  # the checkpoint is a Hugging Face directory
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def with_baseline_network(ranks: int) -> RunConfig:
+    advantage = AdvantageConfig(
+        name="hierarchical",
+        parameters={"solver": "network"},
+        recompute=True,
+        network=BaselineNetworkConfig(learning_rate=0.05),
+    )
+    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum")
+    plan = config(ranks, mini_batches=3, microbatch_tokens=4096 if ranks == 1 else 50)
+    return plan.model_copy(update={"algorithm": algorithm})
+
+
+async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tmp_path: Path):
+    """Three mini-batches: untrained, trained but unproven, then in use."""
+    batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
+    assert batch.old_logprobs is not None
+    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs))
+    async with Group(with_baseline_network(1)) as group:
+        first = values(await group.update(ray.put(batch)))
+        await group.save(tmp_path)
+        second = values(await group.update(ray.put(batch)))
+        straight = await weights_of(group)
+    async with Group(with_baseline_network(1)) as group:
+        await group.load(tmp_path)
+        assert values(await group.update(ray.put(batch)))["advantage/strength_network"] == second["advantage/strength_network"]
+        resumed = await weights_of(group)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+    _, two = await updated(with_baseline_network(2), batch)
+    for name in ("advantage/strength_network", "advantage/variance_ratio/used", "policy/grad_norm"):
+        assert two[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
+    assert second["advantage/strength_network"] > 0
 
 
 async def test_another_number_of_ranks_is_refused(tmp_path: Path):

@@ -11,59 +11,12 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, estimator_needs, hierarchical_advantages, rloo_advantages
-from rlsys.algorithms.advantages.hierarchical import WarmStart
 from rlsys.algorithms.advantages.hierarchical_fits import by_cholesky, gauss_seidel
-from tests.enumerable_policy import Context, ResponseSpace
+from rlsys.algorithms.advantages.hierarchical_layers import Layers
+from tests.enumerable_policy import Context, Enumerated
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
 SPACES: list[tuple[Context, bool]] = [("prefix", False), ("prefix", True), ("previous_token", False), ("previous_token", True)]
-
-
-class Enumerated:
-    """All responses of a random policy, a drifted sampler, and random rewards."""
-
-    def __init__(
-        self, seed: int, context: Context = "prefix", end_token: bool = False, size: tuple[int, int] = (3, 4), drift: float = 0.6
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        self.space = ResponseSpace.of(*size, context=context, end_token=end_token)
-        self.old = self.space.random_logits(generator)
-        self.rollout = self.old + drift * self.space.random_logits(generator)
-        self.rewards = torch.randn(len(self.space.tokens), generator=generator, dtype=torch.float64)
-        self.probability = self.space.probabilities(self.rollout)  # [S] of being sampled
-        self.ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()  # [S, L]
-        self.scores = self.space.scores(self.old)  # [S, L, P]
-        self.gradient = self.space.gradient(self.old, self.rewards)
-        self.generator = generator
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Expectation under the sampler of something a response has."""
-        return torch.tensordot(self.probability, values, dims=1)
-
-    def token_gradients(self, beta: Tensor) -> Tensor:
-        """[S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L] of (position, layer >= position)."""
-        later = torch.ones(self.space.length, self.space.length, dtype=torch.float64).triu()
-        alpha = self.ratios[:, None, :] / self.ratios[:, :, None]  # [S, t, s]
-        residual = alpha[:, :, -1] * self.rewards[:, None] - (alpha * beta * later).sum(2)
-        return (self.ratios * residual)[..., None] * self.scores
-
-    def best_beta(self) -> Tensor:
-        """[L, L] the exact solution of the normal equations of every position."""
-        length = self.space.length
-        beta = torch.zeros(length, length, dtype=torch.float64)
-        norms = self.scores.square().sum(2)
-        for t in range(length):
-            alpha = self.ratios[:, t:] / self.ratios[:, t : t + 1]
-            weight = self.probability * self.ratios[:, t] ** 2 * norms[:, t]
-            gram = (alpha * weight[:, None]).T @ alpha
-            beta[t, t:] = torch.linalg.pinv(gram, hermitian=True, rtol=1e-11) @ (
-                (alpha * weight[:, None]).T @ (alpha[:, -1] * self.rewards)
-            )
-        return beta
-
-    def drawn(self, groups: int, size: int) -> AdvantageInputs:
-        indices = torch.multinomial(self.probability, groups * size, replacement=True, generator=self.generator)
-        return self.space.inputs(indices, self.rewards, self.rollout, self.old, torch.arange(groups).repeat_interleave(size))
 
 
 # The theory, exactly
@@ -311,14 +264,21 @@ def test_gauss_seidel_converges_to_the_solution_and_faster_from_a_near_one():
     assert few < many
 
 
-def test_gauss_seidel_in_the_estimator_and_its_warm_start():
+def test_gauss_seidel_in_the_estimator():
+    """At the last position the current layer is the final one: there only the ridge, and many sweeps, tell them apart."""
     made = Enumerated(10, size=(3, 4))
-    memory = WarmStart()
-    for _ in range(2):
+    for _ in range(4):
         drawn = made.drawn(12, 8)
-        swept = hierarchical_advantages(drawn, solver="gauss_seidel", scope="batch", ridge=1.0, warm_start=memory).advantages
-        assert torch.allclose(swept, hierarchical_advantages(drawn, scope="batch", ridge=1.0).advantages, atol=1e-4)
-    assert memory.coefficients
+        swept = hierarchical_advantages(drawn, solver="gauss_seidel", scope="batch", ridge=1.0).advantages
+        assert torch.allclose(swept, hierarchical_advantages(drawn, scope="batch", ridge=1.0).advantages, atol=1e-6)
+
+
+def test_layers_are_where_the_ratios_are():
+    """On the meta device, which computes nothing and refuses to mix."""
+    meta = torch.device("meta")
+    layers = Layers.of("blocks", 9, 4, meta)
+    ratios, positions = torch.empty(2, 3, 9, device=meta), torch.empty(9, dtype=torch.int64, device=meta)
+    assert layers.features(ratios, positions).device == layers.kernel(ratios, positions, ratios.transpose(1, 2)).device == meta
 
 
 # Promises

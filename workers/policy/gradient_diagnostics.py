@@ -17,11 +17,10 @@ from rlsys.algorithms.advantages.gradient_variance import (
     plain_weights,
     response_moments,
 )
-from rlsys.algorithms.token_logprobs import TokenLogprobs
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import Pack
 from rlsys.driver.metrics import Metric, mean
-from workers.policy.packed_forward import PackedCausalLM, PackTensors
+from workers.policy.packed_forward import PackedCausalLM, PackResult, PackTensors
 
 Plan = Callable[[NDArray[np.int64]], Sequence[Pack]]  # rows -> this rank's packs, each prompt computed for each response
 
@@ -42,9 +41,7 @@ def last_down_projection(model: PackedCausalLM) -> nn.Linear:
     return module
 
 
-def pack_scores(
-    model: PackedCausalLM, pack: Pack, temperature: float, device: torch.device
-) -> tuple[TokenLogprobs, Tensor, Tensor]:
+def pack_scores(model: PackedCausalLM, pack: Pack, temperature: float, device: torch.device) -> tuple[PackResult, Tensor, Tensor]:
     """Log-probabilities of the pack's m tokens, [m, d] their gradients by the projection's output and [m, f] its input, float32.
 
     No hidden state may predict two tokens, so the pack must not share prompts. Gradients of parameters are not touched.

@@ -12,10 +12,10 @@ from torch import Tensor
 from rlsys.algorithms.kl import kl_estimate
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, log_ratios, policy_objective, rollout_correction
-from rlsys.algorithms.token_logprobs import TokenLogprobs
 from rlsys.config import AlgorithmConfig
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import Pack
+from workers.policy.packed_forward import PackResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class _Padder:
 
 
 def pack_loss(
-    result: TokenLogprobs,
+    result: PackResult,
     pack: Pack,
     batch: TrainBatch,
     algorithm: AlgorithmConfig,
@@ -116,7 +116,7 @@ def pack_loss(
     return PackLoss(loss=loss, sums=sums, maxima={"ratio": float(ratio.max()), "gap": float(gap.max())})
 
 
-def pack_log_ratios(result: TokenLogprobs, pack: Pack, batch: TrainBatch, level: str) -> Tensor:
+def pack_log_ratios(result: PackResult, pack: Pack, batch: TrainBatch, level: str) -> Tensor:
     """[m] log-ratios of one level at the pack's tokens, for weights with a statistic over the mini-batch."""
     assert batch.old_logprobs is not None
     padder = _Padder(pack, result.logprobs.device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsys.algorithms.token_logprobs import TokenLogprobs, token_logprobs
+from rlsys.algorithms.token_logprobs import token_logprobs
 from rlsys.data.packing import Pack
 from workers.policy.packed_attention import PackedLayout
 
@@ -35,6 +36,15 @@ class PackTensors:
         )
 
 
+class PackResult(NamedTuple):
+    """Of each of the pack's m sampled tokens; float32 but for `hidden`."""
+
+    logprobs: Tensor  # [m]
+    entropies: Tensor  # [m]
+    score_norms: Tensor  # [m] without gradient
+    hidden: Tensor  # [m, d] last hidden state at the position that predicts it; without gradient
+
+
 class PackedCausalLM(nn.Module):
     """Decoder, then the LM head on the predicting positions only: prompts and the last tokens of responses never meet the vocabulary."""
 
@@ -43,11 +53,19 @@ class PackedCausalLM(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, pack: PackTensors, temperature: float) -> TokenLogprobs:
-        """[m] log-probabilities and entropies, float32."""
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear), "a causal language model has an LM head"
+        return head.in_features
+
+    def forward(self, pack: PackTensors, temperature: float) -> PackResult:
+        """Log-probabilities, entropies and score norms of the sampled tokens, and what they were predicted from."""
         decoder = self.model.get_decoder()
         output = decoder(input_ids=pack.token_ids, position_ids=pack.position_ids, use_cache=False, packed_layout=pack.layout)
         hidden = output.last_hidden_state[0].index_select(0, pack.predict_positions)
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an LM head"
-        return token_logprobs(hidden, head.weight, pack.targets, temperature=temperature, chunk_tokens=self.chunk_tokens)
+        tokens = token_logprobs(hidden, head.weight, pack.targets, temperature=temperature, chunk_tokens=self.chunk_tokens)
+        return PackResult(*tokens, hidden=hidden.detach())

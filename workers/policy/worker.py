@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
-from rlsys.driver.credit_assignment import recomputed, required_inputs
+from rlsys.driver.credit_assignment import LiveLogprobs, recomputed, required_inputs
 from rlsys.driver.metrics import Metric, combine, maximum, mean, total
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.plugins import load_plugins
+from workers.policy.baseline_network import BaselineLearner, wants_network
 from workers.policy.fsdp2 import (
     DTYPES,
     build_sharded_model,
@@ -133,6 +135,9 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        self.baselines: BaselineLearner | None = None
+        if wants_network(self.config):
+            self.baselines = BaselineLearner(self.config, self.model.hidden_size, self.device)
         if self.config.diagnostics.gradient:
             last_down_projection(self.model)  # refuses a model without one now, not after the first rollouts
 
@@ -158,7 +163,7 @@ class PolicyWorker(RankWorker):
         )
         losses, tokens = [], 0
         packs = self._packs(batch.rollouts, rows)
-        batch, diagnostics = self._recomputed(batch, rows, packs)
+        batch, diagnostics, regression = self._recomputed(batch, rows, packs)
         diagnostics |= self._gradient_metrics(batch, rows)
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
@@ -169,6 +174,10 @@ class PolicyWorker(RankWorker):
             if not pack.is_filler:
                 losses.append(loss)
                 tokens += len(pack.targets)
+                if self.baselines and regression:
+                    self.baselines.learn(result, pack, regression)
+        if self.baselines:
+            diagnostics |= self.baselines.step()
         chosen = {
             f"policy/{name}": mean(value)
             for name, value in parameters.items()
@@ -179,19 +188,29 @@ class PolicyWorker(RankWorker):
     @torch.no_grad()
     def _recomputed(
         self, batch: TrainBatch, rows: NDArray[np.int64], packs: Sequence[Pack]
-    ) -> tuple[TrainBatch, dict[str, Metric]]:
+    ) -> tuple[TrainBatch, dict[str, Metric], BaselineRegression | None]:
         """The batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it; every rank estimates the same."""
         if not self.config.algorithm.advantage.recompute:
-            return batch, {}
-        flat = np.zeros((2, len(batch.rollouts.token_ids)), dtype=np.float32)
+            return batch, {}, None
+        learner = self.baselines
+        flat = np.zeros((len(batch.rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
             if not pack.is_filler:
-                flat[:, pack.flat_positions] = torch.stack([result.logprobs, result.score_norms]).cpu().numpy()
+                columns = torch.stack([result.logprobs, result.score_norms], dim=1)
+                if learner:
+                    columns = torch.cat([columns, learner.baselines(result, pack)], dim=1)
+                flat[pack.flat_positions] = columns.cpu().numpy()
         everyone = torch.from_numpy(flat).to(self.device)
         dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
-        logprobs, norms = everyone.cpu().numpy()
-        return recomputed(self.config, batch, rows, logprobs, norms)
+        flat = everyone.cpu().numpy()
+        live = LiveLogprobs(
+            logprobs=np.ascontiguousarray(flat[:, 0]),
+            score_norms=np.ascontiguousarray(flat[:, 1]),
+            layer_baselines=flat[:, 2:] if learner else None,
+        )
+        made = recomputed(self.config, batch, rows, live)
+        return made.batch, made.metrics, made.regression
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """True gradients under several baselines, in the steps in which `diagnostics.gradient` asks for them."""
@@ -258,6 +277,8 @@ class PolicyWorker(RankWorker):
             self._save_model(path, weights)
             facts = {"ranks": self.world_size, "steps": self.steps}
             (path / "policy_state.json").write_text(json.dumps(facts))
+            if self.baselines:
+                self.baselines.save(path)
         torch.save(self._local_optimizer_state(), path / f"optimizer_rank{self.rank}.pt")
 
     def _save_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -300,6 +321,8 @@ class PolicyWorker(RankWorker):
         load_full_state_dict(self.model, load_file(path / "model.safetensors"))
         self._load_optimizer_state(torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True))
         self.steps = facts["steps"]
+        if self.baselines:
+            self.baselines.load(path)
 
     def _load_optimizer_state(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
         from torch.distributed.tensor import DTensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +26,7 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
     others_mean,
 )
 from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
+from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections
 from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
@@ -34,18 +34,11 @@ from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput,
 AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
 CHOICES = {
     "output": ("score_weight", "residual"),
-    "solver": ("wls", "gauss_seidel"),
+    "solver": ("wls", "gauss_seidel", "network"),
     "weights": ("ratio_squared", "uniform", "score", "tempered"),
     "cross_fit": ("leave_one_out", "none"),
     "scope": ("auto", "group", "batch"),
 }
-
-
-@dataclass
-class WarmStart:
-    """Where Gauss-Seidel starts the pooled fit of the next batch: the coefficients of the last. Keep one and pass it with every batch."""
-
-    coefficients: dict[tuple[int, ...], Tensor] | None = None
 
 
 @register_advantage_estimator("hierarchical", needs=("old_logprobs", "score_norms"))
@@ -67,7 +60,6 @@ def hierarchical_advantages(
     ratio_truncation: float | None = None,
     self_normalise: bool = False,
     diagnostics: bool = True,
-    warm_start: WarmStart | None = None,
 ) -> AdvantageOutput:
     """The policy-gradient weight of each token, importance-corrected, less one baseline for each layer of the future ratio.
 
@@ -97,7 +89,10 @@ def hierarchical_advantages(
         max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
             which then has a say in its own baselines through their number. Exactly unbiased only with a number.
         centre: False drops c, so that the ridge shrinks towards no baseline at all; needs a `ridge`.
-        solver: `gauss_seidel` sweeps over the layers, from `warm_start` where the batch before left one; same solution as `wls`.
+        solver: `gauss_seidel` sweeps over the layers until they no longer move; same solution as `wls`.
+            `network` takes b from `layer_baselines` times v, the variance of the others' rewards: a network on the policy's hidden
+            states that has not seen the batch, with its strength in it (`hierarchical_network`). `scope` and `cross_fit` then mean nothing, as no
+            coefficient is fitted; needs `algorithm.advantage.recompute`, since the policy's ranks evaluate and train it.
         Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
             `self_normalise` (O(1/G)).
         Groups of one, and groups of equal rewards, get exactly 0. A response gets RLOO's result where all
@@ -110,7 +105,15 @@ def hierarchical_advantages(
         ValueError: rollout or old log-probabilities missing or not finite, ratios that overflow, an unknown choice or a number out of range.
     """
     _check(
-        output=output, solver=solver, weights=weights, cross_fit=cross_fit, scope=scope, ridge=ridge, centre=centre, inputs=inputs
+        output=output,
+        solver=solver,
+        weights=weights,
+        cross_fit=cross_fit,
+        scope=scope,
+        ridge=ridge,
+        centre=centre,
+        moving=max_tokens is None and layers in ("blocks", "all"),
+        inputs=inputs,
     )
     bounds = Bounds(log_ratio_clip, ratio_truncation)
     dtype = at_least_float32(inputs.rewards).dtype
@@ -122,13 +125,18 @@ def hierarchical_advantages(
     places, present = padded_places(groups)
     alive = mask[places] & present[..., None]
     span = _span(mask.shape[1], max_tokens)
-    batch = _grouped(inputs, ratios, places, present, alive, Layers.of(layers, span, block_size), weights, centre, cross_fit)
+    batch = _grouped(
+        inputs, ratios, places, present, alive, Layers.of(layers, span, block_size, mask.device), weights, centre, cross_fit
+    )
     if not fit_ended:
         batch = replace(batch, weights=torch.where(alive, batch.weights, 0.0), steady=False)
     norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
-    solve = _sweeper(warm_start) if solver == "gauss_seidel" else None
+    solve = _swept if solver == "gauss_seidel" else None
     everywhere = torch.arange(mask.shape[1], device=mask.device)
-    if ridge is None:
+    regression = BaselineRegression.of(batch, places) if solver == "network" else None
+    if regression is not None:
+        correction, strengths = _learnt(regression, inputs.layer_baselines, places, present), {}
+    elif ridge is None:
         correction, strengths = _automatic(batch, norms, scope, solve, everywhere)
     else:
         correction, strengths = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve), {}
@@ -141,10 +149,17 @@ def hierarchical_advantages(
     advantages = torch.zeros(full.shape, dtype=dtype, device=full.device)
     asked = weight / batch.ratios.clamp(min=TINY) if output == "residual" else weight
     advantages[places[present], : mask.shape[1]] = asked[present].to(dtype)
-    return AdvantageOutput(advantages=advantages, diagnostics=measured)
+    return AdvantageOutput(advantages=advantages, regression=regression, diagnostics=measured)
 
 
-def _check(*, ridge: float | None, centre: bool, inputs: AdvantageInputs, **chosen: str) -> None:
+def _learnt(regression: BaselineRegression, baselines: Tensor | None, places: Tensor, present: Tensor) -> Tensor:
+    """[K, G, T] corrections by a network's baselines; 0 where there is no network yet."""
+    if baselines is None:
+        return regression.base.new_zeros(*places.shape, regression.base.shape[1], dtype=torch.float64)
+    return torch.where(present[..., None], regression.corrections(baselines).double()[places], 0.0)
+
+
+def _check(*, ridge: float | None, centre: bool, moving: bool, inputs: AdvantageInputs, **chosen: str) -> None:
     for name, value in chosen.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{FIELD}.{name}: {value!r} is none of {', '.join(CHOICES[name])}")
@@ -153,6 +168,14 @@ def _check(*, ridge: float | None, centre: bool, inputs: AdvantageInputs, **chos
     if ridge is None and not (centre and chosen["cross_fit"] == "leave_one_out"):
         raise ValueError(
             f"{FIELD}.ridge: automatic shrinkage is towards the leave-one-out mean. With centre false or cross_fit none, set a ridge, e.g. 1.0"
+        )
+    if moving and chosen["solver"] == "network":
+        raise ValueError(
+            f"{FIELD}.max_tokens: a network has one output a layer, so their number must not follow the batch. Set max_tokens."
+        )
+    if chosen["solver"] == "network" and not (ridge is None and centre):
+        raise ValueError(
+            f"{FIELD}.solver: 'network' fits no ridge and compares with the others' mean. Leave ridge null and centre true."
         )
     if not torch.isfinite(inputs.rewards).all():
         raise ValueError("rewards: not all are finite")
@@ -194,7 +217,7 @@ def _trimmed(inputs: AdvantageInputs) -> AdvantageInputs:
     """Without the columns after the last token of all, which would add layers and sampled positions that mean nothing."""
     mask = inputs.response_mask
     width = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 0
-    names = ("response_mask", "token_rewards", "rollout_logprobs", "old_logprobs", "score_norms")
+    names = ("response_mask", "token_rewards", "rollout_logprobs", "old_logprobs", "score_norms", "layer_baselines")
     cut = {name: array[:, :width] for name in names if (array := getattr(inputs, name)) is not None}
     return replace(inputs, **cut, ref_logprobs=None, values=None)
 
@@ -293,7 +316,7 @@ def _diagnostics(
     shifted = rewards - rewards[:, :1] * batch.present
     centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
     for name in ("final", "current", "current_and_final", "blocks"):
-        other = replace(centred, layers=Layers.of(name, span, block_size))
+        other = replace(centred, layers=Layers.of(name, span, block_size, weight.device))
         weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at)[0]
     ratios = variance_ratios(weights, n)
     share = effective_share(batch.ratios[:, :, at], alive)
@@ -306,14 +329,5 @@ def _diagnostics(
     }
 
 
-def _sweeper(memory: WarmStart | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Gauss-Seidel as a solver of pooled fits ([t, p], started where `memory` has one of that shape and kept there) and of group fits."""
-
-    def solve(gram: Tensor, moment: Tensor) -> Tensor:
-        known = None if memory is None or memory.coefficients is None else memory.coefficients.get(tuple(moment.shape))
-        beta, _ = gauss_seidel(gram, moment, start=known)
-        if memory is not None and moment.ndim == 2:
-            memory.coefficients = {**(memory.coefficients or {}), tuple(moment.shape): beta}
-        return beta
-
-    return solve
+def _swept(gram: Tensor, moment: Tensor) -> Tensor:
+    return gauss_seidel(gram, moment)[0]

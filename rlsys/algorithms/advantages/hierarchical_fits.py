@@ -216,7 +216,7 @@ def _centred(batch: GroupedBatch, parts: Tensor, n: Tensor) -> Tensor:
 
 
 def gauss_seidel(
-    gram: Tensor, moment: Tensor, *, start: Tensor | None = None, sweeps: int = 200, tolerance: float = 1e-10
+    gram: Tensor, moment: Tensor, *, start: Tensor | None = None, sweeps: int = 5000, tolerance: float = 1e-10
 ) -> tuple[Tensor, int]:
     """Solution of gram @ beta = moment, one layer at a time, and the sweeps it took.
 

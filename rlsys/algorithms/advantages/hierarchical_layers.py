@@ -24,8 +24,8 @@ class Layers:
     span: int  # positions that the layers are laid over
 
     @staticmethod
-    def of(name: str, length: int, block_size: int) -> Layers:
-        """The layer set called `name` for responses of at most `length` tokens.
+    def of(name: str, length: int, block_size: int, device: torch.device | None = None) -> Layers:
+        """The layer set called `name` for responses of at most `length` tokens; `device` is that of the ratios it will meet (None: the CPU).
 
         Conventions: positions count from 0. `final` is the last position: the cumulative log-ratio is constant after a response's end, so the
         ratio there is that of the whole response, whatever its length. `blocks` ends a layer after every `block_size` tokens.
@@ -45,7 +45,9 @@ class Layers:
             "all": list(range(length)),
             "blocks": sorted({*range(block_size - 1, last, max(block_size, 1)), last}),
         }.get(name, [last])
-        return Layers(torch.tensor(base, dtype=torch.int64), name in ("current", "current_and_final", "blocks"), length)
+        return Layers(
+            torch.tensor(base, dtype=torch.int64, device=device), name in ("current", "current_and_final", "blocks"), length
+        )
 
     @property
     def most(self) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.registry import Registry
 
 
@@ -29,6 +30,7 @@ class AdvantageInputs:
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
     step_ends: Tensor | None = None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
     kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
+    layer_baselines: Tensor | None = None  # [B, T, p] of a network that has not seen the batch; None: all 0
     state: Mapping[str, float] = field(default_factory=dict)  # what the estimator returned as its state for the batch before
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class AdvantageOutput:
 
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
+    regression: BaselineRegression | None = None  # what a network of layer baselines is to learn from this batch
     state: Mapping[str, float] = field(default_factory=dict)  # comes back with the next batch; saved in checkpoints
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
