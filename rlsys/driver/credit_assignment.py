@@ -66,12 +66,24 @@ class _Arrays:
         )
 
 
+def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
+    """What the configured estimator makes of `inputs`.
+
+    Raises:
+        ValueError: its advantages are not finite.
+    """
+    advantage = config.algorithm.advantage
+    output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
+    if not bool(torch.isfinite(output.advantages).all()):
+        raise ValueError(f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite")
+    return output
+
+
 class CreditAssigner:
     """Turns scored rollouts into train batches, one after the other."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._estimator = get_advantage_estimator(config.algorithm.advantage.name)
         self._kl_coefficient = config.algorithm.kl.coefficient
         self._temperature = config.algorithm.entropy.temperature
         self._estimator_state: Mapping[str, float] = {}
@@ -107,13 +119,7 @@ class CreditAssigner:
         """
         arrays = _Arrays.join(rollouts, old, ref)
         padding = ResponsePadding.of(rollouts)
-        output = self._estimator(
-            self._inputs(rollouts, rewards, arrays, padding, greedy), **self._config.algorithm.advantage.parameters
-        )
-        if not bool(torch.isfinite(output.advantages).all()):
-            raise ValueError(
-                f"algorithm.advantage.name: {self._config.algorithm.advantage.name!r} gave advantages that are not finite"
-            )
+        output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
         self._estimator_state = output.state
         batch = self._train_batch(rollouts, rewards, arrays, output, padding)
         metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()} | self._adapt(rollouts, arrays)
@@ -223,7 +229,7 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
     Raises:
         ValueError: the estimator gave a result that is not finite.
     """
-    rollouts, advantage = batch.rollouts, config.algorithm.advantage
+    rollouts = batch.rollouts
     padding, index = ResponsePadding.of(rollouts), torch.from_numpy(rows)
     inputs = AdvantageInputs(
         rewards=torch.from_numpy(batch.rewards.rewards[rows]),
@@ -235,9 +241,7 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
         layer_baselines=None if live.layer_baselines is None else padding.pad(live.layer_baselines)[index],
         truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
     )
-    output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
-    if not bool(torch.isfinite(output.advantages).all()):
-        raise ValueError(f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite")
+    output = _estimate(config, inputs)
 
     def flat(values: Tensor) -> NDArray[np.float32]:
         """[b, t, ...] of the rows, perhaps without columns at the end -> [N, ...]."""
