@@ -132,7 +132,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
 def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     """Fields of the algorithm that only make sense together."""
     algorithm, kl, entropy = config.algorithm, config.algorithm.kl, config.algorithm.entropy
-    if algorithm.advantage.name in available_advantage_estimators():
+    known = algorithm.advantage.name in available_advantage_estimators()  # an unknown one is refused elsewhere
+    if known:
         in_advantage = "ref_logprobs" in estimator_needs(algorithm.advantage.name)
         if in_advantage and (kl.placement != "advantage" or kl.coefficient == 0):
             yield (
@@ -151,7 +152,7 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     if entropy.target is not None and entropy.temperature == 0:
         yield f"algorithm.entropy.target: {entropy.target:g} can only be reached from a temperature above 0. Set algorithm.entropy.temperature."
     costs = (kl.placement != "loss" and kl.coefficient > 0) or entropy.temperature > 0
-    needs_greedy = algorithm.advantage.name == "remax"
+    needs_greedy = known and "greedy_rewards" in estimator_needs(algorithm.advantage.name)
     if algorithm.advantage.recompute and (costs or needs_greedy):
         yield (
             "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
