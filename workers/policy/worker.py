@@ -355,7 +355,7 @@ def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
         return mean(sum(loss.sums[name] for loss in losses) / tokens, tokens)
 
     metrics = {
-        "policy/loss": total(sum(float(loss.loss) for loss in losses)),
+        "policy/loss": total(sum(float(loss.loss.detach()) for loss in losses)),
         "policy/entropy": average("entropy"),
         "policy/ratio_mean": average("ratio"),
         "policy/ratio_square": average("ratio_square"),

@@ -1,0 +1,289 @@
+"""Variance of the true policy gradient under each baseline, on a language model whose policy is 0 to 8 updates ahead of its sampler.
+
+    python -m recipes.grpo_math --trainer.steps 12 --run.directory runs/warm
+    python -m benchmarks.hierarchical_real_model --model runs/warm/checkpoints/step_000012           the table of docs/hierarchical_baselines.md
+
+Real engine, real FSDP2 policy, in one process. For each of P prompts the sampler draws R groups of G responses. The policy then makes updates of
+`recipes.hierarchical_math` on other samples of the same sampler. After some of them the gradient of each group is taken, by the last layer's down
+projection, under every baseline:
+
+    g_pr = 1/G sum_i sum_t W_it score_it            V = sum_p 1/(R-1) sum_r || g_pr - mean_r g_pr ||^2
+
+Nothing is assumed: what responses share through their baselines and what positions have in common is in V. Each of the R replicates is a batch of its
+own for the estimator. Reported is V over that of the leave-one-out mean, with a jackknife error over prompts, and beside it what
+`diagnostics.gradient` makes of the same gradients from the spread within groups, the proxy, the share between positions, and the bias
+against the leave-one-out mean: R || mean difference ||^2 over the variance of the difference, 1 if both have the same mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.hierarchical_variance import hierarchical, plain
+from recipes.hierarchical_math import hierarchical_math
+from rlsys.algorithms.advantages import AdvantageInputs
+from rlsys.algorithms.advantages.baseline_variance import effective_share
+from rlsys.algorithms.advantages.gradient_variance import GroupMoments, response_moments
+from rlsys.config import RunConfig
+from rlsys.config.command_line import evolve
+from rlsys.config.hardware import detect_hardware
+from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.padding import ResponsePadding
+from rlsys.data.prompt_stream import load_prompts
+from rlsys.data.prompt_templates import stop_strings
+from rlsys.models import resolve_model
+from rlsys.models.loading import load_tokenizer
+from rlsys.rewards.scoring import score_completion
+from workers.generation.engine import RolloutEngine
+from workers.generation.worker import build_rollouts, make_engine
+from workers.policy.gradient_diagnostics import pack_scores
+from workers.policy.worker import PolicyWorker
+
+LAYERS = ("final", "current", "current_and_final", "blocks")
+METHODS = {name: plain(name) for name in ("leave_one_out", "none", "group_mean", "opo", "optimal_token")} | {
+    name: hierarchical(name) for name in LAYERS
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses of one sampler with their rewards."""
+
+    rollouts: RolloutBatch
+    rewards: RewardBatch
+
+
+def sample_all(config: RunConfig, model: str, batches: Sequence[PromptBatch], sizes: Sequence[int]) -> list[Scored]:
+    """One group for each entry of each batch, of as many responses as the batch's size says."""
+    engine = make_engine(config, model)
+    return [sample(engine, config, *each, seed) for seed, each in enumerate(zip(batches, sizes, strict=True))]
+
+
+def sample(engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size: int, seed: int) -> Scored:
+    """One group of `size` responses for each entry of `prompts`."""
+    generation = config.generation
+    sampling = SamplingParameters(
+        samples_per_prompt=size,
+        temperature=generation.temperature,
+        min_tokens=generation.min_tokens,
+        max_tokens=generation.max_tokens,
+        stop=stop_strings(config.data.template, generation.stop),
+        seed=seed,
+    )
+    groups = [group for some in engine.generate(prompts.prompts, range(len(prompts)), sampling) for group in some]
+    rollouts = build_rollouts(prompts, sorted(groups, key=lambda group: group.index), sampling, 0)
+    truths = {int(group): prompt.ground_truth for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)}
+    scores = [
+        score_completion(config.reward.functions, text, truths[int(group)])
+        for text, group in zip(rollouts.response_texts, rollouts.group_ids, strict=True)
+    ]
+    rewards = np.asarray([score.components[0] for score in scores], dtype=np.float32)
+    return Scored(
+        rollouts,
+        RewardBatch(
+            batch_id=rollouts.batch_id,
+            rewards=rewards,
+            accuracies=rewards,
+            components={"math": rewards},
+            reasons=tuple(score.reason for score in scores),
+            extracted_answers=tuple(score.answer for score in scores),
+        ),
+    )
+
+
+def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
+    """[M, B, T] policy-gradient weight of each token under each method; replicates lie one after the other."""
+
+    def part(k: int) -> AdvantageInputs:
+        rewards, mask, groups, rollout, old, norms = (
+            None if array is None else array.chunk(replicates)[k]
+            for array in (
+                *(inputs.rewards, inputs.response_mask, inputs.group_ids),
+                *(inputs.rollout_logprobs, inputs.old_logprobs, inputs.score_norms),
+            )
+        )
+        assert rewards is not None
+        assert mask is not None
+        assert groups is not None
+        return AdvantageInputs(
+            rewards=rewards, response_mask=mask, group_ids=groups, rollout_logprobs=rollout, old_logprobs=old, score_norms=norms
+        )
+
+    parts = [part(k) for k in range(replicates)]
+    return torch.stack([torch.cat([method(each) for each in parts]) for method in METHODS.values()])
+
+
+@dataclass(frozen=True)
+class PromptMoments:
+    """What the R groups of one prompt say of each of M methods; all [M]."""
+
+    between: Tensor  # 1/(R-1) sum_r || g_r - mean ||^2
+    within: Tensor  # the same from the responses of each group, as `diagnostics.gradient` has it
+    squares: Tensor
+    same_position: Tensor
+    proxy: Tensor
+    shift: Tensor  # R || mean difference to the first method ||^2
+    shift_variance: Tensor
+
+
+def prompt_moments(groups: list[GroupMoments], size: int) -> PromptMoments:
+    count = len(groups)
+    spread = torch.stack([group.spread(size) for group in groups]).double().sum(0)
+    gradients = torch.stack([group.gradient for group in groups]) / size  # [R, M, d, f]
+    difference = gradients - gradients[:, :1]
+
+    def about_mean(values: Tensor) -> tuple[Tensor, Tensor]:
+        middle = values.mean(0)
+        return (values - middle).square().sum((0, 2, 3)).double() / (count - 1), count * middle.square().sum((1, 2)).double()
+
+    between, _ = about_mean(gradients)
+    shift_variance, shift = about_mean(difference)
+    return PromptMoments(between, spread[0] / (count * size**2), *spread[1:], shift=shift, shift_variance=shift_variance)
+
+
+class Experiment:
+    """A sampler, the samples that are looked at, and a policy that moves on."""
+
+    def __init__(self, config: RunConfig, prompts: int, replicates: int, size: int) -> None:
+        self.config, self.prompts, self.replicates, self.size = config, prompts, replicates, size
+        model = str(resolve_model(config.model.path))
+        loaded = load_prompts(config, load_tokenizer(model)).train
+        looked_at, others = loaded.next_batch().prompts[:prompts], loaded.next_batch()
+        repeated = PromptBatch(batch_id=0, prompts=looked_at * replicates, group_ids=np.arange(prompts * replicates))
+        # The engine in a process of its own: it would join a process group in this one.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            sizes = (size, config.generation.samples_per_prompt)
+            self.looked_at, self.trained_on = process.submit(sample_all, config, model, (repeated, others), sizes).result()
+        self.policy = PolicyWorker(config, model, 0, 1)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.policy.setup(f"tcp://127.0.0.1:{port}")
+        self.updates = 0
+
+    def update(self) -> None:
+        """One update, on the next two groups."""
+        rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
+        chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
+        rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
+        batch = TrainBatch(
+            rollouts=rollouts, rewards=rewards, advantages=np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        )  # estimated from the live policy
+        self.policy._mini_batch(batch, rows)
+        self.updates += 1
+
+    def inputs(self) -> AdvantageInputs:
+        """What the estimators see of the responses that are looked at, under the policy as it is."""
+        rollouts, padding = self.looked_at.rollouts, ResponsePadding.of(self.looked_at.rollouts)
+        live = self.policy.logprobs(rollouts)
+
+        def padded(array: str) -> Tensor:
+            values: NDArray[np.float32] = LogprobBatch.scatter([live], rollouts.sequence_offsets, array)  # type: ignore[arg-type]
+            return padding.pad(values)
+
+        return AdvantageInputs(
+            rewards=torch.from_numpy(self.looked_at.rewards.rewards),
+            response_mask=padding.pad(rollouts.response_mask),
+            group_ids=torch.from_numpy(rollouts.group_ids),
+            rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
+            old_logprobs=padded("logprobs"),
+            score_norms=padded("score_norms"),
+        )
+
+    def moments(self, weights: Tensor) -> list[PromptMoments]:
+        """Of each prompt."""
+        found = []
+        for prompt in range(self.prompts):
+            groups = [self._group(weights, replicate * self.prompts + prompt) for replicate in range(self.replicates)]
+            found.append(prompt_moments(groups, self.size))
+        return found
+
+    def _group(self, weights: Tensor, number: int) -> GroupMoments:
+        rollouts, parts = self.looked_at.rollouts, []
+        rows = np.arange(number * self.size, (number + 1) * self.size)
+        for pack in self.policy._packs(rollouts, rows, may_share=False):
+            result, outward, inward = pack_scores(self.policy.model, pack, rollouts.temperature, self.policy.device)
+            for index, row in enumerate(pack.rows):
+                own = torch.from_numpy(pack.response_index == index)
+                at = torch.from_numpy(pack.response_positions)[own]
+                parts.append(
+                    response_moments(weights[:, int(row), at].float(), outward[own], inward[own], result.score_norms[own].detach())
+                )
+        return sum(parts[1:], start=parts[0])
+
+
+def jackknife(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, M] variances by prompt -> [M] ratio of their sums to the first method's, and its error."""
+    ratio = values.sum(0) / values[:, 0].sum()
+    left_out = (values.sum(0) - values) / (values[:, :1].sum(0) - values[:, :1])
+    count = len(values)
+    return ratio, ((count - 1) / count * (left_out - ratio).square().sum(0)).sqrt()
+
+
+def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) -> None:
+    """The rows of one number of updates."""
+    assert inputs.old_logprobs is not None
+    assert inputs.rollout_logprobs is not None
+    ratios = torch.where(inputs.response_mask, inputs.old_logprobs - inputs.rollout_logprobs, 0.0).double().cumsum(1).exp()
+    share = effective_share(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
+    ratio, error = jackknife(torch.stack([each.between for each in moments]))
+
+    def summed(name: str) -> Tensor:
+        return torch.stack([getattr(each, name) for each in moments]).sum(0)
+
+    within, proxy = (summed(name) / summed(name)[0] for name in ("within", "proxy"))
+    cross, bias = 1 - summed("same_position") / summed("squares"), summed("shift") / summed("shift_variance").clamp(min=1e-30)
+    for k, name in enumerate(METHODS):
+        print(
+            f"| {ahead} | {float(share):.2f} | {name} | {ratio[k]:.3f} ± {error[k]:.3f} | {within[k]:.3f} | {proxy[k]:.3f} | {cross[k]:+.2f} "
+            f"| {'' if k == 0 else f'{bias[k]:.2f}'} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="anything that --model.path takes; a policy that is right now and then"
+    )
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--replicates", type=int, default=4)
+    parser.add_argument("--size", type=int, default=16, help="responses of a group")
+    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="updates after which gradients are looked at")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further fields of the configuration")
+    arguments = parser.parse_args()
+    config = evolve(
+        hierarchical_math(detect_hardware()),
+        {
+            "model.path": arguments.model,
+            "trainer.prompts_per_step": max(arguments.prompts, 2 * max(arguments.ahead)),
+            **dict(item.split("=", 1) for item in arguments.set),
+        },
+    )
+    experiment = Experiment(config, arguments.prompts, arguments.replicates, arguments.size)
+    rewards = experiment.looked_at.rewards.rewards
+    mixed = [0 < group.mean() < 1 for group in np.split(rewards, arguments.prompts * arguments.replicates)]
+    print(f"{len(rewards)} responses, mean reward {rewards.mean():.3f}, {np.mean(mixed):.0%} of the groups with both rewards\n")
+    print(
+        "| ahead | effective share | baseline | variance ratio | within groups | proxy | between positions | bias |\n|---|---|---|---|---|---|---|---|"
+    )
+    for ahead in sorted(arguments.ahead):
+        while experiment.updates < ahead:
+            experiment.update()
+        inputs = experiment.inputs()
+        report(ahead, inputs, experiment.moments(weights_of(inputs, arguments.replicates)))
+    experiment.policy.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""GRPO, RLOO and hierarchical baselines trained on the embedded problems: same problems, same number of samples and of updates, several seeds.
+
+    python -m benchmarks.hierarchical_training runs/compare                    table and figure of docs/hierarchical_baselines.md
+    python -m benchmarks.hierarchical_training runs/compare --seeds 0          a quick look
+
+Four updates a rollout batch in every run, so that the policy is up to three updates ahead of its sampler. Runs that are already there are read, not
+made again.
+
+    grpo            group's mean and standard deviation, PPO's clip, token mean
+    rloo            leave-one-out mean, the ratio of the whole response: unbiased, as hierarchical at strength 0
+    hierarchical    `recipes.hierarchical_math` as it stands
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.driver.metrics_log import MetricsRecord, read_metrics
+
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("grpo_math", "--policy.mini_batches", "4"),
+    "rloo": (
+        *("rloo_math", "--policy.mini_batches", "4", "--algorithm.kl.coefficient", "0"),
+        *("--algorithm.objective.weight", "importance", "--algorithm.objective.ratio", "product"),
+    ),
+    "hierarchical": ("hierarchical_math",),
+}
+SAME = ("--data.synthetic.eval_size", "128", "--trainer.checkpoints.every", "0", "--trainer.save_rollouts_every", "0")
+FIGURE = Path("docs/images/hierarchical_training.svg")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One finished run."""
+
+    held_out: Mapping[int, float]  # accuracy by step
+    reward: float  # mean over all samples of the run
+    updates: float  # mean norm of the gradient before clipping
+    seconds: float  # median of a step
+
+    @staticmethod
+    def of(records: Sequence[MetricsRecord]) -> Curve:
+        steps = [record.values for record in records if record.kind == "train"]
+        return Curve(
+            held_out={record.step: record.values["eval/accuracy"] for record in records if record.kind == "eval"},
+            reward=statistics.fmean(step["reward/mean"] for step in steps),
+            updates=statistics.fmean(step["policy/grad_norm"] for step in steps),
+            seconds=statistics.median(step["time/step"] for step in steps),
+        )
+
+
+def run(arm: str, seed: int, directory: Path, steps: int) -> Curve:
+    """Train, unless `directory` holds the run already.
+
+    Raises:
+        SystemExit: a run of other length is there, or the run failed.
+    """
+    if not directory.exists():
+        recipe, *own = ARMS[arm]
+        command = [sys.executable, "-m", f"recipes.{recipe}", "--run.directory", str(directory), "--trainer.seed", str(seed)]
+        lengths = ("--trainer.steps", str(steps), "--trainer.evaluation.every", str(steps // 4))
+        subprocess.run([*command, *SAME, *own, *lengths], check=True)
+    records = read_metrics(directory / "metrics.jsonl")
+    if not records or records[-1].step != steps or records[-1].kind != "eval":
+        sys.exit(f"{directory} is not a finished run of {steps} steps. Remove it, or choose another directory.")
+    return Curve.of(records)
+
+
+def average(values: Sequence[float]) -> str:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):.3f} ± {error:.3f}"
+
+
+def table(curves: Mapping[str, Sequence[Curve]]) -> str:
+    """Markdown: a row an arm."""
+    steps = sorted(next(iter(curves.values()))[0].held_out)
+    names = [*(f"held out, {step}" for step in steps), "mean reward", "gradient norm", "seconds a step"]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm, runs in curves.items():
+        cells = [average([run.held_out[step] for run in runs]) for step in steps]
+        cells += [average([run.reward for run in runs]), average([run.updates for run in runs])]
+        lines.append(f"| {arm} | " + " | ".join([*cells, f"{statistics.median(run.seconds for run in runs):.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def differences(curves: Mapping[str, Sequence[Curve]]) -> str:
+    """Markdown: hierarchical less each other arm, seed by seed."""
+    lines = []
+    for arm, runs in curves.items():
+        if arm != "hierarchical":
+            pairs = list(zip(curves["hierarchical"], runs, strict=True))
+            last = [100 * (own.held_out[max(own.held_out)] - other.held_out[max(other.held_out)]) for own, other in pairs]
+            rewards = [own.reward - other.reward for own, other in pairs]
+            points = ", ".join(f"{value:+.1f}" for value in last)
+            lines.append(
+                f"hierarchical less {arm}: mean reward {average(rewards)} (seeds: {', '.join(f'{value:+.3f}' for value in rewards)}); "
+                f"held out at the end, points: {points}"
+            )
+    return "\n".join(lines)
+
+
+def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Held-out accuracy over steps: the mean, and a thin line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, (arm, runs) in enumerate(curves.items()):
+        steps = sorted(runs[0].held_out)
+        for one in runs:
+            axis.plot(steps, [100 * one.held_out[step] for step in steps], color=f"C{i}", alpha=0.25, linewidth=1)
+        mean = [100 * statistics.fmean(one.held_out[step] for one in runs) for step in steps]
+        axis.plot(steps, mean, "o-", color=f"C{i}", label=arm)
+    axis.set(xlabel="step (four updates each)", ylabel="held-out accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the runs are, or will be")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    arguments = parser.parse_args()
+    curves: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
+    for seed in arguments.seeds:
+        for arm in ARMS:
+            curves[arm].append(run(arm, seed, arguments.directory / f"{arm}-{seed}", arguments.steps))
+    print(table(curves))
+    print()
+    print(differences(curves))
+    draw(curves, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
