@@ -4,7 +4,7 @@
     KL to the reference, per token --+--> advantage estimator --> TrainBatch
     entropy, per token --------------+
 
-Three numbers outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
+Three things outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class CreditAssigner:
         self._config = config
         self._kl_coefficient = config.algorithm.kl.coefficient
         self._temperature = config.algorithm.entropy.temperature
-        self._estimator_state: Mapping[str, float] = {}
+        self._estimator_state: Mapping[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here, ready for JSON."""
@@ -219,12 +219,16 @@ class Recomputed:
     batch: TrainBatch
     metrics: dict[str, Metric]
     regression: BaselineRegression | None  # flat [N, ...], what a baseline network is to learn
+    state: Mapping[str, Any]  # for the next mini-batch's `recomputed`
 
 
-def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs) -> Recomputed:
+def recomputed(
+    config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs, state: Mapping[str, Any]
+) -> Recomputed:
     """`batch` with the live log-probabilities as `old_logprobs` and, at the responses `rows`, advantages that were estimated from them.
 
-    For `algorithm.advantage.recompute`. Costs of tokens and greedy responses do not go with it (refused before a run starts).
+    For `algorithm.advantage.recompute`. `state` is what the estimator kept of the mini-batch before: not that of `CreditAssigner`, which has seen
+    these responses. Costs of tokens and greedy responses do not go with it (refused before a run starts).
 
     Raises:
         ValueError: the estimator gave a result that is not finite.
@@ -240,6 +244,7 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
         score_norms=padding.pad(live.score_norms)[index],
         layer_baselines=None if live.layer_baselines is None else padding.pad(live.layer_baselines)[index],
         truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
+        state=state,
     )
     output = _estimate(config, inputs)
 
@@ -258,6 +263,7 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
         batch=replace(batch, advantages=flat(output.advantages), old_logprobs=live.logprobs),
         metrics={f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()},
         regression=regression,
+        state=output.state,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        self.estimator_state: Mapping[str, Any] = {}  # between the mini-batches of `algorithm.advantage.recompute`
         self.baselines: BaselineLearner | None = None
         if wants_network(self.config):
             self.baselines = BaselineLearner(self.config, self.model.hidden_size, self.device)
@@ -209,7 +210,8 @@ class PolicyWorker(RankWorker):
             score_norms=np.ascontiguousarray(flat[:, 1]),
             layer_baselines=flat[:, 2:] if learner else None,
         )
-        made = recomputed(self.config, batch, rows, live)
+        made = recomputed(self.config, batch, rows, live, self.estimator_state)
+        self.estimator_state = made.state
         return made.batch, made.metrics, made.regression
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
@@ -275,7 +277,7 @@ class PolicyWorker(RankWorker):
         weights = full_state_dict(self.model)
         if self.rank == 0:
             self._save_model(path, weights)
-            facts = {"ranks": self.world_size, "steps": self.steps}
+            facts = {"ranks": self.world_size, "steps": self.steps, "estimator": dict(self.estimator_state)}
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
                 self.baselines.save(path)
@@ -321,6 +323,7 @@ class PolicyWorker(RankWorker):
         load_full_state_dict(self.model, load_file(path / "model.safetensors"))
         self._load_optimizer_state(torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True))
         self.steps = facts["steps"]
+        self.estimator_state = facts.get("estimator", {})  # not in checkpoints from before it was kept
         if self.baselines:
             self.baselines.load(path)
 

@@ -160,6 +160,20 @@ def test_adaptive_numbers_move_and_survive_a_checkpoint():
         )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
 
 
+def test_the_start_of_the_sweeps_survives_a_checkpoint():
+    parameters = {"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0, "diagnostics": False}
+    config = make_config("hierarchical", parameters=parameters)
+    made, scores = rollouts([([9], [[1, 2], [1, 2, 3, 4], [5]]), ([8, 8], [[5], [5, 6, 7], [6]])]), rewards([1, 0, 1, 0, 1, 0])
+    first = CreditAssigner(config)
+    first.assign(made, scores, logprobs(made, -1.0), [])
+    second = CreditAssigner(config)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert np.any(np.array(first.state()["estimator"]["pooled"]))
+    for assigner in (first, second):
+        assigner.assign(made, scores, logprobs(made, -1.3), [])
+    assert first.state() == second.state()
+
+
 def test_fixed_numbers_follow_the_configuration_after_a_resume():
     assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.3)))
     assigner.load_state({"kl_coefficient": 0.1, "entropy_temperature": 0.0, "estimator": {}})
