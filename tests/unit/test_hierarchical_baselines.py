@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, estimator_needs, hierarchical, hierarchical_advantages, rloo_advantages
+from rlsys.algorithms.advantages.baseline_variance import effective_shares
 from rlsys.algorithms.advantages.hierarchical_fits import by_cholesky, gauss_seidel, increments
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 from rlsys.algorithms.advantages.hierarchical_pooling import start_from
@@ -470,8 +471,25 @@ def test_diagnostics_compare_every_baseline_at_the_same_positions():
     assert found["variance_ratio/used"] == pytest.approx(found["variance_ratio/current_and_final"], rel=1e-6)  # the default layers
     assert found["won"] == float(found["variance_ratio/used"] < 1)
     assert 0 < found["clipped_share"] < 1
-    assert 0 < found["effective_share/last"] < found["effective_share/first"] <= 1
+    shares = [name for name in found if name.startswith("effective_share/")]
+    assert shares == [
+        f"effective_share/at_{percent}" for percent in ["000", "012", "025", "037", "050", "062", "075", "087", "100"]
+    ]
+    assert shares == sorted(shares)
+    assert 0 < found["effective_share/at_100"] < found["effective_share/at_000"] <= 1
     assert found["condition_number"] >= 1
+
+
+def test_effective_shares_over_position():
+    """Two responses of 3 tokens with ratios (1, 3) at the middle: (1 + 3)^2 / (2 (1 + 9)) = 0.8. One is left at the end: 1."""
+    ratios = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 3.0, 9.0]]], dtype=torch.float64)
+    alive = torch.tensor([[[True, True, False], [True, True, True]]])
+    found = effective_shares(ratios, alive)
+    assert [found[f"effective_share/at_{percent}"] for percent in ("000", "037", "050", "087", "100")] == [1, 1, 0.8, 0.8, 1]
+    alive[:, :, 1] = False  # a tool's token, in both
+    assert list(effective_shares(ratios, alive)) == [
+        f"effective_share/at_{percent}" for percent in ("000", "012", "025", "037", "100")
+    ]
 
 
 def test_it_asks_for_the_old_logprobs():

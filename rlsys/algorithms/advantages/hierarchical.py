@@ -12,7 +12,7 @@ from torch import Tensor
 from rlsys.algorithms.advantages.baseline_variance import (
     ONE_A_RESPONSE,
     condition_numbers,
-    effective_share,
+    effective_shares,
     plain_baseline,
     variance_ratios,
 )
@@ -329,7 +329,7 @@ def _diagnostics(
 ) -> dict[str, float]:
     """Variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition, at a few positions."""
     at = sampled(batch)
-    n, alive = norms[:, :, at], inputs.response_mask[places][:, :, at] & batch.present[..., None]
+    n, alive = norms[:, :, at], inputs.response_mask[places] & batch.present[..., None]
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places] * batch.present
     weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
     shifted = rewards - rewards[:, :1] * batch.present
@@ -338,12 +338,9 @@ def _diagnostics(
         other = replace(centred, layers=Layers.of(name, span, block_size, weight.device))
         weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at).correction
     ratios = variance_ratios(weights, n)
-    share = effective_share(batch.ratios[:, :, at], alive)
     return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
         "won": float(ratios["used"] < 1),
-        "effective_share/first": float(share[0]),
-        "effective_share/middle": float(share[len(share) // 2]),
-        "effective_share/last": float(share[-1]),
+        **effective_shares(batch.ratios, alive),
         "condition_number": float(condition_numbers(batch, at).median()),
     }
 
