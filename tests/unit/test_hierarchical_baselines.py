@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, estimator_needs, hierarchical, hierarchical_advantages, rloo_advantages
 from rlsys.algorithms.advantages.baseline_variance import effective_shares
-from rlsys.algorithms.advantages.hierarchical_fits import by_cholesky, gauss_seidel, increments
+from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch, by_cholesky, gauss_seidel, increments, others_mean
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 from rlsys.algorithms.advantages.hierarchical_pooling import start_from
+from rlsys.algorithms.advantages.hierarchical_strength import tilted_centre
 from tests.enumerable_policy import Context, Enumerated
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
@@ -145,6 +146,49 @@ def test_unbiased_over_every_group_that_can_be_drawn(layers: str, weights: str):
     made = Enumerated(4, end_token=True, size=(2, 3))
     exact = expectation(made, 4, layers=layers, block_size=2, weights=weights, max_tokens=3)
     assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()  # advantages are float32
+
+
+def test_unbiased_where_the_centre_moves():
+    """Groups of 8 of three responses: enough that the correlation of reward and ratio can be sure."""
+    made = Enumerated(4, end_token=True, size=(2, 2))
+    made.rewards = made.ratios[:, -1].log()
+    drawn = grouped(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), made)
+    assert (tilted_centre(drawn) - drawn.centre).abs().min() > 1e-3
+    made.gradient = made.space.gradient(made.old, made.rewards)
+    exact = expectation(made, 8)
+    assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
+
+
+def grouped(indices: Tensor, made: Enumerated) -> GroupedBatch:
+    """[K, G] listed responses as a batch."""
+    ratios, rewards = made.ratios[indices], made.rewards[indices]
+    present = torch.ones_like(rewards, dtype=torch.bool)
+    layers = Layers.of("final", ratios.shape[2], 1)
+    return GroupedBatch(ratios, rewards, others_mean(rewards, present), present, torch.ones_like(ratios), layers)
+
+
+def test_the_centre_moves_as_far_as_reward_and_ratio_surely_go_together():
+    """Refitted one response at a time; and rewards that do not follow the ratios, few responses and equal ratios leave it where it is."""
+    generator = torch.Generator().manual_seed(1)
+    logs = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    rewards = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    rewards[0] = logs[0] + 0.1 * rewards[0]
+    present = torch.ones(3, 12, dtype=torch.bool)
+    ratios = logs.exp()[..., None]
+    batch = GroupedBatch(ratios, rewards, others_mean(rewards, present), present, ratios, Layers.of("final", 1, 1))
+    found = tilted_centre(batch)
+    for i in range(12):
+        j = [k for k in range(12) if k != i]
+        r = torch.corrcoef(torch.stack([logs[0, j], rewards[0, j]]))[0, 1]
+        certain = 1 - 16 / (8 * r.atanh() ** 2)
+        best = (logs[0, j].mul(2).exp() * rewards[0, j]).sum() / logs[0, j].mul(2).exp().sum()
+        assert certain > 0.5
+        assert float(found[0, i]) == pytest.approx(float((1 - certain) * rewards[0, j].mean() + certain * best))
+    assert torch.equal(found[1:], batch.centre[1:])
+    few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
+    assert torch.equal(tilted_centre(few), few.centre)
+    same = replace(batch, ratios=torch.ones_like(ratios))
+    assert torch.allclose(tilted_centre(same), same.centre, atol=1e-14)
 
 
 def test_fitting_on_the_response_itself_is_biased():

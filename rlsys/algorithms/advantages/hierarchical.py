@@ -29,7 +29,7 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections, start_from
-from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled
+from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled, tilted_centre
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
 AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
@@ -68,7 +68,8 @@ def hierarchical_advantages(
         Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in layers(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
 
     c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t, as a weighted regression that has not
-    seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression.
+    seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression. With an
+    automatic ridge c is moved towards the others' mean weighted by rho_{<=L}^2 where their rewards clearly follow their ratios.
 
     Source: references/hierarchical_token_baselines.md, (HB), (WLS) and section 8.5; strengths and pooling: docs/hierarchical_baselines.md.
 
@@ -305,8 +306,9 @@ def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solv
 def _automatic(
     batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor, start: Tensor | None = None
 ) -> Fitted:
-    """Of both scopes, each at the strength that responses it is not used on allow."""
-    groups = len(batch.rewards)
+    """Of both scopes, each at the strength that responses it is not used on allow; with what the centre moves."""
+    groups, plain = len(batch.rewards), batch
+    batch = replace(batch, centre=tilted_centre(batch))
     correction, coefficients = torch.zeros_like(batch.ratios[:, :, positions]), None
     if groups == 1:
         own = lone_group_strengths(batch, norms, AUTOMATIC_RIDGE) * (scope != "batch")
@@ -321,6 +323,7 @@ def _automatic(
             batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled, start=start
         )
         correction += shared
+    correction = correction + (plain.base - batch.base)[..., None]
     return Fitted(correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}, coefficients)
 
 
