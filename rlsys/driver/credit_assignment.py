@@ -35,9 +35,9 @@ from rlsys.driver.metrics import Metric, mean
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
-    """What the driver must have computed before credit is assigned: of the estimator, and of everything else that reads it."""
+    """What the driver must have computed before credit is assigned: for the estimator, unless the policy's ranks ask it, and for everything else."""
     algorithm = config.algorithm
-    needs: set[Need] = set(estimator_needs(algorithm.advantage.name))
+    needs: set[Need] = set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
     several_updates = config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
@@ -79,6 +79,13 @@ def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
     return output
 
 
+def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> dict[str, Metric]:
+    """`advantage/<name>` of some responses with so many tokens each; advantages are 0 where there is no token."""
+    tokens = int(lengths.sum())
+    size = mean(float(output.advantages.abs().sum()) / max(tokens, 1), tokens)
+    return {"advantage/mean_abs": size} | {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+
+
 class CreditAssigner:
     """Turns scored rollouts into train batches, one after the other."""
 
@@ -114,16 +121,19 @@ class CreditAssigner:
     ) -> tuple[TrainBatch, dict[str, Metric]]:
         """The train batch of a joined batch, and metrics. `greedy` has one response for each prompt of `rollouts`, in its order.
 
+        With `algorithm.advantage.recompute` the batch has no advantages yet: `recomputed` estimates those of each mini-batch.
+
         Raises:
             ValueError: the estimator gave a result that is not finite.
         """
         arrays = _Arrays.join(rollouts, old, ref)
         padding = ResponsePadding.of(rollouts)
-        output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
-        self._estimator_state = output.state
+        output = None
+        if not self._config.algorithm.advantage.recompute:
+            output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
+            self._estimator_state = output.state
         batch = self._train_batch(rollouts, rewards, arrays, output, padding)
-        metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()} | self._adapt(rollouts, arrays)
-        return batch, metrics
+        return batch, (_advantage_metrics(output, rollouts.response_lengths) if output else {}) | self._adapt(rollouts, arrays)
 
     def _inputs(
         self,
@@ -167,16 +177,25 @@ class CreditAssigner:
         return sum(parts[1:], parts[0]) if parts else None
 
     def _train_batch(
-        self, rollouts: RolloutBatch, rewards: RewardBatch, arrays: _Arrays, output: AdvantageOutput, padding: ResponsePadding
+        self,
+        rollouts: RolloutBatch,
+        rewards: RewardBatch,
+        arrays: _Arrays,
+        output: AdvantageOutput | None,
+        padding: ResponsePadding,
     ) -> TrainBatch:
         tokens, algorithm = len(rollouts.token_ids), self._config.algorithm
+
+        def flat(values: Tensor | None) -> NDArray[np.float32] | None:
+            return None if values is None else padding.unpad(values, tokens)
+
         return TrainBatch(
             rollouts=rollouts,
             rewards=rewards,
-            advantages=padding.unpad(output.advantages, tokens),
+            advantages=flat(output.advantages if output else None),
             old_logprobs=arrays.old,
             ref_logprobs=arrays.ref,
-            returns=None if output.returns is None else padding.unpad(output.returns, tokens),
+            returns=flat(output.returns if output else None),
             kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
             trained=rollouts.stop_reasons != StopReason.LENGTH if algorithm.overlong.mask_truncated else None,
         )
@@ -261,7 +280,7 @@ def recomputed(
         )
     return Recomputed(
         batch=replace(batch, advantages=flat(output.advantages), old_logprobs=live.logprobs),
-        metrics={f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()},
+        metrics=_advantage_metrics(output, rollouts.response_lengths[rows]),
         regression=regression,
         state=output.state,
     )

@@ -193,10 +193,18 @@ class PolicyWorker(RankWorker):
         """The batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it; every rank estimates the same."""
         if not self.config.algorithm.advantage.recompute:
             return batch, {}, None
+        live = self.live(batch.rollouts, packs)
+        made = recomputed(self.config, batch, rows, live, self.estimator_state)
+        self.estimator_state = made.state
+        return made.batch, made.metrics, made.regression
+
+    @torch.no_grad()
+    def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
+        """What the policy as it is says of `packs`; all ranks ask for theirs at once, and every one gets all."""
         learner = self.baselines
-        flat = np.zeros((len(batch.rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
+        flat = np.zeros((len(rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
         for pack in packs:
-            result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
+            result = self.model(PackTensors.of(pack, self.device), rollouts.temperature)
             if not pack.is_filler:
                 columns = torch.stack([result.logprobs, result.score_norms], dim=1)
                 if learner:
@@ -205,14 +213,11 @@ class PolicyWorker(RankWorker):
         everyone = torch.from_numpy(flat).to(self.device)
         dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
         flat = everyone.cpu().numpy()
-        live = LiveLogprobs(
+        return LiveLogprobs(
             logprobs=np.ascontiguousarray(flat[:, 0]),
             score_norms=np.ascontiguousarray(flat[:, 1]),
             layer_baselines=flat[:, 2:] if learner else None,
         )
-        made = recomputed(self.config, batch, rows, live, self.estimator_state)
-        self.estimator_state = made.state
-        return made.batch, made.metrics, made.regression
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """True gradients under several baselines, in the steps in which `diagnostics.gradient` asks for them."""
