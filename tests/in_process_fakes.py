@@ -137,6 +137,7 @@ class TablePolicy:
         await self._stage.enter("update")
         (train,) = await _open_all([batch])
         problems, positions, tokens = _coordinates(train.rollouts)
+        assert train.advantages is not None
         advantages = train.advantages[train.rollouts.response_mask].astype(np.float64)
         logprobs = _log_softmax(self.logits)[problems, positions]
         scores = -np.exp(logprobs)

@@ -160,6 +160,7 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     credited = await workers.advantages.credit(handles, rewards, old, ref)
     train: TrainBatch = await system.open(credited.batch)
     assert train.batch_id == system.prompts.batch_id
+    assert train.advantages is not None
     assert (train.advantages[~train.rollouts.response_mask] == 0).all()
     np.testing.assert_array_equal(train.rollouts.prompts.group_ids, system.prompts.group_ids)
     expected = RewardBatch.concatenate([await reward for reward in rewards])

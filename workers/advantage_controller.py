@@ -62,7 +62,7 @@ class AdvantageController:
 
 
 def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
-    """What a batch says about rewards, lengths and advantages."""
+    """What a batch says about rewards and lengths."""
     rollouts, rewards = batch.rollouts, batch.rewards
     count, lengths = len(rollouts), rollouts.response_lengths
     tokens = int(lengths.sum())
@@ -71,7 +71,6 @@ def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
     highest, lowest = np.full(groups, -np.inf), np.full(groups, np.inf)
     np.maximum.at(highest, index, rewards.rewards)
     np.minimum.at(lowest, index, rewards.rewards)
-    advantages = batch.advantages[rollouts.response_mask]
     return {
         "reward/mean": mean(float(rewards.rewards.mean()), count),
         "reward/std": mean(float(rewards.rewards.std()), count),
@@ -84,7 +83,6 @@ def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
         "rollout/response_length_max": maximum(float(lengths.max())),
         "rollout/truncated_share": mean(float((rollouts.stop_reasons == StopReason.LENGTH).mean()), count),
         "rollout/equal_reward_groups": mean(float((highest == lowest).mean()), groups),
-        "advantage/mean_abs": mean(float(np.abs(advantages).mean()) if tokens else 0.0, tokens),
     }
 
 

@@ -232,7 +232,7 @@ class TrainBatch:
 
     rollouts: RolloutBatch
     rewards: RewardBatch
-    advantages: NDArray[np.float32]  # [N]
+    advantages: NDArray[np.float32] | None  # [N]; None: estimated from the live policy before each mini-batch (advantage.recompute)
     old_logprobs: NDArray[np.float32] | None = None  # [N]; None: one update a batch, so old = live at that update
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
     returns: NDArray[np.float32] | None = None  # [N] critic targets
@@ -242,7 +242,7 @@ class TrainBatch:
     def __post_init__(self) -> None:
         assert len(self.rewards) == len(self.rollouts)
         assert self.trained is None or self.trained.shape == (len(self.rollouts),)
-        assert self.advantages.shape == self.rollouts.token_ids.shape
+        assert self.advantages is None or self.advantages.shape == self.rollouts.token_ids.shape
 
     @property
     def batch_id(self) -> int:

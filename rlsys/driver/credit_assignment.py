@@ -4,7 +4,7 @@
     KL to the reference, per token --+--> advantage estimator --> TrainBatch
     entropy, per token --------------+
 
-Three numbers outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
+Three things outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from rlsys.driver.metrics import Metric, mean
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
-    """What the driver must have computed before credit is assigned: of the estimator, and of everything else that reads it."""
+    """What the driver must have computed before credit is assigned: for the estimator, unless the policy's ranks ask it, and for everything else."""
     algorithm = config.algorithm
-    needs: set[Need] = set(estimator_needs(algorithm.advantage.name))
+    needs: set[Need] = set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
     several_updates = config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
@@ -79,6 +79,13 @@ def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
     return output
 
 
+def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> dict[str, Metric]:
+    """`advantage/<name>` of some responses with so many tokens each; advantages are 0 where there is no token."""
+    tokens = int(lengths.sum())
+    size = mean(float(output.advantages.abs().sum()) / max(tokens, 1), tokens)
+    return {"advantage/mean_abs": size} | {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+
+
 class CreditAssigner:
     """Turns scored rollouts into train batches, one after the other."""
 
@@ -86,7 +93,7 @@ class CreditAssigner:
         self._config = config
         self._kl_coefficient = config.algorithm.kl.coefficient
         self._temperature = config.algorithm.entropy.temperature
-        self._estimator_state: Mapping[str, float] = {}
+        self._estimator_state: Mapping[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here, ready for JSON."""
@@ -114,16 +121,19 @@ class CreditAssigner:
     ) -> tuple[TrainBatch, dict[str, Metric]]:
         """The train batch of a joined batch, and metrics. `greedy` has one response for each prompt of `rollouts`, in its order.
 
+        With `algorithm.advantage.recompute` the batch has no advantages yet: `recomputed` estimates those of each mini-batch.
+
         Raises:
             ValueError: the estimator gave a result that is not finite.
         """
         arrays = _Arrays.join(rollouts, old, ref)
         padding = ResponsePadding.of(rollouts)
-        output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
-        self._estimator_state = output.state
+        output = None
+        if not self._config.algorithm.advantage.recompute:
+            output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
+            self._estimator_state = output.state
         batch = self._train_batch(rollouts, rewards, arrays, output, padding)
-        metrics = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()} | self._adapt(rollouts, arrays)
-        return batch, metrics
+        return batch, (_advantage_metrics(output, rollouts.response_lengths) if output else {}) | self._adapt(rollouts, arrays)
 
     def _inputs(
         self,
@@ -167,16 +177,25 @@ class CreditAssigner:
         return sum(parts[1:], parts[0]) if parts else None
 
     def _train_batch(
-        self, rollouts: RolloutBatch, rewards: RewardBatch, arrays: _Arrays, output: AdvantageOutput, padding: ResponsePadding
+        self,
+        rollouts: RolloutBatch,
+        rewards: RewardBatch,
+        arrays: _Arrays,
+        output: AdvantageOutput | None,
+        padding: ResponsePadding,
     ) -> TrainBatch:
         tokens, algorithm = len(rollouts.token_ids), self._config.algorithm
+
+        def flat(values: Tensor | None) -> NDArray[np.float32] | None:
+            return None if values is None else padding.unpad(values, tokens)
+
         return TrainBatch(
             rollouts=rollouts,
             rewards=rewards,
-            advantages=padding.unpad(output.advantages, tokens),
+            advantages=flat(output.advantages if output else None),
             old_logprobs=arrays.old,
             ref_logprobs=arrays.ref,
-            returns=None if output.returns is None else padding.unpad(output.returns, tokens),
+            returns=flat(output.returns if output else None),
             kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
             trained=rollouts.stop_reasons != StopReason.LENGTH if algorithm.overlong.mask_truncated else None,
         )
@@ -219,12 +238,16 @@ class Recomputed:
     batch: TrainBatch
     metrics: dict[str, Metric]
     regression: BaselineRegression | None  # flat [N, ...], what a baseline network is to learn
+    state: Mapping[str, Any]  # for the next mini-batch's `recomputed`
 
 
-def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs) -> Recomputed:
+def recomputed(
+    config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs, state: Mapping[str, Any]
+) -> Recomputed:
     """`batch` with the live log-probabilities as `old_logprobs` and, at the responses `rows`, advantages that were estimated from them.
 
-    For `algorithm.advantage.recompute`. Costs of tokens and greedy responses do not go with it (refused before a run starts).
+    For `algorithm.advantage.recompute`. `state` is what the estimator kept of the mini-batch before: not that of `CreditAssigner`, which has seen
+    these responses. Costs of tokens and greedy responses do not go with it (refused before a run starts).
 
     Raises:
         ValueError: the estimator gave a result that is not finite.
@@ -240,6 +263,7 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
         score_norms=padding.pad(live.score_norms)[index],
         layer_baselines=None if live.layer_baselines is None else padding.pad(live.layer_baselines)[index],
         truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
+        state=state,
     )
     output = _estimate(config, inputs)
 
@@ -256,8 +280,9 @@ def recomputed(config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], li
         )
     return Recomputed(
         batch=replace(batch, advantages=flat(output.advantages), old_logprobs=live.logprobs),
-        metrics={f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()},
+        metrics=_advantage_metrics(output, rollouts.response_lengths[rows]),
         regression=regression,
+        state=output.state,
     )
 
 

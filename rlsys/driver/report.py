@@ -92,15 +92,6 @@ CHARTS = (
             ("leave-one-out mean", "gradient/cross_position_share/leave_one_out", "train"),
         ),
     ),
-    ChartSpec(
-        "Effective sample size of the ratios, by position",
-        (
-            ("first token", "advantage/effective_share/first", "train"),
-            ("middle", "advantage/effective_share/middle", "train"),
-            ("last", "advantage/effective_share/last", "train"),
-        ),
-        percent=True,
-    ),
     ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),
 )
 
@@ -109,6 +100,20 @@ def series_of(records: Sequence[MetricsRecord], label: str, name: str, kind: str
     """The finite values of one metric over steps."""
     points = tuple((r.step, r.values[name]) for r in records if r.kind == kind and math.isfinite(r.values.get(name, math.nan)))
     return Series(label, points, markers=kind == "eval")
+
+
+def series_over_position(records: Sequence[MetricsRecord], prefix: str) -> list[Series]:
+    """Metrics `<prefix><percent of the longest response>` of the first, the middle and the last step that have any, a line each."""
+    steps = [r for r in records if r.kind == "train" and any(name.startswith(prefix) for name in r.values)]
+    shown = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
+    return [
+        Series(
+            f"step {steps[i].step}",
+            tuple((float(name.removeprefix(prefix)), v) for name, v in sorted(steps[i].values.items()) if name.startswith(prefix)),
+            markers=True,
+        )
+        for i in shown
+    ]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -167,8 +172,8 @@ class _Frame:
         return "".join(parts)
 
 
-def line_chart(title: str, lines: Sequence[Series], *, percent: bool = False) -> str:
-    """An SVG of lines over steps, smoothed with the raw values behind; "" where there is nothing to draw."""
+def line_chart(title: str, lines: Sequence[Series], *, percent: bool = False, at: str = "step {}") -> str:
+    """An SVG of lines over steps, smoothed with the raw values behind; "" where there is nothing to draw. `at` names an x under the pointer."""
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
@@ -189,7 +194,7 @@ def line_chart(title: str, lines: Sequence[Series], *, percent: bool = False) ->
         for line in lines
     ]
     legend = "".join(f'<span class="key c{i}">{html.escape(line.label)}</span>' for i, line in enumerate(lines))
-    return _figure(title, legend, "".join(body), data)
+    return _figure(title, legend, "".join(body), data, at)
 
 
 def stacked_bars(title: str, records: Sequence[MetricsRecord]) -> str:
@@ -227,11 +232,11 @@ def stacked_bars(title: str, records: Sequence[MetricsRecord]) -> str:
     return _figure(title, legend, "".join(body), data)
 
 
-def _figure(title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]]) -> str:
+def _figure(title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]], at: str = "step {}") -> str:
     points = html.escape(json.dumps(data), quote=True)
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
-        f'data-series="{points}">{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'data-at="{html.escape(at)}" data-series="{points}">{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
         f'<div class="legend">{legend}</div><div class="readout" aria-live="polite"></div></figure>'
     )
 
@@ -300,6 +305,9 @@ def render_report(directory: RunDirectory) -> str:
     records = read_metrics(directory.metrics)
     config = yaml.safe_load(directory.config.read_text())
     charts = [line_chart(spec.title, [series_of(records, *line) for line in spec.lines], percent=spec.percent) for spec in CHARTS]
+    shares = series_over_position(records, "advantage/effective_share/at_")
+    title = "Effective sample size of the ratios over position (% of the longest response)"
+    charts.append(line_chart(title, shares, percent=True, at="{} % of the longest response"))
     charts.append(stacked_bars("Time by phase (seconds a step)", records))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(

@@ -116,7 +116,7 @@ class Trainer:
         return [ray.put(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=np.zeros(len(rollouts.token_ids), np.float32)))]
 
     def update(self, batch: TrainBatch) -> int:
-        return len(batch.advantages)
+        return len(batch.rollouts.token_ids)
 
 
 class TrainerClient:

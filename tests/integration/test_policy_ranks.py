@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,30 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tm
     for name in ("advantage/strength_network", "advantage/variance_ratio/used", "policy/grad_norm"):
         assert two[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
     assert second["advantage/strength_network"] > 0
+
+
+async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: Path):
+    """The start of the pooled fit's sweeps: the ranks have it, since they estimate."""
+    advantage = AdvantageConfig(
+        name="hierarchical", parameters={"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0}, recompute=True
+    )
+    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum")
+    plan = config(1, mini_batches=3).model_copy(update={"algorithm": algorithm})
+    batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
+    assert batch.old_logprobs is not None
+    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs))
+    kept = []
+    for directory in (tmp_path / "first", tmp_path / "second"):
+        directory.mkdir()
+        async with Group(plan) as group:
+            if kept:
+                await group.load(tmp_path / "first")
+            else:
+                await group.update(ray.put(batch))
+            await group.save(directory)
+        kept.append(json.loads((directory / "policy_state.json").read_text())["estimator"])
+    assert np.any(np.array(kept[0]["pooled"]))
+    assert kept[0] == kept[1]
 
 
 async def test_another_number_of_ranks_is_refused(tmp_path: Path):

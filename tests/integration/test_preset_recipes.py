@@ -92,6 +92,6 @@ def test_hierarchical(tmp_path: Path):
     """Four mini-batches, advantages estimated anew before each; the diagnostics arrive."""
     steps = train("hierarchical", tmp_path / "run", *REWARDS, *QUICK)
     for step in steps:
-        assert 0 < step["advantage/effective_share/last"] <= 1
+        assert 0 < step["advantage/effective_share/at_100"] <= 1
         assert step["advantage/variance_ratio/leave_one_out"] == 1.0
     assert "Effective sample size of the ratios" in (tmp_path / "run" / "report.html").read_text()

@@ -81,6 +81,7 @@ def _group_moments(
     model: PackedCausalLM, batch: TrainBatch, members: NDArray[np.int64], packs: Sequence[Pack], device: torch.device
 ) -> GroupMoments:
     """Over all ranks. A response's scores are used as soon as they are there; its weights need the rewards of the whole group only."""
+    assert batch.advantages is not None, "an update has advantages"
     rewards = torch.from_numpy(batch.rewards.rewards[members].astype(np.float64)).to(device)
     plain = plain_weights(rewards, torch.ones_like(rewards))  # [3, G]
     place = {int(row): i for i, row in enumerate(members)}

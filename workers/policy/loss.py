@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.algorithms.kl import kl_estimate
@@ -65,7 +67,8 @@ def pack_loss(
     device = result.logprobs.device
     padder = _Padder(pack, device)
 
-    def of_batch(array) -> Tensor:
+    def of_batch(array: NDArray[np.float32] | None) -> Tensor:
+        assert array is not None, "an update has advantages, and rollouts log-probabilities"
         return torch.from_numpy(array[pack.flat_positions]).to(device)
 
     mask = padder.pad(torch.ones_like(result.logprobs)).bool()

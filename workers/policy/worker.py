@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        self.estimator_state: Mapping[str, Any] = {}  # between the mini-batches of `algorithm.advantage.recompute`
         self.baselines: BaselineLearner | None = None
         if wants_network(self.config):
             self.baselines = BaselineLearner(self.config, self.model.hidden_size, self.device)
@@ -192,10 +193,18 @@ class PolicyWorker(RankWorker):
         """The batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it; every rank estimates the same."""
         if not self.config.algorithm.advantage.recompute:
             return batch, {}, None
+        live = self.live(batch.rollouts, packs)
+        made = recomputed(self.config, batch, rows, live, self.estimator_state)
+        self.estimator_state = made.state
+        return made.batch, made.metrics, made.regression
+
+    @torch.no_grad()
+    def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
+        """What the policy as it is says of `packs`; all ranks ask for theirs at once, and every one gets all."""
         learner = self.baselines
-        flat = np.zeros((len(batch.rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
+        flat = np.zeros((len(rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
         for pack in packs:
-            result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
+            result = self.model(PackTensors.of(pack, self.device), rollouts.temperature)
             if not pack.is_filler:
                 columns = torch.stack([result.logprobs, result.score_norms], dim=1)
                 if learner:
@@ -204,13 +213,11 @@ class PolicyWorker(RankWorker):
         everyone = torch.from_numpy(flat).to(self.device)
         dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
         flat = everyone.cpu().numpy()
-        live = LiveLogprobs(
+        return LiveLogprobs(
             logprobs=np.ascontiguousarray(flat[:, 0]),
             score_norms=np.ascontiguousarray(flat[:, 1]),
             layer_baselines=flat[:, 2:] if learner else None,
         )
-        made = recomputed(self.config, batch, rows, live)
-        return made.batch, made.metrics, made.regression
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """True gradients under several baselines, in the steps in which `diagnostics.gradient` asks for them."""
@@ -275,7 +282,7 @@ class PolicyWorker(RankWorker):
         weights = full_state_dict(self.model)
         if self.rank == 0:
             self._save_model(path, weights)
-            facts = {"ranks": self.world_size, "steps": self.steps}
+            facts = {"ranks": self.world_size, "steps": self.steps, "estimator": dict(self.estimator_state)}
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
                 self.baselines.save(path)
@@ -321,6 +328,7 @@ class PolicyWorker(RankWorker):
         load_full_state_dict(self.model, load_file(path / "model.safetensors"))
         self._load_optimizer_state(torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True))
         self.steps = facts["steps"]
+        self.estimator_state = facts.get("estimator", {})  # not in checkpoints from before it was kept
         if self.baselines:
             self.baselines.load(path)
 

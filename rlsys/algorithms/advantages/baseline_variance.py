@@ -80,6 +80,19 @@ def effective_share(ratios: Tensor, alive: Tensor) -> Tensor:
     return kept.sum(0).square() / (alive.flatten(0, 1).sum(0) * kept.square().sum(0)).clamp(min=TINY)
 
 
+def effective_shares(ratios: Tensor, alive: Tensor) -> dict[str, float]:
+    """`effective_share` at nine evenly spaced positions, named by percent of the longest response: effective_share/at_000, at_012, ... at_100.
+
+    Shapes: ratios and alive [K, G, T], T the longest response.
+
+    Conventions: positions where no response has a token of its own (all a tool's) are left out.
+    """
+    eighths = range(9)
+    at = [eighth * (ratios.shape[2] - 1) // 8 for eighth in eighths]
+    shares, known = effective_share(ratios[:, :, at], alive[:, :, at]).tolist(), alive[:, :, at].flatten(0, 1).any(0).tolist()
+    return {f"effective_share/at_{100 * k // 8:03d}": shares[k] for k in eighths if known[k]}
+
+
 def condition_numbers(batch: GroupedBatch, positions: Tensor) -> Tensor:
     """[t] condition number of the weighted products of the layers' features over the whole batch, before any ridge: inf if two are alike."""
     x = batch.layers.features(batch.ratios, positions).transpose(0, 1).flatten(1, 2)  # [t, K * G, p]

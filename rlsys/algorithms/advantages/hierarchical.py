@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from rlsys.algorithms.advantages.baseline_variance import (
     ONE_A_RESPONSE,
     condition_numbers,
-    effective_share,
+    effective_shares,
     plain_baseline,
     variance_ratios,
 )
@@ -27,8 +28,8 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 )
 from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
-from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections
-from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled
+from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections, start_from
+from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled, tilted_centre
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
 AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
@@ -67,7 +68,8 @@ def hierarchical_advantages(
         Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in layers(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
 
     c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t, as a weighted regression that has not
-    seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression.
+    seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression. With an
+    automatic ridge c is moved towards the others' mean weighted by rho_{<=L}^2 where their rewards clearly follow their ratios.
 
     Source: references/hierarchical_token_baselines.md, (HB), (WLS) and section 8.5; strengths and pooling: docs/hierarchical_baselines.md.
 
@@ -89,7 +91,8 @@ def hierarchical_advantages(
         max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
             which then has a say in its own baselines through their number. Exactly unbiased only with a number.
         centre: False drops c, so that the ridge shrinks towards no baseline at all; needs a `ridge`.
-        solver: `gauss_seidel` sweeps over the layers until they no longer move; same solution as `wls`.
+        solver: `gauss_seidel` sweeps over the increments between layers until none moves; same solution as `wls`. The pooled fit starts from
+            the coefficients of the last batch, which come with its state.
             `network` takes b from `layer_baselines` times v, the variance of the others' rewards: a network on the policy's hidden
             states that has not seen the batch, with its strength in it (`hierarchical_network`). `scope` and `cross_fit` then mean nothing, as no
             coefficient is fitted; needs `algorithm.advantage.recompute`, since the policy's ranks evaluate and train it.
@@ -121,7 +124,7 @@ def hierarchical_advantages(
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     ratios, clipped = _ratios(inputs, bounds, groups, self_normalise)
     if not mask.any():
-        return AdvantageOutput(advantages=torch.zeros(full.shape, dtype=dtype, device=full.device))
+        return AdvantageOutput(advantages=torch.zeros(full.shape, dtype=dtype, device=full.device), state=inputs.state)
     places, present = padded_places(groups)
     alive = mask[places] & present[..., None]
     span = _span(mask.shape[1], max_tokens)
@@ -132,24 +135,28 @@ def hierarchical_advantages(
         batch = replace(batch, weights=torch.where(alive, batch.weights, 0.0), steady=False)
     norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
     solve = _swept if solver == "gauss_seidel" else None
+    start = start_from(inputs.state.get("pooled", ()), mask.shape[1], batch.layers) if solve else None
     everywhere = torch.arange(mask.shape[1], device=mask.device)
     regression = BaselineRegression.of(batch, places) if solver == "network" else None
     if regression is not None:
-        correction, strengths = _learnt(regression, inputs.layer_baselines, places, present), {}
+        fitted = Fitted(_learnt(regression, inputs.layer_baselines, places, present))
     elif ridge is None:
-        correction, strengths = _automatic(batch, norms, scope, solve, everywhere)
+        fitted = _automatic(batch, norms, scope, solve, everywhere, start)
     else:
-        correction, strengths = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve), {}
+        fitted = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve, start)
+    correction = fitted.correction
     if centre:
         correction = correction * _others_drifted(batch.ratios, alive)[..., None]
     weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
-    measured = {"clipped_share": clipped, **strengths}
+    measured = {"clipped_share": clipped, **fitted.strengths}
     if diagnostics:
         measured |= _diagnostics(batch, norms, weight, inputs, places, block_size, span)
     advantages = torch.zeros(full.shape, dtype=dtype, device=full.device)
     asked = weight / batch.ratios.clamp(min=TINY) if output == "residual" else weight
     advantages[places[present], : mask.shape[1]] = asked[present].to(dtype)
-    return AdvantageOutput(advantages=advantages, regression=regression, diagnostics=measured)
+    # a batch that had no use for the pooled fit leaves the coefficients before it to the next
+    state = inputs.state if solve is None or fitted.pooled is None else {"pooled": fitted.pooled.tolist()}
+    return AdvantageOutput(advantages=advantages, regression=regression, state=state, diagnostics=measured)
 
 
 def _learnt(regression: BaselineRegression, baselines: Tensor | None, places: Tensor, present: Tensor) -> Tensor:
@@ -278,20 +285,31 @@ def _others_drifted(ratios: Tensor, alive: Tensor) -> Tensor:
     return (drifted.sum() - drifted.int() > 0).double()
 
 
-def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
-    """[K, G, T] corrections at strength 1 with one ridge for all."""
+@dataclass(frozen=True)
+class Fitted:
+    """What the layers add to the centre."""
+
+    correction: Tensor  # [K, G, t]
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    pooled: Tensor | None = None  # [t, p] mean coefficients of the pooled fits, if there were any
+
+
+def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None, start: Tensor | None) -> Fitted:
+    """At strength 1 with one ridge for all."""
     positions = torch.arange(batch.ratios.shape[2], device=batch.ratios.device)
     if scope == "batch":
-        return pooled_corrections(batch, positions, ridge, solve or by_cholesky, left_out=left_out)
-    return group_corrections(batch, positions, ridge, left_out=left_out, solve=solve)
+        correction, pooled = pooled_corrections(batch, positions, ridge, solve or by_cholesky, left_out=left_out, start=start)
+        return Fitted(correction, pooled=pooled)
+    return Fitted(group_corrections(batch, positions, ridge, left_out=left_out, solve=solve))
 
 
 def _automatic(
-    batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor
-) -> tuple[Tensor, dict[str, float]]:
-    """[K, G, t] corrections of both scopes, each at the strength that responses it is not used on allow, and those strengths."""
-    groups = len(batch.rewards)
-    correction = torch.zeros_like(batch.ratios[:, :, positions])
+    batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor, start: Tensor | None = None
+) -> Fitted:
+    """Of both scopes, each at the strength that responses it is not used on allow; with what the centre moves."""
+    groups, plain = len(batch.rewards), batch
+    batch = replace(batch, centre=tilted_centre(batch))
+    correction, coefficients = torch.zeros_like(batch.ratios[:, :, positions]), None
     if groups == 1:
         own = lone_group_strengths(batch, norms, AUTOMATIC_RIDGE) * (scope != "batch")
         pooled = own.new_zeros(1)
@@ -301,8 +319,12 @@ def _automatic(
     if (own > 0).any():
         correction = own[..., None] * group_corrections(batch, positions, AUTOMATIC_RIDGE, solve=solve)
     if (pooled > 0).any():
-        correction += pooled_corrections(batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled)
-    return correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}
+        shared, coefficients = pooled_corrections(
+            batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled, start=start
+        )
+        correction += shared
+    correction = correction + (plain.base - batch.base)[..., None]
+    return Fitted(correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}, coefficients)
 
 
 def _diagnostics(
@@ -310,24 +332,21 @@ def _diagnostics(
 ) -> dict[str, float]:
     """Variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition, at a few positions."""
     at = sampled(batch)
-    n, alive = norms[:, :, at], inputs.response_mask[places][:, :, at] & batch.present[..., None]
+    n, alive = norms[:, :, at], inputs.response_mask[places] & batch.present[..., None]
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places] * batch.present
     weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
     shifted = rewards - rewards[:, :1] * batch.present
     centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
     for name in ("final", "current", "current_and_final", "blocks"):
         other = replace(centred, layers=Layers.of(name, span, block_size, weight.device))
-        weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at)[0]
+        weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at).correction
     ratios = variance_ratios(weights, n)
-    share = effective_share(batch.ratios[:, :, at], alive)
     return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
         "won": float(ratios["used"] < 1),
-        "effective_share/first": float(share[0]),
-        "effective_share/middle": float(share[len(share) // 2]),
-        "effective_share/last": float(share[-1]),
+        **effective_shares(batch.ratios, alive),
         "condition_number": float(condition_numbers(batch, at).median()),
     }
 
 
-def _swept(gram: Tensor, moment: Tensor) -> Tensor:
-    return gauss_seidel(gram, moment)[0]
+def _swept(gram: Tensor, moment: Tensor, start: Tensor | None) -> Tensor:
+    return gauss_seidel(gram, moment, start=start)[0]

@@ -16,7 +16,7 @@ from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
 CHUNK = 1 << 21  # numbers in the largest temporary array: 16 MiB in float64, of which a handful live at once
 JITTER = 1e-12  # of a matrix's mean diagonal, on top of the ridge: two layers may be the same
-Solve = Callable[[Tensor, Tensor], Tensor]  # ([..., p, p], [..., p]) -> [..., p]
+Solve = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # ([..., p, p], [..., p], [..., p] where to start; None: 0) -> [..., p]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _by_solving(solve: Solve) -> Callable[[GroupedBatch, Tensor, float, bool], T
         y = targets(batch)
         pair = (weighted.transpose(2, 3) @ y.expand(*n.shape, 2))[:, :, None] - weighted[..., None] * y[..., None, :] * left_out
         moment = pair[..., 0] - batch.centre[:, None, :, None] * pair[..., 1]
-        fitted = (x * solve(ridged(gram, ridge), moment)).sum(dim=3)
+        fitted = (x * solve(ridged(gram, ridge), moment, None)).sum(dim=3)
         return torch.where(n > 0, fitted, 0.0).transpose(1, 2)
 
     return fit
@@ -218,30 +218,49 @@ def _centred(batch: GroupedBatch, parts: Tensor, n: Tensor) -> Tensor:
 def gauss_seidel(
     gram: Tensor, moment: Tensor, *, start: Tensor | None = None, sweeps: int = 5000, tolerance: float = 1e-10
 ) -> tuple[Tensor, int]:
-    """Solution of gram @ beta = moment, one layer at a time, and the sweeps it took.
+    """Solution of gram @ beta = moment, one increment of the layers at a time, and the sweeps it took.
 
-        beta_s <- (moment_s - sum_{r != s} gram_sr beta_r) / gram_ss
+        beta <- beta + d_k (d_k . moment - d_k . gram beta) / (d_k . gram d_k),   d_k: `increments`
 
-    Source: references/hierarchical_token_baselines.md, section 8.4, route 2.
+    Source: references/hierarchical_token_baselines.md, section 8.4, route 2, whose d_k are the layers themselves.
 
     Shapes: gram [..., p, p], moment and start [..., p] -> [..., p].
 
-    Conventions: `start` 0 where not given. Stops when no beta of a sweep moves by more than `tolerance` of the largest. Converges for every
-    symmetric positive definite matrix, the slower the more alike two layers are.
+    Conventions: `start` 0 where not given. Stops when no step of a sweep is longer than `tolerance` of the largest beta. Converges for every
+    symmetric positive definite matrix, from every start, to the same solution: the d_k are a basis.
     """
     beta = torch.zeros_like(moment) if start is None else start.clone()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).clamp(min=TINY)
+    along = increments(gram)
+    turned = along @ gram
+    curvature = (turned * along).sum(dim=-1).clamp(min=TINY)
+    wanted = (along @ moment[..., None])[..., 0]
     for sweep in range(1, sweeps + 1):
         moved = 0.0
-        for s in range(moment.shape[-1]):
-            step = (moment[..., s] - (gram[..., s, :] * beta).sum(dim=-1)) / diagonal[..., s]
-            beta[..., s] += step
+        for k in range(moment.shape[-1]):
+            step = (wanted[..., k] - (turned[..., k, :] * beta).sum(dim=-1)) / curvature[..., k]
+            beta += step[..., None] * along[..., k, :]
             moved = max(moved, float(step.abs().max()))
         if moved <= tolerance * float(beta.abs().max()):
             return beta, sweep
     return beta, sweeps
 
 
-def by_cholesky(gram: Tensor, moment: Tensor) -> Tensor:
-    """Solution of gram @ beta = moment for symmetric positive definite matrices."""
+def increments(gram: Tensor) -> Tensor:
+    """[..., p, p] a basis, one direction a row: each layer less the one before it, so that its feature is rho_{<=s} - rho_{<=r}.
+
+    Sampled from the policy in the denominator, rho_{<=s} is a martingale: its increments do not correlate, while the ratios themselves are nearly
+    the same where layers are close. In this basis the matrix is therefore near a diagonal, and sweeping over it fast.
+
+    Conventions: layers in the order of their squares on the diagonal, which is that of their positions on average; any order gives a basis. A layer
+    that has nothing to do with the one before it (one that lies before the position has feature 0) stands for itself.
+    """
+    order = gram.diagonal(dim1=-2, dim2=-1).argsort(dim=-1)
+    layers = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)[order]
+    before = layers[..., :-1, :]
+    related = ((layers[..., 1:, :] @ gram) * before).sum(dim=-1, keepdim=True) != 0
+    return torch.cat([layers[..., :1, :], layers[..., 1:, :] - before * related], dim=-2)
+
+
+def by_cholesky(gram: Tensor, moment: Tensor, start: Tensor | None = None) -> Tensor:
+    """Solution of gram @ beta = moment for symmetric positive definite matrices. A `start` is what iterations have; this needs none."""
     return torch.cholesky_solve(moment[..., None], torch.linalg.cholesky(gram))[..., 0]

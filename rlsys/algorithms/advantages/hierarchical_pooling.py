@@ -8,12 +8,14 @@ where all others agree there is nothing to expect: 0.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch, Solve, chunks, others_variance, ridged
+from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
 FOLDS = 8
 
@@ -41,15 +43,15 @@ class FoldSums:
     def of(folds: list[GroupedBatch], positions: Tensor) -> FoldSums:
         return FoldSums(*(torch.stack(arrays) for arrays in zip(*(_sums(fold, positions) for fold in folds), strict=True)))
 
-    def coefficients(self, left_out: tuple[int, ...], ridge: float, solve: Solve) -> Tensor:
-        """[t, p] fitted on all folds but those; 0 where they have no spread of rewards to learn from."""
+    def coefficients(self, left_out: tuple[int, ...], ridge: float, solve: Solve, start: Tensor | None = None) -> Tensor:
+        """[t, p] fitted on all folds but those, by iteration from `start`; 0 where they have no spread of rewards to learn from."""
         kept = [f for f in range(len(self.gram)) if f not in left_out]
         gram, moment, scale = (sum_of(array, kept) for array in (self.gram, self.moment, self.scale))
         squares, responses = scale
         if not squares > 0:
             return torch.zeros_like(moment)
         # what counts as one response with all ratios 1 is scaled like the features
-        return solve(ridged(gram, ridge * squares / responses), moment)
+        return solve(ridged(gram, ridge * squares / responses), moment, start)
 
 
 def sum_of(array: Tensor, kept: list[int]) -> Tensor:
@@ -108,25 +110,47 @@ def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float, s
 
 
 def pooled_corrections(
-    batch: GroupedBatch, positions: Tensor, ridge: float, solve: Solve, *, left_out: bool = True, strengths: Tensor | None = None
-) -> Tensor:
-    """[K, G, t] what the layers fitted on the other folds add to the centre.
+    batch: GroupedBatch,
+    positions: Tensor,
+    ridge: float,
+    solve: Solve,
+    *,
+    left_out: bool = True,
+    strengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[K, G, t] what the layers fitted on the other folds add to the centre, and the mean coefficients [t, p] of the folds.
 
         f_i(t) = v_i sum_s rho_{<=s, i} beta_{t, -fold(i)}^(s),   v_i the variance of the rewards of the others of i's group
 
     Source: references/hierarchical_token_baselines.md, section 7, with cross-fitting over groups.
 
     Conventions: `strengths` [F] multiplies the corrections of each fold's groups; folds at 0 are not solved. `left_out=False` fits on all
-    folds, which is biased. With a single fold there is nothing to learn from: 0.
+    folds, which is biased. With a single fold there is nothing to learn from: 0. `start` [t, p]: where an iterative `solve` starts in every fold;
+    for instance the mean coefficients of another batch.
     """
     members = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
     strengths = torch.ones(len(folds), dtype=torch.float64, device=positions.device) if strengths is None else strengths
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
+    solved = strengths.nonzero()[:, 0].tolist()
+    average = corrections.new_zeros(len(positions), batch.layers.most)
     for part in chunks(torch.arange(len(positions), device=positions.device), len(folds) * (batch.layers.most + 1) ** 2):
         sums = FoldSums.of(folds, positions[part])
-        for f in strengths.nonzero()[:, 0].tolist():
-            beta = sums.coefficients((f,) if left_out else (), ridge, solve)
+        for f in solved:
+            beta = sums.coefficients((f,) if left_out else (), ridge, solve, None if start is None else start[part])
+            average[part] += beta / len(solved)
             predicted = _predicted(folds[f], positions[part], beta)
             corrections[members == f, :, part[0] : part[-1] + 1] = strengths[f] * predicted
-    return corrections
+    return corrections, average
+
+
+def start_from(before: Sequence[Sequence[float]], length: int, layers: Layers) -> Tensor | None:
+    """[T, p] coefficients to start a batch of T tokens from, of the last batch's [T', p]; None (0) if that had other layers or there was none.
+
+    Conventions: positions that the last batch did not have start as its last position.
+    """
+    if not before or len(before[0]) != layers.most:
+        return None
+    known = torch.tensor(before, dtype=torch.float64, device=layers.base.device)
+    return known[torch.arange(length, device=known.device).clamp(max=len(known) - 1)]

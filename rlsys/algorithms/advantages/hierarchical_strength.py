@@ -21,10 +21,11 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 )
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, held_out_predictions
 
-# The four numbers below were set on random tabular policies other than those of docs/hierarchical_baselines.md.
+# The five numbers below were set on random tabular policies other than those of docs/hierarchical_baselines.md.
 HALF_STRENGTH = 14.0  # effective responses a group with which its own fit starts at strength 1/2
 CAUTION = 2.0  # standard errors by which a gain must exceed that of the starting strength
 SMALL_SAMPLE = 6.0  # the standard error of n units is itself unsure: it is widened by 1 + 6 / n
+CERTAINTY = 4.0  # standard errors that the correlation of reward and log-ratio must exceed before it moves the centre
 STEPS = 9  # candidates: 0, 1/8, ... 1
 SAMPLED_POSITIONS = 64  # a strength is one number for all positions: these many, evenly spread, are enough to read it
 
@@ -67,6 +68,41 @@ def cautious_strengths(gains: Gains, counted: Tensor, start: Tensor) -> Tensor:
     return candidates.gather(-2, best[..., None, None].expand(*best.shape, 1, m))[..., 0, :]
 
 
+def tilted_centre(batch: GroupedBatch) -> Tensor:
+    """[K, G] mean reward of the others, moved to the best single baseline as far as reward and log-ratio surely go together.
+
+        c_i + (1 - CERTAINTY^2 / z_i^2)_+ (sum_j rho_j^2 R_j / sum_j rho_j^2 - c_i),   z_i = sqrt(n - 3) atanh(r_i)
+
+    over the n others j of the group, rho their ratio of the whole response and r_i the correlation of log rho and R among them.
+
+    Source: the weighted mean minimises sum_j rho_j^2 (R_j - b)^2; z is about standard normal without a correlation (Fisher 1921, On the
+    "probable error" of a coefficient of correlation); the positive part is that of James and Stein.
+
+    Conventions: the weighted mean rests on the few largest ratios and cannot say how sure it is, while the correlation with the logarithm rests
+    on all responses. Groups of at most 4 keep the mean, and so does a response whose others have equal ratios or equal rewards.
+    Sums over the others are formed without their total, so that not even rounding knows the response.
+    """
+    size = batch.rewards.shape[1]
+    others = (batch.present[:, None, :] & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)).double()  # [K, i, j]
+    number = others.sum(dim=2)
+
+    def over_others(values: Tensor) -> Tensor:
+        return (others @ values[..., None])[..., 0]
+
+    def covariance(a: Tensor, b: Tensor) -> Tensor:
+        count = number.clamp(min=1)
+        return over_others(a * b) / count - over_others(a) * over_others(b) / count.square()
+
+    rewards, squared = batch.rewards, batch.final.square()
+    logs = torch.where(batch.present, batch.final.clamp(min=TINY).log(), 0.0)
+    spread = (covariance(logs, logs) * covariance(rewards, rewards)).clamp(min=0).sqrt()
+    correlation = (covariance(logs, rewards) / spread.clamp(min=TINY)).clamp(-1 + 1e-12, 1 - 1e-12)
+    z_squared = (number - 3).clamp(min=0) * correlation.atanh().square()
+    certain = (1 - CERTAINTY**2 / z_squared.clamp(min=TINY)).clamp(min=0)
+    best = over_others(squared * rewards) / over_others(squared).clamp(min=TINY)
+    return batch.centre + certain * (best - batch.centre)
+
+
 def starting_strength(size: Tensor, ratio_sum: Tensor, square_sum: Tensor, number: Tensor) -> Tensor:
     """E^2 / (E^2 + HALF_STRENGTH^2), E = size times the share of effective responses, (sum rho)^2 / (number sum rho^2)."""
     effective = size * ratio_sum.square() / (number * square_sum).clamp(min=TINY)
@@ -84,6 +120,7 @@ def sampled(batch: GroupedBatch) -> Tensor:
 def lone_group_strengths(batch: GroupedBatch, n: Tensor, ridge: float) -> Tensor:
     """[1, G] strength of the group's own fit for each response of a batch of one group, from all pairs of the others.
 
+    The gains are over the plain mean of the others, whatever `tilted_centre` makes of it.
     With i and j both left out, the residuals are (M_SS)^-1 (M y)_S for S = {i, j} and M = 1 - hat matrix: closed, so no fit is repeated.
     """
     size = batch.rewards.shape[1]

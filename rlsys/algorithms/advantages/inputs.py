@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class AdvantageInputs:
     step_ends: Tensor | None = None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
     kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
     layer_baselines: Tensor | None = None  # [B, T, p] of a network that has not seen the batch; None: all 0
-    state: Mapping[str, float] = field(default_factory=dict)  # what the estimator returned as its state for the batch before
+    state: Mapping[str, Any] = field(default_factory=dict)  # what the estimator returned as its state for the batch before
 
     def __post_init__(self) -> None:
         mask = self.response_mask
@@ -65,7 +65,7 @@ class AdvantageOutput:
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
     regression: BaselineRegression | None = None  # what a network of layer baselines is to learn from this batch
-    state: Mapping[str, float] = field(default_factory=dict)  # comes back with the next batch; saved in checkpoints
+    state: Mapping[str, Any] = field(default_factory=dict)  # ready for JSON: comes back with the next batch; saved in checkpoints
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,26 @@ from rlsys.config import (
     RunConfig,
 )
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch
-from rlsys.driver.credit_assignment import CreditAssigner, required_inputs
+from rlsys.data.rollout_files import read_rollouts, write_rollouts
+from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed, required_inputs
 from rlsys.driver.metrics import values
 from tests.rollout_examples import rollouts
 
 
 def make_config(
-    estimator: str = "reinforce", *, mini_batches: int = 1, parameters: dict | None = None, **algorithm: Any
+    estimator: str = "reinforce",
+    *,
+    mini_batches: int = 1,
+    parameters: dict | None = None,
+    recompute: bool = False,
+    **algorithm: Any,
 ) -> RunConfig:
     return RunConfig(
         generation=GenerationConfig(max_tokens=4, min_tokens=0),
         policy=PolicyConfig(mini_batches=mini_batches),
-        algorithm=AlgorithmConfig(advantage=AdvantageConfig(name=estimator, parameters=parameters or {}), **algorithm),
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(name=estimator, parameters=parameters or {}, recompute=recompute), **algorithm
+        ),
     )
 
 
@@ -59,7 +68,8 @@ def logprobs(made: RolloutBatch, value: float, *, norm: float | None = None) -> 
     return [LogprobBatch(batch_id=0, rows=np.arange(len(made)), logprobs=flat, score_norms=norms)]
 
 
-def advantages_of(made: RolloutBatch, flat: np.ndarray) -> list[list[float]]:
+def advantages_of(made: RolloutBatch, flat: np.ndarray | None) -> list[list[float]]:
+    assert flat is not None
     ends, starts = made.sequence_offsets[1:], made.sequence_offsets[:-1] + made.prompt_lengths
     return [flat[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
 
@@ -71,6 +81,7 @@ def test_required_inputs():
     assert required_inputs(make_config(kl=KLConfig(coefficient=0.1, target=1.0))) == {"ref_logprobs", "old_logprobs"}
     assert required_inputs(make_config("optimal_baseline")) == {"score_norms", "old_logprobs"}
     assert required_inputs(make_config("remax")) == {"greedy_rewards"}
+    assert required_inputs(make_config("hierarchical", recompute=True, mini_batches=4)) == frozenset()  # the ranks ask themselves
 
 
 def test_the_kl_in_the_reward_is_paid_by_the_tokens_up_to_it():
@@ -109,6 +120,24 @@ def test_the_kl_in_the_advantage_reaches_the_estimator():
     # at the first token both pay 1; at the second one pays 1/2 and the other 3/4
     assert first == pytest.approx([0.0, 1.0], abs=1e-4)
     assert second[:2] == pytest.approx([0.0, -1.0], abs=1e-4)
+
+
+def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_path: Path):
+    """Group rewards (1, 0): advantages 1/2 under the mean of the group, 1 under that of the other."""
+    made, config = batch(), make_config("rloo", recompute=True)
+    train, metrics = CreditAssigner(config).assign(made, rewards([1, 0, 1, 0]), [], [])
+    assert train.advantages is None
+    assert "advantage/mean_abs" not in metrics
+    write_rollouts(train, tmp_path / "step.parquet")
+    assert [row["advantages"] for row in read_rollouts(tmp_path / "step.parquet")] == [None] * 4
+
+    zeros = np.zeros(len(made.token_ids), dtype=np.float32)
+    later = recomputed(config, train, np.array([0, 1]), LiveLogprobs(logprobs=zeros - 1, score_norms=zeros), {})
+    assert later.batch.advantages is not None
+    assert advantages_of(made, later.batch.advantages) == [[1, 1], [-1, -1, -1, -1], [0], [0, 0, 0]]
+    assert values(later.metrics)["advantage/mean_abs"] == 1.0
+    assert later.batch.old_logprobs is not None
+    assert (later.batch.old_logprobs == -1).all()
 
 
 def test_truncated_responses_can_be_left_out_of_the_loss():
@@ -158,6 +187,20 @@ def test_adaptive_numbers_move_and_survive_a_checkpoint():
         assert values(metrics)["advantage/baseline"] == pytest.approx(
             1.0
         )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
+
+
+def test_the_start_of_the_sweeps_survives_a_checkpoint():
+    parameters = {"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0, "diagnostics": False}
+    config = make_config("hierarchical", parameters=parameters)
+    made, scores = rollouts([([9], [[1, 2], [1, 2, 3, 4], [5]]), ([8, 8], [[5], [5, 6, 7], [6]])]), rewards([1, 0, 1, 0, 1, 0])
+    first = CreditAssigner(config)
+    first.assign(made, scores, logprobs(made, -1.0), [])
+    second = CreditAssigner(config)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert np.any(np.array(first.state()["estimator"]["pooled"]))
+    for assigner in (first, second):
+        assigner.assign(made, scores, logprobs(made, -1.3), [])
+    assert first.state() == second.state()
 
 
 def test_fixed_numbers_follow_the_configuration_after_a_resume():

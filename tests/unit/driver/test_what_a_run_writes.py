@@ -13,7 +13,7 @@ from rich.console import Console
 from rlsys.config import RunConfig, RunSection
 from rlsys.driver.metrics_log import MetricsLog, read_metrics
 from rlsys.driver.progress import Progress, duration, phase_line, print_summary
-from rlsys.driver.report import Series, format_number, line_chart, nice_ticks, write_report
+from rlsys.driver.report import Series, format_number, line_chart, nice_ticks, series_over_position, write_report
 from rlsys.driver.run_directory import RunDirectory
 
 STEP = {
@@ -158,6 +158,21 @@ def test_a_chart_without_points_is_nothing_and_titles_are_escaped():
     assert "a &lt; b" in chart
     assert "x &amp; y" in chart
     assert chart.count("<circle") == 2
+
+
+def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_step_that_have_them(directory: RunDirectory):
+    log = MetricsLog(directory)
+    for step in range(1, 8):
+        shares = {f"advantage/effective_share/at_{p:03d}": 1 - step * p / 1000 for p in (100, 0, 50)} if step > 2 else {}
+        log.on_step(step, STEP | shares)
+    lines = series_over_position(read_metrics(directory.metrics), "advantage/effective_share/at_")
+    assert [line.label for line in lines] == ["step 3", "step 5", "step 7"]
+    assert lines[-1].points == ((0, 1.0), (50, 1 - 0.35), (100, 1 - 0.7))
+    write_report(directory)
+    page = directory.report.read_text()
+    assert "over position (% of the longest response)" in page
+    assert 'data-at="{} % of the longest response"' in page
+    assert series_over_position([], "advantage/") == []
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory):
