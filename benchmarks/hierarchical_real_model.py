@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.hierarchical_variance import hierarchical, plain
@@ -37,7 +36,7 @@ from rlsys.algorithms.advantages.gradient_variance import GroupMoments, response
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
-from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.batches import PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
 from rlsys.data.padding import ResponsePadding
 from rlsys.data.prompt_stream import load_prompts
 from rlsys.data.prompt_templates import stop_strings
@@ -176,28 +175,20 @@ class Experiment:
         rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
         chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
         rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
-        batch = TrainBatch(
-            rollouts=rollouts, rewards=rewards, advantages=np.zeros(len(rollouts.token_ids), dtype=np.float32)
-        )  # estimated from the live policy
-        self.policy._mini_batch(batch, rows)
+        self.policy._mini_batch(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows)
         self.updates += 1
 
     def inputs(self) -> AdvantageInputs:
         """What the estimators see of the responses that are looked at, under the policy as it is."""
         rollouts, padding = self.looked_at.rollouts, ResponsePadding.of(self.looked_at.rollouts)
-        live = self.policy.logprobs(rollouts)
-
-        def padded(array: str) -> Tensor:
-            values: NDArray[np.float32] = LogprobBatch.scatter([live], rollouts.sequence_offsets, array)  # type: ignore[arg-type]
-            return padding.pad(values)
-
+        live = self.policy.live(rollouts, self.policy._packs(rollouts, np.arange(len(rollouts))))
         return AdvantageInputs(
             rewards=torch.from_numpy(self.looked_at.rewards.rewards),
             response_mask=padding.pad(rollouts.response_mask),
             group_ids=torch.from_numpy(rollouts.group_ids),
             rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
-            old_logprobs=padded("logprobs"),
-            score_norms=padded("score_norms"),
+            old_logprobs=padding.pad(live.logprobs),
+            score_norms=padding.pad(live.score_norms),
         )
 
     def moments(self, weights: Tensor) -> list[PromptMoments]:
