@@ -22,12 +22,15 @@ endif
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
-# The stamp makes a second `make setup` free: it is redone only when what to install has changed.
-$(STAMP): pyproject.toml uv.lock
+# The stamp makes a second `make setup` free: it is redone only when what to install, or how, has changed.
+# --compile-bytecode: a run starts a dozen processes that import torch and its company. uv leaves compiling to the first import,
+# whose result is lost where Python may not write it (PYTHONDONTWRITEBYTECODE, a read-only image): then each start compiles anew
+# and takes two to three times as long.
+$(STAMP): pyproject.toml uv.lock Makefile
 	$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet "uv>=0.9"
 	test -x $(BIN)/python || $(PYTHON) -m uv venv --quiet --python $(PYTHON) $(VENV)
 	$(PYTHON) -m uv pip install --quiet --no-config --python $(BIN)/python $(addprefix --find-links ,$(FIND_LINKS)) $(TORCH_SOURCE)
-	$(PYTHON) -m uv sync --quiet --frozen --inexact --extra $(EXTRA) --extra dev
+	$(PYTHON) -m uv sync --quiet --frozen --inexact --compile-bytecode --extra $(EXTRA) --extra dev
 	rm -f $(VENV)/.setup-*; touch $@
 
 run: setup

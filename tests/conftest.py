@@ -9,6 +9,7 @@ import pytest
 hypothesis.settings.register_profile("rlsys", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("rlsys")  # the same examples every time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: as in the actors of a run (workers/cluster.py)
 
 
 @pytest.fixture(scope="session")

@@ -72,23 +72,29 @@ async def train(path: Path, config: RunConfig, *, resume: bool = False, kill: tu
         assert await loop.run() == "finished"
 
 
-async def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    """A policy rank is killed during an update, a step after the last checkpoint; every metric to 1e-6."""
-    config = make_config(steps=5, evaluation={"every": 2}, checkpoints={"every": 2})
-    await train(tmp_path / "whole", config)
+async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_again_with_the_same_result(tmp_path: Path) -> None:
+    """A policy rank is killed during an update, after two steps and an evaluation beyond the last checkpoint; every metric to 1e-6."""
+    config = make_config(steps=6, evaluation={"every": 2}, checkpoints={"every": 3})
+    metrics = RunDirectory(tmp_path / "run").metrics
     with pytest.raises(RayActorError) as caught:
-        await train(tmp_path / "killed", config, kill=("policy-0", 4, "update"))
-    assert "update of step 4; the newest checkpoint is that of step 2" in caught.value.__notes__[0]
-    await train(tmp_path / "killed", config, resume=True)
+        await train(tmp_path / "run", config, kill=("policy-0", 6, "update"))
+    assert "update of step 6; the newest checkpoint is that of step 3" in caught.value.__notes__[0]
+    before = {(record.kind, record.step): record for record in read_metrics(metrics)}
+    await train(tmp_path / "run", config, resume=True)
 
-    whole, killed = (read_metrics(RunDirectory(tmp_path / name).metrics) for name in ("whole", "killed"))
-    assert [(record.kind, record.step) for record in killed] == [(record.kind, record.step) for record in whole]
-    for expected, found in zip(whole, killed, strict=True):
+    after = {(record.kind, record.step): record for record in read_metrics(metrics)}
+    uninterrupted = [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4), ("train", 5)]
+    assert list(before) == uninterrupted
+    assert list(after) == [*uninterrupted, ("train", 6), ("eval", 6)]
+    assert len(read_metrics(metrics)) == len(after)
+    for moment, expected in before.items():
+        found = after[moment]
+        assert (found.time > expected.time) == (moment in uninterrupted[-3:]), "only what came after the checkpoint was done again"
         compared = [name for name in expected.values if not name.startswith(("time/", "throughput/", "memory/"))]
         assert len(compared) > (20 if expected.kind == "train" else 1)
         for name in compared:
-            assert found.values[name] == pytest.approx(expected.values[name], abs=1e-6), (expected.step, name)
-    rewards = [record.values["reward/std"] for record in whole if record.kind == "train"]
+            assert found.values[name] == pytest.approx(expected.values[name], abs=1e-6), (moment, name)
+    rewards = [record.values["reward/std"] for record in after.values() if record.kind == "train"]
     assert min(rewards) > 0, "equal rewards would teach nothing, and any two such runs are equal"
 
 

@@ -20,6 +20,7 @@ from workers.generation.worker import GenerationWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync, differing_groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+ENGINES = ("transformers", "vllm")
 SAMPLING = SamplingParameters(samples_per_prompt=4, temperature=0.8, min_tokens=2, max_tokens=12, seed=3)
 
 
@@ -36,11 +37,17 @@ def start_worker(engine: str) -> Any:
     return remote_class.options(num_cpus=0).remote(config(engine), str(resolve_model("tiny")))
 
 
-@pytest.fixture(scope="module", params=["transformers", "vllm"])
-def worker(request: pytest.FixtureRequest, ray_cluster: None) -> Iterator:
-    actor = start_worker(request.param)
-    yield actor
-    ray.kill(actor)
+@pytest.fixture(scope="module")
+def workers(ray_cluster: None) -> Iterator[dict[str, Any]]:
+    started = {engine: start_worker(engine) for engine in ENGINES}
+    yield started
+    for actor in started.values():
+        ray.kill(actor)
+
+
+@pytest.fixture(params=ENGINES)
+def worker(request: pytest.FixtureRequest, workers: dict[str, Any]) -> Any:
+    return workers[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +204,14 @@ async def test_older_weights_are_refused(worker, model: torch.nn.Module):
         await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
 
 
-async def test_two_workers_cover_all_prompts_in_order(prompts: PromptBatch):
+async def test_two_workers_cover_all_prompts_in_order(workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module):
     """Each response of the transformers engine has its own seed, so how prompts are shared out changes nothing."""
-    workers = [start_worker("transformers") for _ in range(2)]
-    both, alone = await generate(workers, prompts, SAMPLING), await generate(workers[:1], prompts, SAMPLING)
+    first, second = workers["transformers"], start_worker("transformers")
+    for actor in (first, second):
+        await install(actor, model, 0)
+    both, alone = await generate([first, second], prompts, SAMPLING), await generate([first], prompts, SAMPLING)
     assert both.token_ids.tolist() == alone.token_ids.tolist()
-    for actor in workers:
-        ray.kill(actor)
+    ray.kill(second)
 
 
 async def test_groups_stream_out_before_the_last_is_done(worker, prompts: PromptBatch):

@@ -1,8 +1,9 @@
 """The actor group on real Ray and gloo: the same update whatever the ranks, the packing and the microbatches."""
 
-import asyncio
 import dataclasses
 import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from rlsys.data.batches import LogprobBatch, TrainBatch
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.weights import unpack_weights
+from tests.rank_processes import RankProcesses
 from tests.rollout_examples import random_rollouts, train_batch
 from workers.policy.group import PolicyGroup, ReferenceGroup
-from workers.policy.worker import PolicyWorker, ReferenceWorker
+from workers.policy.worker import ReferenceWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -47,23 +49,24 @@ def config(ranks: int, **policy: object) -> RunConfig:
     )
 
 
-class Group:
-    """Actors of one policy group, killed at the end."""
+@pytest.fixture(scope="module")
+def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
+    processes = RankProcesses()
+    yield processes
+    processes.kill()
 
-    def __init__(self, config: RunConfig, actor_class: type = PolicyWorker) -> None:
-        ranks = config.policy.ranks
-        remote_class: Any = ray.remote(actor_class)
-        model = str(resolve_model("tiny"))
-        self.actors = [remote_class.options(num_cpus=0).remote(config, model, rank, ranks) for rank in range(ranks)]
-        self.group = (PolicyGroup if actor_class is PolicyWorker else ReferenceGroup)(self.actors)
 
-    async def __aenter__(self) -> Any:
-        await self.group.setup()
-        return self.group
-
-    async def __aexit__(self, *_: object) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+@asynccontextmanager
+async def reference_group(config: RunConfig) -> AsyncIterator[ReferenceGroup]:
+    """A group with processes of its own."""
+    remote_class: Any = ray.remote(ReferenceWorker)
+    model, count = str(resolve_model("tiny")), config.policy.ranks
+    actors = [remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)]
+    group = ReferenceGroup(actors)
+    await group.setup()
+    yield group
+    for actor in actors:
+        ray.kill(actor)
 
 
 async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
@@ -86,16 +89,16 @@ def example() -> TrainBatch:
     )
 
 
-async def updated(policy: RunConfig, batch: TrainBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+async def updated(ranks: RankProcesses, policy: RunConfig, batch: TrainBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Weights and metrics after one update."""
-    async with Group(policy) as group:
+    async with ranks.group(policy) as group:
         report = values(await group.update(ray.put(batch)))
         return await weights_of(group), report
 
 
-async def test_update_does_not_depend_on_ranks_or_packing():
+async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
     batch = example()
-    async with Group(config(1)) as group:
+    async with ranks.group(config(1)) as group:
         start = await weights_of(group)
         report = values(await group.update(ray.put(batch)))
         reference = await weights_of(group)
@@ -103,7 +106,7 @@ async def test_update_does_not_depend_on_ranks_or_packing():
         config(1, share_prompts=False, microbatch_tokens=64, logit_chunk_tokens=3),
         config(2, microbatch_tokens=50, gradient_checkpointing=True),
     ]
-    results = [await updated(plan, batch) for plan in plans]
+    results = [await updated(ranks, plan, batch) for plan in plans]
     moved = max(float((reference[name] - start[name]).abs().max()) for name in reference)
     assert moved > 5e-4  # the update did something
     for weights, other in results:
@@ -124,7 +127,7 @@ async def test_update_does_not_depend_on_ranks_or_packing():
         assert other["policy/tokens"] == report["policy/tokens"]
 
 
-async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing():
+async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(ranks: RankProcesses):
     """adaptive_power takes its q from the whole mini-batch, the mismatch correction from whole responses, and masked responses leave no trace."""
     batch = example()
     trained = np.arange(len(batch.rollouts)) % 3 != 0
@@ -136,7 +139,7 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
             rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
             aggregation="token_mean",
         )
-        _, report = await updated(plan.model_copy(update={"algorithm": algorithm}), batch)
+        _, report = await updated(ranks, plan.model_copy(update={"algorithm": algorithm}), batch)
         reports.append(report)
     first = reports[0]
     assert 0.01 < first["policy/q"] < 0.99
@@ -147,15 +150,15 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
 
 
-async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone():
+async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone(ranks: RankProcesses):
     batch = example()
     rollouts = dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
     batch = dataclasses.replace(batch, rollouts=rollouts)
-    plain, silent = await updated(config(1), batch)
+    plain, silent = await updated(ranks, config(1), batch)
     assert not any(name.startswith("gradient/") for name in silent)
     reports = []
     for plan in (config(1), config(2, microbatch_tokens=50), config(1, gradient_checkpointing=True)):
-        weights, report = await updated(plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch)
+        weights, report = await updated(ranks, plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch)
         reports.append({name: value for name, value in report.items() if name.startswith("gradient/")})
         if plan.policy.ranks == 1:
             assert all((weights[name] - tensor).abs().max() < 1e-6 for name, tensor in plain.items())
@@ -164,18 +167,18 @@ async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_
         assert report == pytest.approx(reports[0], rel=1e-3, abs=1e-5)
 
 
-async def test_a_mini_batch_without_trained_responses_is_skipped():
+async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProcesses):
     batch = dataclasses.replace(example(), trained=np.zeros(24, dtype=np.bool_))
-    _, report = await updated(config(2), batch)
+    _, report = await updated(ranks, config(2), batch)
     assert report["policy/skipped_updates"] >= 1
     assert "policy/grad_norm" not in report
 
 
-async def test_score_norms_come_only_where_they_are_read():
+async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
     batch = example().rollouts
     for estimator, wanted in (("grpo", False), ("opo", False), ("optimal_baseline", True)):
         plan = config(1).model_copy(update={"algorithm": AlgorithmConfig(advantage=AdvantageConfig(name=estimator))})
-        async with Group(plan) as group:
+        async with ranks.group(plan) as group:
             (part,) = [await handle for handle in await group.logprobs([ray.put(batch)])]
         assert (part.score_norms is not None) == wanted
         if wanted:
@@ -184,12 +187,17 @@ async def test_score_norms_come_only_where_they_are_read():
             assert ((norms > 0) & (norms < 2))[batch.response_mask].all()
 
 
-async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference():
+async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference(ranks: RankProcesses):
     batch = example()
-    async with Group(config(1)) as one, Group(config(2)) as two, Group(config(2), ReferenceWorker) as reference:
-        a, b, c = [await logprobs_of(group, batch) for group in (one, two, reference)]
-        tokens = batch.rollouts.token_ids[:24].reshape(2, 12)
-        probes = await asyncio.gather(one.probe_logprobs(tokens, 1.0), two.probe_logprobs(tokens, 1.0))
+    tokens = batch.rollouts.token_ids[:24].reshape(2, 12)
+    found, probes = [], []
+    for plan in (config(1), config(2)):
+        async with ranks.group(plan) as group:
+            found.append(await logprobs_of(group, batch))
+            probes.append(await group.probe_logprobs(tokens, 1.0))
+    async with reference_group(config(2)) as reference:
+        found.append(await logprobs_of(reference, batch))
+    a, b, c = found
     assert np.allclose(a, b, atol=1e-5)
     assert np.allclose(a, c, atol=1e-5)
     assert np.allclose(*probes, atol=1e-5)
@@ -197,15 +205,15 @@ async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference():
     assert (a[batch.rollouts.response_mask] < 0).all()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ranks: int):
-    batch, plan = example(), config(ranks, epochs=2, mini_batches=2)
-    async with Group(plan) as group:
+@pytest.mark.parametrize("count", [1, 2])
+async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ranks: RankProcesses, count: int):
+    batch, plan = example(), config(count, epochs=2, mini_batches=2)
+    async with ranks.group(plan) as group:
         await group.update(ray.put(batch))
         await group.save(tmp_path)
         await group.update(ray.put(batch))
         straight = await weights_of(group)
-    async with Group(plan) as group:
+    async with ranks.group(plan) as group:
         await group.load(tmp_path)
         await group.update(ray.put(batch))
         resumed = await weights_of(group)
@@ -228,28 +236,28 @@ def with_baseline_network(ranks: int) -> RunConfig:
     return plan.model_copy(update={"algorithm": algorithm})
 
 
-async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tmp_path: Path):
+async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tmp_path: Path, ranks: RankProcesses):
     """Three mini-batches: untrained, trained but unproven, then in use."""
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
     batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs))
-    async with Group(with_baseline_network(1)) as group:
+    async with ranks.group(with_baseline_network(1)) as group:
         first = values(await group.update(ray.put(batch)))
         await group.save(tmp_path)
         second = values(await group.update(ray.put(batch)))
         straight = await weights_of(group)
-    async with Group(with_baseline_network(1)) as group:
+    async with ranks.group(with_baseline_network(1)) as group:
         await group.load(tmp_path)
         assert values(await group.update(ray.put(batch)))["advantage/strength_network"] == second["advantage/strength_network"]
         resumed = await weights_of(group)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
-    _, two = await updated(with_baseline_network(2), batch)
+    _, two = await updated(ranks, with_baseline_network(2), batch)
     for name in ("advantage/strength_network", "advantage/variance_ratio/used", "policy/grad_norm"):
         assert two[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
     assert second["advantage/strength_network"] > 0
 
 
-async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: Path):
+async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: Path, ranks: RankProcesses):
     """The start of the pooled fit's sweeps: the ranks have it, since they estimate."""
     advantage = AdvantageConfig(
         name="hierarchical", parameters={"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0}, recompute=True
@@ -262,7 +270,7 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: 
     kept = []
     for directory in (tmp_path / "first", tmp_path / "second"):
         directory.mkdir()
-        async with Group(plan) as group:
+        async with ranks.group(plan) as group:
             if kept:
                 await group.load(tmp_path / "first")
             else:
@@ -273,14 +281,14 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: 
     assert kept[0] == kept[1]
 
 
-async def test_another_number_of_ranks_is_refused(tmp_path: Path):
+async def test_another_number_of_ranks_is_refused(tmp_path: Path, ranks: RankProcesses):
     (tmp_path / "policy_state.json").write_text('{"ranks": 2, "steps": 1}')
-    async with Group(config(1)) as group:
+    async with ranks.group(config(1)) as group:
         with pytest.raises(Exception, match=r"policy\.ranks: .* was written by 2 ranks, now there are 1"):
             await group.load(tmp_path)
 
 
-async def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+async def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(ranks: RankProcesses):
     batch = example()
     broken = TrainBatch(
         rollouts=batch.rollouts,
@@ -288,7 +296,7 @@ async def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
         advantages=np.where(batch.rollouts.response_mask, np.nan, 0).astype(np.float32),
         old_logprobs=batch.old_logprobs,
     )
-    async with Group(config(1)) as group:
+    async with ranks.group(config(1)) as group:
         before = await weights_of(group)
         report = values(await group.update(ray.put(broken)))
         after = await weights_of(group)

@@ -1,4 +1,4 @@
-"""Each recipe of a published algorithm trains the embedded model for three steps, on real Ray and real processes."""
+"""Each recipe of a published algorithm trains an embedded model for three steps, on real Ray and real processes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ SHORT = [
     ),
     *("--trainer.evaluation.every", "0", "--trainer.checkpoints.every", "0", "--generation.cpus_per_worker", "0"),
 ]
-# Most responses of the untrained model are wrong; whether they hold a box differs within most groups, so there is a gradient.
-REWARDS = ("--reward.functions", "[{name: math}, {name: format_boxed, weight: 0.5}]")
-# Starts quicker than vLLM, which the other tests of recipes use; nothing here depends on the engine.
-QUICK = ("--generation.engine", "transformers")
+# Random text of the tiny model earns it in most groups, to different amounts, so there is a gradient. Nothing here depends on the model.
+TINY = [
+    *("--model.path", "tiny", "--generation.engine", "transformers", "--generation.dtype", "float32"),
+    *("--policy.compute_dtype", "float32", "--policy.optimizer.learning_rate", "1e-3"),
+    *("--plugins", "tests.plugin_package.rlsys_example_plugin"),
+]
+DIGITS = ("--reward.functions", "[{name: example_digits}]")
+# Most responses of the untrained model are wrong; whether they hold a box differs within most groups.
+BOXES = ("--reward.functions", "[{name: math}, {name: format_boxed, weight: 0.5}]")
 
 
 @pytest.fixture
@@ -60,37 +65,41 @@ def train(recipe: str, directory: Path, *flags: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("recipe", ["sapo", "dr_grpo", "reinforce"])
 def test_recipes_without_a_reference(tmp_path: Path, recipe: str):
-    steps = train(recipe, tmp_path / "run", *REWARDS, *QUICK)
+    steps = train(recipe, tmp_path / "run", *TINY, *DIGITS)
     assert "policy/kl_ref_k3" not in steps[0]
     moved = max(abs(step["policy/ratio_max"] - 1) for step in steps)
     assert (moved > 1e-6) == (recipe != "reinforce")  # two mini-batches a batch, or one
 
 
 def test_dapo(tmp_path: Path):
-    overlong = "{name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 4}}"
-    for step in train("dapo", tmp_path / "run", *QUICK, "--reward.functions", f"[{{name: format_boxed}}, {overlong}]"):
+    """Any digit earns the whole reward, so about half of the groups of two are equal and replaced."""
+    rewards = "[{name: example_digits, parameters: {per_digit: 1.0}}, {name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 4}}]"
+    steps = train("dapo", tmp_path / "run", *TINY, "--generation.samples_per_prompt", "2", "--reward.functions", rewards)
+    for step in steps:
         assert 1 <= step["sampling/rounds"] <= 3
         assert step["rollout/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
         assert -1 <= step["reward/component/soft_overlong"] <= 0
+    assert max(step["sampling/rounds"] for step in steps) > 1
+    assert max(step["sampling/replaced_groups"] for step in steps) > 0
 
 
 @pytest.mark.parametrize("recipe", ["rloo", "token_kl_grpo"])
 def test_recipes_with_a_reference(tmp_path: Path, recipe: str):
-    steps = train(recipe, tmp_path / "run", *REWARDS, *QUICK)
+    steps = train(recipe, tmp_path / "run", *TINY, *DIGITS)
     assert steps[2]["policy/kl_ref_k3"] > 0
     assert steps[2]["kl/coefficient"] > 0
 
 
 def test_gspo_on_two_ranks_with_vllm(tmp_path: Path):
-    """A whole run with a sharded policy."""
-    steps = train("gspo", tmp_path / "run", *REWARDS, "--policy.ranks", "2")
+    """A whole run of the real model with a sharded policy."""
+    steps = train("gspo", tmp_path / "run", *BOXES, "--policy.ranks", "2")
     assert steps[2]["sync/logprob_gap_mean"] < 0.15
     assert max(abs(step["policy/ratio_max"] - 1) for step in steps) < 0.5  # the ratio of a response moves less than that of a token
 
 
 def test_hierarchical(tmp_path: Path):
     """Four mini-batches, advantages estimated anew before each; the diagnostics arrive."""
-    steps = train("hierarchical", tmp_path / "run", *REWARDS, *QUICK)
+    steps = train("hierarchical", tmp_path / "run", *TINY, *DIGITS)
     for step in steps:
         assert 0 < step["advantage/effective_share/at_100"] <= 1
         assert step["advantage/variance_ratio/leave_one_out"] == 1.0

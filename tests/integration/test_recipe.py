@@ -11,6 +11,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from recipes.grpo_math import grpo_math
+from recipes.run_recipe import run_recipe
 from rlsys.driver.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -24,6 +26,15 @@ SMALL = [
     *("--trainer.prompts_per_step", "4", "--data.synthetic.train_size", "40", "--data.synthetic.eval_size", "4"),
     *("--plugins", "rlsys_example_plugin", "--reward.functions", "[{name: example_digits}]"),
     *("--trainer.checkpoints.every", "2", "--trainer.evaluation.every", "2"),
+]
+
+
+# Everything that a run's state holds: a reference, a user's estimator, several updates a batch, a schedule.
+FULL = [
+    *("--trainer.steps", "6", "--policy.ranks", "1", "--policy.optimizer.schedule", "cosine"),
+    *("--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
+    *("--algorithm.advantage.name", "example_sign", "--algorithm.advantage.parameters.scale", "0.5"),
+    *("--policy.mini_batches", "2", "--policy.epochs", "2", "--trainer.evaluation.samples_per_prompt", "2"),
 ]
 
 
@@ -49,23 +60,24 @@ def training_values(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path):
-    directory = tmp_path / "run"
-    done = run(
-        directory,
-        *("--policy.ranks", "1", "--trainer.steps", "4"),
-        *("--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
-        *("--algorithm.advantage.name", "example_sign", "--algorithm.advantage.parameters.scale", "0.5"),
-        *("--policy.mini_batches", "2", "--policy.epochs", "2", "--trainer.evaluation.samples_per_prompt", "2"),
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Directory and output of an uninterrupted run with the flags of FULL."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    done = run(directory, *FULL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "held-out accuracy after 0 steps" in done.stdout
-    assert "\x1b" not in done.stdout  # no control characters in a log file
+    return directory, done.stdout
+
+
+def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]):
+    directory, output = finished
+    assert "held-out accuracy after 0 steps" in output
+    assert "\x1b" not in output  # no control characters in a log file
     assert {path.name for path in directory.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "report.html", "run.log")
     }
     steps = training_values(directory)
-    assert sorted(steps) == [1, 2, 3, 4]
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6]
     wanted = {
         *(
             "reward/mean",
@@ -92,10 +104,10 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path
         ),
         *("policy/logprob_gap_max", "sync/logprob_gap_mean", "advantage/positive_share"),
     }
-    assert wanted <= set(steps[4])
+    assert wanted <= set(steps[6])
     assert steps[1]["policy/logprob_gap_max"] < 1e-3  # engine and trainer agree
-    assert abs(steps[4]["policy/ratio_mean"] - 1) > 1e-6  # several updates a batch: ratios move
-    table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000004.parquet")
+    assert abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6  # several updates a batch: ratios move, while the schedule still lets them
+    table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000006.parquet")
     assert table.num_rows == 16
     assert table["old_logprobs"].null_count == table["ref_logprobs"].null_count == 0
     config = yaml.safe_load((directory / "config.yaml").read_text())
@@ -108,10 +120,12 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(tmp_path: Path
     evaluations = [record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "eval"]
     assert {"eval/accuracy", "eval/mean@2", "eval/pass@1"} <= set(evaluations[-1].values)
 
-    again = run(directory)
-    assert again.returncode == 2
-    assert "run.directory" in again.stderr
-    assert "--resume" in again.stderr
+    with pytest.raises(SystemExit) as again:
+        run_recipe(grpo_math, ["--model.path", "tiny", "--run.directory", str(directory)])
+    assert again.value.code == 2
+    refusal = capsys.readouterr().err
+    assert "run.directory" in refusal
+    assert "--resume" in refusal
 
 
 def kill_when(process: subprocess.Popen[str], text: str, number: signal.Signals) -> str:
@@ -138,20 +152,16 @@ def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path):
-    flags = ["--trainer.steps", "6", "--policy.ranks", "1", "--policy.optimizer.schedule", "cosine"]
-    straight = tmp_path / "straight"
-    assert run(straight, *flags).returncode == 0
-
-    killed = tmp_path / "killed"
-    kill_when(start(killed, *flags), "5/6", signal.SIGKILL)  # after the checkpoint of step 4
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple[Path, str]):
+    straight, killed = finished[0], tmp_path / "killed"
+    kill_when(start(killed, *FULL), "5/6", signal.SIGKILL)  # after the checkpoint of step 4
     assert max(training_values(killed)) < 6
     # The newest checkpoint is damaged as well: the one before it takes over, and the run says so.
     newest = max((killed / "checkpoints").glob("step_??????"))
     with (newest / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, os.SEEK_END)
         weights.write(b"\x7f")
-    resumed = run(killed, *flags, "--resume")
+    resumed = run(killed, *FULL, "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"step_{int(newest.name[-6:]) - 2:06d}" in resumed.stdout
     assert "damaged" in resumed.stdout + resumed.stderr + (killed / "run.log").read_text()
