@@ -9,7 +9,9 @@ import pytest
 hypothesis.settings.register_profile("rlsys", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("rlsys")  # the same examples every time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: as in the actors of a run (workers/cluster.py)
+# Before torch is imported, and for every process that tests start: tests keep more of them at work than there are cores, and a thread that spins
+# while it waits keeps the core from the one it waits for. A run on cores of its own is faster with spinning (docs/measurements.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

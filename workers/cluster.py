@@ -34,10 +34,6 @@ RESERVATION_TIMEOUT_S = 120.0
 # step on a CPU a quarter faster.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
-# Threads of OpenMP that wait for the next piece of work should sleep, not spin: policy, generation, reward pool and driver share the cores, and a
-# thread that spins keeps the core from the one it waits for. Small models lose most: their pieces are short. A value of the user's wins.
-WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
@@ -126,7 +122,7 @@ class Cluster:
             )
             if not shares:
                 options |= {"num_cpus": self.bundles[position].cpus, "num_gpus": self.bundles[position].gpus}
-        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"} | ALLOCATOR | WAITING
+        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"} | ALLOCATOR
         remote_class: Any = ray.remote(actor_class)  # Ray's stubs know no class given at run time
         actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
         self.actors[f"{role}-{index}"] = actor
