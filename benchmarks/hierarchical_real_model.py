@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="updates after which gradients are looked at")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further fields of the configuration")
     arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # a policy worker uses as many as it is told
     config = evolve(
         hierarchical_math(detect_hardware()),
         {
