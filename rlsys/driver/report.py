@@ -294,10 +294,17 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "reward": row["reward"],
             "right": row["accuracy"] >= 0.5,
             "reason": row["reason"],
-            "advantage": next((a for a, m in zip(row["advantages"], row["response_mask"], strict=True) if m), 0.0),
+            "advantage": _first_advantage(row),
         }
         for row in rows[::step][:SAMPLES_PER_STEP]
     ]
+
+
+def _first_advantage(row: Mapping[str, Any]) -> str:
+    """That of the first sampled token; a dash where each mini-batch estimates its own, which the file does not hold."""
+    if row["advantages"] is None:
+        return "–"
+    return format(next((a for a, sampled in zip(row["advantages"], row["response_mask"], strict=True) if sampled), 0.0), "+.2f")
 
 
 def render_report(directory: RunDirectory) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from rlsys.config import RunConfig, RunSection
+from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.metrics_log import MetricsLog, read_metrics
 from rlsys.driver.progress import Progress, duration, phase_line, print_summary
 from rlsys.driver.report import Series, format_number, line_chart, nice_ticks, series_over_position, write_report
 from rlsys.driver.run_directory import RunDirectory
+from tests.rollout_examples import random_rollouts, train_batch
 
 STEP = {
     "reward/mean": 0.25,
@@ -188,6 +192,16 @@ def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory)
     for outside in ('src="http', "href=", "@import", "url("):
         assert outside not in page
     assert not list(directory.path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("advantages", "shown"), [(True, "+0.00"), (False, "–")])
+def test_the_report_shows_samples_with_the_advantage_that_their_file_holds(directory: RunDirectory, advantages: bool, shown: str):
+    """Where each mini-batch estimates its own, there is none."""
+    batch = train_batch(random_rollouts(4), 4)
+    flat = np.zeros(len(batch.rollouts.token_ids), dtype=np.float32) if advantages else None
+    write_rollouts(replace(batch, advantages=flat), directory.rollouts / "step_000001.parquet")
+    write_report(directory)
+    assert f'<td class="num">{shown}</td>' in directory.report.read_text()
 
 
 def test_the_report_of_a_run_without_steps(directory: RunDirectory):
