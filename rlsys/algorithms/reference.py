@@ -73,13 +73,16 @@ def reference() -> str:
         "## Advantage estimators\n",
         "`algorithm.advantage.name`; keyword parameters as `algorithm.advantage.parameters.<name>`.\n",
     ]
-    for name in available_advantage_estimators():
+    for name in _of_the_library(available_advantage_estimators(), get_advantage_estimator):
         needs = ", ".join(sorted(estimator_needs(name)))
         lines += _section(name, get_advantage_estimator(name), _used_by(lambda preset: preset.advantage.name, name), needs)
     lines += ["## Ratio levels\n", "`algorithm.objective.ratio`.\n", _block(inspect.getmodule(RATIOS.get("token")))]
-    lines += [f"- `{name}`: {_users(_used_by(lambda preset: preset.objective.ratio, name))}" for name in RATIOS.names()]
+    lines += [
+        f"- `{name}`: {_users(_used_by(lambda preset: preset.objective.ratio, name))}"
+        for name in _of_the_library(RATIOS.names(), RATIOS.get)
+    ]
     lines += ["", "## Weight functions\n", "`algorithm.objective.weight`; any weight with any ratio.\n"]
-    for name in WEIGHTS.names():
+    for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):
         lines += _section(name, WEIGHTS.get(name), _used_by(lambda preset: preset.objective.weight, name))
     lines += [
         "### The coefficient itself\n",
@@ -102,6 +105,11 @@ def reference() -> str:
     lines += ["## Entropy\n", "### In the reward\n", _block(entropy_rewards), "### Its temperature\n", _block(tuned_temperature)]
     lines += [EXPLOSION, *_explosion(), "", FIGURE]
     return "\n".join(lines) + "\n"
+
+
+def _of_the_library(names: Iterable[str], get: Callable[[str], Any]) -> list[str]:
+    """The names that no plug-in registered: what a page says must not depend on what else this process has imported."""
+    return [name for name in names if get(name).__module__.startswith("rlsys.")]
 
 
 def _block(thing: Any) -> str:
@@ -152,7 +160,7 @@ def _coefficients() -> Iterator[str]:
     yield "Effective weight w(rho, A) before A grad log pi, with default parameters; A > 0 / A < 0 where they differ:\n"
     yield "| weight | " + " | ".join(f"rho {ratio:g}" for ratio in ratios) + " |"
     yield "|---" * (len(ratios) + 1) + "|"
-    for name in WEIGHTS.names():
+    for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):
         up, down = (gradient_coefficient(name, logs, torch.full_like(logs, sign)).tolist() for sign in (1.0, -1.0))
         cells = [f"{abs(a):.2f}" if abs(a - b) < 0.005 else f"{abs(a):.2f} / {abs(b):.2f}" for a, b in zip(up, down, strict=True)]
         yield f"| `{name}` | " + " | ".join(cells) + " |"

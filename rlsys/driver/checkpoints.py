@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 PREFIX = "step_"
 PARTIAL = ".partial"
+FULL = 64 << 20  # bytes: with fewer free after a failed write, it failed for want of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +53,35 @@ class CheckpointStore:
         Whatever happens meanwhile, earlier checkpoints stay as they were, and this one is there completely or not at all.
 
         Raises:
-            Whatever `write` raises, and OSError of a full or failing disk.
+            Whatever `write` raises, and OSError of a failing disk, or of a full one whatever `write` made of that.
         """
         final = self._directory / f"{PREFIX}{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        await write(partial)
-        (partial / TRAINER_STATE).write_text(json.dumps(state, indent=1))
-        await asyncio.to_thread(_seal, partial)
+        try:
+            await write(partial)
+            (partial / TRAINER_STATE).write_text(json.dumps(state, indent=1))
+            await asyncio.to_thread(_seal, partial)
+        except Exception as error:
+            self._refuse_a_full_disk(partial, error)
+            raise
         if final.exists():  # damaged, or `latest` would have led the run past this step
             self._retire(final)
         partial.rename(final)
         _sync_directory(self._directory)
         await asyncio.to_thread(self._prune)
         return final
+
+    def _refuse_a_full_disk(self, partial: Path, cause: Exception) -> None:
+        """Say so where the disk is full, since torch's message of that does not, and give its last space back."""
+        free = shutil.disk_usage(self._directory).free
+        shutil.rmtree(partial, ignore_errors=True)
+        if free < FULL:
+            raise OSError(
+                f"trainer.checkpoints: the disk of {self._directory} is full ({free >> 20} MiB were free), so {partial.stem} was not written. Free some "
+                "space, or keep fewer checkpoints with trainer.checkpoints.keep."
+            ) from cause
 
     def _retire(self, checkpoint: Path) -> None:
         """Take a checkpoint out of the list before its files go, so that a half-deleted one is never taken for one."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,6 +182,25 @@ def save_and_die(directory: Path, fatal: int) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
+async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save only says that a position is not the expected one."""
+
+    async def fail(directory: Path) -> None:
+        (directory / "model.safetensors").write_bytes(b"some")
+        raise RuntimeError("unexpected pos 410658944 vs 410658836")
+
+    store = CheckpointStore(tmp_path, keep=2)
+    await store.save(1, write_weights, {})
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        await store.save(2, fail, {})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(
+        OSError, match=r"trainer\.checkpoints: the disk of .* is full \(1 MiB were free\), so step_000002 was not written\. Free"
+    ):
+        await store.save(2, fail, {})
+    assert names(tmp_path) == ["step_000001"]
+
+
 async def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     """With keep=1 there is never more than one to fall back on. Every file operation of a save is tried as the last one."""
     total = int(save_and_die(tmp_path / "whole", 0).stdout)
