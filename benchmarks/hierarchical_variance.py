@@ -31,6 +31,7 @@ SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")
 PLAIN = ("none", "group_mean", "opo", "optimal_token")
 LAYERS = ("final", "current", "current_and_final", "all")
 FIRST_SEED = 1000  # the constants of the estimator were set on seeds below 200
+POLICIES = 64  # in every row: 64 batches of one prompt, or 4 of 16
 FIGURE = Path("docs/images/hierarchical_variance.svg")
 Weights = Callable[[AdvantageInputs], Tensor]  # -> [B, T]
 
@@ -122,14 +123,14 @@ def errors(prompts: list[Prompt], size: int, repeats: int, methods: list[Weights
 
 
 def measure(setting: str, drift: float, prompts: int, size: int, methods: list[Weights], repeats: float) -> tuple[list[str], float]:
-    """`ratio ± error` of each method after the first to the first, and the largest standardised bias. One prompt: over eight in turn."""
-    made = [Prompt.of(setting, drift, FIRST_SEED + k) for k in range(max(prompts, 8))]
-    batches = [made] if prompts > 1 else [[p] for p in made]
-    number = max(5, round(repeats * (40 if prompts > 1 else 150)))
+    """`ratio ± error` of each method after the first to the first, and the largest standardised bias. Over POLICIES, `prompts` of them a batch."""
+    made = [Prompt.of(setting, drift, FIRST_SEED + k) for k in range(POLICIES)]
+    batches = [made[k : k + prompts] for k in range(0, POLICIES, prompts)]
+    number = max(3, round(repeats * 40))
     drawn = [errors(batch, size, number, methods, seed) for seed, batch in enumerate(batches)]
-    squares = torch.cat([e.square().sum((2, 3)) for e in drawn])  # [N, m]
-    ratio = squares.mean(0) / squares[:, 0].mean()
-    spread = (squares - ratio * squares[:, :1]).std(0) / squares[:, 0].mean() / len(squares) ** 0.5
+    squares = torch.cat([e.square().sum(3).mean(0) for e in drawn], dim=1)  # [m, POLICIES]
+    ratio = squares.sum(1) / squares[0].sum()
+    spread = (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()  # policies differ more than their batches
     largest = float(torch.stack([standardised_bias(e) for e in drawn]).mean(0)[1:].max().sqrt())
     return [f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)], largest
 
@@ -157,7 +158,7 @@ def by_drift(repeats: float) -> dict[tuple[str, int], list[tuple[float, float]]]
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for setting in SETTINGS:
         for drift in (0.0, 0.1, 0.3, 0.5, 0.7):
-            both = [Prompt.of(setting, drift, FIRST_SEED + k).room() for k in range(16)]
+            both = [Prompt.of(setting, drift, FIRST_SEED + k).room() for k in range(POLICIES)]
             room = sum(best for best, _ in both) / sum(mean for _, mean in both)
             for prompts in (1, 16):
                 cells, _ = measure(setting, drift, prompts, 16, methods, repeats)

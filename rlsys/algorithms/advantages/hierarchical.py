@@ -29,14 +29,14 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections, start_from
-from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, lone_group_strengths, sampled, tilted_centre
+from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, sampled, starting_strength, tilted_centre
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
-AUTOMATIC_RIDGE = 1.0  # responses; the rest of the shrinkage is the strength
+AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the strength
 CHOICES = {
     "output": ("score_weight", "residual"),
     "solver": ("wls", "gauss_seidel", "network"),
-    "weights": ("ratio_squared", "uniform", "score", "tempered"),
+    "weights": ("smoothed_score", "score", "ratio_squared", "uniform", "tempered"),
     "cross_fit": ("leave_one_out", "none"),
     "scope": ("auto", "group", "batch"),
 }
@@ -50,7 +50,7 @@ def hierarchical_advantages(
     block_size: int = 256,
     output: str = "score_weight",
     solver: str = "wls",
-    weights: str = "ratio_squared",
+    weights: str = "smoothed_score",
     cross_fit: str = "leave_one_out",
     scope: str = "auto",
     ridge: float | None = None,
@@ -261,9 +261,12 @@ def _grouped(
     elif centred:
         centre = (rewards.sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True)).expand_as(rewards)
     # the regression is of rho_{<=t} Delta_t: its weights are those of Delta_t over rho_{<=t}^2
-    if weights == "score":
-        assert inputs.score_norms is not None
+    mass = None
+    if weights in ("score", "smoothed_score") and inputs.score_norms is not None:
         of_weight = torch.where(alive, inputs.score_norms[places].double(), 0.0)
+        mass = torch.stack([of_weight.sum(dim=2), alive.sum(dim=2).double()], dim=-1)
+        if weights == "smoothed_score":
+            of_weight = (of_weight + mass[..., :1] / mass[..., 1:].clamp(min=1)) / 2
     elif weights == "tempered":
         of_weight = (2 / (1 + padded[:, :, -1:])).expand_as(padded)
     else:
@@ -275,7 +278,8 @@ def _grouped(
         present,
         torch.where(present[..., None], of_weight, 0.0),
         layers,
-        steady=weights in ("ratio_squared", "tempered"),
+        steady=mass is None and weights != "uniform",
+        mass=mass,
     )
 
 
@@ -311,7 +315,7 @@ def _automatic(
     batch = replace(batch, centre=tilted_centre(batch))
     correction, coefficients = torch.zeros_like(batch.ratios[:, :, positions]), None
     if groups == 1:
-        own = lone_group_strengths(batch, norms, AUTOMATIC_RIDGE) * (scope != "batch")
+        own = starting_strength(batch.present.sum(dim=1, keepdim=True).double()) * (scope != "batch")
         pooled = own.new_zeros(1)
     else:
         both = fold_strengths(batch, norms, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch")

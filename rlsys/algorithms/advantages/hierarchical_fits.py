@@ -30,6 +30,9 @@ class GroupedBatch:
     weights: Tensor  # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token there
     layers: Layers
     steady: bool = False  # the weights are the same at every position
+    mass: Tensor | None = (
+        None  # [K, G, 2] sum of a response's score norms, and their number: a ridge counts in their mean; None: in 1
+    )
 
     @property
     def final(self) -> Tensor:
@@ -51,6 +54,7 @@ class GroupedBatch:
             self.weights[which],
             self.layers,
             self.steady,
+            None if self.mass is None else self.mass[which],
         )
 
 
@@ -72,6 +76,26 @@ def others_variance(rewards: Tensor, present: Tensor) -> Tensor:
     squares = (centred.square().sum(dim=1, keepdim=True) - centred.square()) / others
     variance = squares - (centred / others).square()
     return torch.where(variance > 1e-12 * squares, variance, 0.0)
+
+
+def power_of_two(mass: Tensor) -> Tensor:
+    """[...] mean of score norms from [..., 2] their sum and number, to the nearest power of two; 1 where there are none.
+
+    Conventions: a ridge needs the order of magnitude of what it is added to, and that may not come from the response which is left out. Rounded, it is
+    the same for nearly all responses of a group, so that they still share their factorisations.
+    """
+    total, number = mass.unbind(dim=-1)
+    known = (total > 0) & (number > 0)
+    mean = torch.where(known, total, 1.0) / torch.where(known, number, 1.0)
+    return torch.exp2(mean.log2().round())
+
+
+def ridge_units(batch: GroupedBatch) -> Tensor:
+    """[K, G] what a ridge of 1 is for each response: the mean score norm of the others of its group, as a power of two."""
+    if batch.mass is None:
+        return torch.ones_like(batch.rewards)
+    others = ~torch.eye(batch.rewards.shape[1], dtype=torch.bool, device=batch.rewards.device)
+    return power_of_two(others.double() @ batch.mass)
 
 
 def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
@@ -97,6 +121,20 @@ def group_corrections(
     group has no other with a token. `left_out=False` fits on i too, which is biased. With `solve` every left-out system is formed and
     solved by it, which takes p^2 numbers a token.
     """
+    units = ridge_units(batch)
+    if batch.mass is None:
+        return _fitted(batch, positions, ridge, left_out, solve)
+    corrections = torch.zeros_like(batch.ratios[:, :, positions])
+    for unit in units[batch.present].unique():
+        its = (units == unit) & batch.present
+        some = its.any(dim=1)
+        fitted = _fitted(batch.groups(some), positions, ridge * float(unit), left_out, solve)
+        corrections[some] = torch.where(its[some][..., None], fitted, corrections[some])
+    return corrections
+
+
+def _fitted(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
+    """[K, G, t] `group_corrections` with one ridge for all, in numbers."""
     size, most = batch.rewards.shape[1], batch.layers.most
     if (
         batch.steady and solve is None and ridge >= 1e-3

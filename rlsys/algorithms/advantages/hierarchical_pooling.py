@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch, Solve, chunks, others_variance, ridged
+from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch, Solve, chunks, others_variance, power_of_two, ridged
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
 FOLDS = 8
@@ -38,6 +38,7 @@ class FoldSums:
     gram: Tensor  # [F, t, p, p] sum of n x x^T
     moment: Tensor  # [F, t, p] sum of n x y, y the weight under the centre
     scale: Tensor  # [F, 2] sum of the squares of what scales the features, and responses
+    mass: Tensor  # [F, 2] sum of the score norms that a ridge counts in, and their number
 
     @staticmethod
     def of(folds: list[GroupedBatch], positions: Tensor) -> FoldSums:
@@ -46,12 +47,12 @@ class FoldSums:
     def coefficients(self, left_out: tuple[int, ...], ridge: float, solve: Solve, start: Tensor | None = None) -> Tensor:
         """[t, p] fitted on all folds but those, by iteration from `start`; 0 where they have no spread of rewards to learn from."""
         kept = [f for f in range(len(self.gram)) if f not in left_out]
-        gram, moment, scale = (sum_of(array, kept) for array in (self.gram, self.moment, self.scale))
+        gram, moment, scale, mass = (sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass))
         squares, responses = scale
         if not squares > 0:
             return torch.zeros_like(moment)
         # what counts as one response with all ratios 1 is scaled like the features
-        return solve(ridged(gram, ridge * squares / responses), moment, start)
+        return solve(ridged(gram, ridge * power_of_two(mass) * squares / responses), moment, start)
 
 
 def sum_of(array: Tensor, kept: list[int]) -> Tensor:
@@ -62,8 +63,8 @@ def sum_of(array: Tensor, kept: list[int]) -> Tensor:
     return total
 
 
-def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[t, p, p], [t, p], [2] of one fold. The fixed layers are the same at every t, so all t take their products from one matrix."""
+def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[t, p, p], [t, p], [2], [2] of one fold. The fixed layers are the same at every t, so all t take their products from one matrix."""
     layers = part.layers
     v = others_variance(part.rewards, part.present).flatten()
     fixed = layers.fixed(part.ratios).flatten(0, 1)  # [B, S]
@@ -82,7 +83,9 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
         )
         moment = torch.cat([moment, (n * now * target[:, None]).sum(0)[:, None]], 1)
     count = layers.count(positions)
-    return gram / count[:, None, None], moment / count.sqrt()[:, None], torch.stack([v.square().sum(), part.present.sum().double()])
+    scale = torch.stack([v.square().sum(), part.present.sum().double()])
+    mass = scale.new_ones(2) if part.mass is None else part.mass.sum(dim=(0, 1))
+    return gram / count[:, None, None], moment / count.sqrt()[:, None], scale, mass
 
 
 def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
