@@ -89,11 +89,17 @@ class Enumerated:
     """All responses of a random policy, a drifted sampler, and random rewards."""
 
     def __init__(
-        self, seed: int, context: Context = "prefix", end_token: bool = False, size: tuple[int, int] = (3, 4), drift: float = 0.6
+        self,
+        seed: int,
+        context: Context = "prefix",
+        end_token: bool = False,
+        size: tuple[int, int] = (3, 4),
+        drift: float = 0.6,
+        scale: float = 1.0,
     ):
         generator = torch.Generator().manual_seed(seed)
         self.space = ResponseSpace.of(*size, context=context, end_token=end_token)
-        self.old = self.space.random_logits(generator)
+        self.old = self.space.random_logits(generator, scale)
         self.rollout = self.old + drift * self.space.random_logits(generator)
         self.rewards = torch.randn(len(self.space.tokens), generator=generator, dtype=torch.float64)
         self.probability = self.space.probabilities(self.rollout)  # [S] of being sampled
