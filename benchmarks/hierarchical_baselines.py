@@ -27,7 +27,10 @@ PLAIN_POSITIONS = 16
 
 
 def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
-    """Responses of different lengths, tool tokens in some, log-ratios that drift to a standard deviation of about 0.5."""
+    """Responses of different lengths, tool tokens in some, log-ratios that drift to a standard deviation of about 0.5, score norms mostly near 0.
+
+    Rewards follow the ratio of the response to some degree, or there would be nothing to fit and nothing would be.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(tokens // 4, tokens + 1, (responses,), generator=generator)
     lengths[0] = tokens
@@ -35,10 +38,13 @@ def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
     mask[::7, tokens // 8 : tokens // 6] = False
     old = -torch.rand(responses, tokens, generator=generator)
     noise = torch.randn(responses, tokens, generator=generator) * 0.5 / tokens**0.5
+    ids = torch.arange(responses) // group
+    entropies = torch.rand(int(ids.max()) + 1, 1, generator=generator)  # one a prompt
     return AdvantageInputs(
-        rewards=torch.randint(0, 2, (responses,), generator=generator).float(),
+        rewards=((noise * mask).sum(1) + 0.5 * torch.randn(responses, generator=generator) > 0).float(),
         response_mask=mask,
-        group_ids=torch.arange(responses) // group,
+        group_ids=ids,
+        score_norms=entropies[ids] * torch.rand(responses, tokens, generator=generator) ** 4,
         rollout_logprobs=old - noise,
         old_logprobs=old,
     )
