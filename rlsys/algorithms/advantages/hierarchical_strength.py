@@ -22,7 +22,7 @@ from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, held
 # The four numbers below were set on random tabular policies and prompts other than those of docs/hierarchical_baselines.md.
 HALF_STRENGTH = 16.0  # responses a group with which its own fit starts at strength 1/2
 CAUTION = 1.0  # standard errors by which a gain must exceed that of the starting strength
-SMALL_SAMPLE = 12.0  # the standard error of n groups is itself unsure: it is widened by 1 + 12 / n
+SMALL_SAMPLE = 24.0  # the standard error of n groups is itself unsure: it is widened by 1 + 24 / n
 CERTAINTY = 4.0  # standard errors that the correlation of reward and log-weight must exceed before it moves the centre
 STEPS = 9  # candidates: 0, 1/8, ... 1
 SAMPLED_POSITIONS = 64  # a strength is one number for all positions: these many, evenly spread, are enough to read it
