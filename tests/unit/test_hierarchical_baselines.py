@@ -362,21 +362,22 @@ def test_a_ridge_counts_in_the_score_norms_of_the_others():
 
 
 def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
-    """Corrections that are half of what they should be (best strength 1 on the grid), nothing, and all noise."""
+    """Corrections that are half of what they should be (best strength on the grid: 1), nothing, and noise."""
     generator = torch.Generator().manual_seed(2)
-    target = torch.randn(20, 8, generator=generator, dtype=torch.float64)
-    ones, start = torch.ones(20, 8, 1, dtype=torch.float64), torch.tensor([0.0, 0.3], dtype=torch.float64)
+    target = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    noise = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    ones, start = torch.ones(60, 8, 1, dtype=torch.float64), torch.tensor([0.0, 0.3], dtype=torch.float64)
 
-    def chosen(first: Tensor, second: Tensor, groups: int = 20) -> list[float]:
-        corrections = torch.stack([first, second], dim=-1)[:groups, :, None]
+    def chosen(pooled: Tensor, own: Tensor, groups: int = 60) -> list[float]:
+        corrections = torch.stack([pooled, own], dim=-1)[:groups, :, None]
         return cautious_strengths(Gains.of(ones[:groups], target[:groups], corrections), start).tolist()
 
-    noise = torch.randn(20, 8, generator=generator, dtype=torch.float64)
-    assert chosen(target / 2, 0 * target) == [1.0, 0.0]
+    assert chosen(target / 2, 0 * target)[0] == 1.0
     assert chosen(0 * target, target / 2)[1] == 1.0
     assert chosen(0 * target, 0 * target) == start.tolist()
-    assert chosen(3 * noise, 3 * noise) == [0.0, 0.0]
+    assert chosen(0 * target, 3 * noise)[1] == 0.0
     assert chosen(target / 2, 0 * target, groups=1) == start.tolist()  # one group cannot say how sure it is
+    assert chosen(target / 20, 0 * target, groups=3) == start.tolist()  # nor can three of a small gain
 
 
 def test_gauss_seidel_converges_to_the_solution_and_faster_from_a_near_one():

@@ -32,11 +32,11 @@ from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pool
 from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, sampled, starting_strength, tilted_centre
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
-AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the strength
+AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the strength. Set with those of `hierarchical_strength`
 CHOICES = {
     "output": ("score_weight", "residual"),
     "solver": ("wls", "gauss_seidel", "network"),
-    "weights": ("smoothed_score", "score", "ratio_squared", "uniform", "tempered"),
+    "weights": ("smoothed_score", "score", "ratio_squared", "uniform"),
     "cross_fit": ("leave_one_out", "none"),
     "scope": ("auto", "group", "batch"),
 }
@@ -69,7 +69,7 @@ def hierarchical_advantages(
 
     c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t, as a weighted regression that has not
     seen the response. gamma is the strength: 0 gives back leave-one-out (RLOO) with the ratio of the whole response, 1 the regression. With an
-    automatic ridge c is moved towards the others' mean weighted by rho_{<=L}^2 where their rewards clearly follow their ratios.
+    automatic ridge c is moved towards the others' mean weighted by rho_{<=L}^2 and score norm where their rewards clearly follow those weights.
 
     Source: references/hierarchical_token_baselines.md, (HB), (WLS) and section 8.5; strengths and pooling: docs/hierarchical_baselines.md.
 
@@ -80,13 +80,15 @@ def hierarchical_advantages(
             `all` (every s >= t; at most 512 tokens). The mean of the others stays in the final layer whatever is chosen.
         output: `score_weight` W_t, for an objective without ratio or clip (weight `none`: stop-gradient W_t times log pi), is unbiased;
             `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
-        weights: of the regression of Delta_t: `ratio_squared` rho_{<=t}^2 (the variance formula without score norms), `score` that times
-            `score_norms`, `uniform` 1, `tempered` rho_{<=t}^2 2 / (1 + rho_{<=L}), steadier where few responses have most of the weight.
+        weights: of the regression of Delta_t: `score` rho_{<=t}^2 times `score_norms` (the variance formula), `smoothed_score` rho_{<=t}^2 times the
+            mean of the norm at t and the average norm of the response, `ratio_squared` rho_{<=t}^2, `uniform` 1. Norms count as 1 in a batch
+            that has none, except with `score`.
         fit_ended: False leaves responses without a token at t (ended, or a tool's) out of the regression of t, as their score there is 0.
-            True lets them take part with their ratio there (not with weights `score`): one factorisation a block, but a higher variance
-            where length tells something of the reward.
+            True lets them take part with their ratio there (not with weights `score`), which raises the variance where length tells something of
+            the reward. With weights `ratio_squared` it takes one factorisation a block.
         scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds both, each with its strength.
-        ridge: None is automatic: ridge 1, strengths from held-out responses. A number is that ridge at strength 1 (`auto` is then `group`).
+        ridge: None is automatic: ridge 2, strengths from held-out groups. A number is that ridge at strength 1 (`auto` is then `group`). It counts
+            responses with all ratios 1, of a score norm as the others have it on average (to a power of two).
         cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
         max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
             which then has a say in its own baselines through their number. Exactly unbiased only with a number.
@@ -267,8 +269,6 @@ def _grouped(
         mass = torch.stack([of_weight.sum(dim=2), alive.sum(dim=2).double()], dim=-1)
         if weights == "smoothed_score":
             of_weight = (of_weight + mass[..., :1] / mass[..., 1:].clamp(min=1)) / 2
-    elif weights == "tempered":
-        of_weight = (2 / (1 + padded[:, :, -1:])).expand_as(padded)
     else:
         of_weight = padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
     return GroupedBatch(

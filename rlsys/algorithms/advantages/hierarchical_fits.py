@@ -90,12 +90,10 @@ def power_of_two(mass: Tensor) -> Tensor:
     return torch.exp2(mean.log2().round())
 
 
-def ridge_units(batch: GroupedBatch) -> Tensor:
+def ridge_units(mass: Tensor) -> Tensor:
     """[K, G] what a ridge of 1 is for each response: the mean score norm of the others of its group, as a power of two."""
-    if batch.mass is None:
-        return torch.ones_like(batch.rewards)
-    others = ~torch.eye(batch.rewards.shape[1], dtype=torch.bool, device=batch.rewards.device)
-    return power_of_two(others.double() @ batch.mass)
+    others = 1 - torch.eye(mass.shape[1], dtype=mass.dtype, device=mass.device)
+    return power_of_two(others @ mass)
 
 
 def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
@@ -117,13 +115,13 @@ def group_corrections(
     Source: references/hierarchical_token_baselines.md, section 7; the leave-one-out residual: Allen 1974, The relationship between variable
     selection and data augmentation and a method for prediction, Technometrics 16.
 
-    Conventions: `ridge` counts responses with all ratios 1. A response without a token at t has weight 0 there and gets 0, as does one whose
-    group has no other with a token. `left_out=False` fits on i too, which is biased. With `solve` every left-out system is formed and
-    solved by it, which takes p^2 numbers a token.
+    Conventions: `ridge` counts responses with all ratios 1 and, where weights are score norms, one of `ridge_units`. A response without a
+    token at t has weight 0 there and gets 0, as does one whose group has no other with a token. `left_out=False` fits on i too, which is
+    biased. With `solve` every left-out system is formed and solved by it, which takes p^2 numbers a token.
     """
-    units = ridge_units(batch)
     if batch.mass is None:
         return _fitted(batch, positions, ridge, left_out, solve)
+    units = ridge_units(batch.mass)
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
     for unit in units[batch.present].unique():
         its = (units == unit) & batch.present
@@ -136,9 +134,7 @@ def group_corrections(
 def _fitted(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
     """[K, G, t] `group_corrections` with one ridge for all, in numbers."""
     size, most = batch.rewards.shape[1], batch.layers.most
-    if (
-        batch.steady and solve is None and ridge >= 1e-3
-    ):  # one factorisation, then subtractions, which a ridge keeps from cancelling
+    if batch.steady and solve is None and ridge >= 1e-3:  # subtractions, which a ridge keeps from cancelling
         return _by_one_factorisation(batch, positions, ridge, left_out)
     fit = _by_features if most < size else _by_products
     if solve is not None:
