@@ -24,6 +24,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from benchmarks.hierarchical_variance import hierarchical, plain
 from recipes.hierarchical_math import hierarchical_math
 from rlsys.algorithms.advantages import AdvantageInputs
 from rlsys.algorithms.advantages.baseline_variance import effective_share
-from rlsys.algorithms.advantages.gradient_variance import GroupMoments, response_moments
+from rlsys.algorithms.advantages.gradient_variance import GroupMoments
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
@@ -46,7 +47,7 @@ from rlsys.models.loading import load_tokenizer
 from rlsys.rewards.scoring import score_completion
 from workers.generation.engine import RolloutEngine
 from workers.generation.worker import build_rollouts, make_engine
-from workers.policy.gradient_diagnostics import pack_scores
+from workers.policy.gradient_diagnostics import scores_of_responses
 from workers.policy.worker import PolicyWorker
 
 LAYERS = ("final", "current", "current_and_final", "blocks")
@@ -104,20 +105,11 @@ def sample(engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size:
 def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
     """[M, B, T] policy-gradient weight of each token under each method; replicates lie one after the other."""
 
+    names = ("rewards", "response_mask", "group_ids", "rollout_logprobs", "old_logprobs", "score_norms")
+
     def part(k: int) -> AdvantageInputs:
-        rewards, mask, groups, rollout, old, norms = (
-            None if array is None else array.chunk(replicates)[k]
-            for array in (
-                *(inputs.rewards, inputs.response_mask, inputs.group_ids),
-                *(inputs.rollout_logprobs, inputs.old_logprobs, inputs.score_norms),
-            )
-        )
-        assert rewards is not None
-        assert mask is not None
-        assert groups is not None
-        return AdvantageInputs(
-            rewards=rewards, response_mask=mask, group_ids=groups, rollout_logprobs=rollout, old_logprobs=old, score_norms=norms
-        )
+        arrays: dict[str, Any] = {name: getattr(inputs, name).chunk(replicates)[k] for name in names}
+        return AdvantageInputs(**arrays)
 
     parts = [part(k) for k in range(replicates)]
     return torch.stack([torch.cat([method(each) for each in parts]) for method in METHODS.values()])
@@ -203,14 +195,9 @@ class Experiment:
     def _group(self, weights: Tensor, number: int) -> GroupMoments:
         rollouts, parts = self.looked_at.rollouts, []
         rows = np.arange(number * self.size, (number + 1) * self.size)
-        for pack in self.policy._packs(rollouts, rows, may_share=False):
-            result, outward, inward = pack_scores(self.policy.model, pack, rollouts.temperature, self.policy.device)
-            for index, row in enumerate(pack.rows):
-                own = torch.from_numpy(pack.response_index == index)
-                at = torch.from_numpy(pack.response_positions)[own]
-                parts.append(
-                    response_moments(weights[:, int(row), at].float(), outward[own], inward[own], result.score_norms[own].detach())
-                )
+        packs = self.policy._packs(rollouts, rows, may_share=False)
+        for scores in scores_of_responses(self.policy.model, packs, rollouts.temperature, self.policy.device):
+            parts.append(scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float()))
         return sum(parts[1:], start=parts[0])
 
 

@@ -130,7 +130,9 @@ def measure(setting: str, drift: float, prompts: int, size: int, methods: list[W
     drawn = [errors(batch, size, number, methods, seed) for seed, batch in enumerate(batches)]
     squares = torch.cat([e.square().sum(3).mean(0) for e in drawn], dim=1)  # [m, POLICIES]
     ratio = squares.sum(1) / squares[0].sum()
-    spread = (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()  # policies differ more than their batches
+    spread = (
+        (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()
+    )  # policies differ more than their batches
     largest = float(torch.stack([standardised_bias(e) for e in drawn]).mean(0)[1:].max().sqrt())
     return [f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)], largest
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,6 +62,36 @@ def pack_scores(model: PackedCausalLM, pack: Pack, temperature: float, device: t
     return result, outward[0, at].float(), inward.detach()[0, at].float()
 
 
+@dataclass(frozen=True)
+class ResponseScores:
+    """What one response of m tokens says of the gradient by the projection."""
+
+    row: int  # of the batch
+    tokens: NDArray[np.int64]  # [m] where they lie in the batch's flat arrays
+    positions: NDArray[np.int64]  # [m] in the response
+    logprobs: Tensor  # [m] under the live policy
+    score_norms: Tensor  # [m]
+    outward: Tensor  # [m, d]
+    inward: Tensor  # [m, f]
+
+    def moments(self, weights: Tensor) -> GroupMoments:
+        """With the weights [M, m] of M baselines."""
+        return response_moments(weights, self.outward, self.inward, self.score_norms)
+
+
+def scores_of_responses(
+    model: PackedCausalLM, packs: Sequence[Pack], temperature: float, device: torch.device
+) -> Iterator[ResponseScores]:
+    """One after the other, so that the scores of a single pack are in memory at a time."""
+    for pack in packs:
+        result, outward, inward = pack_scores(model, pack, temperature, device)
+        for index, row in enumerate([] if pack.is_filler else pack.rows):
+            own = pack.response_index == index
+            at = torch.from_numpy(own).to(device)
+            arrays = (result.logprobs.detach(), result.score_norms.detach(), outward, inward)
+            yield ResponseScores(int(row), pack.flat_positions[own], pack.response_positions[own], *(array[at] for array in arrays))
+
+
 def gradient_metrics(
     model: PackedCausalLM, batch: TrainBatch, rows: NDArray[np.int64], plan: Plan, device: torch.device
 ) -> dict[str, Metric]:
@@ -91,19 +122,13 @@ def _group_moments(
     )
     nothing = response_moments(none.T, outward, inward, none[:, 0])  # all that a rank without a response of the group has
     parts = []
-    for pack in packs:
-        result, outward, inward = pack_scores(model, pack, batch.rollouts.temperature, device)
-        if pack.is_filler:
-            continue
+    for scores in scores_of_responses(model, packs, batch.rollouts.temperature, device):
         sampled, used = (
-            torch.from_numpy(array[pack.flat_positions]).to(device) for array in (batch.rollouts.rollout_logprobs, batch.advantages)
+            torch.from_numpy(array[scores.tokens]).to(device) for array in (batch.rollouts.rollout_logprobs, batch.advantages)
         )
-        for index, row in enumerate(pack.rows):
-            own = torch.from_numpy(pack.response_index == index).to(device)
-            ratio = (result.logprobs.detach()[own].double() - sampled[own].double()).sum().exp()
-            weights = (ratio * plain[:, place[int(row)], None]).float().expand(-1, int(own.sum()))
-            weights = torch.cat([weights, used[own][None]])
-            parts.append(response_moments(weights, outward[own], inward[own], result.score_norms[own]))
+        ratio = (scores.logprobs.double() - sampled.double()).sum().exp()
+        weights = (ratio * plain[:, place[scores.row], None]).float().expand(-1, len(used))
+        parts.append(scores.moments(torch.cat([weights, used[None]])))
     own_sum = sum(parts, start=nothing)
     arrays = (own_sum.gradient, own_sum.squares, own_sum.same_position, own_sum.proxy)
     for array in arrays:
