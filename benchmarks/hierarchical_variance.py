@@ -1,6 +1,6 @@
 """Variance and bias of the policy gradient under each baseline, by Monte Carlo on policies whose gradient is known exactly.
 
-    python -m benchmarks.hierarchical_variance                        both tables and the figure of docs/hierarchical_baselines.md, a quarter of an hour
+    python -m benchmarks.hierarchical_variance                        both tables and the figure of docs/hierarchical_baselines.md, five minutes
     python -m benchmarks.hierarchical_variance --repeats 0.1          a rough look
 
 A policy over 3 tokens and 5 positions shares its parameters between positions, so that the covariance which the derivation neglects is there. Its
@@ -57,15 +57,17 @@ class Prompt:
             step = step / step.std()
         return Prompt(space, rollout, rollout + drift * step, rewards)
 
-    def room(self) -> tuple[float, float]:
-        """Exact variance of one response with the best `current_and_final` coefficients, and with the true mean reward."""
+    def room(self, layers: str = "current_and_final") -> tuple[float, float]:
+        """Exact variance of one response with the best coefficients of those layers, and with the true mean reward."""
         chance = self.space.probabilities(self.rollout)
         ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
         scores = self.space.scores(self.old)
         plain = ratios[:, -1] * (self.rewards - chance @ self.rewards)
-        best = plain[:, None].repeat(1, ratios.shape[1])
-        for t in range(ratios.shape[1]):
-            x = ratios[:, sorted({t, ratios.shape[1] - 1})]
+        last = ratios.shape[1] - 1
+        best = plain[:, None].repeat(1, last + 1)
+        for t in range(last + 1):
+            chosen = {"final": {last}, "current": {t}, "current_and_final": {t, last}, "all": set(range(t, last + 1))}[layers]
+            x = ratios[:, sorted(chosen)]
             weighted = x * (chance * scores[:, t].square().sum(1))[:, None]
             best[:, t] -= x @ (torch.linalg.pinv(weighted.T @ x, hermitian=True) @ (weighted.T @ plain))
         exact = self.space.gradient(self.old, self.rewards)
@@ -143,10 +145,18 @@ def standardised_bias(error: Tensor) -> Tensor:
     return len(error) * mean.square().sum((1, 2)) / error.var(0).sum((1, 2))
 
 
+def room(setting: str, drift: float, layers: str = "current_and_final") -> float:
+    """`Prompt.room` as a ratio, over POLICIES."""
+    both = [Prompt.of(setting, drift, FIRST_SEED + k).room(layers) for k in range(POLICIES)]
+    return sum(best for best, _ in both) / sum(mean for _, mean in both)
+
+
 def by_group_size(repeats: float) -> None:
     methods = [plain("leave_one_out"), *(hierarchical(name) for name in LAYERS)]
     print(f"| setting | prompts | group | {' | '.join(LAYERS)} | largest bias |\n{'|---' * (len(LAYERS) + 4)}|", flush=True)
     for setting in SETTINGS:
+        rooms = " | ".join(f"{room(setting, 0.3, name):.2f}" for name in LAYERS)
+        print(f"| {setting} | | room | {rooms} | |", flush=True)
         for prompts in (1, 16):
             for size in (4, 8, 16, 64):
                 cells, bias = measure(setting, 0.3, prompts, size, methods, repeats if size < 64 else repeats / 2)
@@ -160,11 +170,9 @@ def by_drift(repeats: float) -> dict[tuple[str, int], list[tuple[float, float]]]
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for setting in SETTINGS:
         for drift in (0.0, 0.1, 0.3, 0.5, 0.7):
-            both = [Prompt.of(setting, drift, FIRST_SEED + k).room() for k in range(POLICIES)]
-            room = sum(best for best, _ in both) / sum(mean for _, mean in both)
             for prompts in (1, 16):
                 cells, _ = measure(setting, drift, prompts, 16, methods, repeats)
-                print(f"| {setting} | {drift} | {room:.2f} | {prompts} | {' | '.join(cells)} |", flush=True)
+                print(f"| {setting} | {drift} | {room(setting, drift):.2f} | {prompts} | {' | '.join(cells)} |", flush=True)
                 lines.setdefault((setting, prompts), []).append((drift, float(cells[-1].split()[0])))
     return lines
 
