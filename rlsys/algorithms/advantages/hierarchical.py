@@ -101,7 +101,7 @@ def hierarchical_advantages(
         Stabilisers, off by default, each biased: `log_ratio_clip` and `ratio_truncation` (towards the sampler's policy),
             `self_normalise` (O(1/G)).
         Groups of one, and groups of equal rewards, get exactly 0. A response gets RLOO's result where all
-        others of the batch have only ratios of exactly 1, so on-policy all do. With the least drift the baselines already use what length says.
+        others of the batch have only ratios of exactly 1, so on-policy all do. With the least drift the baselines use what length and score norms say.
         Process rewards are summed into the outcome. Computed in float64.
 
     Example: one group, rewards (1, 0), all ratios 1: c = (0, 1), W = (1, -1) at every token, as in RLOO.
