@@ -30,9 +30,7 @@ class GroupedBatch:
     weights: Tensor  # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token there
     layers: Layers
     steady: bool = False  # the weights are the same at every position
-    mass: Tensor | None = (
-        None  # [K, G, 2] sum of a response's score norms, and their number: a ridge counts in their mean; None: in 1
-    )
+    mass: Tensor | None = None  # [K, G, 2] sum of a response's score norms and their number, whose mean a ridge counts in; None: 1
 
     @property
     def final(self) -> Tensor:
