@@ -380,6 +380,17 @@ def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
     assert chosen(target / 20, 0 * target, groups=3) == start.tolist()  # nor can three of a small gain
 
 
+@pytest.mark.parametrize("groups", [2, 3, 12])
+@pytest.mark.parametrize(("scope", "unused"), [("group", "strength_batch"), ("batch", "strength_group")])
+def test_a_scope_uses_its_own_fit_alone(scope: str, unused: str, groups: int):
+    """What is not fitted saves nothing at any strength: which of them is the best is then for rounding to say."""
+    prompts = [LearntPrompt(seed) for seed in range(groups)]
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        batch = joined(prompts, [p.draw(16, generator) for p in prompts])
+        assert hierarchical_advantages(batch, scope=scope).diagnostics[unused] == 0
+
+
 def test_gauss_seidel_converges_to_the_solution_and_faster_from_a_near_one():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 12, 4, generator=generator, dtype=torch.float64) + 1

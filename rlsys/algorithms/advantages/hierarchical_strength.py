@@ -126,17 +126,15 @@ def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool
     positions = sampled(batch)
     fold = fold_of_group(len(batch.rewards), n.device)
     number = int(fold.max()) + 1
+    pooled = pooled and number > 2  # of two folds, no fit has seen neither
     within = group_corrections(batch, positions, ridge) if own else torch.zeros_like(batch.ratios[:, :, positions])
-    shared = (
-        held_out_predictions(batch, positions, ridge, by_cholesky)
-        if pooled and number > 2
-        else within.new_zeros(number, *within.shape)
-    )
+    shared = held_out_predictions(batch, positions, ridge, by_cholesky) if pooled else within.new_zeros(number, *within.shape)
     sizes = batch.present.sum(dim=1).double()
+    in_use = torch.tensor([pooled, own], dtype=torch.float64, device=n.device)  # what is not has equal gains at every strength
     strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
     for f in range(number):
         seen = fold != f
         gains = Gains.of(n[seen][:, :, positions], batch.base[seen], torch.stack([shared[f], within], -1)[seen])
         start = starting_strength(sizes[seen].mean())
-        strengths[f] = cautious_strengths(gains, torch.stack([torch.zeros_like(start), start * own]))
+        strengths[f] = cautious_strengths(gains, torch.stack([torch.zeros_like(start), start])) * in_use
     return strengths
