@@ -348,7 +348,7 @@ def test_without_centre_or_cross_fit_it_is_plain_least_squares():
 
 
 def test_a_ridge_counts_in_the_score_norms_of_the_others():
-    """A policy whose scores are all 1/8 as large as another's gets the same baselines; so do those of a policy sure of every token, none."""
+    """A policy whose scores are all 1/8 as large gets the same baselines; one that is sure of every token has nothing to fit and gets RLOO's."""
     drawn = Enumerated(9).drawn(5, 8)
     assert drawn.score_norms is not None
     out = hierarchical_advantages(drawn, diagnostics=False).advantages
