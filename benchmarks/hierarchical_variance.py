@@ -63,13 +63,11 @@ class Prompt:
         ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
         scores = self.space.scores(self.old)
         plain = ratios[:, -1] * (self.rewards - chance @ self.rewards)
-        last = ratios.shape[1] - 1
-        best = plain[:, None].repeat(1, last + 1)
-        for t in range(last + 1):
-            chosen = {"final": {last}, "current": {t}, "current_and_final": {t, last}, "all": set(range(t, last + 1))}[layers]
-            x = ratios[:, sorted(chosen)]
-            weighted = x * (chance * scores[:, t].square().sum(1))[:, None]
-            best[:, t] -= x @ (torch.linalg.pinv(weighted.T @ x, hermitian=True) @ (weighted.T @ plain))
+        positions = torch.arange(ratios.shape[1])
+        x = Layers.of(layers, len(positions), 1, ratios.device).features(ratios[None], positions)[0]  # [t, S, p]
+        weighted = (x * (chance * scores.square().sum(2).T)[..., None]).transpose(1, 2)
+        beta = torch.linalg.pinv(weighted @ x, hermitian=True) @ (weighted @ plain)[..., None]
+        best = plain[:, None] - (x @ beta)[..., 0].T
         exact = self.space.gradient(self.old, self.rewards)
         errors = [torch.einsum("sl,slp->sp", w, scores) - exact for w in (best, plain[:, None].expand_as(best))]
         return tuple(float(chance @ error.square().sum(1)) for error in errors)  # type: ignore[return-value]
@@ -132,9 +130,8 @@ def measure(setting: str, drift: float, prompts: int, size: int, methods: list[W
     drawn = [errors(batch, size, number, methods, seed) for seed, batch in enumerate(batches)]
     squares = torch.cat([e.square().sum(3).mean(0) for e in drawn], dim=1)  # [m, POLICIES]
     ratio = squares.sum(1) / squares[0].sum()
-    spread = (
-        (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()
-    )  # policies differ more than their batches
+    # between policies, which differ more than the batches of one
+    spread = (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()
     largest = float(torch.stack([standardised_bias(e) for e in drawn]).mean(0)[1:].max().sqrt())
     return [f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)], largest
 
@@ -170,9 +167,10 @@ def by_drift(repeats: float) -> dict[tuple[str, int], list[tuple[float, float]]]
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for setting in SETTINGS:
         for drift in (0.0, 0.1, 0.3, 0.5, 0.7):
+            best = room(setting, drift)
             for prompts in (1, 16):
                 cells, _ = measure(setting, drift, prompts, 16, methods, repeats)
-                print(f"| {setting} | {drift} | {room(setting, drift):.2f} | {prompts} | {' | '.join(cells)} |", flush=True)
+                print(f"| {setting} | {drift} | {best:.2f} | {prompts} | {' | '.join(cells)} |", flush=True)
                 lines.setdefault((setting, prompts), []).append((drift, float(cells[-1].split()[0])))
     return lines
 
