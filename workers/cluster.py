@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,8 +160,22 @@ def _connect_to_ray(config: RunConfig) -> None:
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         store = int(config.cluster.object_store_gib * 1024**3)
-        ray.init(address="local", include_dashboard=False, object_store_memory=store, **settings)
+        with _terminate_signal_blocked():
+            ray.init(address="local", include_dashboard=False, object_store_memory=store, **settings)
     logger.info("ray: %s, resources %s", address or "started on this machine", ray.cluster_resources())
+
+
+@contextmanager
+def _terminate_signal_blocked() -> Iterator[None]:
+    """Processes started within ignore SIGTERM, as Ray has them ignore SIGINT.
+
+    Schedulers send it to every process of a job at once. The run then ends after its step, which needs Ray; `shutdown` stops Ray after that.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _total(bundles: tuple[Bundle, ...]) -> str:

@@ -128,14 +128,17 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tupl
     assert "--resume" in refusal
 
 
-def kill_when(process: subprocess.Popen[str], text: str, number: signal.Signals) -> str:
-    """Send a signal as soon as `text` appears in the output; returns all of the output."""
+def kill_when(process: subprocess.Popen[str], text: str, number: signal.Signals, *, group: bool = False) -> str:
+    """Send a signal as soon as `text` appears in the output, to the driver alone or to its whole process group; returns all of the output."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
         if text in line:
-            process.send_signal(number)
+            if group:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
             text = "\0"
     process.wait(timeout=120)
     return "".join(lines)
@@ -149,6 +152,7 @@ def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -174,9 +178,10 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
             assert got[step][name] == pytest.approx(value, abs=1e-6, rel=1e-6), (step, name)
 
 
-def test_ctrl_c_saves_and_leaves(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(number: signal.Signals, tmp_path: Path):
     directory = tmp_path / "run"
-    output = kill_when(process := start(directory, "--trainer.steps", "500"), "1/500", signal.SIGINT)
+    output = kill_when(process := start(directory, "--trainer.steps", "500"), "1/500", number, group=True)
     assert process.returncode == 130, output
     assert "stopping after this step" in output
     steps = max(training_values(directory))
