@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-from rlsys.algorithms.advantages import AdvantageInputs, available_advantage_estimators, estimator_needs, get_advantage_estimator
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    available_advantage_estimators,
+    compares_group,
+    estimator_needs,
+    get_advantage_estimator,
+)
 from rlsys.algorithms.policy_objectives import check_objective
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
@@ -21,15 +27,6 @@ from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
 from rlsys.rewards import get_reward_function
 
-GROUP_ESTIMATORS = (
-    "grpo",
-    "grpo_process",
-    "opo",
-    "optimal_baseline",
-    "optimal_token_baseline",
-    "rloo",
-    "token_kl_grpo",
-)  # they compare the responses of a group, so a group of one teaches nothing
 CONNECT_LIMIT_S = 3.0
 
 
@@ -102,11 +99,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"policy.mini_batches: {config.policy.mini_batches} does not divide trainer.prompts_per_step {trainer.prompts_per_step}. Whole groups stay "
             "together: choose a divisor."
         )
-    if generation.samples_per_prompt == 1 and config.algorithm.advantage.name in GROUP_ESTIMATORS:
-        others = ", ".join(name for name in available_advantage_estimators() if name not in GROUP_ESTIMATORS)
+    estimators = available_advantage_estimators()
+    alone = [name for name in estimators if not compares_group(name)]
+    if generation.samples_per_prompt == 1 and config.algorithm.advantage.name in set(estimators) - set(alone):
         yield (
             f"generation.samples_per_prompt: 1 gives {config.algorithm.advantage.name!r} nothing to compare, so every advantage would be 0. Sample at "
-            f"least 2, or choose another algorithm.advantage.name ({others})."
+            f"least 2, or choose another algorithm.advantage.name ({', '.join(alone)})."
         )
     if trainer.prompts_per_step * generation.samples_per_prompt < config.policy.ranks:
         yield f"policy.ranks: {config.policy.ranks} ranks for fewer responses a step. Raise trainer.prompts_per_step or lower policy.ranks."

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlsys.algorithms.advantages import (
     AdvantageInputs,
     available_advantage_estimators,
+    compares_group,
     estimator_needs,
     gae_advantages,
     get_advantage_estimator,
@@ -175,14 +176,22 @@ def test_bfloat16_is_computed_in_float32_and_float64_stays(name: str):
     assert estimator(double).advantages.dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    "name", ["grpo", "rloo", "opo", "optimal_baseline", "optimal_token_baseline", "grpo_process", "token_kl_grpo"]
-)
-def test_equal_rewards_and_groups_of_one_get_exactly_zero(name: str):
+@pytest.mark.parametrize("name", available_advantage_estimators())
+def test_equal_rewards_and_groups_of_one_get_exactly_zero_where_groups_are_compared(name: str):
     # 0.1 * 3 / 3 != 0.1 in floating point: the mean of equal rewards is not that reward
     norms = torch.tensor([[0.3, 0.1], [0.7, 0.2], [0.9, 0.4], [0.2, 0.2]])
-    made = inputs([0.1, 0.1, 0.1, 0.7], [0, 0, 0, 1], score_norms=norms, old_logprobs=norms, ref_logprobs=norms)
-    assert (get_advantage_estimator(name)(made).advantages == 0).all()
+    zeros = torch.zeros(4, 2)
+    made = inputs(
+        [0.1, 0.1, 0.1, 0.7],
+        [0, 0, 0, 1],
+        score_norms=norms,
+        rollout_logprobs=norms * 0.9,
+        old_logprobs=norms,
+        ref_logprobs=norms,
+        values=zeros,
+        greedy_rewards=zeros[:, 0],
+    )
+    assert bool((get_advantage_estimator(name)(made).advantages == 0).all()) == compares_group(name)
 
 
 def test_needs_are_declared():

@@ -8,7 +8,7 @@ from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, ou
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
 
-@register_advantage_estimator("grpo")
+@register_advantage_estimator("grpo", compares_group=True)
 def grpo_advantages(
     inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6, divide_by_std: bool = True
 ) -> AdvantageOutput:

@@ -9,7 +9,7 @@ from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput,
 from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, suffix_sum
 
 
-@register_advantage_estimator("grpo_process")
+@register_advantage_estimator("grpo_process", compares_group=True)
 def grpo_process_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6) -> AdvantageOutput:
     """Step rewards, normalised over all steps of the group, summed over the steps that are still to come.
 

@@ -42,7 +42,7 @@ CHOICES = {
 }
 
 
-@register_advantage_estimator("hierarchical", needs=("old_logprobs", "score_norms"))
+@register_advantage_estimator("hierarchical", needs=("old_logprobs", "score_norms"), compares_group=True)
 def hierarchical_advantages(
     inputs: AdvantageInputs,
     *,

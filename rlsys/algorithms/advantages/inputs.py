@@ -74,15 +74,26 @@ AdvantageEstimator = Callable[..., AdvantageOutput]
 Need = Literal["old_logprobs", "ref_logprobs", "score_norms", "greedy_rewards"]
 _ESTIMATORS: Registry[AdvantageEstimator] = Registry("advantage estimator")
 _NEEDS: dict[str, frozenset[Need]] = {}
+_COMPARE_GROUP: set[str] = set()
 
 
-def register_advantage_estimator(name: str, *, needs: Iterable[Need] = ()) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
+def register_advantage_estimator(
+    name: str, *, needs: Iterable[Need] = (), compares_group: bool = False
+) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
     """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`.
 
-    `needs` names the optional inputs that the estimator reads: the driver has them computed, and they are not None then.
+    `needs` names the optional inputs that the estimator reads: the driver has them computed, and they are not None then. `compares_group` says that
+    a response without another to the same prompt gets 0: a run that samples one response a prompt is refused.
     """
-    _NEEDS[name] = frozenset(needs)
-    return _ESTIMATORS.register(name)
+    register = _ESTIMATORS.register(name)
+
+    def decorator(estimator: AdvantageEstimator) -> AdvantageEstimator:
+        register(estimator)
+        _NEEDS[name] = frozenset(needs)
+        (_COMPARE_GROUP.add if compares_group else _COMPARE_GROUP.discard)(name)
+        return estimator
+
+    return decorator
 
 
 def get_advantage_estimator(name: str) -> AdvantageEstimator:
@@ -103,3 +114,9 @@ def estimator_needs(name: str) -> frozenset[Need]:
     """The optional inputs that the estimator `name` reads."""
     get_advantage_estimator(name)
     return _NEEDS[name]
+
+
+def compares_group(name: str) -> bool:
+    """Whether the estimator `name` gives 0 to a response without another to the same prompt."""
+    get_advantage_estimator(name)
+    return name in _COMPARE_GROUP

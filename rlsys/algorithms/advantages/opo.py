@@ -7,7 +7,7 @@ from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput,
 from rlsys.algorithms.advantages.optimal_baseline import rewards_above_baseline
 
 
-@register_advantage_estimator("opo")
+@register_advantage_estimator("opo", compares_group=True)
 def opo_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """The reward minus the group's average weighted by length.
 

@@ -10,7 +10,7 @@ from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput,
 SCOPES = ("group", "batch")
 
 
-@register_advantage_estimator("optimal_baseline", needs=("score_norms",))
+@register_advantage_estimator("optimal_baseline", needs=("score_norms",), compares_group=True)
 def optimal_baseline_advantages(inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group") -> AdvantageOutput:
     """The reward minus the average reward weighted by the size of the gradient that it multiplies.
 

@@ -9,7 +9,7 @@ from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput,
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
-@register_advantage_estimator("optimal_token_baseline", needs=("score_norms",))
+@register_advantage_estimator("optimal_token_baseline", needs=("score_norms",), compares_group=True)
 def optimal_token_baseline_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """The reward-to-go minus a baseline for each position of the group.
 

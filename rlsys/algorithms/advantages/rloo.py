@@ -8,7 +8,7 @@ from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, ou
 from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
 
 
-@register_advantage_estimator("rloo")
+@register_advantage_estimator("rloo", compares_group=True)
 def rloo_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """The reward of a response minus the mean reward of the others of its group.
 

@@ -24,7 +24,7 @@ def token_kl_returns(
     return torch.where(response_mask, returns, 0.0)
 
 
-@register_advantage_estimator("token_kl_grpo", needs=("old_logprobs", "ref_logprobs"))
+@register_advantage_estimator("token_kl_grpo", needs=("old_logprobs", "ref_logprobs"), compares_group=True)
 def token_kl_grpo_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6) -> AdvantageOutput:
     """The KL-regularised reward-to-go of each token, relative to the group at the same position.
 
