@@ -177,8 +177,8 @@ def grouped(indices: Tensor, made: Enumerated) -> GroupedBatch:
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_the_centre_moves_as_far_as_reward_and_weight_surely_go_together(normed: bool):
-    """Refitted one response at a time; and rewards that do not follow the weights, few responses and equal weights leave it where it is."""
+def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go_together(normed: bool):
+    """Refitted one response at a time, where rewards follow the weights and where they do not; few responses and equal weights leave it where it is."""
     generator = torch.Generator().manual_seed(1)
     logs = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     rewards = torch.randn(3, 12, generator=generator, dtype=torch.float64)
@@ -188,16 +188,18 @@ def test_the_centre_moves_as_far_as_reward_and_weight_surely_go_together(normed:
     mass = torch.stack([logs.exp(), torch.ones_like(logs)], dim=-1) if normed else None
     batch = GroupedBatch(ratios, rewards, others_mean(rewards, present), present, ratios, Layers.of("final", 1, 1), mass=mass)
     found = tilted_centre(batch)
-    for i in range(12):
-        j = [k for k in range(12) if k != i]
-        r = torch.corrcoef(torch.stack([logs[0, j], rewards[0, j]]))[0, 1]
-        certain = 1 - 16 / (8 * r.atanh() ** 2)
-        best = (logs[0, j].mul(2).exp() * rewards[0, j]).sum() / logs[0, j].mul(2).exp().sum()
-        assert certain > 0.5
-        assert float(found[0, i]) == pytest.approx(float((1 - certain) * rewards[0, j].mean() + certain * best))
-    assert torch.equal(found[1:], batch.centre[1:])
+    for k, i in itertools.product(range(3), range(12)):
+        j = [other for other in range(12) if other != i]
+        norms = logs[k, j].exp() if normed else torch.ones(11, dtype=torch.float64)
+        light, heavy = ratios[k, j, 0] ** 0.25 * norms, (2 * logs[k, j]).exp()
+        r = torch.corrcoef(torch.stack([logs[k, j], rewards[k, j]]))[0, 1]
+        certain = max(0.0, float(1 - 16 / (8 * r.atanh() ** 2)))
+        assert (certain > 0.5) == (k == 0)
+        lean = (rewards[k, j].mean() + (light @ rewards[k, j]) / light.sum()) / 2  # 8 / (8 + LEANING)
+        best = (heavy @ rewards[k, j]) / heavy.sum()
+        assert float(found[k, i]) == pytest.approx(float((1 - certain) * lean + certain * best))
     few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
-    assert torch.equal(tilted_centre(few), few.centre)
+    assert torch.equal(tilted_centre(few)[few.present], few.centre[few.present])
     same = replace(batch, ratios=torch.ones_like(ratios), mass=None)
     assert torch.allclose(tilted_centre(same), same.centre, atol=1e-14)
 

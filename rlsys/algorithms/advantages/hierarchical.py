@@ -140,13 +140,14 @@ def hierarchical_advantages(
     start = start_from(inputs.state.get("pooled", ()), mask.shape[1], batch.layers) if solve else None
     everywhere = torch.arange(mask.shape[1], device=mask.device)
     regression = BaselineRegression.of(batch, places) if solver == "network" else None
+    moved = replace(batch, centre=tilted_centre(batch)) if ridge is None and regression is None else batch
     if regression is not None:
         fitted = Fitted(_learnt(regression, inputs.layer_baselines, places, present))
     elif ridge is None:
-        fitted = _automatic(batch, norms, scope, solve, everywhere, start)
+        fitted = _automatic(moved, norms, scope, solve, everywhere, start)
     else:
         fitted = _as_told(batch, scope, ridge, cross_fit == "leave_one_out", solve, start)
-    correction = fitted.correction
+    correction = fitted.correction + (batch.base - moved.base)[..., None]
     if centre:
         correction = correction * _others_drifted(batch.ratios, alive)[..., None]
     weight = torch.where(alive, batch.base[..., None] - correction, 0.0)
@@ -310,9 +311,8 @@ def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solv
 def _automatic(
     batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor, start: Tensor | None = None
 ) -> Fitted:
-    """Of both scopes, each at the strength that responses it is not used on allow; with what the centre moves."""
-    groups, plain = len(batch.rewards), batch
-    batch = replace(batch, centre=tilted_centre(batch))
+    """Of both scopes, each at the strength that responses it is not used on allow."""
+    groups = len(batch.rewards)
     correction, coefficients = torch.zeros_like(batch.ratios[:, :, positions]), None
     if groups == 1:
         own = starting_strength(batch.present.sum(dim=1, keepdim=True).double()) * (scope != "batch")
@@ -327,7 +327,6 @@ def _automatic(
             batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled, start=start
         )
         correction += shared
-    correction = correction + (plain.base - batch.base)[..., None]
     return Fitted(correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}, coefficients)
 
 
@@ -341,6 +340,7 @@ def _diagnostics(
     weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
     shifted = rewards - rewards[:, :1] * batch.present
     centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
+    centred = replace(centred, centre=tilted_centre(centred))
     for name in ("final", "current", "current_and_final", "blocks"):
         other = replace(centred, layers=Layers.of(name, span, block_size, weight.device))
         weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at).correction

@@ -19,12 +19,13 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 )
 from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, held_out_predictions
 
-# The four numbers below were set on random tabular policies and prompts other than those of docs/hierarchical_baselines.md.
+# The five numbers below were set on random tabular policies and prompts other than those of docs/hierarchical_baselines.md.
 HALF_STRENGTH = 16.0  # responses a group with which its own fit starts at strength 1/2
 CAUTION = 1.0  # standard errors by which a gain must exceed that of the starting strength
 SMALL_SAMPLE = 24.0  # the standard error of n groups is itself unsure: it is widened by 1 + 24 / n
 CERTAINTY = 4.0  # standard errors that the correlation of reward and log-weight must exceed before it moves the centre
 STEPS = 9  # candidates: 0, 1/8, ... 1
+LEANING = 8.0  # others, after the first three, by which the centre has gone half of its way to their mean weighted by v
 SAMPLED_POSITIONS = 64  # a strength is one number for all positions: these many, evenly spread, are enough to read it
 
 
@@ -65,19 +66,20 @@ def cautious_strengths(gains: Gains, start: Tensor) -> Tensor:
 
 
 def tilted_centre(batch: GroupedBatch) -> Tensor:
-    """[K, G] mean reward of the others, moved to the best single baseline as far as reward and its weights surely go together.
+    """[K, G] mean reward of the others, moved towards the best single baseline: a little always, and all the way where it is sure.
 
-        c_i + (1 - CERTAINTY^2 / z_i^2)_+ (sum_j w_j R_j / sum_j w_j - c_i),   w_j = rho_j^2 sum_t n_jt,   z_i = sqrt(n - 3) atanh(r_i)
+        l_i = c_i + m_i / (m_i + LEANING) (sum_j v_j R_j / sum_j v_j - c_i),   v_j = rho_j^(1/4) sum_t n_jt,   m_i = (n - 3)_+
+        l_i + (1 - CERTAINTY^2 / z_i^2)_+ (sum_j w_j R_j / sum_j w_j - l_i),   w_j = rho_j^2 sum_t n_jt,       z_i = m_i^(1/2) atanh(r_i)
 
     over the n others j of the group, rho their ratio of the whole response and r_i the correlation of log w and R among them.
 
-    Source: the weighted mean minimises sum_j w_j (R_j - b)^2, the second moment without what positions have in common; z is about standard normal
-    without a correlation (Fisher 1921, On the "probable error" of a coefficient of correlation); the positive part is that of James and Stein.
+    Source: the mean weighted by w minimises sum_j w_j (R_j - b)^2, the second moment without what positions have in common; z is about standard
+    normal without a correlation (Fisher 1921, On the "probable error" of a coefficient of correlation); the positive part is that of James and Stein.
 
-    Conventions: the weighted mean rests on the few largest weights and cannot say how sure it is, while the correlation with the logarithm rests
-    on all responses. Without score norms in the weights of the regression, there are none in w. Groups of at most 4 keep the mean, and so does a
-    response whose others have equal weights or equal rewards. Sums over the others are formed without their total, so that not even rounding knows
-    the response.
+    Conventions: the mean by w rests on the few largest weights and cannot say how sure it is, while the correlation with the logarithm rests
+    on all responses. That by v is nearer to the mean than to it, but hardly noisier. Without score norms in the weights of the regression, there are
+    none in v and w. Groups of at most 4 keep the mean, and so does a response whose others have equal weights or equal rewards. Sums over the others
+    are formed without their total, so that not even rounding knows the response.
     """
     size = batch.rewards.shape[1]
     others = (batch.present[:, None, :] & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)).double()  # [K, i, j]
@@ -90,16 +92,20 @@ def tilted_centre(batch: GroupedBatch) -> Tensor:
         count = number.clamp(min=1)
         return over_others(a * b) / count - over_others(a) * over_others(b) / count.square()
 
-    rewards, weight = batch.rewards, batch.final.square()
-    if batch.mass is not None:
-        weight = weight * batch.mass[..., 0]
+    def mean_by(weights: Tensor) -> Tensor:
+        total = over_others(weights)
+        return torch.where(total > 0, over_others(weights * rewards) / total.clamp(min=TINY), batch.centre)
+
+    rewards = batch.rewards
+    norms = batch.present.double() if batch.mass is None else batch.mass[..., 0]
+    weight = batch.final.square() * norms
     logs = torch.where(batch.present, weight.clamp(min=TINY).log(), 0.0)
     spread = (covariance(logs, logs) * covariance(rewards, rewards)).clamp(min=0).sqrt()
     correlation = (covariance(logs, rewards) / spread.clamp(min=TINY)).clamp(-1 + 1e-12, 1 - 1e-12)
-    z_squared = (number - 3).clamp(min=0) * correlation.atanh().square()
-    certain = (1 - CERTAINTY**2 / z_squared.clamp(min=TINY)).clamp(min=0)
-    best = over_others(weight * rewards) / over_others(weight).clamp(min=TINY)
-    return batch.centre + certain * (best - batch.centre)
+    degrees = (number - 3).clamp(min=0)
+    certain = (1 - CERTAINTY**2 / (degrees * correlation.atanh().square()).clamp(min=TINY)).clamp(min=0)
+    lean = batch.centre + degrees / (degrees + LEANING) * (mean_by(batch.final**0.25 * norms) - batch.centre)
+    return lean + certain * (mean_by(weight) - lean)
 
 
 def starting_strength(size: Tensor) -> Tensor:
