@@ -168,13 +168,13 @@ class Experiment:
         rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
         chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
         rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
-        self.policy._mini_batch(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows)
+        self.policy.update_on(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows)
         self.updates += 1
 
     def inputs(self) -> AdvantageInputs:
         """What the estimators see of the responses that are looked at, under the policy as it is."""
         rollouts, padding = self.looked_at.rollouts, ResponsePadding.of(self.looked_at.rollouts)
-        live = self.policy.live(rollouts, self.policy._packs(rollouts, np.arange(len(rollouts))))
+        live = self.policy.live(rollouts, self.policy.packs_of(rollouts, np.arange(len(rollouts))))
         return AdvantageInputs(
             rewards=torch.from_numpy(self.looked_at.rewards.rewards),
             response_mask=padding.pad(rollouts.response_mask),
@@ -195,7 +195,7 @@ class Experiment:
     def _group(self, weights: Tensor, number: int) -> GroupMoments:
         rollouts, parts = self.looked_at.rollouts, []
         rows = np.arange(number * self.size, (number + 1) * self.size)
-        packs = self.policy._packs(rollouts, rows, may_share=False)
+        packs = self.policy.packs_of(rollouts, rows, may_share=False)
         for scores in scores_of_responses(self.policy.model, packs, rollouts.temperature, self.policy.device):
             parts.append(scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float()))
         return sum(parts[1:], start=parts[0])

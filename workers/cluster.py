@@ -159,6 +159,8 @@ def _connect_to_ray(config: RunConfig) -> None:
         ray.init(address=address, **settings)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # One user's own Ray asks for a token by default, and would say so at every start.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         store = int(config.cluster.object_store_gib * 1024**3)
         with _terminate_signal_blocked():
             ray.init(address="local", include_dashboard=False, object_store_memory=store, **settings)

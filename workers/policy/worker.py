@@ -68,7 +68,8 @@ class RankWorker:
         self.model = build_sharded_model(self.config, self.model_directory, self.device, self.world_size, trainable=self.trainable)
         self.share_prompts = shares_prompts(self.config, self.device)
 
-    def _packs(self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True) -> list[Pack]:
+    def packs_of(self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True) -> list[Pack]:
+        """This rank's share of those rows, each with its prompt where `may_share` is False."""
         return pack_rows(
             rollouts,
             rows,
@@ -82,7 +83,7 @@ class RankWorker:
     def logprobs(self, *parts: RolloutBatch) -> LogprobBatch:
         """Log-probabilities of this rank's rows of the batch, given as its parts in prompt order."""
         rollouts = RolloutBatch.concatenate(parts)
-        packs = self._packs(rollouts, np.arange(len(rollouts)))
+        packs = self.packs_of(rollouts, np.arange(len(rollouts)))
         flat, norms = (np.zeros(len(rollouts.token_ids), dtype=np.float32) for _ in range(2))
         rows: list[int] = []
         for pack in packs:
@@ -152,18 +153,18 @@ class PolicyWorker(RankWorker):
             batch.rollouts, mini_batches=policy.mini_batches, epochs=policy.epochs, seed=self.config.trainer.seed
         )
         kept = [chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows]
-        reports = [self._mini_batch(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)} for chosen in kept]
+        reports = [self.update_on(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)} for chosen in kept]
         self.steps += 1
         return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
 
-    def _mini_batch(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+    def update_on(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """One optimizer step on `rows`."""
         lengths = batch.rollouts.response_lengths[rows]
         sizes = Denominators(
             num_tokens=max(1, int(lengths.sum())), num_sequences=len(rows), max_tokens=self.config.generation.max_tokens
         )
         losses, tokens = [], 0
-        packs = self._packs(batch.rollouts, rows)
+        packs = self.packs_of(batch.rollouts, rows)
         batch, diagnostics, regression = self._recomputed(batch, rows, packs)
         diagnostics |= self._gradient_metrics(batch, rows)
         parameters = self._objective_parameters(batch, packs)
@@ -226,7 +227,7 @@ class PolicyWorker(RankWorker):
             return {}
 
         def plan(members: NDArray[np.int64]) -> list[Pack]:
-            return self._packs(batch.rollouts, members, may_share=False)
+            return self.packs_of(batch.rollouts, members, may_share=False)
 
         return gradient_metrics(self.model, batch, rows, plan, self.device)
 
