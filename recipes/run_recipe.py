@@ -44,6 +44,9 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoRetu
     except HelpRequested as help_requested:
         print(help_requested)
         code = 0
+    except KeyboardInterrupt:
+        print("interrupted; what was saved can be continued with --run.directory and --resume", file=sys.stderr)
+        code = 130
     except ValueError as error:
         lines = str(error).splitlines()
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
@@ -105,6 +108,7 @@ async def _train(
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.models.loading import load_tokenizer
     from workers.cluster import Cluster
+    from workers.local_ray import interrupt_on_sigterm
 
     config, began = invocation.config, time.monotonic()
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
@@ -119,6 +123,7 @@ async def _train(
     prompts = load_prompts(config, load_tokenizer(model_directory), problems)
     _report_dropped(prompts, console)
     stop = stop_strings(config.data.template, config.generation.stop)
+    interrupt_on_sigterm()
     console.print(f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False)
     cluster = Cluster.connect(config)  # blocks: Ray sets its signal handlers in the main thread only
     training = False
@@ -177,7 +182,8 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
     def stop(number: signal.Signals) -> None:
         console.print("stopping after this step; once more to leave at once", highlight=False)
         request_stop()
-        loop.remove_signal_handler(number)  # the next one acts as usual
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)

@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.config import RunConfig
+from workers.local_ray import LocalRay, interrupt_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Cluster:
 
     bundles: tuple[Bundle, ...]
     reservation: PlacementGroup
-    owns_ray: bool
+    leave_ray: Callable[[], None]
     threads: Mapping[str, int]
     actors: dict[str, Any] = field(default_factory=dict)
 
@@ -89,10 +88,11 @@ class Cluster:
         Raises:
             ValueError: the cluster has too few CPUs or GPUs.
         """
-        owns_ray = not ray.is_initialized()
-        if owns_ray:
-            _connect_to_ray(config)
+        started, local = ray.is_initialized(), LocalRay()
+        leave_ray = _stay if started else ray.shutdown if config.cluster.joined_address else local.stop
         try:
+            if not started:
+                _connect_to_ray(config, local)
             available = ray.cluster_resources()
             bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0)
             _check_capacity(bundles, available)
@@ -104,10 +104,9 @@ class Cluster:
                     f"{RESERVATION_TIMEOUT_S:.0f} s. Other jobs hold its resources: wait for them, or ask for less."
                 )
         except BaseException:
-            if owns_ray:
-                ray.shutdown()
+            leave_ray()
             raise
-        return cls(bundles=bundles, reservation=reservation, owns_ray=owns_ray, threads=_threads(config))
+        return cls(bundles=bundles, reservation=reservation, leave_ray=leave_ray, threads=_threads(config))
 
     def spawn(self, role: str, index: int, actor_class: type, *args: Any, shares: str | None = None, **options: Any) -> Any:
         """Start `actor_class(*args)` as actor `role` number `index`.
@@ -147,37 +146,25 @@ class Cluster:
             ray.kill(actor)
         self.actors.clear()
         remove_placement_group(self.reservation)
-        if self.owns_ray:
-            ray.shutdown()
+        self.leave_ray()
 
 
-def _connect_to_ray(config: RunConfig) -> None:
+def _stay() -> None:
+    """Ray was there before this run."""
+
+
+def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     address = config.cluster.joined_address
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs sees none
     if address:
         ray.init(address=address, **settings)
+        interrupt_on_sigterm()
     else:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # One user's own Ray asks for a token by default, and would say so at every start.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        store = int(config.cluster.object_store_gib * 1024**3)
-        with _terminate_signal_blocked():
-            ray.init(address="local", include_dashboard=False, object_store_memory=store, **settings)
+        local.start(object_store_memory=int(config.cluster.object_store_gib * 1024**3), **settings)
     logger.info("ray: %s, resources %s", address or "started on this machine", ray.cluster_resources())
-
-
-@contextmanager
-def _terminate_signal_blocked() -> Iterator[None]:
-    """Processes started within ignore SIGTERM, as Ray has them ignore SIGINT.
-
-    Schedulers send it to every process of a job at once. The run then ends after its step, which needs Ray; `shutdown` stops Ray after that.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _total(bundles: tuple[Bundle, ...]) -> str:

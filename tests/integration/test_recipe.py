@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet
 import pytest
 import yaml
@@ -183,8 +185,27 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(number
     directory = tmp_path / "run"
     output = kill_when(process := start(directory, "--trainer.steps", "500"), "1/500", number, group=True)
     assert process.returncode == 130, output
+    assert not of_session(process.pid)
     assert "stopping after this step" in output
     steps = max(training_values(directory))
     state = json.loads((directory / "checkpoints" / f"step_{steps:06d}" / "trainer_state.json").read_text())
     assert state["step"] == steps
     assert "Traceback" not in output
+
+
+def test_interrupted_while_actors_start_it_leaves_nothing_behind(tmp_path: Path):
+    output = kill_when(process := start(tmp_path / "run"), "starting Ray", signal.SIGTERM, group=True)
+    assert process.returncode == 130, output
+    assert "interrupted" in output
+    assert "Traceback" not in output
+    assert not of_session(process.pid)
+
+
+def of_session(leader: int) -> list[psutil.Process]:
+    """Processes that a run started, or that were started by those."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+    return found

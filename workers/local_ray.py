@@ -1,0 +1,65 @@
+"""Ray on this machine, started and stopped by one process.
+
+Schedulers and service managers send SIGTERM to every process of a job at once. The run then ends after its step, which needs Ray; so all that Ray starts
+has that signal blocked, as Ray itself blocks SIGINT. Stopping is then left to this process: Ray's daemons do not hear its SIGTERM either, and get
+SIGKILL a second later, one after the other, without a chance to stop their own workers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import ray
+
+STOPPED_BY_RAY = ("raylet", "gcs_server")  # which a driver needs until it has left
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class LocalRay:
+    """`stop` may be called at any time, also where `start` was interrupted."""
+
+    def __init__(self) -> None:
+        self._others = set(psutil.Process().children())
+
+    def start(self, **settings: Any) -> None:
+        """`ray.init(address="local", **settings)`. A SIGTERM that came meanwhile is delivered at its end."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers whose raylet is gone become children of this process
+        with _blocked(signal.SIGTERM):
+            ray.init(address="local", include_dashboard=False, **settings)
+            interrupt_on_sigterm()
+
+    def stop(self) -> None:
+        """Leave Ray and stop every process of it, those that were still starting too."""
+        daemons = set(psutil.Process().children()) - self._others
+        for daemon in daemons:
+            with suppress(psutil.Error):
+                if daemon.name() not in STOPPED_BY_RAY:
+                    daemon.kill()
+        ray.shutdown()
+        for orphan in set(psutil.Process().children()) - self._others - daemons:
+            for process in (*orphan.children(recursive=True), orphan):
+                with suppress(psutil.Error):
+                    process.kill()
+            orphan.wait()
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM as Ctrl-C from here on: the handler that `ray.init` leaves aborts the process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Processes started within never get that signal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
