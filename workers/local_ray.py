@@ -25,25 +25,27 @@ class LocalRay:
     """`stop` may be called at any time, also where `start` was interrupted."""
 
     def __init__(self) -> None:
-        self._others = set(psutil.Process().children())
+        self._daemons: set[psutil.Process] = set()
 
     def start(self, **settings: Any) -> None:
         """`ray.init(address="local", **settings)`. A SIGTERM that came meanwhile is delivered at its end."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers whose raylet is gone become children of this process
+        others = set(psutil.Process().children())
         with _blocked(signal.SIGTERM):
             ray.init(address="local", include_dashboard=False, **settings)
+            self._daemons = set(psutil.Process().children()) - others
             interrupt_on_sigterm()
 
     def stop(self) -> None:
         """Leave Ray and stop every process of it, those that were still starting too."""
-        daemons = set(psutil.Process().children()) - self._others
-        for daemon in daemons:
+        for daemon in self._daemons:
             with suppress(psutil.Error):
                 if daemon.name() not in STOPPED_BY_RAY:
                     daemon.kill()
+        own = set(psutil.Process().children())
         ray.shutdown()
-        for orphan in set(psutil.Process().children()) - self._others - daemons:
+        for orphan in set(psutil.Process().children()) - own:
             for process in (*orphan.children(recursive=True), orphan):
                 with suppress(psutil.Error):
                     process.kill()

@@ -24,8 +24,8 @@ HALF_STRENGTH = 16.0  # responses a group with which its own fit starts at stren
 CAUTION = 1.0  # standard errors by which a gain must exceed that of the starting strength
 SMALL_SAMPLE = 24.0  # the standard error of n groups is itself unsure: it is widened by 1 + 24 / n
 CERTAINTY = 4.0  # standard errors that the correlation of reward and log-weight must exceed before it moves the centre
-STEPS = 9  # candidates: 0, 1/8, ... 1
 LEANING = 8.0  # others, after the first three, by which the centre has gone half of its way to their mean weighted by v
+STEPS = 9  # candidates: 0, 1/8, ... 1
 SAMPLED_POSITIONS = 64  # a strength is one number for all positions: these many, evenly spread, are enough to read it
 
 
