@@ -3,6 +3,7 @@
     python -m benchmarks.hierarchical_variance                        both tables and the figure of docs/hierarchical_baselines.md, five minutes
     python -m benchmarks.hierarchical_variance --repeats 0.1          a rough look
     python -m benchmarks.hierarchical_variance --drift 0.7            the table by group size at another drift, alone
+    python -m benchmarks.hierarchical_variance --drift 0.3 --groups 16 --policies 512       fewer rows, smaller errors
 
 A policy over 3 tokens and 5 positions shares its parameters between positions, so that the covariance which the derivation neglects is there. Its
 sampler is another policy. Three settings: `learnt`, the policy is a step along the exact gradient ahead of its sampler and the reward is the share
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")
 PLAIN = ("none", "group_mean", "opo", "optimal_token")
 LAYERS = ("final", "current", "current_and_final", "all")
 FIRST_SEED = 1000  # the constants of the estimator were set on seeds below 200
+GROUPS = (4, 8, 16, 64)
 POLICIES = 64  # in every row: 64 batches of one prompt, or 4 of 16
 FIGURE = Path("docs/images/hierarchical_variance.svg")
 Weights = Callable[[AdvantageInputs], Tensor]  # -> [B, T]
@@ -123,16 +125,18 @@ def errors(prompts: list[Prompt], size: int, repeats: int, methods: list[Weights
     return torch.stack(found)
 
 
-def measure(setting: str, drift: float, prompts: int, size: int, methods: list[Weights], repeats: float) -> tuple[list[str], float]:
-    """`ratio ± error` of each method after the first to the first, and the largest standardised bias. Over POLICIES, `prompts` of them a batch."""
-    made = [Prompt.of(setting, drift, FIRST_SEED + k) for k in range(POLICIES)]
-    batches = [made[k : k + prompts] for k in range(0, POLICIES, prompts)]
+def measure(
+    setting: str, drift: float, prompts: int, size: int, methods: list[Weights], repeats: float, policies: int = POLICIES
+) -> tuple[list[str], float]:
+    """`ratio ± error` of each method after the first to the first, and the largest standardised bias; `prompts` of the policies a batch."""
+    made = [Prompt.of(setting, drift, FIRST_SEED + k) for k in range(policies)]
+    batches = [made[k : k + prompts] for k in range(0, policies, prompts)]
     number = max(3, round(repeats * 40))
     drawn = [errors(batch, size, number, methods, seed) for seed, batch in enumerate(batches)]
-    squares = torch.cat([e.square().sum(3).mean(0) for e in drawn], dim=1)  # [m, POLICIES]
+    squares = torch.cat([e.square().sum(3).mean(0) for e in drawn], dim=1)  # [m, policies]
     ratio = squares.sum(1) / squares[0].sum()
     # between policies, which differ more than the batches of one
-    spread = (squares - ratio[:, None] * squares[0]).std(1) * POLICIES**0.5 / squares[0].sum()
+    spread = (squares - ratio[:, None] * squares[0]).std(1) * policies**0.5 / squares[0].sum()
     largest = float(torch.stack([standardised_bias(e) for e in drawn]).mean(0)[1:].max().sqrt())
     return [f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)], largest
 
@@ -143,21 +147,21 @@ def standardised_bias(error: Tensor) -> Tensor:
     return len(error) * mean.square().sum((1, 2)) / error.var(0).sum((1, 2))
 
 
-def room(setting: str, drift: float, layers: str = "current_and_final") -> float:
-    """`Prompt.room` as a ratio, over POLICIES."""
-    both = [Prompt.of(setting, drift, FIRST_SEED + k).room(layers) for k in range(POLICIES)]
+def room(setting: str, drift: float, layers: str = "current_and_final", policies: int = POLICIES) -> float:
+    """`Prompt.room` as a ratio."""
+    both = [Prompt.of(setting, drift, FIRST_SEED + k).room(layers) for k in range(policies)]
     return sum(best for best, _ in both) / sum(mean for _, mean in both)
 
 
-def by_group_size(repeats: float, drift: float) -> None:
+def by_group_size(repeats: float, drift: float, sizes: Sequence[int], policies: int) -> None:
     methods = [plain("leave_one_out"), *(hierarchical(name) for name in LAYERS)]
     print(f"| setting | prompts | group | {' | '.join(LAYERS)} | largest bias |\n{'|---' * (len(LAYERS) + 4)}|", flush=True)
     for setting in SETTINGS:
-        rooms = " | ".join(f"{room(setting, drift, name):.2f}" for name in LAYERS)
+        rooms = " | ".join(f"{room(setting, drift, name, policies):.2f}" for name in LAYERS)
         print(f"| {setting} | | room | {rooms} | |", flush=True)
         for prompts in (1, 16):
-            for size in (4, 8, 16, 64):
-                cells, bias = measure(setting, drift, prompts, size, methods, repeats if size < 64 else repeats / 2)
+            for size in sizes:
+                cells, bias = measure(setting, drift, prompts, size, methods, repeats if size < 64 else repeats / 2, policies)
                 print(f"| {setting} | {prompts} | {size} | {' | '.join(cells)} | {bias:.2f} |", flush=True)
 
 
@@ -209,8 +213,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=float, default=1.0, help="times as many batches as by default")
     parser.add_argument("--drift", type=float, help="only the table by group size, at this drift")
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="sizes of groups in that table")
+    parser.add_argument("--policies", type=int, default=POLICIES, help="policies in each of its rows, a multiple of 16")
     given = parser.parse_args()
-    by_group_size(given.repeats, 0.3 if given.drift is None else given.drift)
+    if given.policies < 32 or given.policies % 16:
+        parser.error(f"--policies: {given.policies} must be a multiple of 16, at least 32")
+    by_group_size(given.repeats, 0.3 if given.drift is None else given.drift, given.groups, given.policies)
     if given.drift is None:
         FIGURE.write_text(draw(by_drift(given.repeats)))
 
