@@ -99,12 +99,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"policy.mini_batches: {config.policy.mini_batches} does not divide trainer.prompts_per_step {trainer.prompts_per_step}. Whole groups stay "
             "together: choose a divisor."
         )
-    estimators = available_advantage_estimators()
-    alone = [name for name in estimators if not compares_group(name)]
-    if generation.samples_per_prompt == 1 and config.algorithm.advantage.name in set(estimators) - set(alone):
+    name, estimators = config.algorithm.advantage.name, available_advantage_estimators()
+    if generation.samples_per_prompt == 1 and name in estimators and compares_group(name):
+        others = ", ".join(other for other in estimators if not compares_group(other))
         yield (
-            f"generation.samples_per_prompt: 1 gives {config.algorithm.advantage.name!r} nothing to compare, so every advantage would be 0. Sample at "
-            f"least 2, or choose another algorithm.advantage.name ({', '.join(alone)})."
+            f"generation.samples_per_prompt: 1 gives {name!r} nothing to compare, so every advantage would be 0. Sample at "
+            f"least 2, or choose another algorithm.advantage.name ({others})."
         )
     if trainer.prompts_per_step * generation.samples_per_prompt < config.policy.ranks:
         yield f"policy.ranks: {config.policy.ranks} ranks for fewer responses a step. Raise trainer.prompts_per_step or lower policy.ranks."

@@ -77,12 +77,13 @@ def tilted_centre(batch: GroupedBatch) -> Tensor:
     normal without a correlation (Fisher 1921, On the "probable error" of a coefficient of correlation); the positive part is that of James and Stein.
 
     Conventions: the mean by w rests on the few largest weights and cannot say how sure it is, while the correlation with the logarithm rests
-    on all responses. That by v is nearer to the mean than to it, but hardly noisier. Without score norms in the weights of the regression, there are
-    none in v and w. Groups of at most 4 keep the mean, and so does a response whose others have equal weights or equal rewards. Sums over the others
-    are formed without their total, so that not even rounding knows the response.
+    on all responses. The mean by v lies between the plain one and that by w, and is hardly noisier than the plain one. Without score norms in the
+    weights of the regression, there are none in v and w. Groups of at most 4 keep the mean, and so does a response whose others have equal weights
+    or equal rewards. Sums over the others are formed without their total, so that not even rounding knows the response.
     """
     size = batch.rewards.shape[1]
-    others = (batch.present[:, None, :] & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)).double()  # [K, i, j]
+    both = batch.present[:, :, None] & batch.present[:, None, :]
+    others = (both & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)).double()  # [K, i, j]
     number = others.sum(dim=2)
 
     def over_others(values: Tensor) -> Tensor:
