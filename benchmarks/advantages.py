@@ -15,7 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageInputs, available_advantage_estimators, get_advantage_estimator
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    available_advantage_estimators,
+    get_advantage_estimator,
+)
 
 
 def make_inputs(responses: int, tokens: int, group: int) -> AdvantageInputs:
@@ -44,7 +48,9 @@ def grpo_by_loop(inputs: AdvantageInputs) -> Tensor:
         rows = (inputs.group_ids == group).nonzero()[:, 0]
         rewards = inputs.rewards[rows]
         for row, value in zip(
-            rows.tolist(), ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).tolist(), strict=True
+            rows.tolist(),
+            ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).tolist(),
+            strict=True,
         ):
             advantages[row] = value * inputs.response_mask[row]
     return advantages
@@ -61,7 +67,9 @@ def seconds(work: Callable[[], object], repetitions: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--responses", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--group", type=int, default=16)
@@ -70,10 +78,18 @@ def main() -> None:
     arguments = parser.parse_args()
     inputs = make_inputs(arguments.responses, arguments.tokens, arguments.group)
     print("| estimator | seconds |\n|---|---|")
-    print(f"| grpo, a loop over groups | {seconds(lambda: grpo_by_loop(inputs), arguments.repetitions):.3f} |", flush=True)
-    for name in arguments.estimators or [name for name in available_advantage_estimators() if name != "hierarchical"]:
+    print(
+        f"| grpo, a loop over groups | {seconds(lambda: grpo_by_loop(inputs), arguments.repetitions):.3f} |",
+        flush=True,
+    )
+    for name in arguments.estimators or [
+        name for name in available_advantage_estimators() if name != "hierarchical"
+    ]:
         estimator = get_advantage_estimator(name)
-        print(f"| {name} | {seconds(lambda estimator=estimator: estimator(inputs), arguments.repetitions):.3f} |", flush=True)
+        print(
+            f"| {name} | {seconds(lambda estimator=estimator: estimator(inputs), arguments.repetitions):.3f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

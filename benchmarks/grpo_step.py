@@ -90,18 +90,33 @@ async def measure(config: RunConfig) -> dict[str, float]:
         finally:
             cluster.shutdown()
         steps = [record.values for record in read_metrics(directory.metrics)[WARM_UP:]]
-    names = sorted({name for step in steps for name in step if name.startswith(("time/", "memory/"))} | {"rollout/tokens"})
+    names = sorted(
+        {name for step in steps for name in step if name.startswith(("time/", "memory/"))}
+        | {"rollout/tokens"}
+    )
     return {name: statistics.median(step[name] for step in steps if name in step) for name in names}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="*", default=CASES, help="model,dtype,KL coefficient")
     parser.add_argument("--steps", type=int, default=5, help="counted steps")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further fields of the configuration")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="further fields of the configuration",
+    )
     arguments = parser.parse_args()
     more: dict[str, object] = dict(item.split("=", 1) for item in arguments.set)
-    print("| model, precision, KL | step | " + " | ".join(PHASES) + " | tokens | policy GiB | engine GiB |")
+    print(
+        "| model, precision, KL | step | "
+        + " | ".join(PHASES)
+        + " | tokens | policy GiB | engine GiB |"
+    )
     print("|---" * (len(PHASES) + 5) + "|")
     for case in arguments.cases:
         figures = asyncio.run(measure(case_config(case, arguments.steps, more)))

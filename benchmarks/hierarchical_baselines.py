@@ -21,7 +21,11 @@ from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
 
-CASES = [f"{scope},{layers},16" for scope in ("auto", "group", "batch") for layers in ("current_and_final", "blocks")]
+CASES = [
+    f"{scope},{layers},16"
+    for scope in ("auto", "group", "batch")
+    for layers in ("current_and_final", "blocks")
+]
 CASES += ["auto,current_and_final,64", "auto,blocks,64"]
 PLAIN_POSITIONS = 16
 
@@ -41,7 +45,9 @@ def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
     ids = torch.arange(responses) // group
     entropies = torch.rand(int(ids.max()) + 1, 1, generator=generator)  # one a prompt
     return AdvantageInputs(
-        rewards=((noise * mask).sum(1) + 0.5 * torch.randn(responses, generator=generator) > 0).float(),
+        rewards=(
+            (noise * mask).sum(1) + 0.5 * torch.randn(responses, generator=generator) > 0
+        ).float(),
         response_mask=mask,
         group_ids=ids,
         score_norms=entropies[ids] * torch.rand(responses, tokens, generator=generator) ** 4,
@@ -54,20 +60,37 @@ def plain_seconds(inputs: AdvantageInputs, layers: str, group: int) -> float:
     """Seconds of one `lstsq` a group and position, for all positions, from a few."""
     assert inputs.old_logprobs is not None
     assert inputs.rollout_logprobs is not None
-    ratios = torch.where(inputs.response_mask, inputs.old_logprobs.double() - inputs.rollout_logprobs, 0.0).cumsum(1).exp()
+    ratios = (
+        torch.where(
+            inputs.response_mask, inputs.old_logprobs.double() - inputs.rollout_logprobs, 0.0
+        )
+        .cumsum(1)
+        .exp()
+    )
     length = ratios.shape[1]
     boundaries = [*range(255, length - 1, 256), length - 1] if layers == "blocks" else [length - 1]
     start = time.perf_counter()
     for t in torch.linspace(0, length - 1, PLAIN_POSITIONS).long().tolist():
         for rows in torch.arange(len(ratios)).split(group):
-            _one_plain_fit(ratios[rows], inputs.rewards[rows].double(), inputs.response_mask[rows, t], t, boundaries)
+            _one_plain_fit(
+                ratios[rows],
+                inputs.rewards[rows].double(),
+                inputs.response_mask[rows, t],
+                t,
+                boundaries,
+            )
     return (time.perf_counter() - start) * length / PLAIN_POSITIONS
 
 
-def _one_plain_fit(ratios: Tensor, rewards: Tensor, alive: Tensor, t: int, boundaries: list[int]) -> Tensor:
+def _one_plain_fit(
+    ratios: Tensor, rewards: Tensor, alive: Tensor, t: int, boundaries: list[int]
+) -> Tensor:
     features = ratios[:, [t, *(s for s in boundaries if s >= t)]] * alive[:, None]
     target = ratios[:, -1] * rewards * alive
-    return target - features @ torch.linalg.lstsq(features, target[:, None], driver="gelsd").solution[:, 0]
+    return (
+        target
+        - features @ torch.linalg.lstsq(features, target[:, None], driver="gelsd").solution[:, 0]
+    )
 
 
 def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
@@ -78,7 +101,9 @@ def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
     out = hierarchical_advantages(inputs, layers=layers, scope=scope)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    strengths = " ".join(f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("strength"))
+    strengths = " ".join(
+        f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("strength")
+    )
     naive = f"{plain_seconds(inputs, layers, int(group)):.0f}" if plain else "-"
     print(
         f"| {scope} | {layers} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {strengths} |"
@@ -86,7 +111,9 @@ def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--responses", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--case", help="scope,layers,group size; default: all")
@@ -94,11 +121,23 @@ def main() -> None:
     given = parser.parse_args()
     if given.case:
         return run_case(given.case, given.responses, given.tokens, given.plain)
-    header = ("scope", "layers", "group", "seconds", "peak GiB", "of that the call", "plain lstsq, seconds", "strengths")
+    header = (
+        "scope",
+        "layers",
+        "group",
+        "seconds",
+        "peak GiB",
+        "of that the call",
+        "plain lstsq, seconds",
+        "strengths",
+    )
     print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
     for case in CASES:
         sizes = ["--responses", str(given.responses), "--tokens", str(given.tokens)]
-        subprocess.run([sys.executable, "-m", "benchmarks.hierarchical_baselines", "--case", case, *sizes], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.hierarchical_baselines", "--case", case, *sizes],
+            check=True,
+        )
     return None
 
 

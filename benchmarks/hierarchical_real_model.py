@@ -38,7 +38,13 @@ from rlsys.algorithms.advantages.gradient_variance import GroupMoments
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
-from rlsys.data.batches import PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.batches import (
+    PromptBatch,
+    RewardBatch,
+    RolloutBatch,
+    SamplingParameters,
+    TrainBatch,
+)
 from rlsys.data.padding import ResponsePadding
 from rlsys.data.prompt_stream import load_prompts
 from rlsys.data.prompt_templates import stop_strings
@@ -51,9 +57,9 @@ from workers.policy.gradient_diagnostics import scores_of_responses
 from workers.policy.worker import PolicyWorker
 
 LAYERS = ("final", "current", "current_and_final", "blocks")
-METHODS = {name: plain(name) for name in ("leave_one_out", "none", "group_mean", "opo", "optimal_token")} | {
-    name: hierarchical(name) for name in LAYERS
-}
+METHODS = {
+    name: plain(name) for name in ("leave_one_out", "none", "group_mean", "opo", "optimal_token")
+} | {name: hierarchical(name) for name in LAYERS}
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,20 @@ class Scored:
     rewards: RewardBatch
 
 
-def sample_all(config: RunConfig, model: str, batches: Sequence[PromptBatch], sizes: Sequence[int]) -> list[Scored]:
+def sample_all(
+    config: RunConfig, model: str, batches: Sequence[PromptBatch], sizes: Sequence[int]
+) -> list[Scored]:
     """One group for each entry of each batch, of as many responses as the batch's size says."""
     engine = make_engine(config, model)
-    return [sample(engine, config, *each, seed) for seed, each in enumerate(zip(batches, sizes, strict=True))]
+    return [
+        sample(engine, config, *each, seed)
+        for seed, each in enumerate(zip(batches, sizes, strict=True))
+    ]
 
 
-def sample(engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size: int, seed: int) -> Scored:
+def sample(
+    engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size: int, seed: int
+) -> Scored:
     """One group of `size` responses for each entry of `prompts`."""
     generation = config.generation
     sampling = SamplingParameters(
@@ -81,9 +94,16 @@ def sample(engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size:
         stop=stop_strings(config.data.template, generation.stop),
         seed=seed,
     )
-    groups = [group for some in engine.generate(prompts.prompts, range(len(prompts)), sampling) for group in some]
+    groups = [
+        group
+        for some in engine.generate(prompts.prompts, range(len(prompts)), sampling)
+        for group in some
+    ]
     rollouts = build_rollouts(prompts, sorted(groups, key=lambda group: group.index), sampling, 0)
-    truths = {int(group): prompt.ground_truth for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)}
+    truths = {
+        int(group): prompt.ground_truth
+        for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
+    }
     scores = [
         score_completion(config.reward.functions, text, truths[int(group)])
         for text, group in zip(rollouts.response_texts, rollouts.group_ids, strict=True)
@@ -105,10 +125,19 @@ def sample(engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size:
 def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
     """[M, B, T] policy-gradient weight of each token under each method; replicates lie one after the other."""
 
-    names = ("rewards", "response_mask", "group_ids", "rollout_logprobs", "old_logprobs", "score_norms")
+    names = (
+        "rewards",
+        "response_mask",
+        "group_ids",
+        "rollout_logprobs",
+        "old_logprobs",
+        "score_norms",
+    )
 
     def part(k: int) -> AdvantageInputs:
-        arrays: dict[str, Any] = {name: getattr(inputs, name).chunk(replicates)[k] for name in names}
+        arrays: dict[str, Any] = {
+            name: getattr(inputs, name).chunk(replicates)[k] for name in names
+        }
         return AdvantageInputs(**arrays)
 
     parts = [part(k) for k in range(replicates)]
@@ -136,11 +165,19 @@ def prompt_moments(groups: list[GroupMoments], size: int) -> PromptMoments:
 
     def about_mean(values: Tensor) -> tuple[Tensor, Tensor]:
         middle = values.mean(0)
-        return (values - middle).square().sum((0, 2, 3)).double() / (count - 1), count * middle.square().sum((1, 2)).double()
+        return (values - middle).square().sum((0, 2, 3)).double() / (
+            count - 1
+        ), count * middle.square().sum((1, 2)).double()
 
     between, _ = about_mean(gradients)
     shift_variance, shift = about_mean(difference)
-    return PromptMoments(between, spread[0] / (count * size**2), *spread[1:], shift=shift, shift_variance=shift_variance)
+    return PromptMoments(
+        between,
+        spread[0] / (count * size**2),
+        *spread[1:],
+        shift=shift,
+        shift_variance=shift_variance,
+    )
 
 
 class Experiment:
@@ -151,11 +188,15 @@ class Experiment:
         model = str(resolve_model(config.model.path))
         loaded = load_prompts(config, load_tokenizer(model)).train
         looked_at, others = loaded.next_batch().prompts[:prompts], loaded.next_batch()
-        repeated = PromptBatch(batch_id=0, prompts=looked_at * replicates, group_ids=np.arange(prompts * replicates))
+        repeated = PromptBatch(
+            batch_id=0, prompts=looked_at * replicates, group_ids=np.arange(prompts * replicates)
+        )
         # The engine in a process of its own: it would join a process group in this one.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             sizes = (size, config.generation.samples_per_prompt)
-            self.looked_at, self.trained_on = process.submit(sample_all, config, model, (repeated, others), sizes).result()
+            self.looked_at, self.trained_on = process.submit(
+                sample_all, config, model, (repeated, others), sizes
+            ).result()
         self.policy = PolicyWorker(config, model, 0, 1)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -188,7 +229,10 @@ class Experiment:
         """Of each prompt."""
         found = []
         for prompt in range(self.prompts):
-            groups = [self._group(weights, replicate * self.prompts + prompt) for replicate in range(self.replicates)]
+            groups = [
+                self._group(weights, replicate * self.prompts + prompt)
+                for replicate in range(self.replicates)
+            ]
             found.append(prompt_moments(groups, self.size))
         return found
 
@@ -196,8 +240,12 @@ class Experiment:
         rollouts, parts = self.looked_at.rollouts, []
         rows = np.arange(number * self.size, (number + 1) * self.size)
         packs = self.policy.packs_of(rollouts, rows, may_share=False)
-        for scores in scores_of_responses(self.policy.model, packs, rollouts.temperature, self.policy.device):
-            parts.append(scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float()))
+        for scores in scores_of_responses(
+            self.policy.model, packs, rollouts.temperature, self.policy.device
+        ):
+            parts.append(
+                scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float())
+            )
         return sum(parts[1:], start=parts[0])
 
 
@@ -213,7 +261,12 @@ def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) ->
     """The rows of one number of updates."""
     assert inputs.old_logprobs is not None
     assert inputs.rollout_logprobs is not None
-    ratios = torch.where(inputs.response_mask, inputs.old_logprobs - inputs.rollout_logprobs, 0.0).double().cumsum(1).exp()
+    ratios = (
+        torch.where(inputs.response_mask, inputs.old_logprobs - inputs.rollout_logprobs, 0.0)
+        .double()
+        .cumsum(1)
+        .exp()
+    )
     share = effective_share(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
     ratio, error = jackknife(torch.stack([each.between for each in moments]))
 
@@ -221,7 +274,10 @@ def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) ->
         return torch.stack([getattr(each, name) for each in moments]).sum(0)
 
     within, proxy = (summed(name) / summed(name)[0] for name in ("within", "proxy"))
-    cross, bias = 1 - summed("same_position") / summed("squares"), summed("shift") / summed("shift_variance").clamp(min=1e-30)
+    cross, bias = (
+        1 - summed("same_position") / summed("squares"),
+        summed("shift") / summed("shift_variance").clamp(min=1e-30),
+    )
     for k, name in enumerate(METHODS):
         print(
             f"| {ahead} | {float(share):.2f} | {name} | {ratio[k]:.3f} ± {error[k]:.3f} | {within[k]:.3f} | {proxy[k]:.3f} | {cross[k]:+.2f} "
@@ -231,17 +287,35 @@ def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--model", default="smollm2-135m", help="anything that --model.path takes; a policy that is right now and then"
+        "--model",
+        default="smollm2-135m",
+        help="anything that --model.path takes; a policy that is right now and then",
     )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--replicates", type=int, default=4)
     parser.add_argument("--size", type=int, default=16, help="responses of a group")
-    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="updates after which gradients are looked at")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further fields of the configuration")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 4, 8],
+        help="updates after which gradients are looked at",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="further fields of the configuration",
+    )
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # a policy worker uses as many as it is told
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))
+    )  # a policy worker uses as many as it is told
     config = evolve(
         hierarchical_math(detect_hardware()),
         {
@@ -252,8 +326,13 @@ def main() -> None:
     )
     experiment = Experiment(config, arguments.prompts, arguments.replicates, arguments.size)
     rewards = experiment.looked_at.rewards.rewards
-    mixed = [0 < group.mean() < 1 for group in np.split(rewards, arguments.prompts * arguments.replicates)]
-    print(f"{len(rewards)} responses, mean reward {rewards.mean():.3f}, {np.mean(mixed):.0%} of the groups with both rewards\n")
+    mixed = [
+        0 < group.mean() < 1
+        for group in np.split(rewards, arguments.prompts * arguments.replicates)
+    ]
+    print(
+        f"{len(rewards)} responses, mean reward {rewards.mean():.3f}, {np.mean(mixed):.0%} of the groups with both rewards\n"
+    )
     print(
         "| ahead | effective share | baseline | variance ratio | within groups | proxy | between positions | bias |\n|---|---|---|---|---|---|---|---|"
     )

@@ -33,7 +33,14 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     ),
     "hierarchical": ("hierarchical_math",),
 }
-SAME = ("--data.synthetic.eval_size", "128", "--trainer.checkpoints.every", "0", "--trainer.save_rollouts_every", "0")
+SAME = (
+    "--data.synthetic.eval_size",
+    "128",
+    "--trainer.checkpoints.every",
+    "0",
+    "--trainer.save_rollouts_every",
+    "0",
+)
 FIGURE = Path("docs/images/hierarchical_training.svg")
 
 
@@ -50,7 +57,11 @@ class Curve:
     def of(records: Sequence[MetricsRecord]) -> Curve:
         steps = [record.values for record in records if record.kind == "train"]
         return Curve(
-            held_out={record.step: record.values["eval/accuracy"] for record in records if record.kind == "eval"},
+            held_out={
+                record.step: record.values["eval/accuracy"]
+                for record in records
+                if record.kind == "eval"
+            },
             reward=statistics.fmean(step["reward/mean"] for step in steps),
             updates=statistics.fmean(step["policy/grad_norm"] for step in steps),
             seconds=statistics.median(step["time/step"] for step in steps),
@@ -71,7 +82,9 @@ def run(arm: str, seed: int, directory: Path, model: str, steps: int) -> Curve:
         subprocess.run([*command, *SAME, *own, *lengths], check=True)
     records = read_metrics(directory / "metrics.jsonl")
     if not records or records[-1].step != steps or records[-1].kind != "eval":
-        sys.exit(f"{directory} is not a finished run of {steps} steps. Remove it, or choose another directory.")
+        sys.exit(
+            f"{directory} is not a finished run of {steps} steps. Remove it, or choose another directory."
+        )
     return Curve.of(records)
 
 
@@ -84,12 +97,21 @@ def average(values: Sequence[float]) -> str:
 def table(curves: Mapping[str, Sequence[Curve]]) -> str:
     """Markdown: a row an arm."""
     steps = sorted(next(iter(curves.values()))[0].held_out)
-    names = [*(f"held out, {step}" for step in steps), "mean reward", "gradient norm", "seconds a step"]
+    names = [
+        *(f"held out, {step}" for step in steps),
+        "mean reward",
+        "gradient norm",
+        "seconds a step",
+    ]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm, runs in curves.items():
         cells = [average([run.held_out[step] for run in runs]) for step in steps]
         cells += [average([run.reward for run in runs]), average([run.updates for run in runs])]
-        lines.append(f"| {arm} | " + " | ".join([*cells, f"{statistics.median(run.seconds for run in runs):.2f}"]) + " |")
+        lines.append(
+            f"| {arm} | "
+            + " | ".join([*cells, f"{statistics.median(run.seconds for run in runs):.2f}"])
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -99,7 +121,10 @@ def differences(curves: Mapping[str, Sequence[Curve]]) -> str:
     for arm, runs in curves.items():
         if arm != "hierarchical":
             pairs = list(zip(curves["hierarchical"], runs, strict=True))
-            last = [100 * (own.held_out[max(own.held_out)] - other.held_out[max(other.held_out)]) for own, other in pairs]
+            last = [
+                100 * (own.held_out[max(own.held_out)] - other.held_out[max(other.held_out)])
+                for own, other in pairs
+            ]
             rewards = [own.reward - other.reward for own, other in pairs]
             points = ", ".join(f"{value:+.1f}" for value in last)
             lines.append(
@@ -120,7 +145,13 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
     for i, (arm, runs) in enumerate(curves.items()):
         steps = sorted(runs[0].held_out)
         for one in runs:
-            axis.plot(steps, [100 * one.held_out[step] for step in steps], color=f"C{i}", alpha=0.25, linewidth=1)
+            axis.plot(
+                steps,
+                [100 * one.held_out[step] for step in steps],
+                color=f"C{i}",
+                alpha=0.25,
+                linewidth=1,
+            )
         mean = [100 * statistics.fmean(one.held_out[step] for one in runs) for step in steps]
         axis.plot(steps, mean, "o-", color=f"C{i}", label=arm)
     axis.set(xlabel="step (four updates each)", ylabel="held-out accuracy, %")
@@ -130,7 +161,9 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="where the runs are, or will be")
     parser.add_argument("--model", default="smollm2-135m", help="anything that --model.path takes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -140,7 +173,15 @@ def main() -> None:
     curves: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
     for seed in arguments.seeds:
         for arm in ARMS:
-            curves[arm].append(run(arm, seed, arguments.directory / f"{arm}-{seed}", arguments.model, arguments.steps))
+            curves[arm].append(
+                run(
+                    arm,
+                    seed,
+                    arguments.directory / f"{arm}-{seed}",
+                    arguments.model,
+                    arguments.steps,
+                )
+            )
     print(table(curves))
     print()
     print(differences(curves))

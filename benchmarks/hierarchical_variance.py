@@ -67,12 +67,17 @@ class Prompt:
         scores = self.space.scores(self.old)
         plain = ratios[:, -1] * (self.rewards - chance @ self.rewards)
         positions = torch.arange(ratios.shape[1])
-        x = Layers.of(layers, len(positions), 1, ratios.device).features(ratios[None], positions)[0]  # [t, S, p]
+        x = Layers.of(layers, len(positions), 1, ratios.device).features(ratios[None], positions)[
+            0
+        ]  # [t, S, p]
         weighted = (x * (chance * scores.square().sum(2).T)[..., None]).transpose(1, 2)
         beta = torch.linalg.pinv(weighted @ x, hermitian=True) @ (weighted @ plain)[..., None]
         best = plain[:, None] - (x @ beta)[..., 0].T
         exact = self.space.gradient(self.old, self.rewards)
-        errors = [torch.einsum("sl,slp->sp", w, scores) - exact for w in (best, plain[:, None].expand_as(best))]
+        errors = [
+            torch.einsum("sl,slp->sp", w, scores) - exact
+            for w in (best, plain[:, None].expand_as(best))
+        ]
         return tuple(float(chance @ error.square().sum(1)) for error in errors)  # type: ignore[return-value]
 
 
@@ -84,49 +89,83 @@ def plain(name: str) -> Weights:
         assert batch.old_logprobs is not None
         assert batch.rollout_logprobs is not None
         assert batch.score_norms is not None
-        ratios = (batch.old_logprobs - batch.rollout_logprobs).cumsum(1).exp().unflatten(0, (groups, -1))
+        ratios = (
+            (batch.old_logprobs - batch.rollout_logprobs).cumsum(1).exp().unflatten(0, (groups, -1))
+        )
         rewards = batch.rewards.unflatten(0, (groups, -1))
         present = torch.ones_like(rewards, dtype=torch.bool)
-        grouped = GroupedBatch(ratios, rewards, rewards, present, ratios, Layers.of("final", ratios.shape[2], 1, ratios.device))
+        grouped = GroupedBatch(
+            ratios,
+            rewards,
+            rewards,
+            present,
+            ratios,
+            Layers.of("final", ratios.shape[2], 1, ratios.device),
+        )
         return (
-            plain_baseline(name, grouped, batch.score_norms.unflatten(0, (groups, -1)), rewards).flatten(0, 1) * batch.response_mask
+            plain_baseline(
+                name, grouped, batch.score_norms.unflatten(0, (groups, -1)), rewards
+            ).flatten(0, 1)
+            * batch.response_mask
         )
 
     return weights
 
 
 def hierarchical(layers: str) -> Weights:
-    return lambda batch: hierarchical_advantages(batch, layers=layers, diagnostics=False).advantages.double()
+    return lambda batch: hierarchical_advantages(
+        batch, layers=layers, diagnostics=False
+    ).advantages.double()
 
 
-def errors(prompts: list[Prompt], size: int, repeats: int, methods: list[Weights], seed: int) -> Tensor:
+def errors(
+    prompts: list[Prompt], size: int, repeats: int, methods: list[Weights], seed: int
+) -> Tensor:
     """[repeats, methods, prompts, parameters] gradient averaged over the group less the exact one."""
     generator = torch.Generator().manual_seed(seed)
     exact = torch.stack([p.space.gradient(p.old, p.rewards) for p in prompts])
     tables = [
-        (p.space.probabilities(p.rollout), p.space.logprobs(p.rollout), p.space.logprobs(p.old), p.space.scores(p.old))
+        (
+            p.space.probabilities(p.rollout),
+            p.space.logprobs(p.rollout),
+            p.space.logprobs(p.old),
+            p.space.scores(p.old),
+        )
         for p in prompts
     ]
     ids = torch.arange(len(prompts)).repeat_interleave(size)
     found = []
     for _ in range(repeats):
-        drawn = [torch.multinomial(table[0], size, replacement=True, generator=generator) for table in tables]
+        drawn = [
+            torch.multinomial(table[0], size, replacement=True, generator=generator)
+            for table in tables
+        ]
         scores = torch.stack([table[3][d] for table, d in zip(tables, drawn, strict=True)])
         batch = AdvantageInputs(
             rewards=torch.cat([p.rewards[d] for p, d in zip(prompts, drawn, strict=True)]),
             response_mask=torch.cat([p.space.mask[d] for p, d in zip(prompts, drawn, strict=True)]),
             group_ids=ids,
-            rollout_logprobs=torch.cat([table[1][d] for table, d in zip(tables, drawn, strict=True)]),
+            rollout_logprobs=torch.cat(
+                [table[1][d] for table, d in zip(tables, drawn, strict=True)]
+            ),
             old_logprobs=torch.cat([table[2][d] for table, d in zip(tables, drawn, strict=True)]),
             score_norms=scores.square().sum(3).flatten(0, 1),
         )
-        weights = torch.stack([method(batch) for method in methods]).unflatten(1, (len(prompts), size))
+        weights = torch.stack([method(batch) for method in methods]).unflatten(
+            1, (len(prompts), size)
+        )
         found.append(torch.einsum("mkgt,kgtp->mkp", weights, scores) / size - exact)
     return torch.stack(found)
 
 
 def measure(
-    setting: str, drift: float, prompts: int, size: int, methods: list[Weights], repeats: float, policies: int = POLICIES
+    setting: str,
+    drift: float,
+    prompts: int,
+    size: int,
+    methods: list[Weights],
+    repeats: float,
+    policies: int = POLICIES,
 ) -> tuple[list[str], float]:
     """`ratio ± error` of each method after the first to the first, and the largest standardised bias; `prompts` of the policies a batch."""
     made = [Prompt.of(setting, drift, FIRST_SEED + k) for k in range(policies)]
@@ -138,7 +177,9 @@ def measure(
     # between policies, which differ more than the batches of one
     spread = (squares - ratio[:, None] * squares[0]).std(1) * policies**0.5 / squares[0].sum()
     largest = float(torch.stack([standardised_bias(e) for e in drawn]).mean(0)[1:].max().sqrt())
-    return [f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)], largest
+    return [
+        f"{r:.3f} ± {s:.3f}" for r, s in zip(ratio[1:].tolist(), spread[1:].tolist(), strict=True)
+    ], largest
 
 
 def standardised_bias(error: Tensor) -> Tensor:
@@ -147,7 +188,9 @@ def standardised_bias(error: Tensor) -> Tensor:
     return len(error) * mean.square().sum((1, 2)) / error.var(0).sum((1, 2))
 
 
-def room(setting: str, drift: float, layers: str = "current_and_final", policies: int = POLICIES) -> float:
+def room(
+    setting: str, drift: float, layers: str = "current_and_final", policies: int = POLICIES
+) -> float:
     """`Prompt.room` as a ratio."""
     both = [Prompt.of(setting, drift, FIRST_SEED + k).room(layers) for k in range(policies)]
     return sum(best for best, _ in both) / sum(mean for _, mean in both)
@@ -155,28 +198,54 @@ def room(setting: str, drift: float, layers: str = "current_and_final", policies
 
 def by_group_size(repeats: float, drift: float, sizes: Sequence[int], policies: int) -> None:
     methods = [plain("leave_one_out"), *(hierarchical(name) for name in LAYERS)]
-    print(f"| setting | prompts | group | {' | '.join(LAYERS)} | largest bias |\n{'|---' * (len(LAYERS) + 4)}|", flush=True)
+    print(
+        f"| setting | prompts | group | {' | '.join(LAYERS)} | largest bias |\n{'|---' * (len(LAYERS) + 4)}|",
+        flush=True,
+    )
     for setting in SETTINGS:
         rooms = " | ".join(f"{room(setting, drift, name, policies):.2f}" for name in LAYERS)
         print(f"| {setting} | | room | {rooms} | |", flush=True)
         for prompts in (1, 16):
             for size in sizes:
-                cells, bias = measure(setting, drift, prompts, size, methods, repeats if size < 64 else repeats / 2, policies)
-                print(f"| {setting} | {prompts} | {size} | {' | '.join(cells)} | {bias:.2f} |", flush=True)
+                cells, bias = measure(
+                    setting,
+                    drift,
+                    prompts,
+                    size,
+                    methods,
+                    repeats if size < 64 else repeats / 2,
+                    policies,
+                )
+                print(
+                    f"| {setting} | {prompts} | {size} | {' | '.join(cells)} | {bias:.2f} |",
+                    flush=True,
+                )
 
 
 def by_drift(repeats: float) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    methods = [plain("leave_one_out"), *(plain(name) for name in PLAIN), hierarchical("current_and_final")]
+    methods = [
+        plain("leave_one_out"),
+        *(plain(name) for name in PLAIN),
+        hierarchical("current_and_final"),
+    ]
     names = (*PLAIN, "current_and_final")
-    print(f"\n| setting | drift | room | prompts | {' | '.join(names)} |\n{'|---' * (len(names) + 4)}|", flush=True)
+    print(
+        f"\n| setting | drift | room | prompts | {' | '.join(names)} |\n{'|---' * (len(names) + 4)}|",
+        flush=True,
+    )
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for setting in SETTINGS:
         for drift in (0.0, 0.1, 0.3, 0.5, 0.7):
             best = room(setting, drift)
             for prompts in (1, 16):
                 cells, _ = measure(setting, drift, prompts, 16, methods, repeats)
-                print(f"| {setting} | {drift} | {best:.2f} | {prompts} | {' | '.join(cells)} |", flush=True)
-                lines.setdefault((setting, prompts), []).append((drift, float(cells[-1].split()[0])))
+                print(
+                    f"| {setting} | {drift} | {best:.2f} | {prompts} | {' | '.join(cells)} |",
+                    flush=True,
+                )
+                lines.setdefault((setting, prompts), []).append(
+                    (drift, float(cells[-1].split()[0]))
+                )
     return lines
 
 
@@ -189,18 +258,30 @@ def draw(lines: dict[tuple[str, int], list[tuple[float, float]]]) -> str:
     def at(drift: float, ratio: float) -> str:
         return f"{60 + 430 * drift / 0.7:.1f},{30 + 260 * (top - ratio) / (top - bottom):.1f}"
 
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="350" font-family="sans-serif" font-size="12">']
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="700" height="350" font-family="sans-serif" font-size="12">'
+    ]
     parts.append('<rect width="700" height="350" fill="white"/>')
-    parts.append('<text x="60" y="18">variance over that of the leave-one-out mean, groups of 16, current_and_final</text>')
+    parts.append(
+        '<text x="60" y="18">variance over that of the leave-one-out mean, groups of 16, current_and_final</text>'
+    )
     for step in range(round(bottom * 20), round(top * 20) + 1, 2):
         start, end = at(0, step / 20), at(0.7, step / 20)
-        parts.append(f'<polyline points="{start} {end}" stroke="{"#000" if step == 20 else "#ddd"}" fill="none"/>')
-        parts.append(f'<text x="52" y="{float(start.split(",")[1]) + 4:.1f}" text-anchor="end">{step / 20:.2f}</text>')
+        parts.append(
+            f'<polyline points="{start} {end}" stroke="{"#000" if step == 20 else "#ddd"}" fill="none"/>'
+        )
+        parts.append(
+            f'<text x="52" y="{float(start.split(",")[1]) + 4:.1f}" text-anchor="end">{step / 20:.2f}</text>'
+        )
     for drift in (0.0, 0.1, 0.3, 0.5, 0.7):
-        parts.append(f'<text x="{at(drift, 1).split(",")[0]}" y="308" text-anchor="middle">{drift}</text>')
+        parts.append(
+            f'<text x="{at(drift, 1).split(",")[0]}" y="308" text-anchor="middle">{drift}</text>'
+        )
     parts.append('<text x="275" y="330" text-anchor="middle">drift of the logits</text>')
     for row, ((setting, prompts), line) in enumerate(lines.items()):
-        style = f'stroke="{colours[setting]}" stroke-width="2" fill="none"' + (' stroke-dasharray="5 4"' if prompts == 1 else "")
+        style = f'stroke="{colours[setting]}" stroke-width="2" fill="none"' + (
+            ' stroke-dasharray="5 4"' if prompts == 1 else ""
+        )
         parts.append(f'<polyline points="{" ".join(at(*point) for point in line)}" {style}/>')
         y = 50 + 22 * row
         parts.append(
@@ -210,15 +291,28 @@ def draw(lines: dict[tuple[str, int], list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=float, default=1.0, help="times as many batches as by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=float, default=1.0, help="times as many batches as by default"
+    )
     parser.add_argument("--drift", type=float, help="only the table by group size, at this drift")
-    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="sizes of groups in that table")
-    parser.add_argument("--policies", type=int, default=POLICIES, help="policies in each of its rows, a multiple of 16")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", default=GROUPS, help="sizes of groups in that table"
+    )
+    parser.add_argument(
+        "--policies",
+        type=int,
+        default=POLICIES,
+        help="policies in each of its rows, a multiple of 16",
+    )
     given = parser.parse_args()
     if given.policies < 32 or given.policies % 16:
         parser.error(f"--policies: {given.policies} must be a multiple of 16, at least 32")
-    by_group_size(given.repeats, 0.3 if given.drift is None else given.drift, given.groups, given.policies)
+    by_group_size(
+        given.repeats, 0.3 if given.drift is None else given.drift, given.groups, given.policies
+    )
     if given.drift is None:
         FIGURE.write_text(draw(by_drift(given.repeats)))
 

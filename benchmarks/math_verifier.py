@@ -40,7 +40,10 @@ def load_cases() -> list[dict[str, Any]]:
 
 def ours(case: dict[str, Any]) -> bool:
     """rlsys."""
-    return verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"]).score == 1.0
+    return (
+        verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"]).score
+        == 1.0
+    )
 
 
 def math_verify_alone(case: dict[str, Any]) -> bool:
@@ -61,8 +64,20 @@ def math_paper(case: dict[str, Any]) -> bool:
 
 def normalised(text: str) -> str:
     """What the MATH paper compares."""
-    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    text = text.replace("\\left", "").replace("\\right", "").replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
+    text = (
+        text.replace("\n", "")
+        .replace("\\!", "")
+        .replace("\\\\", "\\")
+        .replace("tfrac", "frac")
+        .replace("dfrac", "frac")
+    )
+    text = (
+        text.replace("\\left", "")
+        .replace("\\right", "")
+        .replace("^{\\circ}", "")
+        .replace("^\\circ", "")
+        .replace("\\$", "")
+    )
     text = text.split("\\text{ ")[0].replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     if text.startswith("."):
         text = "0" + text
@@ -79,14 +94,20 @@ def normalised(text: str) -> str:
 def accuracy(cases: list[dict[str, Any]], verifiers: dict[str, Verifier], show: bool) -> None:
     """Print the table of docs/math_verifier.md, by verifier and by kind."""
     by_kind: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    print("| verifier | accuracy | false positives | false negatives | seconds | cases/s |\n|---|---|---|---|---|---|")
+    print(
+        "| verifier | accuracy | false positives | false negatives | seconds | cases/s |\n|---|---|---|---|---|---|"
+    )
     negatives = sum(not case["expected"] for case in cases)
     for name, verifier in verifiers.items():
         verifier(cases[0])  # imports
         start = time.perf_counter()
         verdicts = [verifier(case) for case in cases]
         seconds = time.perf_counter() - start
-        wrong = [(case, verdict) for case, verdict in zip(cases, verdicts, strict=True) if verdict != case["expected"]]
+        wrong = [
+            (case, verdict)
+            for case, verdict in zip(cases, verdicts, strict=True)
+            if verdict != case["expected"]
+        ]
         false_positives = sum(verdict for _, verdict in wrong)
         print(
             f"| {name} | {1 - len(wrong) / len(cases):.2%} | {false_positives / negatives:.2%} ({false_positives} of {negatives}) | "
@@ -97,11 +118,21 @@ def accuracy(cases: list[dict[str, Any]], verifiers: dict[str, Verifier], show: 
             by_kind[case["kind"]][name].append(verdict == case["expected"])
         if show and verifier is ours:
             for case, verdict in wrong:
-                print("   ", verdict, case.get("answer", case["completion"][-60:]), "|", case["ground_truth"])
+                print(
+                    "   ",
+                    verdict,
+                    case.get("answer", case["completion"][-60:]),
+                    "|",
+                    case["ground_truth"],
+                )
     print("\n| kind | cases | " + " | ".join(verifiers) + " |\n|---|---|" + "---|" * len(verifiers))
     for kind, results in sorted(by_kind.items()):
         counts = [len(verdicts) for verdicts in results.values()]
-        print(f"| {kind} | {counts[0]} | " + " | ".join(f"{sum(v) / len(v):.0%}" for v in results.values()) + " |")
+        print(
+            f"| {kind} | {counts[0]} | "
+            + " | ".join(f"{sum(v) / len(v):.0%}" for v in results.values())
+            + " |"
+        )
 
 
 def typical_completions(count: int = 2000) -> list[tuple[str, str]]:
@@ -127,7 +158,9 @@ def throughput(repeats: int = 5) -> None:
         for completion, truth in pairs:
             verify_math(completion, truth)
         best = min(best, time.perf_counter() - start)
-    print(f"\ntypical completions of 2,000 characters, one core: {len(pairs) / best:,.0f} verdicts/s")
+    print(
+        f"\ntypical completions of 2,000 characters, one core: {len(pairs) / best:,.0f} verdicts/s"
+    )
 
 
 def pool_throughput(most: int) -> None:
@@ -142,7 +175,9 @@ def pool_throughput(most: int) -> None:
         start = time.perf_counter()
         for future in [pool.submit(case["completion"], case["ground_truth"]) for case in cases]:
             future.result()
-        print(f"pool of {processes}: {len(cases) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set")
+        print(
+            f"pool of {processes}: {len(cases) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set"
+        )
         pool.shutdown()
 
 
@@ -153,7 +188,11 @@ def identity_on_math(pairs: int) -> None:
         return
     import pyarrow.parquet
 
-    answers = [a for part in ("train", "test") for a in pyarrow.parquet.read_table(MATH / f"{part}.parquet")["answer"].to_pylist()]
+    answers = [
+        a
+        for part in ("train", "test")
+        for a in pyarrow.parquet.read_table(MATH / f"{part}.parquet")["answer"].to_pylist()
+    ]
     different = [a for a in answers if verify_math(f"\\boxed{{{a}}}", a).score != 1.0]
     empty = sum(not answer.strip() for answer in answers)
     print(
@@ -164,7 +203,9 @@ def identity_on_math(pairs: int) -> None:
     drawn = [generator.sample(distinct, 2) for _ in range(pairs)]
     start = time.perf_counter()
     hits = [(a, b) for a, b in drawn if same_answer_text(a, b)[0]]
-    print(f"{pairs} random pairs of different strings: {len(hits)} equal ({time.perf_counter() - start:.1f} s)")
+    print(
+        f"{pairs} random pairs of different strings: {len(hits)} equal ({time.perf_counter() - start:.1f} s)"
+    )
     for a, b in hits:
         print(f"    {a}   {b}")
 
@@ -175,7 +216,9 @@ def fuzz(examples: int) -> None:
 
     start = time.perf_counter()
     check_any_pair(examples)
-    print(f"\n{examples:,} random pairs of strings: no exception, symmetric and reflexive ({time.perf_counter() - start:.0f} s)")
+    print(
+        f"\n{examples:,} random pairs of strings: no exception, symmetric and reflexive ({time.perf_counter() - start:.0f} s)"
+    )
 
 
 def adversarial() -> None:
@@ -185,7 +228,10 @@ def adversarial() -> None:
     slowest, count = (0.0, ""), 0
     for answer in ADVERSARIAL:
         for truth in GROUND_TRUTHS:
-            for completion, wanted in ((f"\\boxed{{{answer}}}", truth), (f"\\boxed{{{truth}}}", answer)):
+            for completion, wanted in (
+                (f"\\boxed{{{answer}}}", truth),
+                (f"\\boxed{{{truth}}}", answer),
+            ):
                 start = time.perf_counter()
                 verify_math(completion, wanted)
                 slowest = max(slowest, (time.perf_counter() - start, answer[:40]))
@@ -197,9 +243,17 @@ def adversarial() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="only fuzz, with N pairs")
-    parser.add_argument("--pool", type=int, default=0, metavar="N", help="only measure the reward pool with 1 to N processes")
+    parser.add_argument(
+        "--pool",
+        type=int,
+        default=0,
+        metavar="N",
+        help="only measure the reward pool with 1 to N processes",
+    )
     parser.add_argument("--pairs", type=int, default=20_000, help="random pairs of MATH answers")
     parser.add_argument("--show", action="store_true", help="print the cases that rlsys gets wrong")
     parser.add_argument("--ours-only", action="store_true", help="leave the other verifiers out")

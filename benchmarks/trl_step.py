@@ -53,7 +53,9 @@ def length_reward(completions: list[str], **_: object) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--micro-batch", type=int, default=16, help="responses a forward pass")
@@ -85,7 +87,9 @@ def main() -> None:
             model,
             reward_funcs=length_reward,  # pyright: ignore[reportArgumentType]
             args=settings,
-            train_dataset=Dataset.from_list([{"prompt": text} for text in prompts_of(tokenizer, PROMPTS * steps)]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": text} for text in prompts_of(tokenizer, PROMPTS * steps)]
+            ),
             processing_class=tokenizer,
             callbacks=[times],
         )

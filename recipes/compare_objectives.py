@@ -28,7 +28,11 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, get_advantage_estimator
-from rlsys.algorithms.policy_objectives import effective_sample_size, gradient_coefficient, log_ratios
+from rlsys.algorithms.policy_objectives import (
+    effective_sample_size,
+    gradient_coefficient,
+    log_ratios,
+)
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.algorithms.reference import importance_variances
@@ -60,13 +64,19 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
         ValueError: the file is no rollout file, or holds no response.
     """
     if not path.is_file():
-        raise ValueError(f"rollouts: there is no file {path}. A run writes them as runs/NAME/rollouts/step_*.parquet.")
+        raise ValueError(
+            f"rollouts: there is no file {path}. A run writes them as runs/NAME/rollouts/step_*.parquet."
+        )
     rows = read_rollouts(path)
     if not rows or "rollout_logprobs" not in rows[0]:
         raise ValueError(f"rollouts: {path} is not a rollout file, or holds no response")
-    model = load_causal_lm(resolve_model(model_path), dtype=torch.float32, attention="sdpa", trust_remote_code=False)
+    model = load_causal_lm(
+        resolve_model(model_path), dtype=torch.float32, attention="sdpa", trust_remote_code=False
+    )
     width = max(len(row["token_ids"]) - row["prompt_length"] for row in rows)
-    arrays = {name: torch.zeros(len(rows), width) for name in ("old", "rollout", "ref", "live", "norms")}
+    arrays = {
+        name: torch.zeros(len(rows), width) for name in ("old", "rollout", "ref", "live", "norms")
+    }
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         start, length = row["prompt_length"], len(row["token_ids"]) - row["prompt_length"]
@@ -90,11 +100,19 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
 
 
 @torch.no_grad()
-def _score(model: Any, token_ids: Sequence[int], start: int, temperature: float) -> tuple[Tensor, Tensor]:
+def _score(
+    model: Any, token_ids: Sequence[int], start: int, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and score norms of the tokens from `start` on."""
     tokens = torch.tensor(token_ids)
     hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
-    result = token_logprobs(hidden, model.get_output_embeddings().weight, tokens[start:], temperature=temperature, chunk_tokens=256)
+    result = token_logprobs(
+        hidden,
+        model.get_output_embeddings().weight,
+        tokens[start:],
+        temperature=temperature,
+        chunk_tokens=256,
+    )
     return result.logprobs, result.score_norms
 
 
@@ -106,7 +124,9 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     assert inputs.score_norms is not None
     ratios = log_ratios(preset.objective.ratio, batch.live_logprobs, inputs.old_logprobs, mask)
     token = log_ratios("token", batch.live_logprobs, inputs.old_logprobs, mask).exp()[mask]
-    weights = gradient_coefficient(preset.objective.weight, ratios[mask], advantages[mask], **preset.objective.parameters)
+    weights = gradient_coefficient(
+        preset.objective.weight, ratios[mask], advantages[mask], **preset.objective.parameters
+    )
     sizes = advantages[mask].abs()
     lengths = mask.sum(1, keepdim=True).clamp(min=1).expand_as(mask)[mask]
     steps = weights * advantages[mask] / (lengths if preset.aggregation == "sequence_mean" else 1)
@@ -116,8 +136,12 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
         "max w": float(weights.max()),
         "no gradient": float((weights == 0).double().mean()),
         "ESS": float(effective_sample_size(weights.clamp(min=1e-30).log())),
-        "bias proxy": float(((weights - token).abs() * sizes).sum() / (token * sizes).sum().clamp(min=1e-30)),
-        "noise": float(len(steps) * (steps.square() * inputs.score_norms[mask]).sum()) / total**2 if total else math.nan,
+        "bias proxy": float(
+            ((weights - token).abs() * sizes).sum() / (token * sizes).sum().clamp(min=1e-30)
+        ),
+        "noise": float(len(steps) * (steps.square() * inputs.score_norms[mask]).sum()) / total**2
+        if total
+        else math.nan,
     }
 
 
@@ -127,7 +151,9 @@ def _advantages(batch: StoredBatch, preset: AlgorithmConfig) -> Tensor:
     if kl.placement == "reward" and kl.coefficient:
         assert inputs.old_logprobs is not None
         assert inputs.ref_logprobs is not None
-        token_rewards = torch.where(batch.mask, -kl.coefficient * (inputs.old_logprobs - inputs.ref_logprobs), 0.0)
+        token_rewards = torch.where(
+            batch.mask, -kl.coefficient * (inputs.old_logprobs - inputs.ref_logprobs), 0.0
+        )
     changed = AdvantageInputs(
         **{
             **vars(inputs),
@@ -135,14 +161,19 @@ def _advantages(batch: StoredBatch, preset: AlgorithmConfig) -> Tensor:
             "kl_coefficient": kl.coefficient if kl.placement == "advantage" else 0.0,
         }
     )
-    return get_advantage_estimator(preset.advantage.name)(changed, **preset.advantage.parameters).advantages
+    return get_advantage_estimator(preset.advantage.name)(
+        changed, **preset.advantage.parameters
+    ).advantages
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown."""
     names = list(next(iter(rows.values())))
     lines = ["| preset | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {preset} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |" for preset, row in rows.items()]
+    lines += [
+        f"| {preset} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |"
+        for preset, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -150,14 +181,26 @@ def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Weights against the ratio for both signs of the advantage, each preset's bias and effective sample size, importance weights over length."""
     from matplotlib import pyplot
 
-    figure, ((up, down), (batch, length)) = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, ((up, down), (batch, length)) = pyplot.subplots(
+        2, 2, figsize=(12, 9), layout="constrained"
+    )
     for axis, sign, title in ((up, 1.0, "advantage above 0"), (down, -1.0, "advantage below 0")):
         _draw_weights(axis, sign)
         axis.set_title(f"Effective weight, {title}")
     up.legend(fontsize=8)
     places = range(len(rows))
-    batch.barh([place - 0.2 for place in places], [row["ESS"] for row in rows.values()], 0.4, label="effective sample size")
-    batch.barh([place + 0.2 for place in places], [row["bias proxy"] for row in rows.values()], 0.4, label="bias proxy")
+    batch.barh(
+        [place - 0.2 for place in places],
+        [row["ESS"] for row in rows.values()],
+        0.4,
+        label="effective sample size",
+    )
+    batch.barh(
+        [place + 0.2 for place in places],
+        [row["bias proxy"] for row in rows.values()],
+        0.4,
+        label="bias proxy",
+    )
     batch.set_yticks(list(places), list(rows), fontsize=8)
     batch.invert_yaxis()
     batch.legend(fontsize=8)
@@ -166,7 +209,11 @@ def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     variances = [importance_variances(tokens) for tokens in lengths]
     length.loglog(lengths, [product for product, _ in variances], "o-", label="product (unbiased)")
     length.loglog(lengths, [mean for _, mean in variances], "o-", label="geometric mean (biased)")
-    length.set(xlabel="tokens of a response", ylabel="variance", title="Importance weight of a whole response")
+    length.set(
+        xlabel="tokens of a response",
+        ylabel="variance",
+        title="Importance weight of a whole response",
+    )
     length.legend(fontsize=8)
     for axis in (batch, length):
         axis.grid(alpha=0.3)
@@ -187,11 +234,23 @@ def _draw_weights(axis: Any, sign: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rollouts", type=Path)
-    parser.add_argument("--model", required=True, help="the policy after its updates: anything that --model.path takes")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of the run")
-    parser.add_argument("--output", type=Path, help="folder for objectives.md and objectives.png; default: beside the rollouts")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the policy after its updates: anything that --model.path takes",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="sampling temperature of the run"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for objectives.md and objectives.png; default: beside the rollouts",
+    )
     parsed = parser.parse_args(arguments)
     try:
         batch = load(parsed.rollouts, parsed.model, parsed.temperature)

@@ -16,7 +16,9 @@ def dapo_math(hardware: Hardware) -> RunConfig:
     """The default of this machine; the penalty for long responses grows over the last quarter of the token limit."""
     default = grpo_math(hardware)
     limit = default.generation.max_tokens
-    overlong = RewardFunctionConfig(name="soft_overlong", parameters={"max_tokens": limit, "buffer_tokens": limit // 4})
+    overlong = RewardFunctionConfig(
+        name="soft_overlong", parameters={"max_tokens": limit, "buffer_tokens": limit // 4}
+    )
     return default.model_copy(
         update={
             "recipe": "dapo_math",

@@ -31,9 +31,13 @@ def on_cpu(hardware: Hardware) -> RunConfig:
     return RunConfig(
         recipe="grpo_math",
         model=ModelConfig(path="smollm2-135m"),
-        data=DataConfig(train="synthetic", eval="synthetic", template="few_shot", max_prompt_tokens=160),
+        data=DataConfig(
+            train="synthetic", eval="synthetic", template="few_shot", max_prompt_tokens=160
+        ),
         generation=GenerationConfig(dtype="bfloat16", samples_per_prompt=8, max_tokens=16),
-        policy=PolicyConfig(compute_dtype="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-5)),
+        policy=PolicyConfig(
+            compute_dtype="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-5)
+        ),
         algorithm=AlgorithmConfig(aggregation="token_mean"),
         trainer=TrainerConfig(
             steps=60,
@@ -51,7 +55,9 @@ def on_gpus(hardware: Hardware) -> RunConfig:
     return RunConfig(
         recipe="grpo_math",
         model=ModelConfig(path="qwen2.5-math-1.5b"),
-        data=DataConfig(train="synthetic", eval="synthetic", template="chat_boxed", max_prompt_tokens=1024),
+        data=DataConfig(
+            train="synthetic", eval="synthetic", template="chat_boxed", max_prompt_tokens=1024
+        ),
         generation=GenerationConfig(
             workers=max(1, hardware.gpus - ranks),
             gpus_per_worker=0.5 if shared else 1.0,
@@ -71,7 +77,9 @@ def on_gpus(hardware: Hardware) -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=1e-6),
         ),
         algorithm=AlgorithmConfig(aggregation="token_mean"),
-        trainer=TrainerConfig(steps=200, prompts_per_step=128, evaluation=EvaluationConfig(every=20)),
+        trainer=TrainerConfig(
+            steps=200, prompts_per_step=128, evaluation=EvaluationConfig(every=20)
+        ),
     )
 
 

@@ -18,7 +18,9 @@ def hierarchical_math(hardware: Hardware) -> RunConfig:
     default = grpo_math(hardware)
     preset = PRESETS["hierarchical"]
     advantage = AdvantageConfig(
-        name="hierarchical", parameters={"max_tokens": default.generation.max_tokens}, recompute=preset.advantage.recompute
+        name="hierarchical",
+        parameters={"max_tokens": default.generation.max_tokens},
+        recompute=preset.advantage.recompute,
     )
     return default.model_copy(
         update={

@@ -14,7 +14,9 @@ from rlsys.config.presets import PRESETS
 
 def reinforce_math(hardware: Hardware) -> RunConfig:
     """The default of this machine."""
-    return grpo_math(hardware).model_copy(update={"recipe": "reinforce_math", "algorithm": PRESETS["reinforce"]})
+    return grpo_math(hardware).model_copy(
+        update={"recipe": "reinforce_math", "algorithm": PRESETS["reinforce"]}
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from rlsys.config.presets import PRESETS
 
 def rloo_math(hardware: Hardware) -> RunConfig:
     """The default of this machine."""
-    return grpo_math(hardware).model_copy(update={"recipe": "rloo_math", "algorithm": PRESETS["rloo"]})
+    return grpo_math(hardware).model_copy(
+        update={"recipe": "rloo_math", "algorithm": PRESETS["rloo"]}
+    )
 
 
 if __name__ == "__main__":

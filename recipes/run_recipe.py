@@ -45,7 +45,10 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoRetu
         print(help_requested)
         code = 0
     except KeyboardInterrupt:
-        print("interrupted; what was saved can be continued with --run.directory and --resume", file=sys.stderr)
+        print(
+            "interrupted; what was saved can be continued with --run.directory and --resume",
+            file=sys.stderr,
+        )
         code = 130
     except ValueError as error:
         lines = str(error).splitlines()
@@ -65,11 +68,17 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
 
     console = Console()
     if invocation.resume and not config.run.directory:
-        raise ConfigError("run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME.")
+        raise ConfigError(
+            "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
+        )
     directory = RunDirectory.named_by(config)
     problems = check_config(config, directory, hardware, resume=invocation.resume)
     model_directory = resolve_model(config.model.path)
-    reference_directory = resolve_model(config.model.reference_path) if config.model.reference_path else model_directory
+    reference_directory = (
+        resolve_model(config.model.reference_path)
+        if config.model.reference_path
+        else model_directory
+    )
     check_model(config, model_directory)
     if invocation.dry_run:
         print(dump_yaml(config))
@@ -77,7 +86,9 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         return 0
     directory.create(config)
     _log_to(directory.log)
-    return asyncio.run(_train(invocation, problems, model_directory, reference_directory, directory, console))
+    return asyncio.run(
+        _train(invocation, problems, model_directory, reference_directory, directory, console)
+    )
 
 
 def _log_to(path: Path) -> None:
@@ -117,22 +128,35 @@ async def _train(
         check_resumable(checkpoint, config)
     if invocation.resume:
         console.print(
-            f"resuming from {checkpoint.path}" if checkpoint else "no complete checkpoint: starting from the beginning",
+            f"resuming from {checkpoint.path}"
+            if checkpoint
+            else "no complete checkpoint: starting from the beginning",
             highlight=False,
         )
     prompts = load_prompts(config, load_tokenizer(model_directory), problems)
     _report_dropped(prompts, console)
     stop = stop_strings(config.data.template, config.generation.stop)
     interrupt_on_sigterm()
-    console.print(f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False)
-    cluster = Cluster.connect(config)  # blocks: Ray sets its signal handlers in the main thread only
+    console.print(
+        f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
+    )
+    cluster = Cluster.connect(
+        config
+    )  # blocks: Ray sets its signal handlers in the main thread only
     training = False
     try:
-        workers = await start_workers(cluster, config, model_directory, reference_directory, probe_tokens(prompts))
-        metrics = MetricsLog(
-            directory, keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0) if invocation.resume else None
+        workers = await start_workers(
+            cluster, config, model_directory, reference_directory, probe_tokens(prompts)
         )
-        observers = Observers([metrics, Progress(console, live=config.run.progress), ReportWriter(directory)])
+        metrics = MetricsLog(
+            directory,
+            keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0)
+            if invocation.resume
+            else None,
+        )
+        observers = Observers(
+            [metrics, Progress(console, live=config.run.progress), ReportWriter(directory)]
+        )
         evaluator = Evaluator(config, prompts.evaluation, workers.generator, workers.scorer, stop)
         loop = SynchronousLoop(
             config,
@@ -157,10 +181,15 @@ async def _train(
         logging.getLogger(__name__).exception("the run failed")
         message = str(error).strip().splitlines()
         console.print(
-            f"the run failed: {message[-1] if message else type(error).__name__}", style="red", highlight=False, markup=False
+            f"the run failed: {message[-1] if message else type(error).__name__}",
+            style="red",
+            highlight=False,
+            markup=False,
         )
         console.print(
-            f"details in {directory.log}. Continue with --run.directory {directory.path} --resume", highlight=False, soft_wrap=True
+            f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+            highlight=False,
+            soft_wrap=True,
         )
         return 1
     finally:
@@ -170,9 +199,15 @@ async def _train(
 
 
 def _report_dropped(prompts: LoadedPrompts, console: Console) -> None:
-    for field, dropped in (("data.train", prompts.dropped_train), ("data.eval", prompts.dropped_evaluation)):
+    for field, dropped in (
+        ("data.train", prompts.dropped_train),
+        ("data.eval", prompts.dropped_evaluation),
+    ):
         if dropped:
-            console.print(f"{field}: {dropped} prompts longer than data.max_prompt_tokens were dropped", highlight=False)
+            console.print(
+                f"{field}: {dropped} prompts longer than data.max_prompt_tokens were dropped",
+                highlight=False,
+            )
 
 
 def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None:
@@ -200,7 +235,11 @@ def probe_tokens(prompts: LoadedPrompts) -> NDArray[np.int32]:
 
 
 async def start_workers(
-    cluster: Cluster, config: RunConfig, model_directory: Path, reference_directory: Path, probe: NDArray[np.int32]
+    cluster: Cluster,
+    config: RunConfig,
+    model_directory: Path,
+    reference_directory: Path,
+    probe: NDArray[np.int32],
 ) -> Workers:
     """All actors of a run, placed, started and ready."""
     from rlsys.driver.synchronous_loop import Workers
@@ -214,21 +253,39 @@ async def start_workers(
 
     ranks = config.policy.ranks
     model = str(model_directory)
-    policy_actors = [cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks) for rank in range(ranks)]
-    generation_actors = [cluster.spawn("generation", i, GenerationWorker, config, model) for i in range(config.generation.workers)]
+    policy_actors = [
+        cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks)
+        for rank in range(ranks)
+    ]
+    generation_actors = [
+        cluster.spawn("generation", i, GenerationWorker, config, model)
+        for i in range(config.generation.workers)
+    ]
     reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
         reference_actors = [
-            cluster.spawn("reference", rank, ReferenceWorker, config, str(reference_directory), rank, ranks, shares="policy")
+            cluster.spawn(
+                "reference",
+                rank,
+                ReferenceWorker,
+                config,
+                str(reference_directory),
+                rank,
+                ranks,
+                shares="policy",
+            )
             for rank in range(ranks)
         ]
     await cluster.wait_until_ready()
     policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
     reference = ReferenceGroup(reference_actors) if reference_actors else None
     await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
-    scorer, controller = RewardWorkerClient(reward_actor), AdvantageControllerClient(controller_actor)
+    scorer, controller = (
+        RewardWorkerClient(reward_actor),
+        AdvantageControllerClient(controller_actor),
+    )
     return Workers(
         generator=generator,
         scorer=scorer,

@@ -23,7 +23,10 @@ class Registry(Generic[F]):
 
         def decorator(function: F) -> F:
             known = self._functions.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            if known is not None and (known.__module__, known.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
                 raise ValueError(
                     f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}: choose another name"
                 )
@@ -44,7 +47,11 @@ class Registry(Generic[F]):
         """
         if name not in self._functions:
             near = difflib.get_close_matches(name, self._functions, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(self.names())}."
+            hint = (
+                f"Did you mean {' or '.join(near)}?"
+                if near
+                else f"Known: {', '.join(self.names())}."
+            )
             raise ValueError(
                 f"{field or self._kind}: unknown {self._kind} {name!r}. {hint} A plug-in's names need its module in `plugins`."
             )
@@ -60,7 +67,9 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
     }
 
 
-def check_parameters(function: Callable[..., Any], parameters: Mapping[str, Any], *, field: str) -> None:
+def check_parameters(
+    function: Callable[..., Any], parameters: Mapping[str, Any], *, field: str
+) -> None:
     """Refuse parameters that `function` does not take, of the wrong type, or missing where it has no default.
 
     Raises:
@@ -71,18 +80,34 @@ def check_parameters(function: Callable[..., Any], parameters: Mapping[str, Any]
     for name, value in parameters.items():
         if name not in accepted:
             near = difflib.get_close_matches(name, accepted, n=2)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"It takes {', '.join(accepted) or 'no parameters'}."
+            hint = (
+                f"Did you mean {' or '.join(near)}?"
+                if near
+                else f"It takes {', '.join(accepted) or 'no parameters'}."
+            )
             raise ValueError(f"{field}.{name}: {function.__name__} has no such parameter. {hint}")
-        if name in hints and get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+        if (
+            name in hints
+            and get_origin(hints[name]) is Literal
+            and value not in get_args(hints[name])
+        ):
             raise ValueError(
                 f"{field}.{name}: {value!r} is not accepted. Choose one of {', '.join(map(str, get_args(hints[name])))}."
             )
         if name in hints and not _is_instance(value, hints[name]):
             expected = getattr(hints[name], "__name__", str(hints[name]))
-            raise ValueError(f"{field}.{name}: {value!r} is a {type(value).__name__}; {function.__name__} expects {expected}.")
-    missing = [name for name, p in accepted.items() if p.default is inspect.Parameter.empty and name not in parameters]
+            raise ValueError(
+                f"{field}.{name}: {value!r} is a {type(value).__name__}; {function.__name__} expects {expected}."
+            )
+    missing = [
+        name
+        for name, p in accepted.items()
+        if p.default is inspect.Parameter.empty and name not in parameters
+    ]
     if missing:
-        raise ValueError(f"{field}.{missing[0]}: {function.__name__} needs this parameter and has no default. Set it.")
+        raise ValueError(
+            f"{field}.{missing[0]}: {function.__name__} needs this parameter and has no default. Set it."
+        )
 
 
 def _is_instance(value: object, hint: Any) -> bool:

@@ -19,6 +19,12 @@ def ray_cluster() -> Iterator[None]:
     """A real local Ray, shared by the tests of one session."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=512 * 1024**2, log_to_driver=False, configure_logging=False)
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=512 * 1024**2,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     yield
     ray.shutdown()

@@ -32,16 +32,27 @@ class ResponseSpace:
     vocabulary: int
 
     @staticmethod
-    def of(vocabulary: int, length: int, *, context: Context = "prefix", end_token: bool = False) -> ResponseSpace:
+    def of(
+        vocabulary: int, length: int, *, context: Context = "prefix", end_token: bool = False
+    ) -> ResponseSpace:
         responses = []
         for tokens in itertools.product(range(vocabulary), repeat=length):
             kept = tokens.index(0) + 1 if end_token and 0 in tokens else length
-            if not any(tokens[kept:]):  # of all continuations of an ended response, the one of zeros stands for it
+            if not any(
+                tokens[kept:]
+            ):  # of all continuations of an ended response, the one of zeros stands for it
                 responses.append((tokens, kept))
         tokens = torch.tensor([t for t, _ in responses])
-        mask = torch.arange(length)[None, :] < torch.tensor([kept for _, kept in responses])[:, None]
+        mask = (
+            torch.arange(length)[None, :] < torch.tensor([kept for _, kept in responses])[:, None]
+        )
         row_of: dict[tuple[int, ...], int] = {}
-        rows = torch.tensor([[row_of.setdefault(_key(t, s, context), len(row_of)) for s in range(length)] for t, _ in responses])
+        rows = torch.tensor(
+            [
+                [row_of.setdefault(_key(t, s, context), len(row_of)) for s in range(length)]
+                for t, _ in responses
+            ]
+        )
         return ResponseSpace(tokens, mask, rows, len(row_of), vocabulary)
 
     @property
@@ -50,7 +61,9 @@ class ResponseSpace:
 
     def random_logits(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
         """[rows, V] float64 table of a random policy."""
-        return scale * torch.randn(self.num_rows, self.vocabulary, generator=generator, dtype=torch.float64)
+        return scale * torch.randn(
+            self.num_rows, self.vocabulary, generator=generator, dtype=torch.float64
+        )
 
     def logprobs(self, logits: Tensor) -> Tensor:
         """[S, L] log-probability of each token, 0 outside the mask."""
@@ -64,8 +77,13 @@ class ResponseSpace:
     def scores(self, logits: Tensor) -> Tensor:
         """[S, L, rows * V] gradient of each token's log-probability with respect to the table: one-hot minus probabilities in its row."""
         flat = torch.zeros(*self.tokens.shape, self.num_rows, self.vocabulary, dtype=logits.dtype)
-        here = torch.nn.functional.one_hot(self.tokens, self.vocabulary) - logits.softmax(dim=1)[self.rows]
-        flat.scatter_(2, self.rows[:, :, None, None].expand(-1, -1, 1, self.vocabulary), here[:, :, None, :])
+        here = (
+            torch.nn.functional.one_hot(self.tokens, self.vocabulary)
+            - logits.softmax(dim=1)[self.rows]
+        )
+        flat.scatter_(
+            2, self.rows[:, :, None, None].expand(-1, -1, 1, self.vocabulary), here[:, :, None, :]
+        )
         return (flat * self.mask[:, :, None, None]).flatten(2)
 
     def gradient(self, logits: Tensor, rewards: Tensor) -> Tensor:
@@ -73,7 +91,9 @@ class ResponseSpace:
         weights = self.probabilities(logits) * rewards
         return torch.einsum("s,slp->p", weights, self.scores(logits))
 
-    def inputs(self, drawn: Tensor, rewards: Tensor, rollout: Tensor, old: Tensor, group_ids: Tensor) -> AdvantageInputs:
+    def inputs(
+        self, drawn: Tensor, rewards: Tensor, rollout: Tensor, old: Tensor, group_ids: Tensor
+    ) -> AdvantageInputs:
         """What an estimator is given for the responses with the indices `drawn` [B]."""
         return AdvantageInputs(
             rewards=rewards[drawn],
@@ -103,7 +123,9 @@ class Enumerated:
         self.rollout = self.old + drift * self.space.random_logits(generator)
         self.rewards = torch.randn(len(self.space.tokens), generator=generator, dtype=torch.float64)
         self.probability = self.space.probabilities(self.rollout)  # [S] of being sampled
-        self.ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()  # [S, L]
+        self.ratios = (
+            (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
+        )  # [S, L]
         self.scores = self.space.scores(self.old)  # [S, L, P]
         self.gradient = self.space.gradient(self.old, self.rewards)
         self.generator = generator
@@ -134,8 +156,16 @@ class Enumerated:
         return beta
 
     def drawn(self, groups: int, size: int) -> AdvantageInputs:
-        indices = torch.multinomial(self.probability, groups * size, replacement=True, generator=self.generator)
-        return self.space.inputs(indices, self.rewards, self.rollout, self.old, torch.arange(groups).repeat_interleave(size))
+        indices = torch.multinomial(
+            self.probability, groups * size, replacement=True, generator=self.generator
+        )
+        return self.space.inputs(
+            indices,
+            self.rewards,
+            self.rollout,
+            self.old,
+            torch.arange(groups).repeat_interleave(size),
+        )
 
 
 def _key(tokens: tuple[int, ...], position: int, context: Context) -> tuple[int, ...]:

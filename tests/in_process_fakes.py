@@ -87,17 +87,30 @@ class Stage:
 
 def make_prompts(config: RunConfig) -> PromptStream:
     """The training stream: PROBLEMS problems, one token each, the answer of problem p is token (3 p + 1) mod VOCABULARY."""
-    return PromptStream(_prompts(), prompts_per_step=config.trainer.prompts_per_step, seed=config.trainer.seed, shuffle=True)
+    return PromptStream(
+        _prompts(),
+        prompts_per_step=config.trainer.prompts_per_step,
+        seed=config.trainer.seed,
+        shuffle=True,
+    )
 
 
 def held_out_prompts() -> PromptBatch:
     """All problems once."""
-    return PromptBatch(batch_id=-1, prompts=_prompts(), group_ids=np.arange(PROBLEMS, dtype=np.int64))
+    return PromptBatch(
+        batch_id=-1, prompts=_prompts(), group_ids=np.arange(PROBLEMS, dtype=np.int64)
+    )
 
 
 def _prompts() -> tuple[Prompt, ...]:
     return tuple(
-        Prompt(problem_id=str(i), token_ids=(i,), text=f"{i}?", problem=f"{i}?", ground_truth=str((3 * i + 1) % VOCABULARY))
+        Prompt(
+            problem_id=str(i),
+            token_ids=(i,),
+            text=f"{i}?",
+            problem=f"{i}?",
+            ground_truth=str((3 * i + 1) % VOCABULARY),
+        )
         for i in range(PROBLEMS)
     )
 
@@ -116,7 +129,9 @@ class TablePolicy:
         self.momentum = np.zeros_like(self.logits)
         self.updates = 0
 
-    async def logprobs(self, rollouts: Sequence[Handle[RolloutBatch]]) -> Sequence[Handle[LogprobBatch]]:
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
         await self._stage.enter(f"logprobs:{self._word}")
         batch = RolloutBatch.concatenate(await _open_all(rollouts))
         flat = np.zeros(len(batch.token_ids), dtype=np.float32)
@@ -127,10 +142,18 @@ class TablePolicy:
                 LogprobBatch(
                     batch_id=batch.batch_id,
                     rows=rows,
-                    logprobs=np.concatenate([flat[batch.sequence_offsets[r] : batch.sequence_offsets[r + 1]] for r in rows]),
+                    logprobs=np.concatenate(
+                        [
+                            flat[batch.sequence_offsets[r] : batch.sequence_offsets[r + 1]]
+                            for r in rows
+                        ]
+                    ),
                 )
             )
-            for rows in (np.arange(0, len(batch), 2), np.arange(1, len(batch), 2))  # as two ranks would
+            for rows in (
+                np.arange(0, len(batch), 2),
+                np.arange(1, len(batch), 2),
+            )  # as two ranks would
         ]
 
     async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
@@ -143,13 +166,17 @@ class TablePolicy:
         scores = -np.exp(logprobs)
         scores[np.arange(len(tokens)), tokens] += 1
         gradient = np.zeros_like(self.logits)
-        np.add.at(gradient, (problems, positions), scores * advantages[:, None] / len(train.rollouts))
+        np.add.at(
+            gradient, (problems, positions), scores * advantages[:, None] / len(train.rollouts)
+        )
         self.momentum = 0.9 * self.momentum + gradient
         self.logits = self.logits + 2.0 * self.momentum
         self.updates += 1
         return {
             "policy/grad_norm": mean(float(np.linalg.norm(gradient))),
-            "policy/entropy": mean(float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean()), len(tokens)),
+            "policy/entropy": mean(
+                float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean()), len(tokens)
+            ),
             "policy/tokens": total(len(tokens)),
         }
 
@@ -165,7 +192,9 @@ class TablePolicy:
         self.updates = json.loads((directory / "policy_state.json").read_text())["updates"]
 
 
-def _coordinates(batch: RolloutBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+def _coordinates(
+    batch: RolloutBatch,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
     """Problem, position and token of every sampled token."""
     lengths = batch.response_lengths
     prompts = batch.token_ids[batch.sequence_offsets[:-1]].astype(np.int64)
@@ -178,11 +207,15 @@ class TableGenerator:
 
     def __init__(self, stage: Stage, config: RunConfig) -> None:
         self._stage = stage
-        self.logits = np.full((PROBLEMS, config.generation.max_tokens, VOCABULARY), np.nan)  # until the first sync
+        self.logits = np.full(
+            (PROBLEMS, config.generation.max_tokens, VOCABULARY), np.nan
+        )  # until the first sync
         self.version = -1
         self.requests: list[SamplingParameters] = []
 
-    async def generate(self, prompts: PromptBatch, sampling: SamplingParameters) -> AsyncIterator[RolloutPart]:
+    async def generate(
+        self, prompts: PromptBatch, sampling: SamplingParameters
+    ) -> AsyncIterator[RolloutPart]:
         self.requests.append(sampling)
         await self._stage.enter("generate:greedy" if sampling.temperature == 0 else "generate")
         for index in reversed(range(len(prompts))):
@@ -250,7 +283,10 @@ class FirstTokenScorer:
         (batch,) = await _open_all([rollouts])
         truths = dict(zip(batch.prompts.group_ids.tolist(), batch.prompts.prompts, strict=True))
         answers = tuple(text.split()[0] for text in batch.response_texts)
-        right = [answer == truths[group].ground_truth for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)]
+        right = [
+            answer == truths[group].ground_truth
+            for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)
+        ]
         rewards = np.asarray(right, dtype=np.float32)
         self._stage.journal.append("scored")
         return RewardBatch(
@@ -299,7 +335,9 @@ class InProcessAdvantages:
                 "ref_gap": _gap(train.ref_logprobs, train.rollouts.rollout_logprobs, mask),
             }
         )
-        return CreditedBatch(batch=self._stage.put(train), metrics=batch_metrics(train) | diagnostics)
+        return CreditedBatch(
+            batch=self._stage.put(train), metrics=batch_metrics(train) | diagnostics
+        )
 
     async def state(self) -> dict[str, Any]:
         return self._assigner.state()
@@ -317,7 +355,9 @@ class InProcessAdvantages:
         return {"memory/advantage": maximum(0.0)}
 
 
-def _gap(logprobs: NDArray[np.float32] | None, rollout: NDArray[np.float32], mask: NDArray[np.bool_]) -> float | None:
+def _gap(
+    logprobs: NDArray[np.float32] | None, rollout: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> float | None:
     return None if logprobs is None else float(np.abs(logprobs - rollout)[mask].max())
 
 
@@ -335,13 +375,19 @@ class TableSync:
 
 def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
     """A fresh set of everything; a reference only where the configuration asks for a KL term."""
-    policy, generator, scorer = TablePolicy(stage, config), TableGenerator(stage, config), FirstTokenScorer(stage)
+    policy, generator, scorer = (
+        TablePolicy(stage, config),
+        TableGenerator(stage, config),
+        FirstTokenScorer(stage),
+    )
     advantages = InProcessAdvantages(stage, config)
     return Workers(
         generator=generator,
         scorer=scorer,
         policy=policy,
-        reference=TablePolicy(stage, config, word="ref") if config.algorithm.kl.coefficient else None,
+        reference=TablePolicy(stage, config, word="ref")
+        if config.algorithm.kl.coefficient
+        else None,
         advantages=advantages,
         weights=TableSync(stage, policy, generator),
         reporting=(generator, scorer, advantages),

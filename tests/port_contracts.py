@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.batches import (
+    LogprobBatch,
+    PromptBatch,
+    RewardBatch,
+    RolloutBatch,
+    SamplingParameters,
+    TrainBatch,
+)
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.metrics import values
 from rlsys.driver.ports import Handle, RolloutPart
@@ -38,16 +45,25 @@ class System:
         return version
 
     async def parts(self, sampling: SamplingParameters | None = None) -> list[RolloutPart]:
-        parts = [part async for part in self.workers.generator.generate(self.prompts, sampling or self.sampling)]
+        parts = [
+            part
+            async for part in self.workers.generator.generate(
+                self.prompts, sampling or self.sampling
+            )
+        ]
         return sorted(parts, key=lambda part: part.prompt_index)
 
     async def rollouts(self, sampling: SamplingParameters | None = None) -> RolloutBatch:
-        return RolloutBatch.concatenate([await self.open(part.rollouts) for part in await self.parts(sampling)])
+        return RolloutBatch.concatenate(
+            [await self.open(part.rollouts) for part in await self.parts(sampling)]
+        )
 
     async def logprobs(self, handles: list[Handle], rollouts: RolloutBatch) -> NDArray[np.float32]:
         """[N] of the policy."""
         ranks = await self.workers.policy.logprobs(handles)
-        return LogprobBatch.scatter([await self.open(rank) for rank in ranks], rollouts.sequence_offsets)
+        return LogprobBatch.scatter(
+            [await self.open(rank) for rank in ranks], rollouts.sequence_offsets
+        )
 
     async def train_batch(self) -> Handle[TrainBatch]:
         parts = await self.parts()
@@ -66,7 +82,10 @@ async def generator_answers_each_prompt_once(system: System) -> None:
         assert batch.batch_id == system.prompts.batch_id
         assert batch.num_response_tokens == part.num_response_tokens
         groups = system.prompts.group_ids[mine]
-        assert batch.group_ids.tolist() == np.repeat(groups, system.sampling.samples_per_prompt).tolist()
+        assert (
+            batch.group_ids.tolist()
+            == np.repeat(groups, system.sampling.samples_per_prompt).tolist()
+        )
 
 
 async def rollouts_hold_the_prompt_and_what_was_sampled(system: System) -> None:
@@ -96,7 +115,9 @@ async def equal_seeds_give_equal_responses(system: System) -> None:
     other = await system.rollouts(replace(system.sampling, seed=system.sampling.seed + 1))
     assert first.token_ids.tolist() != other.token_ids.tolist()
     rows = [row.tolist() for row in np.split(first.token_ids, first.sequence_offsets[1:-1])]
-    assert len({tuple(row) for row in rows[: system.sampling.samples_per_prompt]}) > 1, "the samples of a group are all the same"
+    assert len({tuple(row) for row in rows[: system.sampling.samples_per_prompt]}) > 1, (
+        "the samples of a group are all the same"
+    )
 
 
 async def greedy_does_not_depend_on_the_seed(system: System) -> None:
@@ -115,7 +136,9 @@ async def scorer_keeps_the_order(system: System) -> None:
         rollouts = await system.open(part.rollouts)
         alone = await system.workers.scorer.score(part.rollouts)
         assert rewards.batch_id == rollouts.batch_id
-        assert len(rewards) == len(rollouts) == len(rewards.reasons) == len(rewards.extracted_answers)
+        assert (
+            len(rewards) == len(rollouts) == len(rewards.reasons) == len(rewards.extracted_answers)
+        )
         assert all(len(component) == len(rollouts) for component in rewards.components.values())
         assert ((rewards.accuracies >= 0) & (rewards.accuracies <= 1)).all()
         np.testing.assert_array_equal(rewards.rewards, alone.rewards)
@@ -132,7 +155,9 @@ async def policy_agrees_with_the_engine(system: System) -> None:
         handles = [part.rollouts for part in parts]
         batch = RolloutBatch.concatenate([await system.open(handle) for handle in handles])
         assert set(batch.newest_weight_version) == {version}
-        np.testing.assert_allclose(await system.logprobs(handles, batch), batch.rollout_logprobs, atol=system.tolerance)
+        np.testing.assert_allclose(
+            await system.logprobs(handles, batch), batch.rollout_logprobs, atol=system.tolerance
+        )
 
 
 async def reference_does_not_move(system: System) -> None:
@@ -142,7 +167,10 @@ async def reference_does_not_move(system: System) -> None:
     batch = RolloutBatch.concatenate([await system.open(handle) for handle in handles])
 
     async def read() -> NDArray[np.float32]:
-        return LogprobBatch.scatter([await system.open(part) for part in await reference.logprobs(handles)], batch.sequence_offsets)
+        return LogprobBatch.scatter(
+            [await system.open(part) for part in await reference.logprobs(handles)],
+            batch.sequence_offsets,
+        )
 
     before, policy = await read(), await system.logprobs(handles, batch)
     await system.workers.policy.update(await system.train_batch())
@@ -156,7 +184,9 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     assert workers.reference is not None
     handles = [part.rollouts for part in await system.parts()]
     rewards = [workers.scorer.score(handle) for handle in handles]
-    old, ref = await asyncio.gather(workers.policy.logprobs(handles), workers.reference.logprobs(handles))
+    old, ref = await asyncio.gather(
+        workers.policy.logprobs(handles), workers.reference.logprobs(handles)
+    )
     credited = await workers.advantages.credit(handles, rewards, old, ref)
     train: TrainBatch = await system.open(credited.batch)
     assert train.batch_id == system.prompts.batch_id
@@ -167,7 +197,9 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     np.testing.assert_array_equal(train.rewards.rewards, expected.rewards)
     assert train.old_logprobs is not None
     assert train.ref_logprobs is not None
-    np.testing.assert_array_equal(train.old_logprobs, await system.logprobs(handles, train.rollouts))
+    np.testing.assert_array_equal(
+        train.old_logprobs, await system.logprobs(handles, train.rollouts)
+    )
     metrics = values(credited.metrics)
     assert metrics["reward/mean"] == pytest.approx(float(expected.rewards.mean()))
     assert metrics["rollout/tokens"] == train.rollouts.num_response_tokens
@@ -176,7 +208,9 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     assert [row["response"] for row in rows] == list(train.rollouts.response_texts)
 
 
-async def saved_policy_continues_as_if_nothing_had_happened(system: System, directory: Path) -> None:
+async def saved_policy_continues_as_if_nothing_had_happened(
+    system: System, directory: Path
+) -> None:
     """Save, update, load, update on the same batch: weights and optimizer state are those of before, so is the result."""
     policy = system.workers.policy
     handles = [part.rollouts for part in await system.parts()]

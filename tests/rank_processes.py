@@ -36,10 +36,17 @@ class RankProcesses:
     async def group(self, config: RunConfig) -> AsyncIterator[PolicyGroup]:
         """A policy group of `config.policy.ranks` new workers on the tiny model; one at a time."""
         ranks, remote_class = config.policy.ranks, ray.remote(PolicyRank)
-        self._actors += [remote_class.options(num_cpus=0).remote() for _ in range(len(self._actors), ranks)]
+        self._actors += [
+            remote_class.options(num_cpus=0).remote() for _ in range(len(self._actors), ranks)
+        ]
         actors, model = self._actors[:ranks], str(resolve_model("tiny"))
         try:
-            await asyncio.gather(*(actor.become.remote(config, model, rank, ranks) for rank, actor in enumerate(actors)))
+            await asyncio.gather(
+                *(
+                    actor.become.remote(config, model, rank, ranks)
+                    for rank, actor in enumerate(actors)
+                )
+            )
             group = PolicyGroup(actors)
             await group.setup()
             yield group

@@ -22,8 +22,18 @@ def make_config(**trainer: object) -> RunConfig:
             "plugins": ["tests.plugin_package.rlsys_example_plugin"],
             "model": {"path": "tiny"},
             "data": {"synthetic": {"train_size": 64, "eval_size": 8}, "max_prompt_tokens": 256},
-            "generation": {"engine": "transformers", "workers": 2, "samples_per_prompt": 4, "min_tokens": 0, "max_tokens": 12},
-            "policy": {"threads_per_rank": 1, "mini_batches": 2, "optimizer": {"learning_rate": 1e-3}},
+            "generation": {
+                "engine": "transformers",
+                "workers": 2,
+                "samples_per_prompt": 4,
+                "min_tokens": 0,
+                "max_tokens": 12,
+            },
+            "policy": {
+                "threads_per_rank": 1,
+                "mini_batches": 2,
+                "optimizer": {"learning_rate": 1e-3},
+            },
             "algorithm": {"kl": {"coefficient": 0.01}},
             "reward": {"functions": [{"name": "example_digits"}]},
             "trainer": {"prompts_per_step": 4, **trainer},
@@ -45,6 +55,10 @@ async def started(config: RunConfig) -> AsyncIterator[Parts]:
     prompts = load_prompts(config, load_tokenizer(directory))
     cluster = Cluster.connect(config)
     try:
-        yield Parts(await start_workers(cluster, config, directory, directory, probe_tokens(prompts)), prompts, cluster)
+        yield Parts(
+            await start_workers(cluster, config, directory, directory, probe_tokens(prompts)),
+            prompts,
+            cluster,
+        )
     finally:
         cluster.shutdown()

@@ -14,17 +14,29 @@ def rollouts(
 ) -> RolloutBatch:
     """A batch from (prompt tokens, responses' tokens) of each group. `holes[row]` are response positions that the policy did not sample."""
     prompts = tuple(
-        Prompt(problem_id=f"p{i}", token_ids=tuple(prompt), text=f"prompt {i}", problem=f"problem {i}", ground_truth=str(i))
+        Prompt(
+            problem_id=f"p{i}",
+            token_ids=tuple(prompt),
+            text=f"prompt {i}",
+            problem=f"problem {i}",
+            ground_truth=str(i),
+        )
         for i, (prompt, _) in enumerate(groups)
     )
     ids = np.arange(first_group, first_group + len(groups), dtype=np.int64)
-    rows = [(prompt, response, group) for (prompt, responses), group in zip(groups, ids, strict=True) for response in responses]
+    rows = [
+        (prompt, response, group)
+        for (prompt, responses), group in zip(groups, ids, strict=True)
+        for response in responses
+    ]
     mask = []
     for row, (prompt, response, _) in enumerate(rows):
         sampled = np.ones(len(response), dtype=np.bool_)
         sampled[(holes or {}).get(row, [])] = False
         mask.append(np.concatenate([np.zeros(len(prompt), dtype=np.bool_), sampled]))
-    tokens = np.concatenate([np.asarray(prompt + response, dtype=np.int32) for prompt, response, _ in rows])
+    tokens = np.concatenate(
+        [np.asarray(prompt + response, dtype=np.int32) for prompt, response, _ in rows]
+    )
     response_mask = np.concatenate(mask)
     rng = np.random.default_rng(0)
     return RolloutBatch(
@@ -43,14 +55,18 @@ def rollouts(
     )
 
 
-def random_rollouts(seed: int, *, groups: int = 4, samples: int = 3, vocabulary: int = 300) -> RolloutBatch:
+def random_rollouts(
+    seed: int, *, groups: int = 4, samples: int = 3, vocabulary: int = 300
+) -> RolloutBatch:
     """Groups with prompts of 3 to 12 tokens and responses of 1 to 9."""
     rng = np.random.default_rng(seed)
 
     def tokens(low: int, high: int) -> list[int]:
         return rng.integers(5, vocabulary, int(rng.integers(low, high + 1))).tolist()
 
-    return rollouts([(tokens(3, 12), [tokens(1, 9) for _ in range(samples)]) for _ in range(groups)])
+    return rollouts(
+        [(tokens(3, 12), [tokens(1, 9) for _ in range(samples)]) for _ in range(groups)]
+    )
 
 
 def rewards_of(batch: RolloutBatch, seed: int = 0) -> RewardBatch:
@@ -70,5 +86,7 @@ def train_batch(batch: RolloutBatch, seed: int = 0) -> TrainBatch:
     """A train batch with random advantages for each token."""
     noise = np.random.default_rng(seed).normal(size=len(batch.token_ids))
     return TrainBatch(
-        rollouts=batch, rewards=rewards_of(batch), advantages=np.where(batch.response_mask, noise, 0.0).astype(np.float32)
+        rollouts=batch,
+        rewards=rewards_of(batch),
+        advantages=np.where(batch.response_mask, noise, 0.0).astype(np.float32),
     )

@@ -28,7 +28,9 @@ class AdvantageController:
         load_plugins(config.plugins)
         self._assigner = CreditAssigner(config)
 
-    def credit(self, num_parts: int, num_old: int, num_ref: int, *records: Any) -> tuple[Any, MetricMap]:
+    def credit(
+        self, num_parts: int, num_old: int, num_ref: int, *records: Any
+    ) -> tuple[Any, MetricMap]:
         """`records`: `num_parts` RolloutBatches, as many RewardBatches, the LogprobBatches of old and of ref, RewardBatches of greedy responses.
 
         Returns:
@@ -39,9 +41,14 @@ class AdvantageController:
         def take(count: int) -> list[Any]:
             return list(itertools.islice(remaining, count))
 
-        rollouts, rewards = RolloutBatch.concatenate(take(num_parts)), RewardBatch.concatenate(take(num_parts))
+        rollouts, rewards = (
+            RolloutBatch.concatenate(take(num_parts)),
+            RewardBatch.concatenate(take(num_parts)),
+        )
         old, ref, greedy = take(num_old), take(num_ref), list(remaining)
-        batch, metrics = self._assigner.assign(rollouts, rewards, old, ref, RewardBatch.concatenate(greedy) if greedy else None)
+        batch, metrics = self._assigner.assign(
+            rollouts, rewards, old, ref, RewardBatch.concatenate(greedy) if greedy else None
+        )
         return ray.put(batch), batch_metrics(batch) | metrics
 
     def state(self) -> dict[str, Any]:
@@ -58,7 +65,11 @@ class AdvantageController:
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory."""
-        return {"memory/advantage": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
+        return {
+            "memory/advantage": maximum(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+            )
+        }
 
 
 def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
@@ -75,13 +86,23 @@ def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
         "reward/mean": mean(float(rewards.rewards.mean()), count),
         "reward/std": mean(float(rewards.rewards.std()), count),
         "reward/accuracy": mean(float(rewards.accuracies.mean()), count),
-        "reward/format_rate": mean(sum(reason != "no_answer" for reason in rewards.reasons) / count, count),
-        **{f"reward/component/{name}": mean(float(values.mean()), count) for name, values in rewards.components.items()},
-        **{f"reward/reason/{reason}": total(number) for reason, number in Counter(rewards.reasons).items()},
+        "reward/format_rate": mean(
+            sum(reason != "no_answer" for reason in rewards.reasons) / count, count
+        ),
+        **{
+            f"reward/component/{name}": mean(float(values.mean()), count)
+            for name, values in rewards.components.items()
+        },
+        **{
+            f"reward/reason/{reason}": total(number)
+            for reason, number in Counter(rewards.reasons).items()
+        },
         "rollout/tokens": total(tokens),
         "rollout/response_length": mean(float(lengths.mean()), count),
         "rollout/response_length_max": maximum(float(lengths.max())),
-        "rollout/truncated_share": mean(float((rollouts.stop_reasons == StopReason.LENGTH).mean()), count),
+        "rollout/truncated_share": mean(
+            float((rollouts.stop_reasons == StopReason.LENGTH).mean()), count
+        ),
         "rollout/equal_reward_groups": mean(float((highest == lowest).mean()), groups),
     }
 
@@ -102,7 +123,9 @@ class AdvantageControllerClient:
     ) -> CreditedBatch:
         """See `ports.AdvantageComputer`."""
         records = (*rollouts, *rewards, *old_logprobs, *ref_logprobs, *greedy_rewards)
-        batch, metrics = await self._actor.credit.remote(len(rollouts), len(old_logprobs), len(ref_logprobs), *records)
+        batch, metrics = await self._actor.credit.remote(
+            len(rollouts), len(old_logprobs), len(ref_logprobs), *records
+        )
         return CreditedBatch(batch=batch, metrics=metrics)
 
     async def state(self) -> dict[str, Any]:

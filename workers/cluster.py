@@ -48,7 +48,9 @@ class Bundle:
     @property
     def resources(self) -> dict[str, float]:
         # A bundle may not be empty: one that reserves no core reserves a mebibyte.
-        return ({"CPU": self.cpus} if self.cpus else {"memory": 1024**2}) | ({"GPU": self.gpus} if self.gpus else {})
+        return ({"CPU": self.cpus} if self.cpus else {"memory": 1024**2}) | (
+            {"GPU": self.gpus} if self.gpus else {}
+        )
 
 
 def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
@@ -56,7 +58,12 @@ def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
     policy, generation = config.policy, config.generation
     return (
         *(
-            Bundle(role="policy", index=rank, cpus=policy.cpus_per_rank, gpus=policy.gpus_per_rank if with_gpus else 0)
+            Bundle(
+                role="policy",
+                index=rank,
+                cpus=policy.cpus_per_rank,
+                gpus=policy.gpus_per_rank if with_gpus else 0,
+            )
             for rank in range(policy.ranks)
         ),
         *(
@@ -89,7 +96,9 @@ class Cluster:
             ValueError: the cluster has too few CPUs or GPUs.
         """
         started, local = ray.is_initialized(), LocalRay()
-        leave_ray = _stay if started else ray.shutdown if config.cluster.joined_address else local.stop
+        leave_ray = (
+            _stay if started else ray.shutdown if config.cluster.joined_address else local.stop
+        )
         try:
             if not started:
                 _connect_to_ray(config, local)
@@ -106,24 +115,47 @@ class Cluster:
         except BaseException:
             leave_ray()
             raise
-        return cls(bundles=bundles, reservation=reservation, leave_ray=leave_ray, threads=_threads(config))
+        return cls(
+            bundles=bundles, reservation=reservation, leave_ray=leave_ray, threads=_threads(config)
+        )
 
-    def spawn(self, role: str, index: int, actor_class: type, *args: Any, shares: str | None = None, **options: Any) -> Any:
+    def spawn(
+        self,
+        role: str,
+        index: int,
+        actor_class: type,
+        *args: Any,
+        shares: str | None = None,
+        **options: Any,
+    ) -> Any:
         """Start `actor_class(*args)` as actor `role` number `index`.
 
         It is placed in the bundle of its role, or in that of role `shares` (reserving no CPU of its own there); a role
         without a bundle goes anywhere. `options` are Ray's (max_concurrency, num_gpus, ...).
         """
         place = shares or role
-        position = next((i for i, bundle in enumerate(self.bundles) if (bundle.role, bundle.index) == (place, index)), None)
+        position = next(
+            (
+                i
+                for i, bundle in enumerate(self.bundles)
+                if (bundle.role, bundle.index) == (place, index)
+            ),
+            None,
+        )
         options.setdefault("num_cpus", 0)
         if position is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self.reservation, placement_group_bundle_index=position
             )
             if not shares:
-                options |= {"num_cpus": self.bundles[position].cpus, "num_gpus": self.bundles[position].gpus}
-        environment = {"OMP_NUM_THREADS": str(self.threads.get(place, 1)), "TOKENIZERS_PARALLELISM": "false"} | ALLOCATOR
+                options |= {
+                    "num_cpus": self.bundles[position].cpus,
+                    "num_gpus": self.bundles[position].gpus,
+                }
+        environment = {
+            "OMP_NUM_THREADS": str(self.threads.get(place, 1)),
+            "TOKENIZERS_PARALLELISM": "false",
+        } | ALLOCATOR
         remote_class: Any = ray.remote(actor_class)  # Ray's stubs know no class given at run time
         actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
         self.actors[f"{role}-{index}"] = actor
@@ -155,16 +187,26 @@ def _stay() -> None:
 
 def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     address = config.cluster.joined_address
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs sees none
+    settings: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # an actor without GPUs sees none
     if address:
         ray.init(address=address, **settings)
         interrupt_on_sigterm()
     else:
         # One user's own Ray asks for a token by default, and would say so at every start.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+            logging.ERROR
+        )
         local.start(object_store_memory=int(config.cluster.object_store_gib * 1024**3), **settings)
-    logger.info("ray: %s, resources %s", address or "started on this machine", ray.cluster_resources())
+    logger.info(
+        "ray: %s, resources %s", address or "started on this machine", ray.cluster_resources()
+    )
 
 
 def _total(bundles: tuple[Bundle, ...]) -> str:
@@ -173,7 +215,10 @@ def _total(bundles: tuple[Bundle, ...]) -> str:
 
 
 def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float]) -> None:
-    for resource, wanted in (("CPU", sum(b.cpus for b in bundles)), ("GPU", sum(b.gpus for b in bundles))):
+    for resource, wanted in (
+        ("CPU", sum(b.cpus for b in bundles)),
+        ("GPU", sum(b.gpus for b in bundles)),
+    ):
         if wanted > available.get(resource, 0):
             raise ValueError(
                 f"policy.ranks, generation.workers: the run needs {wanted:g} {resource}s, the cluster has "

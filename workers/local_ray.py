@@ -30,7 +30,9 @@ class LocalRay:
     def start(self, **settings: Any) -> None:
         """`ray.init(address="local", **settings)`. A SIGTERM that came meanwhile is delivered at its end."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers whose raylet is gone become children of this process
+        ctypes.CDLL(None).prctl(
+            PR_SET_CHILD_SUBREAPER, 1
+        )  # workers whose raylet is gone become children of this process
         others = set(psutil.Process().children())
         with _blocked(signal.SIGTERM):
             ray.init(address="local", include_dashboard=False, **settings)

@@ -32,20 +32,32 @@ class RewardWorker:
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:
         """Rewards of one part, in its order."""
-        truths = dict(zip(rollouts.prompts.group_ids.tolist(), (p.ground_truth for p in rollouts.prompts.prompts), strict=True))
+        truths = dict(
+            zip(
+                rollouts.prompts.group_ids.tolist(),
+                (p.ground_truth for p in rollouts.prompts.prompts),
+                strict=True,
+            )
+        )
         futures = [
             asyncio.wrap_future(self._pool.submit(text, truths[int(group)], int(tokens)))
-            for text, group, tokens in zip(rollouts.response_texts, rollouts.group_ids, rollouts.response_lengths, strict=True)
+            for text, group, tokens in zip(
+                rollouts.response_texts, rollouts.group_ids, rollouts.response_lengths, strict=True
+            )
         ]
         scores = await asyncio.gather(*futures)
         self._reasons.update(score.reason for score in scores)
-        components = np.asarray([score.components for score in scores], dtype=np.float32).reshape(len(scores), len(self._functions))
+        components = np.asarray([score.components for score in scores], dtype=np.float32).reshape(
+            len(scores), len(self._functions)
+        )
         weights = np.asarray([function.weight for function in self._functions], dtype=np.float32)
         return RewardBatch(
             batch_id=rollouts.batch_id,
             rewards=components @ weights,
             accuracies=components[:, 0].clip(0, 1),
-            components={function.name: components[:, i] for i, function in enumerate(self._functions)},
+            components={
+                function.name: components[:, i] for i, function in enumerate(self._functions)
+            },
             reasons=tuple(score.reason for score in scores),
             extracted_answers=tuple(score.answer for score in scores),
         )
@@ -57,7 +69,9 @@ class RewardWorker:
         for process in self._pool.process_ids():
             with contextlib.suppress(psutil.Error):  # it may have been replaced meanwhile
                 memory += psutil.Process(process).memory_info().rss
-        counts = {f"reward/{name}": total(reasons[reason]) for reason, name in COUNTED_FAILURES.items()}
+        counts = {
+            f"reward/{name}": total(reasons[reason]) for reason, name in COUNTED_FAILURES.items()
+        }
         return counts | {"memory/reward": maximum(memory / 1024**3)}
 
     async def process_ids(self) -> list[int]:

@@ -22,7 +22,9 @@ def entropy_rewards(old_logprobs: Tensor, response_mask: Tensor, temperature: fl
     return torch.where(response_mask, -temperature * logs, 0.0)
 
 
-def tuned_temperature(temperature: float, entropy: float, *, target: float, learning_rate: float) -> float:
+def tuned_temperature(
+    temperature: float, entropy: float, *, target: float, learning_rate: float
+) -> float:
     """The temperature for the next batch: one step on J(alpha) = alpha (H - H_target), taken in log alpha so that it stays positive.
 
         log alpha <- log alpha - learning_rate (H - H_target)

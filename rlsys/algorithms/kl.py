@@ -8,7 +8,9 @@ KL_KINDS = ("k1", "k2", "k3", "k3_k2")
 KL_DIRECTIONS = ("reverse", "forward")
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, direction: str = "reverse") -> Tensor:
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, direction: str = "reverse"
+) -> Tensor:
     """Per-token estimate of a KL divergence from tokens that the policy sampled.
 
         d = logprobs - ref_logprobs,  r = exp(-d)
@@ -34,9 +36,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, direction:
         ValueError: unknown kind or direction, or k3_k2 of the forward direction.
     """
     if direction not in KL_DIRECTIONS:
-        raise ValueError(f"algorithm.kl.direction: unknown {direction!r}. Choose from {', '.join(KL_DIRECTIONS)}.")
+        raise ValueError(
+            f"algorithm.kl.direction: unknown {direction!r}. Choose from {', '.join(KL_DIRECTIONS)}."
+        )
     if kind not in KL_KINDS:
-        raise ValueError(f"algorithm.kl.kind: unknown estimator {kind!r}. Choose from {', '.join(KL_KINDS)}.")
+        raise ValueError(
+            f"algorithm.kl.kind: unknown estimator {kind!r}. Choose from {', '.join(KL_KINDS)}."
+        )
     difference = logprobs - ref_logprobs
     if direction == "forward":
         return _forward(difference, kind)
@@ -59,10 +65,14 @@ def _forward(difference: Tensor, kind: str) -> Tensor:
     ratio = (-difference).exp()
     if kind == "k1":
         return -ratio * difference
-    return ratio * difference**2 / 2 if kind == "k2" else -(-difference).expm1() - ratio * difference
+    return (
+        ratio * difference**2 / 2 if kind == "k2" else -(-difference).expm1() - ratio * difference
+    )
 
 
-def adapted_coefficient(coefficient: float, kl: float, *, target: float, horizon: float, tokens: float = 1.0) -> float:
+def adapted_coefficient(
+    coefficient: float, kl: float, *, target: float, horizon: float, tokens: float = 1.0
+) -> float:
     """The KL coefficient for the next batch, so that the measured KL moves towards `target`.
 
         beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) tokens / horizon)

@@ -35,7 +35,9 @@ def aggregate_loss(
         ValueError: unknown mode, or `constant` without max_tokens.
     """
     if mode not in AGGREGATION_MODES:
-        raise ValueError(f"algorithm.aggregation: unknown mode {mode!r}. Choose from {', '.join(AGGREGATION_MODES)}.")
+        raise ValueError(
+            f"algorithm.aggregation: unknown mode {mode!r}. Choose from {', '.join(AGGREGATION_MODES)}."
+        )
     losses = torch.where(response_mask, token_losses, 0.0)
     sequences = float(len(response_mask)) if num_sequences is None else num_sequences
     if mode == "token_mean":
@@ -45,5 +47,7 @@ def aggregate_loss(
     if mode == "sequence_sum":
         return losses.sum() / sequences
     if max_tokens is None:
-        raise ValueError("aggregation mode 'constant' needs max_tokens, the generation length that divides every response's sum")
+        raise ValueError(
+            "aggregation mode 'constant' needs max_tokens, the generation length that divides every response's sum"
+        )
     return losses.sum() / (sequences * max_tokens)

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import yaml
 
-from rlsys.algorithms.advantages import available_advantage_estimators, estimator_needs, get_advantage_estimator
+from rlsys.algorithms.advantages import (
+    available_advantage_estimators,
+    estimator_needs,
+    get_advantage_estimator,
+)
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
 from rlsys.algorithms.kl import KL_KINDS, adapted_coefficient, kl_estimate
 from rlsys.algorithms.loss_aggregation import AGGREGATION_MODES, aggregate_loss
@@ -75,15 +79,30 @@ def reference() -> str:
     ]
     for name in _of_the_library(available_advantage_estimators(), get_advantage_estimator):
         needs = ", ".join(sorted(estimator_needs(name)))
-        lines += _section(name, get_advantage_estimator(name), _used_by(lambda preset: preset.advantage.name, name), needs)
-    lines += ["## Ratio levels\n", "`algorithm.objective.ratio`.\n", _block(inspect.getmodule(RATIOS.get("token")))]
+        lines += _section(
+            name,
+            get_advantage_estimator(name),
+            _used_by(lambda preset: preset.advantage.name, name),
+            needs,
+        )
+    lines += [
+        "## Ratio levels\n",
+        "`algorithm.objective.ratio`.\n",
+        _block(inspect.getmodule(RATIOS.get("token"))),
+    ]
     lines += [
         f"- `{name}`: {_users(_used_by(lambda preset: preset.objective.ratio, name))}"
         for name in _of_the_library(RATIOS.names(), RATIOS.get)
     ]
-    lines += ["", "## Weight functions\n", "`algorithm.objective.weight`; any weight with any ratio.\n"]
+    lines += [
+        "",
+        "## Weight functions\n",
+        "`algorithm.objective.weight`; any weight with any ratio.\n",
+    ]
     for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):
-        lines += _section(name, WEIGHTS.get(name), _used_by(lambda preset: preset.objective.weight, name))
+        lines += _section(
+            name, WEIGHTS.get(name), _used_by(lambda preset: preset.objective.weight, name)
+        )
     lines += [
         "### The coefficient itself\n",
         _block(gradient_coefficient),
@@ -91,7 +110,10 @@ def reference() -> str:
         _block(rollout_correction),
     ]
     lines += ["## Aggregation\n", _block(aggregate_loss)]
-    lines += [f"- `{mode}`: {_users(_used_by(lambda preset: preset.aggregation, mode))}" for mode in AGGREGATION_MODES]
+    lines += [
+        f"- `{mode}`: {_users(_used_by(lambda preset: preset.aggregation, mode))}"
+        for mode in AGGREGATION_MODES
+    ]
     lines += [
         "",
         "## KL to the reference\n",
@@ -102,7 +124,13 @@ def reference() -> str:
         "### Adaptive coefficient\n",
         _block(adapted_coefficient),
     ]
-    lines += ["## Entropy\n", "### In the reward\n", _block(entropy_rewards), "### Its temperature\n", _block(tuned_temperature)]
+    lines += [
+        "## Entropy\n",
+        "### In the reward\n",
+        _block(entropy_rewards),
+        "### Its temperature\n",
+        _block(tuned_temperature),
+    ]
     lines += [EXPLOSION, *_explosion(), "", FIGURE]
     return "\n".join(lines) + "\n"
 
@@ -119,10 +147,18 @@ def _block(thing: Any) -> str:
     return "```text\n" + text + "\n```\n"
 
 
-def _section(name: str, function: Callable[..., Any], users: Iterable[str], needs: str = "") -> Iterator[str]:
-    parameters = ", ".join(f"`{key} = {value.default!r}`" for key, value in keyword_parameters(function).items())
+def _section(
+    name: str, function: Callable[..., Any], users: Iterable[str], needs: str = ""
+) -> Iterator[str]:
+    parameters = ", ".join(
+        f"`{key} = {value.default!r}`" for key, value in keyword_parameters(function).items()
+    )
     yield f"### {name}\n"
-    yield f"Parameters: {parameters or 'none'}." + (f" Reads: {needs}." if needs else "") + f" Presets: {_users(users)}.\n"
+    yield (
+        f"Parameters: {parameters or 'none'}."
+        + (f" Reads: {needs}." if needs else "")
+        + f" Presets: {_users(users)}.\n"
+    )
     yield _block(function)
 
 
@@ -138,7 +174,11 @@ def _presets() -> Iterator[str]:
     yield "| preset | estimator | ratio | weight | aggregation | KL | more |"
     yield "|---|---|---|---|---|---|---|"
     for name, preset in PRESETS.items():
-        kl = f"{preset.kl.coefficient:g} {preset.kl.kind} in the {preset.kl.placement}" if preset.kl.coefficient else "none"
+        kl = (
+            f"{preset.kl.coefficient:g} {preset.kl.kind} in the {preset.kl.placement}"
+            if preset.kl.coefficient
+            else "none"
+        )
         more = []
         if preset.dynamic_sampling.max_rounds > 1:
             more.append(f"dynamic sampling, {preset.dynamic_sampling.max_rounds} rounds")
@@ -150,7 +190,11 @@ def _presets() -> Iterator[str]:
 
 
 def _with(name: str, parameters: Mapping[str, Any]) -> str:
-    return name + (f" {yaml.safe_dump(dict(parameters), default_flow_style=True).strip()}" if parameters else "")
+    return name + (
+        f" {yaml.safe_dump(dict(parameters), default_flow_style=True).strip()}"
+        if parameters
+        else ""
+    )
 
 
 def _coefficients() -> Iterator[str]:
@@ -161,8 +205,14 @@ def _coefficients() -> Iterator[str]:
     yield "| weight | " + " | ".join(f"rho {ratio:g}" for ratio in ratios) + " |"
     yield "|---" * (len(ratios) + 1) + "|"
     for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):
-        up, down = (gradient_coefficient(name, logs, torch.full_like(logs, sign)).tolist() for sign in (1.0, -1.0))
-        cells = [f"{abs(a):.2f}" if abs(a - b) < 0.005 else f"{abs(a):.2f} / {abs(b):.2f}" for a, b in zip(up, down, strict=True)]
+        up, down = (
+            gradient_coefficient(name, logs, torch.full_like(logs, sign)).tolist()
+            for sign in (1.0, -1.0)
+        )
+        cells = [
+            f"{abs(a):.2f}" if abs(a - b) < 0.005 else f"{abs(a):.2f} / {abs(b):.2f}"
+            for a, b in zip(up, down, strict=True)
+        ]
         yield f"| `{name}` | " + " | ".join(cells) + " |"
 
 

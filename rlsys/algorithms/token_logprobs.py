@@ -17,7 +17,12 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, *, temperature: float, chunk_tokens: int
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
 ) -> TokenLogprobs:
     """log pi(target | prefix), the entropy of pi(. | prefix) and the squared norm of the score, at each of n positions.
 
@@ -36,12 +41,18 @@ def token_logprobs(
     Raises:
         ValueError: shapes do not fit.
     """
-    if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or lm_head_weight.shape[1:] != hidden.shape[1:]:
+    if (
+        hidden.ndim != 2
+        or targets.shape != hidden.shape[:1]
+        or lm_head_weight.shape[1:] != hidden.shape[1:]
+    ):
         raise ValueError(
             f"hidden [n, d], lm_head_weight [V, d] and targets [n] do not fit: {tuple(hidden.shape)}, {tuple(lm_head_weight.shape)}, "
             f"{tuple(targets.shape)}"
         )
-    return TokenLogprobs(*_TokenLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk_tokens))  # pyright: ignore[reportGeneralTypeIssues]
+    return TokenLogprobs(
+        *_TokenLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk_tokens)
+    )  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +72,9 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, work = len(hidden), _work_dtype(hidden.dtype)
-        logprobs, entropies, norms, normalizers = (torch.empty(n, dtype=work, device=hidden.device) for _ in range(4))
+        logprobs, entropies, norms, normalizers = (
+            torch.empty(n, dtype=work, device=hidden.device) for _ in range(4)
+        )
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             logits = _scaled_logits(hidden[part], weight, temperature)
@@ -76,21 +89,29 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[part] = chosen - normalizers[part]
             entropies[part] = normalizer - expected
             square = torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
-            norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(min=0)  # rounding, where a token is all but certain
+            norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(
+                min=0
+            )  # rounding, where a token is all but certain
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(norms)
         return logprobs, entropies, norms
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=_work_dtype(weight.dtype), device=weight.device)
+        grad_weight = torch.zeros(
+            weight.shape, dtype=_work_dtype(weight.dtype), device=weight.device
+        )
         use_entropy = bool((grad_entropies != 0).any())
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logs = _scaled_logits(hidden[part], weight, ctx.temperature).sub_(normalizers[part, None])  # log pi
+            logs = _scaled_logits(hidden[part], weight, ctx.temperature).sub_(
+                normalizers[part, None]
+            )  # log pi
             probabilities = logs.exp()
             grad = probabilities * -grad_logprobs[part, None]
             grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])

@@ -19,7 +19,8 @@ class BaselineNetworkConfig(Section):
 class AdvantageConfig(Section):
     name: str = Field(default="grpo", description="A registered advantage estimator.")
     parameters: dict[str, Any] = Field(
-        default={}, description="Keyword parameters of the estimator, checked against its signature."
+        default={},
+        description="Keyword parameters of the estimator, checked against its signature.",
     )
     recompute: bool = Field(
         default=False,
@@ -27,13 +28,20 @@ class AdvantageConfig(Section):
         "estimators that correct for the policy having moved since sampling (hierarchical).",
     )
     network: BaselineNetworkConfig = Field(
-        default=BaselineNetworkConfig(), description="The network of `hierarchical` with `solver: network`."
+        default=BaselineNetworkConfig(),
+        description="The network of `hierarchical` with `solver: network`.",
     )
 
 
 class ObjectiveConfig(Section):
-    ratio: str = Field(default="token", description="Level of the probability ratio: token, sequence, future, prefix or product.")
-    weight: str = Field(default="ppo_clip", description="Weight function of the ratio: none, importance, ppo_clip, ...")
+    ratio: str = Field(
+        default="token",
+        description="Level of the probability ratio: token, sequence, future, prefix or product.",
+    )
+    weight: str = Field(
+        default="ppo_clip",
+        description="Weight function of the ratio: none, importance, ppo_clip, ...",
+    )
     parameters: dict[str, Any] = Field(
         default={},
         description="Keyword parameters of the weight, such as clip_low and clip_high, checked against its signature.",
@@ -42,49 +50,76 @@ class ObjectiveConfig(Section):
 
 class KLConfig(Section):
     coefficient: float = Field(
-        default=0.0, ge=0, description="Weight of the KL to the reference. 0: the reference model does not run."
+        default=0.0,
+        ge=0,
+        description="Weight of the KL to the reference. 0: the reference model does not run.",
     )
     kind: Literal["k1", "k2", "k3", "k3_k2"] = Field(
         default="k3",
         description="Schulman's estimator of the KL, per token; k3_k2 has the value of k3 and the gradient of k2, which is that of the KL.",
     )
     direction: Literal["reverse", "forward"] = Field(
-        default="reverse", description="reverse: KL(policy || reference). forward: KL(reference || policy)."
+        default="reverse",
+        description="reverse: KL(policy || reference). forward: KL(reference || policy).",
     )
     placement: Literal["loss", "reward", "advantage"] = Field(
         default="loss",
         description="Where the KL enters: a term of the loss; a cost of each token in the reward; or inside the advantage (token_kl_grpo).",
     )
     target: float | None = Field(
-        default=None, gt=0, description="KL a token (k3) that the coefficient is adapted to reach. null: the coefficient is fixed."
+        default=None,
+        gt=0,
+        description="KL a token (k3) that the coefficient is adapted to reach. null: the coefficient is fixed.",
     )
-    horizon: float = Field(default=50.0, gt=0, description="Steps over which an adaptive coefficient may change by a fifth.")
+    horizon: float = Field(
+        default=50.0,
+        gt=0,
+        description="Steps over which an adaptive coefficient may change by a fifth.",
+    )
 
 
 class EntropyConfig(Section):
-    bonus: float = Field(default=0.0, ge=0, description="Weight of an entropy bonus in the loss. 0: none.")
+    bonus: float = Field(
+        default=0.0, ge=0, description="Weight of an entropy bonus in the loss. 0: none."
+    )
     temperature: float = Field(
-        default=0.0, ge=0, description="Maximum-entropy RL: each token earns -temperature * log pi in the reward. 0: none."
+        default=0.0,
+        ge=0,
+        description="Maximum-entropy RL: each token earns -temperature * log pi in the reward. 0: none.",
     )
     target: float | None = Field(
-        default=None, ge=0, description="Entropy a token, in nats, that the temperature is tuned to reach. null: it is fixed."
+        default=None,
+        ge=0,
+        description="Entropy a token, in nats, that the temperature is tuned to reach. null: it is fixed.",
     )
-    learning_rate: float = Field(default=0.05, gt=0, description="Step of that tuning in log temperature, a trainer step.")
+    learning_rate: float = Field(
+        default=0.05, gt=0, description="Step of that tuning in log temperature, a trainer step."
+    )
 
 
 class RolloutCorrectionConfig(Section):
     """Importance weights old / rollout, for the mismatch between engine and trainer."""
 
-    level: Literal["none", "token", "sequence"] = Field(default="none", description="Level of the ratio. none: no correction.")
-    cap: float = Field(default=2.0, gt=0, description="Largest weight: truncated importance sampling.")
-    mask_below: float | None = Field(default=None, gt=0, description="Drop what has a smaller ratio. null: nothing.")
-    mask_above: float | None = Field(default=None, gt=0, description="Drop what has a larger ratio. null: nothing.")
+    level: Literal["none", "token", "sequence"] = Field(
+        default="none", description="Level of the ratio. none: no correction."
+    )
+    cap: float = Field(
+        default=2.0, gt=0, description="Largest weight: truncated importance sampling."
+    )
+    mask_below: float | None = Field(
+        default=None, gt=0, description="Drop what has a smaller ratio. null: nothing."
+    )
+    mask_above: float | None = Field(
+        default=None, gt=0, description="Drop what has a larger ratio. null: nothing."
+    )
 
 
 class OverlongConfig(Section):
     """What becomes of responses that reach the token limit; a penalty for coming close to it is the reward `soft_overlong`."""
 
-    mask_truncated: bool = Field(default=False, description="Leave truncated responses out of the loss.")
+    mask_truncated: bool = Field(
+        default=False, description="Leave truncated responses out of the loss."
+    )
 
 
 class DynamicSamplingConfig(Section):
@@ -98,17 +133,30 @@ class DynamicSamplingConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    advantage: AdvantageConfig = Field(default=AdvantageConfig(), description="The advantage estimator.")
-    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="The policy objective.")
+    advantage: AdvantageConfig = Field(
+        default=AdvantageConfig(), description="The advantage estimator."
+    )
+    objective: ObjectiveConfig = Field(
+        default=ObjectiveConfig(), description="The policy objective."
+    )
     aggregation: Aggregation = Field(
         default="sequence_mean",
         description="How token losses become one number: token_mean (DAPO), sequence_mean (GRPO), "
         "sequence_sum, constant (Dr. GRPO).",
     )
-    kl: KLConfig = Field(default=KLConfig(), description="KL regularisation to the reference policy.")
-    entropy: EntropyConfig = Field(default=EntropyConfig(), description="Entropy bonus and maximum-entropy RL.")
-    rollout_correction: RolloutCorrectionConfig = Field(
-        default=RolloutCorrectionConfig(), description="Correction of the mismatch between engine and trainer."
+    kl: KLConfig = Field(
+        default=KLConfig(), description="KL regularisation to the reference policy."
     )
-    overlong: OverlongConfig = Field(default=OverlongConfig(), description="Responses that reach the token limit.")
-    dynamic_sampling: DynamicSamplingConfig = Field(default=DynamicSamplingConfig(), description="Groups of equal rewards.")
+    entropy: EntropyConfig = Field(
+        default=EntropyConfig(), description="Entropy bonus and maximum-entropy RL."
+    )
+    rollout_correction: RolloutCorrectionConfig = Field(
+        default=RolloutCorrectionConfig(),
+        description="Correction of the mismatch between engine and trainer.",
+    )
+    overlong: OverlongConfig = Field(
+        default=OverlongConfig(), description="Responses that reach the token limit."
+    )
+    dynamic_sampling: DynamicSamplingConfig = Field(
+        default=DynamicSamplingConfig(), description="Groups of equal rewards."
+    )

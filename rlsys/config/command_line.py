@@ -53,9 +53,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the floats of YAML 1.2: 1e-5 is a number."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -90,7 +94,9 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
         if name not in SWITCHES:
             _put(tree, name.removeprefix("--"), _parse_value(name.removeprefix("--"), value))
     names = {name for name, _ in options}
-    return Invocation(config=_validated(tree), dry_run="--dry-run" in names, resume="--resume" in names)
+    return Invocation(
+        config=_validated(tree), dry_run="--dry-run" in names, resume="--resume" in names
+    )
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -99,9 +105,15 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"{word!r}: expected a flag such as --trainer.steps 50. Quote values that contain spaces.")
+            raise ConfigError(
+                f"{word!r}: expected a flag such as --trainer.steps 50. Quote values that contain spaces."
+            )
         name, equals, value = word.partition("=")
-        if name == "--plugins" or name in SWITCHES or _field_at(name.removeprefix("--")) is not None:
+        if (
+            name == "--plugins"
+            or name in SWITCHES
+            or _field_at(name.removeprefix("--")) is not None
+        ):
             takes_value = name not in ("--dry-run", "--resume")
             if equals:
                 yield name, value
@@ -115,7 +127,10 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
                 difflib.get_close_matches(name, known, n=3)
                 or [flag for flag in known if name.strip("-").split(".")[-1] in flag][:3]
             )
-            raise ConfigError(f"{name}: no such flag." + (f" Did you mean {', '.join(near)}?" if near else " See --help."))
+            raise ConfigError(
+                f"{name}: no such flag."
+                + (f" Did you mean {', '.join(near)}?" if near else " See --help.")
+            )
 
 
 def _parse_value(name: str, text: str | None) -> Any:
@@ -127,11 +142,22 @@ def _parse_value(name: str, text: str | None) -> Any:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: {text!r} is no YAML value ({' '.join(str(error).split())}). Quote it.") from error
+        raise ConfigError(
+            f"{name}: {text!r} is no YAML value ({' '.join(str(error).split())}). Quote it."
+        ) from error
     field = _field_at(name)
-    if field is not None and _is_tuple(field.annotation) and not isinstance(value, list | type(None)):
+    if (
+        field is not None
+        and _is_tuple(field.annotation)
+        and not isinstance(value, list | type(None))
+    ):
         return [yaml.load(part, _Loader) for part in text.split(",") if part]
-    if field is not None and field.annotation in (str, str | None) and value is not None and not isinstance(value, str):
+    if (
+        field is not None
+        and field.annotation in (str, str | None)
+        and value is not None
+        and not isinstance(value, str)
+    ):
         return text
     return value
 
@@ -160,7 +186,9 @@ def _field_at(name: str) -> FieldInfo | None:
     return field
 
 
-def all_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_fields(
+    model: type[BaseModel] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
     """Every leaf field with its dotted name, in the order of the models."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -182,7 +210,11 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any], path: tuple[str, ..
     """Lay a nested mapping over the tree; free dicts (parameters) are replaced as a whole."""
     for key, value in changes.items():
         field = _field_at(".".join((*path, key)))
-        is_section = field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        is_section = (
+            field is not None
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+        )
         if is_section and isinstance(value, Mapping):
             _merge(tree[key], value, (*path, key))
         else:
@@ -195,11 +227,17 @@ def _read_yaml(file: str | None) -> dict[str, Any]:
     try:
         content = yaml.load(Path(file).read_text(), _Loader)
     except OSError as error:
-        raise ConfigError(f"--config: cannot read {file!r} ({error.strerror}). Give an existing YAML file.") from error
+        raise ConfigError(
+            f"--config: cannot read {file!r} ({error.strerror}). Give an existing YAML file."
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {file!r} is no YAML ({' '.join(str(error).split())}). Mend the file.") from error
+        raise ConfigError(
+            f"--config: {file!r} is no YAML ({' '.join(str(error).split())}). Mend the file."
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config: {file!r} must hold fields such as `trainer: {{steps: 50}}`, not a {type(content).__name__}.")
+        raise ConfigError(
+            f"--config: {file!r} must hold fields such as `trainer: {{steps: 50}}`, not a {type(content).__name__}."
+        )
     return content
 
 
@@ -215,9 +253,15 @@ def _message(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        siblings = [field.rsplit(".", 1)[-1] for field, _ in all_fields() if field.startswith(".".join(location[:-1]))]
+        siblings = [
+            field.rsplit(".", 1)[-1]
+            for field, _ in all_fields()
+            if field.startswith(".".join(location[:-1]))
+        ]
         near = difflib.get_close_matches(location[-1], siblings, n=2)
-        return f"{name}: no such field." + (f" Did you mean {' or '.join(near)}?" if near else " See --help.")
+        return f"{name}: no such field." + (
+            f" Did you mean {' or '.join(near)}?" if near else " See --help."
+        )
     field = _field_at(name)
     remedy = f" ({field.description})" if field is not None and field.description else ""
     return f"{name}: {problem['input']!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}.{remedy}"
@@ -225,7 +269,9 @@ def _message(problem: Any) -> str:
 
 def dump_yaml(config: RunConfig) -> str:
     """A configuration as YAML that `--config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def load_yaml(path: Path) -> RunConfig:
@@ -252,7 +298,9 @@ def type_name(annotation: Any) -> str:
         return "|".join(map(str, parts))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
-    return {str: "text", bool: "true|false"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return {str: "text", bool: "true|false"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def help_text(recipe: RunConfig) -> str:
@@ -271,9 +319,14 @@ def help_text(recipe: RunConfig) -> str:
         for part in name.split("."):
             value = value[part]
         shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
-        lines += _entry(f"--{name} {type_name(field.annotation)}", f"{field.description} [{shown}]", width)
+        lines += _entry(
+            f"--{name} {type_name(field.annotation)}", f"{field.description} [{shown}]", width
+        )
     return "\n".join(lines)
 
 
 def _entry(head: str, doc: str, width: int) -> list[str]:
-    return [f"  {head}", *textwrap.wrap(doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return [
+        f"  {head}",
+        *textwrap.wrap(doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]

@@ -10,9 +10,12 @@ from rlsys.config.section import Section
 
 class GenerationConfig(Section):
     engine: Literal["vllm", "transformers"] = Field(
-        default="vllm", description="Rollout engine. transformers is small and slow: the reference that tests compare against."
+        default="vllm",
+        description="Rollout engine. transformers is small and slow: the reference that tests compare against.",
     )
-    workers: int = Field(default=1, ge=1, description="Generation workers (actors); prompts are balanced over them.")
+    workers: int = Field(
+        default=1, ge=1, description="Generation workers (actors); prompts are balanced over them."
+    )
     gpus_per_worker: float = Field(
         default=1.0,
         ge=0,
@@ -23,23 +26,47 @@ class GenerationConfig(Section):
         ge=0,
         description="CPU cores that each worker reserves. 0: none, since generation and training take turns on small machines.",
     )
-    dtype: Dtype = Field(default="float32", description="Precision of the engine's weights and arithmetic.")
-    samples_per_prompt: int = Field(default=8, ge=1, description="Responses sampled for each prompt: the group of GRPO.")
-    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it as well.")
+    dtype: Dtype = Field(
+        default="float32", description="Precision of the engine's weights and arithmetic."
+    )
+    samples_per_prompt: int = Field(
+        default=8, ge=1, description="Responses sampled for each prompt: the group of GRPO."
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Sampling temperature; log-probabilities are taken at it as well.",
+    )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling. 1: off.")
     top_k: int = Field(default=0, ge=0, description="Sample among the k likeliest tokens. 0: off.")
-    min_tokens: int = Field(default=4, ge=0, description="Shortest response, in tokens; 4 so that none is empty.")
+    min_tokens: int = Field(
+        default=4, ge=0, description="Shortest response, in tokens; 4 so that none is empty."
+    )
     max_tokens: int = Field(default=64, ge=1, description="Longest response, in tokens.")
-    stop: tuple[str, ...] = Field(default=(), description="Strings that end a response; they stay in it.")
+    stop: tuple[str, ...] = Field(
+        default=(), description="Strings that end a response; they stay in it."
+    )
     max_model_tokens: int | None = Field(
-        default=None, ge=1, description="Context length of the engine. null: max_prompt_tokens + max_tokens."
+        default=None,
+        ge=1,
+        description="Context length of the engine. null: max_prompt_tokens + max_tokens.",
     )
-    kv_cache_gib: float = Field(default=1.0, gt=0, description="Memory of the KV cache of one worker on a CPU, in GiB.")
+    kv_cache_gib: float = Field(
+        default=1.0, gt=0, description="Memory of the KV cache of one worker on a CPU, in GiB."
+    )
     gpu_memory_utilization: float = Field(
-        default=0.5, gt=0, le=1, description="Share of a GPU's memory for the engine (weights and KV cache)."
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory for the engine (weights and KV cache).",
     )
-    compile: bool = Field(default=False, description="Let vLLM compile the model: a minute or more to start, then somewhat faster.")
-    tensor_parallel: int = Field(default=1, ge=1, description="GPUs over which one engine splits its model.")
+    compile: bool = Field(
+        default=False,
+        description="Let vLLM compile the model: a minute or more to start, then somewhat faster.",
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="GPUs over which one engine splits its model."
+    )
     logprob_gap_tolerance: float | None = Field(
         default=None,
         ge=0,

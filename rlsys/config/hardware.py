@@ -22,7 +22,12 @@ def detect_hardware() -> Hardware:
     """CPUs that this process may use, physical memory, and NVIDIA GPUs as nvidia-smi lists them (CUDA_VISIBLE_DEVICES counts)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     sizes = _gpu_memory_gib()
-    return Hardware(cpus=len(os.sched_getaffinity(0)), memory_gib=memory, gpus=len(sizes), gpu_memory_gib=min(sizes, default=0.0))
+    return Hardware(
+        cpus=len(os.sched_getaffinity(0)),
+        memory_gib=memory,
+        gpus=len(sizes),
+        gpu_memory_gib=min(sizes, default=0.0),
+    )
 
 
 def _gpu_memory_gib() -> list[float]:
@@ -31,7 +36,9 @@ def _gpu_memory_gib() -> list[float]:
         return []
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (subprocess.SubprocessError, OSError):
         return []
     sizes = [float(line) / 1024 for line in answer.split() if line.replace(".", "").isdigit()]

@@ -23,4 +23,6 @@ class ModelConfig(Section):
         default="auto",
         description="Attention kernel of the trainer. auto: flash_attention_2 on a GPU where it is installed, else sdpa.",
     )
-    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with a hub model.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with a hub model."
+    )

@@ -12,30 +12,51 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates of first and second moments.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="AdamW's decay rates of first and second moments."
+    )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay. 0: none.")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Clip the global gradient norm to this. 0: do not clip.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Learning rate after warm-up: constant, or falling to minimum_ratio at the last step."
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Clip the global gradient norm to this. 0: do not clip."
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Trainer steps of linear warm-up from 0. 0: none.")
-    minimum_ratio: float = Field(default=0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="Learning rate after warm-up: constant, or falling to minimum_ratio at the last step.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Trainer steps of linear warm-up from 0. 0: none."
+    )
+    minimum_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="Final learning rate as a share of the peak."
+    )
 
 
 class PolicyConfig(Section):
-    strategy: Literal["fsdp2"] = Field(default="fsdp2", description="How the trainer is distributed.")
-    ranks: int = Field(default=1, ge=1, description="Policy workers (actors), one GPU or share of the CPU cores each.")
-    gpus_per_rank: float = Field(default=1.0, ge=0, description="GPUs that each rank reserves when the cluster has GPUs.")
+    strategy: Literal["fsdp2"] = Field(
+        default="fsdp2", description="How the trainer is distributed."
+    )
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        description="Policy workers (actors), one GPU or share of the CPU cores each.",
+    )
+    gpus_per_rank: float = Field(
+        default=1.0, ge=0, description="GPUs that each rank reserves when the cluster has GPUs."
+    )
     cpus_per_rank: int = Field(default=1, ge=1, description="CPU cores that each rank reserves.")
     threads_per_rank: int = Field(
-        default=0, ge=0, description="Torch threads of each rank on a CPU. 0: all cores over all ranks of a node."
+        default=0,
+        ge=0,
+        description="Torch threads of each rank on a CPU. 0: all cores over all ranks of a node.",
     )
     compute_dtype: Dtype = Field(
         default="float32",
         description="Precision of forward and backward; master weights and gradient reduction are always float32.",
     )
-    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW and its schedule.")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="AdamW and its schedule."
+    )
     epochs: int = Field(default=1, ge=1, description="Passes over each rollout batch.")
     mini_batches: int = Field(
         default=1,
@@ -51,6 +72,13 @@ class PolicyConfig(Section):
         default=True,
         description="Compute a prompt once for all its responses, where the attention kernel can (sdpa, flex_attention).",
     )
-    logit_chunk_tokens: int = Field(default=256, ge=1, description="Response positions whose logits exist at the same time.")
-    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass to save memory.")
-    offload_optimizer: bool = Field(default=False, description="Keep master weights and optimizer state in host memory (GPU only).")
+    logit_chunk_tokens: int = Field(
+        default=256, ge=1, description="Response positions whose logits exist at the same time."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass to save memory."
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="Keep master weights and optimizer state in host memory (GPU only).",
+    )

@@ -29,7 +29,12 @@ def reference() -> str:
     for name, field in all_fields():
         if name.split(".")[0] != section:
             section = name.split(".")[0]
-            lines += ["", f"## {section}\n", "| field | type | default | meaning |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {section}\n",
+                "| field | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else _plain(default)
         lines.append(
@@ -41,7 +46,9 @@ def reference() -> str:
 def _plain(value: object) -> str:
     """A default as YAML on one line."""
     if isinstance(value, tuple):
-        value = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value]  # pyright: ignore[reportAttributeAccessIssue]
+        value = [
+            item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value
+        ]  # pyright: ignore[reportAttributeAccessIssue]
     return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
 
 

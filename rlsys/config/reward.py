@@ -10,7 +10,9 @@ from rlsys.config.section import Section
 class RewardFunctionConfig(Section):
     name: str = Field(description="A registered reward function.")
     weight: float = Field(default=1.0, description="Its weight in the sum.")
-    parameters: dict[str, Any] = Field(default={}, description="Keyword parameters of the function, checked against its signature.")
+    parameters: dict[str, Any] = Field(
+        default={}, description="Keyword parameters of the function, checked against its signature."
+    )
 
 
 class RewardConfig(Section):

@@ -16,15 +16,22 @@ from rlsys.config.trainer import TrainerConfig
 
 
 class RunSection(Section):
-    directory: str | None = Field(default=None, description="Where the run is written. null: runs/<recipe>-<date>-<time>.")
-    progress: bool = Field(default=True, description="Live display on a terminal; plain lines elsewhere or when false.")
+    directory: str | None = Field(
+        default=None, description="Where the run is written. null: runs/<recipe>-<date>-<time>."
+    )
+    progress: bool = Field(
+        default=True, description="Live display on a terminal; plain lines elsewhere or when false."
+    )
 
 
 class ClusterConfig(Section):
     address: str | None = Field(
-        default=None, description="Address of a Ray cluster. null: RAY_ADDRESS where set, else start Ray here."
+        default=None,
+        description="Address of a Ray cluster. null: RAY_ADDRESS where set, else start Ray here.",
     )
-    object_store_gib: float = Field(default=1.0, gt=0, description="Object store of a Ray started here, in GiB.")
+    object_store_gib: float = Field(
+        default=1.0, gt=0, description="Object store of a Ray started here, in GiB."
+    )
 
     @property
     def joined_address(self) -> str | None:
@@ -35,17 +42,29 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """Everything that one run depends on. Recipes return one; a YAML file and flags change fields of it."""
 
-    recipe: str = Field(default="grpo_math", description="Name of the recipe, for the run's directory and its records.")
+    recipe: str = Field(
+        default="grpo_math",
+        description="Name of the recipe, for the run's directory and its records.",
+    )
     plugins: tuple[str, ...] = Field(
-        default=(), description="Importable modules that register estimators, objectives or rewards; loaded in every process."
+        default=(),
+        description="Importable modules that register estimators, objectives or rewards; loaded in every process.",
     )
     model: ModelConfig = Field(default=ModelConfig(), description="The language model.")
     data: DataConfig = Field(default=DataConfig(), description="Prompts and their wording.")
-    generation: GenerationConfig = Field(default=GenerationConfig(), description="The generation group.")
-    policy: PolicyConfig = Field(default=PolicyConfig(), description="The actor and reference group.")
-    algorithm: AlgorithmConfig = Field(default=AlgorithmConfig(), description="The mathematics of an update.")
+    generation: GenerationConfig = Field(
+        default=GenerationConfig(), description="The generation group."
+    )
+    policy: PolicyConfig = Field(
+        default=PolicyConfig(), description="The actor and reference group."
+    )
+    algorithm: AlgorithmConfig = Field(
+        default=AlgorithmConfig(), description="The mathematics of an update."
+    )
     reward: RewardConfig = Field(default=RewardConfig(), description="Rewards.")
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="The loop.")
-    diagnostics: DiagnosticsConfig = Field(default=DiagnosticsConfig(), description="Measurements on request.")
+    diagnostics: DiagnosticsConfig = Field(
+        default=DiagnosticsConfig(), description="Measurements on request."
+    )
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")

@@ -7,28 +7,46 @@ from rlsys.config.section import Section
 
 class EvaluationConfig(Section):
     every: int = Field(
-        default=20, ge=0, description="Evaluate after each so many steps, and before the first and after the last. 0: never."
+        default=20,
+        ge=0,
+        description="Evaluate after each so many steps, and before the first and after the last. 0: never.",
     )
     samples_per_prompt: int = Field(
-        default=1, ge=1, description="Sampled responses a problem for mean@k and pass@k. 1: greedy accuracy only."
+        default=1,
+        ge=1,
+        description="Sampled responses a problem for mean@k and pass@k. 1: greedy accuracy only.",
     )
     temperature: float = Field(
-        default=1.0, gt=0, description="Temperature of those samples; greedy accuracy is always measured too."
+        default=1.0,
+        gt=0,
+        description="Temperature of those samples; greedy accuracy is always measured too.",
     )
-    pass_at: tuple[int, ...] = Field(default=(1,), description="Each k of pass@k; at most samples_per_prompt.")
+    pass_at: tuple[int, ...] = Field(
+        default=(1,), description="Each k of pass@k; at most samples_per_prompt."
+    )
 
 
 class CheckpointConfig(Section):
-    every: int = Field(default=20, ge=0, description="Save after each so many steps, and after the last. 0: after the last only.")
+    every: int = Field(
+        default=20,
+        ge=0,
+        description="Save after each so many steps, and after the last. 0: after the last only.",
+    )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
 
 
 class TrainerConfig(Section):
     steps: int = Field(default=60, ge=1, description="Training steps: rollout batches.")
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts (groups) of one step.")
-    seed: int = Field(default=0, ge=0, description="Seed of data order, sampling and initial weights.")
-    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="Held-out evaluation.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of data order, sampling and initial weights."
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="Held-out evaluation."
+    )
     checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints.")
     save_rollouts_every: int = Field(
-        default=1, ge=0, description="Write the rollouts of each so many steps as Parquet. 0: first and last only."
+        default=1,
+        ge=0,
+        description="Write the rollouts of each so many steps as Parquet. 0: first and last only.",
     )

@@ -82,14 +82,21 @@ class RolloutBatch:
     newest_weight_version: NDArray[np.int32]  # [B]
     stop_reasons: NDArray[np.int8]  # [B] StopReason
     response_texts: tuple[str, ...]  # [B]
-    temperature: float  # at which rollout_logprobs are taken, and every other log-probability must be
+    temperature: (
+        float  # at which rollout_logprobs are taken, and every other log-probability must be
+    )
 
     def __post_init__(self) -> None:
         tokens, responses = len(self.token_ids), len(self.response_texts)
         assert self.sequence_offsets.shape == (responses + 1,)
         assert self.sequence_offsets[-1] == tokens
         assert self.response_mask.shape == self.rollout_logprobs.shape == (tokens,)
-        assert self.group_ids.shape == self.prompt_lengths.shape == self.stop_reasons.shape == (responses,)
+        assert (
+            self.group_ids.shape
+            == self.prompt_lengths.shape
+            == self.stop_reasons.shape
+            == (responses,)
+        )
 
     def __len__(self) -> int:
         return len(self.response_texts)
@@ -150,14 +157,24 @@ class RolloutBatch:
             ),
             token_ids=np.concatenate([batch.token_ids for batch in batches]),
             sequence_offsets=np.concatenate(
-                [[0], *(batch.sequence_offsets[1:] + start for batch, start in zip(batches, starts[:-1], strict=True))]
+                [
+                    [0],
+                    *(
+                        batch.sequence_offsets[1:] + start
+                        for batch, start in zip(batches, starts[:-1], strict=True)
+                    ),
+                ]
             ).astype(np.int64),
             prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
             response_mask=np.concatenate([batch.response_mask for batch in batches]),
             rollout_logprobs=np.concatenate([batch.rollout_logprobs for batch in batches]),
             group_ids=np.concatenate([batch.group_ids for batch in batches]),
-            oldest_weight_version=np.concatenate([batch.oldest_weight_version for batch in batches]),
-            newest_weight_version=np.concatenate([batch.newest_weight_version for batch in batches]),
+            oldest_weight_version=np.concatenate(
+                [batch.oldest_weight_version for batch in batches]
+            ),
+            newest_weight_version=np.concatenate(
+                [batch.newest_weight_version for batch in batches]
+            ),
             stop_reasons=np.concatenate([batch.stop_reasons for batch in batches]),
             response_texts=tuple(text for batch in batches for text in batch.response_texts),
             temperature=batches[0].temperature,
@@ -187,9 +204,14 @@ class RewardBatch:
             batch_id=batches[0].batch_id,
             rewards=np.concatenate([batch.rewards for batch in batches]),
             accuracies=np.concatenate([batch.accuracies for batch in batches]),
-            components={name: np.concatenate([batch.components[name] for batch in batches]) for name in batches[0].components},
+            components={
+                name: np.concatenate([batch.components[name] for batch in batches])
+                for name in batches[0].components
+            },
             reasons=tuple(reason for batch in batches for reason in batch.reasons),
-            extracted_answers=tuple(answer for batch in batches for answer in batch.extracted_answers),
+            extracted_answers=tuple(
+                answer for batch in batches for answer in batch.extracted_answers
+            ),
         )
 
 
@@ -203,7 +225,9 @@ class LogprobBatch:
     batch_id: int
     rows: NDArray[np.int64]  # [b] indices into the whole batch
     logprobs: NDArray[np.float32]  # [n]
-    score_norms: NDArray[np.float32] | None = None  # [n] proxy of ||grad log pi||^2; None: nobody reads them
+    score_norms: NDArray[np.float32] | None = (
+        None  # [n] proxy of ||grad log pi||^2; None: nobody reads them
+    )
 
     @staticmethod
     def scatter(
@@ -232,8 +256,12 @@ class TrainBatch:
 
     rollouts: RolloutBatch
     rewards: RewardBatch
-    advantages: NDArray[np.float32] | None  # [N]; None: estimated from the live policy before each mini-batch (advantage.recompute)
-    old_logprobs: NDArray[np.float32] | None = None  # [N]; None: one update a batch, so old = live at that update
+    advantages: (
+        NDArray[np.float32] | None
+    )  # [N]; None: estimated from the live policy before each mini-batch (advantage.recompute)
+    old_logprobs: NDArray[np.float32] | None = (
+        None  # [N]; None: one update a batch, so old = live at that update
+    )
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
     returns: NDArray[np.float32] | None = None  # [N] critic targets
     kl_coefficient: float = 0.0  # of the KL term in the loss

@@ -48,7 +48,9 @@ class Pack:
     rows: NDArray[np.int64]  # [b] into the batch's responses
     response_index: NDArray[np.int64]  # [m] which of the b responses
     response_positions: NDArray[np.int64]  # [m] index within the response's span
-    is_filler: bool = False  # computed only so that every rank has equally many passes; contributes nothing
+    is_filler: bool = (
+        False  # computed only so that every rank has equally many passes; contributes nothing
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +65,9 @@ class _Unit:
     num_tokens: int
 
 
-def _units(rollouts: RolloutBatch, rows: NDArray[np.int64], budget: int, share_prompts: bool) -> list[_Unit]:
+def _units(
+    rollouts: RolloutBatch, rows: NDArray[np.int64], budget: int, share_prompts: bool
+) -> list[_Unit]:
     """Whole groups where they fit the budget, parts of them where not, single responses without sharing."""
     lengths = rollouts.sequence_lengths
     units: list[_Unit] = []
@@ -112,7 +116,13 @@ def _bins(units: Sequence[_Unit], budget: int) -> list[list[_Unit]]:
 
 
 def pack_rows(
-    rollouts: RolloutBatch, rows: NDArray[np.int64], *, budget: int, rank: int, ranks: int, share_prompts: bool
+    rollouts: RolloutBatch,
+    rows: NDArray[np.int64],
+    *,
+    budget: int,
+    rank: int,
+    ranks: int,
+    share_prompts: bool,
 ) -> list[Pack]:
     """The packs of one rank for the responses `rows`; every rank gets equally many, the last ones perhaps fillers.
 
@@ -144,7 +154,10 @@ def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) ->
         lengths = []
         place = start + prompt
         for row in unit.rows:
-            begin, end = int(rollouts.sequence_offsets[row]) + prompt, int(rollouts.sequence_offsets[row + 1])
+            begin, end = (
+                int(rollouts.sequence_offsets[row]) + prompt,
+                int(rollouts.sequence_offsets[row + 1]),
+            )
             span = np.arange(end - begin)
             sampled = span[rollouts.response_mask[begin:end]]
             packed = max(end - begin - 1, 0)
@@ -174,7 +187,9 @@ def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) ->
     )
 
 
-def mini_batch_rows(rollouts: RolloutBatch, *, mini_batches: int, epochs: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def mini_batch_rows(
+    rollouts: RolloutBatch, *, mini_batches: int, epochs: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
     """The rows of each mini-batch of each epoch: whole groups, equally many in each, in an order given by (seed, batch, epoch).
 
     Raises:
@@ -188,6 +203,8 @@ def mini_batch_rows(rollouts: RolloutBatch, *, mini_batches: int, epochs: int, s
     for epoch in range(epochs):
         order = groups
         if mini_batches > 1:
-            order = np.random.default_rng([seed, rollouts.batch_id & 0x7FFFFFFF, epoch]).permutation(groups)
+            order = np.random.default_rng(
+                [seed, rollouts.batch_id & 0x7FFFFFFF, epoch]
+            ).permutation(groups)
         for chosen in np.split(order, mini_batches):
             yield np.flatnonzero(np.isin(rollouts.group_ids, chosen))

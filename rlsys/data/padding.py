@@ -28,7 +28,12 @@ class ResponsePadding:
         lengths = rollouts.sequence_offsets[1:] - starts
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return ResponsePadding(np.repeat(starts, lengths) + columns, rows, columns, (len(lengths), max(1, int(lengths.max()))))
+        return ResponsePadding(
+            np.repeat(starts, lengths) + columns,
+            rows,
+            columns,
+            (len(lengths), max(1, int(lengths.max()))),
+        )
 
     def pad(self, values: NDArray) -> Tensor:
         """[N, ...] -> [B, T, ...], zeros (False) beyond each span."""

@@ -23,7 +23,9 @@ class PromptStream:
     The stream's whole state is the number of batches taken, since epoch e is always permuted by the seed (seed, e).
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool
+    ) -> None:
         assert prompts, "an empty stream"
         self._prompts = prompts
         self._size = prompts_per_step
@@ -105,7 +107,10 @@ def load_problems(config: RunConfig) -> LoadedProblems:
     if "synthetic" in (data.train, data.eval):
         synthetic = data.synthetic
         synthetic_train, synthetic_eval = generate_problems(
-            synthetic.levels, train_size=synthetic.train_size, eval_size=synthetic.eval_size, seed=config.trainer.seed
+            synthetic.levels,
+            train_size=synthetic.train_size,
+            eval_size=synthetic.eval_size,
+            seed=config.trainer.seed,
         )
     train = synthetic_train if data.train == "synthetic" else _read(data, data.train, "data.train")
     evaluation = synthetic_eval if data.eval == "synthetic" else _read(data, data.eval, "data.eval")
@@ -113,10 +118,14 @@ def load_problems(config: RunConfig) -> LoadedProblems:
 
 
 def _read(data: DataConfig, source: str, field: str) -> list[Problem]:
-    return read_problems(source, columns=data.columns, field=field, levels=data.levels, subjects=data.subjects)
+    return read_problems(
+        source, columns=data.columns, field=field, levels=data.levels, subjects=data.subjects
+    )
 
 
-def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, problems: LoadedProblems | None = None) -> LoadedPrompts:
+def load_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, problems: LoadedProblems | None = None
+) -> LoadedPrompts:
     """Word and tokenize the problems.
 
     Raises:
@@ -125,15 +134,29 @@ def load_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, problems
     problems = problems or load_problems(config)
     renderer = PromptRenderer(config.data.template, tokenizer)
     train, dropped_train = _encode(problems.train, renderer, config.data, "data.train")
-    evaluation, dropped_evaluation = _encode(problems.evaluation, renderer, config.data, "data.eval")
-    stream = PromptStream(
-        train, prompts_per_step=config.trainer.prompts_per_step, seed=config.trainer.seed, shuffle=config.data.shuffle
+    evaluation, dropped_evaluation = _encode(
+        problems.evaluation, renderer, config.data, "data.eval"
     )
-    held_out = PromptBatch(batch_id=-1, prompts=tuple(evaluation), group_ids=np.arange(len(evaluation), dtype=np.int64))
-    return LoadedPrompts(train=stream, evaluation=held_out, dropped_train=dropped_train, dropped_evaluation=dropped_evaluation)
+    stream = PromptStream(
+        train,
+        prompts_per_step=config.trainer.prompts_per_step,
+        seed=config.trainer.seed,
+        shuffle=config.data.shuffle,
+    )
+    held_out = PromptBatch(
+        batch_id=-1, prompts=tuple(evaluation), group_ids=np.arange(len(evaluation), dtype=np.int64)
+    )
+    return LoadedPrompts(
+        train=stream,
+        evaluation=held_out,
+        dropped_train=dropped_train,
+        dropped_evaluation=dropped_evaluation,
+    )
 
 
-def _encode(problems: Sequence[Problem], renderer: PromptRenderer, data: DataConfig, field: str) -> tuple[list[Prompt], int]:
+def _encode(
+    problems: Sequence[Problem], renderer: PromptRenderer, data: DataConfig, field: str
+) -> tuple[list[Prompt], int]:
     prompts = [renderer.encode(problem) for problem in problems]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= data.max_prompt_tokens]
     dropped = len(prompts) - len(kept)

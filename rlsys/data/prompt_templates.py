@@ -53,7 +53,9 @@ def template_source(template: str) -> str:
             f"data.template: {template!r} is no usable Jinja template ({error}). Use {{{{ problem }}}} and nothing else."
         ) from error
     if "PROBLEM" not in text:
-        raise ValueError(f"data.template: {template!r} never uses {{{{ problem }}}}. Put it where the problem's text belongs.")
+        raise ValueError(
+            f"data.template: {template!r} never uses {{{{ problem }}}}. Put it where the problem's text belongs."
+        )
     return source
 
 
@@ -66,7 +68,9 @@ class PromptRenderer:
     """Turns problems into prompts with one template and one tokenizer."""
 
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        environment = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        )
         self._template = environment.from_string(template_source(template))
         self._chat = template == "chat_boxed"
         self._tokenizer = tokenizer
@@ -81,8 +85,14 @@ class PromptRenderer:
         text = self._template.render(problem=problem.problem)
         if self._chat:
             messages = [{"role": "user", "content": text}]
-            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the chat template wrote the special tokens
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
+            token_ids = self._tokenizer(text, add_special_tokens=False)[
+                "input_ids"
+            ]  # the chat template wrote the special tokens
         else:
             token_ids = self._tokenizer(text)["input_ids"]
         return Prompt(

@@ -38,7 +38,8 @@ def read_problems(
     kept = [
         problem
         for problem in problems
-        if (levels is None or problem.level in levels) and (subjects is None or problem.subject in subjects)
+        if (levels is None or problem.level in levels)
+        and (subjects is None or problem.subject in subjects)
     ]
     if not kept:
         filters = [f"data.levels={list(levels)}"] if levels is not None else []
@@ -80,10 +81,18 @@ def _read_rows(source: str, field: str) -> tuple[list[dict[str, Any]], set[str]]
     path = Path(source).expanduser()
     if path.suffix in (".parquet", ".jsonl"):
         if not path.is_file():
-            raise ValueError(f"{field}: no such file {source!r}. Give the path of an existing .parquet or .jsonl file.")
-        rows = _read_parquet(path, field) if path.suffix == ".parquet" else list(_read_jsonl(path, field))
+            raise ValueError(
+                f"{field}: no such file {source!r}. Give the path of an existing .parquet or .jsonl file."
+            )
+        rows = (
+            _read_parquet(path, field)
+            if path.suffix == ".parquet"
+            else list(_read_jsonl(path, field))
+        )
     elif path.exists() or source.startswith((".", "/", "~")):
-        raise ValueError(f"{field}: {source!r} is neither a .parquet nor a .jsonl file. Convert it, or give a data set id.")
+        raise ValueError(
+            f"{field}: {source!r} is neither a .parquet nor a .jsonl file. Convert it, or give a data set id."
+        )
     else:
         rows = _read_hub(source, field)
     return rows, set(rows[0]) if rows else set()
@@ -96,23 +105,31 @@ def _read_parquet(path: Path, field: str) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{field}: cannot read {str(path)!r} as Parquet ({error}). Write the file again.") from error
+        raise ValueError(
+            f"{field}: cannot read {str(path)!r} as Parquet ({error}). Write the file again."
+        ) from error
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{field}: cannot read {str(path)!r} ({error}). Give a readable UTF-8 file.") from error
+        raise ValueError(
+            f"{field}: cannot read {str(path)!r} ({error}). Give a readable UTF-8 file."
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{field}: line {number} of {str(path)!r} is no JSON ({error}). Mend or drop the line.") from error
+            raise ValueError(
+                f"{field}: line {number} of {str(path)!r} is no JSON ({error}). Mend or drop the line."
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{field}: line {number} of {str(path)!r} is no JSON object. Write one object a line.")
+            raise ValueError(
+                f"{field}: line {number} of {str(path)!r} is no JSON object. Write one object a line."
+            )
         yield row
 
 
@@ -122,7 +139,9 @@ def _read_hub(source: str, field: str) -> list[dict[str, Any]]:
     name, _, split = source.partition(":")
     try:
         return [dict(row) for row in load_dataset(name, split=split or "train")]  # pyright: ignore[reportCallIssue, reportArgumentType]
-    except Exception as error:  # the library raises many kinds, all of which mean that it is not to be had
+    except (
+        Exception
+    ) as error:  # the library raises many kinds, all of which mean that it is not to be had
         raise ValueError(
             f"{field}: the data set {source!r} could not be loaded ({type(error).__name__}: {error}). Check the id and split "
             "(owner/name:split) and the network, or give a local .parquet or .jsonl file."

@@ -21,7 +21,9 @@ def write_rollouts(batch: TrainBatch, path: Path) -> None:
     def ragged(values: NDArray | None) -> pa.Array:
         if values is None:
             return pa.nulls(len(rollouts), pa.list_(pa.float32()))
-        return pa.ListArray.from_arrays(pa.array(rollouts.sequence_offsets.astype(np.int32)), pa.array(values))
+        return pa.ListArray.from_arrays(
+            pa.array(rollouts.sequence_offsets.astype(np.int32)), pa.array(values)
+        )
 
     columns = {
         "batch_id": pa.array([rollouts.batch_id] * len(rollouts)),
@@ -35,7 +37,9 @@ def write_rollouts(batch: TrainBatch, path: Path) -> None:
         "accuracy": pa.array(rewards.accuracies),
         "reason": pa.array(rewards.reasons),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
-        "stop_reason": pa.array([StopReason(reason).name.lower() for reason in rollouts.stop_reasons]),
+        "stop_reason": pa.array(
+            [StopReason(reason).name.lower() for reason in rollouts.stop_reasons]
+        ),
         "weight_version": pa.array(rollouts.newest_weight_version),
         "prompt_length": pa.array(rollouts.prompt_lengths),
         "token_ids": ragged(rollouts.token_ids),

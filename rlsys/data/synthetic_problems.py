@@ -18,7 +18,14 @@ from dataclasses import dataclass
 
 from rlsys.data.problems import Problem
 
-SYMBOLIC = ("What is {}?", "Compute {}.", "Find the value of {}.", "{} = ?", "Work out {}.", "How much is {}?")
+SYMBOLIC = (
+    "What is {}?",
+    "Compute {}.",
+    "Find the value of {}.",
+    "{} = ?",
+    "Work out {}.",
+    "How much is {}?",
+)
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom")
 THINGS = ("apples", "books", "coins", "pens", "shells")
 
@@ -35,16 +42,24 @@ class _Expression:
 def _sums_and_differences(low: int, high: int) -> Iterator[_Expression]:
     for a, b in itertools.product(range(low, high + 1), repeat=2):
         yield _Expression(
-            f"{a} + {b}", a + b, f"{{name}} has {a} {{things}} and gets {b} more. How many {{things}} does {{name}} have?"
+            f"{a} + {b}",
+            a + b,
+            f"{{name}} has {a} {{things}} and gets {b} more. How many {{things}} does {{name}} have?",
         )
         if a >= b:
-            yield _Expression(f"{a} - {b}", a - b, f"{{name}} has {a} {{things}} and gives away {b}. How many {{things}} are left?")
+            yield _Expression(
+                f"{a} - {b}",
+                a - b,
+                f"{{name}} has {a} {{things}} and gives away {b}. How many {{things}} are left?",
+            )
 
 
 def _level_3() -> Iterator[_Expression]:
     for a, b in itertools.product(range(2, 10), repeat=2):
         yield _Expression(
-            f"{a} * {b}", a * b, f"{{name}} has {a} bags with {b} {{things}} each. How many {{things}} does {{name}} have?"
+            f"{a} * {b}",
+            a * b,
+            f"{{name}} has {a} bags with {b} {{things}} each. How many {{things}} does {{name}} have?",
         )
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         yield _Expression(f"{a} + {b} + {c}", a + b + c)
@@ -55,10 +70,14 @@ def _level_3() -> Iterator[_Expression]:
 def _level_4() -> Iterator[_Expression]:
     for a, b in itertools.product(range(11, 100), range(2, 10)):
         yield _Expression(
-            f"{a} * {b}", a * b, f"{{name}} has {b} boxes with {a} {{things}} each. How many {{things}} does {{name}} have?"
+            f"{a} * {b}",
+            a * b,
+            f"{{name}} has {b} boxes with {a} {{things}} each. How many {{things}} does {{name}} have?",
         )
         yield _Expression(
-            f"{a * b} / {b}", a, f"{{name}} shares {a * b} {{things}} equally among {b} friends. How many does each get?"
+            f"{a * b} / {b}",
+            a,
+            f"{{name}} shares {a * b} {{things}} equally among {b} friends. How many does each get?",
         )
 
 
@@ -82,18 +101,24 @@ def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[P
     symbols = [form.format(expression.symbols) for form in SYMBOLIC]
     stories = []
     if expression.story:
-        stories = [expression.story.format(name=name, things=things) for name, things in itertools.product(NAMES, THINGS)]
+        stories = [
+            expression.story.format(name=name, things=things)
+            for name, things in itertools.product(NAMES, THINGS)
+        ]
     rng.shuffle(symbols)
     rng.shuffle(stories)
     turns = itertools.chain.from_iterable(itertools.zip_longest(symbols, stories))
     texts = [text for text in turns if text is not None]
     key = f"synthetic-{level}-{expression.symbols.replace(' ', '')}"
     return [
-        Problem(problem_id=f"{key}-{i}", problem=text, answer=str(expression.answer), level=level) for i, text in enumerate(texts)
+        Problem(problem_id=f"{key}-{i}", problem=text, answer=str(expression.answer), level=level)
+        for i, text in enumerate(texts)
     ]
 
 
-def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+def generate_problems(
+    levels: Sequence[int], *, train_size: int, eval_size: int, seed: int
+) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, always the same for the same arguments.
 
     A fifth of all expressions is held out. Problems come in symbols and in words about equally often, as long as the wordings last.
@@ -103,9 +128,13 @@ def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int,
     """
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown:
-        raise ValueError(f"data.synthetic.levels: unknown level {unknown[0]}. Choose from {', '.join(map(str, LEVELS))}.")
+        raise ValueError(
+            f"data.synthetic.levels: unknown level {unknown[0]}. Choose from {', '.join(map(str, LEVELS))}."
+        )
     rng = random.Random(seed)
-    expressions = [(expression, level) for level in sorted(set(levels)) for expression in LEVELS[level]()]
+    expressions = [
+        (expression, level) for level in sorted(set(levels)) for expression in LEVELS[level]()
+    ]
     rng.shuffle(expressions)
     held_out = len(expressions) // 5
     evaluation = _draw(expressions[:held_out], eval_size, "eval_size", rng)
@@ -113,7 +142,9 @@ def generate_problems(levels: Sequence[int], *, train_size: int, eval_size: int,
     return training, evaluation
 
 
-def _draw(expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random) -> list[Problem]:
+def _draw(
+    expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random
+) -> list[Problem]:
     """`size` different problems, going round the expressions so that each is asked about equally often."""
     pools = [_wordings(expression, level, rng) for expression, level in expressions]
     available = sum(map(len, pools))
@@ -123,7 +154,9 @@ def _draw(expressions: Sequence[tuple[_Expression, int]], size: int, field: str,
             "data.synthetic.levels."
         )
     for i, pool in enumerate(pools):
-        if i % 2 and len(pool) > 1:  # so that one round over the expressions holds about half of each kind
+        if (
+            i % 2 and len(pool) > 1
+        ):  # so that one round over the expressions holds about half of each kind
             pool[0], pool[1] = pool[1], pool[0]
     drawn: list[Problem] = []
     for rank in itertools.count():

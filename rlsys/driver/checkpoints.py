@@ -47,7 +47,9 @@ class CheckpointStore:
         self._keep = keep
         self._damaged: set[Path] = set()  # found by `latest`
 
-    async def save(self, step: int, write: Callable[[Path], Awaitable[None]], state: dict[str, Any]) -> Path:
+    async def save(
+        self, step: int, write: Callable[[Path], Awaitable[None]], state: dict[str, Any]
+    ) -> Path:
         """Write a checkpoint and drop the oldest beyond `keep`. `write` fills the directory that it is given.
 
         Whatever happens meanwhile, earlier checkpoints stay as they were, and this one is there completely or not at all.
@@ -100,7 +102,11 @@ class CheckpointStore:
 
     def _steps(self) -> list[Path]:
         """Renamed checkpoint directories, oldest first."""
-        found = [path for path in self._directory.glob(f"{PREFIX}*") if re.fullmatch(PREFIX + r"\d+", path.name) and path.is_dir()]
+        found = [
+            path
+            for path in self._directory.glob(f"{PREFIX}*")
+            if re.fullmatch(PREFIX + r"\d+", path.name) and path.is_dir()
+        ]
         return sorted(found, key=_step_of)
 
     def latest(self) -> Checkpoint | None:
@@ -108,7 +114,11 @@ class CheckpointStore:
         for path in reversed(self._steps()):
             damage = find_damage(path)
             if damage is None:
-                return Checkpoint(step=_step_of(path), path=path, state=json.loads((path / TRAINER_STATE).read_text()))
+                return Checkpoint(
+                    step=_step_of(path),
+                    path=path,
+                    state=json.loads((path / TRAINER_STATE).read_text()),
+                )
             logger.warning("checkpoint %s is damaged (%s): using the one before it", path, damage)
             self._damaged.add(path)
         return None
@@ -136,7 +146,10 @@ def _seal(directory: Path) -> None:
             continue
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        files[path.relative_to(directory).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "crc32": _checksum(path),
+        }
     with (directory / MANIFEST).open("w") as stream:
         json.dump(files, stream, indent=1)
         stream.flush()

@@ -37,11 +37,17 @@ from rlsys.driver.metrics import Metric, mean
 def required_inputs(config: RunConfig) -> frozenset[Need]:
     """What the driver must have computed before credit is assigned: for the estimator, unless the policy's ranks ask it, and for everything else."""
     algorithm = config.algorithm
-    needs: set[Need] = set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
+    needs: set[Need] = (
+        set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
+    )
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
-    several_updates = config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
-    in_rewards = (algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward") or algorithm.entropy.temperature > 0
+    several_updates = (
+        config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
+    )
+    in_rewards = (
+        algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward"
+    ) or algorithm.entropy.temperature > 0
     if several_updates or in_rewards or algorithm.kl.target is not None or "score_norms" in needs:
         needs.add("old_logprobs")
     return frozenset(needs)
@@ -56,7 +62,9 @@ class _Arrays:
     score_norms: NDArray[np.float32] | None
 
     @staticmethod
-    def join(rollouts: RolloutBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]) -> _Arrays:
+    def join(
+        rollouts: RolloutBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]
+    ) -> _Arrays:
         offsets = rollouts.sequence_offsets
         with_norms = bool(old) and all(part.score_norms is not None for part in old)
         return _Arrays(
@@ -75,7 +83,9 @@ def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
     advantage = config.algorithm.advantage
     output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
     if not bool(torch.isfinite(output.advantages).all()):
-        raise ValueError(f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite")
+        raise ValueError(
+            f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite"
+        )
     return output
 
 
@@ -83,7 +93,9 @@ def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> d
     """`advantage/<name>` of some responses with so many tokens each; advantages are 0 where there is no token."""
     tokens = int(lengths.sum())
     size = mean(float(output.advantages.abs().sum()) / max(tokens, 1), tokens)
-    return {"advantage/mean_abs": size} | {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+    return {"advantage/mean_abs": size} | {
+        f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()
+    }
 
 
 class CreditAssigner:
@@ -130,10 +142,14 @@ class CreditAssigner:
         padding = ResponsePadding.of(rollouts)
         output = None
         if not self._config.algorithm.advantage.recompute:
-            output = _estimate(self._config, self._inputs(rollouts, rewards, arrays, padding, greedy))
+            output = _estimate(
+                self._config, self._inputs(rollouts, rewards, arrays, padding, greedy)
+            )
             self._estimator_state = output.state
         batch = self._train_batch(rollouts, rewards, arrays, output, padding)
-        return batch, (_advantage_metrics(output, rollouts.response_lengths) if output else {}) | self._adapt(rollouts, arrays)
+        return batch, (
+            _advantage_metrics(output, rollouts.response_lengths) if output else {}
+        ) | self._adapt(rollouts, arrays)
 
     def _inputs(
         self,
@@ -157,7 +173,9 @@ class CreditAssigner:
             old_logprobs=old,
             ref_logprobs=ref,
             score_norms=padded(arrays.score_norms),
-            greedy_rewards=None if greedy is None else torch.from_numpy(_of_each_response(rollouts, greedy.rewards)),
+            greedy_rewards=None
+            if greedy is None
+            else torch.from_numpy(_of_each_response(rollouts, greedy.rewards)),
             truncated=torch.from_numpy(rollouts.stop_reasons == StopReason.LENGTH),
             kl_coefficient=self._kl_coefficient if placement == "advantage" else 0.0,
             state=self._estimator_state,
@@ -167,12 +185,16 @@ class CreditAssigner:
         """[B, T] what each token pays for its KL and earns for its surprise; None where neither is asked for."""
         kl, parts = self._config.algorithm.kl, []
         if kl.placement == "reward" and self._kl_coefficient > 0:
-            assert old is not None, "the driver computes old log-probabilities where the KL is placed in the reward"
+            assert old is not None, (
+                "the driver computes old log-probabilities where the KL is placed in the reward"
+            )
             assert ref is not None, "and those of the reference"
             estimate = kl_estimate(old, ref, kl.kind, direction=kl.direction)
             parts.append(torch.where(mask, -self._kl_coefficient * estimate, 0.0))
         if self._temperature > 0:
-            assert old is not None, "the driver computes old log-probabilities where entropy is rewarded"
+            assert old is not None, (
+                "the driver computes old log-probabilities where entropy is rewarded"
+            )
             parts.append(entropy_rewards(old, mask, self._temperature))
         return sum(parts[1:], parts[0]) if parts else None
 
@@ -197,19 +219,27 @@ class CreditAssigner:
             ref_logprobs=arrays.ref,
             returns=flat(output.returns if output else None),
             kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
-            trained=rollouts.stop_reasons != StopReason.LENGTH if algorithm.overlong.mask_truncated else None,
+            trained=rollouts.stop_reasons != StopReason.LENGTH
+            if algorithm.overlong.mask_truncated
+            else None,
         )
 
     def _adapt(self, rollouts: RolloutBatch, arrays: _Arrays) -> dict[str, Metric]:
         """Move the adaptive coefficient and temperature, from what this batch shows; the values that this batch was made with are reported."""
-        kl, entropy, mask = self._config.algorithm.kl, self._config.algorithm.entropy, rollouts.response_mask
+        kl, entropy, mask = (
+            self._config.algorithm.kl,
+            self._config.algorithm.entropy,
+            rollouts.response_mask,
+        )
         metrics: dict[str, Metric] = {}
         if kl.coefficient > 0:
             metrics["kl/coefficient"] = mean(self._kl_coefficient)
         if kl.target is not None and arrays.old is not None and arrays.ref is not None:
             old, ref = torch.from_numpy(arrays.old[mask]), torch.from_numpy(arrays.ref[mask])
             measured = float(kl_estimate(old, ref, "k3").mean())
-            self._kl_coefficient = adapted_coefficient(self._kl_coefficient, measured, target=kl.target, horizon=kl.horizon)
+            self._kl_coefficient = adapted_coefficient(
+                self._kl_coefficient, measured, target=kl.target, horizon=kl.horizon
+            )
         if entropy.temperature > 0:
             metrics["entropy/temperature"] = mean(self._temperature)
             if entropy.target is not None and arrays.old is not None:
@@ -228,7 +258,9 @@ class LiveLogprobs:
 
     logprobs: NDArray[np.float32]  # [N]
     score_norms: NDArray[np.float32]  # [N]
-    layer_baselines: NDArray[np.float32] | None = None  # [N, p] of a baseline network; None: there is none
+    layer_baselines: NDArray[np.float32] | None = (
+        None  # [N, p] of a baseline network; None: there is none
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +274,11 @@ class Recomputed:
 
 
 def recomputed(
-    config: RunConfig, batch: TrainBatch, rows: NDArray[np.int64], live: LiveLogprobs, state: Mapping[str, Any]
+    config: RunConfig,
+    batch: TrainBatch,
+    rows: NDArray[np.int64],
+    live: LiveLogprobs,
+    state: Mapping[str, Any],
 ) -> Recomputed:
     """`batch` with the live log-probabilities as `old_logprobs` and, at the responses `rows`, advantages that were estimated from them.
 
@@ -261,7 +297,9 @@ def recomputed(
         rollout_logprobs=padding.pad(rollouts.rollout_logprobs)[index],
         old_logprobs=padding.pad(live.logprobs)[index],
         score_norms=padding.pad(live.score_norms)[index],
-        layer_baselines=None if live.layer_baselines is None else padding.pad(live.layer_baselines)[index],
+        layer_baselines=None
+        if live.layer_baselines is None
+        else padding.pad(live.layer_baselines)[index],
         truncated=torch.from_numpy(rollouts.stop_reasons[rows] == StopReason.LENGTH),
         state=state,
     )
@@ -276,7 +314,10 @@ def recomputed(
     regression = output.regression
     if regression is not None:
         regression = BaselineRegression(
-            *(torch.from_numpy(flat(array)) for array in (regression.features, regression.base, regression.weights))
+            *(
+                torch.from_numpy(flat(array))
+                for array in (regression.features, regression.base, regression.weights)
+            )
         )
     return Recomputed(
         batch=replace(batch, advantages=flat(output.advantages), old_logprobs=live.logprobs),
@@ -286,7 +327,9 @@ def recomputed(
     )
 
 
-def _of_each_response(rollouts: RolloutBatch, of_prompts: NDArray[np.float32]) -> NDArray[np.float32]:
+def _of_each_response(
+    rollouts: RolloutBatch, of_prompts: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """[P] values in the order of the prompts -> [B] at their responses."""
     index = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
     return of_prompts[[index[int(group)] for group in rollouts.group_ids]].astype(np.float32)

@@ -12,7 +12,9 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch, SamplingParameters
 from rlsys.driver.ports import Generator, RewardScorer
 
-EVALUATION_SEED = 20240401  # always the same, so that evaluations of one run differ by the policy alone
+EVALUATION_SEED = (
+    20240401  # always the same, so that evaluations of one run differ by the policy alone
+)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -40,7 +42,12 @@ class Evaluator:
     """Runs the held-out prompts through the same generation group and reward worker as training."""
 
     def __init__(
-        self, config: RunConfig, prompts: PromptBatch, generator: Generator, scorer: RewardScorer, stop: tuple[str, ...]
+        self,
+        config: RunConfig,
+        prompts: PromptBatch,
+        generator: Generator,
+        scorer: RewardScorer,
+        stop: tuple[str, ...],
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -52,13 +59,18 @@ class Evaluator:
         """Metrics `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k` and each `eval/pass@k`."""
         settings = self._config.trainer.evaluation
         correct, tokens = await self._correct(samples=1, temperature=0.0)
-        values = {"eval/accuracy": float(correct.mean()), "eval/response_length": tokens / len(self._prompts)}
+        values = {
+            "eval/accuracy": float(correct.mean()),
+            "eval/response_length": tokens / len(self._prompts),
+        }
         samples = settings.samples_per_prompt
         if samples > 1:
             counts, _ = await self._correct(samples=samples, temperature=settings.temperature)
             values[f"eval/mean@{samples}"] = float(counts.mean()) / samples
             for k in settings.pass_at:
-                values[f"eval/pass@{k}"] = float(np.mean([pass_at_k(samples, int(count), k) for count in counts]))
+                values[f"eval/pass@{k}"] = float(
+                    np.mean([pass_at_k(samples, int(count), k) for count in counts])
+                )
         return values
 
     async def _correct(self, *, samples: int, temperature: float) -> tuple[NDArray[np.int64], int]:
@@ -79,7 +91,9 @@ class Evaluator:
             indices.append(part.prompt_index)
             scores.append(self._scorer.score(part.rollouts))
             tokens += part.num_response_tokens
-        assert sorted(indices) == list(range(len(self._prompts))), "the generation group must answer each prompt once"
+        assert sorted(indices) == list(range(len(self._prompts))), (
+            "the generation group must answer each prompt once"
+        )
         rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
         counts = np.zeros(len(self._prompts), dtype=np.int64)
         for index, batch in zip(indices, rewards, strict=True):

@@ -42,7 +42,9 @@ def maximum(value: float) -> Metric:
 
 def _combine_pair(name: str, left: Metric, right: Metric) -> Metric:
     if left.reduction != right.reduction:
-        raise ValueError(f"metric {name!r} was reported both as {left.reduction} and as {right.reduction}")
+        raise ValueError(
+            f"metric {name!r} was reported both as {left.reduction} and as {right.reduction}"
+        )
     if left.reduction == "sum":
         return total(left.value + right.value)
     if left.reduction == "max":

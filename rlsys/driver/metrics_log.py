@@ -39,8 +39,14 @@ def read_metrics(path: Path) -> list[MetricsRecord]:
             fields = json.loads(line)
         except ValueError:
             continue
-        numbers = {name: math.nan if value is None else value for name, value in fields["values"].items()}
-        records.append(MetricsRecord(kind=fields["kind"], step=fields["step"], time=fields["time"], values=numbers))
+        numbers = {
+            name: math.nan if value is None else value for name, value in fields["values"].items()
+        }
+        records.append(
+            MetricsRecord(
+                kind=fields["kind"], step=fields["step"], time=fields["time"], values=numbers
+            )
+        )
     return records
 
 
@@ -57,7 +63,9 @@ class MetricsLog:
         self._events = SummaryWriter(str(directory.tensorboard))
 
     def _truncate(self, lines: int) -> None:
-        kept = self._path.read_text().splitlines(keepends=True)[:lines] if self._path.exists() else []
+        kept = (
+            self._path.read_text().splitlines(keepends=True)[:lines] if self._path.exists() else []
+        )
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, self._path)
@@ -68,7 +76,9 @@ class MetricsLog:
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), "values": numbers}) + "\n")
+        self._file.write(
+            json.dumps({"kind": kind, "step": step, "time": time.time(), "values": numbers}) + "\n"
+        )
         self._file.flush()
         self._lines += 1
         for name, value in values.items():

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.batches import (
+    LogprobBatch,
+    PromptBatch,
+    RewardBatch,
+    RolloutBatch,
+    SamplingParameters,
+    TrainBatch,
+)
 from rlsys.driver.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
@@ -44,7 +51,9 @@ class CreditedBatch:
 class Generator(Protocol):
     """The generation group."""
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingParameters) -> AsyncIterator[RolloutPart]:
+    def generate(
+        self, prompts: PromptBatch, sampling: SamplingParameters
+    ) -> AsyncIterator[RolloutPart]:
         """Sample responses; parts come in the order in which they finish and cover each prompt once."""
         ...
 
@@ -66,7 +75,9 @@ class RewardScorer(Protocol):
 class LogprobSource(Protocol):
     """Anything that can tell log-probabilities of sampled tokens: the policy (`old`) or the reference (`ref`)."""
 
-    async def logprobs(self, rollouts: Sequence[Handle[RolloutBatch]]) -> Sequence[Handle[LogprobBatch]]:
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
         """Log-probabilities of the whole batch, given as its parts in prompt order; one handle a rank."""
         ...
 

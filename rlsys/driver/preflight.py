@@ -34,7 +34,9 @@ class PreflightError(ValueError):
     """All problems that were found, a line each."""
 
 
-def check_config(config: RunConfig, directory: RunDirectory, hardware: Hardware, *, resume: bool) -> LoadedProblems:
+def check_config(
+    config: RunConfig, directory: RunDirectory, hardware: Hardware, *, resume: bool
+) -> LoadedProblems:
     """Refuse what cannot work, before any process is started; returns the problems, which had to be read for it.
 
     Raises:
@@ -46,15 +48,22 @@ def check_config(config: RunConfig, directory: RunDirectory, hardware: Hardware,
     checks: tuple[Callable[[], object], ...] = (
         lambda: directory.check(resume=resume),
         lambda: check_model_path(config.model.path),
-        lambda: check_model_path(config.model.reference_path) if config.model.reference_path else None,
+        lambda: (
+            check_model_path(config.model.reference_path) if config.model.reference_path else None
+        ),
         lambda: template_source(config.data.template),
         lambda: loaded.append(load_problems(config)),
         lambda: _check_estimator(config),
         lambda: check_objective(
-            config.algorithm.objective.ratio, config.algorithm.objective.weight, config.algorithm.objective.parameters
+            config.algorithm.objective.ratio,
+            config.algorithm.objective.weight,
+            config.algorithm.objective.parameters,
         ),
         lambda: _check_address(config),
-        *(lambda function=function: _check_reward(function.name, function.parameters) for function in config.reward.functions),
+        *(
+            lambda function=function: _check_reward(function.name, function.parameters)
+            for function in config.reward.functions
+        ),
     )
     for check in checks:
         try:
@@ -130,7 +139,9 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
 def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     """Fields of the algorithm that only make sense together."""
     algorithm, kl, entropy = config.algorithm, config.algorithm.kl, config.algorithm.entropy
-    known = algorithm.advantage.name in available_advantage_estimators()  # an unknown one is refused elsewhere
+    known = (
+        algorithm.advantage.name in available_advantage_estimators()
+    )  # an unknown one is refused elsewhere
     if known:
         in_advantage = "ref_logprobs" in estimator_needs(algorithm.advantage.name)
         if in_advantage and (kl.placement != "advantage" or kl.coefficient == 0):
@@ -156,7 +167,10 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
             "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
             "token_kl_grpo and with remax."
         )
-    if algorithm.advantage.name == "hierarchical" and algorithm.advantage.parameters.get("solver") == "network":
+    if (
+        algorithm.advantage.name == "hierarchical"
+        and algorithm.advantage.parameters.get("solver") == "network"
+    ):
         if not algorithm.advantage.recompute:
             yield (
                 "algorithm.advantage.parameters.solver: 'network' is evaluated and trained by the policy's ranks, before each mini-batch. Set "
@@ -181,7 +195,10 @@ def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
             f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} workers need {cpus} CPUs, this machine has "
             f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
         )
-    gpus = policy.ranks * policy.gpus_per_rank + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
+    gpus = (
+        policy.ranks * policy.gpus_per_rank
+        + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
+    )
     if hardware.gpus and gpus > hardware.gpus:
         yield (
             f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has {hardware.gpus}. Lower them, share a GPU with "
@@ -213,7 +230,10 @@ def check_model(config: RunConfig, model_directory: Path) -> None:
         PreflightError: prompt and response do not fit the model's positions.
     """
     limit = context_length(model_directory)
-    longest = config.generation.max_model_tokens or config.data.max_prompt_tokens + config.generation.max_tokens
+    longest = (
+        config.generation.max_model_tokens
+        or config.data.max_prompt_tokens + config.generation.max_tokens
+    )
     if limit is not None and longest > limit:
         raise PreflightError(
             f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + generation.max_tokens {config.generation.max_tokens} "
@@ -222,7 +242,11 @@ def check_model(config: RunConfig, model_directory: Path) -> None:
 
 
 def describe_plan(
-    config: RunConfig, hardware: Hardware, problems: LoadedProblems, model_directory: Path, directory: RunDirectory
+    config: RunConfig,
+    hardware: Hardware,
+    problems: LoadedProblems,
+    model_directory: Path,
+    directory: RunDirectory,
 ) -> str:
     """What a run would start, and roughly how much memory it would take. Nothing is started.
 
@@ -233,7 +257,11 @@ def describe_plan(
     policy, generation, trainer = config.policy, config.generation, config.trainer
     half = 2 if policy.compute_dtype == "bfloat16" else 0
     rank_gib = parameters * (16 / policy.ranks + half) / 1024**3
-    cache = f"{generation.kv_cache_gib:g} GiB cache" if not hardware.gpus else f"{generation.gpu_memory_utilization:.0%} of its GPU"
+    cache = (
+        f"{generation.kv_cache_gib:g} GiB cache"
+        if not hardware.gpus
+        else f"{generation.gpu_memory_utilization:.0%} of its GPU"
+    )
     engine_gib = parameters * (2 if generation.dtype == "bfloat16" else 4) / 1024**3
     samples = trainer.prompts_per_step * generation.samples_per_prompt
     on_gpu = bool(hardware.gpus)
@@ -249,7 +277,9 @@ def describe_plan(
         + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations",
         "reference    "
         + (
-            f"{policy.ranks} ranks beside the policy" if config.algorithm.kl.coefficient else "none (algorithm.kl.coefficient is 0)"
+            f"{policy.ranks} ranks beside the policy"
+            if config.algorithm.kl.coefficient
+            else "none (algorithm.kl.coefficient is 0)"
         ),
         f"rewards      {config.reward.processes} processes: {', '.join(function.name for function in config.reward.functions)}",
         f"advantages   {config.algorithm.advantage.name}, objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "

@@ -41,7 +41,11 @@ def phase_line(values: Mapping[str, float]) -> str:
     """Time by phase of one step: "generate 1.2 s (40 %), update ..."."""
     total = values.get("time/step") or 1.0
     parts = [(name, values.get(f"time/{name}", 0.0)) for name in PHASES]
-    return ", ".join(f"{name} {seconds:.2f} s ({seconds / total:.0%})" for name, seconds in parts if seconds >= 0.005)
+    return ", ".join(
+        f"{name} {seconds:.2f} s ({seconds / total:.0%})"
+        for name, seconds in parts
+        if seconds >= 0.005
+    )
 
 
 class Progress:
@@ -49,7 +53,11 @@ class Progress:
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if live and console.is_terminal else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if live and console.is_terminal
+            else None
+        )
         self._total = self._first = self._step = 0
         self._began = time.monotonic()
         self._phase = "starting"
@@ -81,7 +89,10 @@ class Progress:
             for name, value in values.items()
             if name.startswith(("eval/mean", "eval/pass"))
         )
-        self._print(f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}" + (f" ({others})" if others else ""))
+        self._print(
+            f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}"
+            + (f" ({others})" if others else "")
+        )
 
     def on_checkpoint(self, step: int, path: str) -> None:
         self._print(f"checkpoint {path}")
@@ -90,7 +101,9 @@ class Progress:
         if self._live:
             self._live.stop()
         if outcome != "finished":
-            self._print(f"run {outcome} after {self._step} steps" + (f": {message}" if message else ""))
+            self._print(
+                f"run {outcome} after {self._step} steps" + (f": {message}" if message else "")
+            )
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -103,11 +116,19 @@ class Progress:
 
     def _print_row(self, step: int, values: Mapping[str, float]) -> None:
         if self._rows % HEADER_EVERY == 0:
-            self._print("    step " + "".join(f"{name:>9}" for name, _, _ in COLUMNS) + "       ETA  time by phase")
+            self._print(
+                "    step "
+                + "".join(f"{name:>9}" for name, _, _ in COLUMNS)
+                + "       ETA  time by phase"
+            )
         self._rows += 1
         cells = [form.format(values[name]) if name in values else "-" for _, name, form in COLUMNS]
         phases = " ".join(f"{name[:3]} {values.get(f'time/{name}', 0.0):.1f}" for name in PHASES)
-        self._print(f"{step:>4}/{self._total:<4}" + "".join(f"{cell:>9}" for cell in cells) + f"{self._eta():>10}  {phases}")
+        self._print(
+            f"{step:>4}/{self._total:<4}"
+            + "".join(f"{cell:>9}" for cell in cells)
+            + f"{self._eta():>10}  {phases}"
+        )
 
     def _show(self) -> None:
         if self._live is None:
@@ -120,19 +141,27 @@ class Progress:
             Text(self._phase, style="dim"),
         )
         numbers = Table.grid(padding=(0, 2))
-        shown = [(name, form.format(self._values[key])) for name, key, form in COLUMNS if key in self._values]
+        shown = [
+            (name, form.format(self._values[key]))
+            for name, key, form in COLUMNS
+            if key in self._values
+        ]
         numbers.add_row(*(Text(name, style="dim") for name, _ in shown))
         numbers.add_row(*(value for _, value in shown))
         lines: list = [head, numbers]
         if self._values:
             lines.append(Text(phase_line(self._values), style="dim"))
         if self._evaluations:
-            curve = "  ".join(f"{step}: {accuracy:.1%}" for step, accuracy in self._evaluations[-8:])
+            curve = "  ".join(
+                f"{step}: {accuracy:.1%}" for step, accuracy in self._evaluations[-8:]
+            )
             lines.append(Text(f"held-out accuracy  {curve}"))
         self._live.update(Group(*lines))
 
 
-def print_summary(console: Console, records: list[MetricsRecord], directory: RunDirectory, seconds: float) -> None:
+def print_summary(
+    console: Console, records: list[MetricsRecord], directory: RunDirectory, seconds: float
+) -> None:
     """The table at the end of a run, and what it wrote."""
     train = [record for record in records if record.kind == "train"]
     evaluations = [record for record in records if record.kind == "eval"]
@@ -145,16 +174,37 @@ def print_summary(console: Console, records: list[MetricsRecord], directory: Run
         )
     if train:
         tenth = max(1, len(train) // 10)
-        means = [sum(r.values.get("reward/mean", 0.0) for r in part) / len(part) for part in (train[:tenth], train[-tenth:])]
-        table.add_row("reward", f"{means[0]:.3f} -> {means[1]:.3f} (mean of the first and last {tenth} steps)")
-        totals = {name: sum(r.values.get(f"time/{name}", 0.0) for r in train) / len(train) for name in (*PHASES, "step")}
+        means = [
+            sum(r.values.get("reward/mean", 0.0) for r in part) / len(part)
+            for part in (train[:tenth], train[-tenth:])
+        ]
+        table.add_row(
+            "reward", f"{means[0]:.3f} -> {means[1]:.3f} (mean of the first and last {tenth} steps)"
+        )
+        totals = {
+            name: sum(r.values.get(f"time/{name}", 0.0) for r in train) / len(train)
+            for name in (*PHASES, "step")
+        }
         table.add_row("steps", f"{train[-1].step}, {totals['step']:.2f} s each")
-        table.add_row("time by phase", phase_line({f"time/{name}": value for name, value in totals.items()}))
+        table.add_row(
+            "time by phase", phase_line({f"time/{name}": value for name, value in totals.items()})
+        )
         tokens = sum(r.values.get("rollout/tokens", 0.0) for r in train)
         generating = sum(r.values.get("time/generate", 0.0) for r in train)
-        table.add_row("sampled tokens", f"{tokens:,.0f}, {tokens / max(generating, 1e-9):.0f} a second while generating")
-        memory = {n.removeprefix("memory/"): v for r in train for n, v in r.values.items() if n.startswith("memory/")}
-        table.add_row("peak memory", ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items()) or "-")
+        table.add_row(
+            "sampled tokens",
+            f"{tokens:,.0f}, {tokens / max(generating, 1e-9):.0f} a second while generating",
+        )
+        memory = {
+            n.removeprefix("memory/"): v
+            for r in train
+            for n, v in r.values.items()
+            if n.startswith("memory/")
+        }
+        table.add_row(
+            "peak memory",
+            ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items()) or "-",
+        )
     table.add_row("wall time", duration(seconds))
     console.print(table)
     for what, path in (

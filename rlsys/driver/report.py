@@ -50,15 +50,27 @@ class ChartSpec:
 
 
 CHARTS = (
-    ChartSpec("Reward", (("mean", "reward/mean", "train"), ("standard deviation", "reward/std", "train"))),
-    ChartSpec("Accuracy", (("training samples", "reward/accuracy", "train"), ("held out", "eval/accuracy", "eval")), percent=True),
+    ChartSpec(
+        "Reward", (("mean", "reward/mean", "train"), ("standard deviation", "reward/std", "train"))
+    ),
+    ChartSpec(
+        "Accuracy",
+        (("training samples", "reward/accuracy", "train"), ("held out", "eval/accuracy", "eval")),
+        percent=True,
+    ),
     ChartSpec("Response length (tokens)", (("mean", "rollout/response_length", "train"),)),
     ChartSpec("Entropy (nats a token)", (("policy", "policy/entropy", "train"),)),
-    ChartSpec("KL to the reference (nats a token)", (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train"))),
+    ChartSpec(
+        "KL to the reference (nats a token)",
+        (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
+    ),
     ChartSpec("Gradient norm", (("before clipping", "policy/grad_norm", "train"),)),
     ChartSpec(
         "Log-probability gap, engine and trainer",
-        (("sampled tokens", "policy/logprob_gap_mean", "train"), ("probe after sync", "sync/logprob_gap_mean", "train")),
+        (
+            ("sampled tokens", "policy/logprob_gap_mean", "train"),
+            ("probe after sync", "sync/logprob_gap_mean", "train"),
+        ),
     ),
     ChartSpec(
         "Share of groups and responses",
@@ -98,18 +110,30 @@ CHARTS = (
 
 def series_of(records: Sequence[MetricsRecord], label: str, name: str, kind: str) -> Series:
     """The finite values of one metric over steps."""
-    points = tuple((r.step, r.values[name]) for r in records if r.kind == kind and math.isfinite(r.values.get(name, math.nan)))
+    points = tuple(
+        (r.step, r.values[name])
+        for r in records
+        if r.kind == kind and math.isfinite(r.values.get(name, math.nan))
+    )
     return Series(label, points, markers=kind == "eval")
 
 
 def series_over_position(records: Sequence[MetricsRecord], prefix: str) -> list[Series]:
     """Metrics `<prefix><percent of the longest response>` of the first, the middle and the last step that have any, a line each."""
-    steps = [r for r in records if r.kind == "train" and any(name.startswith(prefix) for name in r.values)]
+    steps = [
+        r
+        for r in records
+        if r.kind == "train" and any(name.startswith(prefix) for name in r.values)
+    ]
     shown = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
     return [
         Series(
             f"step {steps[i].step}",
-            tuple((float(name.removeprefix(prefix)), v) for name, v in sorted(steps[i].values.items()) if name.startswith(prefix)),
+            tuple(
+                (float(name.removeprefix(prefix)), v)
+                for name, v in sorted(steps[i].values.items())
+                if name.startswith(prefix)
+            ),
             markers=True,
         )
         for i in shown
@@ -134,7 +158,9 @@ def format_number(value: float, *, percent: bool = False) -> str:
     return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
 
 
-def _smoothed(points: Sequence[tuple[float, float]], weight: float = 0.8) -> list[tuple[float, float]]:
+def _smoothed(
+    points: Sequence[tuple[float, float]], weight: float = 0.8
+) -> list[tuple[float, float]]:
     """Exponential moving average with its start corrected, as in Adam."""
     average, result = 0.0, []
     for i, (x, y) in enumerate(points, start=1):
@@ -146,7 +172,9 @@ def _smoothed(points: Sequence[tuple[float, float]], weight: float = 0.8) -> lis
 class _Frame:
     """The coordinate system of one chart."""
 
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], *, percent: bool, from_zero: bool) -> None:
+    def __init__(
+        self, xs: Sequence[float], ys: Sequence[float], *, percent: bool, from_zero: bool
+    ) -> None:
         low, high = (0.0 if from_zero else min(ys)), max(ys)
         self.ticks = nice_ticks(min(low, high), high)
         self.percent = percent
@@ -157,22 +185,34 @@ class _Frame:
         return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+        return (
+            HEIGHT
+            - BOTTOM
+            - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+        )
 
     def axes(self) -> str:
         parts = []
         for tick in self.ticks:
             y = self.y(tick)
             text = format_number(tick, percent=self.percent)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+            parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+            )
         for tick in nice_ticks(self.x_low, self.x_high, 5):
             if self.x_low <= tick <= self.x_high and tick == round(tick):
-                parts.append(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:g}</text>')
+                parts.append(
+                    f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:g}</text>'
+                )
         return "".join(parts)
 
 
-def line_chart(title: str, lines: Sequence[Series], *, percent: bool = False, at: str = "step {}") -> str:
+def line_chart(
+    title: str, lines: Sequence[Series], *, percent: bool = False, at: str = "step {}"
+) -> str:
     """An SVG of lines over steps, smoothed with the raw values behind; "" where there is nothing to draw. `at` names an x under the pointer."""
     lines = [line for line in lines if line.points]
     if not lines:
@@ -185,15 +225,29 @@ def line_chart(title: str, lines: Sequence[Series], *, percent: bool = False, at
         raw = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
         if line.markers or len(line.points) < 8:
             body.append(f'<polyline class="line c{i}" points="{raw}"/>')
-            body += [f'<circle class="dot c{i}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"/>' for x, y in line.points]
+            body += [
+                f'<circle class="dot c{i}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"/>'
+                for x, y in line.points
+            ]
         else:
-            smooth = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in _smoothed(line.points))
-            body.append(f'<polyline class="raw c{i}" points="{raw}"/><polyline class="line c{i}" points="{smooth}"/>')
+            smooth = " ".join(
+                f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in _smoothed(line.points)
+            )
+            body.append(
+                f'<polyline class="raw c{i}" points="{raw}"/><polyline class="line c{i}" points="{smooth}"/>'
+            )
     data = [
-        {"label": line.label, "points": [[round(frame.x(x), 1), x, format_number(y, percent=percent)] for x, y in line.points]}
+        {
+            "label": line.label,
+            "points": [
+                [round(frame.x(x), 1), x, format_number(y, percent=percent)] for x, y in line.points
+            ],
+        }
         for line in lines
     ]
-    legend = "".join(f'<span class="key c{i}">{html.escape(line.label)}</span>' for i, line in enumerate(lines))
+    legend = "".join(
+        f'<span class="key c{i}">{html.escape(line.label)}</span>' for i, line in enumerate(lines)
+    )
     return _figure(title, legend, "".join(body), data, at)
 
 
@@ -204,7 +258,10 @@ def stacked_bars(title: str, records: Sequence[MetricsRecord]) -> str:
         return ""
     size = math.ceil(len(steps) / 60)
     buckets = [steps[i : i + size] for i in range(0, len(steps), size)]
-    heights = [[sum(r.values.get(f"time/{phase}", 0.0) for r in bucket) / len(bucket) for phase in PHASES] for bucket in buckets]
+    heights = [
+        [sum(r.values.get(f"time/{phase}", 0.0) for r in bucket) / len(bucket) for phase in PHASES]
+        for bucket in buckets
+    ]
     xs = [bucket[0].step for bucket in buckets]
     # The first step pays for warming up; it may leave the frame rather than flatten all the others.
     tallest = max(map(sum, heights[1:] or heights))
@@ -225,14 +282,19 @@ def stacked_bars(title: str, records: Sequence[MetricsRecord]) -> str:
         data.append(
             {
                 "label": phase,
-                "points": [[round(frame.x(x) + width / 2, 1), x, f"{h[i]:.2f} s"] for x, h in zip(xs, heights, strict=True)],
+                "points": [
+                    [round(frame.x(x) + width / 2, 1), x, f"{h[i]:.2f} s"]
+                    for x, h in zip(xs, heights, strict=True)
+                ],
             }
         )
     legend = "".join(f'<span class="key c{i}">{phase}</span>' for i, phase in enumerate(PHASES))
     return _figure(title, legend, "".join(body), data)
 
 
-def _figure(title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]], at: str = "step {}") -> str:
+def _figure(
+    title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]], at: str = "step {}"
+) -> str:
     points = html.escape(json.dumps(data), quote=True)
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
@@ -278,7 +340,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _samples(directory: RunDirectory) -> list[tuple[str, list[dict[str, Any]]]]:
     files = sorted(directory.rollouts.glob("step_*.parquet"))
     chosen = files if len(files) < 2 else [files[0], files[-1]]
-    return [(f"Step {int(file.stem.removeprefix('step_'))}", _spread(read_rollouts(file))) for file in chosen]
+    return [
+        (f"Step {int(file.stem.removeprefix('step_'))}", _spread(read_rollouts(file)))
+        for file in chosen
+    ]
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -304,14 +369,29 @@ def _first_advantage(row: Mapping[str, Any]) -> str:
     """That of the first sampled token; a dash where each mini-batch estimates its own, which the file does not hold."""
     if row["advantages"] is None:
         return "–"
-    return format(next((a for a, sampled in zip(row["advantages"], row["response_mask"], strict=True) if sampled), 0.0), "+.2f")
+    return format(
+        next(
+            (
+                a
+                for a, sampled in zip(row["advantages"], row["response_mask"], strict=True)
+                if sampled
+            ),
+            0.0,
+        ),
+        "+.2f",
+    )
 
 
 def render_report(directory: RunDirectory) -> str:
     """The page."""
     records = read_metrics(directory.metrics)
     config = yaml.safe_load(directory.config.read_text())
-    charts = [line_chart(spec.title, [series_of(records, *line) for line in spec.lines], percent=spec.percent) for spec in CHARTS]
+    charts = [
+        line_chart(
+            spec.title, [series_of(records, *line) for line in spec.lines], percent=spec.percent
+        )
+        for spec in CHARTS
+    ]
     shares = series_over_position(records, "advantage/effective_share/at_")
     title = "Effective sample size of the ratios over position (% of the longest response)"
     charts.append(line_chart(title, shares, percent=True, at="{} % of the longest response"))

@@ -65,7 +65,9 @@ class RunDirectory:
                 f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or name another directory."
             )
         if resume and not self.config.is_file():
-            raise ValueError(f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of an earlier run.")
+            raise ValueError(
+                f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of an earlier run."
+            )
 
     def create(self, config: RunConfig) -> None:
         """Make the directories and write the resolved configuration."""

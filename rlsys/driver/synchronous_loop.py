@@ -79,7 +79,9 @@ class ScoredGroup:
 
     part: RolloutPart
     rewards: Handle[RewardBatch]
-    greedy_rewards: Handle[RewardBatch] | None  # of the greedy response; None: the estimator does not read it
+    greedy_rewards: (
+        Handle[RewardBatch] | None
+    )  # of the greedy response; None: the estimator does not read it
 
 
 class PhaseClock:
@@ -134,7 +136,9 @@ class SynchronousLoop:
         self._step = 0  # completed steps, which is also the version of the policy's weights
         self._saved_step = 0
         self._evaluated_step = -1
-        self._save_time: dict[str, float] = {}  # of a checkpoint; reported with the step after it, beyond that step's time/step
+        self._save_time: dict[
+            str, float
+        ] = {}  # of a checkpoint; reported with the step after it, beyond that step's time/step
         self._place = "start"
 
     def request_stop(self) -> None:
@@ -166,7 +170,9 @@ class SynchronousLoop:
         try:
             await self._train()
         except (asyncio.CancelledError, KeyboardInterrupt):
-            self._observer.on_end("interrupted", f"left during {self._place}; {self._newest_checkpoint()}")
+            self._observer.on_end(
+                "interrupted", f"left during {self._place}; {self._newest_checkpoint()}"
+            )
             raise
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[-1]
@@ -204,16 +210,23 @@ class SynchronousLoop:
         greedy = [group.greedy_rewards for group in groups if group.greedy_rewards is not None]
         with self._timed(clock, step, "logprobs"):  # the reward pool works meanwhile
             old, ref = await self._old_and_ref_logprobs(rollouts)
-        with self._timed(clock, step, "reward"):  # these records are small: a few numbers a response
+        with self._timed(
+            clock, step, "reward"
+        ):  # these records are small: a few numbers a response
             await asyncio.gather(*rewards, *greedy)
         with self._timed(clock, step, "advantages"):
             credited = await workers.advantages.credit(rollouts, rewards, old, ref, greedy)
         with self._timed(clock, step, "update"):
-            update, _ = await asyncio.gather(workers.policy.update(credited.batch), self._write_rollouts(step, credited))
+            update, _ = await asyncio.gather(
+                workers.policy.update(credited.batch), self._write_rollouts(step, credited)
+            )
         with self._timed(clock, step, "sync"):
             sync = await workers.weights.sync(step)
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
-        return _step_values(combine([sampled, credited.metrics, update, sync, _driver_memory(), *memory]), clock.values())
+        return _step_values(
+            combine([sampled, credited.metrics, update, sync, _driver_memory(), *memory]),
+            clock.values(),
+        )
 
     def _enter(self, step: int, phase: str) -> None:
         self._place = f"{phase} of step {step}"
@@ -231,7 +244,10 @@ class SynchronousLoop:
         With dynamic sampling (`algorithm.dynamic_sampling`), groups whose rewards are all equal are replaced by those of further prompts; after the last
         allowed round such groups fill what is still missing, so that the batch always has its size.
         """
-        rounds, wanted = self._config.algorithm.dynamic_sampling.max_rounds, self._config.trainer.prompts_per_step
+        rounds, wanted = (
+            self._config.algorithm.dynamic_sampling.max_rounds,
+            self._config.trainer.prompts_per_step,
+        )
         prompts = self._prompts.next_batch()
         if rounds == 1:
             return await self._generate_and_score(prompts, round_number=0), {}
@@ -240,7 +256,11 @@ class SynchronousLoop:
         number = 0
         for number in range(rounds):
             # The later rounds belong to the batch of the first.
-            batch = prompts if number == 0 else replace(self._prompts.next_batch(), batch_id=prompts.batch_id)
+            batch = (
+                prompts
+                if number == 0
+                else replace(self._prompts.next_batch(), batch_id=prompts.batch_id)
+            )
             for group in await self._generate_and_score(batch, round_number=number):
                 rewards = (await group.rewards).rewards  # a few numbers
                 (equal if rewards.max() == rewards.min() else useful).append(group)
@@ -253,7 +273,9 @@ class SynchronousLoop:
         }
         return (useful + equal)[:wanted], counts
 
-    async def _generate_and_score(self, prompts: PromptBatch, *, round_number: int) -> list[ScoredGroup]:
+    async def _generate_and_score(
+        self, prompts: PromptBatch, *, round_number: int
+    ) -> list[ScoredGroup]:
         """Sample responses; each group goes to the reward worker the moment it is there. In prompt order.
 
         A generation group that lost a prompt would silently bias the update, hence the check.
@@ -262,9 +284,14 @@ class SynchronousLoop:
         scored = await self._stream(prompts, sampling)
         greedy: dict[int, tuple[RolloutPart, Handle[RewardBatch]]] = {}
         if "greedy_rewards" in self._needs:
-            greedy = await self._stream(prompts, replace(sampling, samples_per_prompt=1, temperature=0.0, top_p=1.0, top_k=0))
+            greedy = await self._stream(
+                prompts,
+                replace(sampling, samples_per_prompt=1, temperature=0.0, top_p=1.0, top_k=0),
+            )
         return [
-            ScoredGroup(part=part, rewards=rewards, greedy_rewards=greedy[index][1] if greedy else None)
+            ScoredGroup(
+                part=part, rewards=rewards, greedy_rewards=greedy[index][1] if greedy else None
+            )
             for index, (part, rewards) in sorted(scored.items())
         ]
 
@@ -275,7 +302,9 @@ class SynchronousLoop:
         scored: dict[int, tuple[RolloutPart, Handle[RewardBatch]]] = {}
         async for part in self._workers.generator.generate(prompts, sampling):
             scored[part.prompt_index] = part, self._workers.scorer.score(part.rollouts)
-        assert sorted(scored) == list(range(len(prompts))), "the generation group must answer each prompt once"
+        assert sorted(scored) == list(range(len(prompts))), (
+            "the generation group must answer each prompt once"
+        )
         return scored
 
     def _sampling(self, batch_id: int, round_number: int) -> SamplingParameters:
@@ -310,7 +339,9 @@ class SynchronousLoop:
     async def _write_rollouts(self, step: int, credited: CreditedBatch) -> None:
         every = self._config.trainer.save_rollouts_every
         if step in (1, self._config.trainer.steps) or (every and step % every == 0):
-            await self._workers.advantages.write_rollouts(credited.batch, self._rollouts_directory / f"step_{step:06d}.parquet")
+            await self._workers.advantages.write_rollouts(
+                credited.batch, self._rollouts_directory / f"step_{step:06d}.parquet"
+            )
 
     def _evaluation_is_due(self) -> bool:
         """Before the first step, after each `every` steps and after the last; an abandoned one is still due after a resume."""
@@ -320,13 +351,19 @@ class SynchronousLoop:
         return self._step % every == 0 or self._step == self._config.trainer.steps
 
     async def _evaluate_if_due(self) -> None:
-        if self._evaluator is None or not self._evaluation_is_due() or self._stop_requested.is_set():
+        if (
+            self._evaluator is None
+            or not self._evaluation_is_due()
+            or self._stop_requested.is_set()
+        ):
             return
         self._enter(self._step, "evaluate")
         start = time.perf_counter()
         report = await _unless_stopped(self._evaluator.evaluate(), self._stop_requested)
         if report is not None:
-            self._observer.on_evaluation(self._step, report | {"time/evaluate": time.perf_counter() - start})
+            self._observer.on_evaluation(
+                self._step, report | {"time/evaluate": time.perf_counter() - start}
+            )
             self._evaluated_step = self._step
 
     async def _save(self) -> None:
@@ -372,6 +409,8 @@ def _step_values(metrics: Mapping[str, Metric], times: Mapping[str, float]) -> d
     numbers = values(metrics) | dict(times)
     tokens = numbers.get("rollout/tokens", 0.0)
     numbers["throughput/generate"] = tokens / max(times["time/generate"], 1e-9)
-    numbers["throughput/update"] = numbers.get("policy/tokens", 0.0) / max(times["time/update"], 1e-9)
+    numbers["throughput/update"] = numbers.get("policy/tokens", 0.0) / max(
+        times["time/update"], 1e-9
+    )
     numbers["throughput/step"] = tokens / max(times["time/step"], 1e-9)
     return numbers

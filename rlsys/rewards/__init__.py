@@ -8,7 +8,11 @@ from rlsys.rewards.functions import (
     soft_overlong_reward,
 )
 from rlsys.rewards.math_verifier import MathVerdict, verify_math
-from rlsys.rewards.registry import available_reward_functions, get_reward_function, register_reward_function
+from rlsys.rewards.registry import (
+    available_reward_functions,
+    get_reward_function,
+    register_reward_function,
+)
 
 __all__ = [
     "MathVerdict",

@@ -13,7 +13,12 @@ from rlsys.rewards.registry import register_reward_function
 
 
 @register_reward_function("math")
-def math_reward(completion: str, ground_truth: str, *, extraction: Literal["boxed", "answer_tag", "lenient"] = "boxed") -> float:
+def math_reward(
+    completion: str,
+    ground_truth: str,
+    *,
+    extraction: Literal["boxed", "answer_tag", "lenient"] = "boxed",
+) -> float:
     """1 where the completion's answer equals the ground truth, else 0. See `verify_math`."""
     return verify_math(completion, ground_truth, extraction=extraction).score
 
@@ -30,7 +35,10 @@ def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
 
     The opening <think> belongs to the prompt (template `r1_zero`). Nothing but space stands between the elements and after the last.
     """
-    if any(completion.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")) or "<think>" in completion:
+    if (
+        any(completion.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>"))
+        or "<think>" in completion
+    ):
         return 0.0
     _, _, rest = completion.partition("</think>")
     rest = rest.strip()
@@ -39,7 +47,12 @@ def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
 
 @register_reward_function("soft_overlong")
 def soft_overlong_reward(
-    completion: str, ground_truth: str, completion_tokens: int, *, max_tokens: int, buffer_tokens: int
+    completion: str,
+    ground_truth: str,
+    completion_tokens: int,
+    *,
+    max_tokens: int,
+    buffer_tokens: int,
 ) -> float:
     """DAPO's soft overlong punishment: 0 for short responses, falling to -1 over the last `buffer_tokens` before `max_tokens`.
 
@@ -62,7 +75,9 @@ def soft_overlong_reward(
 
 
 @register_reward_function("repetition")
-def repetition_reward(completion: str, ground_truth: str, *, ngram: int = 4, scale: float = 1.0) -> float:
+def repetition_reward(
+    completion: str, ground_truth: str, *, ngram: int = 4, scale: float = 1.0
+) -> float:
     """Minus `scale` times the share of repeated word n-grams: 0 where none occurs twice, towards -scale for a loop.
 
         -scale * (1 - distinct n-grams / n-grams)

@@ -58,13 +58,17 @@ class RewardPool:
         for future in [self._threads.submit(start) for _ in range(self._config.processes)]:
             future.result()
 
-    def submit(self, completion: str, ground_truth: str, completion_tokens: int = 0) -> Future[Score]:
+    def submit(
+        self, completion: str, ground_truth: str, completion_tokens: int = 0
+    ) -> Future[Score]:
         """Score one completion of so many sampled tokens. The future never fails: what goes wrong becomes a score of 0 with its reason."""
         return self._threads.submit(self._score, completion, ground_truth, completion_tokens)
 
     def _score(self, completion: str, ground_truth: str, completion_tokens: int) -> Score:
         try:
-            answer = self._process().ask((completion, ground_truth, completion_tokens), self._config.timeout_s)
+            answer = self._process().ask(
+                (completion, ground_truth, completion_tokens), self._config.timeout_s
+            )
         except TimeoutError:
             answer = "timeout"
         except (EOFError, OSError):
@@ -114,9 +118,20 @@ class _Process:
 
     def __init__(self, config: RewardConfig, plugins: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "rlsys.rewards.pool", str(theirs.fileno()), str(os.getpid())]
-        self._popen = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "rlsys.rewards.pool",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
+        self._popen = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
         theirs.close()
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
@@ -164,13 +179,17 @@ def _serve(connection: Connection) -> None:
     functions, plugins, memory_gb = pickle.loads(connection.recv_bytes())
     load_plugins(plugins)
     with contextlib.suppress(Exception):  # a user's function may refuse this text
-        score_completion(functions, "\\boxed{x^2 + 1}", "1 + x^2")  # imports what the first answer would otherwise wait for
+        score_completion(
+            functions, "\\boxed{x^2 + 1}", "1 + x^2"
+        )  # imports what the first answer would otherwise wait for
     _limit_memory(memory_gb)
     connection.send_bytes(pickle.dumps(READY))
     while True:
         completion, ground_truth, completion_tokens = pickle.loads(connection.recv_bytes())
         try:
-            answer: object = score_completion(functions, completion, ground_truth, completion_tokens)
+            answer: object = score_completion(
+                functions, completion, ground_truth, completion_tokens
+            )
         except Exception as error:  # a user's function may raise anything
             answer = (f"{type(error).__name__}: {error}",)
         connection.send_bytes(pickle.dumps(answer))

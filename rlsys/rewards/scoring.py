@@ -21,7 +21,10 @@ class Score:
 
 
 def score_completion(
-    functions: Sequence[RewardFunctionConfig], completion: str, ground_truth: str, completion_tokens: int = 0
+    functions: Sequence[RewardFunctionConfig],
+    completion: str,
+    ground_truth: str,
+    completion_tokens: int = 0,
 ) -> Score:
     """Run all functions on one completion of so many sampled tokens. Errors of user functions are the caller's to handle."""
     reason, answer = "ok", ""
@@ -35,10 +38,14 @@ def score_completion(
         else:
             reward = get_reward_function(function.name)
             arguments = (
-                (completion, ground_truth, completion_tokens) if takes_completion_tokens(reward) else (completion, ground_truth)
+                (completion, ground_truth, completion_tokens)
+                if takes_completion_tokens(reward)
+                else (completion, ground_truth)
             )
             value = float(reward(*arguments, **function.parameters))
             if not math.isfinite(value):
-                raise ValueError(f"reward function {function.name!r} returned {value}; a reward must be finite")
+                raise ValueError(
+                    f"reward function {function.name!r} returned {value}; a reward must be finite"
+                )
             components.append(value)
     return Score(components=tuple(components), reason=reason, answer=answer)

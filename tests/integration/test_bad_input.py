@@ -70,22 +70,51 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--data.train", "/no/such.parquet"], "data.train", "Give the path"),
         (["--data.train", "{files}/columns.jsonl"], "data.train", "data.columns.problem"),
-        (["--data.train", "{files}/good.jsonl", "--data.levels", "5"], "data.train", "widen the filters"),
+        (
+            ["--data.train", "{files}/good.jsonl", "--data.levels", "5"],
+            "data.train",
+            "widen the filters",
+        ),
         (["--algorithm.advantage.name", "grop"], "algorithm.advantage.name", "Did you mean grpo"),
-        (["--algorithm.objective.weight", "ppo_clipp"], "algorithm.objective.weight", "Did you mean ppo_clip"),
-        (["--algorithm.objective.ratio", "tokn"], "algorithm.objective.ratio", "Did you mean token"),
+        (
+            ["--algorithm.objective.weight", "ppo_clipp"],
+            "algorithm.objective.weight",
+            "Did you mean ppo_clip",
+        ),
+        (
+            ["--algorithm.objective.ratio", "tokn"],
+            "algorithm.objective.ratio",
+            "Did you mean token",
+        ),
         (["--reward.functions", "[{name: mth}]"], "reward.functions.name", "Did you mean math"),
         (["--data.template", "few_shots"], "data.template", "Did you mean few_shot"),
-        (["--algorithm.advantage.parameters.std_dof", "1"], "algorithm.advantage.parameters.std_dof", "Did you mean std_ddof"),
-        (["--algorithm.advantage.parameters.eps", "small"], "algorithm.advantage.parameters.eps", "expects float"),
         (
-            ["--algorithm.advantage.name", "hierarchical", "--algorithm.advantage.parameters.solver", "network"],
+            ["--algorithm.advantage.parameters.std_dof", "1"],
+            "algorithm.advantage.parameters.std_dof",
+            "Did you mean std_ddof",
+        ),
+        (
+            ["--algorithm.advantage.parameters.eps", "small"],
+            "algorithm.advantage.parameters.eps",
+            "expects float",
+        ),
+        (
+            [
+                "--algorithm.advantage.name",
+                "hierarchical",
+                "--algorithm.advantage.parameters.solver",
+                "network",
+            ],
             "algorithm.advantage.parameters.solver",
             "recompute true",
         ),
         (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
         (["--policy.ranks", "60"], "policy.ranks", "this machine has"),
-        (["--generation.samples_per_prompt", "1"], "generation.samples_per_prompt", "Sample at least 2"),
+        (
+            ["--generation.samples_per_prompt", "1"],
+            "generation.samples_per_prompt",
+            "Sample at least 2",
+        ),
         (["--generation.max_tokens", "5000"], "generation.max_tokens", "2048 positions"),
         (["--run.directory", "{files}/used"], "run.directory", "--resume"),
         (["--run.directory", "{files}/none", "--resume"], "run.directory", "holds no run"),
@@ -112,20 +141,34 @@ def test_an_unreachable_cluster(capsys: pytest.CaptureFixture[str]):
     assert f"error: cluster.address: nothing answers at '127.0.0.1:{port}'" in message
 
 
-@pytest.mark.parametrize(("path", "message"), [("mute", "has no tokenizer"), ("empty", "has no config.json")])
-def test_incomplete_model_directories(capsys: pytest.CaptureFixture[str], files: Path, path: str, message: str):
+@pytest.mark.parametrize(
+    ("path", "message"), [("mute", "has no tokenizer"), ("empty", "has no config.json")]
+)
+def test_incomplete_model_directories(
+    capsys: pytest.CaptureFixture[str], files: Path, path: str, message: str
+):
     assert message in refused(capsys, model=str(files / path))
 
 
 def test_several_mistakes_are_reported_together(capsys: pytest.CaptureFixture[str]):
-    message = refused(capsys, "--algorithm.advantage.name", "x", "--policy.mini_batches", "3", "--data.train", "/none.jsonl")
+    message = refused(
+        capsys,
+        "--algorithm.advantage.name",
+        "x",
+        "--policy.mini_batches",
+        "3",
+        "--data.train",
+        "/none.jsonl",
+    )
     assert message.count("error: ") == 3
 
 
 def test_a_mistake_ends_the_process_without_a_traceback_and_without_ray():
     done = in_a_process("--algorithm.advantage.name", "grop")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: algorithm.advantage.name: unknown advantage estimator 'grop'. Did you mean grpo")
+    assert done.stderr.startswith(
+        "error: algorithm.advantage.name: unknown advantage estimator 'grop'. Did you mean grpo"
+    )
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

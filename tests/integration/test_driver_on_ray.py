@@ -13,7 +13,14 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import Prompt, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters, TrainBatch
+from rlsys.data.batches import (
+    Prompt,
+    PromptBatch,
+    RewardBatch,
+    RolloutBatch,
+    SamplingParameters,
+    TrainBatch,
+)
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
@@ -46,7 +53,9 @@ class Killer:
     def on_end(self, outcome: Outcome, message: str) -> None: ...
 
 
-async def train(path: Path, config: RunConfig, *, resume: bool = False, kill: tuple[str, int, str] | None = None) -> None:
+async def train(
+    path: Path, config: RunConfig, *, resume: bool = False, kill: tuple[str, int, str] | None = None
+) -> None:
     """One process's share of a run, with actors of its own."""
     directory = RunDirectory(path)
     directory.create(config)
@@ -54,7 +63,9 @@ async def train(path: Path, config: RunConfig, *, resume: bool = False, kill: tu
     checkpoint = store.latest() if resume else None
     assert (checkpoint is not None) == resume
     async with started(config) as parts:
-        log = MetricsLog(directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None)
+        log = MetricsLog(
+            directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None
+        )
         workers = parts.workers
         loop = SynchronousLoop(
             config,
@@ -72,7 +83,9 @@ async def train(path: Path, config: RunConfig, *, resume: bool = False, kill: tu
         assert await loop.run() == "finished"
 
 
-async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_again_with_the_same_result(tmp_path: Path) -> None:
+async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_again_with_the_same_result(
+    tmp_path: Path,
+) -> None:
     """A policy rank is killed during an update, after two steps and an evaluation beyond the last checkpoint; every metric to 1e-6."""
     config = make_config(steps=6, evaluation={"every": 2}, checkpoints={"every": 3})
     metrics = RunDirectory(tmp_path / "run").metrics
@@ -83,17 +96,35 @@ async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_agai
     await train(tmp_path / "run", config, resume=True)
 
     after = {(record.kind, record.step): record for record in read_metrics(metrics)}
-    uninterrupted = [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4), ("train", 5)]
+    uninterrupted = [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("train", 3),
+        ("train", 4),
+        ("eval", 4),
+        ("train", 5),
+    ]
     assert list(before) == uninterrupted
     assert list(after) == [*uninterrupted, ("train", 6), ("eval", 6)]
     assert len(read_metrics(metrics)) == len(after)
     for moment, expected in before.items():
         found = after[moment]
-        assert (found.time > expected.time) == (moment in uninterrupted[-3:]), "only what came after the checkpoint was done again"
-        compared = [name for name in expected.values if not name.startswith(("time/", "throughput/", "memory/"))]
+        assert (found.time > expected.time) == (moment in uninterrupted[-3:]), (
+            "only what came after the checkpoint was done again"
+        )
+        compared = [
+            name
+            for name in expected.values
+            if not name.startswith(("time/", "throughput/", "memory/"))
+        ]
         assert len(compared) > (20 if expected.kind == "train" else 1)
         for name in compared:
-            assert found.values[name] == pytest.approx(expected.values[name], abs=1e-6), (moment, name)
+            assert found.values[name] == pytest.approx(expected.values[name], abs=1e-6), (
+                moment,
+                name,
+            )
     rewards = [record.values["reward/std"] for record in after.values() if record.kind == "train"]
     assert min(rewards) > 0, "equal rewards would teach nothing, and any two such runs are equal"
 
@@ -101,7 +132,9 @@ async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_agai
 class LargeRollouts:
     """Generation actor whose batches hold `sampling.max_tokens` tokens: 9 bytes each."""
 
-    def generate(self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters) -> Any:
+    def generate(
+        self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
+    ) -> Any:
         sequences = np.ones((2, sampling.max_tokens // 2), dtype=np.int32)
         batch = RolloutBatch.from_sequences(sequences, temperature=1.0)
         yield (first_prompt, batch.num_response_tokens)
@@ -115,11 +148,24 @@ class Trainer:
         zeros = np.zeros(len(rollouts), dtype=np.float32)
         none = ("",) * len(rollouts)
         return RewardBatch(
-            batch_id=rollouts.batch_id, rewards=zeros, accuracies=zeros, components={}, reasons=none, extracted_answers=none
+            batch_id=rollouts.batch_id,
+            rewards=zeros,
+            accuracies=zeros,
+            components={},
+            reasons=none,
+            extracted_answers=none,
         )
 
     def credit(self, rollouts: RolloutBatch, rewards: RewardBatch) -> list:
-        return [ray.put(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=np.zeros(len(rollouts.token_ids), np.float32)))]
+        return [
+            ray.put(
+                TrainBatch(
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    advantages=np.zeros(len(rollouts.token_ids), np.float32),
+                )
+            )
+        ]
 
     def update(self, batch: TrainBatch) -> int:
         return len(batch.rollouts.token_ids)
@@ -136,7 +182,12 @@ class TrainerClient:
         return self._actor.score.remote(rollouts)
 
     async def credit(
-        self, rollouts: Any, rewards: Any, old_logprobs: Any, ref_logprobs: Any, greedy_rewards: Any = ()
+        self,
+        rollouts: Any,
+        rewards: Any,
+        old_logprobs: Any,
+        ref_logprobs: Any,
+        greedy_rewards: Any = (),
     ) -> CreditedBatch:
         (batch,) = await self._actor.credit.remote(*rollouts, *rewards)
         return CreditedBatch(batch=batch)
@@ -165,7 +216,9 @@ class TrainerClient:
 
 async def test_the_drivers_memory_does_not_grow_with_the_batch(tmp_path: Path) -> None:
     """Batches of 4 tokens and of 8 million (72 MB of rollouts, 104 MB as a train batch), three steps each."""
-    actors: list[Any] = [ray.remote(made).options(num_cpus=0).remote() for made in (LargeRollouts, Trainer)]  # pyright: ignore[reportAttributeAccessIssue]
+    actors: list[Any] = [
+        ray.remote(made).options(num_cpus=0).remote() for made in (LargeRollouts, Trainer)
+    ]  # pyright: ignore[reportAttributeAccessIssue]
     generation, trainer = actors
     growth = {}
     for tokens in (4, 8_000_000):
@@ -180,10 +233,15 @@ async def test_the_drivers_memory_does_not_grow_with_the_batch(tmp_path: Path) -
     assert growth[8_000_000] < 16 * 1024**2, growth
 
 
-def _loop_over(client: TrainerClient, generator: GenerationGroup, path: Path, tokens: int) -> SynchronousLoop:
+def _loop_over(
+    client: TrainerClient, generator: GenerationGroup, path: Path, tokens: int
+) -> SynchronousLoop:
     """Three steps of one prompt."""
     config = RunConfig.model_validate(
-        {"generation": {"max_tokens": tokens}, "trainer": {"steps": 3, "evaluation": {"every": 0}, "prompts_per_step": 1}}
+        {
+            "generation": {"max_tokens": tokens},
+            "trainer": {"steps": 3, "evaluation": {"every": 0}, "prompts_per_step": 1},
+        }
     )
     directory = RunDirectory(path)
     directory.create(config)

@@ -21,14 +21,18 @@ from workers.weight_sync.object_store import ObjectStoreWeightSync, differing_gr
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ENGINES = ("transformers", "vllm")
-SAMPLING = SamplingParameters(samples_per_prompt=4, temperature=0.8, min_tokens=2, max_tokens=12, seed=3)
+SAMPLING = SamplingParameters(
+    samples_per_prompt=4, temperature=0.8, min_tokens=2, max_tokens=12, seed=3
+)
 
 
 def config(engine: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path="tiny"),
         data=DataConfig(max_prompt_tokens=100),
-        generation=GenerationConfig.model_validate({"engine": engine, "dtype": "float32", "max_tokens": 64}),
+        generation=GenerationConfig.model_validate(
+            {"engine": engine, "dtype": "float32", "max_tokens": 64}
+        ),
     )
 
 
@@ -58,19 +62,34 @@ def model():
 @pytest.fixture(scope="module")
 def prompts() -> PromptBatch:
     tokenizer = load_tokenizer(resolve_model("tiny"))
-    texts = ["Problem: Ann has 3 and", "Eva gets 5", "What is the answer? " * 6, "Tom loses 1 and 2."]
+    texts = [
+        "Problem: Ann has 3 and",
+        "Eva gets 5",
+        "What is the answer? " * 6,
+        "Tom loses 1 and 2.",
+    ]
     made = tuple(
-        Prompt(problem_id=str(i), token_ids=tuple(tokenizer(text)["input_ids"]), text=text, problem=text, ground_truth="1")
+        Prompt(
+            problem_id=str(i),
+            token_ids=tuple(tokenizer(text)["input_ids"]),
+            text=text,
+            problem=text,
+            ground_truth="1",
+        )
         for i, text in enumerate(texts)
     )
     return PromptBatch(batch_id=5, prompts=made, group_ids=np.arange(20, 24, dtype=np.int64))
 
 
-async def generate(workers: list, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
+async def generate(
+    workers: list, prompts: PromptBatch, sampling: SamplingParameters
+) -> RolloutBatch:
     parts = [part async for part in GenerationGroup(workers).generate(prompts, sampling)]
     parts.sort(key=lambda part: part.prompt_index)
     batches = [await part.rollouts for part in parts]
-    assert [part.num_response_tokens for part in parts] == [batch.num_response_tokens for batch in batches]
+    assert [part.num_response_tokens for part in parts] == [
+        batch.num_response_tokens for batch in batches
+    ]
     return RolloutBatch.concatenate(batches)
 
 
@@ -90,7 +109,9 @@ def forbid_end(sampling: SamplingParameters) -> SamplingParameters:
 async def test_batch_layout(worker, prompts: PromptBatch):
     batch = await generate([worker], prompts, SAMPLING)
     assert batch.batch_id == 5
-    assert batch.group_ids.tolist() == [20] * 4 + [21] * 4 + [22] * 4 + [23] * 4  # prompt order, groups together
+    assert (
+        batch.group_ids.tolist() == [20] * 4 + [21] * 4 + [22] * 4 + [23] * 4
+    )  # prompt order, groups together
     for row, group in enumerate(batch.group_ids):
         prompt = prompts.prompts[group - 20]
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
@@ -99,7 +120,9 @@ async def test_batch_layout(worker, prompts: PromptBatch):
         assert not batch.response_mask[start:middle].any()
         assert batch.response_mask[middle:end].all()
         assert 2 <= end - middle <= 12
-        assert (batch.stop_reasons[row] == StopReason.LENGTH) == (end - middle == 12 and batch.token_ids[end - 1] != _end_token())
+        assert (batch.stop_reasons[row] == StopReason.LENGTH) == (
+            end - middle == 12 and batch.token_ids[end - 1] != _end_token()
+        )
     assert (batch.rollout_logprobs[~batch.response_mask] == 0).all()
     assert (batch.rollout_logprobs[batch.response_mask] <= 0).all()
 
@@ -109,7 +132,9 @@ def _end_token() -> int:
     return tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(worker, prompts: PromptBatch, model: torch.nn.Module):
+async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
+    worker, prompts: PromptBatch, model: torch.nn.Module
+):
     await install(worker, model, 0)
     batch = await generate([worker], prompts, forbid_end(SAMPLING))
     for row in range(len(batch)):
@@ -128,10 +153,14 @@ async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):
 
 async def test_greedy_is_transformers_generate(worker, prompts: PromptBatch, model):
     await install(worker, model, 0)
-    batch = await generate([worker], prompts, SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=8))
+    batch = await generate(
+        [worker], prompts, SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=8)
+    )
     for row, prompt in enumerate(prompts.prompts):
         tokens = torch.tensor([prompt.token_ids])
-        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8)[0]
+        expected = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8
+        )[0]
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         assert batch.token_ids[start:end].tolist() == expected.tolist()
 
@@ -145,15 +174,24 @@ async def test_stop_strings_stay_in_the_response(worker, prompts: PromptBatch):
     expected = text[: text.index(stop) + len(stop)]
     assert batch.response_texts[row].startswith(expected)
     assert batch.stop_reasons[row] == StopReason.END
-    start, end = batch.sequence_offsets[row] + batch.prompt_lengths[row], batch.sequence_offsets[row + 1]
+    start, end = (
+        batch.sequence_offsets[row] + batch.prompt_lengths[row],
+        batch.sequence_offsets[row + 1],
+    )
     tokenizer: Any = load_tokenizer(resolve_model("tiny"))
     decoded = tokenizer.decode(batch.token_ids[start:end].tolist(), skip_special_tokens=True)
-    assert decoded.startswith(expected)  # the tokens are those sampled, up to the one that completed the string
+    assert decoded.startswith(
+        expected
+    )  # the tokens are those sampled, up to the one that completed the string
     assert len(decoded) - len(expected) < 8  # and none after it
 
 
-async def install(worker, model: torch.nn.Module, version: int) -> tuple[WeightManifest, list[np.ndarray]]:
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+async def install(
+    worker, model: torch.nn.Module, version: int
+) -> tuple[WeightManifest, list[np.ndarray]]:
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }  # tied
     manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
     # the actors outlive single tests, so versions only grow
     manifest = replace(manifest, version=max(version, await worker.version.remote()))
@@ -168,7 +206,9 @@ def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * scale)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator) * parameter.std() * scale
+            )
     return other
 
 
@@ -176,14 +216,18 @@ def head_of(model: Any) -> torch.Tensor:
     return model.lm_head.weight
 
 
-async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(worker, prompts: PromptBatch, model: torch.nn.Module):
+async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(
+    worker, prompts: PromptBatch, model: torch.nn.Module
+):
     """The trap: with tied embeddings a CPU engine's LM head reads a packed copy that a reload leaves stale, and nothing complains."""
     other = changed(model, 0.5)
     await install(worker, other, 1)
     batch = await generate([worker], prompts, forbid_end(SAMPLING))
     gaps, stale = [], []
     head_only: Any = changed(model, 0.5)
-    head_only.lm_head.weight = torch.nn.Parameter(head_of(model).detach().clone())  # new body, old head
+    head_only.lm_head.weight = torch.nn.Parameter(
+        head_of(model).detach().clone()
+    )  # new body, old head
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]
@@ -197,19 +241,26 @@ async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(worker, 
 
 
 async def test_older_weights_are_refused(worker, model: torch.nn.Module):
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     manifest, shards = pack_weights(tensors.items(), version=-5, dtype=torch.float32)
     await install(worker, model, 3)
     with pytest.raises(Exception, match=r"weights version -5 is older than the installed"):
         await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
 
 
-async def test_two_workers_cover_all_prompts_in_order(workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module):
+async def test_two_workers_cover_all_prompts_in_order(
+    workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module
+):
     """Each response of the transformers engine has its own seed, so how prompts are shared out changes nothing."""
     first, second = workers["transformers"], start_worker("transformers")
     for actor in (first, second):
         await install(actor, model, 0)
-    both, alone = await generate([first, second], prompts, SAMPLING), await generate([first], prompts, SAMPLING)
+    both, alone = (
+        await generate([first, second], prompts, SAMPLING),
+        await generate([first], prompts, SAMPLING),
+    )
     assert both.token_ids.tolist() == alone.token_ids.tolist()
     ray.kill(second)
 
@@ -230,7 +281,11 @@ class TrainerSide:
         self._model, self._told = model, told
 
     async def export_weights(self, version: int):
-        tensors = {name: tensor for name, tensor in self._told.state_dict().items() if name != "lm_head.weight"}
+        tensors = {
+            name: tensor
+            for name, tensor in self._told.state_dict().items()
+            if name != "lm_head.weight"
+        }
         manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
         return manifest, [ray.put(shard) for shard in shards]
 
@@ -247,8 +302,13 @@ async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
     good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
     report = await good.sync(version)
     assert report["sync/logprob_gap_mean"].value < 1e-3
-    bad = ObjectStoreWeightSync(TrainerSide(changed(model, 0.5), model), [worker], config("vllm"), probe)
-    with pytest.raises(WeightSyncError, match=r"differ by \d\.\d+ in mean log-probability .*Parameter groups that differ"):
+    bad = ObjectStoreWeightSync(
+        TrainerSide(changed(model, 0.5), model), [worker], config("vllm"), probe
+    )
+    with pytest.raises(
+        WeightSyncError,
+        match=r"differ by \d\.\d+ in mean log-probability .*Parameter groups that differ",
+    ):
         await bad.sync(version + 1)
 
 
@@ -259,8 +319,15 @@ def test_parameter_groups_that_differ_are_named():
         "model.norm.weight": torch.ones(4),
     }
     manifest, shards = pack_weights(tensors.items(), version=0, dtype=torch.float32)
-    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 4.0}) == []
-    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 9.0}) == [
-        "model.norm.weight"
+    assert (
+        differing_groups(
+            manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 4.0}
+        )
+        == []
+    )
+    assert differing_groups(
+        manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 9.0}
+    ) == ["model.norm.weight"]
+    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 6.0}) == [
+        "model.layers.0.qkv_proj.weight"
     ]
-    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 6.0}) == ["model.layers.0.qkv_proj.weight"]

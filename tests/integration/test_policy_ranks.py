@@ -40,7 +40,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def config(ranks: int, **policy: object) -> RunConfig:
-    settings = {"ranks": ranks, "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5), **policy}
+    settings = {
+        "ranks": ranks,
+        "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5),
+        **policy,
+    }
     return RunConfig(
         model=ModelConfig(path="tiny"),
         policy=PolicyConfig.model_validate(settings),
@@ -61,7 +65,9 @@ async def reference_group(config: RunConfig) -> AsyncIterator[ReferenceGroup]:
     """A group with processes of its own."""
     remote_class: Any = ray.remote(ReferenceWorker)
     model, count = str(resolve_model("tiny")), config.policy.ranks
-    actors = [remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)]
+    actors = [
+        remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)
+    ]
     group = ReferenceGroup(actors)
     await group.setup()
     yield group
@@ -71,7 +77,10 @@ async def reference_group(config: RunConfig) -> AsyncIterator[ReferenceGroup]:
 
 async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
     manifest, refs = await group.export_weights(1)
-    return {name: tensor.clone() for name, tensor in unpack_weights(manifest, [await ref for ref in refs])}
+    return {
+        name: tensor.clone()
+        for name, tensor in unpack_weights(manifest, [await ref for ref in refs])
+    }
 
 
 async def logprobs_of(group: ReferenceGroup, batch: TrainBatch) -> np.ndarray:
@@ -85,11 +94,18 @@ def example() -> TrainBatch:
     noise = np.random.default_rng(9).normal(scale=0.1, size=len(batch.token_ids))
     near = np.where(batch.response_mask, -5.7 + noise, 0).astype(np.float32)
     return TrainBatch(
-        rollouts=batch, rewards=made.rewards, advantages=made.advantages, old_logprobs=near, ref_logprobs=near, kl_coefficient=0.05
+        rollouts=batch,
+        rewards=made.rewards,
+        advantages=made.advantages,
+        old_logprobs=near,
+        ref_logprobs=near,
+        kl_coefficient=0.05,
     )
 
 
-async def updated(ranks: RankProcesses, policy: RunConfig, batch: TrainBatch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+async def updated(
+    ranks: RankProcesses, policy: RunConfig, batch: TrainBatch
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Weights and metrics after one update."""
     async with ranks.group(policy) as group:
         report = values(await group.update(ray.put(batch)))
@@ -123,19 +139,29 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
             "policy/kl_ref_k3",
         ):
             assert other[metric] == pytest.approx(report[metric], rel=1e-4, abs=1e-6), metric
-        assert other["policy/effective_sample_size"] == pytest.approx(report["policy/effective_sample_size"], rel=1e-5)
+        assert other["policy/effective_sample_size"] == pytest.approx(
+            report["policy/effective_sample_size"], rel=1e-5
+        )
         assert other["policy/tokens"] == report["policy/tokens"]
 
 
-async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(ranks: RankProcesses):
+async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(
+    ranks: RankProcesses,
+):
     """adaptive_power takes its q from the whole mini-batch, the mismatch correction from whole responses, and masked responses leave no trace."""
     batch = example()
     trained = np.arange(len(batch.rollouts)) % 3 != 0
     batch = dataclasses.replace(batch, trained=trained)
     reports = []
-    for plan in (config(1), config(1, share_prompts=False, microbatch_tokens=64), config(2, microbatch_tokens=50)):
+    for plan in (
+        config(1),
+        config(1, share_prompts=False, microbatch_tokens=64),
+        config(2, microbatch_tokens=50),
+    ):
         algorithm = AlgorithmConfig(
-            objective=ObjectiveConfig(ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}),
+            objective=ObjectiveConfig(
+                ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}
+            ),
             rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
             aggregation="token_mean",
         )
@@ -146,22 +172,40 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
     assert first["policy/tokens"] == batch.rollouts.response_lengths[trained].sum()
     assert 0 < first["policy/rollout_masked_share"] < 1
     for report in reports[1:]:
-        for metric in ("policy/q", "policy/loss", "policy/grad_norm", "policy/rollout_correction", "policy/rollout_masked_share"):
+        for metric in (
+            "policy/q",
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/rollout_correction",
+            "policy/rollout_masked_share",
+        ):
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
 
 
-async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone(ranks: RankProcesses):
+async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone(
+    ranks: RankProcesses,
+):
     batch = example()
     rollouts = dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
     batch = dataclasses.replace(batch, rollouts=rollouts)
     plain, silent = await updated(ranks, config(1), batch)
     assert not any(name.startswith("gradient/") for name in silent)
     reports = []
-    for plan in (config(1), config(2, microbatch_tokens=50), config(1, gradient_checkpointing=True)):
-        weights, report = await updated(ranks, plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch)
-        reports.append({name: value for name, value in report.items() if name.startswith("gradient/")})
+    for plan in (
+        config(1),
+        config(2, microbatch_tokens=50),
+        config(1, gradient_checkpointing=True),
+    ):
+        weights, report = await updated(
+            ranks, plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch
+        )
+        reports.append(
+            {name: value for name, value in report.items() if name.startswith("gradient/")}
+        )
         if plan.policy.ranks == 1:
-            assert all((weights[name] - tensor).abs().max() < 1e-6 for name, tensor in plain.items())
+            assert all(
+                (weights[name] - tensor).abs().max() < 1e-6 for name, tensor in plain.items()
+            )
     assert reports[0]["gradient/variance_ratio/leave_one_out"] == 1
     for report in reports[1:]:
         assert report == pytest.approx(reports[0], rel=1e-3, abs=1e-5)
@@ -177,7 +221,9 @@ async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProc
 async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
     batch = example().rollouts
     for estimator, wanted in (("grpo", False), ("opo", False), ("optimal_baseline", True)):
-        plan = config(1).model_copy(update={"algorithm": AlgorithmConfig(advantage=AdvantageConfig(name=estimator))})
+        plan = config(1).model_copy(
+            update={"algorithm": AlgorithmConfig(advantage=AdvantageConfig(name=estimator))}
+        )
         async with ranks.group(plan) as group:
             (part,) = [await handle for handle in await group.logprobs([ray.put(batch)])]
         assert (part.score_norms is not None) == wanted
@@ -206,7 +252,9 @@ async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference(ranks:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ranks: RankProcesses, count: int):
+async def test_saved_and_loaded_continues_to_the_same_weights(
+    tmp_path: Path, ranks: RankProcesses, count: int
+):
     batch, plan = example(), config(count, epochs=2, mini_batches=2)
     async with ranks.group(plan) as group:
         await group.update(ray.put(batch))
@@ -220,7 +268,9 @@ async def test_saved_and_loaded_continues_to_the_same_weights(tmp_path: Path, ra
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"  # the checkpoint is a Hugging Face directory
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
+    )  # the checkpoint is a Hugging Face directory
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 
@@ -231,16 +281,22 @@ def with_baseline_network(ranks: int) -> RunConfig:
         recompute=True,
         network=BaselineNetworkConfig(learning_rate=0.05),
     )
-    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum")
+    algorithm = AlgorithmConfig(
+        advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
+    )
     plan = config(ranks, mini_batches=3, microbatch_tokens=4096 if ranks == 1 else 50)
     return plan.model_copy(update={"algorithm": algorithm})
 
 
-async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tmp_path: Path, ranks: RankProcesses):
+async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
+    tmp_path: Path, ranks: RankProcesses
+):
     """Three mini-batches: untrained, trained but unproven, then in use."""
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
-    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs))
+    batch = dataclasses.replace(
+        batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
+    )
     async with ranks.group(with_baseline_network(1)) as group:
         first = values(await group.update(ray.put(batch)))
         await group.save(tmp_path)
@@ -248,7 +304,10 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tm
         straight = await weights_of(group)
     async with ranks.group(with_baseline_network(1)) as group:
         await group.load(tmp_path)
-        assert values(await group.update(ray.put(batch)))["advantage/strength_network"] == second["advantage/strength_network"]
+        assert (
+            values(await group.update(ray.put(batch)))["advantage/strength_network"]
+            == second["advantage/strength_network"]
+        )
         resumed = await weights_of(group)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
     _, two = await updated(ranks, with_baseline_network(2), batch)
@@ -257,16 +316,24 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(tm
     assert second["advantage/strength_network"] > 0
 
 
-async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: Path, ranks: RankProcesses):
+async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
+    tmp_path: Path, ranks: RankProcesses
+):
     """The start of the pooled fit's sweeps: the ranks have it, since they estimate."""
     advantage = AdvantageConfig(
-        name="hierarchical", parameters={"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0}, recompute=True
+        name="hierarchical",
+        parameters={"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0},
+        recompute=True,
     )
-    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum")
+    algorithm = AlgorithmConfig(
+        advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
+    )
     plan = config(1, mini_batches=3).model_copy(update={"algorithm": algorithm})
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
-    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs))
+    batch = dataclasses.replace(
+        batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
+    )
     kept = []
     for directory in (tmp_path / "first", tmp_path / "second"):
         directory.mkdir()
@@ -284,7 +351,9 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(tmp_path: 
 async def test_another_number_of_ranks_is_refused(tmp_path: Path, ranks: RankProcesses):
     (tmp_path / "policy_state.json").write_text('{"ranks": 2, "steps": 1}')
     async with ranks.group(config(1)) as group:
-        with pytest.raises(Exception, match=r"policy\.ranks: .* was written by 2 ranks, now there are 1"):
+        with pytest.raises(
+            Exception, match=r"policy\.ranks: .* was written by 2 ranks, now there are 1"
+        ):
             await group.load(tmp_path)
 
 

@@ -26,7 +26,9 @@ async def system(ray_cluster: None) -> AsyncIterator[System]:
         made = System(
             workers=parts.workers,
             prompts=parts.prompts.train.next_batch(),
-            sampling=SamplingParameters(samples_per_prompt=4, temperature=1.0, max_tokens=12, seed=11),
+            sampling=SamplingParameters(
+                samples_per_prompt=4, temperature=1.0, max_tokens=12, seed=11
+            ),
             open=open_handle,
             tolerance=1e-4,
         )
@@ -42,5 +44,7 @@ async def test_contract_of_the_real_parts(contract: Callable, system: System) ->
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("contract", WITH_FILES, ids=lambda contract: contract.__name__)
-async def test_contract_with_files_of_the_real_parts(contract: Callable, system: System, tmp_path: Path) -> None:
+async def test_contract_with_files_of_the_real_parts(
+    contract: Callable, system: System, tmp_path: Path
+) -> None:
     await contract(system, tmp_path)

@@ -26,11 +26,25 @@ SHORT = [
         "--generation.max_tokens",
         "8",
     ),
-    *("--trainer.evaluation.every", "0", "--trainer.checkpoints.every", "0", "--generation.cpus_per_worker", "0"),
+    *(
+        "--trainer.evaluation.every",
+        "0",
+        "--trainer.checkpoints.every",
+        "0",
+        "--generation.cpus_per_worker",
+        "0",
+    ),
 ]
 # Random text of the tiny model earns it in most groups, to different amounts, so there is a gradient. Nothing here depends on the model.
 TINY = [
-    *("--model.path", "tiny", "--generation.engine", "transformers", "--generation.dtype", "float32"),
+    *(
+        "--model.path",
+        "tiny",
+        "--generation.engine",
+        "transformers",
+        "--generation.dtype",
+        "float32",
+    ),
     *("--policy.compute_dtype", "float32", "--policy.optimizer.learning_rate", "1e-3"),
     *("--plugins", "tests.plugin_package.rlsys_example_plugin"),
 ]
@@ -53,9 +67,15 @@ def train(recipe: str, directory: Path, *flags: str) -> list[dict[str, float]]:
     """Metrics of the steps of a finished run, in this process, on the cluster that is there."""
     module = importlib.import_module(f"recipes.{recipe}_math")
     with pytest.raises(SystemExit) as end:
-        run_recipe(getattr(module, f"{recipe}_math"), [*SHORT, "--run.directory", str(directory), *flags])
+        run_recipe(
+            getattr(module, f"{recipe}_math"), [*SHORT, "--run.directory", str(directory), *flags]
+        )
     assert end.value.code == 0
-    steps = [dict(record.values) for record in read_metrics(directory / "metrics.jsonl") if record.kind == "train"]
+    steps = [
+        dict(record.values)
+        for record in read_metrics(directory / "metrics.jsonl")
+        if record.kind == "train"
+    ]
     assert len(steps) == 3
     assert any(step["policy/grad_norm"] > 0 for step in steps)
     for step in steps:
@@ -74,7 +94,15 @@ def test_recipes_without_a_reference(tmp_path: Path, recipe: str):
 def test_dapo(tmp_path: Path):
     """Any digit earns the whole reward, so about half of the groups of two are equal and replaced."""
     rewards = "[{name: example_digits, parameters: {per_digit: 1.0}}, {name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 4}}]"
-    steps = train("dapo", tmp_path / "run", *TINY, "--generation.samples_per_prompt", "2", "--reward.functions", rewards)
+    steps = train(
+        "dapo",
+        tmp_path / "run",
+        *TINY,
+        "--generation.samples_per_prompt",
+        "2",
+        "--reward.functions",
+        rewards,
+    )
     for step in steps:
         assert 1 <= step["sampling/rounds"] <= 3
         assert step["rollout/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
@@ -94,7 +122,9 @@ def test_gspo_on_two_ranks_with_vllm(tmp_path: Path):
     """A whole run of the real model with a sharded policy."""
     steps = train("gspo", tmp_path / "run", *BOXES, "--policy.ranks", "2")
     assert steps[2]["sync/logprob_gap_mean"] < 0.15
-    assert max(abs(step["policy/ratio_max"] - 1) for step in steps) < 0.5  # the ratio of a response moves less than that of a token
+    assert (
+        max(abs(step["policy/ratio_max"] - 1) for step in steps) < 0.5
+    )  # the ratio of a response moves less than that of a token
 
 
 def test_hierarchical(tmp_path: Path):

@@ -23,9 +23,30 @@ PLUGINS = ROOT / "tests" / "plugin_package"
 
 # The tiny model, the reproducible engine, and few small steps.
 SMALL = [
-    *("--model.path", "tiny", "--generation.engine", "transformers", "--generation.dtype", "float32"),
-    *("--policy.compute_dtype", "float32", "--generation.max_tokens", "8", "--generation.samples_per_prompt", "4"),
-    *("--trainer.prompts_per_step", "4", "--data.synthetic.train_size", "40", "--data.synthetic.eval_size", "4"),
+    *(
+        "--model.path",
+        "tiny",
+        "--generation.engine",
+        "transformers",
+        "--generation.dtype",
+        "float32",
+    ),
+    *(
+        "--policy.compute_dtype",
+        "float32",
+        "--generation.max_tokens",
+        "8",
+        "--generation.samples_per_prompt",
+        "4",
+    ),
+    *(
+        "--trainer.prompts_per_step",
+        "4",
+        "--data.synthetic.train_size",
+        "40",
+        "--data.synthetic.eval_size",
+        "4",
+    ),
     *("--plugins", "rlsys_example_plugin", "--reward.functions", "[{name: example_digits}]"),
     *("--trainer.checkpoints.every", "2", "--trainer.evaluation.every", "2"),
 ]
@@ -35,13 +56,33 @@ SMALL = [
 FULL = [
     *("--trainer.steps", "6", "--policy.ranks", "1", "--policy.optimizer.schedule", "cosine"),
     *("--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
-    *("--algorithm.advantage.name", "example_sign", "--algorithm.advantage.parameters.scale", "0.5"),
-    *("--policy.mini_batches", "2", "--policy.epochs", "2", "--trainer.evaluation.samples_per_prompt", "2"),
+    *(
+        "--algorithm.advantage.name",
+        "example_sign",
+        "--algorithm.advantage.parameters.scale",
+        "0.5",
+    ),
+    *(
+        "--policy.mini_batches",
+        "2",
+        "--policy.epochs",
+        "2",
+        "--trainer.evaluation.samples_per_prompt",
+        "2",
+    ),
 ]
 
 
 def command(directory: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "recipes.grpo_math", *SMALL, "--run.directory", str(directory), *flags]
+    return [
+        sys.executable,
+        "-m",
+        "recipes.grpo_math",
+        *SMALL,
+        "--run.directory",
+        str(directory),
+        *flags,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -49,14 +90,23 @@ def environment() -> dict[str, str]:
 
 
 def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(directory, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        command(directory, *flags),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
 
 
 def training_values(directory: Path) -> dict[int, dict[str, float]]:
     """Of each step, what does not depend on the clock or on the process."""
     skipped = ("time/", "throughput/", "memory/")
     return {
-        record.step: {name: value for name, value in record.values.items() if not name.startswith(skipped)}
+        record.step: {
+            name: value for name, value in record.values.items() if not name.startswith(skipped)
+        }
         for record in read_metrics(directory / "metrics.jsonl")
         if record.kind == "train"
     }
@@ -71,12 +121,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return directory, done.stdout
 
 
-def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]):
+def test_reference_several_updates_a_batch_and_a_plugin_estimator(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+):
     directory, output = finished
     assert "held-out accuracy after 0 steps" in output
     assert "\x1b" not in output  # no control characters in a log file
     assert {path.name for path in directory.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "report.html", "run.log")
+        *(
+            "config.yaml",
+            "metrics.jsonl",
+            "tensorboard",
+            "rollouts",
+            "checkpoints",
+            "report.html",
+            "run.log",
+        )
     }
     steps = training_values(directory)
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
@@ -108,7 +168,9 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tupl
     }
     assert wanted <= set(steps[6])
     assert steps[1]["policy/logprob_gap_max"] < 1e-3  # engine and trainer agree
-    assert abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6  # several updates a batch: ratios move, while the schedule still lets them
+    assert (
+        abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6
+    )  # several updates a batch: ratios move, while the schedule still lets them
     table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000006.parquet")
     assert table.num_rows == 16
     assert table["old_logprobs"].null_count == table["ref_logprobs"].null_count == 0
@@ -119,7 +181,9 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tupl
     assert page.count("<svg") >= 8
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    evaluations = [record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "eval"]
+    evaluations = [
+        record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "eval"
+    ]
     assert {"eval/accuracy", "eval/mean@2", "eval/pass@1"} <= set(evaluations[-1].values)
 
     with pytest.raises(SystemExit) as again:
@@ -130,7 +194,9 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(finished: tupl
     assert "--resume" in refusal
 
 
-def kill_when(process: subprocess.Popen[str], text: str, number: signal.Signals, *, group: bool = False) -> str:
+def kill_when(
+    process: subprocess.Popen[str], text: str, number: signal.Signals, *, group: bool = False
+) -> str:
     """Send a signal as soon as `text` appears in the output, to the driver alone or to its whole process group; returns all of the output."""
     assert process.stdout is not None
     lines = []
@@ -181,20 +247,28 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(number: signal.Signals, tmp_path: Path):
+def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
+    number: signal.Signals, tmp_path: Path
+):
     directory = tmp_path / "run"
-    output = kill_when(process := start(directory, "--trainer.steps", "500"), "1/500", number, group=True)
+    output = kill_when(
+        process := start(directory, "--trainer.steps", "500"), "1/500", number, group=True
+    )
     assert process.returncode == 130, output
     assert not of_session(process.pid)
     assert "stopping after this step" in output
     steps = max(training_values(directory))
-    state = json.loads((directory / "checkpoints" / f"step_{steps:06d}" / "trainer_state.json").read_text())
+    state = json.loads(
+        (directory / "checkpoints" / f"step_{steps:06d}" / "trainer_state.json").read_text()
+    )
     assert state["step"] == steps
     assert "Traceback" not in output
 
 
 def test_interrupted_while_actors_start_it_leaves_nothing_behind(tmp_path: Path):
-    output = kill_when(process := start(tmp_path / "run"), "starting Ray", signal.SIGTERM, group=True)
+    output = kill_when(
+        process := start(tmp_path / "run"), "starting Ray", signal.SIGTERM, group=True
+    )
     assert process.returncode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output

@@ -29,11 +29,18 @@ def plugin_path(monkeypatch: pytest.MonkeyPatch):
     return folder
 
 
-def worker(plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0) -> Any:
-    config = RunConfig(plugins=(PLUGIN,), reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s))
+def worker(
+    plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0
+) -> Any:
+    config = RunConfig(
+        plugins=(PLUGIN,),
+        reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s),
+    )
     remote_class: Any = ray.remote(RewardWorker)
     environment = {"env_vars": {"PYTHONPATH": plugin_path}}
-    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(config)
+    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(
+        config
+    )
 
 
 def with_texts(texts: list[str], first_group: int = 0) -> RolloutBatch:
@@ -43,7 +50,11 @@ def with_texts(texts: list[str], first_group: int = 0) -> RolloutBatch:
 
 
 async def test_weighted_sum_reasons_and_answers(plugin_path: str):
-    actor = worker(plugin_path, RewardFunctionConfig(name="math"), RewardFunctionConfig(name="format_boxed", weight=0.1))
+    actor = worker(
+        plugin_path,
+        RewardFunctionConfig(name="math"),
+        RewardFunctionConfig(name="format_boxed", weight=0.1),
+    )
     batch = with_texts([r"\boxed{0}", r"\boxed{7}", "none", r"\boxed{3} and \boxed{3}"])
     rewards = await RewardWorkerClient(actor).score(ray.put(batch))
     assert rewards.rewards.tolist() == pytest.approx([1.1, 0.1, 0.0, 1.0])
@@ -61,7 +72,11 @@ async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugi
     assert rewards.reasons == ("ok", "timeout", "ok", "timeout", "crash", "error", "timeout", "ok")
     assert rewards.rewards.tolist() == [1, 0, 1, 0, 0, 0, 0, 1]
     metrics = values(await client.metrics())
-    assert (metrics["reward/timeouts"], metrics["reward/crashes"], metrics["reward/errors"]) == (3, 1, 1)
+    assert (metrics["reward/timeouts"], metrics["reward/crashes"], metrics["reward/errors"]) == (
+        3,
+        1,
+        1,
+    )
     assert values(await client.metrics())["reward/timeouts"] == 0  # counted once
     ray.kill(actor)
 
@@ -70,8 +85,13 @@ async def test_many_parts_at_once_each_in_its_order(plugin_path: str):
     actor = worker(plugin_path, RewardFunctionConfig(name="math"))
     client = RewardWorkerClient(actor)
     # response i of part `number` is right (its ground truth is i) where number + i is even
-    parts = [with_texts([f"\\boxed{{{i if (number + i) % 2 == 0 else -1}}}" for i in range(4)]) for number in range(10)]
-    for number, rewards in enumerate(await asyncio.gather(*(client.score(ray.put(part)) for part in parts))):
+    parts = [
+        with_texts([f"\\boxed{{{i if (number + i) % 2 == 0 else -1}}}" for i in range(4)])
+        for number in range(10)
+    ]
+    for number, rewards in enumerate(
+        await asyncio.gather(*(client.score(ray.put(part)) for part in parts))
+    ):
         assert rewards.rewards.tolist() == [float((number + i) % 2 == 0) for i in range(4)]
     ray.kill(actor)
 

@@ -32,10 +32,14 @@ from rlsys.algorithms.advantages import (
 from rlsys.algorithms.advantages.token_kl_grpo import token_kl_returns
 
 
-def inputs(rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Any) -> AdvantageInputs:
+def inputs(
+    rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Any
+) -> AdvantageInputs:
     lengths = lengths or [2] * len(rewards)
     mask = torch.arange(max(max(lengths), 1))[None, :] < torch.tensor(lengths)[:, None]
-    return AdvantageInputs(rewards=torch.tensor(rewards), response_mask=mask, group_ids=torch.tensor(groups), **more)
+    return AdvantageInputs(
+        rewards=torch.tensor(rewards), response_mask=mask, group_ids=torch.tensor(groups), **more
+    )
 
 
 def test_grpo_golden_population_standard_deviation():
@@ -94,11 +98,18 @@ def test_grpo_properties(rows: list[tuple[int, float]], shift: float, scale: flo
     assert torch.allclose(advantages(rewards + shift, groups), base, atol=1e-9)
     assert torch.allclose(advantages(rewards * scale, groups), base * scale, atol=1e-9)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(advantages(rewards[order], [groups[i] for i in order]), base[order], atol=1e-9)
+    assert torch.allclose(
+        advantages(rewards[order], [groups[i] for i in order]), base[order], atol=1e-9
+    )
 
 
 def full_inputs(
-    rewards: list[float], groups: list[int], mask: Tensor, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    rewards: list[float],
+    groups: list[int],
+    mask: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> AdvantageInputs:
     """Every optional array filled with noise, also outside the mask: an estimator must not look there."""
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +137,13 @@ def padded(made: AdvantageInputs, columns: int) -> AdvantageInputs:
     """The same batch with `columns` more, masked out and full of large numbers."""
 
     def wider(values: Tensor | None, fill: float) -> Tensor | None:
-        return None if values is None else torch.cat([values, torch.full((len(values), columns), fill).to(values.dtype)], dim=1)
+        return (
+            None
+            if values is None
+            else torch.cat(
+                [values, torch.full((len(values), columns), fill).to(values.dtype)], dim=1
+            )
+        )
 
     arrays = {name: wider(getattr(made, name), 1e4) for name in TOKEN_ARRAYS}
     mask = wider(made.response_mask, 0.0)
@@ -134,9 +151,22 @@ def padded(made: AdvantageInputs, columns: int) -> AdvantageInputs:
     return dataclasses.replace(made, response_mask=mask, **arrays)
 
 
-TOKEN_ARRAYS = ("token_rewards", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "score_norms")
+TOKEN_ARRAYS = (
+    "token_rewards",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "score_norms",
+)
 RAGGED = torch.tensor(
-    [[True, True, True, True], [True, False, True, False], [True, False, False, False], [False] * 4, [True, True, False, False]]
+    [
+        [True, True, True, True],
+        [True, False, True, False],
+        [True, False, False, False],
+        [False] * 4,
+        [True, True, False, False],
+    ]
 )  # a full response, a hole, a response of one token, an empty one, and one that is alone in its group
 RAGGED_REWARDS, RAGGED_GROUPS = [1.0, 0.0, 0.5, 0.25, 1.0], [3, 3, 3, 3, 9]
 
@@ -158,7 +188,11 @@ def test_the_order_of_responses_does_not_matter(name: str):
     order = torch.tensor([4, 2, 0, 3, 1])
     arrays = {field: getattr(made, field)[order] for field in (*TOKEN_ARRAYS, *RESPONSE_ARRAYS)}
     estimator = get_advantage_estimator(name)
-    assert torch.allclose(estimator(dataclasses.replace(made, **arrays)).advantages, estimator(made).advantages[order], atol=1e-6)
+    assert torch.allclose(
+        estimator(dataclasses.replace(made, **arrays)).advantages,
+        estimator(made).advantages[order],
+        atol=1e-6,
+    )
 
 
 RESPONSE_ARRAYS = ("rewards", "response_mask", "group_ids", "greedy_rewards", "truncated")
@@ -168,7 +202,10 @@ RESPONSE_ARRAYS = ("rewards", "response_mask", "group_ids", "greedy_rewards", "t
 def test_bfloat16_is_computed_in_float32_and_float64_stays(name: str):
     estimator = get_advantage_estimator(name)
     half = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED, dtype=torch.bfloat16)
-    arrays = {field: getattr(half, field).float() for field in (*TOKEN_ARRAYS, "rewards", "greedy_rewards")}
+    arrays = {
+        field: getattr(half, field).float()
+        for field in (*TOKEN_ARRAYS, "rewards", "greedy_rewards")
+    }
     out = estimator(half).advantages
     assert out.dtype == torch.float32
     assert torch.equal(out, estimator(dataclasses.replace(half, **arrays)).advantages)
@@ -201,7 +238,9 @@ def test_needs_are_declared():
         for need in estimator_needs(name) - (
             {"score_norms"} if name == "hierarchical" else set()
         ):  # it reads them for its diagnostics
-            made = dataclasses.replace(full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED), **{need: None})
+            made = dataclasses.replace(
+                full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED), **{need: None}
+            )
             with pytest.raises(ValueError, match=f"{name}.* needs? {need}"):
                 get_advantage_estimator(name)(made)
 
@@ -217,7 +256,9 @@ def test_moving_average_is_of_past_batches():
     first = reinforce_baseline_advantages(made, baseline="moving_average", decay=0.5)
     assert first.advantages[:, 0].tolist() == [1.0, 0.0]  # nothing is past: no baseline
     # after the batch: average 0.5 * 0 + 0.5 * 0.5 = 0.25, weight 0.5, so the next baseline is 0.25 / 0.5 = 0.5
-    second = reinforce_baseline_advantages(dataclasses.replace(made, state=first.state), baseline="moving_average", decay=0.5)
+    second = reinforce_baseline_advantages(
+        dataclasses.replace(made, state=first.state), baseline="moving_average", decay=0.5
+    )
     assert second.advantages[:, 0].tolist() == [0.5, -0.5]
     assert second.state == {"average": 0.5 * 0.25 + 0.25, "weight": 0.75}
 
@@ -226,28 +267,41 @@ def test_optimal_baseline_golden():
     # g^2 = 3 and 1, rewards 1 and 0: b = 3/4; without themselves the baselines are 0 and 1
     made = inputs([1.0, 0.0], [0, 0], score_norms=torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     assert optimal_baseline_advantages(made).advantages[:, 0].tolist() == [0.25, -0.75]
-    assert optimal_baseline_advantages(made, leave_one_out=True).advantages[:, 0].tolist() == [1.0, -1.0]
+    assert optimal_baseline_advantages(made, leave_one_out=True).advantages[:, 0].tolist() == [
+        1.0,
+        -1.0,
+    ]
 
 
 def test_optimal_baseline_minimises_the_variance_it_is_named_after():
     """Sum of g^2 (r - b)^2 over the group rises on both sides of b."""
     rewards, norms = torch.rand(16, dtype=torch.float64), torch.rand(16, 1, dtype=torch.float64)
     made = AdvantageInputs(
-        rewards=rewards, response_mask=torch.ones(16, 1, dtype=torch.bool), group_ids=torch.zeros(16).long(), score_norms=norms
+        rewards=rewards,
+        response_mask=torch.ones(16, 1, dtype=torch.bool),
+        group_ids=torch.zeros(16).long(),
+        score_norms=norms,
     )
     baseline = rewards - optimal_baseline_advantages(made).advantages[:, 0]
-    energy = [float((norms[:, 0] * (rewards - baseline - step) ** 2).sum()) for step in (-1e-3, 0.0, 1e-3)]
+    energy = [
+        float((norms[:, 0] * (rewards - baseline - step) ** 2).sum()) for step in (-1e-3, 0.0, 1e-3)
+    ]
     assert energy[1] < min(energy[0], energy[2])
 
 
 def test_opo_golden():
     # lengths 1 and 3, rewards 1 and 0: b = 1/4
-    assert opo_advantages(inputs([1.0, 0.0], [0, 0], [1, 3])).advantages[:, 0].tolist() == [0.75, -0.25]
+    assert opo_advantages(inputs([1.0, 0.0], [0, 0], [1, 3])).advantages[:, 0].tolist() == [
+        0.75,
+        -0.25,
+    ]
 
 
 def test_optimal_token_baseline_golden():
     # W = ((1, 2), (1, 4)); b = (1/2, 2/6); advantages ((1/2, 2/3), (-1/2, -1/3))
-    out = optimal_token_baseline_advantages(inputs([1.0, 0.0], [0, 0], score_norms=torch.tensor([[1.0, 1.0], [1.0, 3.0]])))
+    out = optimal_token_baseline_advantages(
+        inputs([1.0, 0.0], [0, 0], score_norms=torch.tensor([[1.0, 1.0], [1.0, 3.0]]))
+    )
     assert out.advantages.flatten().tolist() == pytest.approx([1 / 2, 2 / 3, -1 / 2, -1 / 3])
 
 
@@ -261,7 +315,9 @@ def test_reinforce_plus_plus_golden():
     out = reinforce_plus_plus_advantages(inputs([1.0, 0.0], [0, 1]), eps=0.0)
     assert out.advantages.tolist() == [[1.0, 1.0], [-1.0, -1.0]]
     # group means 1 and 5 taken off: 1, -1, 1, -1 over all tokens, std 1
-    out = reinforce_plus_plus_advantages(inputs([2.0, 0.0, 6.0, 4.0], [0, 0, 1, 1]), group_baseline=True, eps=0.0)
+    out = reinforce_plus_plus_advantages(
+        inputs([2.0, 0.0, 6.0, 4.0], [0, 0, 1, 1]), group_baseline=True, eps=0.0
+    )
     assert out.advantages[:, 0].tolist() == [1.0, -1.0, 1.0, -1.0]
 
 
@@ -269,20 +325,30 @@ def test_grpo_process_golden():
     # steps at every token, rewards ((0, 1), (0, 0)): mean 1/4, variance (3 * 1/16 + 9/16) / 4 = 3/16, std sqrt(3)/4
     root = 3**0.5
     ends = torch.ones(2, 2, dtype=torch.bool)
-    made = inputs([0.0, 0.0], [0, 0], token_rewards=torch.tensor([[0.0, 1.0], [0.0, 0.0]]), step_ends=ends)
+    made = inputs(
+        [0.0, 0.0], [0, 0], token_rewards=torch.tensor([[0.0, 1.0], [0.0, 0.0]]), step_ends=ends
+    )
     out = grpo_process_advantages(made, eps=0.0)
-    assert out.advantages.flatten().tolist() == pytest.approx([2 / root, 3 / root, -2 / root, -1 / root])
+    assert out.advantages.flatten().tolist() == pytest.approx(
+        [2 / root, 3 / root, -2 / root, -1 / root]
+    )
 
 
 def test_grpo_process_without_process_rewards_is_grpo():
     made = inputs([1.0, 0.0, 0.5, 2.0], [0, 0, 0, 1], [3, 1, 2, 2])
-    assert torch.allclose(grpo_process_advantages(made).advantages, grpo_advantages(made).advantages, atol=1e-6)
+    assert torch.allclose(
+        grpo_process_advantages(made).advantages, grpo_advantages(made).advantages, atol=1e-6
+    )
 
 
 def test_token_kl_grpo_golden():
     # beta 1, H 2, K ((0.2, 0.4), (0, 0)), rewards 1, 1: r = ((1 - 0.6/2, 1 - 0.4/2), (1, 1)) = ((0.7, 0.8), (1, 1)); two values: A = -1, 1
     made = inputs(
-        [1.0, 1.0], [0, 0], old_logprobs=torch.tensor([[0.2, 0.4], [0.0, 0.0]]), ref_logprobs=torch.zeros(2, 2), kl_coefficient=1.0
+        [1.0, 1.0],
+        [0, 0],
+        old_logprobs=torch.tensor([[0.2, 0.4], [0.0, 0.0]]),
+        ref_logprobs=torch.zeros(2, 2),
+        kl_coefficient=1.0,
     )
     out = token_kl_grpo_advantages(made, eps=0.0)
     assert out.advantages.flatten().tolist() == pytest.approx([-1.0, -1.0, 1.0, 1.0])
@@ -291,7 +357,9 @@ def test_token_kl_grpo_golden():
 def test_token_kl_statistics_are_of_the_responses_still_alive():
     # rewards 1, 0, 0, lengths 2, 2, 1, no KL: at t = 0 mean 1/3; at t = 1 mean 1/2, std 1/2
     zeros = torch.zeros(3, 2)
-    out = token_kl_grpo_advantages(inputs([1.0, 0.0, 0.0], [0] * 3, [2, 2, 1], old_logprobs=zeros, ref_logprobs=zeros), eps=0.0)
+    out = token_kl_grpo_advantages(
+        inputs([1.0, 0.0, 0.0], [0] * 3, [2, 2, 1], old_logprobs=zeros, ref_logprobs=zeros), eps=0.0
+    )
     std = (2 / 9) ** 0.5
     assert out.advantages[0].tolist() == pytest.approx([2 / 3 / std, 1.0])
     assert out.advantages[2].tolist() == pytest.approx([-1 / 3 / std, 0.0])
@@ -303,8 +371,17 @@ def test_token_kl_returns_are_gae_without_a_critic():
     assert made.old_logprobs is not None
     assert made.ref_logprobs is not None
     returns = token_kl_returns(made.rewards, made.old_logprobs, made.ref_logprobs, RAGGED, beta)
-    costs = -beta / RAGGED.sum(1, keepdim=True).clamp(min=1) * (made.old_logprobs - made.ref_logprobs)
-    gae = gae_advantages(AdvantageInputs(rewards=made.rewards, response_mask=RAGGED, group_ids=made.group_ids, token_rewards=costs))
+    costs = (
+        -beta / RAGGED.sum(1, keepdim=True).clamp(min=1) * (made.old_logprobs - made.ref_logprobs)
+    )
+    gae = gae_advantages(
+        AdvantageInputs(
+            rewards=made.rewards,
+            response_mask=RAGGED,
+            group_ids=made.group_ids,
+            token_rewards=costs,
+        )
+    )
     assert torch.allclose(gae.advantages, returns, atol=1e-12)
 
 
@@ -318,7 +395,9 @@ def test_gae_golden():
 
 def test_gae_bootstraps_truncated_responses():
     # the value of the last token stands in for what follows: delta_1 = 1 + 1/2 - 1/2
-    made = inputs([1.0, 1.0], [0, 0], values=torch.full((2, 2), 0.5), truncated=torch.tensor([True, False]))
+    made = inputs(
+        [1.0, 1.0], [0, 0], values=torch.full((2, 2), 0.5), truncated=torch.tensor([True, False])
+    )
     assert gae_advantages(made).advantages.tolist() == [[1.0, 1.0], [0.5, 0.5]]
 
 
@@ -327,7 +406,12 @@ def test_gae_skips_tool_tokens():
     mask = torch.tensor([[True, False, True, True]])
     values = torch.tensor([[0.3, 9.0, 0.1, 0.6]])
     holed = gae_advantages(
-        AdvantageInputs(rewards=torch.ones(1), response_mask=mask, group_ids=torch.zeros(1).long(), values=values),
+        AdvantageInputs(
+            rewards=torch.ones(1),
+            response_mask=mask,
+            group_ids=torch.zeros(1).long(),
+            values=values,
+        ),
         gamma=0.9,
         lam=0.8,
     )
@@ -348,7 +432,10 @@ def test_gae_against_a_plain_loop():
     )
     fast = gae_advantages(made, gamma=gamma, lam=lam).advantages
     for i in range(3):
-        deltas = [float(rewards[i, k] + gamma * (values[i, k + 1] if k < 5 else 0.0) - values[i, k]) for k in range(6)]
+        deltas = [
+            float(rewards[i, k] + gamma * (values[i, k + 1] if k < 5 else 0.0) - values[i, k])
+            for k in range(6)
+        ]
         slow = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, 6)) for t in range(6)]
         assert fast[i].tolist() == pytest.approx(slow)
 
@@ -360,22 +447,37 @@ def test_whitened_advantages_have_mean_zero_and_deviation_one():
     assert float(inside.std(correction=0)) == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["opo", "optimal_token_baseline", "grpo_process", "token_kl_grpo", "reinforce_plus_plus"])
+@pytest.mark.parametrize(
+    "name",
+    ["opo", "optimal_token_baseline", "grpo_process", "token_kl_grpo", "reinforce_plus_plus"],
+)
 def test_against_slow_loops(name: str):
     """Each estimator written again, one response and position at a time."""
     generator = torch.Generator().manual_seed(4)
     groups = torch.randint(0, 5, (24,), generator=generator)
     mask = torch.rand(24, 6, generator=generator) < 0.7
-    made = full_inputs(torch.rand(24, generator=generator).tolist(), groups.tolist(), mask, dtype=torch.float64, seed=2)
-    made = dataclasses.replace(made, token_rewards=made.token_rewards if name == "grpo_process" else None)
-    assert torch.allclose(get_advantage_estimator(name)(made).advantages, SLOW[name](made), atol=1e-8)
+    made = full_inputs(
+        torch.rand(24, generator=generator).tolist(),
+        groups.tolist(),
+        mask,
+        dtype=torch.float64,
+        seed=2,
+    )
+    made = dataclasses.replace(
+        made, token_rewards=made.token_rewards if name == "grpo_process" else None
+    )
+    assert torch.allclose(
+        get_advantage_estimator(name)(made).advantages, SLOW[name](made), atol=1e-8
+    )
 
 
 def _peers(made: AdvantageInputs, i: int) -> list[int]:
     return [j for j in range(len(made.rewards)) if made.group_ids[j] == made.group_ids[i]]
 
 
-def _slowly(value: Callable[[AdvantageInputs, int, int], float]) -> Callable[[AdvantageInputs], Tensor]:
+def _slowly(
+    value: Callable[[AdvantageInputs, int, int], float],
+) -> Callable[[AdvantageInputs], Tensor]:
     def estimator(made: AdvantageInputs) -> Tensor:
         out = torch.zeros(made.response_mask.shape, dtype=torch.float64)
         for i, t in made.response_mask.nonzero().tolist():
@@ -387,14 +489,21 @@ def _slowly(value: Callable[[AdvantageInputs, int, int], float]) -> Callable[[Ad
 
 def _slow_opo(made: AdvantageInputs, i: int, t: int) -> float:
     lengths = {j: int(made.response_mask[j].sum()) for j in _peers(made, i)}
-    return float(made.rewards[i]) - sum(lengths[j] * float(made.rewards[j]) for j in lengths) / sum(lengths.values())
+    return float(made.rewards[i]) - sum(lengths[j] * float(made.rewards[j]) for j in lengths) / sum(
+        lengths.values()
+    )
 
 
 def _slow_token_baseline(made: AdvantageInputs, i: int, t: int) -> float:
     assert made.score_norms is not None
     alive = [j for j in _peers(made, i) if made.response_mask[j, t]]
-    energy = {j: float((made.score_norms[j, : t + 1] * made.response_mask[j, : t + 1]).sum()) for j in alive}
-    return float(made.rewards[i]) - sum(energy[j] * float(made.rewards[j]) for j in alive) / sum(energy.values())
+    energy = {
+        j: float((made.score_norms[j, : t + 1] * made.response_mask[j, : t + 1]).sum())
+        for j in alive
+    }
+    return float(made.rewards[i]) - sum(energy[j] * float(made.rewards[j]) for j in alive) / sum(
+        energy.values()
+    )
 
 
 def _slow_process(made: AdvantageInputs, i: int, t: int) -> float:
@@ -403,7 +512,8 @@ def _slow_process(made: AdvantageInputs, i: int, t: int) -> float:
     def steps(j: int) -> dict[int, float]:
         places = made.response_mask[j].nonzero()[:, 0].tolist()
         return {
-            s: float(made.token_rewards[j, s]) + (float(made.rewards[j]) if s == places[-1] else 0.0)  # pyright: ignore[reportOptionalSubscript]
+            s: float(made.token_rewards[j, s])
+            + (float(made.rewards[j]) if s == places[-1] else 0.0)  # pyright: ignore[reportOptionalSubscript]
             for s in places
         }
 
@@ -420,7 +530,9 @@ def _slow_token_kl(made: AdvantageInputs, i: int, t: int) -> float:
     def to_go(j: int) -> float:
         places = [s for s in made.response_mask[j].nonzero()[:, 0].tolist() if s >= t]
         cost = sum(float(made.old_logprobs[j, s] - made.ref_logprobs[j, s]) for s in places)  # pyright: ignore[reportOptionalSubscript]
-        return float(made.rewards[j]) - made.kl_coefficient / int(made.response_mask[j].sum()) * cost
+        return (
+            float(made.rewards[j]) - made.kl_coefficient / int(made.response_mask[j].sum()) * cost
+        )
 
     alive = [to_go(j) for j in _peers(made, i) if made.response_mask[j, t]]
     mean = sum(alive) / len(alive)
@@ -456,12 +568,16 @@ SLOW = {
 )
 def test_wrong_values_are_refused(name: str, parameters: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        get_advantage_estimator(name)(full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED), **parameters)
+        get_advantage_estimator(name)(
+            full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED), **parameters
+        )
 
 
 def test_a_mask_with_a_hole_gets_zero_in_the_hole():
     mask = torch.tensor([[True, False, True], [True, True, True]])
-    made = AdvantageInputs(rewards=torch.tensor([1.0, 0.0]), response_mask=mask, group_ids=torch.tensor([0, 0]))
+    made = AdvantageInputs(
+        rewards=torch.tensor([1.0, 0.0]), response_mask=mask, group_ids=torch.tensor([0, 0])
+    )
     assert grpo_advantages(made).advantages[0, 1] == 0
 
 
@@ -478,8 +594,13 @@ def test_bfloat16_rewards_are_computed_in_float32():
 
 def test_grpo_against_a_plain_loop():
     generator = torch.Generator().manual_seed(1)
-    rewards, groups = torch.rand(40, generator=generator), torch.randint(0, 7, (40,), generator=generator)
-    made = AdvantageInputs(rewards=rewards, response_mask=torch.ones(40, 3, dtype=torch.bool), group_ids=groups)
+    rewards, groups = (
+        torch.rand(40, generator=generator),
+        torch.randint(0, 7, (40,), generator=generator),
+    )
+    made = AdvantageInputs(
+        rewards=rewards, response_mask=torch.ones(40, 3, dtype=torch.bool), group_ids=groups
+    )
     fast = grpo_advantages(made, std_ddof=1).advantages[:, 0]
     for i in range(40):
         group = [float(rewards[j]) for j in range(40) if groups[j] == groups[i]]
@@ -499,5 +620,8 @@ def test_shapes_are_checked():
 
 
 def test_unknown_name_offers_the_nearest():
-    with pytest.raises(ValueError, match=r"algorithm\.advantage\.name: unknown advantage estimator 'gpro'\. Did you mean grpo"):
+    with pytest.raises(
+        ValueError,
+        match=r"algorithm\.advantage\.name: unknown advantage estimator 'gpro'\. Did you mean grpo",
+    ):
         get_advantage_estimator("gpro")

@@ -39,8 +39,12 @@ def test_parts_of_different_batches_are_refused():
 def test_scatter_puts_rows_of_two_ranks_in_order():
     offsets = np.array([0, 2, 5, 6])
     parts = [
-        LogprobBatch(batch_id=0, rows=np.array([2, 0]), logprobs=np.array([6.0, 1.0, 2.0], dtype=np.float32)),
-        LogprobBatch(batch_id=0, rows=np.array([1]), logprobs=np.array([3.0, 4.0, 5.0], dtype=np.float32)),
+        LogprobBatch(
+            batch_id=0, rows=np.array([2, 0]), logprobs=np.array([6.0, 1.0, 2.0], dtype=np.float32)
+        ),
+        LogprobBatch(
+            batch_id=0, rows=np.array([1]), logprobs=np.array([3.0, 4.0, 5.0], dtype=np.float32)
+        ),
     ]
     assert LogprobBatch.scatter(parts, offsets).tolist() == [1, 2, 3, 4, 5, 6]
     with pytest.raises(AssertionError, match="exactly one rank"):
@@ -64,7 +68,10 @@ def test_rollouts_file_is_readable_with_pandas(tmp_path: Path):
     path = tmp_path / "step_000001.parquet"
     write_rollouts(batch, path)
     table = pd.read_parquet(path)
-    assert table["token_ids"][1].tolist() == batch.rollouts.token_ids[slice(*batch.rollouts.sequence_offsets[1:3])].tolist()
+    assert (
+        table["token_ids"][1].tolist()
+        == batch.rollouts.token_ids[slice(*batch.rollouts.sequence_offsets[1:3])].tolist()
+    )
     assert table["reward"].tolist() == batch.rewards.rewards.tolist()
     assert table["ground_truth"].tolist() == ["0", "0", "1", "1"]
     assert read_rollouts(path)[0]["old_logprobs"] is None

@@ -19,11 +19,16 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(1).normal(-5.7, 0.4, len(batch.token_ids))
     old = np.where(batch.response_mask, noise, 0).astype(np.float32)
     path = tmp_path_factory.mktemp("rollouts") / "step_000001.parquet"
-    write_rollouts(TrainBatch(rollouts=batch, rewards=rewards_of(batch), advantages=0 * old, old_logprobs=old), path)
+    write_rollouts(
+        TrainBatch(rollouts=batch, rewards=rewards_of(batch), advantages=0 * old, old_logprobs=old),
+        path,
+    )
     return path
 
 
-def test_every_preset_has_its_row_and_the_figure_is_drawn(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_preset_has_its_row_and_the_figure_is_drawn(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert compare_objectives.main([str(stored), "--model", "tiny", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in PRESETS)
@@ -39,7 +44,9 @@ def test_rows_say_what_the_weights_do(stored: Path):
     assert rows["grpo"]["no gradient"] > 0.1  # clipped
     assert rows["sapo"]["no gradient"] == rows["cispo"]["no gradient"] == 0.0
     assert rows["adaptive_power"]["ESS"] >= 0.9 - 1e-6
-    assert rows["power"]["ESS"] > rows["cispo"]["ESS"]  # a square root spreads less than a one-sided cap
+    assert (
+        rows["power"]["ESS"] > rows["cispo"]["ESS"]
+    )  # a square root spreads less than a one-sided cap
     assert 0 < rows["cispo"]["bias proxy"] < rows["grpo"]["bias proxy"]
 
 

@@ -34,13 +34,18 @@ def test_synthetic_problems_are_right_disjoint_and_reproducible(levels: tuple[in
     def expression(problem: Problem) -> str:
         return problem.problem_id.split("-", 2)[2].rsplit("-", 1)[0]
 
-    assert not {expression(p) for p in train} & {expression(p) for p in held_out}  # not even in another wording
+    assert not {expression(p) for p in train} & {
+        expression(p) for p in held_out
+    }  # not even in another wording
     for problem in train + held_out:
         assert eval(expression(problem)) == int(problem.answer)
 
 
 def test_too_many_problems_are_refused():
-    with pytest.raises(ValueError, match=r"data\.synthetic\.train_size: 10000000 problems were asked for, the levels hold \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.synthetic\.train_size: 10000000 problems were asked for, the levels hold \d+",
+    ):
         generate_problems((1,), train_size=10**7, eval_size=1, seed=0)
     with pytest.raises(ValueError, match=r"data\.synthetic\.levels: unknown level 9"):
         generate_problems((9,), train_size=1, eval_size=1, seed=0)
@@ -52,10 +57,15 @@ def jsonl(path: Path, rows: list[dict]) -> str:
 
 
 def test_jsonl_with_a_column_mapping_and_filters(tmp_path: Path):
-    rows = [{"q": f"q{i}", "a": i, "level": f"Level {i}", "subject": "Algebra" if i % 2 else "Geometry"} for i in range(5)]
+    rows = [
+        {"q": f"q{i}", "a": i, "level": f"Level {i}", "subject": "Algebra" if i % 2 else "Geometry"}
+        for i in range(5)
+    ]
     source = jsonl(tmp_path / "x.jsonl", rows)
     columns = ColumnNames(problem="q", answer="a")
-    problems = read_problems(source, columns=columns, field="data.train", levels=(1, 2, 3), subjects=("Algebra",))
+    problems = read_problems(
+        source, columns=columns, field="data.train", levels=(1, 2, 3), subjects=("Algebra",)
+    )
     assert [(p.problem, p.answer, p.level) for p in problems] == [("q1", "1", 1), ("q3", "3", 3)]
     assert problems[0].problem_id == "1"  # no id column: the row number
 
@@ -86,9 +96,12 @@ def test_unusable_files_get_one_clear_message(tmp_path: Path, source: str, messa
 
 
 def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
-    source = jsonl(tmp_path / "x.jsonl", [{"problem": "1", "answer": "1", "level": 2, "subject": "Algebra"}])
+    source = jsonl(
+        tmp_path / "x.jsonl", [{"problem": "1", "answer": "1", "level": 2, "subject": "Algebra"}]
+    )
     with pytest.raises(
-        ValueError, match=r"1 rows read, filters data\.levels=\[5\]; the file has levels \[2\] and subjects \['Algebra'\]"
+        ValueError,
+        match=r"1 rows read, filters data\.levels=\[5\]; the file has levels \[2\] and subjects \['Algebra'\]",
     ):
         read_problems(source, columns=COLUMNS, field="data.train", levels=(5,))
 
@@ -97,28 +110,41 @@ def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
 def test_math_files_work_without_options():
     train = read_problems(str(MATH / "train.parquet"), columns=COLUMNS, field="data.train")
     assert len(train) == 7500
-    hard = read_problems(str(MATH / "math500.parquet"), columns=COLUMNS, field="data.eval", levels=(5,))
+    hard = read_problems(
+        str(MATH / "math500.parquet"), columns=COLUMNS, field="data.eval", levels=(5,)
+    )
     assert 0 < len(hard) < 500
     assert {p.level for p in hard} == {5}
 
 
 def test_few_shot_golden(tokenizer):
-    prompt = PromptRenderer("few_shot", tokenizer).encode(Problem(problem_id="1", problem="What is 1 + 1?", answer="2"))
+    prompt = PromptRenderer("few_shot", tokenizer).encode(
+        Problem(problem_id="1", problem="What is 1 + 1?", answer="2")
+    )
     assert prompt.text.endswith("Answer: \\boxed{12}\n\nProblem: What is 1 + 1?\nAnswer:")
     assert tokenizer.decode(list(prompt.token_ids)) == prompt.text
 
 
 def test_chat_template_is_tokenized_once_with_its_special_tokens(tokenizer):
-    prompt = PromptRenderer("chat_boxed", tokenizer).encode(Problem(problem_id="1", problem="What is 1 + 1?", answer="2"))
+    prompt = PromptRenderer("chat_boxed", tokenizer).encode(
+        Problem(problem_id="1", problem="What is 1 + 1?", answer="2")
+    )
     expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 1 + 1?\n\nReason step by step, and put the final answer in \\boxed{}."}],
+        [
+            {
+                "role": "user",
+                "content": "What is 1 + 1?\n\nReason step by step, and put the final answer in \\boxed{}.",
+            }
+        ],
         add_generation_prompt=True,
     )["input_ids"]
     assert list(prompt.token_ids) == expected
 
 
 def test_r1_zero_opens_the_first_tag_and_stops_at_the_last(tokenizer):
-    prompt = PromptRenderer("r1_zero", tokenizer).encode(Problem(problem_id="1", problem="P", answer="2"))
+    prompt = PromptRenderer("r1_zero", tokenizer).encode(
+        Problem(problem_id="1", problem="P", answer="2")
+    )
     assert prompt.text.endswith("User: P\nAssistant: <think>")
     assert stop_strings("r1_zero", ()) == ("</answer>",)
     assert stop_strings("r1_zero", ("END",)) == ("END",)
@@ -127,7 +153,9 @@ def test_r1_zero_opens_the_first_tag_and_stops_at_the_last(tokenizer):
 def test_a_users_template_file(tmp_path: Path, tokenizer):
     path = tmp_path / "mine.jinja"
     path.write_text("Q: {{ problem }}\nA:\n")
-    prompt = PromptRenderer(str(path), tokenizer).encode(Problem(problem_id="1", problem="x", answer="2"))
+    prompt = PromptRenderer(str(path), tokenizer).encode(
+        Problem(problem_id="1", problem="x", answer="2")
+    )
     assert prompt.text == "Q: x\nA:\n"
 
 
@@ -146,12 +174,16 @@ def test_unusable_templates(tmp_path: Path, text: str, message: str):
 
 
 def test_unknown_template_offers_the_nearest():
-    with pytest.raises(ValueError, match=r"data\.template: 'few_shots' is neither .*Did you mean few_shot\?"):
+    with pytest.raises(
+        ValueError, match=r"data\.template: 'few_shots' is neither .*Did you mean few_shot\?"
+    ):
         template_source("few_shots")
 
 
 def config(**data: object) -> RunConfig:
-    return RunConfig(data=DataConfig.model_validate(data), trainer=TrainerConfig(prompts_per_step=7, seed=1))
+    return RunConfig(
+        data=DataConfig.model_validate(data), trainer=TrainerConfig(prompts_per_step=7, seed=1)
+    )
 
 
 def stream(tokenizer) -> PromptStream:
@@ -183,7 +215,10 @@ def test_the_stream_continues_exactly_in_the_middle_of_an_epoch(tokenizer):
 
 
 def test_resuming_with_other_data_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"data\.train: the checkpoint was written with 99 prompts, now there are 20"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.train: the checkpoint was written with 99 prompts, now there are 20",
+    ):
         stream(tokenizer).load_state({"batches_taken": 1, "prompts": 99})
 
 
@@ -192,11 +227,21 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path: Pa
     source = jsonl(tmp_path / "x.jsonl", rows)
     template = tmp_path / "t.jinja"
     template.write_text("{{ problem }}")
-    loaded = load_prompts(config(train=source, eval=source, template=str(template), max_prompt_tokens=100), tokenizer)
+    loaded = load_prompts(
+        config(train=source, eval=source, template=str(template), max_prompt_tokens=100), tokenizer
+    )
     assert (len(loaded.train), loaded.dropped_train, loaded.dropped_evaluation) == (2, 1, 1)
     with pytest.raises(
-        ValueError, match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens .*'2', has \d+"
+        ValueError,
+        match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens .*'2', has \d+",
     ):
         load_prompts(
-            config(train=source, eval=source, template=str(template), max_prompt_tokens=100, overlong_prompts="refuse"), tokenizer
+            config(
+                train=source,
+                eval=source,
+                template=str(template),
+                max_prompt_tokens=100,
+                overlong_prompts="refuse",
+            ),
+            tokenizer,
         )

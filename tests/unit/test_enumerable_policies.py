@@ -31,11 +31,15 @@ class Setting:
         generator = torch.Generator().manual_seed(seed)
         space = ResponseSpace.of(2, length, end_token=end_token)
         return Setting(
-            space, space.random_logits(generator), torch.rand(len(space.tokens), generator=generator, dtype=torch.float64)
+            space,
+            space.random_logits(generator),
+            torch.rand(len(space.tokens), generator=generator, dtype=torch.float64),
         )
 
 
-def expected_gradient(setting: Setting, name: str, *, group: int, state: dict | None = None, **parameters: object) -> Tensor:
+def expected_gradient(
+    setting: Setting, name: str, *, group: int, state: dict | None = None, **parameters: object
+) -> Tensor:
     """E of (1/G) sum_i sum_t A_it grad log pi(y_it) over all G-tuples of responses, exactly."""
     space, logits = setting.space, setting.logits
     probabilities, scores = space.probabilities(logits), space.scores(logits)
@@ -43,7 +47,9 @@ def expected_gradient(setting: Setting, name: str, *, group: int, state: dict | 
     total = torch.zeros(scores.shape[2], dtype=torch.float64)
     for drawn in itertools.product(range(len(space.tokens)), repeat=group):
         index = torch.tensor(drawn)
-        made = space.inputs(index, setting.rewards, logits, logits, torch.zeros(group, dtype=torch.int64))
+        made = space.inputs(
+            index, setting.rewards, logits, logits, torch.zeros(group, dtype=torch.int64)
+        )
         made = dataclasses.replace(made, greedy_rewards=greedy, state=state or {})
         output: AdvantageOutput = get_advantage_estimator(name)(made, **parameters)
         gradient = torch.einsum("gt,gtp->p", output.advantages, scores[index]) / group
@@ -70,38 +76,61 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def test_unbiased_estimators(name: str, parameters: dict, seed: int):
     setting = Setting.random(seed)
     exact = setting.space.gradient(setting.logits, setting.rewards)
-    found = expected_gradient(setting, name, group=3, state={"average": 0.3, "weight": 1.0}, **parameters)
+    found = expected_gradient(
+        setting, name, group=3, state={"average": 0.3, "weight": 1.0}, **parameters
+    )
     assert float((found - exact).abs().max()) < EXACT
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("grpo", {"divide_by_std": False}), ("reinforce_baseline", {})])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("grpo", {"divide_by_std": False}), ("reinforce_baseline", {})]
+)
 @pytest.mark.parametrize("group", [2, 4])
-def test_a_mean_that_contains_the_response_scales_the_gradient(name: str, parameters: dict, group: int):
+def test_a_mean_that_contains_the_response_scales_the_gradient(
+    name: str, parameters: dict, group: int
+):
     """By exactly 1 - 1/G: the bias that the documents state, which a learning rate can absorb."""
     setting = Setting.random(2)
     exact = setting.space.gradient(setting.logits, setting.rewards)
-    assert float((expected_gradient(setting, name, group=group, **parameters) - (1 - 1 / group) * exact).abs().max()) < EXACT
+    assert (
+        float(
+            (expected_gradient(setting, name, group=group, **parameters) - (1 - 1 / group) * exact)
+            .abs()
+            .max()
+        )
+        < EXACT
+    )
 
 
 @pytest.mark.parametrize("name", ["grpo", "opo", "optimal_baseline", "optimal_token_baseline"])
 def test_biased_estimators_change_the_direction(name: str):
     """No factor makes them the gradient: dividing by the group's deviation, or a weighted baseline that has seen the response."""
     setting = Setting.random(3)
-    exact, found = setting.space.gradient(setting.logits, setting.rewards), expected_gradient(setting, name, group=3)
+    exact, found = (
+        setting.space.gradient(setting.logits, setting.rewards),
+        expected_gradient(setting, name, group=3),
+    )
     best = float(found @ exact / (found @ found))
     assert relative_error(best * found, exact) > 1e-4
 
 
-def objective_gradient(setting: Setting, live: Tensor, ratio: str, weight: str, **parameters: object) -> Tensor:
+def objective_gradient(
+    setting: Setting, live: Tensor, ratio: str, weight: str, **parameters: object
+) -> Tensor:
     """E over responses of the old policy of the objective's gradient with respect to the live policy's table, advantage = reward."""
     space, mask = setting.space, setting.space.mask
     table = live.clone().requires_grad_()
     advantages = torch.where(mask, setting.rewards[:, None], 0.0)
     inputs = PolicyObjectiveInputs(
-        logprobs=space.logprobs(table), old_logprobs=space.logprobs(setting.logits), advantages=advantages, response_mask=mask
+        logprobs=space.logprobs(table),
+        old_logprobs=space.logprobs(setting.logits),
+        advantages=advantages,
+        response_mask=mask,
     )
     losses = policy_objective(inputs, ratio=ratio, weight=weight, **parameters).token_losses
-    (gradient,) = torch.autograd.grad(-(space.probabilities(setting.logits) * losses.sum(1)).sum(), table)
+    (gradient,) = torch.autograd.grad(
+        -(space.probabilities(setting.logits) * losses.sum(1)).sum(), table
+    )
     return gradient.flatten()
 
 
@@ -113,29 +142,46 @@ def drifted() -> tuple[Setting, Tensor, Tensor]:
     return setting, live, setting.space.gradient(live, setting.rewards)
 
 
-@pytest.mark.parametrize(("weight", "parameters"), [("importance", {}), ("power", {"q": 1.0}), ("upper_clip", {"clip_high": 1e9})])
+@pytest.mark.parametrize(
+    ("weight", "parameters"),
+    [("importance", {}), ("power", {"q": 1.0}), ("upper_clip", {"clip_high": 1e9})],
+)
 def test_the_full_product_corrects_a_drifted_policy_exactly(drifted, weight: str, parameters: dict):
     setting, live, exact = drifted
-    assert float((objective_gradient(setting, live, "product", weight, **parameters) - exact).abs().max()) < EXACT
+    assert (
+        float(
+            (objective_gradient(setting, live, "product", weight, **parameters) - exact).abs().max()
+        )
+        < EXACT
+    )
 
 
 def test_the_power_family_trades_bias_for_variance(drifted):
     """Bias falls to 0 as q goes to 1; the second moment of the weights rises."""
     setting, live, exact = drifted
     errors = [
-        relative_error(objective_gradient(setting, live, "product", "power", q=q), exact) for q in (0.0, 0.25, 0.5, 0.75, 1.0)
+        relative_error(objective_gradient(setting, live, "product", "power", q=q), exact)
+        for q in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.05
     assert errors[-1] < EXACT
     space = setting.space
     product = (space.logprobs(live) - space.logprobs(setting.logits)).sum(1)
-    moments = [float((space.probabilities(setting.logits) * (2 * q * product).exp()).sum()) for q in (0.0, 0.5, 1.0)]
+    moments = [
+        float((space.probabilities(setting.logits) * (2 * q * product).exp()).sum())
+        for q in (0.0, 0.5, 1.0)
+    ]
     assert moments == sorted(moments)
 
 
-@pytest.mark.parametrize(("ratio", "weight"), [("token", "importance"), ("sequence", "importance"), ("future", "importance")])
-def test_averaged_and_single_token_ratios_are_biased_once_the_policy_moved(drifted, ratio: str, weight: str):
+@pytest.mark.parametrize(
+    ("ratio", "weight"),
+    [("token", "importance"), ("sequence", "importance"), ("future", "importance")],
+)
+def test_averaged_and_single_token_ratios_are_biased_once_the_policy_moved(
+    drifted, ratio: str, weight: str
+):
     setting, live, exact = drifted
     assert relative_error(objective_gradient(setting, live, ratio, weight), exact) > 0.01
 
@@ -156,7 +202,9 @@ def test_prefix_ratios_are_exact_for_rewards_that_are_decided_at_once():
         response_mask=mask,
     )
     losses = policy_objective(inputs, ratio="prefix", weight="importance").token_losses
-    (found,) = torch.autograd.grad(-(space.probabilities(setting.logits) * losses.sum(1)).sum(), table)
+    (found,) = torch.autograd.grad(
+        -(space.probabilities(setting.logits) * losses.sum(1)).sum(), table
+    )
     assert float((found.flatten() - space.gradient(live, first_token_reward)).abs().max()) < EXACT
 
 
@@ -175,7 +223,9 @@ def test_the_product_explodes_and_the_geometric_mean_does_not():
     """Independent tokens: 1 + Var(product) = E[rho^2]^L exactly; the geometric mean's variance falls with L."""
     one = 1 + weight_variance(1, lambda logs: logs.sum(1))
     products = [weight_variance(length, lambda logs: logs.sum(1)) for length in range(1, 9)]
-    assert [1 + value for value in products] == pytest.approx([one**length for length in range(1, 9)], rel=EXACT)
+    assert [1 + value for value in products] == pytest.approx(
+        [one**length for length in range(1, 9)], rel=EXACT
+    )
     means = [weight_variance(length, lambda logs: logs.mean(1)) for length in range(1, 9)]
     assert means == sorted(means, reverse=True)
     assert means[7] < products[7] / 50
@@ -189,7 +239,9 @@ def test_token_kl_gradient_is_that_of_the_regularised_objective():
     space, ref = setting.space, setting.space.random_logits(torch.Generator().manual_seed(10))
     logprobs, ref_logprobs = space.logprobs(setting.logits), space.logprobs(ref)
     returns = token_kl_returns(setting.rewards, logprobs, ref_logprobs, space.mask, beta)
-    found = torch.einsum("s,st,stp->p", space.probabilities(setting.logits), returns, space.scores(setting.logits))
+    found = torch.einsum(
+        "s,st,stp->p", space.probabilities(setting.logits), returns, space.scores(setting.logits)
+    )
     table = setting.logits.clone().requires_grad_()
     cost = (space.logprobs(table) - ref_logprobs).sum(1)
     objective = (space.probabilities(table) * (setting.rewards - beta / 3 * cost)).sum()
@@ -205,12 +257,20 @@ def test_entropy_in_the_reward_is_the_gradient_of_the_regularised_objective():
     space = setting.space
     logprobs = space.logprobs(setting.logits)
     made = space.inputs(
-        torch.arange(len(space.tokens)), setting.rewards, setting.logits, setting.logits, torch.arange(len(space.tokens))
+        torch.arange(len(space.tokens)),
+        setting.rewards,
+        setting.logits,
+        setting.logits,
+        torch.arange(len(space.tokens)),
     )
     made = dataclasses.replace(made, token_rewards=entropy_rewards(logprobs, space.mask, alpha))
     advantages = get_advantage_estimator("reinforce")(made).advantages
-    found = torch.einsum("s,st,stp->p", space.probabilities(setting.logits), advantages, space.scores(setting.logits))
+    found = torch.einsum(
+        "s,st,stp->p", space.probabilities(setting.logits), advantages, space.scores(setting.logits)
+    )
     table = setting.logits.clone().requires_grad_()
     probabilities = space.probabilities(table)
-    (exact,) = torch.autograd.grad((probabilities * (setting.rewards - alpha * space.logprobs(table).sum(1))).sum(), table)
+    (exact,) = torch.autograd.grad(
+        (probabilities * (setting.rewards - alpha * space.logprobs(table).sum(1))).sum(), table
+    )
     assert float((found - exact.flatten()).abs().max()) < EXACT

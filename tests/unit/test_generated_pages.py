@@ -11,7 +11,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    ("page", "module"), [("configuration.md", rlsys.config.reference), ("algorithms.md", rlsys.algorithms.reference)]
+    ("page", "module"),
+    [("configuration.md", rlsys.config.reference), ("algorithms.md", rlsys.algorithms.reference)],
 )
 def test_the_page_is_current(page: str, module):
     assert (DOCS / page).read_text() == module.reference(), "run `make docs`"

@@ -9,7 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlsys.algorithms.advantages.gradient_variance import BASELINES, gradient_diagnostics, plain_weights, response_moments
+from rlsys.algorithms.advantages.gradient_variance import (
+    BASELINES,
+    gradient_diagnostics,
+    plain_weights,
+    response_moments,
+)
 from rlsys.data.packing import pack_rows
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
@@ -33,7 +38,9 @@ def one_rank(tmp_path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny() -> Any:  # a PackedCausalLM
     kernel = register_packed_attention("sdpa")
-    return PackedCausalLM(load_causal_lm(resolve_model("tiny"), dtype=torch.float32, attention=kernel), chunk_tokens=7)
+    return PackedCausalLM(
+        load_causal_lm(resolve_model("tiny"), dtype=torch.float32, attention=kernel), chunk_tokens=7
+    )
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -41,7 +48,9 @@ def tiny() -> Any:  # a PackedCausalLM
 def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     """The slow way: one backward pass a token, by the projection's weight; near-orthogonal directions included."""
     batch = train_batch(random_rollouts(1, groups=3, samples=4))
-    near = np.where(batch.rollouts.response_mask, -5.7, 0).astype(np.float32)  # so that ratios are of order 1
+    near = np.where(batch.rollouts.response_mask, -5.7, 0).astype(
+        np.float32
+    )  # so that ratios are of order 1
     batch = replace(batch, rollouts=replace(batch.rollouts, rollout_logprobs=near))
 
     def plan(rows: np.ndarray) -> list:
@@ -55,7 +64,12 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
         gradients, same, proxy = torch.zeros(4, 4, weight.numel()), torch.zeros(4), torch.zeros(4)
         (pack,) = pack_rows(batch.rollouts, rows, budget=10**6, rank=0, ranks=1, share_prompts=True)
         result = tiny(PackTensors.of(pack, CPU), 1.0)
-        scores = torch.stack([torch.autograd.grad([one], [weight], retain_graph=True)[0].flatten() for one in result.logprobs])
+        scores = torch.stack(
+            [
+                torch.autograd.grad([one], [weight], retain_graph=True)[0].flatten()
+                for one in result.logprobs
+            ]
+        )
         rewards = torch.from_numpy(batch.rewards.rewards[rows]).double()
         log_ratios = result.logprobs.detach() - torch.from_numpy(near[pack.flat_positions])
         ratios = torch.stack([log_ratios[pack.response_index == i].sum().exp() for i in range(4)])
@@ -66,8 +80,12 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
             used = torch.from_numpy(batch.advantages[pack.flat_positions[own]])
             for k, baseline in enumerate((torch.tensor(0.0), rewards.mean(), others)):
                 gradients[k, i] = ratios[i] * (rewards[i] - baseline) * scores[own].sum(0)
-                same[k] += ((ratios[i] * (rewards[i] - baseline)) ** 2 * scores[own].square().sum(1)).sum()
-                proxy[k] += ((ratios[i] * (rewards[i] - baseline)) ** 2 * result.score_norms[own]).sum()
+                same[k] += (
+                    (ratios[i] * (rewards[i] - baseline)) ** 2 * scores[own].square().sum(1)
+                ).sum()
+                proxy[k] += (
+                    (ratios[i] * (rewards[i] - baseline)) ** 2 * result.score_norms[own]
+                ).sum()
             gradients[3, i] = (used[:, None] * scores[own]).sum(0)
             same[3] += (used**2 * scores[own].square().sum(1)).sum()
             proxy[3] += (used**2 * result.score_norms[own]).sum()
@@ -77,7 +95,11 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     assert got.keys() == {f"gradient/{name}" for name in expected}
     for name, value in expected.items():
         assert got[f"gradient/{name}"] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert got["gradient/variance_ratio/leave_one_out"] == got["gradient/proxy_ratio/leave_one_out"] == 1
+    assert (
+        got["gradient/variance_ratio/leave_one_out"]
+        == got["gradient/proxy_ratio/leave_one_out"]
+        == 1
+    )
     assert abs(got["gradient/cross_position_share/used"]) > 1e-3
 
 
@@ -100,18 +122,27 @@ def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
     groups = []
     for _ in range(3000):
         drawn = torch.multinomial(chance, 6, replacement=True, generator=generator)
-        fixed = ratio[drawn] * (reward[drawn] - 0.7)  # stands for the weights in use: a constant baseline
+        fixed = ratio[drawn] * (
+            reward[drawn] - 0.7
+        )  # stands for the weights in use: a constant baseline
         weights = torch.cat([plain_weights(reward[drawn], ratio[drawn]), fixed[None]])
         parts = [
             # a table of logits is no linear map of inputs: its score vectors stand as outward factors of an input of 1
-            response_moments(weights[:, i, None].expand(-1, 4), scores[r], torch.ones(4, 1, dtype=torch.float64), torch.ones(4))
+            response_moments(
+                weights[:, i, None].expand(-1, 4),
+                scores[r],
+                torch.ones(4, 1, dtype=torch.float64),
+                torch.ones(4),
+            )
             for i, r in enumerate(drawn)
         ]
         groups.append(sum(parts[1:], start=parts[0]).spread(6))
     got = gradient_diagnostics(groups)
     variance, share = exact(0.0)
     at_fixed, share_at_fixed = exact(0.7)
-    assert got["variance_ratio/none"] / got["variance_ratio/used"] == pytest.approx(variance / at_fixed, rel=0.05)
+    assert got["variance_ratio/none"] / got["variance_ratio/used"] == pytest.approx(
+        variance / at_fixed, rel=0.05
+    )
     assert got["cross_position_share/none"] == pytest.approx(share, abs=0.05)
     assert got["cross_position_share/used"] == pytest.approx(share_at_fixed, abs=0.05)
 
@@ -128,5 +159,7 @@ def test_a_model_without_that_projection_is_refused():
             decoder.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
             return decoder
 
-    with pytest.raises(ValueError, match=r"diagnostics\.gradient: the last layer of Other has no mlp\.down_proj"):
+    with pytest.raises(
+        ValueError, match=r"diagnostics\.gradient: the last layer of Other has no mlp\.down_proj"
+    ):
         last_down_projection(PackedCausalLM(Other(), chunk_tokens=1))  # type: ignore[arg-type]

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageInputs, estimator_needs, hierarchical, hierarchical_advantages, rloo_advantages
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    estimator_needs,
+    hierarchical,
+    hierarchical_advantages,
+    rloo_advantages,
+)
 from rlsys.algorithms.advantages.baseline_variance import effective_shares
 from rlsys.algorithms.advantages.hierarchical_fits import (
     GroupedBatch,
@@ -22,11 +28,20 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
 )
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 from rlsys.algorithms.advantages.hierarchical_pooling import start_from
-from rlsys.algorithms.advantages.hierarchical_strength import Gains, cautious_strengths, tilted_centre
+from rlsys.algorithms.advantages.hierarchical_strength import (
+    Gains,
+    cautious_strengths,
+    tilted_centre,
+)
 from tests.enumerable_policy import Context, Enumerated
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
-SPACES: list[tuple[Context, bool]] = [("prefix", False), ("prefix", True), ("previous_token", False), ("previous_token", True)]
+SPACES: list[tuple[Context, bool]] = [
+    ("prefix", False),
+    ("prefix", True),
+    ("previous_token", False),
+    ("previous_token", True),
+]
 
 
 class LearntPrompt(Enumerated):
@@ -37,8 +52,13 @@ class LearntPrompt(Enumerated):
         self.rewards = (self.space.tokens == 1).double().mean(1)
         step = self.space.gradient(self.rollout, self.rewards).reshape(self.rollout.shape)
         self.old = self.rollout + 0.3 * step / step.std()
-        self.ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
-        self.scores, self.gradient = self.space.scores(self.old), self.space.gradient(self.old, self.rewards)
+        self.ratios = (
+            (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
+        )
+        self.scores, self.gradient = (
+            self.space.scores(self.old),
+            self.space.gradient(self.old, self.rewards),
+        )
 
     def draw(self, number: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.probability, number, replacement=True, generator=generator)
@@ -50,8 +70,17 @@ def joined(prompts: list[LearntPrompt], drawn: list[Tensor]) -> AdvantageInputs:
         p.space.inputs(d, p.rewards, p.rollout, p.old, torch.full((len(d),), k))
         for k, (p, d) in enumerate(zip(prompts, drawn, strict=True))
     ]
-    names = ("rewards", "response_mask", "group_ids", "rollout_logprobs", "old_logprobs", "score_norms")
-    arrays: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    names = (
+        "rewards",
+        "response_mask",
+        "group_ids",
+        "rollout_logprobs",
+        "old_logprobs",
+        "score_norms",
+    )
+    arrays: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
     return AdvantageInputs(**arrays)
 
 
@@ -65,7 +94,9 @@ def test_any_baseline_of_any_layer_has_expectation_zero(context: Context, end_to
     for t in range(made.space.length):
         for s in range(t, made.space.length):
             assert made.mean(made.ratios[:, s, None] * made.scores[:, t]).abs().max() < 1e-12
-    beta = 5 * torch.randn(made.space.length, made.space.length, generator=made.generator, dtype=torch.float64)
+    beta = 5 * torch.randn(
+        made.space.length, made.space.length, generator=made.generator, dtype=torch.float64
+    )
     assert (made.mean(made.token_gradients(beta)).sum(0) - made.gradient).abs().max() < 1e-12
 
 
@@ -84,21 +115,27 @@ def test_ratios_of_the_future_average_to_one_given_the_past(end_token: bool):
         totals = torch.zeros(2, len(prefixes), dtype=torch.float64)
         totals[0].index_add_(0, index, made.probability * alpha)
         totals[1].index_add_(0, index, made.probability)
-        assert torch.allclose(totals[0] / totals[1], torch.ones(len(prefixes), dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(
+            totals[0] / totals[1], torch.ones(len(prefixes), dtype=torch.float64), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("context", "end_token"), SPACES)
 def test_the_variance_formula_and_what_it_leaves_out(context: Context, end_token: bool):
     """Each position's variance is the formula's; the total is their sum plus covariances, which vanish only where scores are orthogonal."""
     made = Enumerated(2, context, end_token)
-    beta = torch.randn(made.space.length, made.space.length, generator=made.generator, dtype=torch.float64)
+    beta = torch.randn(
+        made.space.length, made.space.length, generator=made.generator, dtype=torch.float64
+    )
     terms = made.token_gradients(beta)  # [S, L, P]
     means = made.mean(terms)
     direct = made.mean((terms - means).square().sum(2))
     later = torch.ones_like(beta).triu()
     alpha = made.ratios[:, None, :] / made.ratios[:, :, None]
     residual = alpha[:, :, -1] * made.rewards[:, None] - (alpha * beta * later).sum(2)
-    formula = made.mean(made.ratios**2 * made.scores.square().sum(2) * residual**2) - means.square().sum(1)
+    formula = made.mean(
+        made.ratios**2 * made.scores.square().sum(2) * residual**2
+    ) - means.square().sum(1)
     assert torch.allclose(direct, formula, atol=1e-12, rtol=1e-12)
 
     total = made.mean((terms.sum(1) - made.gradient).square().sum(1))
@@ -106,7 +143,9 @@ def test_the_variance_formula_and_what_it_leaves_out(context: Context, end_token
     covariance = second.sum() - second.diagonal().sum()
     assert float(total) == pytest.approx(float(direct.sum() + covariance), rel=1e-12)
     if context == "prefix":
-        assert abs(float(covariance)) < 1e-12 * float(total)  # scores of different prefixes share no parameter
+        assert abs(float(covariance)) < 1e-12 * float(
+            total
+        )  # scores of different prefixes share no parameter
     else:
         assert abs(float(covariance)) > 1e-3 * float(total)
 
@@ -137,10 +176,14 @@ def expectation(made: Enumerated, size: int, **parameters: Any) -> Tensor:
     total = torch.zeros_like(made.gradient)
     for group in itertools.combinations_with_replacement(range(number), size):
         indices = torch.tensor(group)
-        drawn = made.space.inputs(indices, made.rewards, made.rollout, made.old, torch.zeros(size, dtype=torch.int64))
+        drawn = made.space.inputs(
+            indices, made.rewards, made.rollout, made.old, torch.zeros(size, dtype=torch.int64)
+        )
         weight = hierarchical_advantages(drawn, diagnostics=False, **parameters).advantages.double()
         counts = torch.bincount(indices, minlength=number)
-        orders = torch.exp(torch.lgamma(torch.tensor(size + 1.0)) - torch.lgamma(counts + 1.0).sum()).round()
+        orders = torch.exp(
+            torch.lgamma(torch.tensor(size + 1.0)) - torch.lgamma(counts + 1.0).sum()
+        ).round()
         chance = orders * made.probability[indices].prod()
         total += chance * torch.einsum("gt,gtp->p", weight, made.scores[indices]) / size
     return total
@@ -152,7 +195,9 @@ def test_unbiased_over_every_group_that_can_be_drawn(layers: str, weights: str):
     """With strengths, ridge and centre as they are by default: nothing a response is weighted by has seen the response."""
     made = Enumerated(4, end_token=True, size=(2, 3))
     exact = expectation(made, 4, layers=layers, block_size=2, weights=weights, max_tokens=3)
-    assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()  # advantages are float32
+    assert (
+        exact - made.gradient
+    ).abs().max() < 2e-7 * made.gradient.abs().max()  # advantages are float32
 
 
 def test_unbiased_where_the_centre_moves():
@@ -173,20 +218,34 @@ def grouped(indices: Tensor, made: Enumerated) -> GroupedBatch:
     layers = Layers.of("final", ratios.shape[2], 1)
     norms = made.scores.square().sum(2)[indices]
     mass = torch.stack([norms.sum(2), made.space.mask[indices].sum(2)], dim=-1)
-    return GroupedBatch(ratios, rewards, others_mean(rewards, present), present, norms, layers, mass=mass)
+    return GroupedBatch(
+        ratios, rewards, others_mean(rewards, present), present, norms, layers, mass=mass
+    )
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go_together(normed: bool):
+def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go_together(
+    normed: bool,
+):
     """Refitted one response at a time, where rewards follow the weights and where they do not; few responses and equal weights leave it where it is."""
     generator = torch.Generator().manual_seed(1)
     logs = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     rewards = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     rewards[0] = logs[0] + 0.1 * rewards[0]
     present = torch.ones(3, 12, dtype=torch.bool)
-    ratios = (logs / 2 if normed else logs).exp()[..., None]  # the weight is the square of exp(logs) either way
+    ratios = (logs / 2 if normed else logs).exp()[
+        ..., None
+    ]  # the weight is the square of exp(logs) either way
     mass = torch.stack([logs.exp(), torch.ones_like(logs)], dim=-1) if normed else None
-    batch = GroupedBatch(ratios, rewards, others_mean(rewards, present), present, ratios, Layers.of("final", 1, 1), mass=mass)
+    batch = GroupedBatch(
+        ratios,
+        rewards,
+        others_mean(rewards, present),
+        present,
+        ratios,
+        Layers.of("final", 1, 1),
+        mass=mass,
+    )
     found = tilted_centre(batch)
     for k, i in itertools.product(range(3), range(12)):
         j = [other for other in range(12) if other != i]
@@ -195,7 +254,9 @@ def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go
         r = torch.corrcoef(torch.stack([logs[k, j], rewards[k, j]]))[0, 1]
         certain = max(0.0, float(1 - 16 / (8 * r.atanh() ** 2)))
         assert (certain > 0.5) == (k == 0)
-        lean = (rewards[k, j].mean() + (light @ rewards[k, j]) / light.sum()) / 2  # 8 / (8 + LEANING)
+        lean = (
+            rewards[k, j].mean() + (light @ rewards[k, j]) / light.sum()
+        ) / 2  # 8 / (8 + LEANING)
         best = (heavy @ rewards[k, j]) / heavy.sum()
         assert float(found[k, i]) == pytest.approx(float((1 - certain) * lean + certain * best))
     few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
@@ -212,10 +273,14 @@ def test_fitting_on_the_response_itself_is_biased():
     assert (outside - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
 
 
-@pytest.mark.parametrize("stabiliser", [{"log_ratio_clip": 0.3}, {"ratio_truncation": 1.2}, {"self_normalise": True}])
+@pytest.mark.parametrize(
+    "stabiliser", [{"log_ratio_clip": 0.3}, {"ratio_truncation": 1.2}, {"self_normalise": True}]
+)
 def test_stabilisers_are_biased_as_documented(stabiliser: dict[str, Any]):
     made = Enumerated(4, end_token=True, size=(2, 3))
-    assert (expectation(made, 3, **stabiliser) - made.gradient).abs().max() > 1e-3 * made.gradient.abs().max()
+    assert (
+        expectation(made, 3, **stabiliser) - made.gradient
+    ).abs().max() > 1e-3 * made.gradient.abs().max()
 
 
 @pytest.mark.parametrize("scope", ["auto", "group", "batch"])
@@ -224,14 +289,24 @@ def test_no_coefficient_has_seen_its_response(groups: int, scope: str):
     """beta = (base - weight) / rho_{<=L} for the final layer: another reward, other ratios and scores of the response leave it as it was."""
     made = Enumerated(5, size=(3, 4))
     before = made.drawn(groups, 12)
-    after = replace(before, **{name: getattr(before, name).clone() for name in ("rewards", "rollout_logprobs", "score_norms")})
+    after = replace(
+        before,
+        **{
+            name: getattr(before, name).clone()
+            for name in ("rewards", "rollout_logprobs", "score_norms")
+        },
+    )
     i = 7
     after.rewards[i] = 4.0
     after.rollout_logprobs[i, 1] -= 0.9  # type: ignore[index]
     after.score_norms[i] *= 30.0  # type: ignore[index]
 
     def coefficients(batch: AdvantageInputs) -> Tensor:
-        out = hierarchical_advantages(batch, layers="final", scope=scope, diagnostics=False).advantages[i].double()
+        out = (
+            hierarchical_advantages(batch, layers="final", scope=scope, diagnostics=False)
+            .advantages[i]
+            .double()
+        )
         ratio = (batch.old_logprobs - batch.rollout_logprobs)[i].sum().exp()  # type: ignore[operator]
         others = torch.cat([batch.rewards[:i], batch.rewards[i + 1 : 12]]).mean()
         return batch.rewards[i] - others - out / ratio
@@ -272,7 +347,9 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero():
 # The fits
 
 
-def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str, fit_ended: bool) -> Tensor:
+def refitted(
+    drawn: AdvantageInputs, layers: str, ridge: float, weights: str, fit_ended: bool
+) -> Tensor:
     """[B, T] weights by solving one regression a response and position, on the others of its group, from the definition in Delta."""
     ratios = (drawn.old_logprobs - drawn.rollout_logprobs).cumsum(1).exp()  # type: ignore[operator]
     length = ratios.shape[1]
@@ -283,7 +360,12 @@ def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str, fi
         others = (drawn.group_ids == drawn.group_ids[i]).nonzero()[:, 0]
         others = others[others != i]
         centre = drawn.rewards[others].mean()
-        chosen = {"final": [length - 1], "current": [t], "current_and_final": [t, length - 1], "all": list(range(t, length))}
+        chosen = {
+            "final": [length - 1],
+            "current": [t],
+            "current_and_final": [t, length - 1],
+            "all": list(range(t, length)),
+        }
         chosen["blocks"] = [t, *(s for s in range(1, length - 1, 2) if s >= t), length - 1]
         alpha = ratios[:, chosen[layers]] / ratios[:, t : t + 1]
         features = alpha / len(chosen[layers]) ** 0.5
@@ -297,7 +379,11 @@ def refitted(drawn: AdvantageInputs, layers: str, ridge: float, weights: str, fi
             "score": squared * norms[:, t],
             "smoothed_score": squared * (norms[:, t] + norms.sum(1) / tokens) / 2,
         }[weights]
-        unit = torch.exp2((norms[others].sum() / tokens[others].sum()).log2().round()) if "score" in weights else 1.0
+        unit = (
+            torch.exp2((norms[others].sum() / tokens[others].sum()).log2().round())
+            if "score" in weights
+            else 1.0
+        )
         others = others if fit_ended else others[drawn.response_mask[others, t]]
         x, z, w = features[others], target[others], w[others]
         # the ridge is on coefficients of x = rho: the same as here, since those of alpha are the same beta
@@ -315,7 +401,9 @@ def test_leave_one_out_in_closed_form_is_refitting(layers: str, weights: str, so
     made = Enumerated(8, end_token=True, size=(3, 5))
     drawn = made.drawn(1, 19)
     order = torch.randperm(19, generator=made.generator)
-    for ids, fit_ended in itertools.product((torch.arange(19) // 3, torch.arange(19) // 9), (False, True)):
+    for ids, fit_ended in itertools.product(
+        (torch.arange(19) // 3, torch.arange(19) // 9), (False, True)
+    ):
         ids[-1] = ids[-2]
         batch = replace(drawn, group_ids=ids[order])
         told: dict[str, Any] = {
@@ -327,7 +415,9 @@ def test_leave_one_out_in_closed_form_is_refitting(layers: str, weights: str, so
             "fit_ended": fit_ended,
         }
         out = hierarchical_advantages(batch, diagnostics=False, **told).advantages.double()
-        assert torch.allclose(out, refitted(batch, layers, 0.7, weights, fit_ended), atol=2e-5, rtol=1e-4)
+        assert torch.allclose(
+            out, refitted(batch, layers, 0.7, weights, fit_ended), atol=2e-5, rtol=1e-4
+        )
 
 
 def test_without_centre_or_cross_fit_it_is_plain_least_squares():
@@ -354,12 +444,18 @@ def test_a_ridge_counts_in_the_score_norms_of_the_others():
     drawn = Enumerated(9).drawn(5, 8)
     assert drawn.score_norms is not None
     out = hierarchical_advantages(drawn, diagnostics=False).advantages
-    smaller = hierarchical_advantages(replace(drawn, score_norms=drawn.score_norms / 64), diagnostics=False).advantages
+    smaller = hierarchical_advantages(
+        replace(drawn, score_norms=drawn.score_norms / 64), diagnostics=False
+    ).advantages
     assert torch.allclose(out, smaller, rtol=1e-6)
-    certain = hierarchical_advantages(replace(drawn, score_norms=drawn.score_norms * 0), diagnostics=False).advantages
+    certain = hierarchical_advantages(
+        replace(drawn, score_norms=drawn.score_norms * 0), diagnostics=False
+    ).advantages
     ratio = (drawn.old_logprobs - drawn.rollout_logprobs).sum(1, keepdim=True).exp()  # type: ignore[operator]
     assert torch.allclose(certain, ratio.float() * rloo_advantages(drawn).advantages, rtol=1e-5)
-    assert power_of_two(torch.tensor([[3.0, 4.0], [8.9, 8.0], [0.0, 3.0], [1.0, 0.0]])).tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert power_of_two(
+        torch.tensor([[3.0, 4.0], [8.9, 8.0], [0.0, 3.0], [1.0, 0.0]])
+    ).tolist() == [1.0, 1.0, 1.0, 1.0]
     assert power_of_two(torch.tensor([[0.7, 4.0], [9.0, 2.0]])).tolist() == [0.125, 4.0]
 
 
@@ -368,22 +464,33 @@ def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     noise = torch.randn(60, 8, generator=generator, dtype=torch.float64)
-    ones, start = torch.ones(60, 8, 1, dtype=torch.float64), torch.tensor([0.0, 0.3], dtype=torch.float64)
+    ones, start = (
+        torch.ones(60, 8, 1, dtype=torch.float64),
+        torch.tensor([0.0, 0.3], dtype=torch.float64),
+    )
 
     def chosen(pooled: Tensor, own: Tensor, groups: int = 60) -> list[float]:
         corrections = torch.stack([pooled, own], dim=-1)[:groups, :, None]
-        return cautious_strengths(Gains.of(ones[:groups], target[:groups], corrections), start).tolist()
+        return cautious_strengths(
+            Gains.of(ones[:groups], target[:groups], corrections), start
+        ).tolist()
 
     assert chosen(target / 2, 0 * target)[0] == 1.0
     assert chosen(0 * target, target / 2)[1] == 1.0
     assert chosen(0 * target, 0 * target) == start.tolist()
     assert chosen(0 * target, 3 * noise)[1] == 0.0
-    assert chosen(target / 2, 0 * target, groups=1) == start.tolist()  # one group cannot say how sure it is
-    assert chosen(target / 20, 0 * target, groups=3) == start.tolist()  # nor can three of a small gain
+    assert (
+        chosen(target / 2, 0 * target, groups=1) == start.tolist()
+    )  # one group cannot say how sure it is
+    assert (
+        chosen(target / 20, 0 * target, groups=3) == start.tolist()
+    )  # nor can three of a small gain
 
 
 @pytest.mark.parametrize("groups", [2, 3, 12])
-@pytest.mark.parametrize(("scope", "unused"), [("group", "strength_batch"), ("batch", "strength_group")])
+@pytest.mark.parametrize(
+    ("scope", "unused"), [("group", "strength_batch"), ("batch", "strength_group")]
+)
 def test_a_scope_uses_its_own_fit_alone(scope: str, unused: str, groups: int):
     """What is not fitted saves nothing at any strength: which of them is the best is then for rounding to say."""
     prompts = [LearntPrompt(seed) for seed in range(groups)]
@@ -414,8 +521,13 @@ def test_increments_are_swept_faster_than_the_layers_themselves():
     generator = torch.Generator().manual_seed(1)
     steps = 0.1 * torch.randn(300, 8, generator=generator, dtype=torch.float64)
     x = (steps - 0.005).cumsum(1).exp()
-    x = torch.cat([torch.zeros(300, 2), x, x[:, -1:]], dim=1)  # and two layers that the position does not have
-    gram, moment = x.T @ x + torch.eye(11, dtype=torch.float64), x.T @ torch.randn(300, generator=generator, dtype=torch.float64)
+    x = torch.cat(
+        [torch.zeros(300, 2), x, x[:, -1:]], dim=1
+    )  # and two layers that the position does not have
+    gram, moment = (
+        x.T @ x + torch.eye(11, dtype=torch.float64),
+        x.T @ torch.randn(300, generator=generator, dtype=torch.float64),
+    )
     exact = by_cholesky(gram, moment)
     found, sweeps = gauss_seidel(gram, moment)
     assert torch.allclose(found, exact, atol=1e-8)
@@ -434,14 +546,26 @@ def test_increments_are_swept_faster_than_the_layers_themselves():
 def test_gauss_seidel_in_the_estimator_reaches_the_solution_from_any_start(layers: str):
     """Of the last batch, of nothing, and of nonsense: so what a start says cannot bias either. The advantages are float64 here."""
     made = Enumerated(10, end_token=True, size=(3, 4))
-    told: dict[str, Any] = {"layers": layers, "block_size": 2, "scope": "batch", "ridge": 1.0, "diagnostics": False}
+    told: dict[str, Any] = {
+        "layers": layers,
+        "block_size": 2,
+        "scope": "batch",
+        "ridge": 1.0,
+        "diagnostics": False,
+    }
     state: Any = {}
     for _ in range(3):
         drawn = made.drawn(12, 8)
         exact = hierarchical_advantages(drawn, **told).advantages
-        wild = {"pooled": (10 * torch.randn(4, Layers.of(layers, 4, 2).most, generator=made.generator)).tolist()}
+        wild = {
+            "pooled": (
+                10 * torch.randn(4, Layers.of(layers, 4, 2).most, generator=made.generator)
+            ).tolist()
+        }
         for start in ({}, wild, state):
-            swept = hierarchical_advantages(replace(drawn, state=start), solver="gauss_seidel", **told)
+            swept = hierarchical_advantages(
+                replace(drawn, state=start), solver="gauss_seidel", **told
+            )
             assert torch.allclose(swept.advantages, exact, atol=1e-8)
             state = swept.state
         assert hierarchical_advantages(drawn, **told).state == {}  # what needs no start keeps none
@@ -454,13 +578,21 @@ def test_a_second_batch_of_the_same_policies_needs_fewer_sweeps(monkeypatch: pyt
     generator = torch.Generator().manual_seed(0)
     batches = [joined(made, [p.draw(16, generator) for p in made]) for _ in range(2)]
     for layers in ("current_and_final", "blocks", "all"):
-        told: dict[str, Any] = {"layers": layers, "block_size": 2, "scope": "batch", "ridge": 1.0, "diagnostics": False}
+        told: dict[str, Any] = {
+            "layers": layers,
+            "block_size": 2,
+            "scope": "batch",
+            "ridge": 1.0,
+            "diagnostics": False,
+        }
         state = hierarchical_advantages(batches[0], solver="gauss_seidel", **told).state
         taken: dict[str, int] = {}
         for name, start in (("cold", {}), ("warm", state)):
             counts: list[int] = []
 
-            def counted(gram: Tensor, moment: Tensor, start: Tensor | None, counts: list[int] = counts) -> Tensor:
+            def counted(
+                gram: Tensor, moment: Tensor, start: Tensor | None, counts: list[int] = counts
+            ) -> Tensor:
                 beta, sweeps = gauss_seidel(gram, moment, start=start, tolerance=1e-3)
                 counts.append(sweeps)
                 return beta
@@ -488,8 +620,15 @@ def test_layers_are_where_the_ratios_are():
     """On the meta device, which computes nothing and refuses to mix."""
     meta = torch.device("meta")
     layers = Layers.of("blocks", 9, 4, meta)
-    ratios, positions = torch.empty(2, 3, 9, device=meta), torch.empty(9, dtype=torch.int64, device=meta)
-    assert layers.features(ratios, positions).device == layers.kernel(ratios, positions, ratios.transpose(1, 2)).device == meta
+    ratios, positions = (
+        torch.empty(2, 3, 9, device=meta),
+        torch.empty(9, dtype=torch.int64, device=meta),
+    )
+    assert (
+        layers.features(ratios, positions).device
+        == layers.kernel(ratios, positions, ratios.transpose(1, 2)).device
+        == meta
+    )
 
 
 # Promises
@@ -508,9 +647,18 @@ def test_padding_tool_tokens_order_and_output():
     assert torch.equal(hierarchical_advantages(junk).advantages, out)
 
     order = torch.randperm(6, generator=made.generator) + 6 * torch.arange(5)[:, None]
-    moved = {name: getattr(drawn, name)[order.flatten()] for name in ("rewards", "group_ids", "response_mask", "score_norms")}
-    moved |= {name: getattr(drawn, name)[order.flatten()] for name in ("rollout_logprobs", "old_logprobs")}
-    assert torch.allclose(hierarchical_advantages(AdvantageInputs(**moved)).advantages, out[order.flatten()], atol=1e-5)
+    moved = {
+        name: getattr(drawn, name)[order.flatten()]
+        for name in ("rewards", "group_ids", "response_mask", "score_norms")
+    }
+    moved |= {
+        name: getattr(drawn, name)[order.flatten()] for name in ("rollout_logprobs", "old_logprobs")
+    }
+    assert torch.allclose(
+        hierarchical_advantages(AdvantageInputs(**moved)).advantages,
+        out[order.flatten()],
+        atol=1e-5,
+    )
 
     ratios = torch.where(mask, drawn.old_logprobs - drawn.rollout_logprobs, 0.0).cumsum(1).exp()  # type: ignore[operator]
     residual = hierarchical_advantages(drawn, output="residual").advantages
@@ -520,8 +668,16 @@ def test_padding_tool_tokens_order_and_output():
 def test_scale_and_shift_of_the_rewards():
     drawn = Enumerated(12).drawn(6, 8)
     out = hierarchical_advantages(drawn).advantages
-    assert torch.allclose(hierarchical_advantages(replace(drawn, rewards=drawn.rewards + 7)).advantages, out, atol=1e-5)
-    assert torch.allclose(hierarchical_advantages(replace(drawn, rewards=drawn.rewards * 3)).advantages, 3 * out, atol=1e-5)
+    assert torch.allclose(
+        hierarchical_advantages(replace(drawn, rewards=drawn.rewards + 7)).advantages,
+        out,
+        atol=1e-5,
+    )
+    assert torch.allclose(
+        hierarchical_advantages(replace(drawn, rewards=drawn.rewards * 3)).advantages,
+        3 * out,
+        atol=1e-5,
+    )
 
 
 def test_a_long_batch_is_finite_and_zero_drift_stays_zero():
@@ -550,9 +706,14 @@ def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_lear
     for _ in range(120):
         drawn = [p.draw(16, generator) for p in prompts]
         batch = joined(prompts, drawn)
-        ratio = torch.stack([p.ratios[d, -1] for p, d in zip(prompts, drawn, strict=True)]).flatten()[:, None]
+        ratio = torch.stack(
+            [p.ratios[d, -1] for p, d in zip(prompts, drawn, strict=True)]
+        ).flatten()[:, None]
         both = torch.stack(
-            [hierarchical_advantages(batch, diagnostics=False).advantages.double(), ratio * rloo_advantages(batch).advantages]
+            [
+                hierarchical_advantages(batch, diagnostics=False).advantages.double(),
+                ratio * rloo_advantages(batch).advantages,
+            ]
         )
         scores = torch.stack([p.scores[d] for p, d in zip(prompts, drawn, strict=True)])
         estimate = torch.einsum("mkgt,kgtp->mkp", both.reshape(2, 16, 16, -1), scores) / 16
@@ -571,16 +732,27 @@ def test_what_has_a_large_score_is_what_a_baseline_is_for():
     norms = made.scores.square().sum((1, 2))
     made.rewards = (norms < made.mean(norms)).double()
     made.gradient = made.space.gradient(made.old, made.rewards)
-    drawn = torch.multinomial(made.probability, 300 * 16, replacement=True, generator=made.generator)
-    batch = made.space.inputs(drawn, made.rewards, made.rollout, made.old, torch.arange(300).repeat_interleave(16))
+    drawn = torch.multinomial(
+        made.probability, 300 * 16, replacement=True, generator=made.generator
+    )
+    batch = made.space.inputs(
+        drawn, made.rewards, made.rollout, made.old, torch.arange(300).repeat_interleave(16)
+    )
 
     def error(weights: Tensor) -> float:
-        gradients = torch.einsum("bt,btp->bp", weights.double(), made.scores[drawn]).unflatten(0, (300, 16)).mean(1)
+        gradients = (
+            torch.einsum("bt,btp->bp", weights.double(), made.scores[drawn])
+            .unflatten(0, (300, 16))
+            .mean(1)
+        )
         return float((gradients - made.gradient).square().sum())
 
     plain = error(made.ratios[drawn, -1:] * rloo_advantages(batch).advantages)
     assert error(hierarchical_advantages(batch, diagnostics=False).advantages) < 0.7 * plain
-    assert error(hierarchical_advantages(batch, weights="ratio_squared", diagnostics=False).advantages) > 0.85 * plain
+    assert (
+        error(hierarchical_advantages(batch, weights="ratio_squared", diagnostics=False).advantages)
+        > 0.85 * plain
+    )
 
 
 # Diagnostics and bad input
@@ -603,12 +775,15 @@ def test_diagnostics_compare_every_baseline_at_the_same_positions():
     }
     assert {key.split("/")[1] for key in found if key.startswith("variance_ratio/")} == names
     assert found["variance_ratio/leave_one_out"] == 1
-    assert found["variance_ratio/used"] == pytest.approx(found["variance_ratio/current_and_final"], rel=1e-6)  # the default layers
+    assert found["variance_ratio/used"] == pytest.approx(
+        found["variance_ratio/current_and_final"], rel=1e-6
+    )  # the default layers
     assert found["won"] == float(found["variance_ratio/used"] < 1)
     assert 0 < found["clipped_share"] < 1
     shares = [name for name in found if name.startswith("effective_share/")]
     assert shares == [
-        f"effective_share/at_{percent}" for percent in ["000", "012", "025", "037", "050", "062", "075", "087", "100"]
+        f"effective_share/at_{percent}"
+        for percent in ["000", "012", "025", "037", "050", "062", "075", "087", "100"]
     ]
     assert shares == sorted(shares)
     assert 0 < found["effective_share/at_100"] < found["effective_share/at_000"] <= 1
@@ -620,7 +795,9 @@ def test_effective_shares_over_position():
     ratios = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 3.0, 9.0]]], dtype=torch.float64)
     alive = torch.tensor([[[True, True, False], [True, True, True]]])
     found = effective_shares(ratios, alive)
-    assert [found[f"effective_share/at_{percent}"] for percent in ("000", "037", "050", "087", "100")] == [1, 1, 0.8, 0.8, 1]
+    assert [
+        found[f"effective_share/at_{percent}"] for percent in ("000", "037", "050", "087", "100")
+    ] == [1, 1, 0.8, 0.8, 1]
     alive[:, :, 1] = False  # a tool's token, in both
     assert list(effective_shares(ratios, alive)) == [
         f"effective_share/at_{percent}" for percent in ("000", "012", "025", "037", "100")
@@ -643,7 +820,11 @@ def test_it_asks_for_the_old_logprobs():
             {},
             r"old_logprobs: \d+ values inside the response mask are not finite, first at \(0, 0\)",
         ),
-        ({"old_logprobs": torch.full((8, 4), 60.0)}, {}, r"log-ratio of response 0 reaches .* set .*log_ratio_clip"),
+        (
+            {"old_logprobs": torch.full((8, 4), 60.0)},
+            {},
+            r"log-ratio of response 0 reaches .* set .*log_ratio_clip",
+        ),
         ({}, {"layers": "last"}, "parameters.layers: 'last' is none of final, current"),
         ({}, {"layers": "blocks", "block_size": 0}, "block_size: 0 must be at least 1"),
         ({}, {"ridge": -1.0}, "ridge: -1.0 must be finite and at least 0"),
@@ -652,10 +833,16 @@ def test_it_asks_for_the_old_logprobs():
         ({}, {"solver": "svd"}, "solver: 'svd' is none of"),
         ({}, {"output": "loss"}, "output: 'loss' is none of"),
         ({}, {"log_ratio_clip": 0.0}, "log_ratio_clip: 0.0 must be positive"),
-        ({}, {"ratio_truncation": float("inf")}, "ratio_truncation: inf must be positive and finite"),
+        (
+            {},
+            {"ratio_truncation": float("inf")},
+            "ratio_truncation: inf must be positive and finite",
+        ),
     ],
 )
-def test_bad_input_says_what_to_do(change: dict[str, Any], parameters: dict[str, Any], message: str):
+def test_bad_input_says_what_to_do(
+    change: dict[str, Any], parameters: dict[str, Any], message: str
+):
     drawn = Enumerated(14).drawn(1, 8)
     with pytest.raises(ValueError, match=message):
         hierarchical_advantages(replace(drawn, **change), **parameters)
@@ -682,7 +869,13 @@ def test_ended_responses_take_part_where_that_is_asked_for(fit_ended: bool):
     assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
     drawn = made.drawn(1, 12)
     chosen = hierarchical_advantages(drawn, fit_ended=fit_ended, ridge=1.0).advantages
-    assert not torch.allclose(chosen, hierarchical_advantages(drawn, fit_ended=not fit_ended, ridge=1.0).advantages, atol=1e-3)
+    assert not torch.allclose(
+        chosen,
+        hierarchical_advantages(drawn, fit_ended=not fit_ended, ridge=1.0).advantages,
+        atol=1e-3,
+    )
     whole = replace(drawn, response_mask=torch.ones_like(drawn.response_mask))
     all_alive = hierarchical_advantages(whole, fit_ended=True, ridge=1.0).advantages
-    assert torch.allclose(hierarchical_advantages(whole, fit_ended=False, ridge=1.0).advantages, all_alive, atol=1e-5)
+    assert torch.allclose(
+        hierarchical_advantages(whole, fit_ended=False, ridge=1.0).advantages, all_alive, atol=1e-5
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from rlsys.algorithms.advantages.hierarchical_network import (
     network_layers,
     regression_loss,
 )
-from rlsys.config import AdvantageConfig, AlgorithmConfig, BaselineNetworkConfig, GenerationConfig, RunConfig
+from rlsys.config import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    BaselineNetworkConfig,
+    GenerationConfig,
+    RunConfig,
+)
 from rlsys.data.packing import pack_rows
 from tests.enumerable_policy import Enumerated
 from tests.rollout_examples import random_rollouts
@@ -34,15 +40,24 @@ LAYERS = ("final", "current", "current_and_final", "blocks", "all")
 class Informed:
     """A listed policy with hidden states: a random vector for each prefix, what a policy would know before each token."""
 
-    def __init__(self, seed: int, layers: str, size: tuple[int, int] = (2, 3), *, trained: bool = True):
+    def __init__(
+        self, seed: int, layers: str, size: tuple[int, int] = (2, 3), *, trained: bool = True
+    ):
         self.made = Enumerated(seed, end_token=True, size=size)
         self.span = size[1]
-        self.parameters: dict[str, Any] = {"layers": layers, "block_size": 2, "max_tokens": self.span, "solver": "network"}
+        self.parameters: dict[str, Any] = {
+            "layers": layers,
+            "block_size": 2,
+            "max_tokens": self.span,
+            "solver": "network",
+        }
         generator = self.made.generator
         self.states = torch.randn(self.made.space.num_rows, 5, generator=generator)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network = BaselineNetwork(5, network_layers(layers, 2, self.span), width=16, span=self.span)
+            self.network = BaselineNetwork(
+                5, network_layers(layers, 2, self.span), width=16, span=self.span
+            )
         if trained:  # anything but 0
             self.network.outward.weight.data.normal_(generator=generator)
 
@@ -64,39 +79,59 @@ class Informed:
         total = torch.zeros_like(made.gradient)
         for group in itertools.product(range(len(made.space.tokens)), repeat=size):
             drawn = torch.tensor(group)
-            weight = hierarchical_advantages(self.inputs(drawn, shift=shift), diagnostics=False, **self.parameters).advantages
-            total += made.probability[drawn].prod() * torch.einsum("gt,gtp->p", weight.double(), made.scores[drawn]) / size
+            weight = hierarchical_advantages(
+                self.inputs(drawn, shift=shift), diagnostics=False, **self.parameters
+            ).advantages
+            total += (
+                made.probability[drawn].prod()
+                * torch.einsum("gt,gtp->p", weight.double(), made.scores[drawn])
+                / size
+            )
         return total
 
     def draw(self, number: int) -> Tensor:
-        return torch.multinomial(self.made.probability, number, replacement=True, generator=self.made.generator)
+        return torch.multinomial(
+            self.made.probability, number, replacement=True, generator=self.made.generator
+        )
 
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_unbiased_whatever_the_network_says(layers: str):
     informed = Informed(4, layers)
     exact = informed.made.gradient
-    assert (informed.expectation(3) - exact).abs().max() < 1e-6 * exact.abs().max()  # advantages are float32
+    assert (
+        informed.expectation(3) - exact
+    ).abs().max() < 1e-6 * exact.abs().max()  # advantages are float32
 
 
 def test_the_state_after_the_token_would_be_biased():
     informed = Informed(4, "current")
-    assert (informed.expectation(3, shift=1) - informed.made.gradient).abs().max() > 0.01 * informed.made.gradient.abs().max()
+    assert (
+        informed.expectation(3, shift=1) - informed.made.gradient
+    ).abs().max() > 0.01 * informed.made.gradient.abs().max()
 
 
 def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
     informed = Informed(5, "current_and_final")
     drawn = informed.inputs(informed.draw(24), groups=4)
-    off = hierarchical_advantages(drawn, scope="group", ridge=1e12).advantages  # a ridge that leaves nothing of the layers
+    off = hierarchical_advantages(
+        drawn, scope="group", ridge=1e12
+    ).advantages  # a ridge that leaves nothing of the layers
     for none in (None, torch.zeros_like(drawn.layer_baselines)):  # type: ignore[arg-type]
-        out = hierarchical_advantages(replace(drawn, layer_baselines=none), **informed.parameters).advantages
+        out = hierarchical_advantages(
+            replace(drawn, layer_baselines=none), **informed.parameters
+        ).advantages
         assert torch.allclose(out, off, atol=1e-5)
     same = replace(drawn, rollout_logprobs=drawn.old_logprobs)
     assert torch.equal(
         hierarchical_advantages(same, **informed.parameters).advantages,
-        hierarchical_advantages(replace(same, layer_baselines=None), **informed.parameters).advantages,
+        hierarchical_advantages(
+            replace(same, layer_baselines=None), **informed.parameters
+        ).advantages,
     )
-    assert not torch.allclose(hierarchical_advantages(drawn, **informed.parameters).advantages, off, atol=1e-2)
+    assert not torch.allclose(
+        hierarchical_advantages(drawn, **informed.parameters).advantages, off, atol=1e-2
+    )
     equal = replace(drawn, rewards=torch.ones(24))
     assert (hierarchical_advantages(equal, **informed.parameters).advantages == 0).all()
 
@@ -105,9 +140,19 @@ def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
 @pytest.mark.parametrize("weights", ["ratio_squared", "score"])
 def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str, weights: str):
     informed = Informed(6, layers, (3, 4))
-    order = torch.randperm(20, generator=informed.made.generator)  # responses of a group need not be adjacent
+    order = torch.randperm(
+        20, generator=informed.made.generator
+    )  # responses of a group need not be adjacent
     plain = informed.inputs(informed.draw(20), groups=4)
-    names = ("rewards", "response_mask", "group_ids", "rollout_logprobs", "old_logprobs", "score_norms", "layer_baselines")
+    names = (
+        "rewards",
+        "response_mask",
+        "group_ids",
+        "rollout_logprobs",
+        "old_logprobs",
+        "score_norms",
+        "layer_baselines",
+    )
     drawn = replace(plain, **{name: getattr(plain, name)[order] for name in names})
     out = hierarchical_advantages(drawn, weights=weights, **informed.parameters)
     regression = out.regression
@@ -116,12 +161,24 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str, 
     assert drawn.score_norms is not None
     width = regression.base.shape[1]
     direct = torch.where(
-        drawn.response_mask[:, :width], regression.base - regression.corrections(drawn.layer_baselines[:, :width]), 0
+        drawn.response_mask[:, :width],
+        regression.base - regression.corrections(drawn.layer_baselines[:, :width]),
+        0,
     )
     assert torch.allclose(direct, out.advantages[:, :width].float(), atol=1e-5)
     norms = drawn.score_norms if weights == "score" else drawn.response_mask.double()
-    flat = (a.flatten(0, 1) for a in (drawn.layer_baselines[:, :width], regression.features, regression.base, regression.weights))
-    assert float(regression_loss(*flat)) == pytest.approx(float((norms * out.advantages.double() ** 2).sum()), rel=1e-5)
+    flat = (
+        a.flatten(0, 1)
+        for a in (
+            drawn.layer_baselines[:, :width],
+            regression.features,
+            regression.base,
+            regression.weights,
+        )
+    )
+    assert float(regression_loss(*flat)) == pytest.approx(
+        float((norms * out.advantages.double() ** 2).sum()), rel=1e-5
+    )
 
 
 def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out_mean():
@@ -131,10 +188,17 @@ def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out
     optimizer = torch.optim.Adam(informed.network.parameters(), lr=1e-2)
     for _ in range(150):
         drawn = informed.draw(256)
-        regression = hierarchical_advantages(informed.inputs(drawn, groups=32), diagnostics=False, **informed.parameters).regression
+        regression = hierarchical_advantages(
+            informed.inputs(drawn, groups=32), diagnostics=False, **informed.parameters
+        ).regression
         assert regression is not None
         outputs = informed.outputs(drawn)[:, : regression.base.shape[1]]
-        loss = regression_loss(*(a.flatten(0, 1) for a in (outputs, regression.features, regression.base, regression.weights)))
+        loss = regression_loss(
+            *(
+                a.flatten(0, 1)
+                for a in (outputs, regression.features, regression.base, regression.weights)
+            )
+        )
         (loss / len(drawn)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -142,8 +206,12 @@ def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out
     with_network = informed.inputs(drawn, groups=2000)
     errors = []
     for inputs in (with_network, replace(with_network, layer_baselines=None)):
-        weight = hierarchical_advantages(inputs, diagnostics=False, **informed.parameters).advantages.double()
-        means = torch.einsum("bt,btp->bp", weight, made.scores[drawn]).unflatten(0, (2000, 8)).mean(1)
+        weight = hierarchical_advantages(
+            inputs, diagnostics=False, **informed.parameters
+        ).advantages.double()
+        means = (
+            torch.einsum("bt,btp->bp", weight, made.scores[drawn]).unflatten(0, (2000, 8)).mean(1)
+        )
         errors.append(float((means - made.gradient).square().sum(1).mean()))
         bias = (means.mean(0) - made.gradient).norm() / (errors[-1] / 2000) ** 0.5
         assert bias < 2  # in units of its standard error
@@ -163,9 +231,17 @@ def test_strength_is_earned_on_unseen_batches():
 @pytest.mark.parametrize(
     ("change", "parameters", "message"),
     [
-        ({"layer_baselines": torch.zeros(6, 3, 5)}, {}, "layer_baselines: .* Build the network for the same"),
+        (
+            {"layer_baselines": torch.zeros(6, 3, 5)},
+            {},
+            "layer_baselines: .* Build the network for the same",
+        ),
         ({}, {"ridge": 1.0}, "solver: 'network' fits no ridge"),
-        ({}, {"layers": "blocks", "max_tokens": None}, "max_tokens: a network has one output a layer"),
+        (
+            {},
+            {"layers": "blocks", "max_tokens": None},
+            "max_tokens: a network has one output a layer",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], parameters: dict[str, Any], message: str):
@@ -192,14 +268,18 @@ def run_config(width: int = 8) -> RunConfig:
         recompute=True,
         network=BaselineNetworkConfig(width=width, learning_rate=0.02),
     )
-    return RunConfig(algorithm=AlgorithmConfig(advantage=advantage), generation=GenerationConfig(max_tokens=16))
+    return RunConfig(
+        algorithm=AlgorithmConfig(advantage=advantage), generation=GenerationConfig(max_tokens=16)
+    )
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
     """Each mini-batch is answered by the network of the mini-batches before, at the strength those earned."""
     rollouts = random_rollouts(0, groups=4, samples=4)
-    (pack,) = pack_rows(rollouts, torch.arange(16).numpy(), budget=10**6, rank=0, ranks=1, share_prompts=True)
+    (pack,) = pack_rows(
+        rollouts, torch.arange(16).numpy(), budget=10**6, rank=0, ranks=1, share_prompts=True
+    )
     tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
     features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])
     regression = BaselineRegression(features, features @ truth, torch.ones(tokens))
@@ -214,7 +294,9 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
             learner.step()
         return answers
 
-    make: Callable[[int], BaselineLearner] = lambda width: BaselineLearner(run_config(width), 6, torch.device("cpu"))  # noqa: E731
+    def make(width: int) -> BaselineLearner:
+        return BaselineLearner(run_config(width), 6, torch.device("cpu"))
+
     learner = make(8)
     answers = train(learner, 60)
     assert (answers[0] == 0).all()  # nothing learnt

@@ -36,7 +36,10 @@ BELOW_PARTS = ("workers.local_ray",)  # any of them may use it
 
 def modules() -> list[tuple[str, Path]]:
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    return [(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), file) for file in files]
+    return [
+        (".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), file)
+        for file in files
+    ]
 
 
 def imports(file: Path) -> set[str]:
@@ -63,7 +66,11 @@ def test_a_module_imports_downward_only(name: str, file: Path):
     if layer is None:
         assert own == set(), f"{name} belongs to no layer"
         return
-    wrong = [module for module in own if not any(within(module, allowed) for allowed in (layer, *LAYERS[layer]))]
+    wrong = [
+        module
+        for module in own
+        if not any(within(module, allowed) for allowed in (layer, *LAYERS[layer]))
+    ]
     assert not wrong, f"{name} must not import {wrong}"
     if within(name, "rlsys"):
         assert not {"ray", "vllm", "deepspeed"} & {module.split(".")[0] for module in used}
@@ -73,13 +80,22 @@ def test_a_module_imports_downward_only(name: str, file: Path):
         assert name == "workers.generation.vllm_engine"
     part = next((part for part in PARTS if within(name, part)), None)
     if part:
-        others = [module for module in own if within(module, "workers") and not within(module, part) and module not in BELOW_PARTS]
+        others = [
+            module
+            for module in own
+            if within(module, "workers") and not within(module, part) and module not in BELOW_PARTS
+        ]
         assert not others, f"{name} must not import {others}"
 
 
-@pytest.mark.parametrize("statement", ["import rlsys.config.command_line", "import recipes.grpo_math, recipes.run_recipe"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import rlsys.config.command_line", "import recipes.grpo_math, recipes.run_recipe"],
+)
 def test_the_command_line_loads_nothing_heavy(statement: str):
     heavy = ("torch", "numpy", "ray", "vllm", "transformers", "pyarrow")
     script = f"import sys; {statement}; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

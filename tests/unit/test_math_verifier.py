@@ -16,13 +16,29 @@ from hypothesis import strategies as st
 from rlsys.rewards.math_verifier import extract_answer, same_answer_text, verify_math
 from rlsys.rewards.math_verifier.__main__ import main
 from rlsys.rewards.math_verifier.limits import UnparsableError
-from rlsys.rewards.math_verifier.nodes import Call, Marked, Measured, Number, Power, Product, Sum, Symbol
+from rlsys.rewards.math_verifier.nodes import (
+    Call,
+    Marked,
+    Measured,
+    Number,
+    Power,
+    Product,
+    Sum,
+    Symbol,
+)
 from rlsys.rewards.math_verifier.parser import parse
 from rlsys.rewards.math_verifier.units import parse_unit
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = [json.loads(line) for line in (ROOT / "benchmarks" / "math_verifier_cases.jsonl").read_text(encoding="utf-8").splitlines()]
-EXAMPLES = int(os.environ.get("RLSYS_FUZZ_EXAMPLES", "400"))  # python -m benchmarks.math_verifier --fuzz 50000 runs more
+CASES = [
+    json.loads(line)
+    for line in (ROOT / "benchmarks" / "math_verifier_cases.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
+EXAMPLES = int(
+    os.environ.get("RLSYS_FUZZ_EXAMPLES", "400")
+)  # python -m benchmarks.math_verifier --fuzz 50000 runs more
 LIMIT_S = 2.0  # of processor time, which other work on the machine does not change
 
 GROUND_TRUTHS = [
@@ -68,7 +84,12 @@ STRINGS = st.one_of(
 
 def verdict(case: dict) -> bool:
     completion = case["completion"] if "completion" in case else f"so \\boxed{{{case['answer']}}}."
-    return verify_math(completion, case["ground_truth"], extraction=case.get("extraction", "boxed")).score == 1.0
+    return (
+        verify_math(
+            completion, case["ground_truth"], extraction=case.get("extraction", "boxed")
+        ).score
+        == 1.0
+    )
 
 
 def test_labelled_set():
@@ -76,12 +97,16 @@ def test_labelled_set():
     false_positives = [case for case in wrong if not case["expected"]]
     assert len(CASES) >= 800
     assert len(wrong) <= 0.01 * len(CASES), wrong
-    assert len(false_positives) <= 0.002 * sum(not case["expected"] for case in CASES), false_positives
+    assert len(false_positives) <= 0.002 * sum(not case["expected"] for case in CASES), (
+        false_positives
+    )
 
 
 def test_symmetric_and_reflexive_on_the_labelled_set():
     pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case]
-    assert [pair for pair in pairs if same_answer_text(*pair)[0] != same_answer_text(*reversed(pair))[0]] == []
+    assert [
+        pair for pair in pairs if same_answer_text(*pair)[0] != same_answer_text(*reversed(pair))[0]
+    ] == []
     assert [text for pair in pairs for text in pair if not same_answer_text(text, text)[0]] == []
 
 
@@ -100,7 +125,9 @@ def test_symmetric_and_reflexive_on_the_labelled_set():
         ("1" * 3000, "1", "extraction", "too_long", None),
     ],
 )
-def test_verdicts_say_how_they_came_about(answer: str, truth: str, rule: str, reason: str, normal_form: str | None):
+def test_verdicts_say_how_they_came_about(
+    answer: str, truth: str, rule: str, reason: str, normal_form: str | None
+):
     found = verify_math(f"<answer>{answer}</answer>", truth, extraction="answer_tag")
     assert (found.rule, found.reason) == (rule, reason)
     assert found.score == float(reason == "correct")
@@ -109,16 +136,34 @@ def test_verdicts_say_how_they_came_about(answer: str, truth: str, rule: str, re
 
 
 def test_unknown_extraction_is_refused():
-    with pytest.raises(ValueError, match=r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, lenient"):
+    with pytest.raises(
+        ValueError, match=r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, lenient"
+    ):
         extract_answer("", "box")
 
 
 def test_cancellation_and_size_are_no_way_to_equality():
-    for answer in (r"\tan(10^{500})", r"\sin(10^{300})", r"10^{400}\sqrt{2}", r"e^{-400}", r"10^{-100}\sqrt{2}"):
-        for truth in ("0", "1", r"\sqrt{2}", r"10^{400}\sqrt{3}", r"e^{-401}", r"10^{-100}\sqrt{3}", "x"):
+    for answer in (
+        r"\tan(10^{500})",
+        r"\sin(10^{300})",
+        r"10^{400}\sqrt{2}",
+        r"e^{-400}",
+        r"10^{-100}\sqrt{2}",
+    ):
+        for truth in (
+            "0",
+            "1",
+            r"\sqrt{2}",
+            r"10^{400}\sqrt{3}",
+            r"e^{-401}",
+            r"10^{-100}\sqrt{3}",
+            "x",
+        ):
             assert not same_answer_text(answer, truth)[0], (answer, truth)
     assert same_answer_text(r"\sqrt{2}\sqrt{3}-\sqrt{6}", "0")[0]
-    assert not same_answer_text(r"e^{\pi\sqrt{163}}", "262537412640768744")[0]  # equal to 12 decimals
+    assert not same_answer_text(r"e^{\pi\sqrt{163}}", "262537412640768744")[
+        0
+    ]  # equal to 12 decimals
     assert same_answer_text(r"10^{40}+\sqrt2", r"\sqrt2+10^{40}")[0]
     assert not same_answer_text(r"10^{60}+\sqrt2", r"10^{60}+\sqrt3")[0]
 
@@ -136,12 +181,21 @@ def test_units_are_converted_by_dimension():
 def test_adversarial_answers_end_in_time_and_are_wrong(answer: str):
     for truth in GROUND_TRUTHS:
         start = time.process_time()
-        for completion, wanted in ((f"\\boxed{{{answer}}}", truth), (f"\\boxed{{{truth}}}", answer), (answer, truth)):
-            assert verify_math(completion, wanted, extraction="lenient").score == 0.0 or completion == answer
+        for completion, wanted in (
+            (f"\\boxed{{{answer}}}", truth),
+            (f"\\boxed{{{truth}}}", answer),
+            (answer, truth),
+        ):
+            assert (
+                verify_math(completion, wanted, extraction="lenient").score == 0.0
+                or completion == answer
+            )
         assert time.process_time() - start < LIMIT_S, answer[:50]
 
 
-@pytest.mark.parametrize("filler", [r"\boxed{5", "<answer>", r"\boxed{5} ", "the answer is ", "$", "\\(", " ", "\n", "a"])
+@pytest.mark.parametrize(
+    "filler", [r"\boxed{5", "<answer>", r"\boxed{5} ", "the answer is ", "$", "\\(", " ", "\n", "a"]
+)
 def test_extraction_is_linear(filler: str):
     completion = filler * (200_000 // len(filler))
     for extraction in ("boxed", "answer_tag", "lenient"):
@@ -159,7 +213,14 @@ def test_adversarial_answers_need_little_memory():
         "for answer in ADVERSARIAL: verify_math('\\\\boxed{%s}' % answer, 'x^2+1')\n"
         "print('done')"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert result.stdout.strip() == "done", result.stderr[-500:]
 
 
@@ -194,7 +255,13 @@ def check_any_pair(examples: int) -> None:
     """No pair of strings raises; equality is symmetric and reflexive."""
 
     @given(STRINGS, STRINGS)
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     def check(first: str, second: str) -> None:
         assert verify_math(first, second).score in (0.0, 1.0)
         assert verify_math(f"\\boxed{{{first}}}", second, extraction="lenient").score in (0.0, 1.0)
@@ -216,7 +283,9 @@ def test_command_line_prints_verdict_and_rule(capsys: pytest.CaptureFixture[str]
     assert main([r"so \boxed{0.4}", r"\frac{1}{2}"]) == 1
 
 
-def test_command_line_scores_files_and_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_line_scores_files_and_compares_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     rows = [
         {"id": 1, "completion": r"\boxed{1}", "ground_truth": "1"},
         {"id": 2, "completion": "<answer>2</answer> \\boxed{3}", "ground_truth": "2"},
@@ -236,7 +305,9 @@ def test_command_line_scores_files_and_compares_runs(tmp_path: Path, capsys: pyt
     assert main(["--compare", str(boxed), str(boxed)]) == 0
 
 
-def test_command_line_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_line_says_what_is_wrong_with_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"completion": "a"}\n')
     assert main(["--file", str(file)]) == 2
@@ -257,21 +328,43 @@ MEASURED = [
     r"5\pmod 7",
     r"5\pmod 8",
 ]
-WRAPPERS = ["{}", "x={}", r"\approx {}", r"\{{{}\}}", "({},1)", "{},6", r"x\approx {}", r"\text{{The answer is }} {}"]
+WRAPPERS = [
+    "{}",
+    "x={}",
+    r"\approx {}",
+    r"\{{{}\}}",
+    "({},1)",
+    "{},6",
+    r"x\approx {}",
+    r"\text{{The answer is }} {}",
+]
 
 
 def test_a_wrong_unit_stays_wrong_in_whatever_it_is_wrapped():
     wrapped = [[wrapper.format(value) for wrapper in WRAPPERS] for value in MEASURED]
-    pairs = [(a, b) for i, first in enumerate(wrapped) for j, second in enumerate(wrapped) if i != j for a in first for b in second]
+    pairs = [
+        (a, b)
+        for i, first in enumerate(wrapped)
+        for j, second in enumerate(wrapped)
+        if i != j
+        for a in first
+        for b in second
+    ]
     assert [pair for pair in pairs if same_answer_text(*pair)[0]] == []
 
 
 def test_a_near_miss_stays_wrong_inside_equations_tuples_and_lists():
     values = (Number, Symbol, Sum, Product, Power, Call, Measured, Marked)
-    pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case and not case["expected"]]
+    pairs = [
+        (case["answer"], case["ground_truth"])
+        for case in CASES
+        if "answer" in case and not case["expected"]
+    ]
     pairs = [pair for pair in pairs if all(isinstance(parsed(text), values) for text in pair)]
     assert len(pairs) > 500
-    for i, wrapper in enumerate(("z={}", "z>{}", "({},1)", "{},9999", "\\begin{{pmatrix}}{}\\\\1\\end{{pmatrix}}")):
+    for i, wrapper in enumerate(
+        ("z={}", "z>{}", "({},1)", "{},9999", "\\begin{{pmatrix}}{}\\\\1\\end{{pmatrix}}")
+    ):
         wrapped = [(wrapper.format(answer), wrapper.format(truth)) for answer, truth in pairs[i::5]]
         assert [pair for pair in wrapped if same_answer_text(*pair)[0]] == []
 

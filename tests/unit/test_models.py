@@ -13,7 +13,10 @@ from rlsys.models.weights import pack_weights, unpack_weights
 
 
 def test_tiny_is_the_same_model_every_time(tmp_path: Path):
-    one, two = resolve_model("tiny", cache=tmp_path / "a"), resolve_model("tiny", cache=tmp_path / "b")
+    one, two = (
+        resolve_model("tiny", cache=tmp_path / "a"),
+        resolve_model("tiny", cache=tmp_path / "b"),
+    )
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
     assert context_length(one) == 2048
@@ -22,7 +25,9 @@ def test_tiny_is_the_same_model_every_time(tmp_path: Path):
     assert model.config.vocab_size == len(load_tokenizer(one))
 
 
-def test_a_damaged_cache_is_recognised_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_cache_is_recognised_and_built_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     directory = resolve_model("tiny", cache=tmp_path)
     weights = directory / "model.safetensors"
     original = weights.read_bytes()
@@ -60,7 +65,11 @@ def test_unusable_paths_get_one_clear_message(tmp_path: Path):
 
 def test_weights_survive_the_journey_in_either_precision():
     generator = torch.Generator().manual_seed(0)
-    tensors = {"a.weight": torch.randn(3, 5, generator=generator), "b": torch.randn(7, generator=generator), "c": torch.randn(1, 1)}
+    tensors = {
+        "a.weight": torch.randn(3, 5, generator=generator),
+        "b": torch.randn(7, generator=generator),
+        "c": torch.randn(1, 1),
+    }
     for dtype in (torch.float32, torch.bfloat16):
         manifest, shards = pack_weights(tensors.items(), version=4, dtype=dtype, shard_bytes=16)
         assert len(shards) > 1
@@ -68,7 +77,9 @@ def test_weights_survive_the_journey_in_either_precision():
         for shard in shards:
             shard.flags.writeable = False  # as Ray hands them out
         received = dict(unpack_weights(manifest, shards))
-        assert all(torch.equal(received[name], tensor.to(dtype)) for name, tensor in tensors.items())
+        assert all(
+            torch.equal(received[name], tensor.to(dtype)) for name, tensor in tensors.items()
+        )
 
 
 def test_damaged_or_missing_shards_are_refused():

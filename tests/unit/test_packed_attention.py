@@ -47,12 +47,18 @@ def model_of(family: str, kernel: str) -> PreTrainedModel:
     return model.eval()
 
 
-def packed_logprobs(model: PreTrainedModel, batch: RolloutBatch, *, budget: int, share: bool) -> torch.Tensor:
+def packed_logprobs(
+    model: PreTrainedModel, batch: RolloutBatch, *, budget: int, share: bool
+) -> torch.Tensor:
     """[N], 0 outside the mask."""
     packed = PackedCausalLM(model, chunk_tokens=5)
     flat = torch.zeros(len(batch.token_ids))
-    for pack in pack_rows(batch, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share):
-        flat[torch.from_numpy(pack.flat_positions)] = packed(PackTensors.of(pack, torch.device("cpu")), 1.0).logprobs
+    for pack in pack_rows(
+        batch, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share
+    ):
+        flat[torch.from_numpy(pack.flat_positions)] = packed(
+            PackTensors.of(pack, torch.device("cpu")), 1.0
+        ).logprobs
     return flat
 
 
@@ -84,7 +90,9 @@ def test_one_response_does_not_reach_another():
     model = model_of("llama", register_packed_attention("sdpa"))
     one = rollouts([([7, 8, 9], [[20, 21, 22], [30, 31]]), ([5], [[40]])])
     other = rollouts([([7, 8, 9], [[20, 21, 22], [99, 98]]), ([6], [[41]])])
-    first, second = (packed_logprobs(model, batch, budget=1000, share=True) for batch in (one, other))
+    first, second = (
+        packed_logprobs(model, batch, budget=1000, share=True) for batch in (one, other)
+    )
     assert torch.equal(first[:6], second[:6])  # the unchanged response
     assert not torch.equal(first[9:11], second[9:11])  # the changed one
 
@@ -96,5 +104,7 @@ def test_gradient_of_shared_prompts_equals_that_of_repeated_ones():
         model = model_of("llama", register_packed_attention("sdpa"))
         logprobs = packed_logprobs(model, batch, budget=40, share=share)
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)

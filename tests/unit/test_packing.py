@@ -16,8 +16,18 @@ def test_golden_shared_prompt():
     assert pack.token_ids.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 4]
     assert pack.targets.tolist() == [20, 21, 22, 30]
-    assert pack.predict_positions.tolist() == [2, 3, 4, 2]  # the prompt's last token predicts 20 and 30
-    assert pack.flat_positions.tolist() == [3, 4, 5, 9]  # 30 comes after the second copy of the prompt
+    assert pack.predict_positions.tolist() == [
+        2,
+        3,
+        4,
+        2,
+    ]  # the prompt's last token predicts 20 and 30
+    assert pack.flat_positions.tolist() == [
+        3,
+        4,
+        5,
+        9,
+    ]  # 30 comes after the second copy of the prompt
     assert pack.groups[0].response_lengths == (2, 0)
 
 
@@ -34,9 +44,16 @@ def test_golden_two_groups_and_a_hole():
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 3), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_every_sampled_token_is_predicted_exactly_once(seed: int, budget: int, ranks: int, share: bool):
+def test_every_sampled_token_is_predicted_exactly_once(
+    seed: int, budget: int, ranks: int, share: bool
+):
     batch = random_rollouts(seed)
-    packs = [pack_rows(batch, np.arange(len(batch)), budget=budget, rank=r, ranks=ranks, share_prompts=share) for r in range(ranks)]
+    packs = [
+        pack_rows(
+            batch, np.arange(len(batch)), budget=budget, rank=r, ranks=ranks, share_prompts=share
+        )
+        for r in range(ranks)
+    ]
     assert len({len(own) for own in packs}) == 1  # equally many passes on every rank
     real = [pack for own in packs for pack in own if not pack.is_filler]
     flat = np.concatenate([pack.flat_positions for pack in real])
@@ -44,17 +61,26 @@ def test_every_sampled_token_is_predicted_exactly_once(seed: int, budget: int, r
     for pack in real:
         assert (batch.token_ids[pack.flat_positions] == pack.targets).all()
         # the token at the predicting position is the predecessor of the target in its own sequence
-        assert (pack.token_ids[pack.predict_positions] == batch.token_ids[pack.flat_positions - 1]).all()
-        assert pack.num_tokens <= budget or sum(len(group.response_lengths) for group in pack.groups) == 1
+        assert (
+            pack.token_ids[pack.predict_positions] == batch.token_ids[pack.flat_positions - 1]
+        ).all()
+        assert (
+            pack.num_tokens <= budget
+            or sum(len(group.response_lengths) for group in pack.groups) == 1
+        )
 
 
 def test_balance_over_ranks():
     batch = random_rollouts(3, groups=12, samples=4)
     loads = []
     for rank in range(2):
-        packs = pack_rows(batch, np.arange(len(batch)), budget=64, rank=rank, ranks=2, share_prompts=False)
+        packs = pack_rows(
+            batch, np.arange(len(batch)), budget=64, rank=rank, ranks=2, share_prompts=False
+        )
         loads.append(sum(pack.num_tokens for pack in packs if not pack.is_filler))
-    assert abs(loads[0] - loads[1]) <= max(batch.sequence_lengths)  # longest first differs by one sequence at most
+    assert abs(loads[0] - loads[1]) <= max(
+        batch.sequence_lengths
+    )  # longest first differs by one sequence at most
 
 
 def test_mini_batches_are_whole_groups_and_cover_each_epoch():

@@ -26,13 +26,18 @@ from rlsys.algorithms.policy_objectives.weights import adaptive_power_of
 from rlsys.registry import check_parameters
 
 
-def objective_inputs(ratios: list[float], advantages: list[float]) -> tuple[PolicyObjectiveInputs, Tensor]:
+def objective_inputs(
+    ratios: list[float], advantages: list[float]
+) -> tuple[PolicyObjectiveInputs, Tensor]:
     """One response with the given token ratios, old log-probabilities -1."""
     old = torch.full((1, len(ratios)), -1.0, dtype=torch.float64)
     live = (old + torch.tensor([ratios], dtype=torch.float64).log()).requires_grad_()
     mask = torch.ones(1, len(ratios), dtype=torch.bool)
     made = PolicyObjectiveInputs(
-        logprobs=live, old_logprobs=old, advantages=torch.tensor([advantages], dtype=torch.float64), response_mask=mask
+        logprobs=live,
+        old_logprobs=old,
+        advantages=torch.tensor([advantages], dtype=torch.float64),
+        response_mask=mask,
     )
     return made, live
 
@@ -72,25 +77,48 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
         # at ratios 1/2, 1, 3/2, 4: first for A = +1, then for A = -1
         ("none", {}, ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0])),
         ("importance", {}, ([0.5, 1.0, 1.5, 4.0], [0.5, 1.0, 1.5, 4.0])),
-        ("ppo_clip", {"clip_low": 0.2, "clip_high": 0.28}, ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0])),
-        ("ppo_clip", {"clip_low": 0.6, "clip_high": 0.6}, ([0.5, 1.0, 1.5, 0.0], [0.5, 1.0, 1.5, 4.0])),
+        (
+            "ppo_clip",
+            {"clip_low": 0.2, "clip_high": 0.28},
+            ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0]),
+        ),
+        (
+            "ppo_clip",
+            {"clip_low": 0.6, "clip_high": 0.6},
+            ([0.5, 1.0, 1.5, 0.0], [0.5, 1.0, 1.5, 4.0]),
+        ),
         ("dual_clip", {"clip_c": 3.0}, ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 0.0])),
         ("upper_clip", {"clip_high": 0.2}, ([0.5, 1.0, 1.2, 1.2], [0.5, 1.0, 1.2, 1.2])),
         ("power", {"q": 0.5}, ([0.5**0.5, 1.0, 1.5**0.5, 2.0], [0.5**0.5, 1.0, 1.5**0.5, 2.0])),
         ("power", {"q": 0.0}, ([1.0] * 4, [1.0] * 4)),
-        ("adaptive_power", {"q": 0.5}, ([0.5**0.5, 1.0, 1.5**0.5, 2.0], [0.5**0.5, 1.0, 1.5**0.5, 2.0])),
-        ("cispo", {"clip_low": 0.4, "clip_high": 0.2}, ([0.6, 1.0, 1.2, 1.2], [0.6, 1.0, 1.2, 1.2])),
+        (
+            "adaptive_power",
+            {"q": 0.5},
+            ([0.5**0.5, 1.0, 1.5**0.5, 2.0], [0.5**0.5, 1.0, 1.5**0.5, 2.0]),
+        ),
+        (
+            "cispo",
+            {"clip_low": 0.4, "clip_high": 0.2},
+            ([0.6, 1.0, 1.2, 1.2], [0.6, 1.0, 1.2, 1.2]),
+        ),
         (
             "sapo",
             {"tau_pos": 1.0, "tau_neg": 2.0},
-            tuple([r / math.cosh(tau * (r - 1) / 2) ** 2 for r in (0.5, 1.0, 1.5, 4.0)] for tau in (1.0, 2.0)),
+            tuple(
+                [r / math.cosh(tau * (r - 1) / 2) ** 2 for r in (0.5, 1.0, 1.5, 4.0)]
+                for tau in (1.0, 2.0)
+            ),
         ),
     ],
 )
-def test_gradient_coefficients_golden(weight: str, parameters: dict, expected: tuple[list[float], list[float]]):
+def test_gradient_coefficients_golden(
+    weight: str, parameters: dict, expected: tuple[list[float], list[float]]
+):
     logs = torch.tensor([0.5, 1.0, 1.5, 4.0], dtype=torch.float64).log()
     for sign, values in zip((1.0, -1.0), expected, strict=True):
-        found = gradient_coefficient(weight, logs, torch.full((4,), sign, dtype=torch.float64), **parameters)
+        found = gradient_coefficient(
+            weight, logs, torch.full((4,), sign, dtype=torch.float64), **parameters
+        )
         assert found.tolist() == pytest.approx(values)
 
 
@@ -115,9 +143,13 @@ def test_sapo_value_golden():
 
 def test_effective_sample_size_golden():
     # weights 1, 1, 2: 4^2 / (3 * 6); equal weights 1; one weight that dwarfs the others 1/n, also beyond what exp can hold
-    assert float(effective_sample_size(torch.tensor([1.0, 1.0, 2.0]).log())) == pytest.approx(16 / 18)
+    assert float(effective_sample_size(torch.tensor([1.0, 1.0, 2.0]).log())) == pytest.approx(
+        16 / 18
+    )
     assert float(effective_sample_size(torch.full((5,), -80.0))) == pytest.approx(1.0)
-    assert float(effective_sample_size(torch.tensor([800.0, 0.0, 0.0, 0.0]))) == pytest.approx(1 / 4)
+    assert float(effective_sample_size(torch.tensor([800.0, 0.0, 0.0, 0.0]))) == pytest.approx(
+        1 / 4
+    )
 
 
 def test_adaptive_power_is_the_largest_that_keeps_the_target():
@@ -125,9 +157,15 @@ def test_adaptive_power_is_the_largest_that_keeps_the_target():
     for target in (0.5, 0.9, 0.99):
         q = adaptive_power_of(logs, target_ess=target)["q"]
         assert 0 < q < 1
-        assert float(effective_sample_size(q * logs)) >= target > float(effective_sample_size((q + 1e-5) * logs))
+        assert (
+            float(effective_sample_size(q * logs))
+            >= target
+            > float(effective_sample_size((q + 1e-5) * logs))
+        )
     # log-normal ratios of width s: ESS(q) = exp(-q^2 s^2), so q = sqrt(-ln target) / s, here within the sample's noise
-    assert adaptive_power_of(logs, target_ess=0.9)["q"] == pytest.approx((-math.log(0.9)) ** 0.5, rel=0.1)
+    assert adaptive_power_of(logs, target_ess=0.9)["q"] == pytest.approx(
+        (-math.log(0.9)) ** 0.5, rel=0.1
+    )
     assert adaptive_power_of(0.01 * logs)["q"] == 1.0
 
 
@@ -140,20 +178,31 @@ def test_adaptive_power_leaves_the_mask_out():
     )
     q = adaptive_power_of(torch.tensor([1.0, -1.0]))["q"]
     given = policy_objective(made, ratio="token", weight="power", q=q)
-    assert torch.equal(policy_objective(made, ratio="token", weight="adaptive_power").token_losses, given.token_losses)
+    assert torch.equal(
+        policy_objective(made, ratio="token", weight="adaptive_power").token_losses,
+        given.token_losses,
+    )
 
 
 def correction(logs: list[float], **settings: Any) -> list[float]:
     mask = torch.ones(1, len(logs), dtype=torch.bool)
-    return rollout_correction(torch.tensor([logs]), torch.zeros(1, len(logs)), mask, **settings)[0].tolist()
+    return rollout_correction(torch.tensor([logs]), torch.zeros(1, len(logs)), mask, **settings)[
+        0
+    ].tolist()
 
 
 def test_rollout_correction_golden():
     two, half = math.log(2.0), math.log(0.5)
     assert correction([two, half, 0.0], level="token", cap=1.5) == pytest.approx([1.5, 0.5, 1.0])
-    assert correction([two, two, half], level="sequence", cap=9.0) == pytest.approx([2.0] * 3)  # 2 * 2 / 2
-    assert correction([two, half, 0.0], level="token", mask_below=0.6) == pytest.approx([2.0, 0.0, 1.0])
-    assert correction([two, half, 0.0], level="token", mask_above=1.9) == pytest.approx([0.0, 0.5, 1.0])
+    assert correction([two, two, half], level="sequence", cap=9.0) == pytest.approx(
+        [2.0] * 3
+    )  # 2 * 2 / 2
+    assert correction([two, half, 0.0], level="token", mask_below=0.6) == pytest.approx(
+        [2.0, 0.0, 1.0]
+    )
+    assert correction([two, half, 0.0], level="token", mask_above=1.9) == pytest.approx(
+        [0.0, 0.5, 1.0]
+    )
     assert correction([two, half], level="none") == [1.0, 1.0]
 
 
@@ -164,7 +213,9 @@ def test_rollout_correction_at_log_ratios_of_80():
 
 def test_rollout_correction_has_no_gradient_and_no_say_outside_the_mask():
     old = torch.tensor([[0.5, 9.0]], requires_grad=True)
-    weights = rollout_correction(old, torch.zeros(1, 2), torch.tensor([[True, False]]), level="sequence")
+    weights = rollout_correction(
+        old, torch.zeros(1, 2), torch.tensor([[True, False]]), level="sequence"
+    )
     assert not weights.requires_grad
     assert weights[0].tolist() == pytest.approx([math.exp(0.5), 0.0])
 
@@ -180,10 +231,14 @@ def test_rollout_correction_refuses_nonsense():
 def test_presets_name_what_exists(name: str):
     preset = PRESETS[name]
     check_objective(preset.objective.ratio, preset.objective.weight, preset.objective.parameters)
-    check_parameters(get_advantage_estimator(preset.advantage.name), preset.advantage.parameters, field="")
+    check_parameters(
+        get_advantage_estimator(preset.advantage.name), preset.advantage.parameters, field=""
+    )
     made, live = objective_inputs([1.0, 1.0], [1.0, -1.0])
     objective = preset.objective
-    policy_objective(made, ratio=objective.ratio, weight=objective.weight, **objective.parameters).token_losses.sum().backward()
+    policy_objective(
+        made, ratio=objective.ratio, weight=objective.weight, **objective.parameters
+    ).token_losses.sum().backward()
     assert live.grad is not None
     assert live.grad[0].tolist() == pytest.approx([-1.0, 1.0])  # on-policy, each is REINFORCE
 
@@ -215,10 +270,17 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(level: str, wei
 
 @pytest.mark.parametrize("weight", available_weights())
 @pytest.mark.parametrize("level", available_ratios())
-def test_gradient_flows_through_the_live_policy_alone_and_not_outside_the_mask(level: str, weight: str):
-    logprobs, old, advantages = (torch.randn(2, 4, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+def test_gradient_flows_through_the_live_policy_alone_and_not_outside_the_mask(
+    level: str, weight: str
+):
+    logprobs, old, advantages = (
+        torch.randn(2, 4, generator=torch.Generator().manual_seed(i)).requires_grad_()
+        for i in range(3)
+    )
     mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
-    made = PolicyObjectiveInputs(logprobs=logprobs, old_logprobs=old, advantages=advantages, response_mask=mask)
+    made = PolicyObjectiveInputs(
+        logprobs=logprobs, old_logprobs=old, advantages=advantages, response_mask=mask
+    )
     out = policy_objective(made, ratio=level, weight=weight)
     out.token_losses.sum().backward()
     assert old.grad is None
@@ -250,7 +312,10 @@ def test_finite_differences_of_ppo_clip():
 
     def loss(values: Tensor) -> Tensor:
         inputs = PolicyObjectiveInputs(
-            logprobs=values, old_logprobs=made.old_logprobs, advantages=made.advantages, response_mask=made.response_mask
+            logprobs=values,
+            old_logprobs=made.old_logprobs,
+            advantages=made.advantages,
+            response_mask=made.response_mask,
         )
         return policy_objective(inputs, ratio="token", weight="ppo_clip").token_losses
 
@@ -264,7 +329,9 @@ def test_aggregation_golden():
     assert aggregate_loss(losses, mask, "token_mean").item() == pytest.approx(10 / 4)
     assert aggregate_loss(losses, mask, "sequence_mean").item() == pytest.approx((2 + 4) / 2)
     assert aggregate_loss(losses, mask, "sequence_sum").item() == pytest.approx(10 / 2)
-    assert aggregate_loss(losses, mask, "constant", max_tokens=5).item() == pytest.approx(10 / (2 * 5))
+    assert aggregate_loss(losses, mask, "constant", max_tokens=5).item() == pytest.approx(
+        10 / (2 * 5)
+    )
 
 
 @pytest.mark.parametrize("mode", AGGREGATION_MODES)
@@ -272,13 +339,20 @@ def test_losses_of_parts_add_up_to_the_loss_of_the_whole(mode: str):
     losses = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.6
     sizes = {"num_tokens": float(mask.sum()), "num_sequences": 6.0, "max_tokens": 5}
-    parts = [aggregate_loss(losses[i], mask[i], mode, **sizes) for i in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    assert torch.stack(parts).sum().item() == pytest.approx(aggregate_loss(losses, mask, mode, **sizes).item(), rel=1e-5)
+    parts = [
+        aggregate_loss(losses[i], mask[i], mode, **sizes)
+        for i in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    assert torch.stack(parts).sum().item() == pytest.approx(
+        aggregate_loss(losses, mask, mode, **sizes).item(), rel=1e-5
+    )
 
 
 def test_an_empty_response_contributes_nothing():
     mask = torch.tensor([[True], [False]])
-    assert aggregate_loss(torch.tensor([[2.0], [float("nan")]]), mask, "sequence_mean").item() == pytest.approx(1.0)
+    assert aggregate_loss(
+        torch.tensor([[2.0], [float("nan")]]), mask, "sequence_mean"
+    ).item() == pytest.approx(1.0)
 
 
 def test_constant_needs_max_tokens_and_modes_are_known():
@@ -320,15 +394,24 @@ def test_k3_k2_has_the_value_of_one_and_the_gradient_of_the_other():
 
 @pytest.mark.parametrize(
     ("kind", "direction", "divergence"),
-    [("k2", "reverse", "reverse"), ("k3_k2", "reverse", "reverse"), ("k3", "reverse", "forward"), ("k3", "forward", None)],
+    [
+        ("k2", "reverse", "reverse"),
+        ("k3_k2", "reverse", "reverse"),
+        ("k3", "reverse", "forward"),
+        ("k3", "forward", None),
+    ],
 )
 def test_expected_gradients_of_kl_losses(kind: str, direction: str, divergence: str | None):
     """Enumerated over a categorical policy: k2 and k3_k2 have the gradient of KL(policy || ref), k3 that of KL(ref || policy)."""
     logits = torch.tensor([0.3, -1.0, 0.9], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-0.4, 0.2, 0.5], dtype=torch.float64).log_softmax(0)
     logs = logits.log_softmax(0)
-    (found,) = torch.autograd.grad((logs.exp().detach() * kl_estimate(logs, ref, kind, direction=direction)).sum(), logits)
-    reverse = torch.autograd.grad((logits.log_softmax(0).exp() * (logits.log_softmax(0) - ref)).sum(), logits)[0]
+    (found,) = torch.autograd.grad(
+        (logs.exp().detach() * kl_estimate(logs, ref, kind, direction=direction)).sum(), logits
+    )
+    reverse = torch.autograd.grad(
+        (logits.log_softmax(0).exp() * (logits.log_softmax(0) - ref)).sum(), logits
+    )[0]
     forward = torch.autograd.grad((ref.exp() * (ref - logits.log_softmax(0))).sum(), logits)[0]
     if divergence is None:  # only the value is an estimate
         value = (logs.exp() * kl_estimate(logs, ref, kind, direction=direction)).sum()
@@ -355,7 +438,9 @@ def test_schulmans_experiment():
         for kind, (bias, deviation) in rows.items():
             estimate = kl_estimate(-(x**2) / 2, -((x - mean) ** 2) / 2, kind)
             relative = float(estimate.std()) / true
-            assert float(estimate.mean()) / true - 1 == pytest.approx(bias, abs=5 * relative / n**0.5 + 0.002)
+            assert float(estimate.mean()) / true - 1 == pytest.approx(
+                bias, abs=5 * relative / n**0.5 + 0.002
+            )
             assert relative == pytest.approx(deviation, rel=0.1)
         # k3's sign is what makes it popular
         assert (kl_estimate(-(x**2) / 2, -((x - mean) ** 2) / 2, "k3") >= 0).all()
@@ -367,7 +452,9 @@ def test_forward_estimators_on_gaussians():
     x = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for kind in ("k1", "k3"):
         estimate = kl_estimate(-(x**2) / 2, -((x - 0.1) ** 2) / 2, kind, direction="forward")
-        assert float(estimate.mean()) == pytest.approx(0.005, abs=5 * float(estimate.std()) / n**0.5)
+        assert float(estimate.mean()) == pytest.approx(
+            0.005, abs=5 * float(estimate.std()) / n**0.5
+        )
 
 
 def test_adapted_coefficient_golden():
@@ -379,16 +466,25 @@ def test_adapted_coefficient_golden():
 
 def test_entropy_rewards_and_temperature_golden():
     mask = torch.tensor([[True, False]])
-    assert entropy_rewards(torch.tensor([[-2.0, -9.0]]), mask, 0.1).tolist() == [[pytest.approx(0.2), 0.0]]
+    assert entropy_rewards(torch.tensor([[-2.0, -9.0]]), mask, 0.1).tolist() == [
+        [pytest.approx(0.2), 0.0]
+    ]
     # entropy 0.5 below the target of 1: log alpha grows by 0.1 * 0.5
-    assert tuned_temperature(0.2, 0.5, target=1.0, learning_rate=0.1) == pytest.approx(0.2 * math.exp(0.05))
+    assert tuned_temperature(0.2, 0.5, target=1.0, learning_rate=0.1) == pytest.approx(
+        0.2 * math.exp(0.05)
+    )
 
 
 def test_parameters_are_checked_against_the_signature():
     check_objective("token", "ppo_clip", {"clip_low": 0.1})
-    with pytest.raises(ValueError, match=r"algorithm\.objective\.parameters\.clip_hgih: .* Did you mean clip_high"):
+    with pytest.raises(
+        ValueError, match=r"algorithm\.objective\.parameters\.clip_hgih: .* Did you mean clip_high"
+    ):
         check_objective("token", "ppo_clip", {"clip_hgih": 0.3})
     with pytest.raises(ValueError, match="'a lot' is a str; ppo_clip_weight expects float"):
         check_objective("token", "ppo_clip", {"clip_low": "a lot"})
-    with pytest.raises(ValueError, match=r"algorithm\.objective\.ratio: unknown ratio 'tokens'\. Did you mean token"):
+    with pytest.raises(
+        ValueError,
+        match=r"algorithm\.objective\.ratio: unknown ratio 'tokens'\. Did you mean token",
+    ):
         check_objective("tokens", "ppo_clip", {})

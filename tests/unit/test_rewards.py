@@ -161,7 +161,10 @@ def test_format_r1_zero(completion: str, score: float):
 
 def test_registry_offers_the_nearest_and_refuses_a_second_owner():
     assert {"math", "format_boxed", "format_r1_zero"} <= set(available_reward_functions())
-    with pytest.raises(ValueError, match=r"reward\.functions\.name: unknown reward function 'maths'\. Did you mean math"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward\.functions\.name: unknown reward function 'maths'\. Did you mean math",
+    ):
         get_reward_function("maths")
     registry: Registry = Registry("thing")
     registry.register("a")(math_reward)
@@ -184,13 +187,19 @@ def test_parameters_are_checked():
             check_parameters(reward, parameters, field="f")
 
 
-@pytest.mark.parametrize(("tokens", "score"), [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (150, -1.0)])
+@pytest.mark.parametrize(
+    ("tokens", "score"), [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (150, -1.0)]
+)
 def test_soft_overlong_falls_over_the_buffer(tokens: int, score: float):
-    assert soft_overlong_reward("", "", tokens, max_tokens=100, buffer_tokens=20) == score  # (80 - tokens) / 20
+    assert (
+        soft_overlong_reward("", "", tokens, max_tokens=100, buffer_tokens=20) == score
+    )  # (80 - tokens) / 20
 
 
 def test_soft_overlong_refuses_a_buffer_beyond_the_limit():
-    with pytest.raises(ValueError, match="buffer_tokens: 200 must be between 1 and max_tokens \\(100\\)"):
+    with pytest.raises(
+        ValueError, match="buffer_tokens: 200 must be between 1 and max_tokens \\(100\\)"
+    ):
         soft_overlong_reward("", "", 1, max_tokens=100, buffer_tokens=200)
 
 
@@ -212,7 +221,9 @@ def test_repetition_counts_repeated_ngrams(completion: str, score: float):
 def test_scoring_hands_out_token_counts_and_parameters():
     functions = (
         RewardFunctionConfig(name="math", parameters={"extraction": "answer_tag"}),
-        RewardFunctionConfig(name="soft_overlong", parameters={"max_tokens": 100, "buffer_tokens": 20}),
+        RewardFunctionConfig(
+            name="soft_overlong", parameters={"max_tokens": 100, "buffer_tokens": 20}
+        ),
         RewardFunctionConfig(name="repetition", parameters={"ngram": 1}),
     )
     score = score_completion(functions, "\\boxed{1} <answer> 2 </answer>", "2", 90)
@@ -221,11 +232,16 @@ def test_scoring_hands_out_token_counts_and_parameters():
 
 
 def test_an_unknown_extraction_is_refused_before_a_run():
-    with pytest.raises(ValueError, match=r"f\.extraction: 'box' is not accepted\. Choose one of boxed, answer_tag, lenient"):
+    with pytest.raises(
+        ValueError,
+        match=r"f\.extraction: 'box' is not accepted\. Choose one of boxed, answer_tag, lenient",
+    ):
         check_parameters(get_reward_function("math"), {"extraction": "box"}, field="f")
 
 
-def test_a_process_of_the_pool_may_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_of_the_pool_may_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "greedy_reward.py").write_text(
         "from rlsys.rewards import register_reward_function\n"
         "@register_reward_function('greedy')\n"
@@ -233,6 +249,13 @@ def test_a_process_of_the_pool_may_not_grow_without_end(tmp_path: Path, monkeypa
         "    return float(len(bytearray(int(completion)))) * 0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    pool = RewardPool(RewardConfig(functions=(RewardFunctionConfig(name="greedy"),), memory_gb=0.5), ("greedy_reward",))
-    assert [pool.submit(str(size), "").result().reason for size in (1000, 2 * 1024**3, 1000)] == ["ok", "error", "ok"]
+    pool = RewardPool(
+        RewardConfig(functions=(RewardFunctionConfig(name="greedy"),), memory_gb=0.5),
+        ("greedy_reward",),
+    )
+    assert [pool.submit(str(size), "").result().reason for size in (1000, 2 * 1024**3, 1000)] == [
+        "ok",
+        "error",
+        "ok",
+    ]
     pool.shutdown()

@@ -16,7 +16,9 @@ def test_constant_with_warm_up():
 
 
 def test_linear_falls_to_the_minimum_at_the_last_step():
-    assert rates(5, schedule="linear", minimum_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(5, schedule="linear", minimum_ratio=0.2) == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
 
 
 def test_cosine_after_a_warm_up():

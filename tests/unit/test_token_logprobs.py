@@ -15,7 +15,13 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 
 def test_golden():
     # One feature, two words: logits (2, 0) / 2 = (1, 0); pi = e / (1 + e)
-    out = token_logprobs(torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=2.0, chunk_tokens=8)
+    out = token_logprobs(
+        torch.tensor([[2.0]]),
+        torch.tensor([[1.0], [0.0]]),
+        torch.tensor([0]),
+        temperature=2.0,
+        chunk_tokens=8,
+    )
     p = torch.tensor([1.0, 0.0]).softmax(0)
     assert out.logprobs.item() == pytest.approx(p[0].log().item())
     assert out.entropies.item() == pytest.approx(-(p * p.log()).sum().item())
@@ -38,11 +44,16 @@ def test_value_and_gradient_equal_the_plain_formula(chunk: int, temperature: flo
     hidden, weight, targets = example()
     out = token_logprobs(hidden, weight, targets, temperature=temperature, chunk_tokens=chunk)
     (out.logprobs * torch.arange(7.0) + 0.3 * out.entropies).sum().backward()
-    logs = ((hidden.detach().requires_grad_() @ weight.detach().requires_grad_().T) / temperature).log_softmax(-1)
+    logs = (
+        (hidden.detach().requires_grad_() @ weight.detach().requires_grad_().T) / temperature
+    ).log_softmax(-1)
     assert torch.allclose(out.logprobs, logs.gather(1, targets[:, None])[:, 0])
     assert torch.allclose(out.entropies, -(logs.exp() * logs).sum(-1))
 
-    plain_hidden, plain_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    plain_hidden, plain_weight = (
+        hidden.detach().clone().requires_grad_(),
+        weight.detach().clone().requires_grad_(),
+    )
     logs = (plain_hidden @ plain_weight.T / temperature).log_softmax(-1)
     chosen, entropy = logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
     (chosen * torch.arange(7.0) + 0.3 * entropy).sum().backward()
@@ -58,7 +69,9 @@ def test_score_norms_of_a_certain_token_are_not_below_zero():
     """1 - 2 pi + sum pi^2 is a small difference of numbers near 1 there: rounding alone would make some of these negative."""
     hidden = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 3
     weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * 3
-    out = token_logprobs(hidden, weight, (hidden @ weight.T).argmax(1), temperature=1.0, chunk_tokens=64)
+    out = token_logprobs(
+        hidden, weight, (hidden @ weight.T).argmax(1), temperature=1.0, chunk_tokens=64
+    )
     assert (out.score_norms >= 0).all()
     assert (out.score_norms < 1e-6).any()
 
@@ -80,16 +93,32 @@ def test_bfloat16_products_float32_results():
     out.logprobs.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16
-    exact = (hidden.detach().float() @ weight.detach().float().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    exact = (
+        (hidden.detach().float() @ weight.detach().float().T)
+        .log_softmax(-1)
+        .gather(1, targets[:, None])[:, 0]
+    )
     assert torch.allclose(out.logprobs, exact, atol=0.05)
 
 
 def test_logits_of_1e4_stay_finite():
-    out = token_logprobs(torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0]), temperature=1.0, chunk_tokens=1)
+    out = token_logprobs(
+        torch.tensor([[1e4]]),
+        torch.tensor([[1.0], [-1.0]]),
+        torch.tensor([0]),
+        temperature=1.0,
+        chunk_tokens=1,
+    )
     assert out.logprobs.item() == 0.0
     assert out.entropies.item() == 0.0
 
 
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="do not fit"):
-        token_logprobs(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), temperature=1.0, chunk_tokens=1)
+        token_logprobs(
+            torch.zeros(2, 3),
+            torch.zeros(5, 4),
+            torch.zeros(2, dtype=torch.int64),
+            temperature=1.0,
+            chunk_tokens=1,
+        )

@@ -49,7 +49,9 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+    def install_weights(
+        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
+    ) -> None:
         """Replace the weights; the next token is sampled with the new ones."""
         ...
 

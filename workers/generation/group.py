@@ -18,7 +18,9 @@ class GenerationGroup:
     def __init__(self, workers: Sequence[Any]) -> None:
         self._workers = workers
 
-    async def generate(self, prompts: PromptBatch, sampling: SamplingParameters) -> AsyncIterator[RolloutPart]:
+    async def generate(
+        self, prompts: PromptBatch, sampling: SamplingParameters
+    ) -> AsyncIterator[RolloutPart]:
         """Split the prompts evenly over the workers and yield each group as soon as its worker has it."""
         queue: asyncio.Queue[RolloutPart | BaseException | None] = asyncio.Queue()
         shares = _even_shares(len(prompts), len(self._workers))
@@ -42,7 +44,12 @@ class GenerationGroup:
                 task.cancel()
 
     async def _stream(
-        self, worker: Any, prompts: PromptBatch, share: range, sampling: SamplingParameters, queue: asyncio.Queue[Any]
+        self,
+        worker: Any,
+        prompts: PromptBatch,
+        share: range,
+        sampling: SamplingParameters,
+        queue: asyncio.Queue[Any],
     ) -> None:
         part = PromptBatch(
             batch_id=prompts.batch_id,
@@ -50,11 +57,15 @@ class GenerationGroup:
             group_ids=prompts.group_ids[share.start : share.stop],
         )
         try:
-            stream = worker.generate.options(num_returns="streaming").remote(part, share.start, sampling)
+            stream = worker.generate.options(num_returns="streaming").remote(
+                part, share.start, sampling
+            )
             while (head := await anext(stream, None)) is not None:
                 index, tokens = await head
                 rollouts = await anext(stream)
-                await queue.put(RolloutPart(prompt_index=index, num_response_tokens=tokens, rollouts=rollouts))
+                await queue.put(
+                    RolloutPart(prompt_index=index, num_response_tokens=tokens, rollouts=rollouts)
+                )
         except Exception as error:
             await queue.put(error)
         else:

@@ -26,14 +26,21 @@ class TransformersEngine:
     def __init__(self, config: RunConfig, model_directory: str) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.generation.dtype)
-        model = load_causal_lm(model_directory, dtype=dtype, attention="sdpa", trust_remote_code=config.model.trust_remote_code)
+        model = load_causal_lm(
+            model_directory,
+            dtype=dtype,
+            attention="sdpa",
+            trust_remote_code=config.model.trust_remote_code,
+        )
         model.eval()
         torch.nn.Module.to(model, self._device)
         self._model = model
         self._tokenizer = load_tokenizer(model_directory)
         end = self._model.generation_config.eos_token_id if self._model.generation_config else None
         ends = end if isinstance(end, list) else [end]
-        self._end_ids = frozenset([token for token in ends if token is not None] or [self._model.config.eos_token_id])
+        self._end_ids = frozenset(
+            [token for token in ends if token is not None] or [self._model.config.eos_token_id]
+        )
 
     def generate(
         self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
@@ -57,9 +64,13 @@ class TransformersEngine:
         inputs = torch.tensor([prompt.token_ids] * count, device=self._device)
         cache = None
         while any(reason is None for reason in reasons):
-            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(
+                input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             cache = output.past_key_values
-            log_distribution = self._log_distribution(output.logits[:, -1].float(), sampling, len(tokens[0]))
+            log_distribution = self._log_distribution(
+                output.logits[:, -1].float(), sampling, len(tokens[0])
+            )
             chosen = _choose(log_distribution, sampling.temperature, generators)
             for i, token in enumerate(chosen.tolist()):
                 if reasons[i] is None:
@@ -79,7 +90,9 @@ class TransformersEngine:
             for i in range(count)
         )
 
-    def _log_distribution(self, logits: Tensor, sampling: SamplingParameters, generated: int) -> Tensor:
+    def _log_distribution(
+        self, logits: Tensor, sampling: SamplingParameters, generated: int
+    ) -> Tensor:
         """Log-probabilities from which the next token is drawn, in vLLM's order: min_tokens, temperature, top_k, top_p."""
         if generated < min(sampling.min_tokens, sampling.max_tokens):
             logits[:, list(self._end_ids)] = -torch.inf
@@ -92,10 +105,14 @@ class TransformersEngine:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
             beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+            logits = logits.masked_fill(
+                torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf
+            )
         return logits.log_softmax(-1)
 
-    def _stop_reason(self, tokens: Sequence[int], sampling: SamplingParameters) -> StopReason | None:
+    def _stop_reason(
+        self, tokens: Sequence[int], sampling: SamplingParameters
+    ) -> StopReason | None:
         if tokens[-1] in self._end_ids:
             return StopReason.END
         if sampling.stop and len(tokens) >= sampling.min_tokens:
@@ -107,7 +124,9 @@ class TransformersEngine:
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+    def install_weights(
+        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
+    ) -> None:
         """See `RolloutEngine`."""
         parameters = self._model.state_dict()
         with torch.no_grad():
@@ -123,16 +142,24 @@ class TransformersEngine:
 
     def weight_checksums(self) -> dict[str, float]:
         """See `RolloutEngine`."""
-        return {name: float(parameter.detach().float().square().sum()) for name, parameter in self._model.named_parameters()}
+        return {
+            name: float(parameter.detach().float().square().sum())
+            for name, parameter in self._model.named_parameters()
+        }
 
 
 def _seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) & (2**63 - 1)
 
 
-def _choose(log_distribution: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+def _choose(
+    log_distribution: Tensor, temperature: float, generators: Sequence[torch.Generator]
+) -> Tensor:
     if not temperature:
         return log_distribution.argmax(-1)
     return torch.cat(
-        [torch.multinomial(row.exp(), 1, generator=generator) for row, generator in zip(log_distribution, generators, strict=True)]
+        [
+            torch.multinomial(row.exp(), 1, generator=generator)
+            for row, generator in zip(log_distribution, generators, strict=True)
+        ]
     )

@@ -20,12 +20,20 @@ CPU_BLOCK_TOKENS = 32  # vLLM's own 128 would cache no prefix of a shorter promp
 
 def _prepare_environment(config: RunConfig) -> None:
     """vLLM reads these when it is imported."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs here, where weights can be handed over by reference
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.generation.kv_cache_gib))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # trainer and engine take turns on the same cores
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # the engine runs here, where weights can be handed over by reference
+    )
+    os.environ.setdefault(
+        "VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.generation.kv_cache_gib)))
+    )
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # trainer and engine take turns on the same cores
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions for apply_model; nothing comes from outside
+    os.environ.setdefault(
+        "VLLM_ALLOW_INSECURE_SERIALIZATION", "1"
+    )  # functions for apply_model; nothing comes from outside
 
 
 class VLLMEngine:
@@ -42,14 +50,17 @@ class VLLMEngine:
         generation = config.generation
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = (
-            {"gpu_memory_utilization": generation.gpu_memory_utilization} if on_gpu else {"block_size": CPU_BLOCK_TOKENS}
+            {"gpu_memory_utilization": generation.gpu_memory_utilization}
+            if on_gpu
+            else {"block_size": CPU_BLOCK_TOKENS}
         )
         self._config = config
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model_directory,
                 dtype=generation.dtype,
-                max_model_len=generation.max_model_tokens or config.data.max_prompt_tokens + generation.max_tokens,
+                max_model_len=generation.max_model_tokens
+                or config.data.max_prompt_tokens + generation.max_tokens,
                 enforce_eager=not generation.compile,
                 tensor_parallel_size=generation.tensor_parallel,
                 enable_prefix_caching=True,
@@ -85,7 +96,9 @@ class VLLMEngine:
         )
         # A warm cache would change how prompts are batched and with it the order in which responses draw their random numbers.
         self._engine.reset_prefix_cache()
-        torch.manual_seed(np.random.SeedSequence([sampling.seed, *positions[:1]]).generate_state(1)[0].item())
+        torch.manual_seed(
+            np.random.SeedSequence([sampling.seed, *positions[:1]]).generate_state(1)[0].item()
+        )
         pending: dict[str, int] = {}
         for index, prompt in enumerate(prompts):
             name = f"r{self._requests}"
@@ -95,7 +108,9 @@ class VLLMEngine:
         try:
             while pending:
                 finished = [output for output in self._engine.step() if output.finished]
-                groups = [self._group(pending.pop(output.request_id), output) for output in finished]
+                groups = [
+                    self._group(pending.pop(output.request_id), output) for output in finished
+                ]
                 if groups:
                     yield groups
         finally:
@@ -109,16 +124,21 @@ class VLLMEngine:
                 SampledResponse(
                     token_ids=tuple(sample.token_ids),
                     logprobs=tuple(
-                        choices[token].logprob for choices, token in zip(sample.logprobs, sample.token_ids, strict=True)
+                        choices[token].logprob
+                        for choices, token in zip(sample.logprobs, sample.token_ids, strict=True)
                     ),
                     text=sample.text,
-                    stop_reason=StopReason.LENGTH if sample.finish_reason == "length" else StopReason.END,
+                    stop_reason=StopReason.LENGTH
+                    if sample.finish_reason == "length"
+                    else StopReason.END,
                 )
                 for sample in sorted(output.outputs, key=lambda sample: sample.index)
             ),
         )
 
-    def install_weights(self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]) -> None:
+    def install_weights(
+        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
+    ) -> None:
         """See `RolloutEngine`."""
         # vLLM's loaders may write into what they are given; the shards are shared memory, so each tensor is copied as it is used.
         tensors = ((name, tensor.clone()) for name, tensor in unpack_weights(manifest, shards))
@@ -162,4 +182,8 @@ def _refresh_tied_head(model: torch.nn.Module) -> None:
 def _sums_of_squares(model: torch.nn.Module) -> dict[str, float]:
     """Parameters that a CPU engine has packed away into its own layout are empty and say nothing."""
     parameters = model.named_parameters()
-    return {name: float(parameter.detach().float().square().sum()) for name, parameter in parameters if parameter.numel()}
+    return {
+        name: float(parameter.detach().float().square().sum())
+        for name, parameter in parameters
+        if parameter.numel()
+    }

@@ -51,7 +51,9 @@ class GenerationWorker:
     def install_weights(self, manifest: WeightManifest, *shards: NDArray[np.uint8]) -> None:
         """Install the weights of `manifest.version`; an older version than the present one is refused."""
         if manifest.version < self._version:
-            raise ValueError(f"weights version {manifest.version} is older than the installed {self._version}")
+            raise ValueError(
+                f"weights version {manifest.version} is older than the installed {self._version}"
+            )
         self._engine.install_weights(manifest, shards)
         self._version = manifest.version
 
@@ -71,7 +73,11 @@ class GenerationWorker:
         """Peak memory of this process, or of its GPU."""
         if torch.cuda.is_available():
             return {"memory/generation": maximum(torch.cuda.max_memory_allocated() / 1024**3)}
-        return {"memory/generation": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
+        return {
+            "memory/generation": maximum(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+            )
+        }
 
 
 def build_rollouts(
@@ -85,7 +91,10 @@ def build_rollouts(
         for prompt, group_id, group in zip(chosen, ids, groups, strict=True)
         for response in group.responses
     ]
-    lengths = np.array([(len(prompt.token_ids), len(response.token_ids)) for prompt, _, response in rows], dtype=np.int64)
+    lengths = np.array(
+        [(len(prompt.token_ids), len(response.token_ids)) for prompt, _, response in rows],
+        dtype=np.int64,
+    )
     total = int(lengths.sum())
     tokens = np.empty(total, dtype=np.int32)
     mask = np.zeros(total, dtype=np.bool_)

@@ -44,12 +44,18 @@ class BaselineLearner:
         self.layers = network_layers(parameters["layers"], parameters["block_size"], span)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)  # the same on every rank
-            self.network = BaselineNetwork(hidden_size, self.layers, width=advantage.network.width, span=limit)
+            self.network = BaselineNetwork(
+                hidden_size, self.layers, width=advantage.network.width, span=limit
+            )
         self.network.to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=advantage.network.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=advantage.network.learning_rate
+        )
         self.gain = HeldOutGain()
         self._device = device
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of n base f, n f^2 and tokens
+        self._sums = torch.zeros(
+            3, dtype=torch.float64, device=device
+        )  # of n base f, n f^2 and tokens
 
     @torch.no_grad()
     def baselines(self, result: PackResult, pack: Pack) -> Tensor:
@@ -57,24 +63,33 @@ class BaselineLearner:
         return self.gain.strength * self._outputs(result, pack)
 
     def _outputs(self, result: PackResult, pack: Pack) -> Tensor:
-        return self.network(result.hidden, torch.from_numpy(pack.response_positions).to(self._device))
+        return self.network(
+            result.hidden, torch.from_numpy(pack.response_positions).to(self._device)
+        )
 
     def learn(self, result: PackResult, pack: Pack, regression: BaselineRegression) -> None:
         """Add the gradient of one pack of the mini-batch that `baselines` was asked about."""
         at = torch.from_numpy(pack.flat_positions)
         features, base, weights = (
-            array[at].to(self._device) for array in (regression.features, regression.base, regression.weights)
+            array[at].to(self._device)
+            for array in (regression.features, regression.base, regression.weights)
         )
         outputs = self._outputs(result, pack)
         regression_loss(outputs, features, base, weights).backward()
         predicted = (features * outputs.detach()).sum(dim=1).double()
         self._sums += torch.stack(
-            [(weights * base * predicted).sum(), (weights * predicted.square()).sum(), weights.new_tensor(len(at)).double()]
+            [
+                (weights * base * predicted).sum(),
+                (weights * predicted.square()).sum(),
+                weights.new_tensor(len(at)).double(),
+            ]
         )
 
     def step(self) -> dict[str, Metric]:
         """One step of Adam with what `learn` added on all ranks. The strength that was in use is reported."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.network.parameters()]
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.network.parameters()
+        ]
         for array in (self._sums, *gradients):
             dist.all_reduce(array)
         linear, quadratic, tokens = self._sums.tolist()

@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -27,7 +32,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def join_process_group(address: str, rank: int, world_size: int) -> torch.device:
     """Join the ranks at `tcp://host:port` and return this rank's device: gloo on CPUs, NCCL for tensors on GPUs."""
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=world_size,
+    )
     if not on_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(0)  # Ray shows each rank its own GPU only
@@ -49,11 +59,19 @@ def choose_kernel(configured: str, device: torch.device) -> str:
 
 def shares_prompts(config: RunConfig, device: torch.device) -> bool:
     """Whether prompts are computed once a group: asked for, and the kernel can."""
-    return config.policy.share_prompts and choose_kernel(config.model.attention, device) in SHARING_KERNELS
+    return (
+        config.policy.share_prompts
+        and choose_kernel(config.model.attention, device) in SHARING_KERNELS
+    )
 
 
 def build_sharded_model(
-    config: RunConfig, model_directory: str | Path, device: torch.device, world_size: int, *, trainable: bool
+    config: RunConfig,
+    model_directory: str | Path,
+    device: torch.device,
+    world_size: int,
+    *,
+    trainable: bool,
 ) -> PackedCausalLM:
     """Load the model and shard it: one FSDP unit a decoder layer, the rest (embeddings, final norm, LM head) in the root.
 
@@ -73,7 +91,11 @@ def build_sharded_model(
     packed = PackedCausalLM(model, chunk_tokens=config.policy.logit_chunk_tokens).to(device)
     mesh = init_device_mesh(device.type, (world_size,))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if trainable and config.policy.offload_optimizer and device.type == "cuda" else OffloadPolicy()
+    offload = (
+        CPUOffloadPolicy()
+        if trainable and config.policy.offload_optimizer and device.type == "cuda"
+        else OffloadPolicy()
+    )
     for layer in _decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
     fully_shard(packed, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -83,7 +105,9 @@ def build_sharded_model(
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"model.path: {type(model).__name__} keeps no `layers` in its decoder, so it cannot be sharded by layer")
+        raise ValueError(
+            f"model.path: {type(model).__name__} keeps no `layers` in its decoder, so it cannot be sharded by layer"
+        )
     return layers
 
 
@@ -118,7 +142,9 @@ def load_full_state_dict(packed: PackedCausalLM, weights: dict[str, Tensor]) -> 
         if name in tied:
             continue
         if name not in weights or weights[name].shape != parameter.shape:
-            raise ValueError(f"checkpoint: no weight {name} of shape {tuple(parameter.shape)}; it belongs to another model")
+            raise ValueError(
+                f"checkpoint: no weight {name} of shape {tuple(parameter.shape)}; it belongs to another model"
+            )
         with torch.no_grad():
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()

@@ -23,7 +23,9 @@ from rlsys.data.packing import Pack
 from rlsys.driver.metrics import Metric, mean
 from workers.policy.packed_forward import PackedCausalLM, PackResult, PackTensors
 
-Plan = Callable[[NDArray[np.int64]], Sequence[Pack]]  # rows -> this rank's packs, each prompt computed for each response
+Plan = Callable[
+    [NDArray[np.int64]], Sequence[Pack]
+]  # rows -> this rank's packs, each prompt computed for each response
 
 
 def last_down_projection(model: PackedCausalLM) -> nn.Linear:
@@ -42,7 +44,9 @@ def last_down_projection(model: PackedCausalLM) -> nn.Linear:
     return module
 
 
-def pack_scores(model: PackedCausalLM, pack: Pack, temperature: float, device: torch.device) -> tuple[PackResult, Tensor, Tensor]:
+def pack_scores(
+    model: PackedCausalLM, pack: Pack, temperature: float, device: torch.device
+) -> tuple[PackResult, Tensor, Tensor]:
     """Log-probabilities of the pack's m tokens, [m, d] their gradients by the projection's output and [m, f] its input, float32.
 
     No hidden state may predict two tokens, so the pack must not share prompts. Gradients of parameters are not touched.
@@ -89,11 +93,20 @@ def scores_of_responses(
             own = pack.response_index == index
             at = torch.from_numpy(own).to(device)
             arrays = (result.logprobs.detach(), result.score_norms.detach(), outward, inward)
-            yield ResponseScores(int(row), pack.flat_positions[own], pack.response_positions[own], *(array[at] for array in arrays))
+            yield ResponseScores(
+                int(row),
+                pack.flat_positions[own],
+                pack.response_positions[own],
+                *(array[at] for array in arrays),
+            )
 
 
 def gradient_metrics(
-    model: PackedCausalLM, batch: TrainBatch, rows: NDArray[np.int64], plan: Plan, device: torch.device
+    model: PackedCausalLM,
+    batch: TrainBatch,
+    rows: NDArray[np.int64],
+    plan: Plan,
+    device: torch.device,
 ) -> dict[str, Metric]:
     """`gradient/<name>` of `gradient_diagnostics` for the responses `rows` under the live policy. All ranks must be asked.
 
@@ -104,12 +117,18 @@ def gradient_metrics(
     for group in np.unique(ids):
         members = rows[ids == group]
         if len(members) > 1:
-            groups.append(_group_moments(model, batch, members, plan(members), device).spread(len(members)))
+            groups.append(
+                _group_moments(model, batch, members, plan(members), device).spread(len(members))
+            )
     return {f"gradient/{name}": mean(value) for name, value in gradient_diagnostics(groups).items()}
 
 
 def _group_moments(
-    model: PackedCausalLM, batch: TrainBatch, members: NDArray[np.int64], packs: Sequence[Pack], device: torch.device
+    model: PackedCausalLM,
+    batch: TrainBatch,
+    members: NDArray[np.int64],
+    packs: Sequence[Pack],
+    device: torch.device,
 ) -> GroupMoments:
     """Over all ranks. A response's scores are used as soon as they are there; its weights need the rewards of the whole group only."""
     assert batch.advantages is not None, "an update has advantages"
@@ -118,13 +137,17 @@ def _group_moments(
     place = {int(row): i for i, row in enumerate(members)}
     projection = last_down_projection(model)
     outward, inward, none = (
-        torch.zeros(0, size, device=device) for size in (projection.out_features, projection.in_features, len(BASELINES))
+        torch.zeros(0, size, device=device)
+        for size in (projection.out_features, projection.in_features, len(BASELINES))
     )
-    nothing = response_moments(none.T, outward, inward, none[:, 0])  # all that a rank without a response of the group has
+    nothing = response_moments(
+        none.T, outward, inward, none[:, 0]
+    )  # all that a rank without a response of the group has
     parts = []
     for scores in scores_of_responses(model, packs, batch.rollouts.temperature, device):
         sampled, used = (
-            torch.from_numpy(array[scores.tokens]).to(device) for array in (batch.rollouts.rollout_logprobs, batch.advantages)
+            torch.from_numpy(array[scores.tokens]).to(device)
+            for array in (batch.rollouts.rollout_logprobs, batch.advantages)
         )
         ratio = (scores.logprobs.double() - sampled.double()).sum().exp()
         weights = (ratio * plain[:, place[scores.row], None]).float().expand(-1, len(used))

@@ -27,9 +27,13 @@ class ReferenceGroup:
         address = await self._workers[0].rendezvous.remote()
         await asyncio.gather(*(worker.setup.remote(address) for worker in self._workers))
 
-    async def logprobs(self, rollouts: Sequence[Handle[RolloutBatch]]) -> Sequence[Handle[LogprobBatch]]:
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
         """See `ports.LogprobSource`. The ranks put their results into the object store; only references come here."""
-        return await asyncio.gather(*(worker.put_logprobs.remote(*rollouts) for worker in self._workers))
+        return await asyncio.gather(
+            *(worker.put_logprobs.remote(*rollouts) for worker in self._workers)
+        )
 
     async def metrics(self) -> dict[str, Metric]:
         """Peak memory over the ranks."""
@@ -41,20 +45,30 @@ class PolicyGroup(ReferenceGroup):
 
     async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
         """See `ports.Policy`. The effective sample size, (sum rho)^2 / (n sum rho^2), is made here from the ranks' sums."""
-        metrics = combine(await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers)))
+        metrics = combine(
+            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
+        )
         if "policy/ratio_square" in metrics:
             square, first = metrics.pop("policy/ratio_square"), metrics["policy/ratio_mean"]
-            metrics["policy/effective_sample_size"] = mean(first.value**2 / max(square.value, 1e-30), first.count)
+            metrics["policy/effective_sample_size"] = mean(
+                first.value**2 / max(square.value, 1e-30), first.count
+            )
         return metrics
 
     async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
         """Manifest and object references of the present weights."""
-        exports = await asyncio.gather(*(worker.export_weights.remote(version) for worker in self._workers))
+        exports = await asyncio.gather(
+            *(worker.export_weights.remote(version) for worker in self._workers)
+        )
         return exports[0]
 
-    async def probe_logprobs(self, token_ids: NDArray[np.int32], temperature: float) -> NDArray[np.float32]:
+    async def probe_logprobs(
+        self, token_ids: NDArray[np.int32], temperature: float
+    ) -> NDArray[np.float32]:
         """[n, L] -> [n, L - 1]; every rank computes it, since the model is sharded."""
-        results = await asyncio.gather(*(worker.probe_logprobs.remote(token_ids, temperature) for worker in self._workers))
+        results = await asyncio.gather(
+            *(worker.probe_logprobs.remote(token_ids, temperature) for worker in self._workers)
+        )
         return results[0]
 
     async def save(self, directory: Path) -> None:

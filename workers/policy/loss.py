@@ -13,7 +13,12 @@ from torch import Tensor
 
 from rlsys.algorithms.kl import kl_estimate
 from rlsys.algorithms.loss_aggregation import aggregate_loss
-from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, log_ratios, policy_objective, rollout_correction
+from rlsys.algorithms.policy_objectives import (
+    PolicyObjectiveInputs,
+    log_ratios,
+    policy_objective,
+    rollout_correction,
+)
 from rlsys.config import AlgorithmConfig
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import Pack
@@ -88,15 +93,23 @@ def pack_loss(
     token_losses = objective.token_losses
     sums: dict[str, float] = {}
     if algorithm.rollout_correction.level != "none":
-        correction = rollout_correction(padder.pad(old), padder.pad(rollout), mask, **algorithm.rollout_correction.model_dump())
+        correction = rollout_correction(
+            padder.pad(old), padder.pad(rollout), mask, **algorithm.rollout_correction.model_dump()
+        )
         token_losses = token_losses * correction
-        sums |= {"rollout_correction": float(correction.sum()), "rollout_masked_share": float((mask & (correction == 0)).sum())}
+        sums |= {
+            "rollout_correction": float(correction.sum()),
+            "rollout_masked_share": float((mask & (correction == 0)).sum()),
+        }
     if batch.ref_logprobs is not None:
         ref, kl = of_batch(batch.ref_logprobs), algorithm.kl
         if batch.kl_coefficient:
             estimate = kl_estimate(result.logprobs, ref, kl.kind, direction=kl.direction)
             token_losses = token_losses + batch.kl_coefficient * padder.pad(estimate)
-        sums |= {f"kl_ref_{kind}": float(kl_estimate(result.logprobs.detach(), ref, kind).sum()) for kind in ("k1", "k3")}
+        sums |= {
+            f"kl_ref_{kind}": float(kl_estimate(result.logprobs.detach(), ref, kind).sum())
+            for kind in ("k1", "k3")
+        }
     if algorithm.entropy.bonus:
         token_losses = token_losses - algorithm.entropy.bonus * padder.pad(result.entropies)
     loss = aggregate_loss(
@@ -116,7 +129,9 @@ def pack_loss(
         "clipped": float(objective.metrics["clipped"].sum()),
         "gap": float(gap.sum()),
     }
-    return PackLoss(loss=loss, sums=sums, maxima={"ratio": float(ratio.max()), "gap": float(gap.max())})
+    return PackLoss(
+        loss=loss, sums=sums, maxima={"ratio": float(ratio.max()), "gap": float(gap.max())}
+    )
 
 
 def pack_log_ratios(result: PackResult, pack: Pack, batch: TrainBatch, level: str) -> Tensor:
@@ -125,4 +140,6 @@ def pack_log_ratios(result: PackResult, pack: Pack, batch: TrainBatch, level: st
     padder = _Padder(pack, result.logprobs.device)
     old = torch.from_numpy(batch.old_logprobs[pack.flat_positions]).to(result.logprobs.device)
     mask = padder.pad(torch.ones_like(result.logprobs)).bool()
-    return log_ratios(level, padder.pad(result.logprobs), padder.pad(old), mask)[padder.rows, padder.columns]
+    return log_ratios(level, padder.pad(result.logprobs), padder.pad(old), mask)[
+        padder.rows, padder.columns
+    ]

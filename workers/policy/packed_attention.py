@@ -82,8 +82,12 @@ class PackedLayout:
     def cumulative_lengths(self) -> Tensor:
         """[groups + 1] int32, for kernels over plain sequences; groups must be single sequences then."""
         if self._cumulative is None:
-            assert all(len(group.response_lengths) == 1 for group in self.groups), "this kernel cannot share prompts"
-            lengths = torch.tensor([0, *(group.length for group in self.groups)], device=self.device)
+            assert all(len(group.response_lengths) == 1 for group in self.groups), (
+                "this kernel cannot share prompts"
+            )
+            lengths = torch.tensor(
+                [0, *(group.length for group in self.groups)], device=self.device
+            )
             self._cumulative = lengths.cumsum(0).to(torch.int32)
         return self._cumulative
 
@@ -96,18 +100,26 @@ class PackedLayout:
         if self._block_mask is None:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            group_of, segment_of = (torch.empty(num_tokens, dtype=torch.int64, device=self.device) for _ in range(2))
+            group_of, segment_of = (
+                torch.empty(num_tokens, dtype=torch.int64, device=self.device) for _ in range(2)
+            )
             for number, group in enumerate(self.groups):
                 part = slice(group.start, group.start + group.length)
                 group_of[part] = number
-                lengths = torch.tensor([group.prompt_length, *group.response_lengths], device=self.device)
-                segment_of[part] = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
+                lengths = torch.tensor(
+                    [group.prompt_length, *group.response_lengths], device=self.device
+                )
+                segment_of[part] = torch.repeat_interleave(
+                    torch.arange(len(lengths), device=self.device), lengths
+                )
 
             def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 same = (segment_of[k] == 0) | (segment_of[k] == segment_of[q])
                 return (group_of[q] == group_of[k]) & same & (k <= q)
 
-            self._block_mask = create_block_mask(visible, None, None, num_tokens, num_tokens, device=str(self.device))
+            self._block_mask = create_block_mask(
+                visible, None, None, num_tokens, num_tokens, device=str(self.device)
+            )
         return self._block_mask
 
 
@@ -121,7 +133,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def _per_group(
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], Tensor],
+) -> Callable[..., tuple[Tensor, None]]:
     """Attention function that runs `kernel` on the blocks of each group: cost grows with the groups' squares, not the pack's."""
 
     def attention(
@@ -142,10 +156,19 @@ def _per_group(kernel: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], 
             for block in blocks:
                 first, last = block.queries
                 seen_keys, seen_values = (
-                    _joined([states[:, :, group.start + a : group.start + b] for a, b in block.keys]) for states in (key, value)
+                    _joined(
+                        [states[:, :, group.start + a : group.start + b] for a, b in block.keys]
+                    )
+                    for states in (key, value)
                 )
                 outputs.append(
-                    kernel(query[:, :, group.start + first : group.start + last], seen_keys, seen_values, block.mask, scaling)
+                    kernel(
+                        query[:, :, group.start + first : group.start + last],
+                        seen_keys,
+                        seen_values,
+                        block.mask,
+                        scaling,
+                    )
                 )
         return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -156,9 +179,17 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: floa
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
-def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    scores = query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return (scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value.float()).to(query.dtype)
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    scores = (
+        query.float()
+        @ key.float().transpose(2, 3)
+        * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    )
+    return (scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value.float()).to(
+        query.dtype
+    )
 
 
 def _flex(
@@ -176,7 +207,14 @@ def _flex(
 
     kernel = torch.compile(flex_attention, dynamic=True) if query.is_cuda else flex_attention
     block_mask = packed_layout.block_mask(query.shape[2])
-    output = kernel(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    output = kernel(
+        query,
+        key,
+        value,
+        block_mask=block_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     assert isinstance(output, Tensor)
     return output.transpose(1, 2), None
 
@@ -196,11 +234,18 @@ def _flash(
 
     bounds, longest = packed_layout.cumulative_lengths, packed_layout.max_length
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    output = flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True)
+    output = flash_attn_varlen_func(
+        query, key, value, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True
+    )
     return output[None], None
 
 
-_FUNCTIONS = {"sdpa": _per_group(_sdpa), "eager": _per_group(_eager), "flex_attention": _flex, "flash_attention_2": _flash}
+_FUNCTIONS = {
+    "sdpa": _per_group(_sdpa),
+    "eager": _per_group(_eager),
+    "flex_attention": _flex,
+    "flash_attention_2": _flash,
+}
 
 
 def register_packed_attention(kernel: str) -> str:

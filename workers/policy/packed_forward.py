@@ -32,7 +32,11 @@ class PackTensors:
         )
         layout = PackedLayout(pack.groups, device)
         return PackTensors(
-            token_ids=token_ids[None], position_ids=position_ids[None], layout=layout, predict_positions=predict, targets=targets
+            token_ids=token_ids[None],
+            position_ids=position_ids[None],
+            layout=layout,
+            predict_positions=predict,
+            targets=targets,
         )
 
 
@@ -63,9 +67,20 @@ class PackedCausalLM(nn.Module):
     def forward(self, pack: PackTensors, temperature: float) -> PackResult:
         """Log-probabilities, entropies and score norms of the sampled tokens, and what they were predicted from."""
         decoder = self.model.get_decoder()
-        output = decoder(input_ids=pack.token_ids, position_ids=pack.position_ids, use_cache=False, packed_layout=pack.layout)
+        output = decoder(
+            input_ids=pack.token_ids,
+            position_ids=pack.position_ids,
+            use_cache=False,
+            packed_layout=pack.layout,
+        )
         hidden = output.last_hidden_state[0].index_select(0, pack.predict_positions)
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an LM head"
-        tokens = token_logprobs(hidden, head.weight, pack.targets, temperature=temperature, chunk_tokens=self.chunk_tokens)
+        tokens = token_logprobs(
+            hidden,
+            head.weight,
+            pack.targets,
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
         return PackResult(*tokens, hidden=hidden.detach())

@@ -21,5 +21,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> fl
         return peak
     span = max(1, total_steps - 1 - optimizer.warmup_steps)
     progress = min(1.0, (step - optimizer.warmup_steps) / span)
-    falling = 1 - progress if optimizer.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    falling = (
+        1 - progress if optimizer.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    )
     return peak * (floor + (1 - floor) * falling)

@@ -65,10 +65,18 @@ class RankWorker:
     def setup(self, address: str) -> None:
         """Join the other ranks and build the model; all ranks at once."""
         self.device = join_process_group(address, self.rank, self.world_size)
-        self.model = build_sharded_model(self.config, self.model_directory, self.device, self.world_size, trainable=self.trainable)
+        self.model = build_sharded_model(
+            self.config,
+            self.model_directory,
+            self.device,
+            self.world_size,
+            trainable=self.trainable,
+        )
         self.share_prompts = shares_prompts(self.config, self.device)
 
-    def packs_of(self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True) -> list[Pack]:
+    def packs_of(
+        self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
+    ) -> list[Pack]:
         """This rank's share of those rows, each with its prompt where `may_share` is False."""
         return pack_rows(
             rollouts,
@@ -97,7 +105,9 @@ class RankWorker:
             batch_id=rollouts.batch_id,
             rows=own,
             logprobs=_of_rows(flat, own, rollouts.sequence_offsets),
-            score_norms=_of_rows(norms, own, rollouts.sequence_offsets) if self.returns_score_norms else None,
+            score_norms=_of_rows(norms, own, rollouts.sequence_offsets)
+            if self.returns_score_norms
+            else None,
         )
 
     def put_logprobs(self, *parts: RolloutBatch) -> Any:
@@ -136,12 +146,16 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
-        self.estimator_state: Mapping[str, Any] = {}  # between the mini-batches of `algorithm.advantage.recompute`
+        self.estimator_state: Mapping[
+            str, Any
+        ] = {}  # between the mini-batches of `algorithm.advantage.recompute`
         self.baselines: BaselineLearner | None = None
         if wants_network(self.config):
             self.baselines = BaselineLearner(self.config, self.model.hidden_size, self.device)
         if self.config.diagnostics.gradient:
-            last_down_projection(self.model)  # refuses a model without one now, not after the first rollouts
+            last_down_projection(
+                self.model
+            )  # refuses a model without one now, not after the first rollouts
 
     def update(self, batch: TrainBatch) -> dict[str, Metric]:
         """All epochs and mini-batches on one batch; every rank gets the whole batch and trains on its share."""
@@ -150,10 +164,18 @@ class PolicyWorker(RankWorker):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = mini_batch_rows(
-            batch.rollouts, mini_batches=policy.mini_batches, epochs=policy.epochs, seed=self.config.trainer.seed
+            batch.rollouts,
+            mini_batches=policy.mini_batches,
+            epochs=policy.epochs,
+            seed=self.config.trainer.seed,
         )
-        kept = [chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows]
-        reports = [self.update_on(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)} for chosen in kept]
+        kept = [
+            chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows
+        ]
+        reports = [
+            self.update_on(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)}
+            for chosen in kept
+        ]
         self.steps += 1
         return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
 
@@ -161,7 +183,9 @@ class PolicyWorker(RankWorker):
         """One optimizer step on `rows`."""
         lengths = batch.rollouts.response_lengths[rows]
         sizes = Denominators(
-            num_tokens=max(1, int(lengths.sum())), num_sequences=len(rows), max_tokens=self.config.generation.max_tokens
+            num_tokens=max(1, int(lengths.sum())),
+            num_sequences=len(rows),
+            max_tokens=self.config.generation.max_tokens,
         )
         losses, tokens = [], 0
         packs = self.packs_of(batch.rollouts, rows)
@@ -203,7 +227,9 @@ class PolicyWorker(RankWorker):
     def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
         """What the policy as it is says of `packs`; all ranks ask for theirs at once, and every one gets all."""
         learner = self.baselines
-        flat = np.zeros((len(rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32)
+        flat = np.zeros(
+            (len(rollouts.token_ids), 2 + (learner.layers if learner else 0)), dtype=np.float32
+        )
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), rollouts.temperature)
             if not pack.is_filler:
@@ -256,25 +282,35 @@ class PolicyWorker(RankWorker):
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"policy/skipped_updates": total(not finite)} | ({"policy/grad_norm": mean(value)} if finite else {})
+        return {"policy/skipped_updates": total(not finite)} | (
+            {"policy/grad_norm": mean(value)} if finite else {}
+        )
 
     def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
         """On rank 0: the manifest, and the shards in the object store. All ranks must be asked."""
         weights = full_state_dict(self.model)
         if self.rank != 0:
             return None
-        manifest, shards = pack_weights(weights.items(), version=version, dtype=DTYPES[self.config.generation.dtype])
+        manifest, shards = pack_weights(
+            weights.items(), version=version, dtype=DTYPES[self.config.generation.dtype]
+        )
         return manifest, [ray.put(shard) for shard in shards]
 
     @torch.no_grad()
-    def probe_logprobs(self, token_ids: NDArray[np.int32], temperature: float) -> NDArray[np.float32]:
+    def probe_logprobs(
+        self, token_ids: NDArray[np.int32], temperature: float
+    ) -> NDArray[np.float32]:
         """[n, L] sequences -> [n, L - 1] log-probabilities of each token but the first. All ranks must be asked."""
         count, length = token_ids.shape
         batch = RolloutBatch.from_sequences(token_ids, temperature=temperature)
-        packs = pack_rows(batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False)
+        packs = pack_rows(
+            batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False
+        )
         flat = np.zeros(count * length, dtype=np.float32)
         for pack in packs:
-            flat[pack.flat_positions] = self.model(PackTensors.of(pack, self.device), temperature).logprobs.cpu().numpy()
+            flat[pack.flat_positions] = (
+                self.model(PackTensors.of(pack, self.device), temperature).logprobs.cpu().numpy()
+            )
         return flat.reshape(count, length)[:, 1:]
 
     def save(self, directory: str) -> None:
@@ -283,7 +319,11 @@ class PolicyWorker(RankWorker):
         weights = full_state_dict(self.model)
         if self.rank == 0:
             self._save_model(path, weights)
-            facts = {"ranks": self.world_size, "steps": self.steps, "estimator": dict(self.estimator_state)}
+            facts = {
+                "ranks": self.world_size,
+                "steps": self.steps,
+                "estimator": dict(self.estimator_state),
+            }
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
                 self.baselines.save(path)
@@ -299,7 +339,11 @@ class PolicyWorker(RankWorker):
                 and "manifest" not in file.name
             ):
                 shutil.copyfile(file, path / file.name)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            path / "model.safetensors",
+            {"format": "pt"},
+        )
 
     def _local_optimizer_state(self) -> list[dict[str, torch.Tensor]]:
         """Adam's moments of this rank's shards, in parameter order."""
@@ -327,9 +371,13 @@ class PolicyWorker(RankWorker):
                 f"--policy.ranks {facts['ranks']}, or start a new run with --model.path {directory}."
             )
         load_full_state_dict(self.model, load_file(path / "model.safetensors"))
-        self._load_optimizer_state(torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True))
+        self._load_optimizer_state(
+            torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True)
+        )
         self.steps = facts["steps"]
-        self.estimator_state = facts.get("estimator", {})  # not in checkpoints from before it was kept
+        self.estimator_state = facts.get(
+            "estimator", {}
+        )  # not in checkpoints from before it was kept
         if self.baselines:
             self.baselines.load(path)
 
@@ -349,7 +397,9 @@ class PolicyWorker(RankWorker):
                 self.optimizer.state[parameter][key] = value
 
 
-def _of_rows(flat: NDArray[np.float32], rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+def _of_rows(
+    flat: NDArray[np.float32], rows: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> NDArray[np.float32]:
     """The tokens of `rows`, one row after the other."""
     own = [flat[offsets[row] : offsets[row + 1]] for row in rows]
     return np.concatenate(own) if own else np.zeros(0, dtype=np.float32)
@@ -374,4 +424,8 @@ def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
         "policy/logprob_gap_max": maximum(max(loss.maxima["gap"] for loss in losses)),
         "policy/tokens": total(tokens),
     }
-    return metrics | {f"policy/{name}": average(name) for name in losses[0].sums if name.startswith(("kl_ref", "rollout_"))}
+    return metrics | {
+        f"policy/{name}": average(name)
+        for name in losses[0].sums
+        if name.startswith(("kl_ref", "rollout_"))
+    }

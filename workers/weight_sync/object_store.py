@@ -20,7 +20,9 @@ class WeightSource(Protocol):
 
     async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]: ...
 
-    async def probe_logprobs(self, token_ids: NDArray[np.int32], temperature: float) -> NDArray[np.float32]: ...
+    async def probe_logprobs(
+        self, token_ids: NDArray[np.int32], temperature: float
+    ) -> NDArray[np.float32]: ...
 
 
 # Measured on SmolLM2-135M over prompts: 2e-5 in float32, 0.045 in bfloat16 (mean), steady over steps. A stale LM head shows as 0.2 and grows.
@@ -31,14 +33,24 @@ def gap_tolerance(config: RunConfig) -> float:
     """`generation.logprob_gap_tolerance`, or what rounding alone explains."""
     if config.generation.logprob_gap_tolerance is not None:
         return config.generation.logprob_gap_tolerance
-    lower = "bfloat16" if "bfloat16" in (config.generation.dtype, config.policy.compute_dtype) else "float32"
+    lower = (
+        "bfloat16"
+        if "bfloat16" in (config.generation.dtype, config.policy.compute_dtype)
+        else "float32"
+    )
     return DEFAULT_TOLERANCE[lower]
 
 
 class ObjectStoreWeightSync:
     """Implements `ports.WeightSync`: rank 0 puts shards into the store, every engine of a node reads the same memory."""
 
-    def __init__(self, policy: WeightSource, workers: Sequence[Any], config: RunConfig, probe_tokens: NDArray[np.int32]) -> None:
+    def __init__(
+        self,
+        policy: WeightSource,
+        workers: Sequence[Any],
+        config: RunConfig,
+        probe_tokens: NDArray[np.int32],
+    ) -> None:
         """`workers` are generation actors; `probe_tokens` [n, L] the sequences on which both sides are compared."""
         self._policy = policy
         self._workers = workers
@@ -48,7 +60,9 @@ class ObjectStoreWeightSync:
     async def sync(self, version: int) -> dict[str, Metric]:
         """See `ports.WeightSync`."""
         manifest, shards = await self._policy.export_weights(version)
-        await asyncio.gather(*(worker.install_weights.remote(manifest, *shards) for worker in self._workers))
+        await asyncio.gather(
+            *(worker.install_weights.remote(manifest, *shards) for worker in self._workers)
+        )
         metrics = {"sync/bytes": total(manifest.num_bytes)}
         if self._tolerance:
             metrics |= await self._prove(manifest, shards)
@@ -57,7 +71,9 @@ class ObjectStoreWeightSync:
     async def _prove(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
         """Compare log-probabilities of the probe on both sides, which take turns: on the same cores both at once take longer."""
         trainer = await self._policy.probe_logprobs(self._probe, 1.0)
-        engines = await asyncio.gather(*(worker.probe_logprobs.remote(self._probe) for worker in self._workers))
+        engines = await asyncio.gather(
+            *(worker.probe_logprobs.remote(self._probe) for worker in self._workers)
+        )
         gaps = [np.abs(engine - trainer) for engine in engines]
         means = [float(gap.mean()) for gap in gaps]
         worst = int(np.argmax(means))
@@ -76,7 +92,13 @@ class ObjectStoreWeightSync:
 
 
 # Engines fuse projections; what they hold under one name is several tensors of the manifest.
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 def _fused_name(name: str) -> str:
@@ -84,7 +106,11 @@ def _fused_name(name: str) -> str:
 
 
 def differing_groups(
-    manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]], engine: dict[str, float], *, tolerance: float = 1e-3
+    manifest: WeightManifest,
+    shards: Sequence[NDArray[np.uint8]],
+    engine: dict[str, float],
+    *,
+    tolerance: float = 1e-3,
 ) -> list[str]:
     """Names of the parameters whose sums of squares differ between what was sent and what the engine holds, relatively by `tolerance`."""
     plain = all(entry.name in engine for entry in manifest.entries)
@@ -92,4 +118,8 @@ def differing_groups(
     for name, tensor in unpack_weights(manifest, shards):
         key = name if plain else _fused_name(name)
         sent[key] = sent.get(key, 0.0) + float(tensor.float().square().sum())
-    return [name for name, value in sent.items() if name in engine and abs(engine[name] - value) > tolerance * max(value, 1e-12)]
+    return [
+        name
+        for name, value in sent.items()
+        if name in engine and abs(engine[name] - value) > tolerance * max(value, 1e-12)
+    ]

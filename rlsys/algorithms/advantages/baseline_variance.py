@@ -48,7 +48,9 @@ def plain_baseline(name: str, batch: GroupedBatch, norms: Tensor, rewards: Tenso
     if name == "none":
         baseline = torch.zeros_like(rewards)[..., None]
     elif name == "group_mean":
-        baseline = ((rewards * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)).expand_as(rewards)[..., None]
+        baseline = (
+            (rewards * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        ).expand_as(rewards)[..., None]
     elif name == "leave_one_out":
         baseline = others_mean(rewards * present, present)[..., None]
     elif name == "opo":
@@ -64,7 +66,9 @@ def _others_weighted_mean(weight: Tensor, rewards: Tensor) -> Tensor:
     """[K, G, t] weighted mean of the rewards of the others; 0 where they have no weight."""
     moment = weight * rewards[..., None]
     total = weight.sum(dim=1, keepdim=True) - weight
-    return torch.where(total > TINY, (moment.sum(dim=1, keepdim=True) - moment) / total.clamp(min=TINY), 0.0)
+    return torch.where(
+        total > TINY, (moment.sum(dim=1, keepdim=True) - moment) / total.clamp(min=TINY), 0.0
+    )
 
 
 def effective_share(ratios: Tensor, alive: Tensor) -> Tensor:
@@ -77,7 +81,9 @@ def effective_share(ratios: Tensor, alive: Tensor) -> Tensor:
     Shapes: ratios and alive [K, G, t].
     """
     kept = torch.where(alive, ratios, 0.0).flatten(0, 1)
-    return kept.sum(0).square() / (alive.flatten(0, 1).sum(0) * kept.square().sum(0)).clamp(min=TINY)
+    return kept.sum(0).square() / (alive.flatten(0, 1).sum(0) * kept.square().sum(0)).clamp(
+        min=TINY
+    )
 
 
 def effective_shares(ratios: Tensor, alive: Tensor) -> dict[str, float]:
@@ -89,23 +95,35 @@ def effective_shares(ratios: Tensor, alive: Tensor) -> dict[str, float]:
     """
     eighths = range(9)
     at = [eighth * (ratios.shape[2] - 1) // 8 for eighth in eighths]
-    shares, known = effective_share(ratios[:, :, at], alive[:, :, at]).tolist(), alive[:, :, at].flatten(0, 1).any(0).tolist()
+    shares, known = (
+        effective_share(ratios[:, :, at], alive[:, :, at]).tolist(),
+        alive[:, :, at].flatten(0, 1).any(0).tolist(),
+    )
     return {f"effective_share/at_{100 * k // 8:03d}": shares[k] for k in eighths if known[k]}
 
 
 def condition_numbers(batch: GroupedBatch, positions: Tensor) -> Tensor:
     """[t] condition number of the weighted products of the layers' features over the whole batch, before any ridge: inf if two are alike."""
-    x = batch.layers.features(batch.ratios, positions).transpose(0, 1).flatten(1, 2)  # [t, K * G, p]
+    x = (
+        batch.layers.features(batch.ratios, positions).transpose(0, 1).flatten(1, 2)
+    )  # [t, K * G, p]
     n = batch.weights[:, :, positions].movedim(2, 0).flatten(1)
     gram = (x * n[..., None]).transpose(1, 2) @ x
     values = torch.linalg.eigvalsh(gram)
     held = values[:, -1:] > 0
     number = batch.layers.count(positions)
-    smallest = values.gather(1, (values.shape[1] - number)[:, None])  # layers before t are 0: theirs are the first eigenvalues
+    smallest = values.gather(
+        1, (values.shape[1] - number)[:, None]
+    )  # layers before t are 0: theirs are the first eigenvalues
     return torch.where(held, values[:, -1:] / smallest.clamp(min=1e-16 * values[:, -1:]), 1.0)[:, 0]
 
 
-def variance_ratios(weights: dict[str, Tensor], norms: Tensor, reference: str = "leave_one_out") -> dict[str, float]:
+def variance_ratios(
+    weights: dict[str, Tensor], norms: Tensor, reference: str = "leave_one_out"
+) -> dict[str, float]:
     """Second moment under each named weight [K, G, t] over that under `reference`; 1 where that is 0 (nothing to reduce)."""
     base = second_moment(weights[reference], norms)
-    return {name: second_moment(weight, norms) / base if base > 0 else 1.0 for name, weight in weights.items()}
+    return {
+        name: second_moment(weight, norms) / base if base > 0 else 1.0
+        for name, weight in weights.items()
+    }

@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.grouping import at_least_float32
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, whitened
 
 
 @register_advantage_estimator("gae")
 def gae_advantages(
-    inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 1.0, whiten: bool = False, eps: float = 1e-8
+    inputs: AdvantageInputs,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    whiten: bool = False,
+    eps: float = 1e-8,
 ) -> AdvantageOutput:
     """An exponentially weighted mixture of n-step advantages.
 
@@ -39,10 +48,18 @@ def gae_advantages(
             raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
     mask = inputs.response_mask
     rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
-    values = torch.zeros_like(rewards) if inputs.values is None else torch.where(mask, at_least_float32(inputs.values), 0.0)
-    advantages = _scan(rewards, values, _bootstrap(values, inputs.truncated, mask), mask, gamma, gamma * lam)
+    values = (
+        torch.zeros_like(rewards)
+        if inputs.values is None
+        else torch.where(mask, at_least_float32(inputs.values), 0.0)
+    )
+    advantages = _scan(
+        rewards, values, _bootstrap(values, inputs.truncated, mask), mask, gamma, gamma * lam
+    )
     returns = torch.where(mask, advantages + values, 0.0)
-    return AdvantageOutput(advantages=whitened(advantages, mask, eps) if whiten else advantages, returns=returns)
+    return AdvantageOutput(
+        advantages=whitened(advantages, mask, eps) if whiten else advantages, returns=returns
+    )
 
 
 def _bootstrap(values: Tensor, truncated: Tensor | None, mask: Tensor) -> Tensor:
@@ -52,7 +69,9 @@ def _bootstrap(values: Tensor, truncated: Tensor | None, mask: Tensor) -> Tensor
     return torch.where(truncated, (values * last_tokens(mask)).sum(1), 0.0)
 
 
-def _scan(rewards: Tensor, values: Tensor, after: Tensor, mask: Tensor, gamma: float, decay: float) -> Tensor:
+def _scan(
+    rewards: Tensor, values: Tensor, after: Tensor, mask: Tensor, gamma: float, decay: float
+) -> Tensor:
     """The recursion from the last token to the first; outside the mask nothing moves."""
     advantages = torch.zeros_like(rewards)
     running, next_value = torch.zeros_like(after), after

@@ -45,7 +45,9 @@ class GroupMoments:
         return torch.stack([variance, self.squares, self.same_position, self.proxy])
 
 
-def response_moments(weights: Tensor, outward: Tensor, inward: Tensor, norms: Tensor) -> GroupMoments:
+def response_moments(
+    weights: Tensor, outward: Tensor, inward: Tensor, norms: Tensor
+) -> GroupMoments:
     """Of one response: g = sum_t W_t score_t = O^T diag(W) X.
 
     Shapes: weights [K, t], outward [t, d], inward [t, f], norms [t] the proxy of ||score_t||^2.
@@ -53,7 +55,10 @@ def response_moments(weights: Tensor, outward: Tensor, inward: Tensor, norms: Te
     gradient = (weights[:, :, None] * outward).transpose(1, 2) @ inward
     true_norms = outward.square().sum(1) * inward.square().sum(1)
     return GroupMoments(
-        gradient, gradient.square().sum((1, 2)), (weights.square() * true_norms).sum(1), (weights.square() * norms).sum(1)
+        gradient,
+        gradient.square().sum((1, 2)),
+        (weights.square() * true_norms).sum(1),
+        (weights.square() * norms).sum(1),
     )
 
 
@@ -65,7 +70,10 @@ def plain_weights(rewards: Tensor, ratios: Tensor) -> Tensor:
     Shapes: rewards and ratios of whole responses [G].
     """
     others = others_mean(rewards[None], torch.ones_like(rewards, dtype=torch.bool)[None])[0]
-    return ratios * (rewards - torch.stack([torch.zeros_like(rewards), rewards.mean().expand_as(rewards), others]))
+    return ratios * (
+        rewards
+        - torch.stack([torch.zeros_like(rewards), rewards.mean().expand_as(rewards), others])
+    )
 
 
 def gradient_diagnostics(groups: Sequence[Tensor]) -> dict[str, float]:

@@ -23,7 +23,9 @@ class Groups:
 
     def total(self, values: Tensor) -> Tensor:
         """[B, ...] -> [K, ...] sum over each group."""
-        return values.new_zeros((len(self.counts), *values.shape[1:])).index_add_(0, self.index, values)
+        return values.new_zeros((len(self.counts), *values.shape[1:])).index_add_(
+            0, self.index, values
+        )
 
     def extreme(self, values: Tensor, which: str) -> Tensor:
         """[B, ...] -> [K, ...] smallest ("amin") or largest ("amax") value of each group."""

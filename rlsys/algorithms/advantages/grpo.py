@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 
 
 @register_advantage_estimator("grpo", compares_group=True)
@@ -31,7 +35,9 @@ def grpo_advantages(
         ValueError: `std_ddof` is neither 0 nor 1.
     """
     if std_ddof not in (0, 1):
-        raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 (divide by G) nor 1 (divide by G - 1)")
+        raise ValueError(
+            f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 (divide by G) nor 1 (divide by G - 1)"
+        )
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids)
     centred = rewards - groups.spread(groups.total(rewards) / groups.counts)

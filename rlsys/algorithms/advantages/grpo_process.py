@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import Groups
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, suffix_sum
 
 
 @register_advantage_estimator("grpo_process", compares_group=True)
-def grpo_process_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6) -> AdvantageOutput:
+def grpo_process_advantages(
+    inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6
+) -> AdvantageOutput:
     """Step rewards, normalised over all steps of the group, summed over the steps that are still to come.
 
         A_it = sum over steps k of response i that end at or after t of (r_ik - mean(R)) / (std(R) + eps)        R all step rewards of the group

@@ -26,11 +26,30 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
     group_corrections,
     others_mean,
 )
-from rlsys.algorithms.advantages.hierarchical_layers import FIELD, Layers, log_prefix_ratios, prefix_ratios, self_normalised
+from rlsys.algorithms.advantages.hierarchical_layers import (
+    FIELD,
+    Layers,
+    log_prefix_ratios,
+    prefix_ratios,
+    self_normalised,
+)
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
-from rlsys.algorithms.advantages.hierarchical_pooling import fold_of_group, pooled_corrections, start_from
-from rlsys.algorithms.advantages.hierarchical_strength import fold_strengths, sampled, starting_strength, tilted_centre
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.hierarchical_pooling import (
+    fold_of_group,
+    pooled_corrections,
+    start_from,
+)
+from rlsys.algorithms.advantages.hierarchical_strength import (
+    fold_strengths,
+    sampled,
+    starting_strength,
+    tilted_centre,
+)
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 
 AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the strength. Set with those of `hierarchical_strength`
 CHOICES = {
@@ -42,7 +61,9 @@ CHOICES = {
 }
 
 
-@register_advantage_estimator("hierarchical", needs=("old_logprobs", "score_norms"), compares_group=True)
+@register_advantage_estimator(
+    "hierarchical", needs=("old_logprobs", "score_norms"), compares_group=True
+)
 def hierarchical_advantages(
     inputs: AdvantageInputs,
     *,
@@ -126,21 +147,41 @@ def hierarchical_advantages(
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     ratios, clipped = _ratios(inputs, bounds, groups, self_normalise)
     if not mask.any():
-        return AdvantageOutput(advantages=torch.zeros(full.shape, dtype=dtype, device=full.device), state=inputs.state)
+        return AdvantageOutput(
+            advantages=torch.zeros(full.shape, dtype=dtype, device=full.device), state=inputs.state
+        )
     places, present = padded_places(groups)
     alive = mask[places] & present[..., None]
     span = _span(mask.shape[1], max_tokens)
     batch = _grouped(
-        inputs, ratios, places, present, alive, Layers.of(layers, span, block_size, mask.device), weights, centre, cross_fit
+        inputs,
+        ratios,
+        places,
+        present,
+        alive,
+        Layers.of(layers, span, block_size, mask.device),
+        weights,
+        centre,
+        cross_fit,
     )
     if not fit_ended:
         batch = replace(batch, weights=torch.where(alive, batch.weights, 0.0), steady=False)
-    norms = alive.double() if inputs.score_norms is None else torch.where(alive, inputs.score_norms[places].double(), 0.0)
+    norms = (
+        alive.double()
+        if inputs.score_norms is None
+        else torch.where(alive, inputs.score_norms[places].double(), 0.0)
+    )
     solve = _swept if solver == "gauss_seidel" else None
-    start = start_from(inputs.state.get("pooled", ()), mask.shape[1], batch.layers) if solve else None
+    start = (
+        start_from(inputs.state.get("pooled", ()), mask.shape[1], batch.layers) if solve else None
+    )
     everywhere = torch.arange(mask.shape[1], device=mask.device)
     regression = BaselineRegression.of(batch, places) if solver == "network" else None
-    moved = replace(batch, centre=tilted_centre(batch)) if ridge is None and regression is None else batch
+    moved = (
+        replace(batch, centre=tilted_centre(batch))
+        if ridge is None and regression is None
+        else batch
+    )
     if regression is not None:
         fitted = Fitted(_learnt(regression, inputs.layer_baselines, places, present))
     elif ridge is None:
@@ -158,23 +199,37 @@ def hierarchical_advantages(
     asked = weight / batch.ratios.clamp(min=TINY) if output == "residual" else weight
     advantages[places[present], : mask.shape[1]] = asked[present].to(dtype)
     # a batch that had no use for the pooled fit leaves the coefficients before it to the next
-    state = inputs.state if solve is None or fitted.pooled is None else {"pooled": fitted.pooled.tolist()}
-    return AdvantageOutput(advantages=advantages, regression=regression, state=state, diagnostics=measured)
+    state = (
+        inputs.state
+        if solve is None or fitted.pooled is None
+        else {"pooled": fitted.pooled.tolist()}
+    )
+    return AdvantageOutput(
+        advantages=advantages, regression=regression, state=state, diagnostics=measured
+    )
 
 
-def _learnt(regression: BaselineRegression, baselines: Tensor | None, places: Tensor, present: Tensor) -> Tensor:
+def _learnt(
+    regression: BaselineRegression, baselines: Tensor | None, places: Tensor, present: Tensor
+) -> Tensor:
     """[K, G, T] corrections by a network's baselines; 0 where there is no network yet."""
     if baselines is None:
-        return regression.base.new_zeros(*places.shape, regression.base.shape[1], dtype=torch.float64)
+        return regression.base.new_zeros(
+            *places.shape, regression.base.shape[1], dtype=torch.float64
+        )
     return torch.where(present[..., None], regression.corrections(baselines).double()[places], 0.0)
 
 
-def _check(*, ridge: float | None, centre: bool, moving: bool, inputs: AdvantageInputs, **chosen: str) -> None:
+def _check(
+    *, ridge: float | None, centre: bool, moving: bool, inputs: AdvantageInputs, **chosen: str
+) -> None:
     for name, value in chosen.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{FIELD}.{name}: {value!r} is none of {', '.join(CHOICES[name])}")
     if ridge is not None and not (ridge >= 0 and math.isfinite(ridge)):
-        raise ValueError(f"{FIELD}.ridge: {ridge} must be finite and at least 0, or null for automatic")
+        raise ValueError(
+            f"{FIELD}.ridge: {ridge} must be finite and at least 0, or null for automatic"
+        )
     if ridge is None and not (centre and chosen["cross_fit"] == "leave_one_out"):
         raise ValueError(
             f"{FIELD}.ridge: automatic shrinkage is towards the leave-one-out mean. With centre false or cross_fit none, set a ridge, e.g. 1.0"
@@ -192,14 +247,20 @@ def _check(*, ridge: float | None, centre: bool, moving: bool, inputs: Advantage
     norms = inputs.score_norms
     if norms is None:
         if chosen["weights"] == "score":
-            raise ValueError(f"{FIELD}.weights: 'score' needs score_norms, which this batch does not have. Use 'ratio_squared'.")
+            raise ValueError(
+                f"{FIELD}.weights: 'score' needs score_norms, which this batch does not have. Use 'ratio_squared'."
+            )
     elif not (torch.isfinite(norms) & (norms >= 0))[inputs.response_mask].all():
-        raise ValueError("score_norms: values inside the response mask must be finite and at least 0")
+        raise ValueError(
+            "score_norms: values inside the response mask must be finite and at least 0"
+        )
 
 
 def _span(longest: int, max_tokens: int | None) -> int:
     if max_tokens is not None and max_tokens < longest:
-        raise ValueError(f"{FIELD}.max_tokens: {max_tokens} is less than the {longest} tokens of the longest response")
+        raise ValueError(
+            f"{FIELD}.max_tokens: {max_tokens} is less than the {longest} tokens of the longest response"
+        )
     return longest if max_tokens is None else max_tokens
 
 
@@ -211,7 +272,9 @@ class Bounds:
     ratio_truncation: float | None
 
 
-def _ratios(inputs: AdvantageInputs, bounds: Bounds, groups: Groups, self_normalise: bool) -> tuple[Tensor, float]:
+def _ratios(
+    inputs: AdvantageInputs, bounds: Bounds, groups: Groups, self_normalise: bool
+) -> tuple[Tensor, float]:
     """[B, T] ratios as the options say, and the share of tokens whose ratio a bound changed."""
     arrays = inputs.rollout_logprobs, inputs.old_logprobs, inputs.response_mask
     held = {"log_ratio_clip": bounds.log_ratio_clip, "ratio_truncation": bounds.ratio_truncation}
@@ -227,7 +290,14 @@ def _trimmed(inputs: AdvantageInputs) -> AdvantageInputs:
     """Without the columns after the last token of all, which would add layers and sampled positions that mean nothing."""
     mask = inputs.response_mask
     width = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 0
-    names = ("response_mask", "token_rewards", "rollout_logprobs", "old_logprobs", "score_norms", "layer_baselines")
+    names = (
+        "response_mask",
+        "token_rewards",
+        "rollout_logprobs",
+        "old_logprobs",
+        "score_norms",
+        "layer_baselines",
+    )
     cut = {name: array[:, :width] for name in names if (array := getattr(inputs, name)) is not None}
     return replace(inputs, **cut, ref_logprobs=None, values=None)
 
@@ -254,15 +324,21 @@ def _grouped(
 ) -> GroupedBatch:
     """The batch in groups, with the weights and the centre of its regressions."""
     padded = torch.where(present[..., None], ratios[places], 0.0)
-    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places]
+    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[
+        places
+    ]
     if centred:
-        rewards = rewards - rewards[:, :1]  # changes nothing but rounding: equal rewards are now exactly 0
+        rewards = (
+            rewards - rewards[:, :1]
+        )  # changes nothing but rounding: equal rewards are now exactly 0
     rewards = torch.where(present, rewards, 0.0)
     centre = torch.zeros_like(rewards)
     if centred and cross_fit == "leave_one_out":
         centre = others_mean(rewards, present)
     elif centred:
-        centre = (rewards.sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True)).expand_as(rewards)
+        centre = (rewards.sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True)).expand_as(
+            rewards
+        )
     # the regression is of rho_{<=t} Delta_t: its weights are those of Delta_t over rho_{<=t}^2
     mass = None
     if weights in ("score", "smoothed_score") and inputs.score_norms is not None:
@@ -271,7 +347,9 @@ def _grouped(
         if weights == "smoothed_score":
             of_weight = (of_weight + mass[..., :1] / mass[..., 1:].clamp(min=1)) / 2
     else:
-        of_weight = padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
+        of_weight = (
+            padded.clamp(min=TINY) ** -2 if weights == "uniform" else torch.ones_like(padded)
+        )
     return GroupedBatch(
         padded,
         rewards,
@@ -299,51 +377,88 @@ class Fitted:
     pooled: Tensor | None = None  # [t, p] mean coefficients of the pooled fits, if there were any
 
 
-def _as_told(batch: GroupedBatch, scope: str, ridge: float, left_out: bool, solve: Solve | None, start: Tensor | None) -> Fitted:
+def _as_told(
+    batch: GroupedBatch,
+    scope: str,
+    ridge: float,
+    left_out: bool,
+    solve: Solve | None,
+    start: Tensor | None,
+) -> Fitted:
     """At strength 1 with one ridge for all."""
     positions = torch.arange(batch.ratios.shape[2], device=batch.ratios.device)
     if scope == "batch":
-        correction, pooled = pooled_corrections(batch, positions, ridge, solve or by_cholesky, left_out=left_out, start=start)
+        correction, pooled = pooled_corrections(
+            batch, positions, ridge, solve or by_cholesky, left_out=left_out, start=start
+        )
         return Fitted(correction, pooled=pooled)
     return Fitted(group_corrections(batch, positions, ridge, left_out=left_out, solve=solve))
 
 
 def _automatic(
-    batch: GroupedBatch, norms: Tensor, scope: str, solve: Solve | None, positions: Tensor, start: Tensor | None = None
+    batch: GroupedBatch,
+    norms: Tensor,
+    scope: str,
+    solve: Solve | None,
+    positions: Tensor,
+    start: Tensor | None = None,
 ) -> Fitted:
     """Of both scopes, each at the strength that responses it is not used on allow."""
     groups = len(batch.rewards)
     correction, coefficients = torch.zeros_like(batch.ratios[:, :, positions]), None
     if groups == 1:
-        own = starting_strength(batch.present.sum(dim=1, keepdim=True).double()) * (scope != "batch")
+        own = starting_strength(batch.present.sum(dim=1, keepdim=True).double()) * (
+            scope != "batch"
+        )
         pooled = own.new_zeros(1)
     else:
-        both = fold_strengths(batch, norms, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch")
+        both = fold_strengths(
+            batch, norms, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch"
+        )
         own, pooled = both[fold_of_group(groups, positions.device), 1][:, None], both[:, 0]
     if (own > 0).any():
-        correction = own[..., None] * group_corrections(batch, positions, AUTOMATIC_RIDGE, solve=solve)
+        correction = own[..., None] * group_corrections(
+            batch, positions, AUTOMATIC_RIDGE, solve=solve
+        )
     if (pooled > 0).any():
         shared, coefficients = pooled_corrections(
             batch, positions, AUTOMATIC_RIDGE, solve or by_cholesky, strengths=pooled, start=start
         )
         correction += shared
-    return Fitted(correction, {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())}, coefficients)
+    return Fitted(
+        correction,
+        {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())},
+        coefficients,
+    )
 
 
 def _diagnostics(
-    batch: GroupedBatch, norms: Tensor, weight: Tensor, inputs: AdvantageInputs, places: Tensor, block_size: int, span: int
+    batch: GroupedBatch,
+    norms: Tensor,
+    weight: Tensor,
+    inputs: AdvantageInputs,
+    places: Tensor,
+    block_size: int,
+    span: int,
 ) -> dict[str, float]:
     """Variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition, at a few positions."""
     at = sampled(batch)
     n, alive = norms[:, :, at], inputs.response_mask[places] & batch.present[..., None]
-    rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places] * batch.present
-    weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {"used": weight[:, :, at]}
+    rewards = (
+        outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).double()[places]
+        * batch.present
+    )
+    weights = {name: plain_baseline(name, batch, n, rewards) for name in ONE_A_RESPONSE} | {
+        "used": weight[:, :, at]
+    }
     shifted = rewards - rewards[:, :1] * batch.present
     centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
     centred = replace(centred, centre=tilted_centre(centred))
     for name in ("final", "current", "current_and_final", "blocks"):
         other = replace(centred, layers=Layers.of(name, span, block_size, weight.device))
-        weights[name] = other.base[..., None] - _automatic(other, norms, "auto", None, at).correction
+        weights[name] = (
+            other.base[..., None] - _automatic(other, norms, "auto", None, at).correction
+        )
     ratios = variance_ratios(weights, n)
     return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
         "won": float(ratios["used"] < 1),

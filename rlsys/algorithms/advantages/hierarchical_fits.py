@@ -14,9 +14,13 @@ from torch import Tensor
 
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
-CHUNK = 1 << 21  # numbers in the largest temporary array: 16 MiB in float64, of which a handful live at once
+CHUNK = (
+    1 << 21
+)  # numbers in the largest temporary array: 16 MiB in float64, of which a handful live at once
 JITTER = 1e-12  # of a matrix's mean diagonal, on top of the ridge: two layers may be the same
-Solve = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # ([..., p, p], [..., p], [..., p] where to start; None: 0) -> [..., p]
+Solve = Callable[
+    [Tensor, Tensor, Tensor | None], Tensor
+]  # ([..., p, p], [..., p], [..., p] where to start; None: 0) -> [..., p]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class GroupedBatch:
     weights: Tensor  # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token there
     layers: Layers
     steady: bool = False  # the weights are the same at every position
-    mass: Tensor | None = None  # [K, G, 2] sum of a response's score norms and their number, whose mean a ridge counts in; None: 1
+    mass: Tensor | None = (
+        None  # [K, G, 2] sum of a response's score norms and their number, whose mean a ridge counts in; None: 1
+    )
 
     @property
     def final(self) -> Tensor:
@@ -70,7 +76,9 @@ def others_mean(rewards: Tensor, present: Tensor) -> Tensor:
 def others_variance(rewards: Tensor, present: Tensor) -> Tensor:
     """[K, G] variance of the rewards of the others of the group, divided by their number; exactly 0 where they are all equal."""
     others = (present.sum(dim=1, keepdim=True) - 1).clamp(min=1)
-    centred = torch.where(present, rewards - rewards.sum(dim=1, keepdim=True) / (others + 1), 0.0)  # first centred: no cancellation
+    centred = torch.where(
+        present, rewards - rewards.sum(dim=1, keepdim=True) / (others + 1), 0.0
+    )  # first centred: no cancellation
     squares = (centred.square().sum(dim=1, keepdim=True) - centred.square()) / others
     variance = squares - (centred / others).square()
     return torch.where(variance > 1e-12 * squares, variance, 0.0)
@@ -100,7 +108,12 @@ def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
 
 
 def group_corrections(
-    batch: GroupedBatch, positions: Tensor, ridge: float, *, left_out: bool = True, solve: Solve | None = None
+    batch: GroupedBatch,
+    positions: Tensor,
+    ridge: float,
+    *,
+    left_out: bool = True,
+    solve: Solve | None = None,
 ) -> Tensor:
     """[K, G, t] what the layers fitted within the group add to the centre, for each response without itself.
 
@@ -129,16 +142,22 @@ def group_corrections(
     return corrections
 
 
-def _fitted(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool, solve: Solve | None) -> Tensor:
+def _fitted(
+    batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool, solve: Solve | None
+) -> Tensor:
     """[K, G, t] `group_corrections` with one ridge for all, in numbers."""
     size, most = batch.rewards.shape[1], batch.layers.most
-    if batch.steady and solve is None and ridge >= 1e-3:  # subtractions, which a ridge keeps from cancelling
+    if (
+        batch.steady and solve is None and ridge >= 1e-3
+    ):  # subtractions, which a ridge keeps from cancelling
         return _by_one_factorisation(batch, positions, ridge, left_out)
     fit = _by_features if most < size else _by_products
     if solve is not None:
         fit = _by_solving(solve)
     width = batch.rewards.numel() * (min(size, most) + 2 if solve is None else most * most)
-    return torch.cat([fit(batch, part, ridge, left_out) for part in chunks(positions, width)], dim=2)
+    return torch.cat(
+        [fit(batch, part, ridge, left_out) for part in chunks(positions, width)], dim=2
+    )
 
 
 def targets(batch: GroupedBatch) -> Tensor:
@@ -146,7 +165,9 @@ def targets(batch: GroupedBatch) -> Tensor:
     return torch.stack([batch.final * batch.rewards, batch.final], dim=-1)[:, None]
 
 
-def _by_one_factorisation(batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool) -> Tensor:
+def _by_one_factorisation(
+    batch: GroupedBatch, positions: Tensor, ridge: float, left_out: bool
+) -> Tensor:
     """With one G x G system for all positions between two fixed layers, where the weights are the same everywhere.
 
     The normal equations of those positions differ in the current layer alone, a term of rank one: (A + u u^T)^-1 = M - q q^T / (1 + u . q) with
@@ -164,12 +185,19 @@ def _by_one_factorisation(batch: GroupedBatch, positions: Tensor, ridge: float, 
         shrink = ridge + JITTER * diagonal.mean(dim=1)[:, None] + TINY
         diagonal += shrink
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
-        own, residual = inverse.diagonal(dim1=1, dim2=2)[..., None], (inverse @ y)[:, :, None]  # [K, G, 1], [K, G, 1, 2]
+        own, residual = (
+            inverse.diagonal(dim1=1, dim2=2)[..., None],
+            (inverse @ y)[:, :, None],
+        )  # [K, G, 1], [K, G, 1, 2]
         if layers.current:
-            now = batch.ratios[:, :, here] * (roots / layers.count(here[:1]).sqrt())[..., None]  # u [K, G, t]
+            now = (
+                batch.ratios[:, :, here] * (roots / layers.count(here[:1]).sqrt())[..., None]
+            )  # u [K, G, t]
             turned = inverse @ now  # q
             scale = 1 + (now * turned).sum(dim=1, keepdim=True)
-            shared = torch.einsum("kgt,kgc->ktc", now, residual[:, :, 0])[:, None] / scale[..., None]  # [K, 1, t, 2]
+            shared = (
+                torch.einsum("kgt,kgc->ktc", now, residual[:, :, 0])[:, None] / scale[..., None]
+            )  # [K, 1, t, 2]
             own = (own - turned.square() / scale).clamp(min=JITTER * own)
             residual = residual - turned[..., None] * shared
         residual = residual / own[..., None] if left_out else residual * shrink[..., None, None]
@@ -188,7 +216,9 @@ def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float, left_out:
     factor = torch.linalg.cholesky(ridged(weighted @ x, ridge))
     fitted = x @ torch.cholesky_solve(weighted @ y, factor)
     if left_out:
-        leverage = (weighted * torch.cholesky_solve(x.transpose(2, 3), factor)).sum(dim=2)[..., None]  # h_ii
+        leverage = (weighted * torch.cholesky_solve(x.transpose(2, 3), factor)).sum(dim=2)[
+            ..., None
+        ]  # h_ii
         fitted = (fitted - leverage * y) / (1 - leverage).clamp(min=JITTER)
     return _centred(batch, fitted, n)
 
@@ -199,7 +229,9 @@ def _by_products(batch: GroupedBatch, positions: Tensor, ridge: float, left_out:
     inverse, roots, shrink = inverse_kernel(batch, positions, ridge)
     y = targets(batch) * roots[..., None]
     residual = inverse @ y
-    residual = residual / inverse.diagonal(dim1=2, dim2=3)[..., None] if left_out else residual * shrink
+    residual = (
+        residual / inverse.diagonal(dim1=2, dim2=3)[..., None] if left_out else residual * shrink
+    )
     return _centred(batch, (y - residual) / roots.clamp(min=TINY)[..., None], n)
 
 
@@ -213,7 +245,9 @@ def _by_solving(solve: Solve) -> Callable[[GroupedBatch, Tensor, float, bool], T
         own = weighted[..., None] * x[..., None, :] * left_out  # [K, t, G, p, p]
         gram = (weighted.transpose(2, 3) @ x)[:, :, None] - own
         y = targets(batch)
-        pair = (weighted.transpose(2, 3) @ y.expand(*n.shape, 2))[:, :, None] - weighted[..., None] * y[..., None, :] * left_out
+        pair = (weighted.transpose(2, 3) @ y.expand(*n.shape, 2))[:, :, None] - weighted[
+            ..., None
+        ] * y[..., None, :] * left_out
         moment = pair[..., 0] - batch.centre[:, None, :, None] * pair[..., 1]
         fitted = (x * solve(ridged(gram, ridge), moment, None)).sum(dim=3)
         return torch.where(n > 0, fitted, 0.0).transpose(1, 2)
@@ -228,7 +262,9 @@ def ridged(gram: Tensor, ridge: Tensor | float) -> Tensor:
     return gram + torch.diag_embed((ridge + JITTER * scale + TINY).expand_as(diagonal))
 
 
-def inverse_kernel(batch: GroupedBatch, positions: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def inverse_kernel(
+    batch: GroupedBatch, positions: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """[K, t, G, G] inverse of N^1/2 X X^T N^1/2 + ridge, which is (1 - hat matrix) / ridge; [K, t, G] N^1/2; [K, t, 1, 1] that ridge."""
     roots = batch.weights[:, :, positions].transpose(1, 2).sqrt()
     kernel = batch.layers.kernel(batch.ratios, positions, roots)
@@ -248,7 +284,12 @@ def _centred(batch: GroupedBatch, parts: Tensor, n: Tensor) -> Tensor:
 
 
 def gauss_seidel(
-    gram: Tensor, moment: Tensor, *, start: Tensor | None = None, sweeps: int = 5000, tolerance: float = 1e-10
+    gram: Tensor,
+    moment: Tensor,
+    *,
+    start: Tensor | None = None,
+    sweeps: int = 5000,
+    tolerance: float = 1e-10,
 ) -> tuple[Tensor, int]:
     """Solution of gram @ beta = moment, one increment of the layers at a time, and the sweeps it took.
 

@@ -39,14 +39,18 @@ class Layers:
         if name == "blocks" and block_size < 1:
             raise ValueError(f"{FIELD}.block_size: {block_size} must be at least 1 token")
         if name == "all" and length > LONGEST_FOR_ALL:
-            raise ValueError(f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. Use 'blocks'.")
+            raise ValueError(
+                f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. Use 'blocks'."
+            )
         base = {
             "current": [],
             "all": list(range(length)),
             "blocks": sorted({*range(block_size - 1, last, max(block_size, 1)), last}),
         }.get(name, [last])
         return Layers(
-            torch.tensor(base, dtype=torch.int64, device=device), name in ("current", "current_and_final", "blocks"), length
+            torch.tensor(base, dtype=torch.int64, device=device),
+            name in ("current", "current_and_final", "blocks"),
+            length,
         )
 
     @property
@@ -56,7 +60,9 @@ class Layers:
 
     def count(self, positions: Tensor) -> Tensor:
         """[t] number of layers at each position, at least 1."""
-        return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(min=1)
+        return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(
+            min=1
+        )
 
     def fixed(self, ratios: Tensor) -> Tensor:
         """[K, G, T] -> [K, G, S] ratios up to the fixed layers."""
@@ -81,7 +87,11 @@ class Layers:
         """[K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G]: without forming the features."""
         total = self.fixed_kernel(ratios, positions, roots)
         if self.current:
-            now = ratios[:, :, positions].transpose(1, 2) * roots / self.count(positions).sqrt()[:, None]
+            now = (
+                ratios[:, :, positions].transpose(1, 2)
+                * roots
+                / self.count(positions).sqrt()[:, None]
+            )
             total.addcmul_(now[..., :, None], now[..., None, :])
         return total
 
@@ -93,8 +103,12 @@ class Layers:
         """
         fixed = self.fixed(ratios).movedim(2, 0)  # [S, K, G]
         terms = fixed[:, :, :, None] * fixed[:, :, None, :]
-        trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])])
-        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)  # a copy: changed in place
+        trailing = torch.cat(
+            [terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])]
+        )
+        total = trailing[torch.searchsorted(self.base, positions)].transpose(
+            0, 1
+        )  # a copy: changed in place
         scaled = roots / self.count(positions).sqrt()[:, None]
         return total.mul_(scaled[..., :, None]).mul_(scaled[..., None, :])
 
@@ -124,7 +138,9 @@ def prefix_ratios(
     """
     for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
         if bound is not None and not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"{FIELD}.{name}: {bound} must be positive and finite, or null for none")
+            raise ValueError(
+                f"{FIELD}.{name}: {bound} must be positive and finite, or null for none"
+            )
     cumulative = log_prefix_ratios(rollout_logprobs, old_logprobs, response_mask)
     if log_ratio_clip is not None:
         cumulative = cumulative.clamp(-log_ratio_clip, log_ratio_clip)
@@ -143,14 +159,20 @@ def prefix_ratios(
 LARGEST_LOG_RATIO = 80.0  # its exponential still fits float32, and products of four of them float64
 
 
-def log_prefix_ratios(rollout_logprobs: Tensor | None, old_logprobs: Tensor | None, response_mask: Tensor) -> Tensor:
+def log_prefix_ratios(
+    rollout_logprobs: Tensor | None, old_logprobs: Tensor | None, response_mask: Tensor
+) -> Tensor:
     """[B, T] float64 D_t of `prefix_ratios`, before any bound.
 
     Raises:
         ValueError: log-probabilities are missing, or not finite inside the mask.
     """
     for name, array, remedy in (
-        ("rollout_logprobs", rollout_logprobs, "The engine must return the log-probability of each sampled token."),
+        (
+            "rollout_logprobs",
+            rollout_logprobs,
+            "The engine must return the log-probability of each sampled token.",
+        ),
         (
             "old_logprobs",
             old_logprobs,
@@ -158,7 +180,9 @@ def log_prefix_ratios(rollout_logprobs: Tensor | None, old_logprobs: Tensor | No
         ),
     ):
         if array is None:
-            raise ValueError(f"hierarchical baselines need {name}, which this batch does not have. {remedy}")
+            raise ValueError(
+                f"hierarchical baselines need {name}, which this batch does not have. {remedy}"
+            )
         broken = ~torch.isfinite(array) & response_mask
         if broken.any():
             raise ValueError(
@@ -166,7 +190,9 @@ def log_prefix_ratios(rollout_logprobs: Tensor | None, old_logprobs: Tensor | No
             )
     assert rollout_logprobs is not None
     assert old_logprobs is not None
-    return torch.where(response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0).cumsum(dim=1)
+    return torch.where(
+        response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0
+    ).cumsum(dim=1)
 
 
 def _first(where: Tensor) -> tuple[int, int]:

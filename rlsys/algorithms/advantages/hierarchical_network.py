@@ -57,12 +57,16 @@ class BaselineRegression:
         order = places[batch.present]
 
         def in_order(values: Tensor) -> Tensor:
-            whole = torch.empty(values[batch.present].shape, dtype=torch.float32, device=values.device)
+            whole = torch.empty(
+                values[batch.present].shape, dtype=torch.float32, device=values.device
+            )
             whole[order] = values[batch.present].float()
             return whole
 
         return BaselineRegression(
-            in_order(features), in_order(batch.base[..., None].expand(-1, -1, width)), in_order(batch.weights)
+            in_order(features),
+            in_order(batch.base[..., None].expand(-1, -1, width)),
+            in_order(batch.weights),
         )
 
     def corrections(self, baselines: Tensor) -> Tensor:

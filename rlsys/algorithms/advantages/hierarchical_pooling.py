@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch, Solve, chunks, others_variance, power_of_two, ridged
+from rlsys.algorithms.advantages.hierarchical_fits import (
+    GroupedBatch,
+    Solve,
+    chunks,
+    others_variance,
+    power_of_two,
+    ridged,
+)
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
 
 FOLDS = 8
@@ -42,12 +49,21 @@ class FoldSums:
 
     @staticmethod
     def of(folds: list[GroupedBatch], positions: Tensor) -> FoldSums:
-        return FoldSums(*(torch.stack(arrays) for arrays in zip(*(_sums(fold, positions) for fold in folds), strict=True)))
+        return FoldSums(
+            *(
+                torch.stack(arrays)
+                for arrays in zip(*(_sums(fold, positions) for fold in folds), strict=True)
+            )
+        )
 
-    def coefficients(self, left_out: tuple[int, ...], ridge: float, solve: Solve, start: Tensor | None = None) -> Tensor:
+    def coefficients(
+        self, left_out: tuple[int, ...], ridge: float, solve: Solve, start: Tensor | None = None
+    ) -> Tensor:
         """[t, p] fitted on all folds but those, by iteration from `start`; 0 where they have no spread of rewards to learn from."""
         kept = [f for f in range(len(self.gram)) if f not in left_out]
-        gram, moment, scale, mass = (sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass))
+        gram, moment, scale, mass = (
+            sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass)
+        )
         squares, responses = scale
         if not squares > 0:
             return torch.zeros_like(moment)
@@ -68,18 +84,26 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
     layers = part.layers
     v = others_variance(part.rewards, part.present).flatten()
     fixed = layers.fixed(part.ratios).flatten(0, 1)  # [B, S]
-    n = part.weights[:, :, positions].flatten(0, 1) * v[:, None]  # [B, t] once for each of the two factors x and y
+    n = (
+        part.weights[:, :, positions].flatten(0, 1) * v[:, None]
+    )  # [B, t] once for each of the two factors x and y
     nx = n * v[:, None]
     held = layers.held(positions)  # [t, S]
     products = (fixed[:, :, None] * fixed[:, None, :]).flatten(1)
-    gram = (nx.T @ products).unflatten(1, (fixed.shape[1],) * 2) * held[:, :, None] * held[:, None, :]
+    gram = (
+        (nx.T @ products).unflatten(1, (fixed.shape[1],) * 2) * held[:, :, None] * held[:, None, :]
+    )
     target = part.base.flatten()
     moment = (n * target[:, None]).T @ fixed * held
     if layers.current:
         now = part.ratios[:, :, positions].flatten(0, 1)  # [B, t]
         cross = (nx * now).T @ fixed * held
         gram = torch.cat(
-            [torch.cat([gram, cross[:, :, None]], 2), torch.cat([cross, (nx * now**2).sum(0)[:, None]], 1)[:, None]], 1
+            [
+                torch.cat([gram, cross[:, :, None]], 2),
+                torch.cat([cross, (nx * now**2).sum(0)[:, None]], 1)[:, None],
+            ],
+            1,
         )
         moment = torch.cat([moment, (n * now * target[:, None]).sum(0)[:, None]], 1)
     count = layers.count(positions)
@@ -96,10 +120,16 @@ def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
     fitted = layers.fixed(part.ratios) @ (scaled[:, :number] * layers.held(positions)).T
     if layers.current:
         fitted = fitted + part.ratios[:, :, positions] * scaled[:, number]
-    return torch.where(part.weights[:, :, positions] > 0, fitted * others_variance(part.rewards, part.present)[..., None], 0.0)
+    return torch.where(
+        part.weights[:, :, positions] > 0,
+        fitted * others_variance(part.rewards, part.present)[..., None],
+        0.0,
+    )
 
 
-def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float, solve: Solve) -> Tensor:
+def held_out_predictions(
+    batch: GroupedBatch, positions: Tensor, ridge: float, solve: Solve
+) -> Tensor:
     """[F, K, G, t] for each fold to be left unseen: predictions for the groups of every other, by the fit that saw neither; 0 for its own."""
     fold = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
@@ -134,14 +164,23 @@ def pooled_corrections(
     """
     members = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
-    strengths = torch.ones(len(folds), dtype=torch.float64, device=positions.device) if strengths is None else strengths
+    strengths = (
+        torch.ones(len(folds), dtype=torch.float64, device=positions.device)
+        if strengths is None
+        else strengths
+    )
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
     solved = strengths.nonzero()[:, 0].tolist()
     average = corrections.new_zeros(len(positions), batch.layers.most)
-    for part in chunks(torch.arange(len(positions), device=positions.device), len(folds) * (batch.layers.most + 1) ** 2):
+    for part in chunks(
+        torch.arange(len(positions), device=positions.device),
+        len(folds) * (batch.layers.most + 1) ** 2,
+    ):
         sums = FoldSums.of(folds, positions[part])
         for f in solved:
-            beta = sums.coefficients((f,) if left_out else (), ridge, solve, None if start is None else start[part])
+            beta = sums.coefficients(
+                (f,) if left_out else (), ridge, solve, None if start is None else start[part]
+            )
             average[part] += beta / len(solved)
             predicted = _predicted(folds[f], positions[part], beta)
             corrections[members == f, :, part[0] : part[-1] + 1] = strengths[f] * predicted

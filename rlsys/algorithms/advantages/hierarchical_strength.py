@@ -58,8 +58,12 @@ def cautious_strengths(gains: Gains, start: Tensor) -> Tensor:
     if groups < 2:
         return start
     steps = torch.linspace(0, 1, STEPS, dtype=torch.float64, device=start.device)
-    candidates = torch.cat([start[None], torch.cartesian_prod(*[steps] * m).reshape(-1, m)])  # [c, m]
-    gain = 2 * gains.linear @ candidates.T - torch.einsum("kmn,cm,cn->kc", gains.quadratic, candidates, candidates)
+    candidates = torch.cat(
+        [start[None], torch.cartesian_prod(*[steps] * m).reshape(-1, m)]
+    )  # [c, m]
+    gain = 2 * gains.linear @ candidates.T - torch.einsum(
+        "kmn,cm,cn->kc", gains.quadratic, candidates, candidates
+    )
     gain = gain - gain[:, :1]
     error = gain.std(dim=0) / groups**0.5 * (1 + SMALL_SAMPLE / groups)
     return candidates[(gain.mean(dim=0) - CAUTION * error).argmax()]
@@ -83,7 +87,9 @@ def tilted_centre(batch: GroupedBatch) -> Tensor:
     """
     size = batch.rewards.shape[1]
     both = batch.present[:, :, None] & batch.present[:, None, :]
-    others = (both & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)).double()  # [K, i, j]
+    others = (
+        both & ~torch.eye(size, dtype=torch.bool, device=batch.rewards.device)
+    ).double()  # [K, i, j]
     number = others.sum(dim=2)
 
     def over_others(values: Tensor) -> Tensor:
@@ -95,7 +101,9 @@ def tilted_centre(batch: GroupedBatch) -> Tensor:
 
     def mean_by(weights: Tensor) -> Tensor:
         total = over_others(weights)
-        return torch.where(total > 0, over_others(weights * rewards) / total.clamp(min=TINY), batch.centre)
+        return torch.where(
+            total > 0, over_others(weights * rewards) / total.clamp(min=TINY), batch.centre
+        )
 
     rewards = batch.rewards
     norms = batch.present.double() if batch.mass is None else batch.mass[..., 0]
@@ -104,8 +112,12 @@ def tilted_centre(batch: GroupedBatch) -> Tensor:
     spread = (covariance(logs, logs) * covariance(rewards, rewards)).clamp(min=0).sqrt()
     correlation = (covariance(logs, rewards) / spread.clamp(min=TINY)).clamp(-1 + 1e-12, 1 - 1e-12)
     degrees = (number - 3).clamp(min=0)
-    certain = (1 - CERTAINTY**2 / (degrees * correlation.atanh().square()).clamp(min=TINY)).clamp(min=0)
-    lean = batch.centre + degrees / (degrees + LEANING) * (mean_by(batch.final**0.25 * norms) - batch.centre)
+    certain = (1 - CERTAINTY**2 / (degrees * correlation.atanh().square()).clamp(min=TINY)).clamp(
+        min=0
+    )
+    lean = batch.centre + degrees / (degrees + LEANING) * (
+        mean_by(batch.final**0.25 * norms) - batch.centre
+    )
     return lean + certain * (mean_by(weight) - lean)
 
 
@@ -125,7 +137,9 @@ def sampled(batch: GroupedBatch) -> Tensor:
     return positions[positions < batch.ratios.shape[2]]
 
 
-def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool, own: bool) -> Tensor:
+def fold_strengths(
+    batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool, own: bool
+) -> Tensor:
     """[F, 2] strengths of the pooled fit and of the groups' own for the groups of each fold, from the other folds alone.
 
     For fold f, every other fold g is predicted by a pooled fit that saw neither f nor g, and by its groups' own leave-one-out fits.
@@ -134,14 +148,28 @@ def fold_strengths(batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool
     fold = fold_of_group(len(batch.rewards), n.device)
     number = int(fold.max()) + 1
     pooled = pooled and number > 2  # of two folds, no fit has seen neither
-    within = group_corrections(batch, positions, ridge) if own else torch.zeros_like(batch.ratios[:, :, positions])
-    shared = held_out_predictions(batch, positions, ridge, by_cholesky) if pooled else within.new_zeros(number, *within.shape)
+    within = (
+        group_corrections(batch, positions, ridge)
+        if own
+        else torch.zeros_like(batch.ratios[:, :, positions])
+    )
+    shared = (
+        held_out_predictions(batch, positions, ridge, by_cholesky)
+        if pooled
+        else within.new_zeros(number, *within.shape)
+    )
     sizes = batch.present.sum(dim=1).double()
-    in_use = torch.tensor([pooled, own], dtype=torch.float64, device=n.device)  # what is not has equal gains at every strength
+    in_use = torch.tensor(
+        [pooled, own], dtype=torch.float64, device=n.device
+    )  # what is not has equal gains at every strength
     strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
     for f in range(number):
         seen = fold != f
-        gains = Gains.of(n[seen][:, :, positions], batch.base[seen], torch.stack([shared[f], within], -1)[seen])
+        gains = Gains.of(
+            n[seen][:, :, positions], batch.base[seen], torch.stack([shared[f], within], -1)[seen]
+        )
         start = starting_strength(sizes[seen].mean())
-        strengths[f] = cautious_strengths(gains, torch.stack([torch.zeros_like(start), start])) * in_use
+        strengths[f] = (
+            cautious_strengths(gains, torch.stack([torch.zeros_like(start), start])) * in_use
+        )
     return strengths

@@ -25,26 +25,48 @@ class AdvantageInputs:
     old_logprobs: Tensor | None = None  # [B, T]
     ref_logprobs: Tensor | None = None  # [B, T]
     values: Tensor | None = None  # [B, T] critic
-    score_norms: Tensor | None = None  # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
+    score_norms: Tensor | None = (
+        None  # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
+    )
     greedy_rewards: Tensor | None = None  # [B] reward of the greedy response to the same prompt
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
-    step_ends: Tensor | None = None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
+    step_ends: Tensor | None = (
+        None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
+    )
     kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
-    layer_baselines: Tensor | None = None  # [B, T, p] of a network that has not seen the batch; None: all 0
-    state: Mapping[str, Any] = field(default_factory=dict)  # what the estimator returned as its state for the batch before
+    layer_baselines: Tensor | None = (
+        None  # [B, T, p] of a network that has not seen the batch; None: all 0
+    )
+    state: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the estimator returned as its state for the batch before
 
     def __post_init__(self) -> None:
         mask = self.response_mask
         if mask.ndim != 2 or mask.dtype != torch.bool:
-            raise ValueError(f"response_mask must be a [B, T] bool tensor, not {tuple(mask.shape)} {mask.dtype}")
+            raise ValueError(
+                f"response_mask must be a [B, T] bool tensor, not {tuple(mask.shape)} {mask.dtype}"
+            )
         for name in ("rewards", "group_ids", "greedy_rewards", "truncated"):
             array = getattr(self, name)
             if array is not None and array.shape != mask.shape[:1]:
-                raise ValueError(f"{name} must have shape [{mask.shape[0]}], not {tuple(array.shape)}")
-        for name in ("token_rewards", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "score_norms", "step_ends"):
+                raise ValueError(
+                    f"{name} must have shape [{mask.shape[0]}], not {tuple(array.shape)}"
+                )
+        for name in (
+            "token_rewards",
+            "rollout_logprobs",
+            "old_logprobs",
+            "ref_logprobs",
+            "values",
+            "score_norms",
+            "step_ends",
+        ):
             array = getattr(self, name)
             if array is not None and array.shape != mask.shape:
-                raise ValueError(f"{name} must have the shape of response_mask, {tuple(mask.shape)}, not {tuple(array.shape)}")
+                raise ValueError(
+                    f"{name} must have the shape of response_mask, {tuple(mask.shape)}, not {tuple(array.shape)}"
+                )
 
     def require(self, name: str, *, estimator: str, remedy: str) -> Tensor:
         """The array `name`, which `estimator` cannot do without.
@@ -54,7 +76,9 @@ class AdvantageInputs:
         """
         array = getattr(self, name)
         if array is None:
-            raise ValueError(f"algorithm.advantage.name: {estimator!r} needs {name}, which this batch does not have. {remedy}")
+            raise ValueError(
+                f"algorithm.advantage.name: {estimator!r} needs {name}, which this batch does not have. {remedy}"
+            )
         return array
 
 
@@ -64,8 +88,12 @@ class AdvantageOutput:
 
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
-    regression: BaselineRegression | None = None  # what a network of layer baselines is to learn from this batch
-    state: Mapping[str, Any] = field(default_factory=dict)  # ready for JSON: comes back with the next batch; saved in checkpoints
+    regression: BaselineRegression | None = (
+        None  # what a network of layer baselines is to learn from this batch
+    )
+    state: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # ready for JSON: comes back with the next batch; saved in checkpoints
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 

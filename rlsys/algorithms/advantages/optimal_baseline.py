@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.grouping import (
+    Groups,
+    at_least_float32,
+    broadcast_to_tokens,
+    outcome_rewards,
+)
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 
 SCOPES = ("group", "batch")
 
 
 @register_advantage_estimator("optimal_baseline", needs=("score_norms",), compares_group=True)
-def optimal_baseline_advantages(inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group") -> AdvantageOutput:
+def optimal_baseline_advantages(
+    inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group"
+) -> AdvantageOutput:
     """The reward minus the average reward weighted by the size of the gradient that it multiplies.
 
         b = E[g^2 r] / E[g^2],    g_i^2 = sum_t ||grad log pi(y_it)||^2,    A_i = r_i - b
@@ -34,13 +45,21 @@ def optimal_baseline_advantages(inputs: AdvantageInputs, *, leave_one_out: bool 
         ValueError: unknown scope, or no score_norms.
     """
     if scope not in SCOPES:
-        raise ValueError(f"algorithm.advantage.parameters.scope: unknown {scope!r}. Choose from {', '.join(SCOPES)}.")
-    norms = inputs.require("score_norms", estimator="optimal_baseline", remedy="The policy computes them with old_logprobs.")
+        raise ValueError(
+            f"algorithm.advantage.parameters.scope: unknown {scope!r}. Choose from {', '.join(SCOPES)}."
+        )
+    norms = inputs.require(
+        "score_norms",
+        estimator="optimal_baseline",
+        remedy="The policy computes them with old_logprobs.",
+    )
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids if scope == "group" else torch.zeros_like(inputs.group_ids))
     weights = torch.where(inputs.response_mask, at_least_float32(norms), 0.0).sum(1)
     return AdvantageOutput(
-        advantages=broadcast_to_tokens(rewards_above_baseline(rewards, weights, groups, leave_one_out), inputs.response_mask)
+        advantages=broadcast_to_tokens(
+            rewards_above_baseline(rewards, weights, groups, leave_one_out), inputs.response_mask
+        )
     )
 
 
@@ -54,7 +73,10 @@ def rewards_above_baseline(
     rewards = rewards - groups.spread(groups.extreme(rewards, "amin"))
 
     def mean(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total, weighted = groups.spread(groups.total(weights)), groups.spread(groups.total(weights * rewards))
+        total, weighted = (
+            groups.spread(groups.total(weights)),
+            groups.spread(groups.total(weights * rewards)),
+        )
         if leave_one_out:
             total, weighted = total - weights, weighted - weights * rewards
         return weighted / torch.where(total > 0, total, 1.0), total > 0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import Groups, at_least_float32
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
@@ -31,7 +35,11 @@ def optimal_token_baseline_advantages(inputs: AdvantageInputs) -> AdvantageOutpu
     Raises:
         ValueError: no score_norms.
     """
-    norms = inputs.require("score_norms", estimator="optimal_token_baseline", remedy="The policy computes them with old_logprobs.")
+    norms = inputs.require(
+        "score_norms",
+        estimator="optimal_token_baseline",
+        remedy="The policy computes them with old_logprobs.",
+    )
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     returns = reward_to_go(inputs.rewards, inputs.token_rewards, mask)
     # Measured from the smallest return at the position, so that equal ones cancel exactly.

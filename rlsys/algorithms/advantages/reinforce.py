@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
@@ -20,4 +24,6 @@ def reinforce_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
 
     Conventions: undiscounted; a process reward at t counts for t itself; those outside the mask are ignored.
     """
-    return AdvantageOutput(advantages=reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask))
+    return AdvantageOutput(
+        advantages=reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
+    )

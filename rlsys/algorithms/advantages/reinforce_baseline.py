@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 BASELINES = ("batch_mean", "moving_average")
 
 
 @register_advantage_estimator("reinforce_baseline")
-def reinforce_baseline_advantages(inputs: AdvantageInputs, *, baseline: str = "batch_mean", decay: float = 0.9) -> AdvantageOutput:
+def reinforce_baseline_advantages(
+    inputs: AdvantageInputs, *, baseline: str = "batch_mean", decay: float = 0.9
+) -> AdvantageOutput:
     """The reward-to-go minus one number.
 
         batch_mean        A_t = G_t - mean(R)                      R the whole reward of each response of this batch
@@ -32,7 +38,9 @@ def reinforce_baseline_advantages(inputs: AdvantageInputs, *, baseline: str = "b
         ValueError: unknown baseline, or a decay outside [0, 1).
     """
     if baseline not in BASELINES:
-        raise ValueError(f"algorithm.advantage.parameters.baseline: unknown {baseline!r}. Choose from {', '.join(BASELINES)}.")
+        raise ValueError(
+            f"algorithm.advantage.parameters.baseline: unknown {baseline!r}. Choose from {', '.join(BASELINES)}."
+        )
     if not 0 <= decay < 1:
         raise ValueError(f"algorithm.advantage.parameters.decay: {decay} is outside [0, 1)")
     mean = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).mean()
@@ -42,6 +50,9 @@ def reinforce_baseline_advantages(inputs: AdvantageInputs, *, baseline: str = "b
     else:
         average, weight = inputs.state.get("average", 0.0), inputs.state.get("weight", 0.0)
         value = average / weight if weight else 0.0
-        state = {"average": decay * average + (1 - decay) * float(mean), "weight": decay * weight + (1 - decay)}
+        state = {
+            "average": decay * average + (1 - decay) * float(mean),
+            "weight": decay * weight + (1 - decay),
+        }
     advantages = torch.where(inputs.response_mask, returns - value, 0.0)
     return AdvantageOutput(advantages=advantages, state=state, diagnostics={"baseline": value})

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import reward_to_go, whitened
 
 
 @register_advantage_estimator("reinforce_plus_plus")
-def reinforce_plus_plus_advantages(inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-8) -> AdvantageOutput:
+def reinforce_plus_plus_advantages(
+    inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-8
+) -> AdvantageOutput:
     """The reward-to-go, normalised over all tokens of the batch.
 
         A_t = (G_t - mean(G)) / (std(G) + eps)                              mean and std over the batch's tokens

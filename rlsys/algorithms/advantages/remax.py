@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import at_least_float32
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
@@ -29,7 +33,13 @@ def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
         ValueError: no greedy_rewards.
     """
     greedy = inputs.require(
-        "greedy_rewards", estimator="remax", remedy="The driver samples and scores one greedy response a prompt."
+        "greedy_rewards",
+        estimator="remax",
+        remedy="The driver samples and scores one greedy response a prompt.",
     )
     returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
-    return AdvantageOutput(advantages=torch.where(inputs.response_mask, returns - at_least_float32(greedy)[:, None], 0.0))
+    return AdvantageOutput(
+        advantages=torch.where(
+            inputs.response_mask, returns - at_least_float32(greedy)[:, None], 0.0
+        )
+    )

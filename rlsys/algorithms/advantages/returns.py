@@ -33,7 +33,9 @@ def reward_to_go(rewards: Tensor, token_rewards: Tensor | None, response_mask: T
     """[B, T] G_t = r + sum_{s >= t} r_s: a token answers for the outcome and for the process rewards from it on; 0 outside the mask."""
     returns = at_least_float32(rewards)[:, None].expand(response_mask.shape)
     if token_rewards is not None:
-        returns = returns + suffix_sum(torch.where(response_mask, at_least_float32(token_rewards), 0.0))
+        returns = returns + suffix_sum(
+            torch.where(response_mask, at_least_float32(token_rewards), 0.0)
+        )
     return torch.where(response_mask, returns, 0.0)
 
 

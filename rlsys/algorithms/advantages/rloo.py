@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 
 
 @register_advantage_estimator("rloo", compares_group=True)

@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, outcome_rewards
-from rlsys.algorithms.advantages.inputs import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages.inputs import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.returns import suffix_sum
 
 
 def token_kl_returns(
-    rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, coefficient: float
+    rewards: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    coefficient: float,
 ) -> Tensor:
     """[B, T] r_j = r - (beta / H) sum_{i >= j} K_i,  K_i = old_logprobs_i - ref_logprobs_i: the outcome minus the KL that is still to be paid.
 
@@ -19,13 +27,19 @@ def token_kl_returns(
     outside the mask.
     """
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1).to(rewards.dtype)
-    costs = torch.where(response_mask, at_least_float32(old_logprobs) - at_least_float32(ref_logprobs), 0.0)
+    costs = torch.where(
+        response_mask, at_least_float32(old_logprobs) - at_least_float32(ref_logprobs), 0.0
+    )
     returns = rewards[:, None] - coefficient / lengths * suffix_sum(costs)
     return torch.where(response_mask, returns, 0.0)
 
 
-@register_advantage_estimator("token_kl_grpo", needs=("old_logprobs", "ref_logprobs"), compares_group=True)
-def token_kl_grpo_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6) -> AdvantageOutput:
+@register_advantage_estimator(
+    "token_kl_grpo", needs=("old_logprobs", "ref_logprobs"), compares_group=True
+)
+def token_kl_grpo_advantages(
+    inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6
+) -> AdvantageOutput:
     """The KL-regularised reward-to-go of each token, relative to the group at the same position.
 
         r_j = r - (beta / H) sum_{i >= j} K_i        K_i = old_logprobs_i - ref_logprobs_i,  beta = algorithm.kl.coefficient
@@ -50,9 +64,15 @@ def token_kl_grpo_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps:
     """
     if std_ddof not in (0, 1):
         raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
-    old = inputs.require("old_logprobs", estimator="token_kl_grpo", remedy="The policy computes them before the update.")
+    old = inputs.require(
+        "old_logprobs",
+        estimator="token_kl_grpo",
+        remedy="The policy computes them before the update.",
+    )
     ref = inputs.require(
-        "ref_logprobs", estimator="token_kl_grpo", remedy="Set algorithm.kl.coefficient above 0: the reference runs then."
+        "ref_logprobs",
+        estimator="token_kl_grpo",
+        remedy="Set algorithm.kl.coefficient above 0: the reference runs then.",
     )
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, mask)
@@ -60,7 +80,11 @@ def token_kl_grpo_advantages(inputs: AdvantageInputs, *, std_ddof: int = 0, eps:
     highest = groups.extreme(torch.where(mask, returns, -torch.inf), "amax")
     lowest = groups.extreme(torch.where(mask, returns, torch.inf), "amin")
     alive = groups.total(mask.to(returns.dtype))
-    centred = torch.where(mask, returns - groups.spread(groups.total(returns) / alive.clamp(min=1)), 0.0)
+    centred = torch.where(
+        mask, returns - groups.spread(groups.total(returns) / alive.clamp(min=1)), 0.0
+    )
     std = (groups.total(centred**2) / (alive - std_ddof).clamp(min=1)).sqrt()
     advantages = centred / (groups.spread(std) + eps)
-    return AdvantageOutput(advantages=torch.where(mask & groups.spread(highest > lowest), advantages, 0.0))
+    return AdvantageOutput(
+        advantages=torch.where(mask & groups.spread(highest > lowest), advantages, 0.0)
+    )

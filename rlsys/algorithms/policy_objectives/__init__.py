@@ -77,11 +77,19 @@ def check_objective(ratio: str, weight: str, parameters: Mapping[str, Any]) -> N
         ValueError: naming the config field.
     """
     RATIOS.get(ratio, field="algorithm.objective.ratio")
-    check_parameters(WEIGHTS.get(weight, field="algorithm.objective.weight"), parameters, field="algorithm.objective.parameters")
-    gradient_coefficient(weight, torch.zeros(1), torch.ones(1), **parameters)  # refuses values that the signature cannot
+    check_parameters(
+        WEIGHTS.get(weight, field="algorithm.objective.weight"),
+        parameters,
+        field="algorithm.objective.parameters",
+    )
+    gradient_coefficient(
+        weight, torch.zeros(1), torch.ones(1), **parameters
+    )  # refuses values that the signature cannot
 
 
-def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, **parameters: Any) -> PolicyObjectiveOutput:
+def policy_objective(
+    inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, **parameters: Any
+) -> PolicyObjectiveOutput:
     """Token losses of one objective.
 
         loss_t = - surrogate(rho_t, A_t)        rho of level `ratio`, surrogate of `weight`
@@ -92,7 +100,11 @@ def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, 
         ValueError: unknown ratio, weight or parameter.
     """
     mask = inputs.response_mask
-    logprobs = torch.where(mask, inputs.logprobs if inputs.logprobs.dtype == torch.float64 else inputs.logprobs.float(), 0.0)
+    logprobs = torch.where(
+        mask,
+        inputs.logprobs if inputs.logprobs.dtype == torch.float64 else inputs.logprobs.float(),
+        0.0,
+    )
     levels = log_ratios(ratio, logprobs, inputs.old_logprobs.detach().to(logprobs.dtype), mask)
     advantages = torch.where(mask, inputs.advantages.detach().to(logprobs.dtype), 0.0)
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
@@ -100,7 +112,9 @@ def policy_objective(inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, 
     return PolicyObjectiveOutput(
         token_losses=torch.where(mask, -surrogate.values, 0.0),
         metrics={
-            "ratio": torch.where(mask, levels.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0),
+            "ratio": torch.where(
+                mask, levels.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0
+            ),
             "clipped": torch.where(mask, surrogate.clipped.to(logprobs.dtype), 0.0),
         },
     )

@@ -68,4 +68,6 @@ def product_log_ratio(differences: Tensor, mask: Tensor) -> Tensor:
 def log_ratios(level: str, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log-ratios of one level, [B, T] float32 or better, 0 outside the mask."""
     differences = torch.where(mask, logprobs - old_logprobs, 0.0)
-    return torch.where(mask, RATIOS.get(level, field="algorithm.objective.ratio")(differences, mask), 0.0)
+    return torch.where(
+        mask, RATIOS.get(level, field="algorithm.objective.ratio")(differences, mask), 0.0
+    )

@@ -40,16 +40,24 @@ def rollout_correction(
         ValueError: unknown level, cap not positive, or an empty band.
     """
     if level not in CORRECTION_LEVELS:
-        raise ValueError(f"algorithm.rollout_correction.level: unknown {level!r}. Choose from {', '.join(CORRECTION_LEVELS)}.")
+        raise ValueError(
+            f"algorithm.rollout_correction.level: unknown {level!r}. Choose from {', '.join(CORRECTION_LEVELS)}."
+        )
     if cap <= 0:
         raise ValueError(f"algorithm.rollout_correction.cap: {cap} must be above 0")
     if mask_below is not None and mask_above is not None and mask_below >= mask_above:
-        raise ValueError(f"algorithm.rollout_correction.mask_below: {mask_below} is not below mask_above {mask_above}")
+        raise ValueError(
+            f"algorithm.rollout_correction.mask_below: {mask_below} is not below mask_above {mask_above}"
+        )
     old = old_logprobs if old_logprobs.dtype == torch.float64 else old_logprobs.float()
     differences = torch.where(response_mask, (old - rollout_logprobs.to(old.dtype)).detach(), 0.0)
     if level == "none":
         return response_mask.to(differences.dtype)
-    logs = differences.sum(1, keepdim=True).expand_as(differences) if level == "sequence" else differences
+    logs = (
+        differences.sum(1, keepdim=True).expand_as(differences)
+        if level == "sequence"
+        else differences
+    )
     weights = logs.clamp(max=float(torch.tensor(cap).log())).exp()
     kept = response_mask
     if mask_below is not None:

@@ -54,7 +54,9 @@ WEIGHTS: Registry[WeightFunction] = Registry("weight")
 _BATCH_PARAMETERS: dict[str, BatchParameters] = {}
 
 
-def register_weight(name: str, *, batch_parameters: BatchParameters | None = None) -> Callable[[WeightFunction], WeightFunction]:
+def register_weight(
+    name: str, *, batch_parameters: BatchParameters | None = None
+) -> Callable[[WeightFunction], WeightFunction]:
     """Decorator: `function(terms: TokenTerms, *, keywords...) -> Surrogate`, as `algorithm.objective.weight`.
 
     `batch_parameters(log_ratios, **parameters)` is for weights with a statistic over the batch: the trainer calls it with the
@@ -83,7 +85,9 @@ def _score(weight: Tensor, terms: TokenTerms) -> Surrogate:
 def _check_width(name: str, value: float, highest: float = float("inf")) -> None:
     if not 0 <= value <= highest:
         bound = f"[0, {highest:g}]" if highest < float("inf") else "[0, inf)"
-        raise ValueError(f"algorithm.objective.parameters.{name}: {value} is outside {bound}; give a width such as 0.2")
+        raise ValueError(
+            f"algorithm.objective.parameters.{name}: {value} is outside {bound}; give a width such as 0.2"
+        )
 
 
 @register_weight("none")
@@ -99,7 +103,9 @@ def importance_weight(terms: TokenTerms) -> Surrogate:
 
 
 @register_weight("ppo_clip")
-def ppo_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
+def ppo_clip_weight(
+    terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Surrogate:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): no gradient once the ratio has gone far enough in A's direction.
 
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025, Clip-Higher (arXiv:2503.14476).
@@ -113,7 +119,9 @@ def ppo_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: floa
 
 
 @register_weight("dual_clip")
-def dual_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0) -> Surrogate:
+def dual_clip_weight(
+    terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0
+) -> Surrogate:
     """ppo_clip, bounded below by c A for negative advantages, so that a ratio far above 1 cannot make the loss explode.
 
     Source: Ye et al. 2020, equation 5 (arXiv:1912.09729).
@@ -126,7 +134,10 @@ def dual_clip_weight(terms: TokenTerms, *, clip_low: float = 0.2, clip_high: flo
     surrogate, cut = ppo_clip_weight(terms, clip_low=clip_low, clip_high=clip_high)
     floor = clip_c * terms.advantages
     negative = terms.advantages < 0
-    return Surrogate(torch.where(negative, torch.maximum(surrogate, floor), surrogate), cut | (negative & (surrogate < floor)))
+    return Surrogate(
+        torch.where(negative, torch.maximum(surrogate, floor), surrogate),
+        cut | (negative & (surrogate < floor)),
+    )
 
 
 @register_weight("upper_clip")
@@ -163,7 +174,9 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return (2 * flat.logsumexp(0) - (2 * flat).logsumexp(0)).exp() / flat.numel()
 
 
-def adaptive_power_of(log_ratios: Tensor, *, target_ess: float = 0.9, q: float | None = None) -> dict[str, float]:
+def adaptive_power_of(
+    log_ratios: Tensor, *, target_ess: float = 0.9, q: float | None = None
+) -> dict[str, float]:
     """{"q": ...}: the largest q in [0, 1] for which rho^q keeps an effective sample size of at least `target_ess`, to 1e-6.
 
     The effective sample size of rho^q falls from 1 at q = 0 as q grows (its logarithm is 2 K(q) - K(2q) with K the cumulant
@@ -184,7 +197,9 @@ def adaptive_power_of(log_ratios: Tensor, *, target_ess: float = 0.9, q: float |
 
 
 @register_weight("adaptive_power", batch_parameters=adaptive_power_of)
-def adaptive_power_weight(terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None) -> Surrogate:
+def adaptive_power_weight(
+    terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None
+) -> Surrogate:
     """stop(rho^q) log pi A with q as large as the spread of the ratios allows.
 
     q is the largest power whose weights keep an effective sample size of `target_ess`: 1 while the policy is close to the one that
@@ -195,7 +210,10 @@ def adaptive_power_weight(terms: TokenTerms, *, target_ess: float = 0.9, q: floa
 
     Source: the power family of Bai and Zhang 2026; the criterion is Kish's effective sample size.
     """
-    return power_weight(terms, **adaptive_power_of(terms.log_ratios.detach()[terms.mask], target_ess=target_ess, q=q))
+    return power_weight(
+        terms,
+        **adaptive_power_of(terms.log_ratios.detach()[terms.mask], target_ess=target_ess, q=q),
+    )
 
 
 @register_weight("sapo")
@@ -209,7 +227,9 @@ def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.0
     """
     for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
         if value <= 0:
-            raise ValueError(f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate")
+            raise ValueError(
+                f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate"
+            )
     tau = torch.where(terms.advantages > 0, tau_pos, tau_neg).to(terms.advantages.dtype)
     return _uncut(4 / tau * torch.sigmoid(tau * (terms.ratios - 1)) * terms.advantages)
 
@@ -225,7 +245,9 @@ def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float =
     return _score(terms.ratios.clamp(1 - clip_low, 1 + clip_high), terms)
 
 
-def gradient_coefficient(weight: str, log_ratios: Tensor, advantages: Tensor, **parameters: Any) -> Tensor:
+def gradient_coefficient(
+    weight: str, log_ratios: Tensor, advantages: Tensor, **parameters: Any
+) -> Tensor:
     """w(rho, A): what stands before A grad log pi in the gradient of a weight's surrogate, taken from the surrogate itself by differentiation.
 
         d surrogate / d log pi = w(rho, A) A
@@ -241,6 +263,8 @@ def gradient_coefficient(weight: str, log_ratios: Tensor, advantages: Tensor, **
     sign = torch.where(advantages < 0, -1.0, 1.0).to(log_ratios.dtype)
     with torch.enable_grad():
         logprobs = torch.zeros_like(log_ratios).requires_grad_()
-        terms = TokenTerms(log_ratios.detach() + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool))
+        terms = TokenTerms(
+            log_ratios.detach() + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool)
+        )
         (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
     return gradient * sign

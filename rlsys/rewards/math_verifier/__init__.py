@@ -18,14 +18,32 @@ from dataclasses import dataclass
 
 from rlsys.rewards.math_verifier import words
 from rlsys.rewards.math_verifier.comparison import same_answer
-from rlsys.rewards.math_verifier.extraction import EXTRACTIONS, extract_answer, has_one_filled_box, last_boxed
-from rlsys.rewards.math_verifier.limits import MAX_ANSWER_CHARACTERS, TooLargeError, UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.extraction import (
+    EXTRACTIONS,
+    extract_answer,
+    has_one_filled_box,
+    last_boxed,
+)
+from rlsys.rewards.math_verifier.limits import (
+    MAX_ANSWER_CHARACTERS,
+    TooLargeError,
+    UndefinedError,
+    UnparsableError,
+)
 from rlsys.rewards.math_verifier.nodes import Node
 from rlsys.rewards.math_verifier.normal_form import normal_form
 from rlsys.rewards.math_verifier.parser import readings
 from rlsys.rewards.math_verifier.plain_numbers import plain_number
 
-__all__ = ["EXTRACTIONS", "MathVerdict", "extract_answer", "has_one_filled_box", "last_boxed", "same_answer_text", "verify_math"]
+__all__ = [
+    "EXTRACTIONS",
+    "MathVerdict",
+    "extract_answer",
+    "has_one_filled_box",
+    "last_boxed",
+    "same_answer_text",
+    "verify_math",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +67,25 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
     """
     answer = extract_answer(completion, extraction)
     if answer is None:
-        return MathVerdict(score=0.0, answer=None, normal_form=None, rule="extraction", reason="no_answer")
+        return MathVerdict(
+            score=0.0, answer=None, normal_form=None, rule="extraction", reason="no_answer"
+        )
     if len(answer) > MAX_ANSWER_CHARACTERS and answer != ground_truth.strip():
-        return MathVerdict(score=0.0, answer=answer[:MAX_ANSWER_CHARACTERS], normal_form=None, rule="extraction", reason="too_long")
+        return MathVerdict(
+            score=0.0,
+            answer=answer[:MAX_ANSWER_CHARACTERS],
+            normal_form=None,
+            rule="extraction",
+            reason="too_long",
+        )
     truth = last_boxed(ground_truth) or ground_truth
     equal, rule, reason = same_answer_text(answer, truth.strip())
     return MathVerdict(
-        score=float(equal), answer=answer, normal_form=normal_form(answer), rule=rule, reason="correct" if equal else reason
+        score=float(equal),
+        answer=answer,
+        normal_form=normal_form(answer),
+        rule=rule,
+        reason="correct" if equal else reason,
     )
 
 
@@ -111,9 +141,15 @@ def _same_choice(answer: str, truth: str) -> bool | None:
     first, second = words.choice(answer), words.choice(truth)
     if first is not None and second is not None:
         if first[0] == second[0]:
-            return True if not first[1] or not second[1] else same_answer_text(first[1], second[1])[0]
+            return (
+                True if not first[1] or not second[1] else same_answer_text(first[1], second[1])[0]
+            )
         if first[2] or second[2]:
-            return first[0].upper() == second[0].upper() and first[0].upper() in "ABCDEFGHIJ" and not (first[1] and second[1])
+            return (
+                first[0].upper() == second[0].upper()
+                and first[0].upper() in "ABCDEFGHIJ"
+                and not (first[1] and second[1])
+            )
         return None
     for labelled, other in ((first, truth), (second, answer)):
         if labelled is not None and labelled[1]:
@@ -130,11 +166,18 @@ def _same_words(answer: str, truth: str) -> tuple[bool, str, str]:
     first, second = words.phrase(answer), words.phrase(truth)
     if not first or not second:
         return False, "words", "unparsable"
-    if first == second or (_only_letters(first) and "".join(first.split()) == "".join(second.split())):
+    if first == second or (
+        _only_letters(first) and "".join(first.split()) == "".join(second.split())
+    ):
         return True, "words", "correct"
-    if re.search("[a-z]{3}", first) and first.replace(",", "").split() == second.replace(",", "").split():
+    if (
+        re.search("[a-z]{3}", first)
+        and first.replace(",", "").split() == second.replace(",", "").split()
+    ):
         return True, "words", "correct"
     if words.items(answer) == words.items(truth) and len(words.items(truth)) > 1:
         return True, "words", "correct"
-    known = any(character.isalpha() for character in first) and not any(character in "\\^_{}" for character in first)
+    known = any(character.isalpha() for character in first) and not any(
+        character in "\\^_{}" for character in first
+    )
     return False, "words", "wrong" if known else "unparsable"

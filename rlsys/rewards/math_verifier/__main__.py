@@ -25,16 +25,39 @@ from rlsys.rewards.math_verifier import EXTRACTIONS, verify_math
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 where a single completion is wrong or two runs disagree."""
     parser = argparse.ArgumentParser(
-        prog="python -m rlsys.rewards.math_verifier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m rlsys.rewards.math_verifier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("completion", nargs="?", help="text with the answer")
     parser.add_argument("ground_truth", nargs="?", help="the right answer")
-    parser.add_argument("--extraction", choices=EXTRACTIONS, default="boxed", help="where the answer stands (default: boxed)")
-    parser.add_argument("--file", type=Path, help="JSONL or Parquet with a completion and a ground truth in each row")
-    parser.add_argument("--out", type=Path, help="Parquet to write (default: the file's name with .verdicts.parquet)")
+    parser.add_argument(
+        "--extraction",
+        choices=EXTRACTIONS,
+        default="boxed",
+        help="where the answer stands (default: boxed)",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="JSONL or Parquet with a completion and a ground truth in each row",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="Parquet to write (default: the file's name with .verdicts.parquet)",
+    )
     parser.add_argument("--completion-column", default="completion", help="default: completion")
-    parser.add_argument("--ground-truth-column", default="ground_truth", help="default: ground_truth")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two files written by --file")
+    parser.add_argument(
+        "--ground-truth-column", default="ground_truth", help="default: ground_truth"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="two files written by --file",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.compare:
@@ -61,12 +84,17 @@ def score_file(options: argparse.Namespace) -> int:
     rows = read_rows(options.file, (options.completion_column, options.ground_truth_column))
     scored = []
     for row in track(rows, description="scoring", disable=not sys.stderr.isatty()):
-        completion, truth = str(row[options.completion_column]), str(row[options.ground_truth_column])
+        completion, truth = (
+            str(row[options.completion_column]),
+            str(row[options.ground_truth_column]),
+        )
         verdict = verify_math(completion, truth, extraction=options.extraction)
         scored.append(row | {"extraction": options.extraction} | asdict(verdict))
     out = options.out or options.file.with_suffix(".verdicts.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(scored), out)
-    print(f"{len(scored)} completions, {sum(row['score'] for row in scored) / max(len(scored), 1):.2%} right, written to {out}")
+    print(
+        f"{len(scored)} completions, {sum(row['score'] for row in scored) / max(len(scored), 1):.2%} right, written to {out}"
+    )
     for column in ("reason", "rule"):
         counts = Counter(row[column] for row in scored)
         print(f"{column}s: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
@@ -80,7 +108,9 @@ def read_rows(path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:
         ValueError: there is no such file; a row lacks a needed column, or is no JSON: the message has its number.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path}. Name a JSONL or Parquet file with a completion and a ground truth in each row.")
+        raise ValueError(
+            f"there is no file {path}. Name a JSONL or Parquet file with a completion and a ground truth in each row."
+        )
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -92,7 +122,9 @@ def read_rows(path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: no JSON ({error}). Write one object a line.") from None
+                    raise ValueError(
+                        f"{path}, line {number}: no JSON ({error}). Write one object a line."
+                    ) from None
     for number, row in enumerate(rows, start=1):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
@@ -110,14 +142,22 @@ def compare(before: Path, after: Path) -> int:
 
     first, second = read_rows(before, ("score",)), read_rows(after, ("score",))
     if len(first) != len(second):
-        raise ValueError(f"{before} has {len(first)} rows and {after} {len(second)}: compare runs over the same file.")
+        raise ValueError(
+            f"{before} has {len(first)} rows and {after} {len(second)}: compare runs over the same file."
+        )
     for number, (old, new) in enumerate(zip(first, second, strict=True), start=1):
         if old.get("ground_truth") != new.get("ground_truth"):
             raise ValueError(
                 f"row {number}: the ground truths differ ({old.get('ground_truth')!r} and {new.get('ground_truth')!r}). Compare runs over the same file."
             )
-    table = Table("row", "answer", "ground truth", "before", "after", title=f"{before.name} and {after.name}")
-    different = [(i, a, b) for i, (a, b) in enumerate(zip(first, second, strict=True)) if a["score"] != b["score"]]
+    table = Table(
+        "row", "answer", "ground truth", "before", "after", title=f"{before.name} and {after.name}"
+    )
+    different = [
+        (i, a, b)
+        for i, (a, b) in enumerate(zip(first, second, strict=True))
+        if a["score"] != b["score"]
+    ]
     for i, old, new in different:
         cells = [str(i), str(new.get("answer")), str(new.get("ground_truth"))]
         cells += [f"{row['score']:g} {row.get('rule')}: {row.get('reason')}" for row in (old, new)]
@@ -125,7 +165,9 @@ def compare(before: Path, after: Path) -> int:
     gained = sum(new["score"] > old["score"] for _, old, new in different)
     if different:
         Console().print(table)
-    print(f"{len(first)} rows, {len(different)} disagreements: {gained} now right, {len(different) - gained} now wrong")
+    print(
+        f"{len(first)} rows, {len(different)} disagreements: {gained} now right, {len(different) - gained} now wrong"
+    )
     return int(bool(different))
 
 

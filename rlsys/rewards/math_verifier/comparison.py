@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from rlsys.rewards.math_verifier.evaluation import exact, real_value, same_value
-from rlsys.rewards.math_verifier.limits import MAX_LIST_ITEMS, MAX_SIGN_CHOICES, TooLargeError, UndefinedError, UnparsableError
+from rlsys.rewards.math_verifier.limits import (
+    MAX_LIST_ITEMS,
+    MAX_SIGN_CHOICES,
+    TooLargeError,
+    UndefinedError,
+    UnparsableError,
+)
 from rlsys.rewards.math_verifier.nodes import (
     EMPTY_SET,
     MINUS_ONE,
@@ -36,7 +42,14 @@ from rlsys.rewards.math_verifier.nodes import (
     symbols,
 )  # fmt: skip
 from rlsys.rewards.math_verifier.parser import added
-from rlsys.rewards.math_verifier.real_sets import FLIPPED, is_infinite, real_set, same_equation, same_set, substitute
+from rlsys.rewards.math_verifier.real_sets import (
+    FLIPPED,
+    is_infinite,
+    real_set,
+    same_equation,
+    same_set,
+    substitute,
+)
 from rlsys.rewards.math_verifier.units import parse_unit
 
 # Digits that a value said to be rounded must show, to equal another decimal or an exact value.
@@ -71,7 +84,13 @@ def simplified(node: Node) -> Node:
         return _simplified_listing(node)
     if isinstance(node, SetOf):
         parts = [simplified(item) for item in node.items]
-        return SetOf(tuple(item for part in parts for item in (part.items if isinstance(part, Listing) else (part,))))
+        return SetOf(
+            tuple(
+                item
+                for part in parts
+                for item in (part.items if isinstance(part, Listing) else (part,))
+            )
+        )
     if isinstance(node, SetOperation):
         return node
     node = _grouped_matrix(node)
@@ -96,17 +115,35 @@ def _grouped_matrix(node: Node) -> Node:
 def _simplified_listing(node: Listing) -> Node:
     if isinstance(node.items[0], Relation) and node.items[0].operators == ("=",):
         name = node.items[0].parts[0]
-        if is_name(name) and not any(isinstance(item, Relation) for item in node.items[1:]):  # x = 2, 3
-            return _named(name, _simplified_listing(Listing((node.items[0].parts[1], *node.items[1:]), node.separator)))
+        if is_name(name) and not any(
+            isinstance(item, Relation) for item in node.items[1:]
+        ):  # x = 2, 3
+            return _named(
+                name,
+                _simplified_listing(
+                    Listing((node.items[0].parts[1], *node.items[1:]), node.separator)
+                ),
+            )
         if all(
-            isinstance(item, Relation) and item.operators == ("=",) and _same_variable(item.parts[0], name) for item in node.items
+            isinstance(item, Relation)
+            and item.operators == ("=",)
+            and _same_variable(item.parts[0], name)
+            for item in node.items
         ):
             values = tuple(i.parts[1] for i in node.items if isinstance(i, Relation))
             return _named(name, _simplified_listing(Listing(values, node.separator)))
-    if node.separator == "and" and len(node.items) == 2 and all(isinstance(item, Measured) for item in node.items):
+    if (
+        node.separator == "and"
+        and len(node.items) == 2
+        and all(isinstance(item, Measured) for item in node.items)
+    ):
         first, second = node.items
         try:
-            if isinstance(first, Measured) and isinstance(second, Measured) and first.unit != second.unit:
+            if (
+                isinstance(first, Measured)
+                and isinstance(second, Measured)
+                and first.unit != second.unit
+            ):
                 return added(first, second)  # 3 hours and 20 minutes
         except UnparsableError:
             pass
@@ -190,7 +227,9 @@ def is_name(node: Node) -> bool:
     if isinstance(node, Symbol):
         return node != REALS
     if isinstance(node, Call):
-        return node.name.startswith("undefined ") or (node.name == "abs" and is_name(node.arguments[0]))
+        return node.name.startswith("undefined ") or (
+            node.name == "abs" and is_name(node.arguments[0])
+        )
     if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
         return (
             0 < len(node.factors) <= 3
@@ -208,7 +247,9 @@ def _simplified_relation(node: Relation) -> Node:
     if "~" in operators and set(operators) <= {"=", "~"}:
         return _rounded_chain(parts, operators)
     if set(operators) != {"="}:
-        return Relation(tuple(simplified(p) if operators == ["in"] else p for p in parts), node.operators)
+        return Relation(
+            tuple(simplified(p) if operators == ["in"] else p for p in parts), node.operators
+        )
     if len(parts) == 2 and is_name(parts[1]) and not is_name(parts[0]):
         parts.reverse()
     named = is_name(parts[0])
@@ -222,7 +263,11 @@ def _simplified_relation(node: Relation) -> Node:
     value = simplified(values[0])
     if isinstance(parts[0], Group):
         return value
-    return _named(parts[0], value) if isinstance(value, Listing) else Relation((parts[0], value), ("=",))
+    return (
+        _named(parts[0], value)
+        if isinstance(value, Listing)
+        else Relation((parts[0], value), ("=",))
+    )
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
@@ -233,7 +278,11 @@ def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
         if len(parts) == 1:
             return Approximate(simplified(parts[0])) if first == "~" else simplified(parts[0])
     values = [_without_unit(simplified(part)) for part in parts]
-    if len(values) != 2 or not isinstance(values[1], Number) or not _rounds_to(values[0], values[1], minimum=1):
+    if (
+        len(values) != 2
+        or not isinstance(values[1], Number)
+        or not _rounds_to(values[0], values[1], minimum=1)
+    ):
         raise UnparsableError("a wrong approximation")
     return Listing((parts[0], Approximate(parts[1])), "~")
 
@@ -253,13 +302,21 @@ def _equations(left: Node, right: Node) -> bool:
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        return is_name(left.parts[0]) and not isinstance(right, Ratio) and same_answer(left.parts[1], right)
+        return (
+            is_name(left.parts[0])
+            and not isinstance(right, Ratio)
+            and same_answer(left.parts[1], right)
+        )
     if right.operators != ("=",):
         return False
     first, second = left.parts[0], right.parts[0]
     if first == second and is_name(first):
         return same_answer(left.parts[1], right.parts[1])
-    if _is_function_name(first) and _is_function_name(second) and same_answer(left.parts[1], right.parts[1]):
+    if (
+        _is_function_name(first)
+        and _is_function_name(second)
+        and same_answer(left.parts[1], right.parts[1])
+    ):
         return True
     try:
         return bool(same_equation(_difference(left), _difference(right), ordered=False))
@@ -277,7 +334,11 @@ def _difference(node: Relation) -> Node:
 
 def _inequalities(left: Node, right: Node) -> bool:
     """The same inequality, turned round or multiplied."""
-    if not (isinstance(left, Relation) and isinstance(right, Relation) and len(left.operators) == len(right.operators) == 1):
+    if not (
+        isinstance(left, Relation)
+        and isinstance(right, Relation)
+        and len(left.operators) == len(right.operators) == 1
+    ):
         return False
     first, second = left.operators[0], right.operators[0]
     if first not in FLIPPED or second not in FLIPPED or "=" in (first, second):
@@ -298,7 +359,10 @@ def _assignments(left: Node, right: Node) -> bool:
     """x = 3, y = -1 against (3, -1), the variables in alphabetical order; AB = 9, CD = 4 in any order."""
     if not (
         isinstance(left, Listing)
-        and all(isinstance(i, Relation) and i.operators == ("=",) and is_name(i.parts[0]) for i in left.items)
+        and all(
+            isinstance(i, Relation) and i.operators == ("=",) and is_name(i.parts[0])
+            for i in left.items
+        )
     ):
         return False
     pairs = {str(i.parts[0]): i.parts[1] for i in left.items if isinstance(i, Relation)}
@@ -306,7 +370,9 @@ def _assignments(left: Node, right: Node) -> bool:
         return False
     if isinstance(right, Group) and (right.opening, right.closing) in (("(", ")"), ("<", ">")):
         return _same_items([pairs[name] for name in sorted(pairs)], right.items)
-    if isinstance(right, Listing) and all(isinstance(i, Relation) and i.operators == ("=",) for i in right.items):
+    if isinstance(right, Listing) and all(
+        isinstance(i, Relation) and i.operators == ("=",) for i in right.items
+    ):
         return _same_multiset(left.items, right.items)
     return False
 
@@ -317,9 +383,15 @@ def _assignments(left: Node, right: Node) -> bool:
 def _sets(left: Node, right: Node) -> bool:
     """Sets of real numbers in whatever notation; finite ones are compared by their members."""
     infinite = Group | SetOperation | Relation
-    if isinstance(left, Measured | Approximate) or not (isinstance(left, infinite | Listing) or left == REALS):
+    if isinstance(left, Measured | Approximate) or not (
+        isinstance(left, infinite | Listing) or left == REALS
+    ):
         return False
-    if isinstance(left, Relation) and left.operators == ("in",) and isinstance(left.parts[1], SetOf | Listing):
+    if (
+        isinstance(left, Relation)
+        and left.operators == ("in",)
+        and isinstance(left.parts[1], SetOf | Listing)
+    ):
         return same_answer(left.parts[1], right)
     if isinstance(left, Group) and isinstance(right, Group | Listing) and isinstance(right, Group):
         return False  # two pairs are compared as pairs
@@ -345,14 +417,20 @@ def _finite_sets(left: Node, right: Node) -> bool:
         return False
     if (isinstance(right, Listing) and right.separator != "~") or isinstance(right, SetOf):
         others = right.items
-    elif len(left.items) == 1 and not isinstance(right, Group | Matrix | SetOperation) and left.items[0] != EMPTY_SET:
+    elif (
+        len(left.items) == 1
+        and not isinstance(right, Group | Matrix | SetOperation)
+        and left.items[0] != EMPTY_SET
+    ):
         return same_answer(left.items[0], right)
     else:
         return False
     _bound(left.items, others)
     if not left.items or not others:
         return not left.items and not others
-    return all(any(_item(a, b) for b in others) for a in left.items) and all(any(_item(a, b) for a in left.items) for b in others)
+    return all(any(_item(a, b) for b in others) for a in left.items) and all(
+        any(_item(a, b) for a in left.items) for b in others
+    )
 
 
 def _bound(left: Sequence[Node], right: Sequence[Node]) -> None:
@@ -403,14 +481,22 @@ def _tuples(left: Node, right: Node) -> bool:
     if not isinstance(left, Group) or not isinstance(right, Group):
         return False
     shape = {"<": "(", ">": ")"}
-    brackets = [(shape.get(g.opening, g.opening), shape.get(g.closing, g.closing)) for g in (left, right)]
-    if brackets[0] != brackets[1] and not (len(left.items) > 2 and set(brackets) == {("(", ")"), ("[", "]")}):
+    brackets = [
+        (shape.get(g.opening, g.opening), shape.get(g.closing, g.closing)) for g in (left, right)
+    ]
+    if brackets[0] != brackets[1] and not (
+        len(left.items) > 2 and set(brackets) == {("(", ")"), ("[", "]")}
+    ):
         return False
     return _same_items(left.items, right.items)
 
 
 def _same_end(left: Node, right: Node) -> bool:
-    return is_infinite(left) == is_infinite(right) if is_infinite(left) or is_infinite(right) else _item(left, right)
+    return (
+        is_infinite(left) == is_infinite(right)
+        if is_infinite(left) or is_infinite(right)
+        else _item(left, right)
+    )
 
 
 # Matrices
@@ -439,12 +525,19 @@ def as_matrix(node: Node) -> Matrix | None:
 
 
 def _multiple(factors: tuple[Node, ...]) -> Matrix | None:
-    matrices = [as_matrix(factor) if isinstance(factor, Matrix | Group) else None for factor in factors]
+    matrices = [
+        as_matrix(factor) if isinstance(factor, Matrix | Group) else None for factor in factors
+    ]
     if sum(matrix is not None for matrix in matrices) != 1:
         return _unit_vectors(Product(factors))
     matrix = next(matrix for matrix in matrices if matrix is not None)
-    scalar = Product(tuple(factor for factor, m in zip(factors, matrices, strict=True) if m is None))
-    return Matrix(tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows), matrix.determinant)
+    scalar = Product(
+        tuple(factor for factor, m in zip(factors, matrices, strict=True) if m is None)
+    )
+    return Matrix(
+        tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows),
+        matrix.determinant,
+    )
 
 
 def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
@@ -454,7 +547,10 @@ def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
         return None
     present = [m for m in matrices if m is not None]
     return Matrix(
-        tuple(tuple(Sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*(m.rows for m in present), strict=True))
+        tuple(
+            tuple(Sum(cells) for cells in zip(*rows, strict=True))
+            for rows in zip(*(m.rows for m in present), strict=True)
+        )
     )
 
 
@@ -552,7 +648,9 @@ def _unmarked(node: Node) -> Node:
 
 
 def _holds_unit(node: Node) -> bool:
-    return isinstance(node, Measured | Marked) or any(_holds_unit(child) for child in children(node))
+    return isinstance(node, Measured | Marked) or any(
+        _holds_unit(child) for child in children(node)
+    )
 
 
 def _different_units(left: Node, right: Node) -> bool:
@@ -587,7 +685,9 @@ def _units(left: Node, right: Node) -> bool:
     return (
         isinstance(left.value, _EXPRESSIONS)
         and isinstance(right.value, _EXPRESSIONS)
-        and same_value(Product((left.value, Number(first[1]))), Product((right.value, Number(second[1]))))
+        and same_value(
+            Product((left.value, Number(first[1]))), Product((right.value, Number(second[1])))
+        )
     )
 
 
@@ -601,7 +701,9 @@ def _rounds_to(value: Node, rounded: Number, *, minimum: int) -> bool:
         number = real_value(value)
     except UnparsableError:
         return False
-    distance = abs(number - rounded.value.numerator / real_value(Number(Fraction(rounded.value.denominator))))
+    distance = abs(
+        number - rounded.value.numerator / real_value(Number(Fraction(rounded.value.denominator)))
+    )
     return bool(distance <= real_value(Number(Fraction(1, 2 * 10**decimals))) * (1 + 1e-12))
 
 
@@ -620,7 +722,9 @@ def _roundings(left: Node, right: Node) -> bool:
     if not isinstance(plain, Number) or not isinstance(against, _EXPRESSIONS) or symbols(against):
         return False
     decimal = isinstance(against, Number) and against.decimals is not None
-    return _rounds_to(against, plain, minimum=MIN_DIGITS_OF_DECIMAL if decimal else MIN_DIGITS_OF_EXACT)
+    return _rounds_to(
+        against, plain, minimum=MIN_DIGITS_OF_DECIMAL if decimal else MIN_DIGITS_OF_EXACT
+    )
 
 
 def _ratios(left: Node, right: Node) -> bool:
@@ -637,7 +741,10 @@ def _ratios(left: Node, right: Node) -> bool:
     first, second = left.parts[0], right.parts[0]
     if any(exact(part) == 0 for part in (*left.parts, *right.parts)):
         return _same_items(left.parts, right.parts)
-    return all(_item(Product((a, second)), Product((b, first))) for a, b in zip(left.parts, right.parts, strict=True))
+    return all(
+        _item(Product((a, second)), Product((b, first)))
+        for a, b in zip(left.parts, right.parts, strict=True)
+    )
 
 
 _RULES: tuple[Callable[[Node, Node], bool], ...] = (

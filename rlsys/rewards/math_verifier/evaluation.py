@@ -42,7 +42,11 @@ from rlsys.rewards.math_verifier.nodes import (
     symbols,
 )
 
-DIGITS = (50, 150, 2200)  # of an evaluation; the next number where the last one left nothing but rounding errors
+DIGITS = (
+    50,
+    150,
+    2200,
+)  # of an evaluation; the next number where the last one left nothing but rounding errors
 POINTS = 3  # that two expressions must share
 # Where variables are looked for: both signs, and large enough for radicands such as x - 20.
 _RANGES = (
@@ -137,7 +141,9 @@ def _exact_call(name: str, values: list[Fraction | None]) -> Fraction | None:
     if name in ("factorial", "double factorial") and whole[0] >= 0:
         if whole[0] > MAX_FACTORIAL:
             raise TooLargeError
-        return Fraction(math.factorial(whole[0]) if name == "factorial" else math.prod(range(whole[0], 0, -2)))
+        return Fraction(
+            math.factorial(whole[0]) if name == "factorial" else math.prod(range(whole[0], 0, -2))
+        )
     if name == "binomial" and len(whole) == 2 and whole[0] >= 0:
         if whole[0] > MAX_FACTORIAL:
             raise TooLargeError
@@ -157,7 +163,14 @@ def _context(digits: int) -> Any:
 class Evaluator:
     """High-precision values of one expression after another at one point; `scale` is the largest number met on the way."""
 
-    def __init__(self, point: dict[str, float], *, digits: int = DIGITS[0], real: bool = True, log_base: int | None = None) -> None:
+    def __init__(
+        self,
+        point: dict[str, float],
+        *,
+        digits: int = DIGITS[0],
+        real: bool = True,
+        log_base: int | None = None,
+    ) -> None:
         self.context = _context(digits)
         self.context.dps = digits  # an interrupted function may have left another
         self._point = {name: self.context.mpf(value) for name, value in point.items()}
@@ -189,7 +202,9 @@ class Evaluator:
             case Call(name, arguments):
                 result = self._call(name, arguments)
             case Marked(inner, mark):
-                result = self.value(inner) * (self.context.pi / 180 if mark == "degree" else self.context.mpf(1) / 100)
+                result = self.value(inner) * (
+                    self.context.pi / 180 if mark == "degree" else self.context.mpf(1) / 100
+                )
             case Numeral(digits, base):
                 result = self.context.mpf(int(digits, base))
             case _:
@@ -201,7 +216,9 @@ class Evaluator:
             raise UndefinedError
         magnitude = self.context.mag(result)
         if magnitude > MAX_MAGNITUDE_DIGITS * 3.33 or (
-            result != 0 and magnitude < -MAX_MAGNITUDE_DIGITS * 3.33 and not self._cancelled(magnitude)
+            result != 0
+            and magnitude < -MAX_MAGNITUDE_DIGITS * 3.33
+            and not self._cancelled(magnitude)
         ):
             raise TooLargeError
         size = abs(result)
@@ -228,12 +245,19 @@ class Evaluator:
     def _power(self, base_node: Node, exponent_node: Node) -> Any:
         base = self.value(base_node)
         fraction = _rational_exponent(exponent_node)
-        exponent = self.value(exponent_node) if fraction is None else self.context.mpf(fraction.numerator) / fraction.denominator
+        exponent = (
+            self.value(exponent_node)
+            if fraction is None
+            else self.context.mpf(fraction.numerator) / fraction.denominator
+        )
         if base == 0:
             if self._is_positive(exponent):
                 return self.context.mpf(0)
             raise UndefinedError
-        if abs(exponent) * abs(self.context.mag(base) + 1) > MAX_MAGNITUDE_DIGITS * 3.33 and abs(exponent) > 2:
+        if (
+            abs(exponent) * abs(self.context.mag(base) + 1) > MAX_MAGNITUDE_DIGITS * 3.33
+            and abs(exponent) > 2
+        ):
             raise TooLargeError
         if fraction is not None and fraction.denominator == 1:
             return base ** int(fraction.numerator)
@@ -268,7 +292,11 @@ class Evaluator:
                 base = self.value(arguments[0])
                 return base if base == 0 else self._root(base, Fraction(1, degree.numerator))
             return self._power(arguments[0], Power(arguments[1], Number(Fraction(-1))))
-        constant = _exact_call(name, [exact(argument) for argument in arguments]) if name in _EXACT_FUNCTIONS else None
+        constant = (
+            _exact_call(name, [exact(argument) for argument in arguments])
+            if name in _EXACT_FUNCTIONS
+            else None
+        )
         if constant is not None:
             return self.context.mpf(constant.numerator) / constant.denominator
         values = [self.value(argument) for argument in arguments]
@@ -289,9 +317,9 @@ class Evaluator:
         for value in values:
             if abs(value) > 10**6:
                 raise TooLargeError
-            total += self.context.sin(value * self.context.mpf(generator.uniform(0.5, 1))) + value * self.context.mpf(
-                generator.uniform(1, 2)
-            )
+            total += self.context.sin(
+                value * self.context.mpf(generator.uniform(0.5, 1))
+            ) + value * self.context.mpf(generator.uniform(1, 2))
         return total
 
     def _log(self, values: list[Any]) -> Any:
@@ -333,7 +361,8 @@ class Evaluator:
         if name == "factorial":
             self._require(
                 value,
-                abs(value) < MAX_FACTORIAL and not (self._is_real(value) and value.real < 0 and value.real == int(value.real)),
+                abs(value) < MAX_FACTORIAL
+                and not (self._is_real(value) and value.real < 0 and value.real == int(value.real)),
             )
             return context.gamma(value + 1)
         if name in ("floor", "ceil"):
@@ -356,7 +385,9 @@ class Evaluator:
             raise UndefinedError from None
 
 
-_EXACT_FUNCTIONS = frozenset({"floor", "ceil", "factorial", "double factorial", "binomial", "gcd", "lcm", "max", "min"})
+_EXACT_FUNCTIONS = frozenset(
+    {"floor", "ceil", "factorial", "double factorial", "binomial", "gcd", "lcm", "max", "min"}
+)
 _TWO_ARGUMENTS = frozenset({"binomial", "max", "min"})
 _FUNCTIONS = {name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "cbrt"]} | {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "cis": "expj",
@@ -421,8 +452,13 @@ def points(names: frozenset[str]) -> Iterator[dict[str, float]]:
         yield {name: random.Random(f"{name} {number}").uniform(low, high) for name in names}
 
 
-def _same_at(left: Node, right: Node, point: dict[str, float], real: bool, log_base: int | None) -> bool:
-    same, lost = False, 0  # lost: digits that cancellation may eat: those before the point of the largest number on the way
+def _same_at(
+    left: Node, right: Node, point: dict[str, float], real: bool, log_base: int | None
+) -> bool:
+    same, lost = (
+        False,
+        0,
+    )  # lost: digits that cancellation may eat: those before the point of the largest number on the way
     for digits in DIGITS:
         evaluator = Evaluator(point, digits=digits + lost, real=real, log_base=log_base)
         first, second = evaluator.value(left), evaluator.value(right)

@@ -9,7 +9,9 @@ EXTRACTIONS = ("boxed", "answer_tag", "lenient")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BARE = re.compile(r"[^\s${}\\]+")
 _ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
-_DISPLAYED = re.compile(r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
+_DISPLAYED = re.compile(
+    r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
+)
 _LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
 MAX_LINE = 1000
 
@@ -49,7 +51,9 @@ def _last_box(text: str) -> re.Match[str] | None:
 def _balanced(text: str, start: int) -> str | None:
     depth = 1
     position = start
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # an escaped brace does not count
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(
+        text, start
+    ):  # an escaped brace does not count
         token = match[0]
         if token == "{":
             depth += 1
@@ -81,7 +85,9 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         ValueError: an unknown `extraction`.
     """
     if extraction not in EXTRACTIONS:
-        raise ValueError(f"extraction: {extraction!r} is unknown. Choose one of {', '.join(EXTRACTIONS)}.")
+        raise ValueError(
+            f"extraction: {extraction!r} is unknown. Choose one of {', '.join(EXTRACTIONS)}."
+        )
     if extraction == "answer_tag":
         return _cleaned(last_answer_tag(completion))
     if _last_box(completion) is not None:

@@ -52,11 +52,17 @@ _IGNORED = frozenset(
     )
 )
 _INVISIBLE = frozenset({"phantom", "hphantom", "vphantom", "label", "tag"})
-_SPACES = frozenset(_words("quad qquad enspace thinspace medspace thickspace space hspace vspace hskip"))
-_TEXT_COMMANDS = frozenset(
-    _words("text mbox hbox textnormal textrm textbf textit textsf texttt textup emph mathrm operatorname mathsf mathtt")
+_SPACES = frozenset(
+    _words("quad qquad enspace thinspace medspace thickspace space hspace vspace hskip")
 )
-_STYLE_COMMANDS = frozenset(_words("mathbf mathit boldsymbol bm bold vec hat overrightarrow mathcal mathscr"))
+_TEXT_COMMANDS = frozenset(
+    _words(
+        "text mbox hbox textnormal textrm textbf textit textsf texttt textup emph mathrm operatorname mathsf mathtt"
+    )
+)
+_STYLE_COMMANDS = frozenset(
+    _words("mathbf mathit boldsymbol bm bold vec hat overrightarrow mathcal mathscr")
+)
 _TRANSPARENT = frozenset(_words("boxed fbox underline widehat mathchoice ensuremath cancel"))
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "dbinom": "binom", "tbinom": "binom", "cdot": "*",
@@ -88,10 +94,18 @@ _PUNCTUATION = {
 }  # fmt: skip
 MAX_REPEATED_DIGITS = 12  # before the period, and in it, where dots stand for the rest of a decimal
 _STRONG_SEPARATOR = r"(?:,\\!\s?|\{,\}(?:\\!)?|\\,|\\ |\\;|\\!,|,\\,)"
-_INTEGER = re.compile(rf"[1-9]\d{{0,2}}(?:(?:{_STRONG_SEPARATOR}|,)\d{{3}}(?!\d))+|[1-9]\d{{0,2}}(?: \d{{3}}(?!\d))+|\d+", re.ASCII)
-_INTEGER_IN_BRACKETS = re.compile(rf"[1-9]\d{{0,2}}(?:{_STRONG_SEPARATOR}\d{{3}}(?!\d))+|\d+", re.ASCII)
+_INTEGER = re.compile(
+    rf"[1-9]\d{{0,2}}(?:(?:{_STRONG_SEPARATOR}|,)\d{{3}}(?!\d))+|[1-9]\d{{0,2}}(?: \d{{3}}(?!\d))+|\d+",
+    re.ASCII,
+)
+_INTEGER_IN_BRACKETS = re.compile(
+    rf"[1-9]\d{{0,2}}(?:{_STRONG_SEPARATOR}\d{{3}}(?!\d))+|\d+", re.ASCII
+)
 _DECIMALS = re.compile(r"(?:\.|\{,\}|\{\.\}|\\\.)(\d+)", re.ASCII)
-_REPEATING = re.compile(r"\.(\d*)(?:\\(?:overline|bar|dot|widehat)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)(?=\s*$))", re.ASCII)
+_REPEATING = re.compile(
+    r"\.(\d*)(?:\\(?:overline|bar|dot|widehat)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\)(?=\s*$))",
+    re.ASCII,
+)
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])", re.ASCII)
 _ELLIPSIS = re.compile(r"\s*(?:\\l?dots\b|\\cdots\b|\.\.\.)")
 _PER_TIME = re.compile(r"\s*/\s*(?:s|h|sec|min|hr)(?![a-z])")
@@ -107,7 +121,12 @@ NUMBER_WORDS = {
             "nineteen"
         )
     )
-} | {word: 10 * tens for tens, word in enumerate(_words("twenty thirty forty fifty sixty seventy eighty ninety"), start=2)}
+} | {
+    word: 10 * tens
+    for tens, word in enumerate(
+        _words("twenty thirty forty fifty sixty seventy eighty ninety"), start=2
+    )
+}
 SCALE_WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -125,7 +144,9 @@ def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
 
 
 class _Lexer:
-    def __init__(self, text: str, thousands: bool, in_text: bool = False, before: Sequence[Token] = ()) -> None:
+    def __init__(
+        self, text: str, thousands: bool, in_text: bool = False, before: Sequence[Token] = ()
+    ) -> None:
         self._text = text
         self._thousands = thousands
         self._in_text = in_text
@@ -146,7 +167,9 @@ class _Lexer:
             if character.isspace() or character == "~":
                 self._position += 1
                 self._spaced = True
-            elif character in "0123456789" or (character == "." and text[self._position + 1 : self._position + 2].isdecimal()):
+            elif character in "0123456789" or (
+                character == "." and text[self._position + 1 : self._position + 2].isdecimal()
+            ):
                 self._number()
             elif character.isascii() and character.isalpha():
                 self._letters()
@@ -156,7 +179,11 @@ class _Lexer:
                 self._position += 1
                 if self._dollar_is_money:
                     self._add("name", "\\$")
-            elif character == "." and self._position + 1 < len(text) and text[self._position + 1] in " \\$}":
+            elif (
+                character == "."
+                and self._position + 1 < len(text)
+                and text[self._position + 1] in " \\$}"
+            ):
                 self._position += 1  # the end of a sentence
             elif character == "." and self._position + 1 == len(text):
                 self._position += 1
@@ -174,7 +201,9 @@ class _Lexer:
 
     def _punctuation(self, character: str) -> None:
         two = self._text[self._position : self._position + 2]
-        if two in ("<=", ">=", "!=", "**", "==") and (two != "!=" or self._text[self._position + 2 : self._position + 3] != "="):
+        if two in ("<=", ">=", "!=", "**", "==") and (
+            two != "!=" or self._text[self._position + 2 : self._position + 3] != "="
+        ):
             self._position += 2
             self._add("name", {"**": "^", "==": "="}.get(two, two))
             return
@@ -195,7 +224,12 @@ class _Lexer:
             self._position = repeating.end()
             if ellipsis := _ELLIPSIS.match(text, self._position):
                 self._position = ellipsis.end()
-            self._add("number", _fraction_of_repeating(digits or "0", repeating[1], repeating[2] or repeating[3] or repeating[4]))
+            self._add(
+                "number",
+                _fraction_of_repeating(
+                    digits or "0", repeating[1], repeating[2] or repeating[3] or repeating[4]
+                ),
+            )
             return
         decimals = None
         fraction = _DECIMALS.match(text, position)
@@ -213,7 +247,11 @@ class _Lexer:
         self._add("number", digits, decimals)
 
     def _letters(self) -> None:
-        match = _TEXT_RUN.match(self._text, self._position) if self._in_text else _LETTERS.match(self._text, self._position)
+        match = (
+            _TEXT_RUN.match(self._text, self._position)
+            if self._in_text
+            else _LETTERS.match(self._text, self._position)
+        )
         assert match
         self._position = match.end()
         run = match[0].rstrip(".")
@@ -233,16 +271,25 @@ class _Lexer:
             self._add("name", "pi")
         elif self._is_union_letter(run):
             self._add("name", "union")
-        elif lower in ("th", "st", "nd", "rd") and self._tokens and self._tokens[-1].kind == "number":
+        elif (
+            lower in ("th", "st", "nd", "rd") and self._tokens and self._tokens[-1].kind == "number"
+        ):
             self._add("name", "ordinal")
-        elif self._after_value() and ((lower in UNIT_WORDS and len(run) > 1) or self._is_speed(run)):
+        elif self._after_value() and (
+            (lower in UNIT_WORDS and len(run) > 1) or self._is_speed(run)
+        ):
             self._add("word", run)
         else:
             self._letter_run(run)
 
     def _is_union_letter(self, run: str) -> bool:
         following = self._text[self._position :].lstrip()[:1]
-        return run == "U" and bool(self._tokens) and self._tokens[-1].text in (")", "]", "}") and following in ("(", "[", "\\")
+        return (
+            run == "U"
+            and bool(self._tokens)
+            and self._tokens[-1].text in (")", "]", "}")
+            and following in ("(", "[", "\\")
+        )
 
     def _after_value(self) -> bool:
         tokens = [*self._before[-3:], *self._tokens[-4:]]
@@ -252,13 +299,20 @@ class _Lexer:
         if position > 0 and tokens[position].text == "*" and tokens[position - 1].kind == "word":
             return True
         last = tokens[position] if tokens else None
-        return last is not None and (last.kind in ("number", "word") or last.text in (")", "}", "pi", "/", "|"))
+        return last is not None and (
+            last.kind in ("number", "word") or last.text in (")", "}", "pi", "/", "|")
+        )
 
     def _is_speed(self, run: str) -> bool:
         """The letters of m/s, which are no variables."""
         if run == "m" and _PER_TIME.match(self._text, self._position):
             return True
-        return run in ("s", "h") and len(self._tokens) > 1 and self._tokens[-1].text == "/" and self._tokens[-2].kind == "word"
+        return (
+            run in ("s", "h")
+            and len(self._tokens) > 1
+            and self._tokens[-1].text == "/"
+            and self._tokens[-2].kind == "word"
+        )
 
     def _letter_run(self, run: str) -> None:
         if len(run) == 1:
@@ -268,7 +322,17 @@ class _Lexer:
         elif self._is_word(run):
             self._add("word", run)
         else:
-            for function in ("arcsin", "arccos", "arctan", "sin", "cos", "tan", "log", "ln", "sqrt"):
+            for function in (
+                "arcsin",
+                "arccos",
+                "arctan",
+                "sin",
+                "cos",
+                "tan",
+                "log",
+                "ln",
+                "sqrt",
+            ):
                 if run.startswith(function) and len(run) <= len(function) + 2:
                     self._add("name", function)
                     run = run[len(function) :]
@@ -278,7 +342,11 @@ class _Lexer:
 
     def _is_word(self, run: str) -> bool:
         """A run of letters is a product of variables only where it is short, or in alphabetical order as factors are written."""
-        if any(run.startswith(f) and len(run) <= len(f) + 2 for f in FUNCTIONS if len(f) > 2 or f == "ln"):
+        if any(
+            run.startswith(f) and len(run) <= len(f) + 2
+            for f in FUNCTIONS
+            if len(f) > 2 or f == "ln"
+        ):
             return False
         if run[0].isupper() and run[1:].islower():
             return len(run) > 2
@@ -291,7 +359,9 @@ class _Lexer:
         name = match[1]
         start, self._position = self._position, match.end()
         if name in ("{", "}", "$", "%", "&", "|"):
-            self._add("name", {"{": "\\{", "}": "\\}", "$": "\\$", "%": "%", "&": "and", "|": "|"}[name])
+            self._add(
+                "name", {"{": "\\{", "}": "\\}", "$": "\\$", "%": "%", "&": "and", "|": "|"}[name]
+            )
         elif name == "\\":
             self._add("name", "\\\\")
             if self._text[self._position : self._position + 1] == "[":  # \\[2ex]
@@ -361,7 +431,11 @@ class _Lexer:
         if stripped in ("e", "i", "d") and name in ("mathrm", "operatorname"):
             self._add("letter", stripped)
             return
-        if stripped in ("o", "th", "st", "nd", "rd") and self._tokens and self._tokens[-1].text in ("^", "{"):
+        if (
+            stripped in ("o", "th", "st", "nd", "rd")
+            and self._tokens
+            and self._tokens[-1].text in ("^", "{")
+        ):
             self._add("name", "circ" if stripped == "o" else "ordinal")
             return
         self._nested(content, in_text=True)
@@ -371,7 +445,9 @@ class _Lexer:
         if content in ("i", "j", "k") or content in ("\\imath", "\\jmath"):
             self._add("letter", "unit vector " + content.strip("\\")[0])
         else:
-            self._nested(content, in_text=len(content) > 1 and name in ("mathbf", "mathit", "boldsymbol"))
+            self._nested(
+                content, in_text=len(content) > 1 and name in ("mathbf", "mathit", "boldsymbol")
+            )
 
     def _nested(self, content: str, *, in_text: bool) -> None:
         if content.count("\\") > 20 or content.count("{") > 10:
@@ -412,6 +488,10 @@ def _fraction_of_ellipsis(whole: str, digits: str) -> str:
         rest = digits[start:]
         for length in range(1, min(len(rest) // 2, MAX_REPEATED_DIGITS) + 1):
             period = rest[:length]
-            if len(rest) >= 2 * length and (period * len(rest))[: len(rest)] == rest and (length > 1 or len(rest) > 1):
+            if (
+                len(rest) >= 2 * length
+                and (period * len(rest))[: len(rest)] == rest
+                and (length > 1 or len(rest) > 1)
+            ):
                 return _fraction_of_repeating(whole, digits[:start], period)
     raise UnparsableError("digits cut off")

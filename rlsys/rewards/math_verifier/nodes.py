@@ -161,7 +161,15 @@ def negative(node: Node) -> Node:
 def children(node: Node) -> tuple[Node, ...]:
     """The direct parts of a node."""
     match node:
-        case Sum(parts) | Product(parts) | Call(_, parts) | Ratio(parts) | Group(_, parts, _) | SetOf(parts) | Listing(parts, _):
+        case (
+            Sum(parts)
+            | Product(parts)
+            | Call(_, parts)
+            | Ratio(parts)
+            | Group(_, parts, _)
+            | SetOf(parts)
+            | Listing(parts, _)
+        ):
             return parts
         case Relation(parts, _):
             return parts

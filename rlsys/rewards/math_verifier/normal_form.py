@@ -90,4 +90,6 @@ def spelled(node: Node) -> str:
         case Matrix(rows, _):
             return "[" + "; ".join(", ".join(map(spelled, row)) for row in rows) + "]"
         case Relation(parts, operators):
-            return spelled(parts[0]) + "".join(f" {o} {spelled(p)}" for o, p in zip(operators, parts[1:], strict=True))
+            return spelled(parts[0]) + "".join(
+                f" {o} {spelled(p)}" for o, p in zip(operators, parts[1:], strict=True)
+            )

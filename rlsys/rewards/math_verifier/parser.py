@@ -53,17 +53,54 @@ from rlsys.rewards.math_verifier.words import plain
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
 _SEPARATORS = frozenset({",", ";", "and", "or"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
-_INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
+_INVERSE = {
+    "sin": "arcsin",
+    "cos": "arccos",
+    "tan": "arctan",
+    "cot": "arccot",
+    "sec": "arcsec",
+    "csc": "arccsc",
+}
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
 _FILLERS = frozenset(
-    ["the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about", "roughly", "nearly", "at", "exactly"]
+    [
+        "the",
+        "answer",
+        "is",
+        "final",
+        "so",
+        "thus",
+        "are",
+        "equals",
+        "approximately",
+        "about",
+        "roughly",
+        "nearly",
+        "at",
+        "exactly",
+    ]
 )
 _INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
 _ROUNDED = frozenset(["approximately", "about", "roughly", "nearly"])
 _BASE_WORDS = {
     w: i
-    for i, w in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], start=2)
+    for i, w in enumerate(
+        [
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ],
+        start=2,
+    )
 } | {"sixteen": 16}
 _FUNCTION_LETTERS = frozenset("fgFG")
 MAX_SCIENTIFIC_EXPONENT = 4000
@@ -81,7 +118,8 @@ def readings(text: str) -> list[Node]:
     if isinstance(first, Number) and "," in text and "{,}" not in text and "!" not in text:
         second = _Parser(tokenize(text, thousands=False)).answer()
         if isinstance(second, Listing) and all(
-            isinstance(item, Number) and item.value >= 100 and item.decimals is None for item in second.items[1:]
+            isinstance(item, Number) and item.value >= 100 and item.decimals is None
+            for item in second.items[1:]
         ):
             return [first, second]
     return [first]
@@ -92,7 +130,9 @@ def parse(text: str) -> Node:
     return _Parser(tokenize(text)).answer()
 
 
-_NUMERAL = re.compile(r"\(?([0-9A-Z]+)\)?(?:_\{\(?(\d\d?|[a-z]+)\)?\}|_(\d\d?|[a-z]+)|,?\(?(?:in)?base(\d\d?|[a-z]+)\)?)")
+_NUMERAL = re.compile(
+    r"\(?([0-9A-Z]+)\)?(?:_\{\(?(\d\d?|[a-z]+)\)?\}|_(\d\d?|[a-z]+)|,?\(?(?:in)?base(\d\d?|[a-z]+)\)?)"
+)
 
 
 def _numeral_with_letters(text: str) -> Numeral | None:
@@ -111,10 +151,19 @@ def _numeral_with_letters(text: str) -> Numeral | None:
 
 def added(first: Measured, second: Node) -> Measured:
     """5 ft + 6 in, in the first unit."""
-    units = [parse_unit(part.unit) if isinstance(part, Measured) else None for part in (first, second)]
-    if units[0] is None or units[1] is None or units[0][0] != units[1][0] or not isinstance(second, Measured):
+    units = [
+        parse_unit(part.unit) if isinstance(part, Measured) else None for part in (first, second)
+    ]
+    if (
+        units[0] is None
+        or units[1] is None
+        or units[0][0] != units[1][0]
+        or not isinstance(second, Measured)
+    ):
         raise UnparsableError("several units")
-    return Measured(Sum((first.value, Product((second.value, Number(units[1][1] / units[0][1]))))), first.unit)
+    return Measured(
+        Sum((first.value, Product((second.value, Number(units[1][1] / units[0][1]))))), first.unit
+    )
 
 
 class _Parser:
@@ -132,7 +181,11 @@ class _Parser:
 
     def _peek(self, ahead: int = 0) -> str:
         position = self._position + ahead
-        return self._tokens[position].text if position < len(self._tokens) and self._tokens[position].kind == "name" else ""
+        return (
+            self._tokens[position].text
+            if position < len(self._tokens) and self._tokens[position].kind == "name"
+            else ""
+        )
 
     def _kind(self, ahead: int = 0) -> str:
         position = self._position + ahead
@@ -223,9 +276,13 @@ class _Parser:
 
     def _set(self) -> Node:
         left = self._ratio()
-        while self._peek() in ("union", "intersection", "difference") or (left == REALS and self._peek() in ("-", "/")):
+        while self._peek() in ("union", "intersection", "difference") or (
+            left == REALS and self._peek() in ("-", "/")
+        ):
             operation = self._next().text
-            left = SetOperation("difference" if operation in "-/" else operation, left, self._ratio())
+            left = SetOperation(
+                "difference" if operation in "-/" else operation, left, self._ratio()
+            )
         return left
 
     def _ratio(self) -> Node:
@@ -245,7 +302,11 @@ class _Parser:
     def _term(self) -> Node:
         if self._peek() in ("+", "-", "+-", "-+"):
             sign = self._next().text
-            term = self._nested(self._term) if self._peek() in ("+", "-", "+-", "-+") else self._product()
+            term = (
+                self._nested(self._term)
+                if self._peek() in ("+", "-", "+-", "-+")
+                else self._product()
+            )
             if sign in ("+", "-"):
                 return term if sign == "+" else _negated(term)
             return PlusMinus(term, 1 if sign == "+-" else -1)
@@ -284,15 +345,28 @@ class _Parser:
         if isinstance(factor, Numeral):
             raise UnparsableError("a numeral beside a factor")
         if isinstance(last, Number) and last.decimals is None and last.value.denominator == 1:
-            if number and self._tokens[position].spaced and isinstance(factor, Number) and self._accept("/"):
+            if (
+                number
+                and self._tokens[position].spaced
+                and isinstance(factor, Number)
+                and self._accept("/")
+            ):
                 denominator = self._power()  # "2 1/2"
                 if not isinstance(denominator, Number) or not 0 < factor.value < denominator.value:
                     raise UnparsableError("two numbers side by side")
                 factor = Number(factor.value / denominator.value)
                 return self._mixed(factors, last, factor)
-            if _is_proper_fraction(factor) and self._tokens[position].text == "frac" and len(factors) == 1:
+            if (
+                _is_proper_fraction(factor)
+                and self._tokens[position].text == "frac"
+                and len(factors) == 1
+            ):
                 return self._mixed(factors, last, factor)
-            if isinstance(factor, Marked) and _is_proper_fraction(factor.value) and self._tokens[position].text == "frac":
+            if (
+                isinstance(factor, Marked)
+                and _is_proper_fraction(factor.value)
+                and self._tokens[position].text == "frac"
+            ):
                 return replace(factor, value=self._mixed(factors, last, factor.value))
         if number:
             if isinstance(last, Symbol | Constant | Call) or (
@@ -317,7 +391,8 @@ class _Parser:
         if name == "|":
             return self._bars == 0 and self._closing_bar()
         if name == "[" and (
-            self._kind(1) == "end" or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)
+            self._kind(1) == "end"
+            or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)
         ):
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
@@ -328,7 +403,10 @@ class _Parser:
 
     def _closing_bar(self) -> bool:
         """Whether a bar at this position has a partner before anything that ends the expression."""
-        return any(token.kind == "name" and token.text == "|" for token in self._tokens[self._position + 1 :])
+        return any(
+            token.kind == "name" and token.text == "|"
+            for token in self._tokens[self._position + 1 :]
+        )
 
     def _power(self) -> Node:
         node = self._nested(self._primary)
@@ -369,7 +447,13 @@ class _Parser:
             self._position += 3 if braces else 1
             if inner == "prime":
                 raise UnparsableError("a derivative")
-            return self._degrees(node) if inner in ("circ", "degree") else Call("transpose", (node,)) if inner == "top" else node
+            return (
+                self._degrees(node)
+                if inner in ("circ", "degree")
+                else Call("transpose", (node,))
+                if inner == "top"
+                else node
+            )
         if node == REALS:
             sign = self._next().text
             if sign not in "+-":
@@ -378,7 +462,8 @@ class _Parser:
         if (
             isinstance(node, Number)
             and braces
-            and [t.text for t in self._tokens[self._position + 1 : self._position + 3]] in (["t", "h"], ["n", "d"])
+            and [t.text for t in self._tokens[self._position + 1 : self._position + 3]]
+            in (["t", "h"], ["n", "d"])
         ):
             self._position += 4
             return node
@@ -418,7 +503,9 @@ class _Parser:
         braces = self._accept("{")
         brackets = self._accept("(")
         token = self._next()
-        base = _BASE_WORDS.get(token.text.lower()) or (int(token.text) if token.kind == "number" and token.text.isdecimal() else 0)
+        base = _BASE_WORDS.get(token.text.lower()) or (
+            int(token.text) if token.kind == "number" and token.text.isdecimal() else 0
+        )
         if (brackets and not self._accept(")")) or (braces and not self._accept("}")):
             raise UnparsableError("a base")
         if not 2 <= base <= 36 or not digits.isdecimal() or any(int(d) >= base for d in digits):
@@ -431,7 +518,11 @@ class _Parser:
         self._expect("mod")
         braces = self._accept("{")
         token = self._next()
-        if token.kind != "number" or (braces and not self._accept("}")) or (brackets and not self._accept(")")):
+        if (
+            token.kind != "number"
+            or (braces and not self._accept("}"))
+            or (brackets and not self._accept(")"))
+        ):
             raise UnparsableError("a modulus")
         self._units.append(f"modulus:{token.text}")
 
@@ -465,7 +556,11 @@ class _Parser:
                 braces = self._accept("{")
                 sign = "-" if self._accept("-") else ""
                 token = self._next()
-                if token.kind != "number" or not token.text.isdecimal() or (braces and not self._accept("}")):
+                if (
+                    token.kind != "number"
+                    or not token.text.isdecimal()
+                    or (braces and not self._accept("}"))
+                ):
                     raise UnparsableError("a unit's exponent")
                 unit += f"^{sign}{token.text}"
             else:
@@ -484,7 +579,9 @@ class _Parser:
         if kind == "letter":
             return self._letter()
         if kind != "name":
-            raise UnparsableError("a word where a value should stand" if kind == "word" else "it ends too early")
+            raise UnparsableError(
+                "a word where a value should stand" if kind == "word" else "it ends too early"
+            )
         name = self._next().text
         if name in FUNCTIONS and name not in ("sqrt",):
             return self._function(name)
@@ -530,7 +627,9 @@ class _Parser:
                 parts.append(token.text)
             return "".join(parts)
         token = self._next()
-        if token.kind == "number" and len(token.text) > 1:  # x_12 is x_1 2 in TeX, and nobody means that
+        if (
+            token.kind == "number" and len(token.text) > 1
+        ):  # x_12 is x_1 2 in TeX, and nobody means that
             return token.text
         if token.kind == "name":
             raise UnparsableError("an index")
@@ -540,7 +639,12 @@ class _Parser:
         """C(n, k) and P(n, k); anything else in the brackets multiplies or names a value."""
         position = self._position
         node = self._primary()
-        if name == "C" and isinstance(node, Group) and len(node.items) == 2 and (node.opening, node.closing) == ("(", ")"):
+        if (
+            name == "C"
+            and isinstance(node, Group)
+            and len(node.items) == 2
+            and (node.opening, node.closing) == ("(", ")")
+        ):
             return Call("binomial", node.items)
         self._position = position
         return Symbol(name)
@@ -577,7 +681,11 @@ class _Parser:
             arguments = (*arguments, base)
         elif base is not None:
             raise UnparsableError("an index of a function")
-        call: Node = Power(Constant("e"), arguments[0]) if name == "exp" and len(arguments) == 1 else Call(name, arguments)
+        call: Node = (
+            Power(Constant("e"), arguments[0])
+            if name == "exp" and len(arguments) == 1
+            else Call(name, arguments)
+        )
         return Power(call, exponent) if exponent is not None else call
 
     def _argument_of_function(self) -> Node:
@@ -585,7 +693,11 @@ class _Parser:
         if self._peek() in ("(", "{", "[", "|", "\\{"):
             node = self._primary()
             while self._peek() == "circ" or (self._peek() == "^" and self._peek(1) in ("circ",)):
-                node = self._superscript(node) if self._peek() == "^" else (self._next(), self._degrees(node))[1]
+                node = (
+                    self._superscript(node)
+                    if self._peek() == "^"
+                    else (self._next(), self._degrees(node))[1]
+                )
             if self._peek() == "/" and self._tokens[self._position - 1].text == "}":
                 self._position += 1
                 return Product((node, Power(self._power(), MINUS_ONE)))
@@ -614,7 +726,11 @@ class _Parser:
         if self._peek() in ("over", "choose"):
             name = self._next().text
             other = self._nested(self._listing)
-            node = Call("binomial", (node, other)) if name == "choose" else Product((node, Power(other, MINUS_ONE)))
+            node = (
+                Call("binomial", (node, other))
+                if name == "choose"
+                else Product((node, Power(other, MINUS_ONE)))
+            )
         self._expect("}")
         return node
 
@@ -640,10 +756,16 @@ class _Parser:
                 opening = "("
             if closing == "[":
                 closing = ")"
-            return Group("<" if opening == "<|" else opening, node.items, ">" if closing == "|>" else closing)
+            return Group(
+                "<" if opening == "<|" else opening, node.items, ">" if closing == "|>" else closing
+            )
         if isinstance(node, Group) and opening == "[" == node.opening:
             return Group("[", (node,), closing)
-        if opening in ("(", "[") and not isinstance(node, Listing) and closing == {"(": ")", "[": "]"}[opening]:
+        if (
+            opening in ("(", "[")
+            and not isinstance(node, Listing)
+            and closing == {"(": ")", "[": "]"}[opening]
+        ):
             return node
         raise UnparsableError("brackets around no tuple")
 
@@ -708,7 +830,9 @@ class _Parser:
             return self._nested(self._braces)
         if self._kind() == "number":
             token = self._tokens[self._position]
-            if len(token.text) > 1 and token.text.isdecimal():  # \frac12: take one digit, leave the others
+            if (
+                len(token.text) > 1 and token.text.isdecimal()
+            ):  # \frac12: take one digit, leave the others
                 self._tokens = [
                     *self._tokens[: self._position],
                     Token("number", token.text[0], token.spaced),
@@ -827,7 +951,9 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
 def _negated(term: Node) -> Node:
     """-term; a minus before a mixed number or a measured value belongs to all of it."""
     if isinstance(term, Product) and isinstance(term.factors[0], Number):
-        return Product((Number(-term.factors[0].value, term.factors[0].decimals), *term.factors[1:]))
+        return Product(
+            (Number(-term.factors[0].value, term.factors[0].decimals), *term.factors[1:])
+        )
     return negative(term)
 
 

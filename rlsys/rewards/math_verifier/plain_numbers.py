@@ -6,7 +6,9 @@ import re
 from fractions import Fraction
 
 _NUMBER = re.compile(r"-?(?:\d{1,200}(?:\.\d{1,200})?|\.\d{1,200})", re.ASCII)
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\s?(?:\{(-?\d{1,200})\}\s?\{(-?\d{1,200})\}|(\d)(\d))", re.ASCII)
+_FRACTION = re.compile(
+    r"(-?)\\[dt]?frac\s?(?:\{(-?\d{1,200})\}\s?\{(-?\d{1,200})\}|(\d)(\d))", re.ASCII
+)
 _SLASH = re.compile(r"(-?\d{1,200})/(\d{1,200})", re.ASCII)
 
 

@@ -66,7 +66,10 @@ def real_set(node: Node, *, infinite_needed: bool = False) -> RealSet:
             return RealSet((), lambda order: True)
         case SetOf(items):
             return _points(items)
-        case Group(opening, (low, high), closing) if opening in ("(", "[") and closing in (")", "]"):
+        case Group(opening, (low, high), closing) if opening in ("(", "[") and closing in (
+            ")",
+            "]",
+        ):
             return _interval(low, high, opening == "[", closing == "]")
         case SetOperation(operation, left, right):
             found = _combined(operation, real_set(left), real_set(right))
@@ -96,7 +99,9 @@ def same_set(left: RealSet, right: RealSet) -> bool:
 
         return chosen.contains(compare)
 
-    return all(member(left, position) == member(right, position) for position in range(2 * len(order) + 1))
+    return all(
+        member(left, position) == member(right, position) for position in range(2 * len(order) + 1)
+    )
 
 
 def _sorted_distinct(endpoints: list[Node]) -> list[list[Node]]:
@@ -124,7 +129,12 @@ def _points(items: tuple[Node, ...]) -> RealSet:
 
 
 def _interval(low: Node, high: Node, low_closed: bool, high_closed: bool) -> RealSet:
-    if is_infinite(low) > 0 or is_infinite(high) < 0 or (is_infinite(low) and low_closed) or (is_infinite(high) and high_closed):
+    if (
+        is_infinite(low) > 0
+        or is_infinite(high) < 0
+        or (is_infinite(low) and low_closed)
+        or (is_infinite(high) and high_closed)
+    ):
         raise UnparsableError("an interval that begins or ends wrongly")
     ends = tuple(end for end in (low, high) if not is_infinite(end))
     if len(ends) == 2 and not real_value(low) <= real_value(high):
@@ -154,7 +164,11 @@ def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
     sets: list[RealSet] = []
     first = items[0]
     for item in items:
-        if not isinstance(item, Relation | Group | SetOperation) and isinstance(first, Relation) and first.operators == ("!=",):
+        if (
+            not isinstance(item, Relation | Group | SetOperation)
+            and isinstance(first, Relation)
+            and first.operators == ("!=",)
+        ):
             item = Relation((first.parts[0], item), ("!=",))
         if isinstance(item, Group) and not any(
             is_infinite(end) for group in items if isinstance(group, Group) for end in group.items
@@ -175,7 +189,11 @@ def _listing(items: tuple[Node, ...], separator: str) -> RealSet:
         if result.variable != other.variable:
             raise UnparsableError("conditions on several variables")
         result = _combined(operation, result, other)
-    if separator == "," and operation == "intersection" and same_set(result, RealSet((), lambda order: False)):
+    if (
+        separator == ","
+        and operation == "intersection"
+        and same_set(result, RealSet((), lambda order: False))
+    ):
         return _listing(items, "or")  # x < -1, x > 1
     return result
 
@@ -227,13 +245,20 @@ def _half_line(left: Node, right: Node, operator: str) -> RealSet:
             upward = operator in (">", ">=") if infinite is right else operator in ("<", "<=")
             return _all_or_nothing((is_infinite(infinite) < 0) == upward, name)
     difference = Sum((left, negative(right)))
-    zero, one = substitute(difference, name, Number(Fraction(0))), substitute(difference, name, Number(Fraction(1)))
+    zero, one = (
+        substitute(difference, name, Number(Fraction(0))),
+        substitute(difference, name, Number(Fraction(1))),
+    )
     slope = Sum((one, negative(zero)))
     line = Sum((zero, Product((slope, Symbol(name)))))
     slope_value = real_value(slope)
     if slope_value == 0 or not same_value(difference, line):
         raise UnparsableError("an inequality that is not linear")
-    end = right if isinstance(left, Symbol) and not symbols(right) else Product((MINUS_ONE, zero, Power(slope, MINUS_ONE)))
+    end = (
+        right
+        if isinstance(left, Symbol) and not symbols(right)
+        else Product((MINUS_ONE, zero, Power(slope, MINUS_ONE)))
+    )
     if slope_value < 0:
         operator = FLIPPED[operator]
     if isinstance(right, Symbol) and not symbols(left):
@@ -253,7 +278,9 @@ def _all_or_nothing(everything: bool, variable: str) -> RealSet:
 
 def _opaque(node: Node) -> Node:
     """g(x) as one variable."""
-    return Symbol(node.name) if isinstance(node, Call) and node.name.startswith("undefined ") else node
+    return (
+        Symbol(node.name) if isinstance(node, Call) and node.name.startswith("undefined ") else node
+    )
 
 
 def substitute(node: Node, name: str, value: Node) -> Node:
@@ -268,7 +295,9 @@ def substitute(node: Node, name: str, value: Node) -> Node:
         case Power(base, exponent):
             return Power(substitute(base, name, value), substitute(exponent, name, value))
         case Call(function, arguments):
-            return Call(function, tuple(substitute(argument, name, value) for argument in arguments))
+            return Call(
+                function, tuple(substitute(argument, name, value) for argument in arguments)
+            )
         case _ if children(node):
             raise UnparsableError("no expression")
         case _:
@@ -300,7 +329,10 @@ def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
                     continue
                 return 0
             ratios.append(above / below)
-            if len(ratios) > 1 and abs(ratios[-1] / ratios[0] - 1) > evaluator.context.mpf(10) ** -32:
+            if (
+                len(ratios) > 1
+                and abs(ratios[-1] / ratios[0] - 1) > evaluator.context.mpf(10) ** -32
+            ):
                 return 0
             if len(ratios) == 4:
                 break

@@ -109,4 +109,8 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
             last = (name, factor, power // abs(power)) if abs(power) == 1 else None
         else:
             return None
-    return (tuple(sorted((name, power) for name, power in powers.items() if power)), size) if powers else None
+    return (
+        (tuple(sorted((name, power) for name, power in powers.items() if power)), size)
+        if powers
+        else None
+    )

@@ -9,12 +9,17 @@ from rlsys.rewards.math_verifier.lexer import NUMBER_WORDS, SCALE_WORDS
 _WRAPPER = re.compile(
     r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm)\s*\{([^{}]*)\}"
 )
-_SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle|bf|rm)(?![a-zA-Z])|\\[,;:! ]|~|\$|\\[()\[\]]")
+_SPACING = re.compile(
+    r"\\(?:left|right|quad|qquad|displaystyle|bf|rm)(?![a-zA-Z])|\\[,;:! ]|~|\$|\\[()\[\]]"
+)
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?[.:)]?")
 _LABELLED = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(\S.*)", re.DOTALL)
-_ANOTHER_LABEL = re.compile(r"(?:^|[\s,;])(?:\(\s*[A-J]\s*\)|[A-J]\s*[).:])")  # all options listed are no choice
+_ANOTHER_LABEL = re.compile(
+    r"(?:^|[\s,;])(?:\(\s*[A-J]\s*\)|[A-J]\s*[).:])"
+)  # all options listed are no choice
 _CHOICE_WORDS = re.compile(
-    r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)", re.IGNORECASE
+    r"^(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice|statement)s?)(?:\s+is)?\s*:?\s*(?=\(?[A-Za-z]\)?[.:)]?$)",
+    re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")

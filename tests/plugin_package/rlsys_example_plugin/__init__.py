@@ -7,16 +7,24 @@ import time
 
 import torch
 
-from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput, register_advantage_estimator
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.rewards import register_reward_function
 
 
 @register_advantage_estimator("example_sign")
-def sign_advantages(inputs: AdvantageInputs, *, threshold: float = 0.5, scale: float = 1.0) -> AdvantageOutput:
+def sign_advantages(
+    inputs: AdvantageInputs, *, threshold: float = 0.5, scale: float = 1.0
+) -> AdvantageOutput:
     """+scale for responses whose reward exceeds the threshold, -scale for the others."""
     signs = torch.where(inputs.rewards > threshold, scale, -scale)
     advantages = torch.where(inputs.response_mask, signs[:, None], 0.0)
-    return AdvantageOutput(advantages=advantages, diagnostics={"positive_share": float((signs > 0).float().mean())})
+    return AdvantageOutput(
+        advantages=advantages, diagnostics={"positive_share": float((signs > 0).float().mean())}
+    )
 
 
 @register_reward_function("example_digits")
@@ -31,7 +39,9 @@ def trouble_reward(completion: str, ground_truth: str) -> float:
     if completion == "hang":
         time.sleep(3600)
     if completion == "hang in c":
-        re.match(r"(a+)+$", "a" * 60 + "b")  # catastrophic backtracking never returns to the interpreter
+        re.match(
+            r"(a+)+$", "a" * 60 + "b"
+        )  # catastrophic backtracking never returns to the interpreter
     if completion == "ignore signals":
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
         time.sleep(3600)

@@ -34,11 +34,20 @@ async def test_what_was_saved_is_found(tmp_path: Path) -> None:
     path = await store.save(20, write_weights, {"step": 20, "prompts": {"taken": 5}})
     checkpoint = CheckpointStore(tmp_path / "checkpoints", keep=2).latest()
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.path, checkpoint.state) == (20, path, {"step": 20, "prompts": {"taken": 5}})
+    assert (checkpoint.step, checkpoint.path, checkpoint.state) == (
+        20,
+        path,
+        {"step": 20, "prompts": {"taken": 5}},
+    )
     assert path.name == "step_000020"
     assert names(path) == ["config.json", MANIFEST, "model.safetensors", "shards", TRAINER_STATE]
     manifest = json.loads((path / MANIFEST).read_text())
-    assert set(manifest) == {"config.json", "model.safetensors", "shards/optimizer_rank0.pt", TRAINER_STATE}
+    assert set(manifest) == {
+        "config.json",
+        "model.safetensors",
+        "shards/optimizer_rank0.pt",
+        TRAINER_STATE,
+    }
     # The check value that every description of CRC-32 gives for these nine digits.
     assert manifest["shards/optimizer_rank0.pt"] == {"bytes": 9, "crc32": 0xCBF43926}
 
@@ -75,11 +84,26 @@ def flip_a_bit(path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "model.safetensors has 100 bytes instead of 4096"),
     "a bit flipped": (flip_a_bit, "model.safetensors has another checksum"),
-    "file missing": (lambda path: (path / "shards" / "optimizer_rank0.pt").unlink(), "shards/optimizer_rank0.pt is missing"),
-    "manifest missing": (lambda path: (path / MANIFEST).unlink(), "no manifest.json: it was never finished"),
-    "manifest cut off": (lambda path: os.truncate(path / MANIFEST, 30), "manifest.json is not readable"),
-    "manifest of another kind": (lambda path: (path / MANIFEST).write_text("[]"), "trainer_state.json is not part of it"),
-    "state changed": (lambda path: (path / TRAINER_STATE).write_text('{"step": 21}'), "trainer_state.json has "),
+    "file missing": (
+        lambda path: (path / "shards" / "optimizer_rank0.pt").unlink(),
+        "shards/optimizer_rank0.pt is missing",
+    ),
+    "manifest missing": (
+        lambda path: (path / MANIFEST).unlink(),
+        "no manifest.json: it was never finished",
+    ),
+    "manifest cut off": (
+        lambda path: os.truncate(path / MANIFEST, 30),
+        "manifest.json is not readable",
+    ),
+    "manifest of another kind": (
+        lambda path: (path / MANIFEST).write_text("[]"),
+        "trainer_state.json is not part of it",
+    ),
+    "state changed": (
+        lambda path: (path / TRAINER_STATE).write_text('{"step": 21}'),
+        "trainer_state.json has ",
+    ),
 }
 
 
@@ -101,7 +125,9 @@ async def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
     assert reason in message
 
 
-async def test_a_damaged_checkpoint_is_replaced_when_the_run_passes_it_again(tmp_path: Path) -> None:
+async def test_a_damaged_checkpoint_is_replaced_when_the_run_passes_it_again(
+    tmp_path: Path,
+) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     for step in (10, 20):
         await store.save(step, write_weights, {"attempt": 1})
@@ -195,7 +221,8 @@ async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.Mon
         await store.save(2, fail, {})
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(
-        OSError, match=r"trainer\.checkpoints: the disk of .* is full \(1 MiB were free\), so step_000002 was not written\. Free"
+        OSError,
+        match=r"trainer\.checkpoints: the disk of .* is full \(1 MiB were free\), so step_000002 was not written\. Free",
     ):
         await store.save(2, fail, {})
     assert names(tmp_path) == ["step_000001"]
@@ -211,7 +238,9 @@ async def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path: Path)
         assert save_and_die(directory, fatal).returncode == -signal.SIGKILL
         store = CheckpointStore(directory, keep=1)
         checkpoint = store.latest()
-        assert checkpoint is not None, f"nothing left after a kill at operation {fatal}: {names(directory)}"
+        assert checkpoint is not None, (
+            f"nothing left after a kill at operation {fatal}: {names(directory)}"
+        )
         assert checkpoint.state == {"step": checkpoint.step}
         assert {find_damage(path) for path in directory.glob("step_??????")} == {None}, (
             "a half-made or half-deleted one is in the list"

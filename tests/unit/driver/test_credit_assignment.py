@@ -38,7 +38,10 @@ def make_config(
         generation=GenerationConfig(max_tokens=4, min_tokens=0),
         policy=PolicyConfig(mini_batches=mini_batches),
         algorithm=AlgorithmConfig(
-            advantage=AdvantageConfig(name=estimator, parameters=parameters or {}, recompute=recompute), **algorithm
+            advantage=AdvantageConfig(
+                name=estimator, parameters=parameters or {}, recompute=recompute
+            ),
+            **algorithm,
         ),
     )
 
@@ -78,17 +81,26 @@ def test_required_inputs():
     assert required_inputs(make_config()) == frozenset()
     assert required_inputs(make_config(mini_batches=2)) == {"old_logprobs"}
     assert required_inputs(make_config("opo", kl=KLConfig(coefficient=0.1))) == {"ref_logprobs"}
-    assert required_inputs(make_config(kl=KLConfig(coefficient=0.1, target=1.0))) == {"ref_logprobs", "old_logprobs"}
+    assert required_inputs(make_config(kl=KLConfig(coefficient=0.1, target=1.0))) == {
+        "ref_logprobs",
+        "old_logprobs",
+    }
     assert required_inputs(make_config("optimal_baseline")) == {"score_norms", "old_logprobs"}
     assert required_inputs(make_config("remax")) == {"greedy_rewards"}
-    assert required_inputs(make_config("hierarchical", recompute=True, mini_batches=4)) == frozenset()  # the ranks ask themselves
+    assert (
+        required_inputs(make_config("hierarchical", recompute=True, mini_batches=4)) == frozenset()
+    )  # the ranks ask themselves
 
 
 def test_the_kl_in_the_reward_is_paid_by_the_tokens_up_to_it():
     """K = 0.5 a token, beta 0.1: a token pays 0.05 for itself and for each that follows; the loss has no KL term of its own then."""
     made = batch()
-    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.1, placement="reward", kind="k1")))
-    train, metrics = assigner.assign(made, rewards([1, 0, 1, 0]), logprobs(made, -1.0), logprobs(made, -1.5))
+    assigner = CreditAssigner(
+        make_config(kl=KLConfig(coefficient=0.1, placement="reward", kind="k1"))
+    )
+    train, metrics = assigner.assign(
+        made, rewards([1, 0, 1, 0]), logprobs(made, -1.0), logprobs(made, -1.5)
+    )
     expected = [[0.9, 0.95], [-0.2, -0.15, -0.1, -0.05], [0.95], [-0.15, -0.1, -0.05]]
     for found, wanted in zip(advantages_of(made, train.advantages), expected, strict=True):
         assert found == pytest.approx(wanted, abs=1e-6)
@@ -114,8 +126,12 @@ def test_the_kl_in_the_loss_leaves_the_advantages_alone():
 def test_the_kl_in_the_advantage_reaches_the_estimator():
     """r_j = r - (beta / H) sum K: with K = 1 and beta = 1, every response's first token pays 1, so the groups' differences are the rewards'."""
     made = batch()
-    assigner = CreditAssigner(make_config("token_kl_grpo", kl=KLConfig(coefficient=1.0, placement="advantage")))
-    train, _ = assigner.assign(made, rewards([1, 1, 1, 1]), logprobs(made, -1.0), logprobs(made, -2.0))
+    assigner = CreditAssigner(
+        make_config("token_kl_grpo", kl=KLConfig(coefficient=1.0, placement="advantage"))
+    )
+    train, _ = assigner.assign(
+        made, rewards([1, 1, 1, 1]), logprobs(made, -1.0), logprobs(made, -2.0)
+    )
     first, second = advantages_of(made, train.advantages)[:2]
     # at the first token both pay 1; at the second one pays 1/2 and the other 3/4
     assert first == pytest.approx([0.0, 1.0], abs=1e-4)
@@ -132,7 +148,9 @@ def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_p
     assert [row["advantages"] for row in read_rollouts(tmp_path / "step.parquet")] == [None] * 4
 
     zeros = np.zeros(len(made.token_ids), dtype=np.float32)
-    later = recomputed(config, train, np.array([0, 1]), LiveLogprobs(logprobs=zeros - 1, score_norms=zeros), {})
+    later = recomputed(
+        config, train, np.array([0, 1]), LiveLogprobs(logprobs=zeros - 1, score_norms=zeros), {}
+    )
     assert later.batch.advantages is not None
     assert advantages_of(made, later.batch.advantages) == [[1, 1], [-1, -1, -1, -1], [0], [0, 0, 0]]
     assert values(later.metrics)["advantage/mean_abs"] == 1.0
@@ -143,16 +161,22 @@ def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_p
 def test_truncated_responses_can_be_left_out_of_the_loss():
     made = batch()
     object.__setattr__(made, "stop_reasons", np.array([0, 1, 0, 0], dtype=np.int8))
-    train, _ = CreditAssigner(make_config(overlong=OverlongConfig(mask_truncated=True))).assign(made, rewards([1, 1, 1, 1]), [], [])
+    train, _ = CreditAssigner(make_config(overlong=OverlongConfig(mask_truncated=True))).assign(
+        made, rewards([1, 1, 1, 1]), [], []
+    )
     assert train.trained is not None
     assert train.trained.tolist() == [True, False, True, True]
-    assert CreditAssigner(make_config()).assign(made, rewards([1, 1, 1, 1]), [], [])[0].trained is None
+    assert (
+        CreditAssigner(make_config()).assign(made, rewards([1, 1, 1, 1]), [], [])[0].trained is None
+    )
 
 
 def test_greedy_rewards_reach_the_responses_of_their_prompt():
     made = batch()
     greedy = rewards([0.25, 0.75])
-    train, _ = CreditAssigner(make_config("remax")).assign(made, rewards([1, 0, 1, 0]), [], [], greedy)
+    train, _ = CreditAssigner(make_config("remax")).assign(
+        made, rewards([1, 0, 1, 0]), [], [], greedy
+    )
     assert [row[0] for row in advantages_of(made, train.advantages)] == [0.75, -0.25, 0.25, -0.75]
 
 
@@ -162,7 +186,9 @@ def test_score_norms_come_with_the_old_logprobs():
     train, _ = CreditAssigner(make_config("optimal_baseline")).assign(
         made, rewards([1, 0, 0, 0]), logprobs(made, -1.0, norm=0.5), []
     )
-    assert [row[0] for row in advantages_of(made, train.advantages)] == pytest.approx([2 / 3, -1 / 3, 0.0, 0.0])
+    assert [row[0] for row in advantages_of(made, train.advantages)] == pytest.approx(
+        [2 / 3, -1 / 3, 0.0, 0.0]
+    )
 
 
 def test_adaptive_numbers_move_and_survive_a_checkpoint():
@@ -192,7 +218,10 @@ def test_adaptive_numbers_move_and_survive_a_checkpoint():
 def test_the_start_of_the_sweeps_survives_a_checkpoint():
     parameters = {"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0, "diagnostics": False}
     config = make_config("hierarchical", parameters=parameters)
-    made, scores = rollouts([([9], [[1, 2], [1, 2, 3, 4], [5]]), ([8, 8], [[5], [5, 6, 7], [6]])]), rewards([1, 0, 1, 0, 1, 0])
+    made, scores = (
+        rollouts([([9], [[1, 2], [1, 2, 3, 4], [5]]), ([8, 8], [[5], [5, 6, 7], [6]])]),
+        rewards([1, 0, 1, 0, 1, 0]),
+    )
     first = CreditAssigner(config)
     first.assign(made, scores, logprobs(made, -1.0), [])
     second = CreditAssigner(config)
@@ -211,5 +240,8 @@ def test_fixed_numbers_follow_the_configuration_after_a_resume():
 
 def test_advantages_that_are_not_finite_are_refused():
     made = batch()
-    with pytest.raises(ValueError, match=r"algorithm\.advantage\.name: 'reinforce' gave advantages that are not finite"):
+    with pytest.raises(
+        ValueError,
+        match=r"algorithm\.advantage\.name: 'reinforce' gave advantages that are not finite",
+    ):
         CreditAssigner(make_config()).assign(made, rewards([1, float("nan"), 0, 0]), [], [])

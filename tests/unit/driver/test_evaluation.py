@@ -50,17 +50,29 @@ def test_pass_at_k_refuses_what_has_no_meaning(n: int, c: int, k: int) -> None:
         pass_at_k(n, c, k)
 
 
-def make(samples: int, pass_at: tuple[int, ...], *, temperature: float = 1.0) -> tuple[Stage, TableGenerator, Evaluator]:
+def make(
+    samples: int, pass_at: tuple[int, ...], *, temperature: float = 1.0
+) -> tuple[Stage, TableGenerator, Evaluator]:
     config = RunConfig(
-        generation=GenerationConfig(temperature=0.7, top_k=5, top_p=0.9, min_tokens=0, max_tokens=2),
+        generation=GenerationConfig(
+            temperature=0.7, top_k=5, top_p=0.9, min_tokens=0, max_tokens=2
+        ),
         trainer=TrainerConfig(
-            evaluation=EvaluationConfig(samples_per_prompt=samples, pass_at=pass_at, temperature=temperature, every=1)
+            evaluation=EvaluationConfig(
+                samples_per_prompt=samples, pass_at=pass_at, temperature=temperature, every=1
+            )
         ),
     )
     stage = Stage()
     generator = TableGenerator(stage, config)
     generator.logits = np.zeros_like(generator.logits)
-    return stage, generator, Evaluator(config, held_out_prompts(), generator, FirstTokenScorer(stage), stop=("</answer>",))
+    return (
+        stage,
+        generator,
+        Evaluator(
+            config, held_out_prompts(), generator, FirstTokenScorer(stage), stop=("</answer>",)
+        ),
+    )
 
 
 def teach(generator: TableGenerator, problems: range, logit: float) -> None:
@@ -73,9 +85,17 @@ async def test_greedy_accuracy_counts_the_right_answers() -> None:
     """Four of six problems are known; greedy decoding takes token 0 for the others, which happens to be the answer of the last."""
     _, generator, evaluator = make(1, (1,))
     teach(generator, range(4), 0.1)
-    assert await evaluator.evaluate() == {"eval/accuracy": pytest.approx(5 / 6), "eval/response_length": 2.0}
+    assert await evaluator.evaluate() == {
+        "eval/accuracy": pytest.approx(5 / 6),
+        "eval/response_length": 2.0,
+    }
     (request,) = generator.requests
-    assert (request.temperature, request.samples_per_prompt, request.top_k, request.top_p) == (0.0, 1, 0, 1.0)
+    assert (request.temperature, request.samples_per_prompt, request.top_k, request.top_p) == (
+        0.0,
+        1,
+        0,
+        1.0,
+    )
     assert (request.max_tokens, request.stop, request.seed) == (2, ("</answer>",), EVALUATION_SEED)
 
 
@@ -85,7 +105,12 @@ async def test_sampled_metrics_follow_the_counts_of_each_problem() -> None:
     teach(generator, range(3), 50.0)
     teach(generator, range(3, PROBLEMS), -50.0)
     values = await evaluator.evaluate()
-    assert values["eval/mean@8"] == values["eval/pass@1"] == values["eval/pass@8"] == pytest.approx(0.5)
+    assert (
+        values["eval/mean@8"]
+        == values["eval/pass@1"]
+        == values["eval/pass@8"]
+        == pytest.approx(0.5)
+    )
     greedy, sampled = generator.requests
     assert (greedy.temperature, sampled.temperature) == (0.0, 0.5)
     assert (sampled.samples_per_prompt, sampled.top_k, sampled.top_p) == (8, 5, 0.9)

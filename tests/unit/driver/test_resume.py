@@ -28,7 +28,9 @@ def test_the_same_configuration_passes_in_silence() -> None:
 
 
 def test_changes_are_listed_with_both_values() -> None:
-    checkpoint = checkpoint_of(config(algorithm={"advantage": {"name": "grpo", "parameters": {"std_ddof": 1}}}))
+    checkpoint = checkpoint_of(
+        config(algorithm={"advantage": {"name": "grpo", "parameters": {"std_ddof": 1}}})
+    )
     changed = config(
         algorithm={"advantage": {"name": "grpo", "parameters": {"eps": 1e-4}}},
         generation={"stop": ["</answer>"]},

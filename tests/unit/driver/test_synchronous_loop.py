@@ -74,7 +74,9 @@ def make_config(
             steps=steps,
             prompts_per_step=4,
             seed=seed,
-            evaluation=EvaluationConfig(every=evaluate, samples_per_prompt=4 if pass_at > 1 else 1, pass_at=(pass_at,)),
+            evaluation=EvaluationConfig(
+                every=evaluate, samples_per_prompt=4 if pass_at > 1 else 1, pass_at=(pass_at,)
+            ),
             checkpoints=CheckpointConfig(every=save, keep=2),
         ),
     )
@@ -150,7 +152,9 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
     directory.create(config)
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
     checkpoint = store.latest() if resume else None
-    log = MetricsLog(directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None)
+    log = MetricsLog(
+        directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None
+    )
     recorder = Recorder(stage.journal)
     loop = SynchronousLoop(
         config,
@@ -172,13 +176,19 @@ def without_times(records: list[MetricsRecord]) -> list[tuple]:
     """What must be equal between two runs of one configuration."""
     measured = ("time/", "throughput/", "memory/")
     return [
-        (record.kind, record.step, {name: value for name, value in record.values.items() if not name.startswith(measured)})
+        (
+            record.kind,
+            record.step,
+            {name: value for name, value in record.values.items() if not name.startswith(measured)},
+        )
         for record in records
     ]
 
 
 def assert_same_metrics(left: Path, right: Path) -> None:
-    first, second = (without_times(read_metrics(RunDirectory(path).metrics)) for path in (left, right))
+    first, second = (
+        without_times(read_metrics(RunDirectory(path).metrics)) for path in (left, right)
+    )
     assert [record[:2] for record in first] == [record[:2] for record in second]
     for (_, _, expected), (_, _, found) in zip(first, second, strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
@@ -257,7 +267,11 @@ async def test_waiting_for_rewards_is_a_phase_of_its_own(tmp_path: Path) -> None
     run.recorder.react = lambda _, phase: waiting.set() if phase == "reward" else None
     run.stage.hooks = {"scoring": lambda: _wait(waiting)}
     assert await run.finish() == "finished"
-    assert [event for event in run.stage.journal if event in ("phase:reward", "scored", "phase:advantages")] == [
+    assert [
+        event
+        for event in run.stage.journal
+        if event in ("phase:reward", "scored", "phase:advantages")
+    ] == [
         "phase:reward",
         "scored",
         "scored",
@@ -276,13 +290,18 @@ async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
             {"logprobs:old", "logprobs:ref"},
         ),
         "KL": (make_config(steps=1, kl=0.01), {"logprobs:ref"}),
-        "KL in the reward": (make_config(steps=1, kl=0.01, placement="reward"), {"logprobs:old", "logprobs:ref"}),
+        "KL in the reward": (
+            make_config(steps=1, kl=0.01, placement="reward"),
+            {"logprobs:old", "logprobs:ref"},
+        ),
         "rewarded entropy": (make_config(steps=1, temperature=0.1), {"logprobs:old"}),
     }
     for name, (config, expected) in cases.items():
         run = await start(tmp_path / name, config)
         await run.finish()
-        assert {event for event in run.stage.journal if event.startswith("logprobs")} == expected, name
+        assert {event for event in run.stage.journal if event.startswith("logprobs")} == expected, (
+            name
+        )
         (batch,) = run.batches
         assert (batch["old_gap"] is not None) == ("logprobs:old" in expected)
         assert (batch["ref_gap"] is not None) == ("logprobs:ref" in expected)
@@ -310,7 +329,9 @@ async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
     run.stage.hooks = {"update": count}
     await run.finish()
     assert alive == [0, 0, 0, 0]
-    assert most == 4 + 4 + 2 + 2 + 1  # rollouts and rewards of four groups, old and ref of two ranks, the train batch
+    assert (
+        most == 4 + 4 + 2 + 2 + 1
+    )  # rollouts and rewards of four groups, old and ref of two ranks, the train batch
 
 
 async def test_the_fakes_catch_a_driver_that_opens_a_batch(tmp_path: Path) -> None:
@@ -327,7 +348,9 @@ async def test_metrics_of_a_step(tmp_path: Path) -> None:
     run = await start(tmp_path, make_config(steps=3, save=2))
     await run.finish()
     for _, values in run.recorder.steps:
-        assert sum(values[f"time/{phase}"] for phase in PHASES) == pytest.approx(values["time/step"])
+        assert sum(values[f"time/{phase}"] for phase in PHASES) == pytest.approx(
+            values["time/step"]
+        )
         assert min(values[f"time/{phase}"] for phase in PHASES) >= 0
         assert values["rollout/tokens"] == values["policy/tokens"] == 4 * 8 * 2
         assert values["throughput/generate"] == pytest.approx(64 / values["time/generate"])
@@ -339,10 +362,14 @@ async def test_metrics_of_a_step(tmp_path: Path) -> None:
 
 async def test_rollouts_of_each_step_are_written(tmp_path: Path) -> None:
     config = make_config(steps=5)
-    every_second = config.model_copy(update={"trainer": config.trainer.model_copy(update={"save_rollouts_every": 2})})
+    every_second = config.model_copy(
+        update={"trainer": config.trainer.model_copy(update={"save_rollouts_every": 2})}
+    )
     run = await start(tmp_path, every_second)
     await run.finish()
-    assert sorted(path.name for path in run.directory.rollouts.iterdir()) == [f"step_{step:06d}.parquet" for step in (1, 2, 4, 5)]
+    assert sorted(path.name for path in run.directory.rollouts.iterdir()) == [
+        f"step_{step:06d}.parquet" for step in (1, 2, 4, 5)
+    ]
 
 
 async def test_sampling_seed_depends_on_run_and_batch_alone(tmp_path: Path) -> None:
@@ -353,7 +380,9 @@ async def test_sampling_seed_depends_on_run_and_batch_alone(tmp_path: Path) -> N
         np.random.SeedSequence([3, 0]).generate_state(1)[0],
         np.random.SeedSequence([3, 1]).generate_state(1)[0],
     ]
-    assert run.generator.requests[0].seed == 1576890651  # written down from NumPy 2.3: another value would change every resumed run
+    assert (
+        run.generator.requests[0].seed == 1576890651
+    )  # written down from NumPy 2.3: another value would change every resumed run
     assert all(request.stop == ("</answer>",) for request in run.generator.requests)
 
 
@@ -409,13 +438,18 @@ async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_pa
     assert caught.value.__notes__ == [
         "This happened during update of step 3; the newest checkpoint is that of step 2, from which --resume continues."
     ]
-    assert run.recorder.ends == [("failed", "update of step 3: ConnectionError: its node left the cluster")]
+    assert run.recorder.ends == [
+        ("failed", "update of step 3: ConnectionError: its node left the cluster")
+    ]
     checkpoint = run.store.latest()
     assert checkpoint is not None
     assert checkpoint.step == 2
 
 
-@pytest.mark.parametrize("event", ["generate", "part:last", "scoring", "logprobs:old", "logprobs:ref", "credit", "sync", "save"])
+@pytest.mark.parametrize(
+    "event",
+    ["generate", "part:last", "scoring", "logprobs:old", "logprobs:ref", "credit", "sync", "save"],
+)
 async def test_a_failure_anywhere_ends_the_run(tmp_path: Path, event: str) -> None:
     """Also one in work that nobody waits for at that moment, such as scoring during generation."""
     run = await start(tmp_path, make_config(steps=2, kl=0.1, mini_batches=2))
@@ -446,11 +480,15 @@ async def test_a_generator_that_loses_a_prompt_is_found_out(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("phase", ["generate", "reward", "update", "sync"])
-async def test_a_stop_request_ends_after_the_step_with_a_checkpoint(tmp_path: Path, phase: str) -> None:
+async def test_a_stop_request_ends_after_the_step_with_a_checkpoint(
+    tmp_path: Path, phase: str
+) -> None:
     """Step 2 is due for an evaluation, which is not made; the resumed run makes it up and equals the uninterrupted one."""
     config = make_config(steps=4, evaluate=2)
     run = await start(tmp_path / "stopped", config)
-    run.recorder.react = lambda step, at: run.loop.request_stop() if (step, at) == (2, phase) else None
+    run.recorder.react = lambda step, at: (
+        run.loop.request_stop() if (step, at) == (2, phase) else None
+    )
     assert await run.finish() == "interrupted"
     assert run.recorder.checkpoints == [2]
     assert [step for step, _ in run.recorder.evaluations] == [0]
@@ -484,11 +522,15 @@ async def test_a_stop_in_the_last_evaluation_is_made_up_after_a_resume(tmp_path:
     """All steps are done, but the run is not finished without its last evaluation."""
     config = make_config(steps=2, evaluate=2)
     run = await start(tmp_path, config)
-    run.recorder.react = lambda step, at: run.loop.request_stop() if (step, at) == (2, "evaluate") else None
+    run.recorder.react = lambda step, at: (
+        run.loop.request_stop() if (step, at) == (2, "evaluate") else None
+    )
     assert await run.finish() == "interrupted"
     resumed = await start(tmp_path, config, resume=True)
     assert await resumed.finish() == "finished"
-    assert [record.step for record in read_metrics(run.directory.metrics) if record.kind == "eval"] == [0, 2]
+    assert [
+        record.step for record in read_metrics(run.directory.metrics) if record.kind == "eval"
+    ] == [0, 2]
 
 
 async def test_a_stop_before_the_first_step_trains_nothing(tmp_path: Path) -> None:
@@ -523,7 +565,9 @@ async def test_cancellation_leaves_at_once(tmp_path: Path) -> None:
     assert "checkpoint is that of step 1" in message
 
 
-async def test_restore_names_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_restore_names_what_has_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     await (await start(tmp_path, make_config(steps=2))).finish()
     with caplog.at_level(logging.WARNING):
         longer = await start(tmp_path, make_config(steps=3, evaluate=5), resume=True)
@@ -555,8 +599,13 @@ async def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
 async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
     run = await start(tmp_path, make_config(steps=3, save=2, evaluate=2))
     await run.finish()
-    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == ["step_000002", "step_000003"]
-    state = json.loads((run.directory.checkpoints / "step_000002" / "trainer_state.json").read_text())
+    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == [
+        "step_000002",
+        "step_000003",
+    ]
+    state = json.loads(
+        (run.directory.checkpoints / "step_000002" / "trainer_state.json").read_text()
+    )
     assert state["step"] == state["evaluated_step"] == 2
     assert state["prompts"] == {"batches_taken": 2, "prompts": PROBLEMS}
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
@@ -588,16 +637,22 @@ async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> No
     config = make_config(steps=4, sampling_rounds=3, save=2)
     await (await start(tmp_path / "whole", config)).finish()
     stopped = await start(tmp_path / "stopped", config)
-    stopped.recorder.react = lambda step, at: stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    stopped.recorder.react = lambda step, at: (
+        stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    )
     await stopped.finish()
     await (await start(tmp_path / "stopped", config, resume=True)).finish()
     assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
 
 
-async def test_a_greedy_response_a_prompt_is_sampled_where_the_estimator_reads_it(tmp_path: Path) -> None:
+async def test_a_greedy_response_a_prompt_is_sampled_where_the_estimator_reads_it(
+    tmp_path: Path,
+) -> None:
     run = await start(tmp_path, make_config(steps=2, estimator="remax"))
     await run.finish()
-    assert [(request.samples_per_prompt, request.temperature) for request in run.generator.requests] == [(8, 1.0), (1, 0.0)] * 2
+    assert [
+        (request.samples_per_prompt, request.temperature) for request in run.generator.requests
+    ] == [(8, 1.0), (1, 0.0)] * 2
     assert all(step["advantage/mean_abs"] > 0 for _, step in run.recorder.steps)
 
 
@@ -607,14 +662,21 @@ async def test_adaptive_numbers_resume_with_the_run(tmp_path: Path) -> None:
     def tuned() -> RunConfig:
         made = make_config(steps=4, save=2, temperature=0.1)
         entropy = made.algorithm.entropy.model_copy(update={"target": 1.0})
-        return made.model_copy(update={"algorithm": made.algorithm.model_copy(update={"entropy": entropy})})
+        return made.model_copy(
+            update={"algorithm": made.algorithm.model_copy(update={"entropy": entropy})}
+        )
 
     await (await start(tmp_path / "whole", tuned())).finish()
     stopped = await start(tmp_path / "stopped", tuned())
-    stopped.recorder.react = lambda step, at: stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    stopped.recorder.react = lambda step, at: (
+        stopped.loop.request_stop() if (step, at) == (2, "update") else None
+    )
     await stopped.finish()
     resumed = await start(tmp_path / "stopped", tuned(), resume=True)
     await resumed.finish()
-    temperatures = [step["entropy/temperature"] for _, step in (*stopped.recorder.steps, *resumed.recorder.steps)]
+    temperatures = [
+        step["entropy/temperature"]
+        for _, step in (*stopped.recorder.steps, *resumed.recorder.steps)
+    ]
     assert len(set(temperatures)) == 4
     assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")

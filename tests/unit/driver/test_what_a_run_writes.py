@@ -16,7 +16,14 @@ from rlsys.config import RunConfig, RunSection
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.metrics_log import MetricsLog, read_metrics
 from rlsys.driver.progress import Progress, duration, phase_line, print_summary
-from rlsys.driver.report import Series, format_number, line_chart, nice_ticks, series_over_position, write_report
+from rlsys.driver.report import (
+    Series,
+    format_number,
+    line_chart,
+    nice_ticks,
+    series_over_position,
+    write_report,
+)
 from rlsys.driver.run_directory import RunDirectory
 from tests.rollout_examples import random_rollouts, train_batch
 
@@ -76,7 +83,12 @@ def test_a_resume_drops_what_the_checkpoint_did_not_know(directory: RunDirectory
 
 
 def test_durations():
-    assert [duration(seconds) for seconds in (7.4, 61, 3599.7, 3725)] == ["7 s", "1 m 01 s", "1 h 00 m", "1 h 02 m"]
+    assert [duration(seconds) for seconds in (7.4, 61, 3599.7, 3725)] == [
+        "7 s",
+        "1 m 01 s",
+        "1 h 00 m",
+        "1 h 02 m",
+    ]
 
 
 def test_phase_line():
@@ -102,7 +114,10 @@ def test_plain_progress_prints_a_row_a_step():
     assert lines[2].split()[:3] == ["1/2", "0.250", "50.0%"]
     assert "gen 2.0" in lines[2]
     assert lines[3].split()[0] == "2/2"
-    assert lines[4:] == ["checkpoint runs/x/checkpoints/step_000002", "run interrupted after 2 steps: stopped"]
+    assert lines[4:] == [
+        "checkpoint runs/x/checkpoints/step_000002",
+        "run interrupted after 2 steps: stopped",
+    ]
 
 
 def test_the_live_panel_shows_step_phase_and_numbers():
@@ -152,7 +167,12 @@ def test_ticks_are_round_and_cover_the_range():
 
 
 def test_numbers_are_short():
-    assert [format_number(value) for value in (0.0, 0.03125, 1234.0, 1.5e-6)] == ["0", "0.03125", "1,234", "1.5e-06"]
+    assert [format_number(value) for value in (0.0, 0.03125, 1234.0, 1.5e-6)] == [
+        "0",
+        "0.03125",
+        "1,234",
+        "1.5e-06",
+    ]
     assert format_number(0.125, percent=True) == "12.5 %"
 
 
@@ -164,10 +184,16 @@ def test_a_chart_without_points_is_nothing_and_titles_are_escaped():
     assert chart.count("<circle") == 2
 
 
-def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_step_that_have_them(directory: RunDirectory):
+def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_step_that_have_them(
+    directory: RunDirectory,
+):
     log = MetricsLog(directory)
     for step in range(1, 8):
-        shares = {f"advantage/effective_share/at_{p:03d}": 1 - step * p / 1000 for p in (100, 0, 50)} if step > 2 else {}
+        shares = (
+            {f"advantage/effective_share/at_{p:03d}": 1 - step * p / 1000 for p in (100, 0, 50)}
+            if step > 2
+            else {}
+        )
         log.on_step(step, STEP | shares)
     lines = series_over_position(read_metrics(directory.metrics), "advantage/effective_share/at_")
     assert [line.label for line in lines] == ["step 3", "step 5", "step 7"]
@@ -195,7 +221,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory)
 
 
 @pytest.mark.parametrize(("advantages", "shown"), [(True, "+0.00"), (False, "–")])
-def test_the_report_shows_samples_with_the_advantage_that_their_file_holds(directory: RunDirectory, advantages: bool, shown: str):
+def test_the_report_shows_samples_with_the_advantage_that_their_file_holds(
+    directory: RunDirectory, advantages: bool, shown: str
+):
     """Where each mini-batch estimates its own, there is none."""
     batch = train_batch(random_rollouts(4), 4)
     flat = np.zeros(len(batch.rollouts.token_ids), dtype=np.float32) if advantages else None
@@ -209,7 +237,9 @@ def test_the_report_of_a_run_without_steps(directory: RunDirectory):
     assert "No step is complete yet" in directory.report.read_text()
 
 
-def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(directory: RunDirectory, tmp_path: Path):
+def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(
+    directory: RunDirectory, tmp_path: Path
+):
     with pytest.raises(ValueError, match=r"run\.directory: .* exists already\. Add --resume"):
         directory.check(resume=False)
     directory.check(resume=True)
@@ -220,7 +250,9 @@ def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(directory: Run
 
 
 def test_run_directory_names(tmp_path: Path):
-    assert RunDirectory.named_by(RunConfig(run=RunSection(directory="runs/mine"))).path == Path("runs/mine")
+    assert RunDirectory.named_by(RunConfig(run=RunSection(directory="runs/mine"))).path == Path(
+        "runs/mine"
+    )
     assert RunDirectory.named_by(RunConfig(recipe="dapo_math")).path.name.startswith("dapo_math-")
 
 
