@@ -73,7 +73,9 @@ async def measure(config: RunConfig) -> dict[str, float]:
         directory.create(config)
         cluster = Cluster.connect(config)
         try:
-            workers = await start_workers(cluster, config, model, model, probe_tokens(prompts))
+            workers = await start_workers(
+                cluster, config, model, model, probe_tokens(prompts), tell=print
+            )
             log = MetricsLog(directory)
             loop = SynchronousLoop(
                 config,

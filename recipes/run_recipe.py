@@ -8,6 +8,7 @@ Heavy imports wait until the command line is known to be right.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -79,7 +80,7 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         if config.model.reference_path
         else model_directory
     )
-    check_model(config, model_directory)
+    check_model(config, model_directory, reference_directory)
     if invocation.dry_run:
         print(dump_yaml(config))
         print(describe_plan(config, hardware, problems, model_directory, directory))
@@ -146,7 +147,12 @@ async def _train(
     training = False
     try:
         workers = await start_workers(
-            cluster, config, model_directory, reference_directory, probe_tokens(prompts)
+            cluster,
+            config,
+            model_directory,
+            reference_directory,
+            probe_tokens(prompts),
+            tell=lambda note: console.print(note, highlight=False, markup=False),
         )
         metrics = MetricsLog(
             directory,
@@ -240,8 +246,9 @@ async def start_workers(
     model_directory: Path,
     reference_directory: Path,
     probe: NDArray[np.int32],
+    tell: Callable[[str], None],
 ) -> Workers:
-    """All actors of a run, placed, started and ready."""
+    """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""
     from rlsys.driver.synchronous_loop import Workers
     from workers.advantage_controller import AdvantageController, AdvantageControllerClient
     from workers.generation.group import GenerationGroup
@@ -281,7 +288,9 @@ async def start_workers(
     await cluster.wait_until_ready()
     policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
     reference = ReferenceGroup(reference_actors) if reference_actors else None
-    await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
+    setups = await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
+    for note in itertools.chain.from_iterable(setups):
+        tell(note)
     scorer, controller = (
         RewardWorkerClient(reward_actor),
         AdvantageControllerClient(controller_actor),

@@ -56,7 +56,9 @@ async def started(config: RunConfig) -> AsyncIterator[Parts]:
     cluster = Cluster.connect(config)
     try:
         yield Parts(
-            await start_workers(cluster, config, directory, directory, probe_tokens(prompts)),
+            await start_workers(
+                cluster, config, directory, directory, probe_tokens(prompts), tell=print
+            ),
             prompts,
             cluster,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,21 @@ class TokenLogprobs(NamedTuple):
     score_norms: Tensor  # without gradient
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the product of its LM head: u = scale (h W^T + b), then softcap tanh(u / softcap).
+
+    Granite and Cohere scale, Gemma 2 caps; most models do neither.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap: {self.softcap:g} is not above 0. Give None for no cap.")
+
+
 def token_logprobs(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -23,17 +39,22 @@ def token_logprobs(
     *,
     temperature: float,
     chunk_tokens: int,
+    lm_head_bias: Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
 ) -> TokenLogprobs:
-    """log pi(target | prefix), the entropy of pi(. | prefix) and the squared norm of the score, at each of n positions.
+    """Return log pi(target | prefix), the entropy of pi(. | prefix) and the squared norm of the score.
 
-        z = hidden W^T / temperature,    log pi(a) = z_a - logsumexp(z),    H = logsumexp(z) - sum_k pi_k z_k
+        u = scale (h W^T + b),    v = softcap tanh(u / softcap) or u,    z = v / temperature
+        log pi(a) = z_a - logsumexp(z),    H = logsumexp(z) - sum_k pi_k z_k
         ||d log pi(a) / dz||^2 = 1 - 2 pi(a) + sum_k pi_k^2
 
     The first two are differentiable. The backward pass computes the logits of a chunk again instead of keeping them:
 
         d log pi(a) / dz_k = 1[k = a] - pi_k         dH / dz_k = -pi_k (log pi_k + H)
+        dz / du = (1 - (v / softcap)^2) / temperature
 
-    Shapes: hidden [n, d], lm_head_weight [V, d], targets [n] int64 -> [n], [n], [n].
+    Shapes: hidden [n, d], lm_head_weight [V, d], lm_head_bias [V] or None, targets [n] int64
+        -> [n], [n], [n].
 
     Conventions: the products with W run in the dtype of `hidden` (bfloat16 products for bfloat16), softmax and everything after it in float32; the
     gradient of W is summed over chunks in float32. At most `chunk_tokens` x V logits exist at a time.
@@ -50,34 +71,83 @@ def token_logprobs(
             f"hidden [n, d], lm_head_weight [V, d] and targets [n] do not fit: {tuple(hidden.shape)}, {tuple(lm_head_weight.shape)}, "
             f"{tuple(targets.shape)}"
         )
-    return TokenLogprobs(
-        *_TokenLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk_tokens)
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    if lm_head_bias is not None and lm_head_bias.shape != lm_head_weight.shape[:1]:
+        raise ValueError(
+            f"lm_head_bias [V] does not fit lm_head_weight {tuple(lm_head_weight.shape)}: "
+            f"{tuple(lm_head_bias.shape)}"
+        )
+    outputs = _TokenLogprobs.apply(
+        hidden, lm_head_weight, lm_head_bias, targets, temperature, chunk_tokens, transform
+    )
+    return TokenLogprobs(*outputs)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def token_logprobs_of_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float
+) -> TokenLogprobs:
+    """Return what `token_logprobs` returns, from logits that the model has made itself.
+
+    All n x V logits exist at once. Autograd differentiates the first two.
+
+    Shapes: logits [n, V], targets [n] int64 -> [n], [n], [n].
+    """
+    scaled = logits.to(_work_dtype(logits.dtype)) / temperature
+    logs = scaled.log_softmax(dim=1)
+    probabilities = logs.exp()
+    logprobs = logs.gather(1, targets[:, None])[:, 0]
+    # Models mask tokens that they never predict with -inf: 0 log 0 is 0.
+    finite = logs.clamp(min=torch.finfo(logs.dtype).min)
+    entropies = -torch.linalg.vecdot(probabilities, finite, dim=1)
+
+    with torch.no_grad():
+        square = torch.linalg.vecdot(probabilities, probabilities, dim=1)
+        norms = (1 - 2 * logprobs.exp() + square).clamp(min=0)
+    return TokenLogprobs(logprobs, entropies, norms)
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _scaled_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    transform: LogitTransform,
+) -> Tensor:
+    """Return z of one chunk in a fresh tile, [c, V] in the work dtype."""
     logits = hidden @ weight.t()
-    # One fresh float32 tile a chunk in low precision; in float32 the product itself is scaled in place.
+    # One fresh float32 tile per chunk in low precision; in float32 the product itself is changed.
     logits = logits.to(_work_dtype(logits.dtype))
+    if bias is not None:
+        logits += bias
+    if transform.scale != 1.0:
+        logits *= transform.scale
+    if transform.softcap is not None:
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
     return logits.div_(temperature) if temperature != 1.0 else logits
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        transform: LogitTransform,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n, work = len(hidden), _work_dtype(hidden.dtype)
         logprobs, entropies, norms, normalizers = (
             torch.empty(n, dtype=work, device=hidden.device) for _ in range(4)
         )
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            logits = _scaled_logits(hidden[part], weight, temperature)
+            logits = _scaled_logits(hidden[part], weight, bias, temperature, transform)
             chosen = logits.gather(1, targets[part, None])[:, 0]
             top = logits.amax(dim=1, keepdim=True)
             shifted = logits.sub_(top)  # z - max, in place
@@ -89,40 +159,56 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[part] = chosen - normalizers[part]
             entropies[part] = normalizer - expected
             square = torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
-            norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(
-                min=0
-            )  # rounding, where a token is all but certain
-        ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
-        ctx.temperature, ctx.chunk = temperature, chunk
+            # Rounding can go below 0 where a token is all but certain.
+            norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(min=0)
+
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers, entropies)
+        ctx.temperature, ctx.chunk, ctx.transform = temperature, chunk, transform
         ctx.mark_non_differentiable(norms)
         return logprobs, entropies, norms
 
     @staticmethod
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizers, entropies = ctx.saved_tensors
+        transform: LogitTransform = ctx.transform
+        work = _work_dtype(weight.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(
-            weight.shape, dtype=_work_dtype(weight.dtype), device=weight.device
-        )
+        grad_weight = torch.zeros(weight.shape, dtype=work, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=work)
         use_entropy = bool((grad_entropies != 0).any())
+
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logs = _scaled_logits(hidden[part], weight, ctx.temperature).sub_(
-                normalizers[part, None]
-            )  # log pi
+            logits = _scaled_logits(hidden[part], weight, bias, ctx.temperature, transform)
+            slope = _slope(logits, ctx.temperature, transform)
+            logs = logits.sub_(normalizers[part, None])  # log pi
             probabilities = logs.exp()
             grad = probabilities * -grad_logprobs[part, None]
             grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
             if use_entropy:
                 grad -= grad_entropies[part, None] * probabilities * (logs + entropies[part, None])
-            if ctx.temperature != 1.0:
-                grad /= ctx.temperature
+            if slope is not None:
+                grad *= slope
+
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if grad_weight.dtype == hidden.dtype:
                 grad_weight.addmm_(grad.t(), hidden[part])
             else:
                 grad_weight += grad.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+        if bias is not None and grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+
+
+def _slope(logits: Tensor, temperature: float, transform: LogitTransform) -> Tensor | float | None:
+    """Return dz / d(h W^T + b), given z; None where it is 1."""
+    factor = transform.scale / temperature
+    if transform.softcap is None:
+        return None if factor == 1.0 else factor
+    return (1 - (logits * (temperature / transform.softcap)) ** 2) * factor

@@ -72,6 +72,12 @@ class PolicyConfig(Section):
         default=True,
         description="Compute a prompt once for all its responses, where the attention kernel can (sdpa, flex_attention).",
     )
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Run the model on packs of sequences without padding. auto: where a check at set-up finds the packed "
+        "log-probabilities equal to the model's own, else the model's own padded forward pass, which is slower. true: refuse "
+        "such a model. false: always padded.",
+    )
     logit_chunk_tokens: int = Field(
         default=256, ge=1, description="Response positions whose logits exist at the same time."
     )

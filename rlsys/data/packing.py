@@ -100,18 +100,20 @@ def _balance(units: Sequence[_Unit], ranks: int) -> list[list[_Unit]]:
     return shares
 
 
-def _bins(units: Sequence[_Unit], budget: int) -> list[list[_Unit]]:
-    """First-fit decreasing: `units` come longest first."""
+def _bins(units: Sequence[_Unit], budget: int, *, padded: bool) -> list[list[_Unit]]:
+    """First-fit decreasing: `units` come longest first, so the first of a bin is as wide as its padding."""
     bins: list[list[_Unit]] = []
     loads: list[int] = []
     for unit in units:
-        place = next((i for i, load in enumerate(loads) if load + unit.num_tokens <= budget), None)
+        costs = [content[0].num_tokens if padded else unit.num_tokens for content in bins]
+        fits = (load + cost <= budget for load, cost in zip(loads, costs, strict=True))
+        place = next((i for i, fit in enumerate(fits) if fit), None)
         if place is None:
             bins.append([unit])
             loads.append(unit.num_tokens)
         else:
             bins[place].append(unit)
-            loads[place] += unit.num_tokens
+            loads[place] += costs[place]
     return bins
 
 
@@ -123,13 +125,16 @@ def pack_rows(
     rank: int,
     ranks: int,
     share_prompts: bool,
+    padded: bool = False,
 ) -> list[Pack]:
     """The packs of one rank for the responses `rows`; every rank gets equally many, the last ones perhaps fillers.
 
     A sequence longer than `budget` tokens travels alone. Every rank computes the same plan from the same batch.
+    `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared then.
     """
+    assert not (padded and share_prompts), "a padded row has a prompt of its own"
     shares = _balance(_units(rollouts, rows, budget, share_prompts), ranks)
-    bins = [_bins(share, budget) for share in shares]
+    bins = [_bins(share, budget, padded=padded) for share in shares]
     passes = max(map(len, bins))
     packs = [_pack(rollouts, content, is_filler=False) for content in bins[rank]]
     smallest = min((unit for share in shares for unit in share), key=lambda unit: unit.num_tokens)

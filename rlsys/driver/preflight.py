@@ -22,7 +22,7 @@ from rlsys.data.prompt_stream import LoadedProblems, load_problems
 from rlsys.data.prompt_templates import template_source
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import check_model_path
-from rlsys.models.loading import context_length, parameter_count
+from rlsys.models.loading import check_architecture, context_length, parameter_count
 from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
 from rlsys.rewards import get_reward_function
@@ -223,12 +223,26 @@ def _check_address(config: RunConfig) -> None:
         ) from error
 
 
-def check_model(config: RunConfig, model_directory: Path) -> None:
-    """Checks that need the model's files.
+def check_model(config: RunConfig, model_directory: Path, reference_directory: Path) -> None:
+    """Checks that need the models' files.
 
     Raises:
-        PreflightError: prompt and response do not fit the model's positions.
+        PreflightError: an architecture that cannot be trained, or prompt and response do not fit the
+            model's positions.
     """
+    longest = config.data.max_prompt_tokens + config.generation.max_tokens
+    models = {"model.path": model_directory, "model.reference_path": reference_directory}
+    for field, directory in models.items():
+        try:
+            check_architecture(
+                directory,
+                field=field,
+                longest=longest,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        except ValueError as error:
+            raise PreflightError(str(error)) from error
+
     limit = context_length(model_directory)
     longest = (
         config.generation.max_model_tokens

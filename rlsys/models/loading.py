@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be trained right, found out when it was loaded or tried."""
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
@@ -22,16 +31,103 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
 def load_causal_lm(
     directory: Path | str, *, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The language model, on the CPU, with `attention` a name that transformers or `AttentionInterface` knows."""
-    return AutoModelForCausalLM.from_pretrained(
+    """Load the language model onto the CPU, in evaluation mode.
+
+    Args:
+        attention: a name that transformers or `AttentionInterface` knows. `sdpa` becomes `eager` for
+            models that need it: torch's kernel would leave out their attention softcap or sinks.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if attention == "sdpa" and needs_eager_attention(config):
+        attention = "eager"
+    try:
+        return _load(directory, dtype, attention, trust_remote_code)
+    except ValueError as error:
+        # Some architectures have no SDPA attention. Every one has an eager attention.
+        if attention != "sdpa" or "does not support an attention implementation" not in str(error):
+            raise
+        return _load(directory, dtype, "eager", trust_remote_code)
+
+
+def _load(
+    directory: Path | str, dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
+    return model.eval()
+
+
+def needs_eager_attention(config: PretrainedConfig) -> bool:
+    """Return whether the model caps its attention scores, which transformers' SDPA attention leaves out."""
+    text = config.get_text_config()
+    return bool(getattr(text, "attn_logit_softcapping", None))
+
+
+def check_architecture(
+    directory: Path | str, *, field: str, longest: int, trust_remote_code: bool
+) -> None:
+    """Refuse a model that cannot be trained right, as far as its configuration tells.
+
+    Args:
+        field: the config field that names the model, for messages.
+        longest: tokens of the longest sequence, prompt and response.
+
+    Raises:
+        ValueError: no causal language model, remote code that is not allowed, quantized weights, or
+            position encodings that change with the length of a sequence.
+    """
+    facts = json.loads((Path(directory) / "config.json").read_text())
+    kind = facts.get("model_type")
+    remote = "AutoModelForCausalLM" in facts.get("auto_map", {})
+    if remote and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+        raise ValueError(
+            f"{field}: a model of type {kind!r} runs Python code that comes with it. Read the code in "
+            f"{directory}, then set model.trust_remote_code true."
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+        raise ValueError(
+            f"{field}: transformers knows no causal language model of type {kind!r}. Choose a decoder "
+            "such as Llama, Qwen or Mistral."
+        )
+    if "quantization_config" in facts:
+        method = facts["quantization_config"].get("quant_method", "an unknown method")
+        raise ValueError(
+            f"{field}: the weights are quantized ({method}), and quantized weights cannot be trained. "
+            "Choose the model in float32 or bfloat16."
+        )
+    _check_rope(facts.get("text_config", facts), field=field, longest=longest)
+
+
+def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:
+    """Refuse lengths at which the frequencies of RoPE depend on how long a sequence has become.
+
+    The log-probability of a token would depend on the tokens after it: engine and trainer, which see
+    sequences at different moments, would never agree.
+    """
+    rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    for part in kinds:
+        kind = part.get("rope_type", part.get("type"))
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = part.get("original_max_position_embeddings") or facts.get(
+            "original_max_position_embeddings", facts.get("max_position_embeddings")
+        )
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{field}: its RoPE ({kind}) changes the frequencies of sequences beyond {limit} tokens, and "
+                f"data.max_prompt_tokens + generation.max_tokens is {longest}. Lower them to {limit} in "
+                "all, or choose another model."
+            )
 
 
 def context_length(directory: Path | str) -> int | None:
     """The longest sequence that the model's positions allow, in tokens; None where its config does not say."""
     config = json.loads((Path(directory) / "config.json").read_text())
-    return config.get("max_position_embeddings")
+    text = config.get("text_config", config)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last two: GPT-2, MPT
+    return next((text[name] for name in names if text.get(name)), None)
 
 
 def parameter_count(directory: Path | str) -> int:

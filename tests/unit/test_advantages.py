@@ -512,8 +512,8 @@ def _slow_process(made: AdvantageInputs, i: int, t: int) -> float:
     def steps(j: int) -> dict[int, float]:
         places = made.response_mask[j].nonzero()[:, 0].tolist()
         return {
-            s: float(made.token_rewards[j, s])
-            + (float(made.rewards[j]) if s == places[-1] else 0.0)  # pyright: ignore[reportOptionalSubscript]
+            s: float(made.token_rewards[j, s])  # pyright: ignore[reportOptionalSubscript]
+            + (float(made.rewards[j]) if s == places[-1] else 0.0)
             for s in places
         }
 

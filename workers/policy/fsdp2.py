@@ -5,8 +5,11 @@ Import this module in the process that holds the rank; `join_process_group` come
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +22,18 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlsys.config import RunConfig
 from rlsys.models.loading import load_causal_lm
-from workers.policy.packed_attention import SHARING_KERNELS, register_packed_attention
+from workers.policy.forward_check import ForwardCheck, Lengths, check_forward
+from workers.policy.packed_attention import register_packed_attention
 from workers.policy.packed_forward import PackedCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the model's own forward pass runs with; transformers compiles flex_attention anew for each shape.
+OWN_KERNEL = {"flex_attention": "sdpa"}
 
 
 def join_process_group(address: str, rank: int, world_size: int) -> torch.device:
@@ -57,14 +64,6 @@ def choose_kernel(configured: str, device: torch.device) -> str:
     return "sdpa"
 
 
-def shares_prompts(config: RunConfig, device: torch.device) -> bool:
-    """Whether prompts are computed once a group: asked for, and the kernel can."""
-    return (
-        config.policy.share_prompts
-        and choose_kernel(config.model.attention, device) in SHARING_KERNELS
-    )
-
-
 def build_sharded_model(
     config: RunConfig,
     model_directory: str | Path,
@@ -72,23 +71,38 @@ def build_sharded_model(
     world_size: int,
     *,
     trainable: bool,
-) -> PackedCausalLM:
-    """Load the model and shard it: one FSDP unit a decoder layer, the rest (embeddings, final norm, LM head) in the root.
+) -> tuple[PackedCausalLM, ForwardCheck]:
+    """Load the model, find out how it can be run, and shard it.
 
-    A trainable model keeps float32 masters; a frozen one is stored in the compute dtype.
+    Each decoder block is one FSDP unit; the rest (embeddings, final norm, LM head) is in the root. A
+    trainable model keeps float32 masters; a frozen one is stored in the compute dtype. Both run in
+    evaluation mode: dropout and router jitter would make the log-probabilities of one policy differ
+    from pass to pass.
     """
     compute = DTYPES[config.policy.compute_dtype]
-    kernel = register_packed_attention(choose_kernel(config.model.attention, device))
+    kernel = choose_kernel(config.model.attention, device)
     model = load_causal_lm(
         model_directory,
         dtype=torch.float32 if trainable else compute,
-        attention=kernel,
+        attention=OWN_KERNEL.get(kernel, kernel),
         trust_remote_code=config.model.trust_remote_code,
     )
-    model.train(trainable).requires_grad_(trainable)
+    model.requires_grad_(trainable)
+    nn.Module.to(model, device)
+    verdict = _agreed(lambda: _check(config, model, kernel, device, Path(model_directory)))
+    # FSDP wants one dtype: some models keep a few parameters in float32 whatever is asked for.
+    nn.Module.to(model, torch.float32 if trainable else compute)
+    if verdict.packing:
+        model.set_attn_implementation(register_packed_attention(kernel))
+
+    packed = PackedCausalLM(
+        model, chunk_tokens=config.policy.logit_chunk_tokens, packing=verdict.packing
+    )
+    blocks = decoder_blocks(model)
     if trainable and config.policy.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    packed = PackedCausalLM(model, chunk_tokens=config.policy.logit_chunk_tokens).to(device)
+        for block in blocks:
+            recompute_in_backward(block)
+
     mesh = init_device_mesh(device.type, (world_size,))
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     offload = (
@@ -96,19 +110,70 @@ def build_sharded_model(
         if trainable and config.policy.offload_optimizer and device.type == "cuda"
         else OffloadPolicy()
     )
-    for layer in _decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
     fully_shard(packed, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return packed
+    return packed, verdict
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"model.path: {type(model).__name__} keeps no `layers` in its decoder, so it cannot be sharded by layer"
-        )
-    return layers
+def _check(
+    config: RunConfig, model: PreTrainedModel, kernel: str, device: torch.device, directory: Path
+) -> ForwardCheck:
+    """Run the check in float32, so that a difference is a missing feature and not rounding."""
+    nn.Module.to(model, torch.float32)
+    return check_forward(
+        model,
+        kernel=kernel,
+        lengths=Lengths(
+            prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
+        ),
+        packing=config.policy.packing,
+        device=device,
+        code=directory,
+    )
+
+
+def _agreed(decide: Callable[[], ForwardCheck]) -> ForwardCheck:
+    """Return what rank 0 decides, on every rank; an error of rank 0 is raised on every rank."""
+    decision: list[ForwardCheck | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decision = [decide()]
+        except Exception as error:  # the other ranks wait for an answer
+            decision = [error]
+    dist.broadcast_object_list(decision, src=0)
+    (answer,) = decision
+    if isinstance(answer, Exception):
+        raise answer
+    assert answer is not None, "rank 0 has answered"
+    return answer
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated blocks of the model, inner ones first: what is sharded and recomputed as one.
+
+    They are the members of module lists whose class the model names as not to be split.
+    """
+    names = set(model._no_split_modules or ())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = [block for blocks in lists for block in blocks if type(block).__name__ in names]
+    return list(dict.fromkeys(reversed(found)))
+
+
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep only the block's inputs in the forward pass, and run it again in the backward pass.
+
+    transformers' own switch works in training mode only, which would bring dropout with it.
+    """
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = recomputed
 
 
 def full_state_dict(packed: PackedCausalLM) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from rlsys.algorithms.advantages.gradient_variance import (
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import Pack
 from rlsys.driver.metrics import Metric, mean
+from rlsys.models.loading import UnsupportedModelError
 from workers.policy.packed_forward import PackedCausalLM, PackResult, PackTensors
 
 Plan = Callable[
@@ -32,16 +33,30 @@ def last_down_projection(model: PackedCausalLM) -> nn.Linear:
     """The linear map whose gradients are looked at.
 
     Raises:
-        ValueError: the model has none of that name.
+        UnsupportedModelError: the model has none of that name.
     """
-    layer = getattr(model.model.get_decoder(), "layers")[-1]  # noqa: B009
-    module = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    layers = getattr(model.model.get_decoder(), "layers", None) or [None]
+    module = getattr(getattr(layers[-1], "mlp", None), "down_proj", None)
     if not isinstance(module, nn.Linear):
-        raise ValueError(
+        raise UnsupportedModelError(
             f"diagnostics.gradient: the last layer of {type(model.model).__name__} has no mlp.down_proj, whose gradients would be measured. Set it to "
             "false for this model."
         )
     return module
+
+
+def check_diagnosable(model: PackedCausalLM) -> None:
+    """Refuse a model whose gradients cannot be measured, before the first rollouts.
+
+    Raises:
+        UnsupportedModelError: no such linear map, or the model does not run packed.
+    """
+    last_down_projection(model)
+    if not model.packing:
+        raise UnsupportedModelError(
+            f"diagnostics.gradient: true needs the packed forward pass, and {type(model.model).__name__} runs padded. "
+            "Set it to false for this model."
+        )
 
 
 def pack_scores(

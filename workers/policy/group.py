@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
 
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
 from rlsys.driver.metrics import Metric, combine, mean
 from rlsys.driver.ports import Handle
+from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import WeightManifest
 
 
@@ -22,10 +24,22 @@ class ReferenceGroup:
     def __init__(self, workers: Sequence[Any]) -> None:
         self._workers = workers
 
-    async def setup(self) -> None:
-        """Bring the ranks together and load the model."""
+    async def setup(self) -> tuple[str, ...]:
+        """Bring the ranks together and load the model. Return what the user should know of it.
+
+        Raises:
+            UnsupportedModelError: the ranks have found that the model cannot be trained.
+        """
         address = await self._workers[0].rendezvous.remote()
-        await asyncio.gather(*(worker.setup.remote(address) for worker in self._workers))
+        try:
+            notes = await asyncio.gather(
+                *(worker.setup.remote(address) for worker in self._workers)
+            )
+        except RayTaskError as error:
+            if isinstance(error.cause, UnsupportedModelError):
+                raise error.cause from None  # about the input: no traceback of an actor
+            raise
+        return notes[0]
 
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]

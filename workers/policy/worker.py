@@ -29,15 +29,16 @@ from workers.policy.baseline_network import BaselineLearner, wants_network
 from workers.policy.fsdp2 import (
     DTYPES,
     build_sharded_model,
+    choose_kernel,
     full_state_dict,
     join_process_group,
     load_full_state_dict,
     peak_memory_gib,
-    shares_prompts,
     use_all_threads,
 )
-from workers.policy.gradient_diagnostics import gradient_metrics, last_down_projection
+from workers.policy.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.policy.loss import Denominators, PackLoss, pack_log_ratios, pack_loss
+from workers.policy.packed_attention import SHARING_KERNELS
 from workers.policy.packed_forward import PackTensors
 from workers.policy.schedule import learning_rate
 
@@ -46,6 +47,7 @@ class RankWorker:
     """What actor and reference ranks have in common: a sharded model that answers with log-probabilities."""
 
     trainable = False
+    role = "reference"
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         load_plugins(config.plugins)
@@ -62,17 +64,23 @@ class RankWorker:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def setup(self, address: str) -> None:
-        """Join the other ranks and build the model; all ranks at once."""
+    def setup(self, address: str) -> tuple[str, ...]:
+        """Join the other ranks and build the model; collective. Return what the user should know of it."""
         self.device = join_process_group(address, self.rank, self.world_size)
-        self.model = build_sharded_model(
+        self.model, verdict = build_sharded_model(
             self.config,
             self.model_directory,
             self.device,
             self.world_size,
             trainable=self.trainable,
         )
-        self.share_prompts = shares_prompts(self.config, self.device)
+        kernel = choose_kernel(self.config.model.attention, self.device)
+        self.share_prompts = (
+            self.config.policy.share_prompts and verdict.packing and kernel in SHARING_KERNELS
+        )
+        if verdict.reason is None:
+            return ()
+        return (f"{self.role}: runs padded instead of packed, which is slower ({verdict.reason})",)
 
     def packs_of(
         self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
@@ -85,6 +93,7 @@ class RankWorker:
             rank=self.rank,
             ranks=self.world_size,
             share_prompts=self.share_prompts and may_share,
+            padded=not self.model.packing,
         )
 
     @torch.no_grad()
@@ -116,8 +125,7 @@ class RankWorker:
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory of this rank."""
-        name = "policy" if self.trainable else "reference"
-        return {f"memory/{name}": maximum(peak_memory_gib(self.device))}
+        return {f"memory/{self.role}": maximum(peak_memory_gib(self.device))}
 
     def shutdown(self) -> None:
         """Leave the process group."""
@@ -133,9 +141,10 @@ class PolicyWorker(RankWorker):
     """One rank of the actor group."""
 
     trainable = True
+    role = "policy"
 
-    def setup(self, address: str) -> None:
-        super().setup(address)
+    def setup(self, address: str) -> tuple[str, ...]:
+        notes = super().setup(address)
         settings = self.config.policy.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -153,9 +162,8 @@ class PolicyWorker(RankWorker):
         if wants_network(self.config):
             self.baselines = BaselineLearner(self.config, self.model.hidden_size, self.device)
         if self.config.diagnostics.gradient:
-            last_down_projection(
-                self.model
-            )  # refuses a model without one now, not after the first rollouts
+            check_diagnosable(self.model)
+        return notes
 
     def update(self, batch: TrainBatch) -> dict[str, Metric]:
         """All epochs and mini-batches on one batch; every rank gets the whole batch and trains on its share."""
