@@ -99,3 +99,15 @@ def test_mini_batches_are_whole_groups_and_cover_each_epoch():
 def test_mini_batches_must_divide_the_groups():
     with pytest.raises(ValueError, match=r"policy\.mini_batches: 4 does not divide the 6 groups"):
         list(mini_batch_rows(random_rollouts(0, groups=6), mini_batches=4, epochs=1, seed=0))
+
+
+def test_a_padded_pack_counts_its_padding():
+    lengths = [10, 9, 4, 3, 3]
+    batch = rollouts([([1, 2], [list(range(5, 5 + length - 1))]) for length in lengths])
+    packs = pack_rows(
+        batch, np.arange(5), budget=24, rank=0, ranks=1, share_prompts=False, padded=True
+    )
+    rectangles = [len(pack.rows) * max(group.length for group in pack.groups) for pack in packs]
+    assert max(rectangles) <= 24
+    assert sorted(row for pack in packs for row in pack.rows.tolist()) == [0, 1, 2, 3, 4]
+    assert len(packs) == 2  # 2 x 11, then 3 x 5

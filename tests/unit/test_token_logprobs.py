@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from rlsys.algorithms.token_logprobs import token_logprobs
+from rlsys.algorithms.token_logprobs import (
+    LogitTransform,
+    TokenLogprobs,
+    token_logprobs,
+    token_logprobs_of_logits,
+)
 
 
 def example(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,3 +127,54 @@ def test_shapes_are_checked():
             temperature=1.0,
             chunk_tokens=1,
         )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "transform",
+    [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(scale=1.5, softcap=2.0)],
+)
+def test_bias_scale_and_softcap_equal_the_plain_formula(
+    transform: LogitTransform, temperature: float
+):
+    hidden, weight, targets = example()
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    inputs = (hidden, weight, bias)
+
+    def gradients(out: TokenLogprobs) -> tuple[torch.Tensor, ...]:
+        combined = (out.logprobs * torch.arange(7.0) + 0.3 * out.entropies).sum()
+        return torch.autograd.grad(combined, inputs)
+
+    chunked = token_logprobs(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        chunk_tokens=3,
+        lm_head_bias=bias,
+        transform=transform,
+    )
+    logits = transform.scale * (hidden @ weight.T + bias)
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    plain = token_logprobs_of_logits(logits, targets, temperature=temperature)
+
+    for found, right in zip(chunked, plain, strict=True):
+        assert torch.allclose(found, right)
+    for found, right in zip(gradients(chunked), gradients(plain), strict=True):
+        assert torch.allclose(found, right)
+
+
+def test_logits_of_minus_infinity_are_tokens_of_probability_0():
+    logits = torch.tensor([[1.0, 0.0, -torch.inf]], requires_grad=True)
+    out = token_logprobs_of_logits(logits, torch.tensor([0]), temperature=1.0)
+    p = torch.tensor([1.0, 0.0]).softmax(0)
+    assert out.entropies.item() == pytest.approx(-(p * p.log()).sum().item())
+    (gradient,) = torch.autograd.grad(out.logprobs.sum() + out.entropies.sum(), logits)
+    assert gradient.isfinite().all()
+
+
+def test_a_softcap_of_0_is_refused():
+    with pytest.raises(ValueError, match="softcap: 0 is not above 0"):
+        LogitTransform(softcap=0.0)
