@@ -31,9 +31,7 @@ def on_cpu(hardware: Hardware) -> RunConfig:
     return RunConfig(
         recipe="grpo_math",
         model=ModelConfig(path="smollm2-135m"),
-        data=DataConfig(
-            train="synthetic", eval="synthetic", template="few_shot", max_prompt_tokens=160
-        ),
+        data=DataConfig(train="synthetic", eval="auto", template="few_shot", max_prompt_tokens=160),
         generation=GenerationConfig(dtype="bfloat16", samples_per_prompt=8, max_tokens=16),
         policy=PolicyConfig(
             compute_dtype="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-5)
@@ -56,7 +54,7 @@ def on_gpus(hardware: Hardware) -> RunConfig:
         recipe="grpo_math",
         model=ModelConfig(path="qwen2.5-math-1.5b"),
         data=DataConfig(
-            train="synthetic", eval="synthetic", template="chat_boxed", max_prompt_tokens=1024
+            train="synthetic", eval="auto", template="chat_boxed", max_prompt_tokens=1024
         ),
         generation=GenerationConfig(
             workers=max(1, hardware.gpus - ranks),

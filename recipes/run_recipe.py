@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
-    from rlsys.data.prompt_stream import LoadedProblems, LoadedPrompts
+    from rlsys.data.prompt_stream import LoadedPrompts
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.driver.synchronous_loop import Workers
     from workers.cluster import Cluster
@@ -63,9 +63,11 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rich.console import Console
 
+    from rlsys.data.prompt_stream import load_prompts
     from rlsys.driver.preflight import check_config, check_model, describe_plan
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.models import resolve_model
+    from rlsys.models.loading import load_tokenizer
 
     console = Console()
     if invocation.resume and not config.run.directory:
@@ -81,15 +83,23 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         else model_directory
     )
     check_model(config, model_directory, reference_directory)
+    prompts = load_prompts(config, load_tokenizer(model_directory), problems)
     if invocation.dry_run:
         print(dump_yaml(config))
         print(describe_plan(config, hardware, problems, model_directory, directory))
+        _print_lines(console, prompts.notices)
         return 0
+    _print_lines(console, [f"data: {problems.describe()}", *prompts.notices])
     directory.create(config)
     _log_to(directory.log)
     return asyncio.run(
-        _train(invocation, problems, model_directory, reference_directory, directory, console)
+        _train(invocation, prompts, model_directory, reference_directory, directory, console)
     )
+
+
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _log_to(path: Path) -> None:
@@ -100,7 +110,7 @@ def _log_to(path: Path) -> None:
 
 async def _train(
     invocation: Invocation,
-    problems: LoadedProblems,
+    prompts: LoadedPrompts,
     model_directory: Path,
     reference_directory: Path,
     directory: RunDirectory,
@@ -108,7 +118,6 @@ async def _train(
 ) -> int:
     from ray.exceptions import RayError
 
-    from rlsys.data.prompt_stream import load_prompts
     from rlsys.data.prompt_templates import stop_strings
     from rlsys.driver.checkpoints import CheckpointStore
     from rlsys.driver.evaluation import Evaluator
@@ -118,7 +127,6 @@ async def _train(
     from rlsys.driver.report import ReportWriter
     from rlsys.driver.resume import check_resumable
     from rlsys.driver.synchronous_loop import SynchronousLoop
-    from rlsys.models.loading import load_tokenizer
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
 
@@ -134,8 +142,6 @@ async def _train(
             else "no complete checkpoint: starting from the beginning",
             highlight=False,
         )
-    prompts = load_prompts(config, load_tokenizer(model_directory), problems)
-    _report_dropped(prompts, console)
     stop = stop_strings(config.data.template, config.generation.stop)
     interrupt_on_sigterm()
     console.print(
@@ -163,7 +169,11 @@ async def _train(
         observers = Observers(
             [metrics, Progress(console, live=config.run.progress), ReportWriter(directory)]
         )
-        evaluator = Evaluator(config, prompts.evaluation, workers.generator, workers.scorer, stop)
+        evaluator = None  # data.eval is off
+        if len(prompts.evaluation):
+            evaluator = Evaluator(
+                config, prompts.evaluation, workers.generator, workers.scorer, stop
+            )
         loop = SynchronousLoop(
             config,
             workers,
@@ -204,18 +214,6 @@ async def _train(
     return 0 if outcome == "finished" else 130
 
 
-def _report_dropped(prompts: LoadedPrompts, console: Console) -> None:
-    for field, dropped in (
-        ("data.train", prompts.dropped_train),
-        ("data.eval", prompts.dropped_evaluation),
-    ):
-        if dropped:
-            console.print(
-                f"{field}: {dropped} prompts longer than data.max_prompt_tokens were dropped",
-                highlight=False,
-            )
-
-
 def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None:
     """First Ctrl-C or SIGTERM: end after this step, saved. Second: leave at once."""
     loop = asyncio.get_running_loop()
@@ -231,10 +229,10 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
 
 
 def probe_tokens(prompts: LoadedPrompts) -> NDArray[np.int32]:
-    """[n, L] beginnings of held-out prompts, on which engine and trainer are compared after each weight sync."""
+    """[n, L] ends of held-out prompts, or of training ones without an evaluation, on which engine and trainer are compared after each weight sync."""
     import numpy as np
 
-    candidates = [prompt.token_ids for prompt in prompts.evaluation.prompts]
+    candidates = [prompt.token_ids for prompt in prompts.samples]
     length = min(PROBE_TOKENS, min(map(len, candidates)))
     # The ends of prompts: worked examples make the beginnings all the same.
     return np.asarray([tokens[-length:] for tokens in candidates[:PROBE_SEQUENCES]], dtype=np.int32)

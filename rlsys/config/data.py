@@ -1,17 +1,23 @@
 """Where prompts come from and how they are worded."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlsys.config.section import Section
 
 
 class ColumnNames(Section):
-    """Names of the columns of a data file; the defaults fit MATH."""
+    """Names of the columns of a data file; the defaults fit MATH. A dot leads into an object."""
 
-    problem: str = Field(default="problem", description="Column of the problem's text.")
-    answer: str = Field(default="answer", description="Column of the ground-truth answer.")
+    problem: str = Field(
+        default="problem",
+        description="Column of the problem's text or chat messages.",
+    )
+    answer: str = Field(
+        default="answer",
+        description="Column of the ground-truth answer; a.b is the field b of the objects in a.",
+    )
     id: str | None = Field(
         default="id",
         description="Column of a unique id. null, or absent from the file: the row number.",
@@ -47,10 +53,21 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     train: str = Field(
         default="synthetic",
-        description="`synthetic`, a .parquet or .jsonl file, or a Hugging Face data set id[:split].",
+        description="`synthetic`, a .parquet, .jsonl, .json, .csv or .tsv file, or a Hugging Face "
+        "data set id[:split].",
     )
     eval: str = Field(
-        default="synthetic", description="Held-out problems, in the same forms as train."
+        default="auto",
+        description="Held-out problems: `auto` (synthetic for synthetic train, else data.held_out "
+        "of train, which is then not trained on), `off` or null (no evaluation), or a source as "
+        "for train.",
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Part of the different problems of a train file that eval `auto` holds out, "
+        "by a hash of their text; at most eval_limit problems.",
     )
     columns: ColumnNames = Field(default=ColumnNames(), description="Column names of the files.")
     synthetic: SyntheticConfig = Field(
@@ -59,6 +76,7 @@ class DataConfig(Section):
     template: str = Field(
         default="few_shot",
         description="How a problem becomes a prompt: chat_boxed (the model's chat template with a boxed-answer instruction), "
+        "chat (the chat template alone), "
         "r1_zero (<think> and <answer> tags), few_shot (worked examples), or the path of a Jinja file that uses {{ problem }}.",
     )
     levels: tuple[int, ...] | None = Field(
@@ -66,6 +84,11 @@ class DataConfig(Section):
     )
     subjects: tuple[str, ...] | None = Field(
         default=None, description="Keep rows of these subjects only. null: all."
+    )
+    blank_rows: Literal["drop", "refuse"] = Field(
+        default="drop",
+        description="What to do with rows whose problem or answer is null or blank: drop them (counted and "
+        "reported), or refuse to start. Rows that hold anything else than a problem are always refused.",
     )
     max_prompt_tokens: int = Field(default=512, ge=1, description="Longest prompt, in tokens.")
     overlong_prompts: Literal["drop", "refuse"] = Field(
@@ -81,3 +104,9 @@ class DataConfig(Section):
         ge=0,
         description="Held-out problems used for evaluation (the first ones). 0: all.",
     )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads off as false."""
+        return "off" if value is None or value is False else value

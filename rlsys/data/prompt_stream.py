@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import DataConfig, RunConfig
 from rlsys.data.batches import Prompt, PromptBatch
+from rlsys.data.held_out import hold_out, shared_problems
 from rlsys.data.problems import Problem
-from rlsys.data.prompt_templates import PromptRenderer
+from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
 from rlsys.data.readers import read_problems
 from rlsys.data.synthetic_problems import generate_problems
 
@@ -36,6 +37,11 @@ class PromptStream:
     def __len__(self) -> int:
         """Prompts of one epoch."""
         return len(self._prompts)
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts of an epoch, in the order of the data."""
+        return self._prompts
 
     def next_batch(self) -> PromptBatch:
         """The next batch; group ids are unique within the run."""
@@ -80,10 +86,21 @@ class PromptStream:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedProblems:
-    """Problems of one run before they are worded."""
+    """Problems of one run before they are worded. No `evaluation`: data.eval is off."""
 
     train: list[Problem]
     evaluation: list[Problem]
+    origin: str  # where the held-out problems come from, for people
+    notices: tuple[str, ...]  # what the user should know of these data
+
+    def describe(self) -> str:
+        """One line: how many problems, and what is evaluated on."""
+        if not self.evaluation:
+            return f"{len(self.train)} training problems, no evaluation ({self.origin})"
+        return (
+            f"{len(self.train)} training and {len(self.evaluation)} held-out problems "
+            f"({self.origin})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,33 +111,103 @@ class LoadedPrompts:
     evaluation: PromptBatch
     dropped_train: int
     dropped_evaluation: int
+    notices: tuple[str, ...]  # what the user should know of these data
+
+    @property
+    def samples(self) -> Sequence[Prompt]:
+        """Prompts to try engine and trainer on: the held-out ones, else those of training."""
+        return self.evaluation.prompts or self.train.prompts
 
 
 def load_problems(config: RunConfig) -> LoadedProblems:
     """Read or generate the problems.
 
     Raises:
-        ValueError: see `read_problems` and `generate_problems`.
+        ValueError: see `read_problems`, `generate_problems` and `hold_out`; conversations under a
+            template that has no place for turns.
     """
     data = config.data
-    synthetic_train, synthetic_eval = [], []
-    if "synthetic" in (data.train, data.eval):
-        synthetic = data.synthetic
-        synthetic_train, synthetic_eval = generate_problems(
-            synthetic.levels,
-            train_size=synthetic.train_size,
-            eval_size=synthetic.eval_size,
-            seed=config.trainer.seed,
+    notices: list[str] = []
+    _check_sources(data)
+    if data.train == "synthetic":
+        train, held_out = _synthetic(config)
+    else:
+        train, held_out = _read(data, data.train, "data.train", notices), []
+
+    if data.eval == "off":
+        evaluation, origin = [], "data.eval is off"
+    elif data.train == "synthetic" and data.eval in ("auto", "synthetic"):
+        evaluation, origin = held_out, "synthetic"
+    elif data.eval == "auto":
+        split = hold_out(train, fraction=data.held_out, limit=data.eval_limit)
+        train, evaluation = split.train, split.held_out
+        origin = "held out of data.train by a hash of their text, and not trained on"
+        notices += _copies_notices(split.copies)
+    else:
+        evaluation, origin = _read(data, data.eval, "data.eval", notices), data.eval
+    evaluation = evaluation[: data.eval_limit or None]
+    notices += _shared_notices(train, evaluation)
+
+    check_template_takes(train, data.template, "data.train")
+    check_template_takes(evaluation, data.template, "data.eval")
+    return LoadedProblems(train=train, evaluation=evaluation, origin=origin, notices=tuple(notices))
+
+
+def _check_sources(data: DataConfig) -> None:
+    if data.train in ("auto", "off"):
+        raise ValueError(
+            f"data.train: {data.train!r} is a value of data.eval. Give a source of problems."
         )
-    train = synthetic_train if data.train == "synthetic" else _read(data, data.train, "data.train")
-    evaluation = synthetic_eval if data.eval == "synthetic" else _read(data, data.eval, "data.eval")
-    return LoadedProblems(train=train, evaluation=evaluation[: data.eval_limit or None])
+    if data.eval == "synthetic" and data.train != "synthetic":
+        raise ValueError(
+            f"data.eval: 'synthetic' problems say nothing of data.train {data.train!r}. Set it to "
+            "auto to hold problems out of data.train, to a file, or to off."
+        )
+    if data.train == "synthetic" and data.eval in ("auto", "off", "synthetic"):
+        for filter_, values in (("levels", data.levels), ("subjects", data.subjects)):
+            if values is not None:
+                raise ValueError(
+                    f"data.{filter_}: {list(values)} filters the rows of files, and data.train is "
+                    "synthetic. Choose its levels with data.synthetic.levels."
+                )
 
 
-def _read(data: DataConfig, source: str, field: str) -> list[Problem]:
-    return read_problems(
-        source, columns=data.columns, field=field, levels=data.levels, subjects=data.subjects
+def _synthetic(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
+    synthetic = config.data.synthetic
+    return generate_problems(
+        synthetic.levels,
+        train_size=synthetic.train_size,
+        eval_size=synthetic.eval_size,
+        seed=config.trainer.seed,
     )
+
+
+def _read(data: DataConfig, source: str, field: str, notices: list[str]) -> list[Problem]:
+    return read_problems(
+        source,
+        columns=data.columns,
+        field=field,
+        levels=data.levels,
+        subjects=data.subjects,
+        on_dropped=notices.append if data.blank_rows == "drop" else None,
+    )
+
+
+def _copies_notices(copies: int) -> Iterator[str]:
+    if copies:
+        yield (
+            f"data.train: {copies} further copies of held-out problems are neither trained on nor "
+            "evaluated"
+        )
+
+
+def _shared_notices(train: Sequence[Problem], evaluation: Sequence[Problem]) -> Iterator[str]:
+    if shared := shared_problems(train, evaluation):
+        yield (
+            f"data.eval: WARNING: {shared} of its {len(evaluation)} problems are also in "
+            "data.train, so accuracy on them is not held out. Drop them from one of the two, or "
+            "set data.eval to auto"
+        )
 
 
 def load_prompts(
@@ -135,7 +222,7 @@ def load_prompts(
     renderer = PromptRenderer(config.data.template, tokenizer)
     train, dropped_train = _encode(problems.train, renderer, config.data, "data.train")
     evaluation, dropped_evaluation = _encode(
-        problems.evaluation, renderer, config.data, "data.eval"
+        problems.evaluation, renderer, config.data, f"data.eval ({problems.origin})"
     )
     stream = PromptStream(
         train,
@@ -146,12 +233,33 @@ def load_prompts(
     held_out = PromptBatch(
         batch_id=-1, prompts=tuple(evaluation), group_ids=np.arange(len(evaluation), dtype=np.int64)
     )
+    dropped = {"data.train": dropped_train, "data.eval": dropped_evaluation}
     return LoadedPrompts(
         train=stream,
         evaluation=held_out,
         dropped_train=dropped_train,
         dropped_evaluation=dropped_evaluation,
+        notices=(
+            *problems.notices,
+            *_dropped_notices(dropped),
+            *_few_notices(len(train), config.trainer.prompts_per_step),
+        ),
     )
+
+
+def _dropped_notices(dropped: Mapping[str, int]) -> Iterator[str]:
+    for field, count in dropped.items():
+        if count:
+            yield f"{field}: {count} prompts longer than data.max_prompt_tokens were dropped"
+
+
+def _few_notices(prompts: int, prompts_per_step: int) -> Iterator[str]:
+    if prompts_per_step > prompts:
+        yield (
+            f"trainer.prompts_per_step: WARNING: {prompts_per_step} is more than the {prompts} "
+            "training prompts, so each step holds the same prompt several times, in groups of "
+            "their own. Lower it, or raise generation.samples_per_prompt"
+        )
 
 
 def _encode(

@@ -2,8 +2,12 @@
 
     few_shot     three worked examples, for models that were never told to box their answers
     chat_boxed   the model's own chat template around the problem and a boxed-answer instruction
+    chat         the model's own chat template around the problem as it is
     r1_zero      <think> reasoning </think> <answer> answer </answer>; the prompt opens the first tag
     a path       a Jinja file of the user's, with {{ problem }}
+
+A problem that is a conversation keeps its turns under chat and chat_boxed, which adds its instruction
+to the last one; the other templates have no place for turns and refuse it.
 
 Tokens are made here, once. Nobody tokenizes a prompt's text again.
 """
@@ -11,6 +15,7 @@ Tokens are made here, once. Nobody tokenizes a prompt's text again.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -19,9 +24,15 @@ from transformers import PreTrainedTokenizerBase
 from rlsys.data.batches import Prompt
 from rlsys.data.problems import Problem
 
-TEMPLATE_NAMES = ("few_shot", "chat_boxed", "r1_zero")
+TEMPLATE_NAMES = ("few_shot", "chat_boxed", "chat", "r1_zero")
+CHAT_TEMPLATES = ("chat_boxed", "chat")
 # What ends a response under each template, beside the end-of-sequence token. A box that has closed says all there is to say.
-STOP_STRINGS = {"few_shot": ("\n\n", "}\n"), "chat_boxed": (), "r1_zero": ("</answer>",)}
+STOP_STRINGS = {
+    "few_shot": ("\n\n", "}\n"),
+    "chat_boxed": (),
+    "chat": (),
+    "r1_zero": ("</answer>",),
+}
 _DIRECTORY = Path(__file__).parent / "templates"
 
 
@@ -64,6 +75,21 @@ def stop_strings(template: str, configured: tuple[str, ...]) -> tuple[str, ...]:
     return configured or STOP_STRINGS.get(template, ())
 
 
+def check_template_takes(problems: Sequence[Problem], template: str, field: str) -> None:
+    """Refuse conversations under a template that has no place for turns.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    conversations = [problem for problem in problems if problem.messages]
+    if conversations and template not in CHAT_TEMPLATES:
+        raise ValueError(
+            f"data.template: {template!r} cannot word chat messages, and {len(conversations)} of "
+            f"{len(problems)} problems of {field} are (the first is {conversations[0].problem_id!r}). "
+            "Use chat, or chat_boxed for a boxed-answer instruction after the last message."
+        )
+
+
 class PromptRenderer:
     """Turns problems into prompts with one template and one tokenizer."""
 
@@ -72,24 +98,23 @@ class PromptRenderer:
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True
         )
         self._template = environment.from_string(template_source(template))
-        self._chat = template == "chat_boxed"
+        self._chat = template in CHAT_TEMPLATES
         self._tokenizer = tokenizer
         if self._chat and not tokenizer.chat_template:
             raise ValueError(
-                "data.template: 'chat_boxed' needs a chat template, and this model's tokenizer has none. Use few_shot, r1_zero, or a "
+                f"data.template: {template!r} needs a chat template, and this model's tokenizer has none. Use few_shot, r1_zero, or a "
                 "Jinja file of your own."
             )
 
     def encode(self, problem: Problem) -> Prompt:
-        """The prompt of one problem, tokenized."""
+        """The prompt of one problem, tokenized.
+
+        Raises:
+            ValueError: the model's chat template refuses the conversation.
+        """
         text = self._template.render(problem=problem.problem)
         if self._chat:
-            messages = [{"role": "user", "content": text}]
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
+            text = self._conversation(problem, text)
             token_ids = self._tokenizer(text, add_special_tokens=False)[
                 "input_ids"
             ]  # the chat template wrote the special tokens
@@ -102,3 +127,30 @@ class PromptRenderer:
             problem=problem.problem,
             ground_truth=problem.answer,
         )
+
+    def _conversation(self, problem: Problem, last: str) -> str:
+        """The model's chat template around the turns so far and `last`, the worded last one."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in problem.messages[:-1]]
+        turns.append({"role": "user", "content": last})
+        roles = ", ".join(turn["role"] for turn in turns)
+        try:
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"data.template: the model's chat template refuses problem "
+                f"{problem.problem_id!r} with the roles {roles} ({error}). Change or drop such "
+                "conversations, or use another model."
+            ) from error
+
+        for turn in turns:  # of the assistant's some templates cut the reasoning, as they should
+            if turn["role"] != "assistant" and turn["content"].strip() not in text:
+                raise ValueError(
+                    f"data.template: the model's chat template leaves out the {turn['role']} "
+                    f"message of problem {problem.problem_id!r} with the roles {roles}. Change or "
+                    "drop such conversations, or use another model."
+                )
+        return text

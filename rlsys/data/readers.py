@@ -1,14 +1,28 @@
-"""Problems from Parquet, JSONL and Hugging Face data sets."""
+"""Problems from files and Hugging Face data sets: every row is checked, and named if it is unfit."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from rlsys.config import ColumnNames
 from rlsys.data.problems import Problem
+from rlsys.data.row_files import Row, Table, read_table
+from rlsys.data.row_values import (
+    Blank,
+    Unfit,
+    answer_text,
+    id_text,
+    level_number,
+    lookup,
+    prompt_parts,
+    subject_text,
+)
+
+T = TypeVar("T")
+EXAMPLES = 5  # unfit rows that a message shows
+SHOWN_NAMES = 20  # columns, levels or subjects that a message lists
 
 
 def read_problems(
@@ -18,131 +32,210 @@ def read_problems(
     field: str,
     levels: Sequence[int] | None = None,
     subjects: Sequence[str] | None = None,
+    on_dropped: Callable[[str], None] | None = None,
 ) -> list[Problem]:
-    """The problems of a .parquet or .jsonl file or a hub data set (`id` or `id:split`), filtered.
+    """The problems of a file or a hub data set (`id` or `id:split`), filtered.
 
     Args:
         field: name of the config field that holds `source`, for messages.
+        on_dropped: drops rows without a problem or an answer, and is told which. None: such rows
+            are refused like all others that cannot be used.
 
     Raises:
-        ValueError: the source is missing or unreadable, lacks a column, or holds nothing after the filters.
+        ValueError: the source is missing or unreadable, lacks a column, has rows that cannot be
+            used, or holds nothing after the filters.
     """
-    rows, present = _read_rows(source, field)
-    for role, name in (("problem", columns.problem), ("answer", columns.answer)):
-        if name not in present:
-            raise ValueError(
-                f"{field}: {source!r} has no column {name!r}. Its columns are {', '.join(sorted(present))}; name the right one in "
-                f"data.columns.{role}."
-            )
-    problems = [_problem(row, columns, i) for i, row in enumerate(rows)]
-    kept = [
-        problem
-        for problem in problems
-        if (levels is None or problem.level in levels)
-        and (subjects is None or problem.subject in subjects)
-    ]
-    if not kept:
-        filters = [f"data.levels={list(levels)}"] if levels is not None else []
-        filters += [f"data.subjects={list(subjects)}"] if subjects is not None else []
-        found_levels = sorted({p.level for p in problems if p.level is not None})
-        found_subjects = sorted({p.subject for p in problems if p.subject is not None})
+    names = [columns.problem, columns.answer, columns.id, columns.level, columns.subject]
+    table = read_table(source, needed=[name for name in names if name], field=field)
+    filters = _Filters(levels, subjects)
+    _check_columns(table, columns, filters, source, field)
+
+    problems, unfit = _problems(table, columns, filters)
+    refused = [row for row in unfit if not (on_dropped and problems and row.blank)]
+    if refused:
         raise ValueError(
-            f"{field}: no problem of {source!r} is left ({len(problems)} rows read"
-            + (
-                f", filters {', '.join(filters)}; the file has levels {found_levels} and subjects {found_subjects}"
-                if filters
-                else ""
-            )
-            + "). Give a file with rows, or widen the filters."
+            f"{field}: {len(refused)} of {len(table.rows)} rows of {source!r} cannot be used: "
+            f"{_examples(refused)}. {_remedies(refused)}"
+        )
+    if unfit and on_dropped:
+        on_dropped(
+            f"{field}: {len(unfit)} of {len(table.rows)} rows of {source!r} lack a problem or an "
+            f"answer and were dropped: {_examples(unfit)}"
+        )
+    kept = [problem for problem in problems if filters.keep(problem)]
+    if not kept:
+        raise ValueError(
+            f"{field}: no problem of {source!r} is left ({len(problems)} rows read, filters "
+            f"{filters}; the file has levels [{_found(problem.level for problem in problems)}] and "
+            f"subjects [{_found(problem.subject for problem in problems)}]). Widen the filters."
         )
     return kept
 
 
-def _problem(row: Mapping[str, Any], columns: ColumnNames, number: int) -> Problem:
-    identity = row.get(columns.id) if columns.id else None
-    level = row.get(columns.level) if columns.level else None
-    subject = row.get(columns.subject) if columns.subject else None
+@dataclass(frozen=True)
+class _Filters:
+    """data.levels and data.subjects; None keeps all."""
+
+    levels: Sequence[int] | None
+    subjects: Sequence[str] | None
+
+    def keep(self, problem: Problem) -> bool:
+        return (self.levels is None or problem.level in self.levels) and (
+            self.subjects is None or problem.subject in self.subjects
+        )
+
+    def __str__(self) -> str:
+        named = {"data.levels": self.levels, "data.subjects": self.subjects}
+        return ", ".join(f"{name}={list(v)}" for name, v in named.items() if v is not None)
+
+
+def _found(values: Iterable[Any]) -> str:
+    return _listed(list(map(repr, sorted({value for value in values if value is not None}))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_columns(
+    table: Table, columns: ColumnNames, filters: _Filters, source: str, field: str
+) -> None:
+    """Refuse a mapping to columns that no row has.
+
+    The default names of id, level and subject may be absent, unless a filter needs them.
+    """
+    if not table.columns:
+        return  # every row is defective, which is said with the rows
+    defaults = ColumnNames()
+    required = {
+        "problem": True,
+        "answer": True,
+        "id": columns.id != defaults.id,
+        "level": columns.level != defaults.level or filters.levels is not None,
+        "subject": columns.subject != defaults.subject or filters.subjects is not None,
+    }
+    for filter_, values, name in (
+        ("levels", filters.levels, columns.level),
+        ("subjects", filters.subjects, columns.subject),
+    ):
+        if values is not None and name is None:
+            role = filter_.removesuffix("s")
+            raise ValueError(
+                f"data.columns.{role}: null leaves data.{filter_} nothing to look at. Name the "
+                "column, or drop the filter."
+            )
+    for role, is_required in required.items():
+        name = getattr(columns, role)
+        if is_required and name and not _has_column(table, name):
+            raise ValueError(
+                f"{field}: {source!r} has no column {name!r}. Its columns are "
+                f"{_columns(table.columns)}; name the right one in data.columns.{role}."
+            )
+
+
+def _has_column(table: Table, name: str) -> bool:
+    return name in table.columns or name.split(".")[0] in table.columns
+
+
+def _columns(names: Sequence[str]) -> str:
+    quoted = [name if name and name == name.strip() else repr(name) for name in sorted(names)]
+    return _listed(quoted)
+
+
+@dataclass(frozen=True)
+class _UnfitRow:
+    """A row that is no problem, and why."""
+
+    place: str
+    error: Unfit
+
+    @property
+    def blank(self) -> bool:
+        return isinstance(self.error, Blank)
+
+    def __str__(self) -> str:
+        column = "" if self.error.column is None else f"{self.error.column!r} "
+        return f"{self.place}: {column}{self.error}"
+
+
+def _problems(
+    table: Table, columns: ColumnNames, filters: _Filters
+) -> tuple[list[Problem], list[_UnfitRow]]:
+    """One problem a row, and the rows that are none."""
+    problems: list[Problem] = []
+    unfit: list[_UnfitRow] = []
+    for number, row in enumerate(table.rows):
+        try:
+            problems.append(_problem(row, columns, filters, number))
+        except Unfit as error:
+            unfit.append(_UnfitRow(row.place, error))
+    return problems, unfit
+
+
+def _examples(unfit: Sequence[_UnfitRow]) -> str:
+    """The first few rows with place and reason, and how many more there are."""
+    shown = "; ".join(map(str, unfit[:EXAMPLES]))
+    rest = len(unfit) - EXAMPLES
+    return shown + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _remedies(unfit: Sequence[_UnfitRow]) -> str:
+    return " ".join(dict.fromkeys(row.error.remedy for row in unfit[:EXAMPLES]))
+
+
+def _problem(row: Row, columns: ColumnNames, filters: _Filters, number: int) -> Problem:
+    if row.defect is not None:
+        raise Unfit(row.defect, "Mend or drop the rows.")
+    text, messages = _cell(row.values, columns.problem, prompt_parts)
     return Problem(
-        problem_id=str(number if identity is None else identity),
-        problem=str(row[columns.problem]),
-        answer=str(row[columns.answer]),
-        level=_level_number(level),
-        subject=None if subject is None else str(subject),
+        problem_id=_optional(row.values, columns.id, lambda value: id_text(value, number)),
+        problem=text,
+        answer=_cell(row.values, columns.answer, answer_text),
+        level=_filtered(row.values, columns.level, level_number, filters.levels),
+        subject=_filtered(row.values, columns.subject, subject_text, filters.subjects),
+        messages=messages,
     )
 
 
-def _level_number(level: object) -> int | None:
-    """MATH writes levels as 3 or as "Level 3", and "Level ?" where there is none."""
-    digits = "".join(filter(str.isdigit, str(level)))
-    return int(digits) if digits else None
-
-
-def _read_rows(source: str, field: str) -> tuple[list[dict[str, Any]], set[str]]:
-    path = Path(source).expanduser()
-    if path.suffix in (".parquet", ".jsonl"):
-        if not path.is_file():
-            raise ValueError(
-                f"{field}: no such file {source!r}. Give the path of an existing .parquet or .jsonl file."
-            )
-        rows = (
-            _read_parquet(path, field)
-            if path.suffix == ".parquet"
-            else list(_read_jsonl(path, field))
-        )
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{field}: {source!r} is neither a .parquet nor a .jsonl file. Convert it, or give a data set id."
-        )
-    else:
-        rows = _read_hub(source, field)
-    return rows, set(rows[0]) if rows else set()
-
-
-def _read_parquet(path: Path, field: str) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{field}: cannot read {str(path)!r} as Parquet ({error}). Write the file again."
-        ) from error
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[dict[str, Any]]:
+        value = lookup(row, name)
+    except KeyError:
+        raise Unfit(
+            f"has no column {name!r}",
+            "Name the column that all rows have in data.columns, or drop the rows.",
+        ) from None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{field}: cannot read {str(path)!r} ({error}). Give a readable UTF-8 file."
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{field}: line {number} of {str(path)!r} is no JSON ({error}). Mend or drop the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{field}: line {number} of {str(path)!r} is no JSON object. Write one object a line."
-            )
-        yield row
+        return convert(value)
+    except Unfit as error:
+        error.column = name
+        raise
 
 
-def _read_hub(source: str, field: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-
-    name, _, split = source.partition(":")
+def _optional(row: Mapping[str, Any], name: str | None, convert: Callable[[Any], T]) -> T:
+    """The converted value, or that of null where the row has no such column."""
     try:
-        return [dict(row) for row in load_dataset(name, split=split or "train")]  # pyright: ignore[reportCallIssue, reportArgumentType]
-    except (
-        Exception
-    ) as error:  # the library raises many kinds, all of which mean that it is not to be had
-        raise ValueError(
-            f"{field}: the data set {source!r} could not be loaded ({type(error).__name__}: {error}). Check the id and split "
-            "(owner/name:split) and the network, or give a local .parquet or .jsonl file."
-        ) from error
+        value = lookup(row, name) if name else None
+    except KeyError:
+        value = None
+    try:
+        return convert(value)
+    except Unfit as error:
+        error.column = name
+        raise
+
+
+def _filtered(
+    row: Mapping[str, Any],
+    name: str | None,
+    convert: Callable[[Any], T | None],
+    wanted: Sequence[Any] | None,
+) -> T | None:
+    """A value that serves a filter only: without the filter an unfit one is as good as none."""
+    try:
+        return _optional(row, name, convert)
+    except Unfit:
+        if wanted is None:
+            return None
+        raise

@@ -298,7 +298,7 @@ def describe_plan(
         f"rewards      {config.reward.processes} processes: {', '.join(function.name for function in config.reward.functions)}",
         f"advantages   {config.algorithm.advantage.name}, objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
         f"{config.algorithm.aggregation}",
-        f"data         {len(problems.train)} training and {len(problems.evaluation)} held-out problems, template {config.data.template}",
+        f"data         {problems.describe()}, template {config.data.template}",
         f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} samples = {samples} responses of at most "
         f"{generation.max_tokens} tokens; {policy.epochs * policy.mini_batches} optimizer steps",
         f"run          {trainer.steps} steps into {directory.path}",
