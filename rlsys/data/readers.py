@@ -204,7 +204,7 @@ def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
     except KeyError:
         raise Unfit(
             f"has no column {name!r}",
-            "Name the column that all rows have in data.columns, or drop the rows.",
+            "Name a column that every row has, or drop the rows.",
         ) from None
     try:
         return convert(value)

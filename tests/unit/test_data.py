@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 
 from rlsys.config import ColumnNames, DataConfig, RunConfig, TrainerConfig
-from rlsys.data.problems import Problem
-from rlsys.data.prompt_stream import PromptStream, load_prompts
+from rlsys.data.problems import ChatMessage, Problem
+from rlsys.data.prompt_stream import PromptStream, load_problems, load_prompts
 from rlsys.data.prompt_templates import PromptRenderer, stop_strings, template_source
 from rlsys.data.readers import read_problems
 from rlsys.data.synthetic_problems import generate_problems
@@ -75,13 +77,16 @@ def test_jsonl_with_a_column_mapping_and_filters(tmp_path: Path):
     [
         ("/no/such.parquet", r"data\.train: no such file '/no/such\.parquet'\. Give the path"),
         ("{dir}/broken.parquet", r"data\.train: cannot read .*broken\.parquet' as Parquet"),
-        ("{dir}/broken.jsonl", r"line 2 of .*broken\.jsonl' is no JSON"),
+        (
+            "{dir}/broken.jsonl",
+            r"1 of 2 rows of .*broken\.jsonl' cannot be used: line 2: is no JSON .*Mend or drop",
+        ),
         (
             "{dir}/columns.jsonl",
             r"has no column 'problem'\. Its columns are answer, question; name the right one in data\.columns\.problem",
         ),
-        ("{dir}/notes.txt", r"is neither a \.parquet nor a \.jsonl file"),
-        ("{dir}/empty.jsonl", "has no column|no problem"),
+        ("{dir}/notes.txt", r"notes\.txt' is not one of \.parquet, "),
+        ("{dir}/empty.jsonl", "is empty"),
     ],
 )
 def test_unusable_files_get_one_clear_message(tmp_path: Path, source: str, message: str):
@@ -106,10 +111,161 @@ def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
         read_problems(source, columns=COLUMNS, field="data.train", levels=(5,))
 
 
+def refusal(path: Path, **options: Any) -> str:
+    """The one line with which a file is refused."""
+    options = {"columns": COLUMNS, "on_dropped": lambda notice: None} | options
+    with pytest.raises(ValueError, match=r"^data\.") as error:
+        read_problems(str(path), field="data.train", **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_row_is_checked_and_a_handful_is_shown(tmp_path: Path):
+    good = {"problem": "p", "answer": "1"}
+    bad = [
+        {"problem": "p"},
+        {"problem": "p", "answer": ["4"]},
+        {"problem": 5, "answer": "1"},
+        {"problem": "p", "answer": {"ground_truth": 4}},
+        {"problem": "p", "answer": True},
+        {"problem": "p", "answer": float("inf")},
+        {"problem": "p", "answer": "1", "id": ["x"]},
+    ]
+    path = tmp_path / "x.jsonl"
+    jsonl(path, [good] * 100 + bad)
+    assert refusal(path) == (
+        f"data.train: 7 of 107 rows of {str(path)!r} cannot be used: line 101: has no column "
+        "'answer'; line 102: 'answer' is a list (['4']); line 103: 'problem' is a number (5); line "
+        "104: 'answer' is an object (with ground_truth); line 105: 'answer' is true; and 2 more. "
+        "Name a column that every row has, or drop the rows. Write one answer as text. Name the "
+        "column with the problem's text, or with its chat messages, in data.columns.problem. Name "
+        "the field inside the object, as in data.columns.answer reward_model.ground_truth. Write "
+        "the text that a model should answer."
+    )
+    jsonl(path, bad[-2:])
+    assert "line 1: 'answer' is inf; line 2: 'id' is a list (['x'])" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv", "tsv"])
+def test_rows_without_a_problem_or_an_answer_are_dropped_with_a_word_or_refused(
+    tmp_path: Path, suffix: str
+):
+    rows = [
+        {"problem": text, "answer": answer}
+        for text, answer in (("p0", "1"), ("p1", None), ("p2", " "), ("", "1"), ("p4", "1"))
+    ]
+    path, first = tmp_path / f"x.{suffix}", {"parquet": 0, "json": 0, "jsonl": 1}.get(suffix, 2)
+    place = "row" if first == 0 else "line"
+    write_rows(path, rows)
+    null = "blank" if suffix in ("csv", "tsv") else "null"
+    shown = (
+        f"{place} {first + 1}: 'answer' is {null}; {place} {first + 2}: 'answer' is blank; "
+        f"{place} {first + 3}: 'problem' is blank"
+    )
+
+    notices: list[str] = []
+    problems = read_problems(
+        str(path), columns=COLUMNS, field="data.train", on_dropped=notices.append
+    )
+    assert [(p.problem_id, p.problem) for p in problems] == [("0", "p0"), ("4", "p4")]
+    assert notices == [
+        f"data.train: 3 of 5 rows of {str(path)!r} lack a problem or an answer and were dropped: "
+        + shown
+    ]
+    assert f"3 of 5 rows of {str(path)!r} cannot be used: {shown}. Fill in" in refusal(
+        path, on_dropped=None
+    )
+    write_rows(path, rows[1:2])
+    assert "1 of 1 rows" in refusal(path)  # nothing is left
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """The rows as a file of the kind that its suffix says, by pandas, as users write it."""
+    frame = pandas.DataFrame(rows)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix in (".json", ".jsonl"):
+        frame.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    else:
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv", "tsv"])
+def test_all_kinds_of_files_give_the_same_problems(tmp_path: Path, suffix: str):
+    rows = [
+        {"problem": 'a, "b"\u2028\n c', "answer": "\\frac{1}{2}", "level": "Level 3", "id": "x"},
+        {"problem": "é", "answer": "-4", "level": None, "id": "y"},
+    ]
+    write_rows(tmp_path / f"x.{suffix}", rows)
+    problems = read_problems(str(tmp_path / f"x.{suffix}"), columns=COLUMNS, field="data.train")
+    assert problems == [
+        Problem(problem_id="x", problem=rows[0]["problem"], answer="\\frac{1}{2}", level=3),
+        Problem(problem_id="y", problem="é", answer="-4"),
+    ]
+
+
+def test_numbers_with_gaps_as_pandas_writes_them_are_the_numbers_that_they_were(tmp_path: Path):
+    """A column of integers with a null becomes one of floats: 4 is 4.0, and level 3 is 3.0."""
+    rows = [{"problem": "p", "answer": 4, "level": 3}, {"problem": "q", "answer": None}]
+    write_rows(tmp_path / "x.parquet", rows)
+    (problem,) = read_problems(
+        str(tmp_path / "x.parquet"), columns=COLUMNS, field="f", on_dropped=lambda notice: None
+    )
+    assert (problem.answer, problem.level) == ("4", 3)
+
+
+def test_columns_of_verl_with_chat_messages_and_a_field_inside_an_object(tmp_path: Path):
+    prompts = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}],
+        [{"role": "user", "content": "2 + 2?"}],
+    ]
+    rows = [
+        {"prompt": prompt, "reward_model": {"style": "rule", "ground_truth": answer}}
+        for prompt, answer in zip(prompts, ("2", "4"), strict=True)
+    ]
+    write_rows(tmp_path / "x.parquet", rows)
+    columns = ColumnNames(problem="prompt", answer="reward_model.ground_truth")
+    problems = read_problems(str(tmp_path / "x.parquet"), columns=columns, field="data.train")
+    assert [(p.problem, p.answer, len(p.messages)) for p in problems] == [
+        ("1 + 1?", "2", 2),
+        ("2 + 2?", "4", 1),
+    ]
+    columns = ColumnNames(problem="prompt", answer="reward_model.truth")
+    assert "row 0: has no column 'reward_model.truth'" in refusal(
+        tmp_path / "x.parquet", columns=columns
+    )
+
+
+@pytest.mark.parametrize("role", ["id", "level", "subject"])
+def test_a_column_that_the_user_names_must_be_there(tmp_path: Path, role: str):
+    path = tmp_path / "x.jsonl"
+    jsonl(path, [{"problem": "p", "answer": "1"}])
+    message = refusal(path, columns=ColumnNames(**{role: "typo"}))
+    assert "has no column 'typo'. Its columns are answer, problem; name the right one in" in message
+    assert f"data.columns.{role}" in message
+
+
+def test_filters_need_their_column_and_readable_values(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    jsonl(path, [{"problem": "p", "answer": "1"}])
+    assert "has no column 'level'" in refusal(path, levels=(1,))
+    assert refusal(path, levels=(1,), columns=ColumnNames(level=None)).startswith(
+        "data.columns.level: null leaves data.levels nothing to look at. Name the column"
+    )
+    jsonl(path, [{"problem": "p", "answer": "1", "level": "hard", "subject": ["a"]}])
+    assert read_problems(str(path), columns=COLUMNS, field="f")[0].level is None
+    assert "line 1: 'level' is text ('hard')" in refusal(path, levels=(1,))
+    assert "line 1: 'subject' is a list (['a'])" in refusal(path, subjects=("a",))
+
+
 @pytest.mark.skipif(not MATH.exists(), reason="the MATH files are not beside the project")
 def test_math_files_work_without_options():
-    train = read_problems(str(MATH / "train.parquet"), columns=COLUMNS, field="data.train")
-    assert len(train) == 7500
+    notices: list[str] = []
+    train = read_problems(
+        str(MATH / "train.parquet"), columns=COLUMNS, field="f", on_dropped=notices.append
+    )
+    assert len(train) == 7498
+    assert "row 5341: 'answer' is blank; row 5343: 'answer' is blank" in notices[0]
     hard = read_problems(
         str(MATH / "math500.parquet"), columns=COLUMNS, field="data.eval", levels=(5,)
     )
@@ -139,6 +295,88 @@ def test_chat_template_is_tokenized_once_with_its_special_tokens(tokenizer):
         add_generation_prompt=True,
     )["input_ids"]
     assert list(prompt.token_ids) == expected
+
+
+CONVERSATION = Problem(
+    problem_id="7",
+    problem="And 2 + 2?",
+    answer="4",
+    messages=(
+        ChatMessage(role="system", content="Be brief."),
+        ChatMessage(role="user", content="1 + 1?"),
+        ChatMessage(role="assistant", content="2"),
+        ChatMessage(role="user", content="And 2 + 2?"),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "last"),
+    [
+        ("chat", "And 2 + 2?"),
+        (
+            "chat_boxed",
+            "And 2 + 2?\n\nReason step by step, and put the final answer in \\boxed{}.",
+        ),
+    ],
+)
+def test_a_conversation_keeps_its_turns(tokenizer, template: str, last: str):
+    turns = [{"role": turn.role, "content": turn.content} for turn in CONVERSATION.messages[:-1]]
+    turns.append({"role": "user", "content": last})
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    prompt = PromptRenderer(template, tokenizer).encode(CONVERSATION)
+    assert list(prompt.token_ids) == expected
+    assert prompt.problem == "And 2 + 2?"
+
+
+def test_chat_without_messages_is_the_problem_alone(tokenizer):
+    prompt = PromptRenderer("chat", tokenizer).encode(
+        Problem(problem_id="1", problem="1 + 1?", answer="2")
+    )
+    turns = [{"role": "user", "content": "1 + 1?"}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert list(prompt.token_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            r"refuses problem '7' with the roles system, user, assistant, user \(roles must alternate\)\."
+            " Change or drop",
+        ),
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            r"leaves out the system message of problem '7'",
+        ),
+        ("{{ messages[0].content }} {{ messages[-1].content }}", "leaves out the user message"),
+    ],
+)
+def test_a_chat_template_that_cannot_hold_the_conversation(chat_template: str, message: str):
+    tokenizer = load_tokenizer(resolve_model("tiny"))
+    tokenizer.chat_template = chat_template
+    with pytest.raises(ValueError, match=r"^data\.template: the model's chat template " + message):
+        PromptRenderer("chat", tokenizer).encode(CONVERSATION)
+
+
+@pytest.mark.parametrize("template", ["chat", "chat_boxed"])
+def test_chat_needs_a_chat_template(template: str):
+    tokenizer = load_tokenizer(resolve_model("tiny"))
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=rf"data\.template: '{template}' needs a chat template"):
+        PromptRenderer(template, tokenizer)
+
+
+def test_other_templates_refuse_conversations(tmp_path: Path):
+    rows = [{"problem": [{"role": "user", "content": f"p{i}"}], "answer": "1"} for i in range(9)]
+    source = jsonl(tmp_path / "x.jsonl", rows)
+    message = (
+        r"data\.template: 'few_shot' cannot word chat messages, and 8 of 8 problems of data\.train"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_problems(config(train=source, template="few_shot"))
+    assert len(load_problems(config(train=source, template="chat")).train) == 8
 
 
 def test_r1_zero_opens_the_first_tag_and_stops_at_the_last(tokenizer):
@@ -245,3 +483,126 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path: Pa
             ),
             tokenizer,
         )
+
+
+def numbered(path: Path, count: int) -> str:
+    return jsonl(path, [{"problem": f"p{i}", "answer": str(i)} for i in range(count)])
+
+
+def test_evaluation_is_held_out_of_a_training_file(tmp_path: Path):
+    source = numbered(tmp_path / "x.jsonl", 50)
+    loaded = load_problems(config(train=source, held_out=0.2))
+    assert (len(loaded.train), len(loaded.evaluation)) == (40, 10)
+    assert not {p.problem for p in loaded.train} & {p.problem for p in loaded.evaluation}
+    assert loaded.describe() == (
+        "40 training and 10 held-out problems (held out of data.train by a hash of their text, "
+        "and not trained on)"
+    )
+    assert loaded.notices == ()
+    few = load_problems(config(train=source, held_out=0.2, eval_limit=3))
+    assert (len(few.train), len(few.evaluation)) == (47, 3)  # no more than is evaluated
+
+
+def test_copies_of_held_out_problems_are_left_out_and_counted(tmp_path: Path):
+    rows = [{"problem": f"p{i % 5}", "answer": "1"} for i in range(15)]
+    loaded = load_problems(config(train=jsonl(tmp_path / "x.jsonl", rows)))
+    assert (len(loaded.train), len(loaded.evaluation)) == (12, 1)
+    assert loaded.notices == (
+        "data.train: 2 further copies of held-out problems are neither trained on nor evaluated",
+    )
+
+
+def test_auto_is_synthetic_for_synthetic_problems_and_off_is_none():
+    assert len(load_problems(config()).evaluation) == 64
+    assert load_problems(config()).evaluation == load_problems(config(eval="synthetic")).evaluation
+    off = load_problems(config(eval="off"))
+    assert off.evaluation == []
+    assert off.describe() == "1000 training problems, no evaluation (data.eval is off)"
+
+
+def test_without_an_evaluation_prompts_to_try_the_engine_on_are_those_of_training(tokenizer):
+    off = load_prompts(config(eval="off"), tokenizer)
+    assert len(off.evaluation) == 0
+    assert list(off.samples) == list(off.train.prompts)
+    on = load_prompts(config(), tokenizer)
+    assert on.samples == on.evaluation.prompts
+
+
+@pytest.mark.parametrize("value", [None, False, "off"])
+def test_off_as_yaml_writes_it(value: object):
+    assert config(eval=value).data.eval == "off"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"eval": "synthetic"},
+            r"data\.eval: 'synthetic' problems say nothing of data\.train .*Set it to auto",
+        ),
+        ({"train": "off"}, r"data\.train: 'off' is a value of data\.eval"),
+        (
+            {"train": "synthetic", "levels": (2,)},
+            r"data\.levels: \[2\] filters .*data\.synthetic\.levels",
+        ),
+        ({"train": "synthetic", "subjects": ("a",)}, r"data\.subjects: \['a'\] filters the rows"),
+    ],
+)
+def test_sources_that_contradict_each_other(tmp_path: Path, data: dict, message: str):
+    source = numbered(tmp_path / "x.jsonl", 5)
+    with pytest.raises(ValueError, match=message):
+        load_problems(config(**{"train": source} | data))
+
+
+def test_equal_training_and_evaluation_problems_are_warned_of(tmp_path: Path):
+    train = numbered(tmp_path / "train.jsonl", 5)
+    other = jsonl(
+        tmp_path / "eval.jsonl", [{"problem": f" p{i}", "answer": "1"} for i in range(3, 9)]
+    )
+    for source, shared in ((train, "5 of its 5"), (other, "2 of its 6")):
+        loaded = load_problems(config(train=train, eval=source))
+        assert loaded.origin == source
+        assert loaded.notices[0].startswith(
+            f"data.eval: WARNING: {shared} problems are also in data.train"
+        )
+
+
+def test_a_blank_answer_reaches_the_console_and_is_refused_on_request(tmp_path: Path, tokenizer):
+    rows = [{"problem": f"p{i}", "answer": "" if i == 2 else "1"} for i in range(9)]
+    source = jsonl(tmp_path / "x.jsonl", rows)
+    loaded = load_prompts(config(train=source), tokenizer)
+    assert any("line 3: 'answer' is blank" in notice for notice in loaded.notices)
+    with pytest.raises(ValueError, match=r"line 3: 'answer' is blank\. Fill in"):
+        load_problems(config(train=source, blank_rows="refuse"))
+
+
+def test_fewer_prompts_than_a_step_takes_are_repeated_with_a_word(tmp_path: Path, tokenizer):
+    loaded = load_prompts(config(train=numbered(tmp_path / "x.jsonl", 4)), tokenizer)
+    assert loaded.notices == (
+        "trainer.prompts_per_step: WARNING: 7 is more than the 3 training prompts, so each step "
+        "holds the same prompt several times, in groups of their own. Lower it, or raise "
+        "generation.samples_per_prompt",
+    )
+    batch = loaded.train.next_batch()
+    assert len(batch) == 7
+    assert len(set(batch.group_ids)) == 7
+
+
+def test_when_every_prompt_is_too_long_the_field_says_so(tmp_path: Path, tokenizer):
+    source = numbered(tmp_path / "x.jsonl", 4)
+    message = (
+        r"data\.max_prompt_tokens: 3 of 3 prompts of data\.train are longer than 2 tokens .*Raise"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_prompts(config(train=source, max_prompt_tokens=2), tokenizer)
+
+
+def test_dropped_prompts_are_among_the_notices(tmp_path: Path, tokenizer):
+    rows = [{"problem": "x" * (400 if i == 0 else 1) + str(i), "answer": "1"} for i in range(9)]
+    source = jsonl(tmp_path / "x.jsonl", rows)
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ problem }}")
+    loaded = load_prompts(
+        config(train=source, eval="off", template=str(template), max_prompt_tokens=50), tokenizer
+    )
+    assert "data.train: 1 prompts longer than data.max_prompt_tokens were dropped" in loaded.notices
