@@ -67,7 +67,7 @@ def read_problems(
         raise ValueError(
             f"{field}: no problem of {source!r} is left ({len(problems)} rows read, filters "
             f"{filters}; the file has levels [{_found(problem.level for problem in problems)}] and "
-            f"subjects [{_found(problem.subject for problem in problems)}]). Widen the filters."
+            f"subjects [{_found(problem.subject for problem in problems)}]). Drop or widen the filters."
         )
     return kept
 

@@ -56,6 +56,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "columns.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     (folder / "good.jsonl").write_text('{"problem": "1 + 1", "answer": "2", "level": 1}\n')
+    (folder / "many.jsonl").write_text(
+        "".join(f'{{"problem": "{i} + 1", "answer": {i + 1}}}\n' for i in range(20))
+    )
+    (folder / "lists.jsonl").write_text(
+        '{"problem": "1 + 1", "answer": "2"}\n{"problem": "2 + 2", "answer": ["4"]}\n'
+    )
+    (folder / "chat.json").write_text(
+        '[{"problem": [{"role": "user", "content": "1 + 1"}], "answer": "2"}]'
+    )
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("")
     (folder / "empty").mkdir()
@@ -75,6 +84,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data.train",
             "widen the filters",
         ),
+        (["--data.train", "{files}/lists.jsonl"], "data.train", "Write one answer as text"),
+        (["--data.train", "{files}/good.jsonl"], "data.eval", "or set it to off"),
+        (
+            ["--data.train", "{files}/many.jsonl", "--data.eval", "synthetic"],
+            "data.eval",
+            "Set it to auto",
+        ),
+        (
+            ["--data.train", "{files}/chat.json", "--data.eval", "off"],
+            "data.template",
+            "Use chat",
+        ),
+        (
+            ["--data.train", "{files}/many.jsonl", "--data.max_prompt_tokens", "3"],
+            "data.max_prompt_tokens",
+            "Raise the limit",
+        ),
+        (["--data.levels", "2"], "data.levels", "data.synthetic.levels"),
         (["--algorithm.advantage.name", "grop"], "algorithm.advantage.name", "Did you mean grpo"),
         (
             ["--algorithm.objective.weight", "ppo_clipp"],
@@ -178,4 +205,43 @@ def test_dry_run_starts_nothing_and_prints_the_plan(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "learning_rate: 1.0e-05" in done.stdout
     assert "generation   1 x vllm" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What --dry-run prints."""
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(grpo_math, ["--model.path", "tiny", "--dry-run", *flags])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 0, captured.err
+    return captured.out
+
+
+def test_the_plan_says_what_is_evaluated_on(capsys: pytest.CaptureFixture[str], files: Path):
+    many = str(files / "many.jsonl")
+    plan = planned(capsys, "--data.train", many, "--data.held_out", "0.75")
+    assert "5 training and 15 held-out problems (held out of data.train by a hash" in plan
+    assert "trainer.prompts_per_step: WARNING: 8 is more than the 5 training prompts" in plan
+    plan = planned(capsys, "--data.train", many, "--data.eval", "off")
+    assert "20 training problems, no evaluation (data.eval is off)" in plan
+    plan = planned(capsys, "--data.train", many, "--data.eval", many)
+    assert "data.eval: WARNING: 20 of its 20 problems are also in data.train" in plan
+    plan = planned(
+        capsys,
+        "--data.train",
+        str(files / "chat.json"),
+        "--data.eval",
+        "off",
+        "--data.template",
+        "chat",
+    )
+    assert "1 training problems, no evaluation" in plan
+    assert "1000 training and 64 held-out problems (synthetic)" in planned(capsys)
+
+
+def test_data_that_are_refused_with_the_tokenizer_leave_no_run_behind(
+    capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path
+):
+    flags = ("--data.train", str(files / "many.jsonl"), "--data.max_prompt_tokens", "3")
+    refused(capsys, *flags, "--run.directory", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
