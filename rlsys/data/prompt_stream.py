@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,7 +233,7 @@ def load_prompts(
     held_out = PromptBatch(
         batch_id=-1, prompts=tuple(evaluation), group_ids=np.arange(len(evaluation), dtype=np.int64)
     )
-    dropped = {"data.train": dropped_train, "data.eval": dropped_evaluation}
+    limit = config.data.max_prompt_tokens
     return LoadedPrompts(
         train=stream,
         evaluation=held_out,
@@ -241,16 +241,19 @@ def load_prompts(
         dropped_evaluation=dropped_evaluation,
         notices=(
             *problems.notices,
-            *_dropped_notices(dropped),
+            *_dropped_notices("data.train", dropped_train, len(problems.train), limit),
+            *_dropped_notices("data.eval", dropped_evaluation, len(problems.evaluation), limit),
             *_few_notices(len(train), config.trainer.prompts_per_step),
         ),
     )
 
 
-def _dropped_notices(dropped: Mapping[str, int]) -> Iterator[str]:
-    for field, count in dropped.items():
-        if count:
-            yield f"{field}: {count} prompts longer than data.max_prompt_tokens were dropped"
+def _dropped_notices(field: str, dropped: int, count: int, limit: int) -> Iterator[str]:
+    if dropped:
+        yield (
+            f"{field}: {dropped} of {count} prompts are longer than data.max_prompt_tokens {limit} "
+            "and were dropped"
+        )
 
 
 def _few_notices(prompts: int, prompts_per_step: int) -> Iterator[str]:

@@ -194,6 +194,33 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
     assert "--resume" in refusal
 
 
+def test_chat_messages_without_an_evaluation(tmp_path: Path):
+    """Conversations of a file, evaluation off: no held-out numbers anywhere, and nothing fails."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    row = {"prompt": turns, "reward_model": {"ground_truth": 2}}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    source = ("--data.train", str(tmp_path / "chat.jsonl"), "--data.eval", "off")
+    columns = ("--data.columns.problem", "prompt", "--data.columns.answer")
+    flags = (*source, *columns, "reward_model.ground_truth", "--data.template", "chat")
+    directory = tmp_path / "run"
+
+    done = run(directory, *flags, "--trainer.steps", "2", "--trainer.prompts_per_step", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data: 1 training problems, no evaluation (data.eval is off)" in done.stdout
+    assert "WARNING: 2 is more than the 1 training prompts" in done.stdout
+    assert "held-out" not in done.stdout
+    assert {record.kind for record in read_metrics(directory / "metrics.jsonl")} == {"train"}
+    assert (directory / "report.html").read_text().count("<svg") >= 8
+    table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000002.parquet")
+    assert set(table["ground_truth"].to_pylist()) == {"2"}
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in table["prompt"].to_pylist()[0]
+
+    more = run(
+        directory, *flags, "--trainer.steps", "3", "--trainer.prompts_per_step", "2", "--resume"
+    )
+    assert more.returncode == 0, more.stdout + more.stderr
+
+
 def kill_when(
     process: subprocess.Popen[str], text: str, number: signal.Signals, *, group: bool = False
 ) -> str:

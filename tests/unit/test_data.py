@@ -605,4 +605,6 @@ def test_dropped_prompts_are_among_the_notices(tmp_path: Path, tokenizer):
     loaded = load_prompts(
         config(train=source, eval="off", template=str(template), max_prompt_tokens=50), tokenizer
     )
-    assert "data.train: 1 prompts longer than data.max_prompt_tokens were dropped" in loaded.notices
+    assert loaded.notices == (
+        "data.train: 1 of 9 prompts are longer than data.max_prompt_tokens 50 and were dropped",
+    )

@@ -12,11 +12,13 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
     CheckpointConfig,
+    DataConfig,
     DynamicSamplingConfig,
     EntropyConfig,
     EvaluationConfig,
@@ -30,6 +32,8 @@ from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
 from rlsys.driver.observer import PHASES, Observers, Outcome
+from rlsys.driver.progress import print_summary
+from rlsys.driver.report import write_report
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
 from tests.in_process_fakes import (
@@ -156,11 +160,12 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
         directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None
     )
     recorder = Recorder(stage.journal)
+    evaluator = Evaluator(config, held_out_prompts(), workers.generator, workers.scorer, stop=())
     loop = SynchronousLoop(
         config,
         workers,
         make_prompts(config),
-        Evaluator(config, held_out_prompts(), workers.generator, workers.scorer, stop=()),
+        None if config.data.eval == "off" else evaluator,
         store,
         Observers([log, recorder]),
         rollouts_directory=directory.rollouts,
@@ -531,6 +536,29 @@ async def test_a_stop_in_the_last_evaluation_is_made_up_after_a_resume(tmp_path:
     assert [
         record.step for record in read_metrics(run.directory.metrics) if record.kind == "eval"
     ] == [0, 2]
+
+
+async def test_without_an_evaluation_the_run_is_the_same_but_for_its_numbers(
+    tmp_path: Path,
+) -> None:
+    config = make_config(steps=3, evaluate=1)
+    off = config.model_copy(update={"data": DataConfig(eval="off")})
+    silent = await start(tmp_path / "off", off)
+    assert await silent.finish() == "finished"
+    assert silent.recorder.evaluations == []
+    await (await start(tmp_path / "on", config)).finish()
+
+    def training(directory: str) -> list[tuple]:
+        records = read_metrics(RunDirectory(tmp_path / directory).metrics)
+        return without_times([record for record in records if record.kind == "train"])
+
+    assert training("off") == training("on")
+    with (tmp_path / "summary").open("w") as file:
+        records = read_metrics(silent.directory.metrics)
+        print_summary(Console(file=file), records, silent.directory, seconds=1.0)
+    assert "held-out" not in (tmp_path / "summary").read_text()
+    write_report(silent.directory)
+    assert "held-out accuracy" not in silent.directory.report.read_text()
 
 
 async def test_a_stop_before_the_first_step_trains_nothing(tmp_path: Path) -> None:
