@@ -157,7 +157,13 @@ def _json_error(error: Exception) -> str:
 
 
 def _read_jsonl(path: Path, needed: Sequence[str], field: str) -> Table:
-    return _parse_jsonl(_read_text(path, field))
+    text = _read_text(path, field)
+    table = _parse_jsonl(text)
+    if text.lstrip().startswith("[") and all(row.defect for row in table.rows):
+        raise ValueError(
+            f"{field}: {str(path)!r} looks like one array, not one object a line. Name it .json."
+        )
+    return table
 
 
 def _parse_jsonl(text: str) -> Table:

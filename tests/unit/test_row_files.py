@@ -193,6 +193,7 @@ def test_a_hub_data_set_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch):
         ("x.jsonl", b'{"a": "1"}\n{"a": "\xff"}\n', "line 2 of .* is not UTF-8 .byte 0xff.. Save"),
         ("x.csv", b"a\n1\n\xe9\n", "line 3 of .* is not UTF-8 .byte 0xe9.. Save"),
         ("x.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16. Save it as UTF-8"),
+        ("x.jsonl", b'[{"a": 1},\n {"a": 2}]', "looks like one array.* Name it .json"),
         ("x.json", b'{"a": 1}', "holds an object, not an array of objects. Write"),
         ("x.json", b'[{"a": 1}\n {"a"]', "is no JSON .line 2, Expecting ',' delimiter"),
         ("x.json", b'[{"a": 1, "a": 2}]', "the key 'a' twice"),
