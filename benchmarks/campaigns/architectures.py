@@ -98,6 +98,8 @@ def examine(architecture: Architecture, *, sampling: bool = True) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_tiny_model(Path(folder), architecture)
+            own = load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
+            own(input_ids=torch.arange(1, 9)[None], use_cache=False)
         except Exception as error:  # sizes that this architecture does not take
             return Finding(**named, outcome="not built", reason=_line(error))
 

@@ -229,12 +229,16 @@ def _packed(attend: Callable[[_AttentionCall], Tensor]) -> Callable[..., tuple[T
         scaling: float | None = None,
         dropout: float = 0.0,
         *,
-        packed_layout: PackedLayout,
+        packed_layout: PackedLayout | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
+        if packed_layout is None:
+            raise UnsupportedAttentionError(
+                "the model does not hand the layout of a pack down to its attention"
+            )
         _check_keywords(dropout, is_causal, attention_mask, others)
         call = _AttentionCall(
             query=query,

@@ -1,0 +1,73 @@
+"""Models of several architectures through the command line: real Ray, real training, the transformers engine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlsys.driver.metrics_log import read_metrics
+from tests.support.architectures import ARCHITECTURES, save_tiny_model
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(model: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.grpo_math", "--model.path", str(model)]
+    command += [
+        "--run.directory",
+        str(run),
+        "--run.progress",
+        "false",
+        "--data.template",
+        "few_shot",
+    ]
+    command += ["--generation.engine", "transformers", "--generation.dtype", "float32"]
+    command += ["--policy.compute_dtype", "float32", "--generation.max_tokens", "8"]
+    command += ["--generation.samples_per_prompt", "2", "--trainer.prompts_per_step", "2"]
+    command += ["--trainer.steps", "1", "--trainer.evaluation.every", "0"]
+    command += ["--data.synthetic.train_size", "8", "--data.synthetic.eval_size", "2", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def model(tmp_path: Path, name: str) -> Path:
+    directory = tmp_path / "model"
+    save_tiny_model(directory, next(a for a in ARCHITECTURES if a.name == name))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "padded"),
+    [
+        ("mistral, sliding window", 1, False),
+        ("gpt2, dropout", 1, False),
+        ("falcon", 2, True),
+    ],
+)
+def test_engine_and_trainer_agree_and_a_padded_pass_is_said(
+    tmp_path: Path, name: str, ranks: int, padded: bool
+):
+    result = train(
+        model(tmp_path, name),
+        tmp_path / "run",
+        *("--policy.ranks", str(ranks), "--cluster.object_store_gib", "0.2"),
+        *("--algorithm.kl.coefficient", "0.1"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ("policy: runs padded instead of packed" in result.stdout) == padded
+    assert ("reference: runs padded instead of packed" in result.stdout) == padded
+    (step,) = [
+        record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "step" in record
+    ]
+    metrics = step["metrics"] if "metrics" in step else step
+    assert metrics["policy/logprob_gap_max"] < 1e-4
+
+
+def test_a_model_that_is_not_causal_ends_with_one_clear_line(tmp_path: Path):
+    result = train(model(tmp_path, "bert, not causal"), tmp_path / "run")
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "error: model.path: BertLMHeadModel is not a causal language model"
+    )
+    assert "Traceback" not in result.stdout + result.stderr
