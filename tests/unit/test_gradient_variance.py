@@ -18,10 +18,15 @@ from rlsys.algorithms.advantages.gradient_variance import (
 from rlsys.data.packing import pack_rows
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
-from rlsys.models.loading import load_causal_lm
+from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from tests.enumerable_policy import ResponseSpace
 from tests.rollout_examples import random_rollouts, train_batch
-from workers.policy.gradient_diagnostics import gradient_metrics, last_down_projection
+from tests.support.architectures import Architecture, tiny_model
+from workers.policy.gradient_diagnostics import (
+    check_diagnosable,
+    gradient_metrics,
+    last_down_projection,
+)
 from workers.policy.packed_attention import register_packed_attention
 from workers.policy.packed_forward import PackedCausalLM, PackTensors
 
@@ -152,14 +157,18 @@ def test_groups_without_anything_to_compare_are_silent():
     assert gradient_diagnostics([torch.zeros(4, len(BASELINES))]) == {}
 
 
-def test_a_model_without_that_projection_is_refused():
-    class Other(torch.nn.Module):
-        def get_decoder(self) -> torch.nn.Module:
-            decoder = torch.nn.Module()
-            decoder.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
-            return decoder
-
+@pytest.mark.parametrize("model_type", ["gpt2", "phi"])
+def test_a_model_without_that_projection_is_refused(model_type: str):
+    other = PackedCausalLM(tiny_model(Architecture(model_type=model_type)), chunk_tokens=1)
     with pytest.raises(
-        ValueError, match=r"diagnostics\.gradient: the last layer of Other has no mlp\.down_proj"
+        UnsupportedModelError,
+        match=r"diagnostics\.gradient: the last layer .* has no mlp\.down_proj",
     ):
-        last_down_projection(PackedCausalLM(Other(), chunk_tokens=1))  # type: ignore[arg-type]
+        check_diagnosable(other)
+
+
+def test_a_model_that_runs_padded_is_refused():
+    llama = tiny_model(Architecture(model_type="llama"))
+    padded = PackedCausalLM(llama, chunk_tokens=1, packing=False)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM runs padded"):
+        check_diagnosable(padded)
