@@ -73,9 +73,8 @@ async def measure(config: RunConfig) -> dict[str, float]:
         directory.create(config)
         cluster = Cluster.connect(config)
         try:
-            workers = await start_workers(
-                cluster, config, model, model, probe_tokens(prompts), tell=print
-            )
+            probe = probe_tokens(config, prompts, model)
+            workers = await start_workers(cluster, config, model, model, probe, tell=print)
             log = MetricsLog(directory)
             loop = SynchronousLoop(
                 config,

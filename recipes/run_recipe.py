@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from workers.cluster import Cluster
 
 Recipe = Callable[[Hardware], RunConfig]
-PROBE_SEQUENCES, PROBE_TOKENS = 4, 32
 
 
 def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -83,7 +82,10 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         else model_directory
     )
     check_model(config, model_directory, reference_directory)
-    prompts = load_prompts(config, load_tokenizer(model_directory), problems)
+    tokenizer = load_tokenizer(
+        model_directory, trust_remote_code=config.model.trust_remote_code
+    )
+    prompts = load_prompts(config, tokenizer, problems)
     if invocation.dry_run:
         print(dump_yaml(config))
         print(describe_plan(config, hardware, problems, model_directory, directory))
@@ -157,7 +159,7 @@ async def _train(
             config,
             model_directory,
             reference_directory,
-            probe_tokens(prompts),
+            probe_tokens(config, prompts, model_directory),
             tell=lambda note: console.print(note, highlight=False, markup=False),
         )
         metrics = MetricsLog(
@@ -228,14 +230,19 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
         loop.add_signal_handler(number, stop, number)
 
 
-def probe_tokens(prompts: LoadedPrompts) -> NDArray[np.int32]:
-    """[n, L] ends of held-out prompts, or of training ones without an evaluation, on which engine and trainer are compared after each weight sync."""
-    import numpy as np
+def probe_tokens(
+    config: RunConfig, prompts: LoadedPrompts, model_directory: Path
+) -> list[NDArray[np.int32]]:
+    """Whole held-out prompts (training prompts where none are held out), on which engine and trainer are compared after each weight sync."""
+    from rlsys.data.probe import probe_sequences
+    from rlsys.models.loading import longest_window
 
-    candidates = [prompt.token_ids for prompt in prompts.samples]
-    length = min(PROBE_TOKENS, min(map(len, candidates)))
-    # The ends of prompts: worked examples make the beginnings all the same.
-    return np.asarray([tokens[-length:] for tokens in candidates[:PROBE_SEQUENCES]], dtype=np.int32)
+    longest = config.data.max_prompt_tokens + config.generation.max_tokens
+    return probe_sequences(
+        [prompt.token_ids for prompt in prompts.samples],
+        limit=longest - 1,  # an engine always samples a token behind what it reads
+        window=longest_window(model_directory, trust_remote_code=config.model.trust_remote_code),
+    )
 
 
 async def start_workers(
@@ -243,7 +250,7 @@ async def start_workers(
     config: RunConfig,
     model_directory: Path,
     reference_directory: Path,
-    probe: NDArray[np.int32],
+    probe: Sequence[NDArray[np.int32]],
     tell: Callable[[str], None],
 ) -> Workers:
     """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""

@@ -57,7 +57,12 @@ async def started(config: RunConfig) -> AsyncIterator[Parts]:
     try:
         yield Parts(
             await start_workers(
-                cluster, config, directory, directory, probe_tokens(prompts), tell=print
+                cluster,
+                config,
+                directory,
+                directory,
+                probe_tokens(config, prompts, directory),
+                tell=print,
             ),
             prompts,
             cluster,

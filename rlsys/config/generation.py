@@ -37,14 +37,28 @@ class GenerationConfig(Section):
         gt=0,
         description="Sampling temperature; log-probabilities are taken at it as well.",
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling. 1: off.")
-    top_k: int = Field(default=0, ge=0, description="Sample among the k likeliest tokens. 0: off.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling. 1: off. Log-probabilities stay those of the untruncated distribution.",
+    )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Sample among the k likeliest tokens. 0: off. Log-probabilities stay those of the untruncated distribution.",
+    )
     min_tokens: int = Field(
-        default=4, ge=0, description="Shortest response, in tokens; 4 so that none is empty."
+        default=0,
+        ge=0,
+        description="How many tokens are sampled before an end token or a stop string may end the response. 0: it may end at once, and then consists "
+        "of the end token alone.",
     )
     max_tokens: int = Field(default=64, ge=1, description="Longest response, in tokens.")
     stop: tuple[str, ...] = Field(
-        default=(), description="Strings that end a response; they stay in it."
+        default=(),
+        description="Strings that end a response; they stay in it, and its text ends with them. One that is complete within the first min_tokens "
+        "tokens ends nothing.",
     )
     max_model_tokens: int | None = Field(
         default=None,

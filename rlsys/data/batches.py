@@ -121,18 +121,21 @@ class RolloutBatch:
         return int(self.response_mask.sum())
 
     @staticmethod
-    def from_sequences(token_ids: NDArray[np.int32], *, temperature: float) -> RolloutBatch:
-        """[n, L] plain sequences as a batch in which every token but the first counts as sampled: for probes."""
-        count, length = token_ids.shape
-        mask = np.ones((count, length), dtype=np.bool_)
-        mask[:, 0] = False
+    def from_sequences(
+        sequences: Sequence[NDArray[np.int32]], *, temperature: float
+    ) -> RolloutBatch:
+        """Plain sequences of any lengths as a batch in which every token but the first counts as sampled: for probes."""
+        count = len(sequences)
+        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        mask = np.ones(offsets[-1], dtype=np.bool_)
+        mask[offsets[:-1]] = False
         return RolloutBatch(
             prompts=PromptBatch(batch_id=-1, prompts=(), group_ids=np.zeros(0, dtype=np.int64)),
-            token_ids=token_ids.reshape(-1).astype(np.int32),
-            sequence_offsets=np.arange(count + 1, dtype=np.int64) * length,
+            token_ids=np.concatenate(list(sequences)).astype(np.int32),
+            sequence_offsets=offsets,
             prompt_lengths=np.ones(count, dtype=np.int32),
-            response_mask=mask.reshape(-1),
-            rollout_logprobs=np.zeros(count * length, dtype=np.float32),
+            response_mask=mask,
+            rollout_logprobs=np.zeros(offsets[-1], dtype=np.float32),
             group_ids=np.arange(count, dtype=np.int64),
             oldest_weight_version=np.zeros(count, dtype=np.int32),
             newest_weight_version=np.zeros(count, dtype=np.int32),

@@ -9,7 +9,8 @@
 A problem that is a conversation keeps its turns under chat and chat_boxed, which adds its instruction
 to the last one; the other templates have no place for turns and refuse it.
 
-Tokens are made here, once. Nobody tokenizes a prompt's text again.
+Tokens are made here, once. Nobody tokenizes a prompt's text again. A prompt begins with what the tokenizer puts before every text (BOS, where it has
+one), once, also where the template writes it; it never ends with what the tokenizer puts behind (EOS), since the response is to follow.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class PromptRenderer:
         self._template = environment.from_string(template_source(template))
         self._chat = template in CHAT_TEMPLATES
         self._tokenizer = tokenizer
+        self._beginning = beginning_tokens(tokenizer)
         if self._chat and not tokenizer.chat_template:
             raise ValueError(
                 f"data.template: {template!r} needs a chat template, and this model's tokenizer has none. Use few_shot, r1_zero, or a "
@@ -115,14 +117,9 @@ class PromptRenderer:
         text = self._template.render(problem=problem.problem)
         if self._chat:
             text = self._conversation(problem, text)
-            token_ids = self._tokenizer(text, add_special_tokens=False)[
-                "input_ids"
-            ]  # the chat template wrote the special tokens
-        else:
-            token_ids = self._tokenizer(text)["input_ids"]
         return Prompt(
             problem_id=problem.problem_id,
-            token_ids=tuple(token_ids),
+            token_ids=self._tokens(text),
             text=text,
             problem=problem.problem,
             ground_truth=problem.answer,
@@ -154,3 +151,27 @@ class PromptRenderer:
                     "drop such conversations, or use another model."
                 )
         return text
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        """Tokens of a whole prompt; a chat template has written the special tokens itself."""
+        tokens = _without_special_tokens(self._tokenizer, text)
+        if self._chat or tokens[:1] == self._beginning[:1]:
+            return tokens
+        return self._beginning + tokens
+
+
+def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Special tokens that a tokenizer puts before a text; those that it puts behind are left out."""
+    plain = _without_special_tokens(tokenizer, "a")
+    whole = tuple(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise ValueError(
+        f"data.template: the tokenizer {type(tokenizer).__name__} reads a text differently with its special tokens than without. Give the model "
+        "directory a tokenizer that only puts special tokens around the text."
+    )
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -19,10 +19,16 @@ from rlsys.algorithms.policy_objectives import check_objective
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems, load_problems
-from rlsys.data.prompt_templates import template_source
+from rlsys.data.prompt_templates import stop_strings, template_source
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import check_model_path
-from rlsys.models.loading import check_architecture, context_length, parameter_count
+from rlsys.models.loading import (
+    check_architecture,
+    context_length,
+    end_token_ids,
+    load_tokenizer,
+    parameter_count,
+)
 from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
 from rlsys.rewards import get_reward_function
@@ -227,8 +233,8 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
     """Checks that need the models' files.
 
     Raises:
-        PreflightError: an architecture that cannot be trained, or prompt and response do not fit the
-            model's positions.
+        PreflightError: an architecture that cannot be trained, a model whose responses could not end, or
+            prompt and response do not fit the model's positions.
     """
     longest = config.data.max_prompt_tokens + config.generation.max_tokens
     models = {"model.path": model_directory, "model.reference_path": reference_directory}
@@ -242,6 +248,14 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
             )
         except ValueError as error:
             raise PreflightError(str(error)) from error
+
+    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
+    stop = stop_strings(config.data.template, config.generation.stop)
+    if not stop and not end_token_ids(model_directory, tokenizer):
+        raise PreflightError(
+            f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} names an end token, so every response would be cut off at "
+            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set generation.stop."
+        )
 
     limit = context_length(model_directory)
     longest = (

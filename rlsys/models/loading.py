@@ -23,9 +23,11 @@ class UnsupportedModelError(ValueError):
     """A model that cannot be trained right, found out when it was loaded or tried."""
 
 
-def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: Path | str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory."""
-    return AutoTokenizer.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
 def load_causal_lm(
@@ -122,12 +124,48 @@ def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:
             )
 
 
+def end_token_ids(directory: Path | str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response: those of generation_config.json, else of config.json, and the tokenizer's own. Empty where none is named.
+
+    Conventions: vLLM takes the tokenizer's and generation_config.json's, `generate` of transformers the latter only. A chat model's tokenizer often
+    names the end of a turn where its config names the end of a text: either ends a response here, in every engine.
+    """
+    named = _eos_of(Path(directory) / "generation_config.json") or _eos_of(
+        Path(directory) / "config.json"
+    )
+    own = tokenizer.eos_token_id
+    return named | ({own} if isinstance(own, int) else set())
+
+
+def _eos_of(file: Path) -> frozenset[int]:
+    """`eos_token_id` of a JSON file, or of its `text_config`: a number, several, or none."""
+    if not file.is_file():
+        return frozenset()
+    config = json.loads(file.read_text())
+    value = config.get("eos_token_id")
+    if value is None:
+        value = (config.get("text_config") or {}).get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return frozenset(token for token in values if token is not None)
+
+
 def context_length(directory: Path | str) -> int | None:
     """The longest sequence that the model's positions allow, in tokens; None where its config does not say."""
     config = json.loads((Path(directory) / "config.json").read_text())
     text = config.get("text_config", config)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last two: GPT-2, MPT
     return next((text[name] for name in names if text.get(name)), None)
+
+
+def longest_window(directory: Path | str, *, trust_remote_code: bool = False) -> int | None:
+    """The widest attention window of the model's layers, in tokens; None where every layer sees everything."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    windows = [
+        getattr(text, name, None)
+        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
+    ]
+    return max((window for window in windows if isinstance(window, int)), default=None)
 
 
 def parameter_count(directory: Path | str) -> int:

@@ -23,8 +23,8 @@ class SampledResponse:
     """One response, exactly as sampled."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of those tokens, at the sampling temperature
-    text: str
+    logprobs: tuple[float, ...]  # at the sampling temperature, of the untruncated distribution
+    text: str  # without special tokens, cut behind the stop string that ended it
     stop_reason: StopReason
 
 
@@ -44,6 +44,13 @@ class RolloutEngine(Protocol):
     ) -> Iterator[list[SampledGroup]]:
         """Yield groups as they finish. Equal seeds, prompts, positions and weights give equal responses.
 
+        top_p, top_k and min_tokens say from which tokens is drawn, never which log-probabilities are reported: those are of the model's whole
+        distribution at the sampling temperature (at 1 where it is 0), as every other log-probability in rlsys is.
+
+        A response ends with an end token, with a stop string, or after max_tokens. End tokens are forbidden among the first min_tokens tokens, and a
+        stop string that is complete within them ends nothing. Tokens stay as sampled; of the token that completes a stop string, the text keeps what
+        belongs to the string.
+
         Args:
             positions: each prompt's place in the whole batch, so that a prompt's randomness need not depend on the worker.
         """
@@ -55,8 +62,8 @@ class RolloutEngine(Protocol):
         """Replace the weights; the next token is sampled with the new ones."""
         ...
 
-    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[n, L] sequences -> [n, L - 1] log-probabilities at temperature 1 of each token but the first."""
+    def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Sequences of any lengths L -> [L - 1] log-probabilities at temperature 1 of each token but the first."""
         ...
 
     def weight_checksums(self) -> dict[str, float]:

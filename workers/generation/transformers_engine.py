@@ -11,9 +11,11 @@ from torch import Tensor
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
-from rlsys.models.loading import load_causal_lm, load_tokenizer
+from rlsys.models.checkpoint_names import from_checkpoint
+from rlsys.models.loading import end_token_ids, load_causal_lm, load_tokenizer
 from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engine import SampledGroup, SampledResponse
+from workers.generation.response_text import ResponseText
 
 
 class TransformersEngine:
@@ -35,12 +37,10 @@ class TransformersEngine:
         model.eval()
         torch.nn.Module.to(model, self._device)
         self._model = model
-        self._tokenizer = load_tokenizer(model_directory)
-        end = self._model.generation_config.eos_token_id if self._model.generation_config else None
-        ends = end if isinstance(end, list) else [end]
-        self._end_ids = frozenset(
-            [token for token in ends if token is not None] or [self._model.config.eos_token_id]
+        self._tokenizer = load_tokenizer(
+            model_directory, trust_remote_code=config.model.trust_remote_code
         )
+        self._end_ids = end_token_ids(model_directory, self._tokenizer)
 
     def generate(
         self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
@@ -60,6 +60,7 @@ class TransformersEngine:
         count = len(generators)
         tokens: list[list[int]] = [[] for _ in range(count)]
         logprobs: list[list[float]] = [[] for _ in range(count)]
+        texts = [ResponseText(self._tokenizer, prompt.token_ids) for _ in range(count)]
         reasons: list[StopReason | None] = [None] * count
         inputs = torch.tensor([prompt.token_ids] * count, device=self._device)
         cache = None
@@ -68,23 +69,21 @@ class TransformersEngine:
                 input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             cache = output.past_key_values
-            log_distribution = self._log_distribution(
-                output.logits[:, -1].float(), sampling, len(tokens[0])
-            )
-            chosen = _choose(log_distribution, sampling.temperature, generators)
+            logits = output.logits[:, -1].float() / (sampling.temperature or 1.0)
+            reported = logits.log_softmax(-1)
+            drawn_from = self._log_distribution(logits, sampling, len(logprobs[0]))
+            chosen = _choose(drawn_from, sampling.temperature, generators)
             for i, token in enumerate(chosen.tolist()):
                 if reasons[i] is None:
                     tokens[i].append(token)
-                    logprobs[i].append(float(log_distribution[i, token]))
-                    reasons[i] = self._stop_reason(tokens[i], sampling)
-                else:
-                    tokens[i].append(token)  # keeps the batch rectangular; cut off below
+                    logprobs[i].append(float(reported[i, token]))
+                    reasons[i] = self._stop_reason(tokens[i], texts[i], sampling)
             inputs = chosen[:, None]
         return tuple(
             SampledResponse(
-                token_ids=tuple(tokens[i][: len(logprobs[i])]),
+                token_ids=tuple(tokens[i]),
                 logprobs=tuple(logprobs[i]),
-                text=self._text(tokens[i][: len(logprobs[i])]),
+                text=texts[i].text,
                 stop_reason=StopReason.LENGTH if (reason := reasons[i]) is None else reason,
             )
             for i in range(count)
@@ -93,11 +92,11 @@ class TransformersEngine:
     def _log_distribution(
         self, logits: Tensor, sampling: SamplingParameters, generated: int
     ) -> Tensor:
-        """Log-probabilities from which the next token is drawn, in vLLM's order: min_tokens, temperature, top_k, top_p."""
-        if generated < min(sampling.min_tokens, sampling.max_tokens):
-            logits[:, list(self._end_ids)] = -torch.inf
-        if sampling.temperature:
-            logits = logits / sampling.temperature
+        """Log-probabilities from which the next token is drawn, in vLLM's order: min_tokens, top_k, top_p."""
+        if generated < min(sampling.min_tokens, sampling.max_tokens) and self._end_ids:
+            logits = logits.index_fill(
+                1, torch.tensor(sorted(self._end_ids), device=logits.device), -torch.inf
+            )
         if sampling.top_k:
             threshold = logits.topk(min(sampling.top_k, logits.shape[1])).values[:, -1:]
             logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -111,34 +110,36 @@ class TransformersEngine:
         return logits.log_softmax(-1)
 
     def _stop_reason(
-        self, tokens: Sequence[int], sampling: SamplingParameters
+        self, tokens: Sequence[int], text: ResponseText, sampling: SamplingParameters
     ) -> StopReason | None:
+        """Why the response ends with the last of `tokens`, which joins the text here; None where it goes on."""
+        added = text.append(tokens[-1])
         if tokens[-1] in self._end_ids:
             return StopReason.END
-        if sampling.stop and len(tokens) >= sampling.min_tokens:
-            text = self._text(tokens)
-            if any(stop in text for stop in sampling.stop):
-                return StopReason.END
+        past_minimum = len(tokens) > min(sampling.min_tokens, sampling.max_tokens)
+        if past_minimum and text.cut_behind(sampling.stop, added):
+            return StopReason.END
         return StopReason.LENGTH if len(tokens) >= sampling.max_tokens else None
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def install_weights(
         self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
     ) -> None:
         """See `RolloutEngine`."""
+        weights = from_checkpoint(self._model, dict(unpack_weights(manifest, shards)))
         parameters = self._model.state_dict()
         with torch.no_grad():
-            for name, tensor in unpack_weights(manifest, shards):
+            for name, tensor in weights.items():
                 parameters[name].copy_(tensor)
 
     @torch.no_grad()
-    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """See `RolloutEngine`."""
-        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
-        logprobs = self._model(input_ids=tokens).logits[:, :-1].float().log_softmax(-1)
-        return logprobs.gather(2, tokens[:, 1:, None])[..., 0].cpu().numpy()
+        return [self._logprobs_of(sequence) for sequence in sequences]
+
+    def _logprobs_of(self, sequence: NDArray[np.int32]) -> NDArray[np.float32]:
+        tokens = torch.from_numpy(sequence.astype(np.int64)).to(self._device)
+        logprobs = self._model(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, tokens[1:, None])[:, 0].cpu().numpy()
 
     def weight_checksums(self) -> dict[str, float]:
         """See `RolloutEngine`."""

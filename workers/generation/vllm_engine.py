@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
+from rlsys.models.loading import end_token_ids, load_tokenizer
 from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engine import SampledGroup, SampledResponse
 
+GREEDY_TEMPERATURE = 1e-5  # below it vLLM takes the likeliest token
 CPU_BLOCK_TOKENS = 32  # vLLM's own 128 would cache no prefix of a shorter prompt
 
 
@@ -29,6 +32,9 @@ def _prepare_environment(config: RunConfig) -> None:
     os.environ.setdefault(
         "VLLM_CPU_OMP_THREADS_BIND", "nobind"
     )  # trainer and engine take turns on the same cores
+    os.environ.setdefault(
+        "VLLM_USE_V2_MODEL_RUNNER", "0"
+    )  # log-probabilities at the sampling temperature come from the sampler of the first runner
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault(
@@ -39,8 +45,8 @@ def _prepare_environment(config: RunConfig) -> None:
 class VLLMEngine:
     """`RolloutEngine` on vLLM: continuous batching, prefix caching, CPU or CUDA.
 
-    Log-probabilities are those of the distribution that was sampled from: after temperature, min_tokens, top_k and top_p
-    (`processed_logprobs`). The trainer knows the temperature only, so with the others in use the two differ by what these cut off.
+    Log-probabilities are those of the model's whole distribution at the sampling temperature, which vLLM itself does not offer: `raw_logprobs` leave
+    the temperature out, `processed_logprobs` are of the distribution that top_p, top_k and min_tokens cut. See `_report_untruncated_logprobs`.
     """
 
     def __init__(self, config: RunConfig, model_directory: str) -> None:
@@ -64,7 +70,7 @@ class VLLMEngine:
                 enforce_eager=not generation.compile,
                 tensor_parallel_size=generation.tensor_parallel,
                 enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",
+                logprobs_mode="raw_logprobs",
                 async_scheduling=False,  # so that equal seeds give equal schedules
                 seed=config.trainer.seed,
                 trust_remote_code=config.model.trust_remote_code,
@@ -72,6 +78,11 @@ class VLLMEngine:
                 **settings,
             )
         )
+        self._engine.collective_rpc(_report_untruncated_logprobs)
+        tokenizer = load_tokenizer(
+            model_directory, trust_remote_code=config.model.trust_remote_code
+        )
+        self._end_ids = sorted(end_token_ids(model_directory, tokenizer))
         self._requests = 0
 
     def generate(
@@ -89,6 +100,8 @@ class VLLMEngine:
             min_tokens=min(sampling.min_tokens, sampling.max_tokens),
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop) or None,
+            stop_token_ids=self._end_ids,
+            ignore_eos=True,  # those above are all: vLLM would add defaults of the config class
             include_stop_str_in_output=True,
             skip_special_tokens=True,
             logprobs=0,
@@ -142,20 +155,20 @@ class VLLMEngine:
         """See `RolloutEngine`."""
         # vLLM's loaders may write into what they are given; the shards are shared memory, so each tensor is copied as it is used.
         tensors = ((name, tensor.clone()) for name, tensor in unpack_weights(manifest, shards))
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self._engine.collective_rpc(partial(_reload_weights, tensors=tensors))
         if not torch.cuda.is_available():
             self._engine.apply_model(_refresh_tied_head)
         self._engine.reset_prefix_cache()
 
-    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """See `RolloutEngine`."""
         from vllm import SamplingParams
 
         self._engine.reset_prefix_cache()  # log-probabilities of a cached prefix are not computed
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        names = [f"probe{self._requests + i}" for i in range(len(token_ids))]
+        names = [f"probe{self._requests + i}" for i in range(len(sequences))]
         self._requests += len(names)
-        for name, sequence in zip(names, token_ids, strict=True):
+        for name, sequence in zip(names, sequences, strict=True):
             self._engine.add_request(name, {"prompt_token_ids": sequence.tolist()}, parameters)
         rows: dict[str, list[float]] = {}
         while len(rows) < len(names):
@@ -163,11 +176,76 @@ class VLLMEngine:
             for output in finished:
                 pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
                 rows[output.request_id] = [choices[token].logprob for choices, token in pairs]
-        return np.asarray([rows[name] for name in names], dtype=np.float32)
+        return [np.asarray(rows[name], dtype=np.float32) for name in names]
 
     def weight_checksums(self) -> dict[str, float]:
         """See `RolloutEngine`. Names are vLLM's: qkv_proj, gate_up_proj and so on are fused."""
         return self._engine.apply_model(_sums_of_squares)[0]
+
+
+def _report_untruncated_logprobs(worker: Any) -> None:
+    """Let a worker's sampler report log softmax(logits / temperature), before min_tokens, top_k and top_p cut anything off.
+
+    Raises:
+        RuntimeError: the worker samples with something else than the sampler that this changes.
+    """
+    from vllm.v1.sample.sampler import Sampler
+
+    class UntruncatedSampler(Sampler):
+        """Reports at the temperature of each request; a greedy one, and the tokens of prompts, at 1."""
+
+        temperatures: torch.Tensor | None = None
+
+        def forward(self, logits: Any, sampling_metadata: Any, *rest: Any, **options: Any) -> Any:
+            self.temperatures = sampling_metadata.temperature
+            try:
+                return super().forward(logits, sampling_metadata, *rest, **options)
+            finally:
+                self.temperatures = None
+
+        def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            logits = logits.float()
+            if self.temperatures is not None:
+                greedy = self.temperatures < GREEDY_TEMPERATURE
+                logits = logits / torch.where(greedy, 1.0, self.temperatures)[:, None]
+            return logits.log_softmax(-1)
+
+    sampler = getattr(worker.model_runner, "sampler", None)
+    if type(sampler) is not Sampler:
+        raise RuntimeError(
+            f"generation.engine: this vLLM samples with {type(sampler).__name__}, for which rlsys cannot read log-probabilities at the sampling "
+            "temperature. Unset VLLM_USE_V2_MODEL_RUNNER, or use the pinned version of vLLM."
+        )
+    sampler.__class__ = UntruncatedSampler
+
+
+def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Let a worker take new weights, all of them.
+
+    Raises:
+        RuntimeError: some of the worker's weights are not among `tensors`, where vLLM would keep the old ones and log a warning.
+    """
+    model = worker.model_runner.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    loaded: set[str] = expected
+    load_weights = model.load_weights
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        nonlocal loaded
+        found = load_weights(*args, **kwargs)
+        loaded = expected if found is None else set(found)
+        return found
+
+    model.load_weights = record
+    try:
+        worker.reload_weights(weights_iterator=tensors)
+    finally:
+        del model.load_weights
+    if missing := sorted(expected - loaded):
+        raise RuntimeError(
+            f"generation.engine: the trainer sends no weights for {', '.join(missing[:3])} ({len(missing)} of {len(expected)} parameters of vLLM's "
+            f"{type(model).__name__}), so the engine would keep the old ones. Use --generation.engine transformers."
+        )
 
 
 def _refresh_tied_head(model: torch.nn.Module) -> None:

@@ -61,9 +61,9 @@ class GenerationWorker:
         """Version of the installed weights; -1 before the first sync."""
         return self._version
 
-    def probe_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """See `RolloutEngine`."""
-        return self._engine.probe_logprobs(token_ids)
+        return self._engine.probe_logprobs(sequences)
 
     def weight_checksums(self) -> dict[str, float]:
         """See `RolloutEngine`."""

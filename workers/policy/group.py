@@ -77,11 +77,11 @@ class PolicyGroup(ReferenceGroup):
         return exports[0]
 
     async def probe_logprobs(
-        self, token_ids: NDArray[np.int32], temperature: float
-    ) -> NDArray[np.float32]:
-        """[n, L] -> [n, L - 1]; every rank computes it, since the model is sharded."""
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Sequences of L tokens -> L - 1 log-probabilities each; every rank computes them, since the model is sharded."""
         results = await asyncio.gather(
-            *(worker.probe_logprobs.remote(token_ids, temperature) for worker in self._workers)
+            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
         )
         return results[0]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,9 @@ from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed, required_inputs
 from rlsys.driver.metrics import Metric, combine, maximum, mean, total
+from rlsys.models.checkpoint_names import from_checkpoint, names_without_mapping, to_checkpoint
+from rlsys.models.loading import UnsupportedModelError
+from rlsys.models.saving import copy_model_files
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.plugins import load_plugins
 from workers.policy.baseline_network import BaselineLearner, wants_network
@@ -145,6 +147,7 @@ class PolicyWorker(RankWorker):
 
     def setup(self, address: str) -> tuple[str, ...]:
         notes = super().setup(address)
+        self._check_export()
         settings = self.config.policy.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -164,6 +167,22 @@ class PolicyWorker(RankWorker):
         if self.config.diagnostics.gradient:
             check_diagnosable(self.model)
         return notes
+
+    def _check_export(self) -> None:
+        """Refuse a model whose weights cannot be given the names of its checkpoint.
+
+        Raises:
+            UnsupportedModelError: transformers stacks weights in memory that its files hold apart, and knows no way back.
+        """
+        if self.config.generation.engine == "transformers":  # loads what it holds itself
+            return
+        names = names_without_mapping(self.model.model, self.model_directory)
+        if names:
+            raise UnsupportedModelError(
+                f"generation.engine: {self.config.generation.engine!r} cannot follow the training of model type {self.model.model.config.model_type!r}: "
+                f"transformers holds {names[0]} as one tensor and has no mapping back to the weights of the checkpoint. Use "
+                "--generation.engine transformers."
+            )
 
     def update(self, batch: TrainBatch) -> dict[str, Metric]:
         """All epochs and mini-batches on one batch; every rank gets the whole batch and trains on its share."""
@@ -299,6 +318,7 @@ class PolicyWorker(RankWorker):
         weights = full_state_dict(self.model)
         if self.rank != 0:
             return None
+        weights = to_checkpoint(self.model.model, weights)
         manifest, shards = pack_weights(
             weights.items(), version=version, dtype=DTYPES[self.config.generation.dtype]
         )
@@ -306,20 +326,24 @@ class PolicyWorker(RankWorker):
 
     @torch.no_grad()
     def probe_logprobs(
-        self, token_ids: NDArray[np.int32], temperature: float
-    ) -> NDArray[np.float32]:
-        """[n, L] sequences -> [n, L - 1] log-probabilities of each token but the first. All ranks must be asked."""
-        count, length = token_ids.shape
-        batch = RolloutBatch.from_sequences(token_ids, temperature=temperature)
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Sequences of any lengths L -> [L - 1] log-probabilities of each token but the first. All ranks must be asked, and compute the same."""
+        batch = RolloutBatch.from_sequences(sequences, temperature=temperature)
         packs = pack_rows(
-            batch, np.arange(count), budget=1 << 30, rank=0, ranks=1, share_prompts=False
+            batch,
+            np.arange(len(batch)),
+            budget=self.config.policy.microbatch_tokens,
+            rank=0,
+            ranks=1,
+            share_prompts=False,
         )
-        flat = np.zeros(count * length, dtype=np.float32)
+        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
         for pack in packs:
             flat[pack.flat_positions] = (
                 self.model(PackTensors.of(pack, self.device), temperature).logprobs.cpu().numpy()
             )
-        return flat.reshape(count, length)[:, 1:]
+        return [row[1:] for row in np.split(flat, batch.sequence_offsets[1:-1])]
 
     def save(self, directory: str) -> None:
         """Hugging Face layout from rank 0, and each rank's optimizer state. All ranks must be asked."""
@@ -340,15 +364,14 @@ class PolicyWorker(RankWorker):
     def _save_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
-        for file in Path(self.model_directory).iterdir():
-            if (
-                file.suffix in (".json", ".jinja", ".model", ".txt")
-                and "safetensors" not in file.name
-                and "manifest" not in file.name
-            ):
-                shutil.copyfile(file, path / file.name)
+        copy_model_files(Path(self.model_directory), path)
+        saved = to_checkpoint(self.model.model, weights)
+        # A view of a larger tensor would be written with the whole of it.
         save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
+            {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in saved.items()
+            },
             path / "model.safetensors",
             {"format": "pt"},
         )
@@ -378,7 +401,8 @@ class PolicyWorker(RankWorker):
                 f"policy.ranks: {directory} was written by {facts['ranks']} ranks, now there are {self.world_size}. Resume with "
                 f"--policy.ranks {facts['ranks']}, or start a new run with --model.path {directory}."
             )
-        load_full_state_dict(self.model, load_file(path / "model.safetensors"))
+        saved = load_file(path / "model.safetensors")
+        load_full_state_dict(self.model, from_checkpoint(self.model.model, saved))
         self._load_optimizer_state(
             torch.load(path / f"optimizer_rank{self.rank}.pt", weights_only=True)
         )

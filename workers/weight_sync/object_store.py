@@ -21,8 +21,8 @@ class WeightSource(Protocol):
     async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]: ...
 
     async def probe_logprobs(
-        self, token_ids: NDArray[np.int32], temperature: float
-    ) -> NDArray[np.float32]: ...
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]: ...
 
 
 # Measured on SmolLM2-135M over prompts: 2e-5 in float32, 0.045 in bfloat16 (mean), steady over steps. A stale LM head shows as 0.2 and grows.
@@ -49,13 +49,13 @@ class ObjectStoreWeightSync:
         policy: WeightSource,
         workers: Sequence[Any],
         config: RunConfig,
-        probe_tokens: NDArray[np.int32],
+        probe: Sequence[NDArray[np.int32]],
     ) -> None:
-        """`workers` are generation actors; `probe_tokens` [n, L] the sequences on which both sides are compared."""
+        """`workers` are generation actors; `probe` holds the sequences on which both sides are compared."""
         self._policy = policy
         self._workers = workers
         self._tolerance = gap_tolerance(config)
-        self._probe = probe_tokens
+        self._probe = probe
 
     async def sync(self, version: int) -> dict[str, Metric]:
         """See `ports.WeightSync`."""
@@ -74,7 +74,8 @@ class ObjectStoreWeightSync:
         engines = await asyncio.gather(
             *(worker.probe_logprobs.remote(self._probe) for worker in self._workers)
         )
-        gaps = [np.abs(engine - trainer) for engine in engines]
+        expected = np.concatenate(trainer)
+        gaps = [np.abs(np.concatenate(engine) - expected) for engine in engines]
         means = [float(gap.mean()) for gap in gaps]
         worst = int(np.argmax(means))
         if not means[worst] <= self._tolerance:  # also catches NaN

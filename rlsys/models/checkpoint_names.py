@@ -1,0 +1,81 @@
+"""Between the weights of a module and those of a Hugging Face checkpoint.
+
+transformers holds some weights under other names, and in other shapes, than its checkpoints: the experts of a mixture are one tensor in memory and one a
+projection of each expert on disk. Everything that leaves the trainer (weight sync, saved models) has the names of the checkpoint, which is what vLLM,
+`from_pretrained` and every other program read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def to_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole `weights` of `model` as `save_pretrained` would write them.
+
+    Conventions: the conversions that loading used are reverted; where it used none (a model made from its config, or files that hold the names of the
+    module), the default ones of the model's type are, as vLLM expects.
+    """
+    if not getattr(model, "_weight_conversions", None):
+        setattr(model, "_weight_conversions", None)  # noqa: B010  ([] would mean: as in the module)
+    return revert_weight_conversion(model, dict(weights))
+
+
+def from_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the names of `model`, the inverse of `to_checkpoint`.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model.
+    """
+    if set(weights) <= set(model.state_dict()):
+        return dict(weights)
+    dtype = next(iter(weights.values())).dtype
+    load: Any = type(model).from_pretrained
+    converted, report = load(
+        None,
+        config=model.config,
+        state_dict=dict(weights),
+        dtype=dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(
+            f"checkpoint: no weights for {', '.join(sorted(report['missing_keys'])[:3])}; it belongs to another model"
+        )
+    return converted.state_dict()
+
+
+def names_without_mapping(model: PreTrainedModel, directory: Path | str) -> list[str]:
+    """Return the names of stacked weights (three or more dimensions) that `to_checkpoint` leaves as no file of `directory` has them.
+
+    Empty where the directory has no safetensors to compare with.
+    """
+    on_disk = _names_on_disk(Path(directory))
+    if not on_disk:
+        return []
+    shapes = {
+        name: torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    exported = to_checkpoint(model, shapes)
+    return sorted(
+        name for name, tensor in exported.items() if tensor.ndim >= 3 and name not in on_disk
+    )
+
+
+def _names_on_disk(directory: Path) -> set[str]:
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names

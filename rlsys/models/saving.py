@@ -1,0 +1,40 @@
+"""What a saved model takes over from the directory that it came from."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from rlsys.models.catalogue import MANIFEST
+
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+)
+# model.safetensors.index.json, pytorch_model.bin.index.fp16.json and the like, and weights beside an ONNX graph.
+WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
+# Written by the model catalogue, or by a checkpoint of another run that the model comes from.
+STATE_FILES = frozenset({MANIFEST, "manifest.json", "trainer_state.json", "policy_state.json"})
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy all of a model directory but weights: config, tokenizer in any format, Python code, templates, licences, subdirectories.
+
+    Conventions: hidden files, compiled Python and the state of other runs stay behind; where `target` lies inside `source`, so does the subdirectory
+    that holds it.
+    """
+    source, target = source.absolute(), target.absolute()
+    own = target.relative_to(source).parts[0] if target.is_relative_to(source) else None
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if file.is_file() and relative.parts[0] != own and _belongs_to_a_model(relative):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / relative)
+
+
+def _belongs_to_a_model(relative: Path) -> bool:
+    if any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
+        return False
+    if relative.name in STATE_FILES or WEIGHT_NAMES.fullmatch(relative.name):
+        return False
+    return relative.suffix not in WEIGHT_SUFFIXES
