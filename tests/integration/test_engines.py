@@ -1,6 +1,6 @@
 """Contract of the rollout engines, on real vLLM and on transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,6 +144,32 @@ async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
         assert np.abs(got - expected_logprobs(model, batch, row))[mask].max() < 2e-3
 
 
+@pytest.mark.parametrize(
+    "truncation",
+    [{"top_p": 0.5}, {"top_k": 5}, {"min_tokens": 6}, {"top_p": 0.9, "top_k": 20, "min_tokens": 3}],
+    ids=str,
+)
+async def test_truncation_leaves_logprobs_alone(
+    worker, prompts: PromptBatch, model: torch.nn.Module, truncation: dict[str, Any]
+):
+    """They are of the whole distribution at the temperature, so that a ratio to the trainer's is 1; and something was cut off."""
+    await install(worker, model, 0)
+    sampling = replace(SAMPLING, min_tokens=0, max_tokens=32)
+    batch = await generate([worker], prompts, replace(sampling, **truncation))
+    log_ratios = np.zeros(len(batch))
+    for row in range(len(batch)):
+        start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
+        mask = batch.response_mask[start:end][1:]
+        got = batch.rollout_logprobs[start:end][1:][mask]
+        differences = expected_logprobs(model, batch, row)[mask] - got
+        assert np.abs(differences).max() < 2e-3
+        log_ratios[row] = differences.sum()
+        assert mask.sum() > truncation.get("min_tokens", 0)
+    assert np.abs(log_ratios).max() < 0.01
+    free = await generate([worker], prompts, sampling)
+    assert free.token_ids.tolist() != batch.token_ids.tolist()
+
+
 async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):
     one, two = [await generate([worker], prompts, SAMPLING) for _ in range(2)]
     other = await generate([worker], prompts, replace(SAMPLING, seed=4))
@@ -184,6 +210,47 @@ async def test_stop_strings_stay_in_the_response(worker, prompts: PromptBatch):
         expected
     )  # the tokens are those sampled, up to the one that completed the string
     assert len(decoded) - len(expected) < 8  # and none after it
+
+
+async def test_stop_strings_cut_both_engines_alike(
+    workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module
+):
+    """Greedy responses are the same tokens in both engines, so everything else must be the same too, wherever the string and min_tokens fall."""
+    for worker in workers.values():
+        await install(worker, changed(model, 1.0), 0)
+    greedy = SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=16)
+    free = await generate([workers["transformers"]], prompts, greedy)
+    stops = {text[i : i + n] for text in free.response_texts for i in (0, 2, 5) for n in (1, 3)}
+    seen = set()
+    for stop in sorted(stops - {""})[:12]:
+        for least in (0, 1, 4):
+            sampling = replace(greedy, stop=(stop, "absent"), min_tokens=least)
+            one, two = [await generate([worker], prompts, sampling) for worker in workers.values()]
+            assert one.token_ids.tolist() == two.token_ids.tolist()
+            assert one.response_texts == two.response_texts
+            assert one.stop_reasons.tolist() == two.stop_reasons.tolist()
+            assert (one.response_lengths > least).all()
+            for text, reason in zip(one.response_texts, one.stop_reasons, strict=True):
+                if reason == StopReason.END and stop in text:
+                    assert text.endswith(stop)
+                seen.add((least, reason == StopReason.END))
+    assert seen == {(least, ended) for least in (0, 1, 4) for ended in (False, True)}
+
+
+async def test_by_default_a_short_right_answer_ends(worker, prompts: PromptBatch, model):
+    """The stop string is complete with the second token: the response ends there and not after some least length."""
+    await install(worker, model, 0)
+    default = GenerationConfig()
+    greedy = SamplingParameters(
+        samples_per_prompt=1, temperature=0.0, max_tokens=16, min_tokens=default.min_tokens
+    )
+    free = await generate([worker], prompts, greedy)
+    tokens = free.token_ids[free.prompt_lengths[0] : free.sequence_offsets[1]]
+    tokenizer: Any = load_tokenizer(resolve_model("tiny"))
+    stop = tokenizer.decode(tokens[:2].tolist())
+    batch = await generate([worker], prompts, replace(greedy, stop=(stop,)))
+    assert batch.response_texts[0] == stop
+    assert batch.response_lengths[0] == 2
 
 
 async def install(
@@ -289,15 +356,20 @@ class TrainerSide:
         manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
         return manifest, [ray.put(shard) for shard in shards]
 
-    async def probe_logprobs(self, token_ids: np.ndarray, temperature: float) -> np.ndarray:
-        tokens = torch.from_numpy(token_ids.astype(np.int64))
-        with torch.no_grad():
-            logs = self._model(input_ids=tokens).logits[:, :-1].log_softmax(-1)
-        return logs.gather(2, tokens[:, 1:, None])[..., 0].numpy()
+    async def probe_logprobs(
+        self, sequences: Sequence[np.ndarray], temperature: float
+    ) -> list[np.ndarray]:
+        return [self.logprobs_of(sequence) for sequence in sequences]
+
+    @torch.no_grad()
+    def logprobs_of(self, sequence: np.ndarray) -> np.ndarray:
+        tokens = torch.from_numpy(sequence.astype(np.int64))
+        logs = self._model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+        return logs.gather(1, tokens[1:, None])[:, 0].numpy()
 
 
 async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
-    probe = np.arange(24, dtype=np.int32).reshape(2, 12) + 10
+    probe = [np.arange(10, 10 + length, dtype=np.int32) for length in (12, 5, 40)]
     version = await worker.version.remote() + 1
     good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
     report = await good.sync(version)

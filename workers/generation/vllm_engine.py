@@ -237,6 +237,8 @@ def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) ->
         return found
 
     model.load_weights = record
+    if not torch.cuda.is_available():
+        _forget_expert_kernels(model)
     try:
         worker.reload_weights(weights_iterator=tensors)
     finally:
@@ -246,6 +248,15 @@ def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) ->
             f"generation.engine: the trainer sends no weights for {', '.join(missing[:3])} ({len(missing)} of {len(expected)} parameters of vLLM's "
             f"{type(model).__name__}), so the engine would keep the old ones. Use --generation.engine transformers."
         )
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have a CPU engine's experts packed again by the next reload: where there is a kernel already, vLLM would leave the new ones as they come, and the
+    kernel reads them as packed."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _refresh_tied_head(model: torch.nn.Module) -> None:

@@ -1,0 +1,115 @@
+"""vLLM after a weight sync against the model's own forward, for one tiny random model of each family.
+
+    python -m benchmarks.campaigns.vllm_families                      all families, about ten minutes on two cores
+    python -m benchmarks.campaigns.vllm_families gemma2 mixtral       some of them, added to the table
+
+vLLM starts on random weights, receives others by the trainer's way (names of the checkpoint, shards, reload), and says the log-probabilities of
+sequences that outgrow every window. The table has the largest difference to the float32 forward of transformers, or why there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlsys.config import DataConfig, GenerationConfig, RunConfig
+from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
+from rlsys.models.weights import pack_weights
+from tests.model_families import FAMILIES, build_family, load_family
+from workers.policy.fsdp2 import full_state_dict
+
+TABLE = Path("docs/data/vllm_families.json")
+LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
+LIMIT_S = 150
+
+
+def compare(family: str, engine: str = "vllm") -> dict[str, float]:
+    """Largest differences in log-probability: of the engine after the sync, and of the old weights, which shows what a stale engine would look like."""
+    from workers.generation.worker import make_engine
+
+    config = RunConfig(
+        data=DataConfig(max_prompt_tokens=100),
+        generation=GenerationConfig.model_validate({"engine": engine, "max_tokens": 28}),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        build_family(family, directory)
+        old, model = load_family(directory, seed=1), load_family(directory, seed=2)
+        without = names_without_mapping(model, directory)
+        if without:
+            raise ValueError(f"transformers has no mapping back for {without[0]}")
+        rollouts = make_engine(config, scratch)
+    generator = np.random.default_rng(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    sequences = [generator.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
+    weights = to_checkpoint(model, full_state_dict(SimpleNamespace(model=model)))  # pyright: ignore[reportArgumentType]
+    manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
+    rollouts.install_weights(manifest, shards)
+    got = np.concatenate(rollouts.probe_logprobs(sequences))
+    expected, stale = (
+        np.concatenate([forward_logprobs(one, sequence) for sequence in sequences])
+        for one in (model, old)
+    )
+    return {
+        "max_difference": float(np.abs(got - expected).max()),
+        "max_difference_of_old_weights": float(np.abs(got - stale).max()),
+    }
+
+
+@torch.no_grad()
+def forward_logprobs(model: Any, sequence: np.ndarray) -> np.ndarray:
+    """[L - 1] log-probabilities by the model's own forward."""
+    tokens = torch.from_numpy(sequence.astype(np.int64))
+    logs = model(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
+    return logs.gather(1, tokens[1:, None])[:, 0].numpy()
+
+
+def in_a_process(family: str) -> dict[str, Any]:
+    """`compare` where nothing of another family is left over, and a crash is a result."""
+    command = [sys.executable, "-m", __spec__.name, "--one", family]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"no answer within {LIMIT_S} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return {"refused": reason_of(done.stderr)}
+
+
+def reason_of(output: str) -> str:
+    """The last line that names an exception."""
+    lines = [line.strip() for line in output.splitlines() if "Error" in line.split(":")[0]]
+    return (lines or output.strip().splitlines() or ["no output"])[-1][:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(compare(arguments.one)))
+        return
+    for family in arguments.families:
+        result = in_a_process(family)
+        table = json.loads(arguments.table.read_text()) if arguments.table.is_file() else {}
+        table[family] = result
+        arguments.table.parent.mkdir(parents=True, exist_ok=True)
+        arguments.table.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+        print(family, result, flush=True)
+
+
+if __name__ == "__main__":
+    main()

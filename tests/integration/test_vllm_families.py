@@ -1,0 +1,30 @@
+"""vLLM after a weight sync says what the trained model says, for families that differ in what a sync can get wrong.
+
+All families: `python -m benchmarks.campaigns.vllm_families`, whose last result is docs/data/vllm_families.json.
+"""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.campaigns.vllm_families import TABLE, in_a_process
+from tests.model_families import FAMILIES
+
+CASES = ("qwen3_moe", "mistral", "gemma2", "qwen2")  # experts, window, softcaps, tied embeddings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
+def test_vllm_follows_the_trainer(family: str):
+    found = in_a_process(family)
+    assert found.get("max_difference", math.inf) < 1e-3, found
+    assert found["max_difference_of_old_weights"] > 1  # so old weights would have been seen
+
+
+def test_the_table_has_every_family():
+    """None is silently wrong: a family agrees, or is refused with a reason."""
+    table = json.loads(TABLE.read_text())
+    assert set(table) == set(FAMILIES)
+    for family, found in table.items():
+        assert found.get("refused") or found["max_difference"] < 1e-3, family
