@@ -1,7 +1,10 @@
 """Contract of the rollout engines, on real vLLM and on transformers."""
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +39,10 @@ def config(engine: str) -> RunConfig:
     )
 
 
-def start_worker(engine: str) -> Any:
+def start_worker(engine: str, directory: Path | None = None) -> Any:
     remote_class: Any = ray.remote(GenerationWorker)
-    return remote_class.options(num_cpus=0).remote(config(engine), str(resolve_model("tiny")))
+    model = str(directory or resolve_model("tiny"))
+    return remote_class.options(num_cpus=0).remote(config(engine), model)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,49 @@ async def test_stop_strings_cut_both_engines_alike(
                     assert text.endswith(stop)
                 seen.add((least, reason == StopReason.END))
     assert seen == {(least, ended) for least in (0, 1, 4) for ended in (False, True)}
+
+
+@pytest.mark.parametrize("ends", [None, "several"])
+async def test_several_or_no_end_tokens_mean_the_same_in_both_engines(
+    tmp_path: Path, prompts: PromptBatch, model: torch.nn.Module, ends: str | None
+):
+    """The model's greedy responses repeat a token, so a config that calls such tokens ends shows at once whether an engine knows them."""
+    tokens = (
+        torch.tensor([prompts.prompts[0].token_ids]),
+        torch.tensor([prompts.prompts[1].token_ids]),
+    )
+    likeliest = [int(model(input_ids=one).logits[0, -1].argmax()) for one in tokens]
+    directory = model_with_end_tokens(tmp_path, likeliest if ends else None)
+    started = [start_worker(engine, directory) for engine in ENGINES]
+    try:
+        for least in (0, 3):
+            sampling = SamplingParameters(
+                samples_per_prompt=1, temperature=0.0, max_tokens=8, min_tokens=least
+            )
+            one, two = [await generate([worker], prompts, sampling) for worker in started]
+            assert one.token_ids.tolist() == two.token_ids.tolist()
+            assert one.stop_reasons.tolist() == two.stop_reasons.tolist()
+            assert one.response_texts == two.response_texts
+            if ends is None:
+                assert (one.response_lengths == 8).all()
+            elif least == 0:
+                assert one.response_lengths[:2].tolist() == [1, 1]
+            else:
+                assert (one.response_lengths > least).all()
+    finally:
+        for actor in started:
+            ray.kill(actor)
+
+
+def model_with_end_tokens(directory: Path, ends: list[int] | None) -> Path:
+    """The tiny model, whose generation_config.json alone names end tokens."""
+    shutil.copytree(resolve_model("tiny"), directory, dirs_exist_ok=True)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        settings = json.loads((directory / name).read_text())
+        settings.pop("eos_token", None)
+        settings["eos_token_id"] = ends if name == "generation_config.json" else None
+        (directory / name).write_text(json.dumps(settings))
+    return directory
 
 
 async def test_by_default_a_short_right_answer_ends(worker, prompts: PromptBatch, model):
