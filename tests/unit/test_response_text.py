@@ -1,12 +1,14 @@
 """The text of a response while it is sampled, and what a stop string cuts."""
 
+from typing import Any
+
 import pytest
 
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from workers.generation.response_text import ResponseText
 
-TOKENIZER = load_tokenizer(resolve_model("tiny"))
+TOKENIZER: Any = load_tokenizer(resolve_model("tiny"))
 
 
 def tokens(text: str) -> list[int]:

@@ -254,7 +254,7 @@ def _forget_expert_kernels(model: torch.nn.Module) -> None:
     """Have a CPU engine's experts packed again by the next reload: where there is a kernel already, vLLM would leave the new ones as they come, and the
     kernel reads them as packed."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
