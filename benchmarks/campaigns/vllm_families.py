@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,9 @@ from workers.policy.fsdp2 import full_state_dict
 TABLE = Path("docs/data/vllm_families.json")
 LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
 LIMIT_S = 150
+# One process has imported what all need, which takes longer than the comparison; each family gets a copy of it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", __spec__.name])
 
 
 def compare(family: str, engine: str = "vllm") -> dict[str, float]:
@@ -73,22 +75,31 @@ def forward_logprobs(model: Any, sequence: np.ndarray) -> np.ndarray:
     return logs.gather(1, tokens[1:, None])[:, 0].numpy()
 
 
-def in_a_process(family: str) -> dict[str, Any]:
+def in_a_process(family: str, engine: str = "vllm") -> dict[str, Any]:
     """`compare` where nothing of another family is left over, and a crash is a result."""
-    command = [sys.executable, "-m", __spec__.name, "--one", family]
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_answer, args=(family, engine, sender))
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
+        if receiver.poll(LIMIT_S):
+            return receiver.recv()
         return {"refused": f"no answer within {LIMIT_S} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    return {"refused": reason_of(done.stderr)}
+    except EOFError:
+        process.join()
+        return {"refused": f"the process ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
-def reason_of(output: str) -> str:
-    """The last line that names an exception."""
-    lines = [line.strip() for line in output.splitlines() if "Error" in line.split(":")[0]]
-    return (lines or output.strip().splitlines() or ["no output"])[-1][:300]
+def _answer(family: str, engine: str, sender: Any) -> None:
+    try:
+        result: dict[str, Any] = dict(compare(family, engine))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or ["no message"]
+        result = {"refused": f"{type(error).__name__}: {reason[0]}"[:300]}
+    sender.send(result)
 
 
 def main() -> None:
@@ -97,11 +108,7 @@ def main() -> None:
     )
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(compare(arguments.one)))
-        return
     for family in arguments.families:
         result = in_a_process(family)
         table = json.loads(arguments.table.read_text()) if arguments.table.is_file() else {}

@@ -31,7 +31,7 @@ class TransformersEngine:
         model = load_causal_lm(
             model_directory,
             dtype=dtype,
-            attention="sdpa",
+            attention="eager",  # sdpa leaves out what it does not know, as the softcap of Gemma 2
             trust_remote_code=config.model.trust_remote_code,
         )
         model.eval()

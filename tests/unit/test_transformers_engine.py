@@ -1,0 +1,48 @@
+"""The reference engine: sampling beyond windows, log-probabilities, and new weights, for families that differ in what can go wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlsys.config import GenerationConfig, RunConfig
+from rlsys.data.batches import Prompt, SamplingParameters
+from rlsys.models.checkpoint_names import to_checkpoint
+from rlsys.models.weights import pack_weights
+from tests.model_families import WINDOW, build_family, load_family
+from workers.generation.transformers_engine import TransformersEngine
+
+FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "lfm2", "gpt2")
+SAMPLING = SamplingParameters(
+    samples_per_prompt=2, temperature=0.7, top_p=0.9, max_tokens=2 * WINDOW, min_tokens=2 * WINDOW
+)
+
+
+@torch.no_grad()
+def own_logprobs(model: Any, tokens: list[int], temperature: float) -> np.ndarray:
+    """[L - 1] by one forward of the whole sequence, without a cache."""
+    ids = torch.tensor(tokens)
+    logs = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+    return logs.gather(1, ids[1:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Path):
+    build_family(family, tmp_path)
+    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
+    model = load_family(tmp_path, seed=2)
+    weights = to_checkpoint(model, model.state_dict())
+    engine.install_weights(*pack_weights(weights.items(), version=1, dtype=torch.float32))
+
+    prompt = Prompt(problem_id="", token_ids=(9, 4, 7), text="", problem="", ground_truth="")
+    ((group,),) = engine.generate([prompt], [0], SAMPLING)
+    for response in group.responses:
+        tokens = [*prompt.token_ids, *response.token_ids]
+        expected = own_logprobs(model, tokens, SAMPLING.temperature)[-len(response.token_ids) :]
+        np.testing.assert_allclose(response.logprobs, expected, atol=1e-4)
+    sequences = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 3 * WINDOW)]
+    for sequence, found in zip(sequences, engine.probe_logprobs(sequences), strict=True):
+        np.testing.assert_allclose(found, own_logprobs(model, sequence.tolist(), 1.0), atol=1e-4)
