@@ -23,7 +23,7 @@ import torch
 from rlsys.config import DataConfig, GenerationConfig, RunConfig
 from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
 from rlsys.models.weights import pack_weights
-from tests.model_families import FAMILIES, build_family, load_family
+from tests.support.model_families import FAMILIES, build_family, load_family
 from workers.policy.fsdp2 import full_state_dict
 
 TABLE = Path("docs/data/vllm_families.json")

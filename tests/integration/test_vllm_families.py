@@ -9,7 +9,7 @@ import math
 import pytest
 
 from benchmarks.campaigns.vllm_families import TABLE, in_a_process
-from tests.model_families import FAMILIES
+from tests.support.model_families import FAMILIES
 
 CASES = ("qwen3_moe", "mistral", "gemma2", "qwen2")  # experts, window, softcaps, tied embeddings
 

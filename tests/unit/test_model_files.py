@@ -20,7 +20,7 @@ from rlsys.models.loading import (
     longest_window,
 )
 from rlsys.models.saving import copy_model_files
-from tests.model_families import build_family, load_family
+from tests.support.model_families import build_family, load_family
 
 
 def test_everything_but_weights_is_copied(tmp_path: Path):

@@ -94,7 +94,7 @@ def test_a_model_without_an_end_token_needs_a_stop_string(tmp_path: Path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ problem }}")
     with pytest.raises(PreflightError, match=r"^model\.path: .* names an end token.*stop"):
-        check_model(config(str(file)), directory)
-    check_model(config(str(file), "\n"), directory)
-    check_model(config("few_shot"), directory)  # the template has stop strings of its own
-    check_model(config(str(file)), resolve_model("tiny"))
+        check_model(config(str(file)), directory, directory)
+    check_model(config(str(file), "\n"), directory, directory)
+    check_model(config("few_shot"), directory, directory)  # it has stop strings of its own
+    check_model(config(str(file)), resolve_model("tiny"), directory)

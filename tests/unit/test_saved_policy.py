@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rlsys.config import GenerationConfig, ModelConfig, PolicyConfig, RunConfig
 from rlsys.models.loading import load_causal_lm, load_tokenizer
-from tests.model_families import build_family, load_family
+from tests.support.model_families import build_family, load_family
 from workers.policy.fsdp2 import load_full_state_dict
 from workers.policy.worker import PolicyWorker
 

@@ -11,7 +11,7 @@ from rlsys.config import GenerationConfig, RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters
 from rlsys.models.checkpoint_names import to_checkpoint
 from rlsys.models.weights import pack_weights
-from tests.model_families import WINDOW, build_family, load_family
+from tests.support.model_families import WINDOW, build_family, load_family
 from workers.generation.transformers_engine import TransformersEngine
 
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "lfm2", "gpt2")
