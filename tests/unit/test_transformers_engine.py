@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlsys.config import GenerationConfig, RunConfig
-from rlsys.data.batches import Prompt, SamplingParameters
+from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.models.checkpoint_names import to_checkpoint
 from rlsys.models.weights import pack_weights
 from tests.support.model_families import WINDOW, build_family, load_family
@@ -46,3 +46,25 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
     sequences = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 3 * WINDOW)]
     for sequence, found in zip(sequences, engine.probe_logprobs(sequences), strict=True):
         np.testing.assert_allclose(found, own_logprobs(model, sequence.tolist(), 1.0), atol=1e-4)
+
+
+def test_responses_of_a_group_end_at_their_own_places(tmp_path: Path):
+    """Each response stops by itself: END with its end token, LENGTH after max_tokens, whatever the others do."""
+    build_family("llama", tmp_path)
+    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
+    engine._end_ids = frozenset(range(40))  # one in ten tokens ends a response
+    sampling = SamplingParameters(
+        samples_per_prompt=16, temperature=3.0, max_tokens=12, min_tokens=2
+    )
+    prompt = Prompt(problem_id="", token_ids=(9, 4, 7), text="", problem="", ground_truth="")
+    ((group,),) = engine.generate([prompt], [0], sampling)
+    lengths = {len(response.token_ids) for response in group.responses}
+    assert len(lengths) > 3
+    assert min(lengths) > 2
+    for response in group.responses:
+        ended = [token < 40 for token in response.token_ids]
+        assert not any(ended[:-1])
+        assert (response.stop_reason == StopReason.END) == ended[-1]
+        assert ended[-1] or len(ended) == 12
+        assert len(response.logprobs) == len(ended)

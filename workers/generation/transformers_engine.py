@@ -64,20 +64,22 @@ class TransformersEngine:
         reasons: list[StopReason | None] = [None] * count
         inputs = torch.tensor([prompt.token_ids] * count, device=self._device)
         cache = None
-        while any(reason is None for reason in reasons):
+        for generated in range(sampling.max_tokens):
             output = self._model(
                 input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             cache = output.past_key_values
             logits = output.logits[:, -1].float() / (sampling.temperature or 1.0)
             reported = logits.log_softmax(-1)
-            drawn_from = self._log_distribution(logits, sampling, len(logprobs[0]))
+            drawn_from = self._log_distribution(logits, sampling, generated)
             chosen = _choose(drawn_from, sampling.temperature, generators)
             for i, token in enumerate(chosen.tolist()):
                 if reasons[i] is None:
                     tokens[i].append(token)
                     logprobs[i].append(float(reported[i, token]))
                     reasons[i] = self._stop_reason(tokens[i], texts[i], sampling)
+            if None not in reasons:
+                break
             inputs = chosen[:, None]
         return tuple(
             SampledResponse(
