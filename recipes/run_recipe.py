@@ -82,9 +82,7 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         else model_directory
     )
     check_model(config, model_directory, reference_directory)
-    tokenizer = load_tokenizer(
-        model_directory, trust_remote_code=config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
     if invocation.dry_run:
         print(dump_yaml(config))

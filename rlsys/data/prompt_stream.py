@@ -34,11 +34,6 @@ class PromptStream:
         self._shuffle = shuffle
         self._batches_taken = 0
 
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        """The prompts of one epoch, in the order of the data."""
-        return self._prompts
-
     def __len__(self) -> int:
         """Prompts of one epoch."""
         return len(self._prompts)
