@@ -110,7 +110,7 @@ class Progress:
         others = ", ".join(
             f"{name.removeprefix('eval/')} {value:.1%}"
             for name, value in values.items()
-            if name.startswith(("eval/mean", "eval/pass"))
+            if name.startswith(("eval/mean@", "eval/pass@"))
         )
         self._print(
             f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}"

@@ -95,8 +95,13 @@ def _failed_rewards(values: Numbers) -> Note | None:
     return Note("rewards failed", f"responses that could not be scored: {failed:.0f} ({parts})")
 
 
+def _is_broken(name: str, value: float) -> bool:
+    """Not finite, and not by its nature: a diagnostic may be infinite, such as the condition number of equal layers."""
+    return math.isnan(value) or (math.isinf(value) and not name.startswith("advantage/"))
+
+
 def _not_finite(values: Numbers) -> Note | None:
-    names = sorted(name for name, value in values.items() if not math.isfinite(value))
+    names = sorted(name for name, value in values.items() if _is_broken(name, value))
     if not names:
         return None
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -32,6 +32,7 @@ from rlsys.config import (
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.metric_reference import documented
 from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
 from rlsys.driver.observer import PHASES, Observers, Outcome
 from rlsys.driver.progress import print_summary
@@ -366,6 +367,29 @@ async def test_metrics_of_a_step(tmp_path: Path) -> None:
         assert values["memory/driver"] > 0.01
         assert {"memory/generation", "memory/reward", "memory/advantage"} <= set(values)
     assert ["time/checkpoint" in values for _, values in run.recorder.steps] == [False, False, True]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "remax", "hierarchical"])
+async def test_a_run_writes_no_metric_that_is_not_documented(
+    tmp_path: Path, estimator: str
+) -> None:
+    """docs/metrics.md, with everything on that the fakes can do."""
+    config = make_config(
+        steps=2,
+        evaluate=1,
+        save=1,
+        kl=0.01,
+        placement="reward",
+        temperature=0.1,
+        estimator=estimator,
+        sampling_rounds=2,
+        pass_at=2,
+    )
+    run = await start(tmp_path, config)
+    await run.finish()
+    written = {name for record in read_metrics(run.directory.metrics) for name in record.values}
+    assert len(written) > 40
+    assert [name for name in sorted(written) if documented(name) is None] == []
 
 
 async def test_rollouts_of_each_step_are_written(tmp_path: Path) -> None:
