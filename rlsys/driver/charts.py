@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 WIDTH, HEIGHT = 420, 190
@@ -37,7 +38,7 @@ class Series:
     markers: bool = False
     smooth: bool = True
 
-    @property
+    @cached_property
     def finite(self) -> list[Point]:
         return [(x, y) for x, y in self.points if math.isfinite(y)]
 

@@ -154,7 +154,7 @@ METRICS = (
         STEP,
         "Rounds of sampling (with `algorithm.dynamic_sampling`, as the next three).",
     ),
-    MetricDoc("sampling/replaced_groups", "sum", STEP, "Dropped groups of equal rewards."),
+    MetricDoc("sampling/replaced_groups", "sum", STEP, "Dropped groups that teach nothing."),
     MetricDoc(
         "sampling/surplus_groups", "sum", STEP, "Dropped groups beyond the size of the batch."
     ),
@@ -162,7 +162,7 @@ METRICS = (
         "sampling/missing_groups",
         "sum",
         STEP,
-        "Trained groups of equal rewards, for want of better ones.",
+        "Groups that fill the batch for want of better ones.",
     ),
     MetricDoc(
         "advantage/mean_abs",

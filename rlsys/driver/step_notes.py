@@ -88,11 +88,10 @@ def _skipped_updates(values: Numbers) -> Note | None:
 
 def _failed_rewards(values: Numbers) -> Note | None:
     counts = {name: _number(values, f"reward/{name}") for name in ("errors", "timeouts", "crashes")}
-    failed = sum(counts.values())
-    if not failed:
+    if not any(counts.values()):
         return None
     parts = ", ".join(f"{name} {number:.0f}" for name, number in counts.items() if number)
-    return Note("rewards failed", f"responses that could not be scored: {failed:.0f} ({parts})")
+    return Note("rewards failed", f"reward functions failed on responses of this step: {parts}")
 
 
 def _is_broken(name: str, value: float) -> bool:

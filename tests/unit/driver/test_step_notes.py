@@ -64,7 +64,7 @@ def test_nothing_is_said_of_a_step_in_order():
         ),
         (
             {"reward/errors": 2.0, "reward/timeouts": 1.0},
-            "responses that could not be scored: 3 (errors 2, timeouts 1)",
+            "reward functions failed on responses of this step: errors 2, timeouts 1",
         ),
         (
             {"advantage/a": math.nan, "policy/loss": math.inf, "x": math.nan, "y": math.nan},

@@ -222,7 +222,7 @@ def test_summary_and_report_say_what_was_trained_and_what_went_wrong(directory: 
         "interrupted after 3 of 60 steps",
         "0.250 -> - (mean",
         "33.3% of the responses, their reward 0.500 -> -",
-        "2 steps, 2 to 3 (last: responses that could not be scored: 1 (errors 1))",
+        "2 steps, 2 to 3 (last: reward functions failed on responses of this step: errors 1)",
     ):
         assert part in text
     write_report(directory)
