@@ -173,15 +173,7 @@ class Progress:
             f"ETA {self._eta()}",
             Text(self._phase, style="dim"),
         )
-        figures = Table.grid(padding=(0, 2))
-        shown = [
-            (name, cell(self._values, key, form))
-            for name, key, form in COLUMNS
-            if key in self._values
-        ]
-        figures.add_row(*(Text(name, style="dim") for name, _ in shown))
-        figures.add_row(*(value for _, value in shown))
-        lines: list = [head, figures]
+        lines: list = [head, *self._figures()]
         if self._values:
             lines.append(Text(phase_line(self._values), style="dim"))
             lines += [
@@ -194,6 +186,22 @@ class Progress:
             )
             lines.append(Text(f"held-out accuracy  {curve}"))
         self._live.update(Group(*lines))
+
+    def _figures(self) -> list[Table]:
+        """The columns of a row, in as many lines as a narrow terminal needs."""
+        shown = [
+            (name, cell(self._values, key, form))
+            for name, key, form in COLUMNS
+            if key in self._values
+        ]
+        per_line = max(1, self._console.width // (CELL + 1))
+        tables = []
+        for first in range(0, len(shown), per_line):
+            part, table = shown[first : first + per_line], Table.grid(padding=(0, 2))
+            table.add_row(*(Text(name, style="dim") for name, _ in part))
+            table.add_row(*(value for _, value in part))
+            tables.append(table)
+        return tables
 
 
 def print_summary(

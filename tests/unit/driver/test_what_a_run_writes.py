@@ -16,7 +16,7 @@ from rlsys.config import RunConfig, RunSection
 from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.progress import Progress, duration, phase_line, print_summary
+from rlsys.driver.progress import COLUMNS, Progress, duration, phase_line, print_summary
 from rlsys.driver.report import series_over_position, write_report
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.run_status import StatusWriter
@@ -171,6 +171,22 @@ def test_what_a_step_is_to_be_told_of_stands_below_its_row():
     assert row.split()[0] == "2/2"
     assert warning == "        !  1 of 4 updates skipped: 1 without a trained response"
     assert note == "           trained on 32 of 96 responses: reward 0.500, correct 50.0%"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_narrow_terminal_cuts_no_number(width: int):
+    console = Console(record=True, width=width, force_terminal=True)
+    progress = Progress(console, live=True)
+    progress.on_start(1, 10)
+    wide = {name: 1234567.0 for _, name, _ in COLUMNS}
+    progress.on_step(1, wide)
+    assert progress._live is not None
+    with console.capture() as capture:
+        console.print(progress._live.get_renderable())
+    progress.on_end("finished", "")
+    assert "…" not in capture.get()
+    assert capture.get().count("1.2e+06") == len(COLUMNS) - 1
+    assert capture.get().count("1234567") == 1  # tok/s, without decimals
 
 
 def test_a_warning_outlives_its_step_on_a_live_display_once():
