@@ -352,8 +352,14 @@ class ReportWriter:
         update_report(self._directory)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not RunDirectory(Path(sys.argv[1])).config.is_file():
+def main(arguments: Sequence[str]) -> None:
+    """Make the report of a run again, from its directory."""
+    directory = RunDirectory(Path(arguments[0])) if len(arguments) == 1 else None
+    if directory is None or not directory.config.is_file():
         sys.exit("usage: python -m rlsys.driver.report runs/NAME, the directory of a run")
-    write_report(RunDirectory(Path(sys.argv[1])))
-    print(RunDirectory(Path(sys.argv[1])).report)
+    write_report(directory)
+    print(directory.report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

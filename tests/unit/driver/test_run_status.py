@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.config import RunConfig
-from rlsys.driver.report import write_report
+from rlsys.driver.report import main, write_report
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.run_status import RunStatus, StatusWriter, read_status
 
@@ -120,3 +120,15 @@ def test_a_file_that_is_none_of_ours_is_no_status(directory: RunDirectory):
         directory.status.write_text(text)
         assert read_status(directory) is None
     assert "nothing says how this run ended" in reported(directory)
+
+
+def test_the_report_can_be_made_again_from_the_command_line(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+):
+    StatusWriter(directory).fail("RuntimeError: no GPU")
+    main([str(directory.path)])
+    assert capsys.readouterr().out == f"{directory.report}\n"
+    assert "RuntimeError: no GPU" in directory.report.read_text()
+    for wrong in ([], [str(directory.path / "none")], ["a", "b"]):
+        with pytest.raises(SystemExit, match=r"usage: python -m rlsys\.driver\.report runs/NAME"):
+            main(wrong)
