@@ -86,12 +86,12 @@ class _Columns:
         )
 
     def equal_reward_groups(self) -> Metric:
-        """Share of the groups whose rewards are all equal."""
+        """Share of the groups in which no two rewards differ; one that is missing differs from none."""
         ids, index = np.unique(self.groups, return_inverse=True)
         highest, lowest = np.full(len(ids), -np.inf), np.full(len(ids), np.inf)
         np.fmax.at(highest, index, self.rewards)
         np.fmin.at(lowest, index, self.rewards)
-        return _mean_of(highest == lowest)
+        return _mean_of(highest <= lowest)
 
 
 def _mean_of(values: NDArray) -> Metric:

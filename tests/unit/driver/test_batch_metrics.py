@@ -111,6 +111,12 @@ def test_failures_are_counted_where_they_happened():
 def test_a_score_that_is_missing_is_no_score():
     """NaN in a component: its mean is over the others; as an accuracy it is not correct."""
     batch = scored(0, [[1, 1, 1]], [1.0, 0.0, 1.0])
+    none = np.full(3, np.nan, dtype=np.float32)
+    for rewards, share in (([np.nan, 1, 1], 1), ([np.nan, 1, 0], 0), (none, 1)):
+        made = replace(batch.rewards, rewards=np.asarray(rewards, dtype=np.float32))
+        found = values(batch_metrics(trained_on(replace(batch, rewards=made))))
+        assert found["rollout/equal_reward_groups"] == share
+        assert ("reward/mean" in found) == bool(np.isfinite(made.rewards).any())
     partly = np.array([np.nan, 0.5, 1.0], dtype=np.float32)
     rewards = replace(batch.rewards, components={"math": partly}, accuracies=partly)
     assert rewards.correct.tolist() == [False, True, True]
