@@ -47,6 +47,7 @@ check: setup
 docs: setup
 	$(BIN)/python -m rlsys.config.reference docs/configuration.md
 	$(BIN)/python -m rlsys.algorithms.reference docs/algorithms.md
+	$(BIN)/python -m rlsys.driver.metric_reference docs/metrics.md
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

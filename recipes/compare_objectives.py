@@ -67,9 +67,9 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
         raise ValueError(
             f"rollouts: there is no file {path}. A run writes them as runs/NAME/rollouts/step_*.parquet."
         )
-    rows = read_rollouts(path)
+    rows = [row for row in read_rollouts(path) if row.get("trained", True)]
     if not rows or "rollout_logprobs" not in rows[0]:
-        raise ValueError(f"rollouts: {path} is not a rollout file, or holds no response")
+        raise ValueError(f"rollouts: {path} is not a rollout file, or holds no trained response")
     model = load_causal_lm(
         resolve_model(model_path), dtype=torch.float32, attention="sdpa", trust_remote_code=False
     )

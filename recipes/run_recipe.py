@@ -124,8 +124,9 @@ async def _train(
     from rlsys.driver.metrics_log import MetricsLog, read_metrics
     from rlsys.driver.observer import Observers
     from rlsys.driver.progress import Progress, print_summary
-    from rlsys.driver.report import ReportWriter
+    from rlsys.driver.report import ReportWriter, update_report
     from rlsys.driver.resume import check_resumable
+    from rlsys.driver.run_status import StatusWriter
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
@@ -147,6 +148,7 @@ async def _train(
     console.print(
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
+    status = StatusWriter(directory)
     cluster = Cluster.connect(
         config
     )  # blocks: Ray sets its signal handlers in the main thread only
@@ -167,7 +169,12 @@ async def _train(
             else None,
         )
         observers = Observers(
-            [metrics, Progress(console, live=config.run.progress), ReportWriter(directory)]
+            [
+                metrics,
+                status,
+                Progress(console, live=config.run.progress),
+                ReportWriter(directory),
+            ]
         )
         evaluator = None  # data.eval is off
         if len(prompts.evaluation):
@@ -191,6 +198,8 @@ async def _train(
         training = True
         outcome = await loop.run()
     except Exception as error:
+        status.fail(f"{type(error).__name__}: {error}")
+        update_report(directory)
         # Until here a ValueError is about the input. Ray gives an actor's error the type that it had there: those are never.
         if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
             raise

@@ -25,16 +25,18 @@ from rlsys.data.batches import (
     RewardBatch,
     RolloutBatch,
     SamplingParameters,
+    ScoredBatch,
     StopReason,
     TrainBatch,
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
-from rlsys.driver.credit_assignment import CreditAssigner
+from rlsys.driver.batch_metrics import batch_metrics
+from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
 from rlsys.driver.metrics import Metric, maximum, mean, total
 from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart
 from rlsys.driver.synchronous_loop import Workers
-from workers.advantage_controller import batch_metrics
+from workers.advantage_controller import joined
 
 T = TypeVar("T")
 PROBLEMS, VOCABULARY = 6, 8
@@ -128,6 +130,7 @@ class TablePolicy:
         self.logits = np.zeros((PROBLEMS, config.generation.max_tokens, VOCABULARY))
         self.momentum = np.zeros_like(self.logits)
         self.updates = 0
+        self._estimated: NDArray[np.float32] | None = None
 
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
@@ -159,9 +162,12 @@ class TablePolicy:
     async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
         await self._stage.enter("update")
         (train,) = await _open_all([batch])
+        advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)
+        if train.trained is not None and not train.trained.any():
+            return {"policy/updates": total(0), "policy/skipped_updates": total(1)}
         problems, positions, tokens = _coordinates(train.rollouts)
-        assert train.advantages is not None
-        advantages = train.advantages[train.rollouts.response_mask].astype(np.float64)
+        if train.trained is not None:
+            advantages *= np.repeat(train.trained, train.rollouts.response_lengths)
         logprobs = _log_softmax(self.logits)[problems, positions]
         scores = -np.exp(logprobs)
         scores[np.arange(len(tokens)), tokens] += 1
@@ -178,7 +184,30 @@ class TablePolicy:
                 float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean()), len(tokens)
             ),
             "policy/tokens": total(len(tokens)),
+            "policy/updates": total(1),
+            "policy/skipped_updates": total(0),
         }
+
+    def _advantages(self, train: TrainBatch) -> NDArray[np.float32]:
+        """Those of the batch; estimated here where it has none, as `algorithm.advantage.recompute` asks."""
+        self._estimated = None
+        if train.advantages is not None:
+            return train.advantages
+        rollouts = train.rollouts
+        problems, positions, tokens = _coordinates(rollouts)
+        logprobs = _log_softmax(self.logits)[problems, positions]
+        chosen = logprobs[np.arange(len(tokens)), tokens]
+        norms = 1 - 2 * np.exp(chosen) + np.exp(2 * logprobs).sum(axis=-1)
+        flat = np.zeros((2, len(rollouts.token_ids)), dtype=np.float32)
+        flat[:, rollouts.response_mask] = chosen, norms
+        live = LiveLogprobs(logprobs=flat[0], score_norms=flat[1])
+        made = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
+        assert made.batch.advantages is not None
+        self._estimated = made.batch.advantages
+        return self._estimated
+
+    async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
+        return None if self._estimated is None else self._stage.put(self._estimated)
 
     async def save(self, directory: Path) -> None:
         await self._stage.enter("save")
@@ -269,10 +298,11 @@ class TableGenerator:
 
 
 class FirstTokenScorer:
-    """Implements `ports.RewardScorer`: 1 where the first token is the answer."""
+    """Implements `ports.RewardScorer`: 1 where the first token is the answer. The next `failures` responses cannot be scored."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.failures = 0
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
         self._stage.journal.append("score")
@@ -287,14 +317,16 @@ class FirstTokenScorer:
             answer == truths[group].ground_truth
             for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)
         ]
-        rewards = np.asarray(right, dtype=np.float32)
+        failed = min(self.failures, len(right))
+        self.failures -= failed
+        rewards = np.asarray([False] * failed + right[failed:], dtype=np.float32)
         self._stage.journal.append("scored")
         return RewardBatch(
             batch_id=batch.batch_id,
             rewards=rewards,
             accuracies=rewards,
             components={"first_token": rewards},
-            reasons=("ok",) * len(right),
+            reasons=("error",) * failed + ("ok",) * (len(right) - failed),
             extracted_answers=answers,
         )
 
@@ -317,14 +349,20 @@ class InProcessAdvantages:
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
         greedy_rewards: Sequence[Handle[RewardBatch]] = (),
+        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
+        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         await self._stage.enter("credit")
+        greedy = (
+            RewardBatch.concatenate(await _open_all(greedy_rewards)) if greedy_rewards else None
+        )
+        dropped = joined(await _open_all(dropped_rollouts), await _open_all(dropped_rewards))
         train, diagnostics = self._assigner.assign(
             RolloutBatch.concatenate(await _open_all(rollouts)),
             RewardBatch.concatenate(await _open_all(rewards)),
             await _open_all(old_logprobs),
             await _open_all(ref_logprobs),
-            RewardBatch.concatenate(await _open_all(greedy_rewards)) if greedy_rewards else None,
+            greedy,
         )
         mask = train.rollouts.response_mask
         self.batches.append(
@@ -336,7 +374,9 @@ class InProcessAdvantages:
             }
         )
         return CreditedBatch(
-            batch=self._stage.put(train), metrics=batch_metrics(train) | diagnostics
+            batch=self._stage.put(train),
+            dropped=None if dropped is None else self._stage.put(dropped),
+            metrics=batch_metrics(train, dropped, greedy) | diagnostics,
         )
 
     async def state(self) -> dict[str, Any]:
@@ -345,11 +385,20 @@ class InProcessAdvantages:
     async def load_state(self, state: dict[str, Any]) -> None:
         self._assigner.load_state(state)
 
-    async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
+    async def write_rollouts(
+        self,
+        batch: Handle[TrainBatch],
+        path: Path,
+        *,
+        dropped: Handle[ScoredBatch] | None = None,
+        advantages: Handle[NDArray[np.float32]] | None = None,
+    ) -> None:
         await self._stage.enter("write_rollouts")
         (train,) = await _open_all([batch])
+        rest = (await _open_all([dropped]))[0] if dropped is not None else None
+        estimated = (await _open_all([advantages]))[0] if advantages is not None else None
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rollouts(train, path)
+        write_rollouts(train, path, dropped=rest, advantages=estimated)
 
     async def metrics(self) -> dict[str, Metric]:
         return {"memory/advantage": maximum(0.0)}

@@ -19,6 +19,7 @@ from rlsys.data.batches import (
     RewardBatch,
     RolloutBatch,
     SamplingParameters,
+    ScoredBatch,
     TrainBatch,
 )
 from rlsys.data.rollout_files import read_rollouts
@@ -35,6 +36,7 @@ class System:
     prompts: PromptBatch  # at least three
     sampling: SamplingParameters
     open: Callable[[Handle], Awaitable[Any]]
+    put: Callable[[Any], Handle]
     tolerance: float  # of log-probabilities between engine and trainer
     versions: Iterator[int] = field(default_factory=count)  # of weights; engines refuse to go back
 
@@ -208,6 +210,34 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     assert [row["response"] for row in rows] == list(train.rollouts.response_texts)
 
 
+async def dropped_parts_are_counted_and_written(system: System, directory: Path) -> None:
+    """The last prompt's responses are not kept: they are in the metrics and in the file, and not in the batch."""
+    workers = system.workers
+    handles = [part.rollouts for part in await system.parts()]
+    rewards = [workers.scorer.score(handle) for handle in handles]
+    credited = await workers.advantages.credit(
+        handles[:-1], rewards[:-1], (), (), (), handles[-1:], rewards[-1:]
+    )
+    train: TrainBatch = await system.open(credited.batch)
+    assert credited.dropped is not None
+    dropped: ScoredBatch = await system.open(credited.dropped)
+    everything = RewardBatch.concatenate([await reward for reward in rewards])
+    assert len(train.rewards) + len(dropped) == len(everything)
+    metrics = values(credited.metrics)
+    assert metrics["reward/mean"] == pytest.approx(float(everything.rewards.mean()))
+    assert metrics["rollout/responses"] == len(everything)
+    assert metrics["trained/responses"] == len(train.rewards)
+    path = directory / "step_000001.parquet"
+    estimated = np.where(train.rollouts.response_mask, np.float32(0.5), np.float32(0))
+    await workers.advantages.write_rollouts(
+        credited.batch, path, dropped=credited.dropped, advantages=system.put(estimated)
+    )
+    rows = read_rollouts(path)
+    assert [row["trained"] for row in rows] == [True] * len(train.rewards) + [False] * len(dropped)
+    assert [row["advantages"] is None for row in rows] == [not row["trained"] for row in rows]
+    assert {max(row["advantages"]) for row in rows if row["trained"]} == {0.5}
+
+
 async def saved_policy_continues_as_if_nothing_had_happened(
     system: System, directory: Path
 ) -> None:
@@ -237,4 +267,8 @@ WITHOUT_FILES = (
     policy_agrees_with_the_engine,
     reference_does_not_move,
 )
-WITH_FILES = (credit_joins_the_parts, saved_policy_continues_as_if_nothing_had_happened)
+WITH_FILES = (
+    credit_joins_the_parts,
+    dropped_parts_are_counted_and_written,
+    saved_policy_continues_as_if_nothing_had_happened,
+)

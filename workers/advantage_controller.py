@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import resource
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
+from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.rollout_files import write_rollouts
+from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner
-from rlsys.driver.metrics import Metric, MetricMap, maximum, mean, total
+from rlsys.driver.metrics import Metric, MetricMap, maximum
 from rlsys.driver.ports import CreditedBatch, Handle
 from rlsys.plugins import load_plugins
 
@@ -29,12 +30,13 @@ class AdvantageController:
         self._assigner = CreditAssigner(config)
 
     def credit(
-        self, num_parts: int, num_old: int, num_ref: int, *records: Any
-    ) -> tuple[Any, MetricMap]:
-        """`records`: `num_parts` RolloutBatches, as many RewardBatches, the LogprobBatches of old and of ref, RewardBatches of greedy responses.
+        self, num_parts: int, num_dropped: int, num_old: int, num_ref: int, *records: Any
+    ) -> tuple[Any, Any, MetricMap]:
+        """`records`: `num_parts` RolloutBatches, as many RewardBatches, `num_dropped` of both that were not kept, the LogprobBatches of old and of
+        ref, RewardBatches of greedy responses.
 
         Returns:
-            A reference to the TrainBatch, and the metrics of rewards and advantages.
+            A reference to the TrainBatch; one to the ScoredBatch of what was not kept, or None; and the metrics of samples and advantages.
         """
         remaining = iter(records)
 
@@ -45,11 +47,15 @@ class AdvantageController:
             RolloutBatch.concatenate(take(num_parts)),
             RewardBatch.concatenate(take(num_parts)),
         )
-        old, ref, greedy = take(num_old), take(num_ref), list(remaining)
-        batch, metrics = self._assigner.assign(
-            rollouts, rewards, old, ref, RewardBatch.concatenate(greedy) if greedy else None
+        dropped = joined(take(num_dropped), take(num_dropped))
+        old, ref, parts = take(num_old), take(num_ref), list(remaining)
+        greedy = RewardBatch.concatenate(parts) if parts else None
+        batch, metrics = self._assigner.assign(rollouts, rewards, old, ref, greedy)
+        return (
+            ray.put(batch),
+            None if dropped is None else ray.put(dropped),
+            batch_metrics(batch, dropped, greedy) | metrics,
         )
-        return ray.put(batch), batch_metrics(batch) | metrics
 
     def state(self) -> dict[str, Any]:
         """See `CreditAssigner`."""
@@ -59,9 +65,15 @@ class AdvantageController:
         """See `CreditAssigner`."""
         self._assigner.load_state(state)
 
-    def write_rollouts(self, batch: TrainBatch, path: str) -> None:
-        """Write one step's rollouts as Parquet."""
-        write_rollouts(batch, Path(path))
+    def write_rollouts(
+        self,
+        batch: TrainBatch,
+        path: str,
+        dropped: ScoredBatch | None,
+        advantages: NDArray[np.float32] | None,
+    ) -> None:
+        """Write everything that was sampled in one step as Parquet."""
+        write_rollouts(batch, Path(path), dropped=dropped, advantages=advantages)
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory."""
@@ -72,39 +84,13 @@ class AdvantageController:
         }
 
 
-def batch_metrics(batch: TrainBatch) -> dict[str, Metric]:
-    """What a batch says about rewards and lengths."""
-    rollouts, rewards = batch.rollouts, batch.rewards
-    count, lengths = len(rollouts), rollouts.response_lengths
-    tokens = int(lengths.sum())
-    _, index = np.unique(rollouts.group_ids, return_inverse=True)
-    groups = int(index.max()) + 1
-    highest, lowest = np.full(groups, -np.inf), np.full(groups, np.inf)
-    np.maximum.at(highest, index, rewards.rewards)
-    np.minimum.at(lowest, index, rewards.rewards)
-    return {
-        "reward/mean": mean(float(rewards.rewards.mean()), count),
-        "reward/std": mean(float(rewards.rewards.std()), count),
-        "reward/accuracy": mean(float(rewards.accuracies.mean()), count),
-        "reward/format_rate": mean(
-            sum(reason != "no_answer" for reason in rewards.reasons) / count, count
-        ),
-        **{
-            f"reward/component/{name}": mean(float(values.mean()), count)
-            for name, values in rewards.components.items()
-        },
-        **{
-            f"reward/reason/{reason}": total(number)
-            for reason, number in Counter(rewards.reasons).items()
-        },
-        "rollout/tokens": total(tokens),
-        "rollout/response_length": mean(float(lengths.mean()), count),
-        "rollout/response_length_max": maximum(float(lengths.max())),
-        "rollout/truncated_share": mean(
-            float((rollouts.stop_reasons == StopReason.LENGTH).mean()), count
-        ),
-        "rollout/equal_reward_groups": mean(float((highest == lowest).mean()), groups),
-    }
+def joined(rollouts: Sequence[RolloutBatch], rewards: Sequence[RewardBatch]) -> ScoredBatch | None:
+    """Parts as one batch; None where there is none."""
+    if not rollouts:
+        return None
+    return ScoredBatch(
+        rollouts=RolloutBatch.concatenate(rollouts), rewards=RewardBatch.concatenate(rewards)
+    )
 
 
 class AdvantageControllerClient:
@@ -120,13 +106,19 @@ class AdvantageControllerClient:
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
         greedy_rewards: Sequence[Handle[RewardBatch]] = (),
+        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
+        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         """See `ports.AdvantageComputer`."""
-        records = (*rollouts, *rewards, *old_logprobs, *ref_logprobs, *greedy_rewards)
-        batch, metrics = await self._actor.credit.remote(
-            len(rollouts), len(old_logprobs), len(ref_logprobs), *records
+        kept, dropped = (*rollouts, *rewards), (*dropped_rollouts, *dropped_rewards)
+        batch, dropped_batch, metrics = await self._actor.credit.remote(
+            len(rollouts),
+            len(dropped_rollouts),
+            len(old_logprobs),
+            len(ref_logprobs),
+            *(*kept, *dropped, *old_logprobs, *ref_logprobs, *greedy_rewards),
         )
-        return CreditedBatch(batch=batch, metrics=metrics)
+        return CreditedBatch(batch=batch, dropped=dropped_batch, metrics=metrics)
 
     async def state(self) -> dict[str, Any]:
         """See `ports.AdvantageComputer`."""
@@ -136,9 +128,16 @@ class AdvantageControllerClient:
         """See `ports.AdvantageComputer`."""
         await self._actor.load_state.remote(state)
 
-    async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
+    async def write_rollouts(
+        self,
+        batch: Handle[TrainBatch],
+        path: Path,
+        *,
+        dropped: Handle[ScoredBatch] | None = None,
+        advantages: Handle[NDArray[np.float32]] | None = None,
+    ) -> None:
         """See `ports.AdvantageComputer`."""
-        await self._actor.write_rollouts.remote(batch, str(path))
+        await self._actor.write_rollouts.remote(batch, str(path), dropped, advantages)
 
     async def metrics(self) -> dict[str, Metric]:
         """Peak memory."""

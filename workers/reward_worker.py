@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import resource
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,9 @@ import psutil
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import RewardBatch, RolloutBatch
-from rlsys.driver.metrics import Metric, maximum, total
+from rlsys.driver.metrics import Metric, maximum
 from rlsys.driver.ports import Handle
 from rlsys.rewards.pool import RewardPool
-
-COUNTED_FAILURES = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
 
 
 class RewardWorker:
@@ -28,7 +25,6 @@ class RewardWorker:
         self._functions = config.reward.functions
         self._pool = RewardPool(config.reward, config.plugins)
         self._pool.warm_up()
-        self._reasons: Counter[str] = Counter()
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:
         """Rewards of one part, in its order."""
@@ -46,7 +42,6 @@ class RewardWorker:
             )
         ]
         scores = await asyncio.gather(*futures)
-        self._reasons.update(score.reason for score in scores)
         components = np.asarray([score.components for score in scores], dtype=np.float32).reshape(
             len(scores), len(self._functions)
         )
@@ -63,16 +58,12 @@ class RewardWorker:
         )
 
     async def metrics(self) -> dict[str, Metric]:
-        """Failures since the last call, and memory: this process's peak and what the pool holds now."""
-        reasons, self._reasons = self._reasons, Counter()
+        """Memory: this process's peak and what the pool holds now."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         for process in self._pool.process_ids():
             with contextlib.suppress(psutil.Error):  # it may have been replaced meanwhile
                 memory += psutil.Process(process).memory_info().rss
-        counts = {
-            f"reward/{name}": total(reasons[reason]) for reason, name in COUNTED_FAILURES.items()
-        }
-        return counts | {"memory/reward": maximum(memory / 1024**3)}
+        return {"memory/reward": maximum(memory / 1024**3)}
 
     async def process_ids(self) -> list[int]:
         """This process first, then those of the pool."""

@@ -198,6 +198,14 @@ class RewardBatch:
     def __len__(self) -> int:
         return len(self.rewards)
 
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """[B] what counts as a correct response, in training, in evaluation and in the report: an accuracy of at least 0.5.
+
+        A response without an accuracy (NaN: it could not be scored) is not correct.
+        """
+        return self.accuracies >= 0.5
+
     @staticmethod
     def concatenate(batches: Sequence[RewardBatch]) -> RewardBatch:
         """Join the parts of one batch, in the order given."""
@@ -216,6 +224,20 @@ class RewardBatch:
                 answer for batch in batches for answer in batch.extracted_answers
             ),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBatch:
+    """Responses with their rewards, and no advantages: what dynamic sampling drew and did not keep."""
+
+    rollouts: RolloutBatch
+    rewards: RewardBatch
+
+    def __post_init__(self) -> None:
+        assert len(self.rewards) == len(self.rollouts)
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True)

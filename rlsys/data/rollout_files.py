@@ -1,4 +1,8 @@
-"""One step's rollouts as a Parquet file, readable with pyarrow or pandas."""
+"""One step's rollouts as a Parquet file, readable with pyarrow or pandas.
+
+A row for each response that was sampled in the step. `trained` says which of them entered the loss: not those that dynamic sampling dropped, and
+not those that are masked out. Only trained responses have advantages; what was dropped has no `old` and no `ref` log-probabilities either.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,50 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from rlsys.data.batches import StopReason, TrainBatch
+from rlsys.data.batches import ScoredBatch, StopReason, TrainBatch
 
 
-def write_rollouts(batch: TrainBatch, path: Path) -> None:
-    """Write a row for each response: texts, tokens, log-probabilities, rewards, advantages. Token arrays cover prompt and response."""
-    rollouts, rewards = batch.rollouts, batch.rewards
+def write_rollouts(
+    batch: TrainBatch,
+    path: Path,
+    *,
+    dropped: ScoredBatch | None = None,
+    advantages: NDArray[np.float32] | None = None,
+) -> None:
+    """Write a row for each response: texts, tokens, log-probabilities, rewards, advantages. Token arrays cover prompt and response.
+
+    `dropped` are responses that were sampled and not kept. `advantages` `[N]` are those that the update estimated itself, NaN where it estimated
+    none: they take the place of the batch's, which then has none.
+    """
+    trained = (
+        np.ones(len(batch.rollouts), dtype=np.bool_) if batch.trained is None else batch.trained
+    )
+    used = batch.advantages if advantages is None else advantages
+    kept = _sample_columns(ScoredBatch(rollouts=batch.rollouts, rewards=batch.rewards)) | {
+        "trained": pa.array(trained),
+        "old_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.old_logprobs),
+        "ref_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.ref_logprobs),
+        "advantages": _ragged(batch.rollouts.sequence_offsets, used, trained),
+    }
+    tables = [pa.table(kept)]
+    if dropped is not None:
+        nothing = _ragged(dropped.rollouts.sequence_offsets, None)
+        columns = _sample_columns(dropped) | {
+            "trained": pa.array(np.zeros(len(dropped), dtype=np.bool_)),
+            **dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages"), nothing),
+        }
+        tables.append(pa.table(columns))
+    partial = path.with_name(f".{path.name}.partial")
+    pyarrow.parquet.write_table(pa.concat_tables(tables), partial)
+    partial.rename(path)
+
+
+def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
+    """What every sampled response has."""
+    rollouts, rewards, offsets = batch.rollouts, batch.rewards, batch.rollouts.sequence_offsets
     position = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
     prompts = [rollouts.prompts.prompts[position[int(group)]] for group in rollouts.group_ids]
-
-    def ragged(values: NDArray | None) -> pa.Array:
-        if values is None:
-            return pa.nulls(len(rollouts), pa.list_(pa.float32()))
-        return pa.ListArray.from_arrays(
-            pa.array(rollouts.sequence_offsets.astype(np.int32)), pa.array(values)
-        )
-
-    columns = {
+    return {
         "batch_id": pa.array([rollouts.batch_id] * len(rollouts)),
         "group_id": pa.array(rollouts.group_ids),
         "problem_id": pa.array([prompt.problem_id for prompt in prompts]),
@@ -35,6 +66,7 @@ def write_rollouts(batch: TrainBatch, path: Path) -> None:
         "extracted_answer": pa.array(rewards.extracted_answers),
         "reward": pa.array(rewards.rewards),
         "accuracy": pa.array(rewards.accuracies),
+        "correct": pa.array(rewards.correct),
         "reason": pa.array(rewards.reasons),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
         "stop_reason": pa.array(
@@ -42,16 +74,22 @@ def write_rollouts(batch: TrainBatch, path: Path) -> None:
         ),
         "weight_version": pa.array(rollouts.newest_weight_version),
         "prompt_length": pa.array(rollouts.prompt_lengths),
-        "token_ids": ragged(rollouts.token_ids),
-        "response_mask": ragged(rollouts.response_mask),
-        "rollout_logprobs": ragged(rollouts.rollout_logprobs),
-        "old_logprobs": ragged(batch.old_logprobs),
-        "ref_logprobs": ragged(batch.ref_logprobs),
-        "advantages": ragged(batch.advantages),
+        "token_ids": _ragged(offsets, rollouts.token_ids),
+        "response_mask": _ragged(offsets, rollouts.response_mask),
+        "rollout_logprobs": _ragged(offsets, rollouts.rollout_logprobs),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pa.table(columns), partial)
-    partial.rename(path)
+
+
+def _ragged(
+    offsets: NDArray[np.int64], values: NDArray | None, present: NDArray[np.bool_] | None = None
+) -> pa.Array:
+    """Flat values as a list for each response; null where there are none, or where the response is not `present`."""
+    if values is None:
+        return pa.nulls(len(offsets) - 1, pa.list_(pa.float32()))
+    absent = None if present is None else pa.array(~present)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(values), mask=absent
+    )
 
 
 def read_rollouts(path: Path) -> list[dict]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch, SamplingParameters
+from rlsys.driver.batch_metrics import failure_counts
 from rlsys.driver.ports import Generator, RewardScorer
 
 EVALUATION_SEED = (
@@ -38,6 +40,15 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampled:
+    """Responses to the held-out prompts."""
+
+    correct: NDArray[np.int64]  # [P] right responses of each prompt
+    tokens: int  # sampled in all
+    rewards: Sequence[RewardBatch]
+
+
 class Evaluator:
     """Runs the held-out prompts through the same generation group and reward worker as training."""
 
@@ -56,25 +67,29 @@ class Evaluator:
         self._stop = stop
 
     async def evaluate(self) -> dict[str, float]:
-        """Metrics `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k` and each `eval/pass@k`."""
+        """Metrics `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k` and each `eval/pass@k`; where rewards failed
+        `eval/timeouts`, `eval/crashes` and `eval/errors`. A response is right or wrong as in training: `RewardBatch.correct`.
+        """
         settings = self._config.trainer.evaluation
-        correct, tokens = await self._correct(samples=1, temperature=0.0)
+        greedy = await self._sample(samples=1, temperature=0.0)
+        parts = greedy.rewards
         values = {
-            "eval/accuracy": float(correct.mean()),
-            "eval/response_length": tokens / len(self._prompts),
+            "eval/accuracy": float(greedy.correct.mean()),
+            "eval/response_length": greedy.tokens / len(self._prompts),
         }
         samples = settings.samples_per_prompt
         if samples > 1:
-            counts, _ = await self._correct(samples=samples, temperature=settings.temperature)
+            sampled = await self._sample(samples=samples, temperature=settings.temperature)
+            counts, parts = sampled.correct, [*parts, *sampled.rewards]
             values[f"eval/mean@{samples}"] = float(counts.mean()) / samples
             for k in settings.pass_at:
                 values[f"eval/pass@{k}"] = float(
                     np.mean([pass_at_k(samples, int(count), k) for count in counts])
                 )
-        return values
+        return values | {f"eval/{name}": float(n) for name, n in failure_counts(parts).items() if n}
 
-    async def _correct(self, *, samples: int, temperature: float) -> tuple[NDArray[np.int64], int]:
-        """[P] right responses of each prompt, and the tokens sampled in all."""
+    async def _sample(self, *, samples: int, temperature: float) -> _Sampled:
+        """So many responses to each prompt, scored."""
         generation = self._config.generation
         sampling = SamplingParameters(
             samples_per_prompt=samples,
@@ -97,5 +112,5 @@ class Evaluator:
         rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
         counts = np.zeros(len(self._prompts), dtype=np.int64)
         for index, batch in zip(indices, rewards, strict=True):
-            counts[index] = (batch.accuracies >= 0.5).sum()
-        return counts, tokens
+            counts[index] = batch.correct.sum()
+        return _Sampled(correct=counts, tokens=tokens, rewards=rewards)

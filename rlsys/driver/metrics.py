@@ -6,6 +6,7 @@ gives the plain numbers that are written and shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -48,15 +49,16 @@ def _combine_pair(name: str, left: Metric, right: Metric) -> Metric:
     if left.reduction == "sum":
         return total(left.value + right.value)
     if left.reduction == "max":
-        return maximum(max(left.value, right.value))
+        unknown = math.isnan(left.value) or math.isnan(right.value)
+        return maximum(math.nan if unknown else max(left.value, right.value))
     count = left.count + right.count
-    if count == 0:
-        return mean(0.0, 0.0)
+    if left.count == 0 or right.count == 0:  # a mean over nothing has no value
+        return left if right.count == 0 else right
     return mean((left.value * left.count + right.value * right.count) / count, count)
 
 
 def combine(reports: Iterable[MetricMap]) -> dict[str, Metric]:
-    """Merge reports: sums add, means average with their counts as weights, maxima take the larger.
+    """Merge reports: sums add, means average with their counts as weights, maxima take the larger. NaN in one makes NaN of all.
 
     Raises:
         ValueError: two reports declare different reductions for one name.

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 from rlsys.driver.observer import Outcome
 from rlsys.driver.run_directory import RunDirectory
+from rlsys.driver.step_notes import step_notes
 
 Kind = Literal["train", "eval"]
 
@@ -26,7 +27,8 @@ class MetricsRecord:
     kind: Kind
     step: int
     time: float  # seconds since the epoch
-    values: Mapping[str, float]
+    values: Mapping[str, float]  # NaN where the file has null: not finite
+    notes: tuple[str, ...] = ()  # what a person should be told of the step
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
@@ -44,7 +46,11 @@ def read_metrics(path: Path) -> list[MetricsRecord]:
         }
         records.append(
             MetricsRecord(
-                kind=fields["kind"], step=fields["step"], time=fields["time"], values=numbers
+                kind=fields["kind"],
+                step=fields["step"],
+                time=fields["time"],
+                values=numbers,
+                notes=tuple(fields.get("notes", ())),
             )
         )
     return records
@@ -75,13 +81,21 @@ class MetricsLog:
         return self._lines
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
-        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        record = {
+            "kind": kind,
+            "step": step,
+            "time": time.time(),
+            "values": {name: finite.get(name) for name in numbers},  # JSON has no NaN: null
+        }
+        notes = [note.text for note in step_notes(numbers)]
         self._file.write(
-            json.dumps({"kind": kind, "step": step, "time": time.time(), "values": numbers}) + "\n"
+            json.dumps(record | ({"notes": notes} if notes else {}), allow_nan=False) + "\n"
         )
         self._file.flush()
         self._lines += 1
-        for name, value in values.items():
+        for name, value in finite.items():
             self._events.add_scalar(name, value, step)
 
     def on_start(self, first_step: int, total_steps: int) -> None: ...

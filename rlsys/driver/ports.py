@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlsys.data.batches import (
     LogprobBatch,
     PromptBatch,
     RewardBatch,
     RolloutBatch,
     SamplingParameters,
+    ScoredBatch,
     TrainBatch,
 )
 from rlsys.driver.metrics import MetricMap
@@ -42,9 +46,10 @@ class RolloutPart:
 
 @dataclass(frozen=True, kw_only=True)
 class CreditedBatch:
-    """A train batch in the object store, with the metrics of rewards and advantages."""
+    """A train batch in the object store, with the metrics of everything that was sampled, of what is trained, and of the advantages."""
 
     batch: Handle[TrainBatch]
+    dropped: Handle[ScoredBatch] | None = None  # sampled and not kept; None: everything was kept
     metrics: MetricMap = field(default_factory=dict)
 
 
@@ -89,6 +94,13 @@ class Policy(LogprobSource, Protocol):
         """All epochs and mini-batches on one train batch. Metrics are merged over ranks."""
         ...
 
+    async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
+        """[N] advantages that the last `update` estimated itself (`advantage.recompute`), NaN where it estimated none.
+
+        With several epochs those of the last one. None: it took the batch's.
+        """
+        ...
+
     async def save(self, directory: Path) -> None:
         """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`, which exists and is empty."""
         ...
@@ -108,10 +120,13 @@ class AdvantageComputer(Protocol):
         old_logprobs: Sequence[Handle[LogprobBatch]],
         ref_logprobs: Sequence[Handle[LogprobBatch]],
         greedy_rewards: Sequence[Handle[RewardBatch]] = (),
+        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
+        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
     ) -> CreditedBatch:
         """Join a batch's parts (prompt order), compute advantages, leave the result in the object store.
 
         An empty sequence of log-probability handles means that there are none. `greedy_rewards` are those of one greedy response a prompt.
+        Dropped parts were sampled and not kept: they are counted in the metrics and get no advantages.
         """
         ...
 
@@ -123,8 +138,15 @@ class AdvantageComputer(Protocol):
         """Continue from what `state` gave."""
         ...
 
-    async def write_rollouts(self, batch: Handle[TrainBatch], path: Path) -> None:
-        """Write one step's rollouts as Parquet."""
+    async def write_rollouts(
+        self,
+        batch: Handle[TrainBatch],
+        path: Path,
+        *,
+        dropped: Handle[ScoredBatch] | None = None,
+        advantages: Handle[NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Write everything that was sampled in one step as Parquet. `advantages` are `Policy.estimated_advantages`, in place of the batch's."""
         ...
 
     async def metrics(self) -> MetricMap:

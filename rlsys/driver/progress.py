@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -14,6 +15,16 @@ from rich.text import Text
 from rlsys.driver.metrics_log import MetricsRecord
 from rlsys.driver.observer import PHASES, Outcome
 from rlsys.driver.run_directory import RunDirectory
+from rlsys.driver.run_status import read_status
+from rlsys.driver.run_summary import (
+    counted_notes,
+    first_to_last,
+    numbers,
+    sampled_tokens,
+    share,
+    trained_differs,
+)
+from rlsys.driver.step_notes import step_notes
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -26,6 +37,7 @@ COLUMNS = (
     ("s/step", "time/step", "{:.1f}"),
 )
 HEADER_EVERY = 20  # plain lines
+CELL = 8  # characters of a number
 
 
 def duration(seconds: float) -> str:
@@ -35,6 +47,15 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} m"
     return f"{minutes} m {rest:02d} s" if minutes else f"{rest} s"
+
+
+def cell(values: Mapping[str, float], name: str, form: str) -> str:
+    """A metric in at most `CELL` characters; "-" where it is absent or not finite."""
+    value = values.get(name, math.nan)
+    if not math.isfinite(value):
+        return "-"
+    text = form.format(value)
+    return text if len(text) <= CELL else f"{value:.1e}"
 
 
 def phase_line(values: Mapping[str, float]) -> str:
@@ -63,6 +84,7 @@ class Progress:
         self._phase = "starting"
         self._values: Mapping[str, float] = {}
         self._evaluations: list[tuple[int, float]] = []
+        self._warned: set[str] = set()  # kinds of the notes on the step before
         self._rows = 0
 
     def on_start(self, first_step: int, total_steps: int) -> None:
@@ -80,6 +102,7 @@ class Progress:
         self._step, self._values = step, values
         if self._live is None:
             self._print_row(step, values)
+        self._print_notes(step, values)
         self._show()
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
@@ -87,7 +110,7 @@ class Progress:
         others = ", ".join(
             f"{name.removeprefix('eval/')} {value:.1%}"
             for name, value in values.items()
-            if name.startswith(("eval/mean", "eval/pass"))
+            if name.startswith(("eval/mean@", "eval/pass@"))
         )
         self._print(
             f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}"
@@ -122,13 +145,23 @@ class Progress:
                 + "       ETA  time by phase"
             )
         self._rows += 1
-        cells = [form.format(values[name]) if name in values else "-" for _, name, form in COLUMNS]
+        cells = [cell(values, name, form) for _, name, form in COLUMNS]
         phases = " ".join(f"{name[:3]} {values.get(f'time/{name}', 0.0):.1f}" for name in PHASES)
         self._print(
             f"{step:>4}/{self._total:<4}"
             + "".join(f"{cell:>9}" for cell in cells)
             + f"{self._eta():>10}  {phases}"
         )
+
+    def _print_notes(self, step: int, values: Mapping[str, float]) -> None:
+        """What the numbers of a row do not say, below it. The live display shows those of its step; a warning that is new stays above it."""
+        notes = step_notes(values)
+        for note in notes:
+            if self._live is None:
+                self._print(f"{'!' if note.warning else '':>9}  {note.text}")
+            elif note.warning and note.kind not in self._warned:
+                self._print(f"! step {step}: {note.text}")
+        self._warned = {note.kind for note in notes}
 
     def _show(self) -> None:
         if self._live is None:
@@ -140,23 +173,35 @@ class Progress:
             f"ETA {self._eta()}",
             Text(self._phase, style="dim"),
         )
-        numbers = Table.grid(padding=(0, 2))
-        shown = [
-            (name, form.format(self._values[key]))
-            for name, key, form in COLUMNS
-            if key in self._values
-        ]
-        numbers.add_row(*(Text(name, style="dim") for name, _ in shown))
-        numbers.add_row(*(value for _, value in shown))
-        lines: list = [head, numbers]
+        lines: list = [head, *self._figures()]
         if self._values:
             lines.append(Text(phase_line(self._values), style="dim"))
+            lines += [
+                Text(note.text, style="yellow" if note.warning else "dim")
+                for note in step_notes(self._values)
+            ]
         if self._evaluations:
             curve = "  ".join(
                 f"{step}: {accuracy:.1%}" for step, accuracy in self._evaluations[-8:]
             )
             lines.append(Text(f"held-out accuracy  {curve}"))
         self._live.update(Group(*lines))
+
+    def _figures(self) -> list[Table]:
+        """The columns of a row, in as many lines as a narrow terminal needs."""
+        shown = [
+            (name, cell(self._values, key, form))
+            for name, key, form in COLUMNS
+            if key in self._values
+        ]
+        per_line = max(1, self._console.width // (CELL + 1))
+        tables = []
+        for first in range(0, len(shown), per_line):
+            part, table = shown[first : first + per_line], Table.grid(padding=(0, 2))
+            table.add_row(*(Text(name, style="dim") for name, _ in part))
+            table.add_row(*(value for _, value in part))
+            tables.append(table)
+        return tables
 
 
 def print_summary(
@@ -166,6 +211,9 @@ def print_summary(
     train = [record for record in records if record.kind == "train"]
     evaluations = [record for record in records if record.kind == "eval"]
     table = Table(title="summary", show_header=False, title_justify="left")
+    status = read_status(directory)
+    if status and status.state != "finished":
+        table.add_row("run", f"{status.state} after {status.step} of {status.steps} steps")
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         table.add_row(
@@ -174,37 +222,39 @@ def print_summary(
         )
     if train:
         tenth = max(1, len(train) // 10)
-        means = [
-            sum(r.values.get("reward/mean", 0.0) for r in part) / len(part)
-            for part in (train[:tenth], train[-tenth:])
-        ]
         table.add_row(
-            "reward", f"{means[0]:.3f} -> {means[1]:.3f} (mean of the first and last {tenth} steps)"
+            "reward",
+            f"{first_to_last(train, 'reward/mean', tenth)} (mean of the first and last {tenth} steps)",
         )
+        if trained_differs(train):
+            table.add_row(
+                "trained on",
+                f"{share(train, 'trained/responses', 'rollout/responses'):.1%} of the responses, their reward "
+                f"{first_to_last(train, 'trained/reward_mean', tenth)}",
+            )
         totals = {
-            name: sum(r.values.get(f"time/{name}", 0.0) for r in train) / len(train)
-            for name in (*PHASES, "step")
+            name: sum(numbers(train, f"time/{name}")) / len(train) for name in (*PHASES, "step")
         }
         table.add_row("steps", f"{train[-1].step}, {totals['step']:.2f} s each")
         table.add_row(
             "time by phase", phase_line({f"time/{name}": value for name, value in totals.items()})
         )
-        tokens = sum(r.values.get("rollout/tokens", 0.0) for r in train)
-        generating = sum(r.values.get("time/generate", 0.0) for r in train)
+        tokens, generating = sampled_tokens(train), sum(numbers(train, "time/generate"))
         table.add_row(
             "sampled tokens",
             f"{tokens:,.0f}, {tokens / max(generating, 1e-9):.0f} a second while generating",
         )
         memory = {
-            n.removeprefix("memory/"): v
-            for r in train
-            for n, v in r.values.items()
-            if n.startswith("memory/")
+            name.removeprefix("memory/"): max(numbers(train, name))
+            for name in train[-1].values
+            if name.startswith("memory/")
         }
         table.add_row(
             "peak memory",
             ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items()) or "-",
         )
+        for kind, (text, steps) in counted_notes(train).items():
+            table.add_row(Text(kind, style="yellow"), f"{steps} (last: {text})")
     table.add_row("wall time", duration(seconds))
     console.print(table)
     for what, path in (

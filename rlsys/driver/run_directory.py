@@ -1,6 +1,6 @@
 """Where a run is written: all its paths in one place.
 
-runs/<name>/config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/step_*  report.html  run.log
+runs/<name>/config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/step_*  report.html  status.json  run.log
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
 
     @property
     def log(self) -> Path:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, SamplingParameters
@@ -82,6 +83,16 @@ class ScoredGroup:
     greedy_rewards: (
         Handle[RewardBatch] | None
     )  # of the greedy response; None: the estimator does not read it
+    greedy_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGroups:
+    """Everything that was sampled in one step, in prompt order."""
+
+    kept: Sequence[ScoredGroup]
+    dropped: Sequence[ScoredGroup] = ()  # by dynamic sampling
+    metrics: MetricMap  # how they came about
 
 
 class PhaseClock:
@@ -204,7 +215,8 @@ class SynchronousLoop:
         """One step: the drawing at the top of this file. All handles are dropped when it returns, so the object store is free again."""
         clock, workers, step = PhaseClock(), self._workers, self._step + 1
         with self._timed(clock, step, "generate"):
-            groups, sampled = await self._sample_groups()
+            sampled = await self._sample_groups()
+        groups = sampled.kept
         rollouts = [group.part.rollouts for group in groups]
         rewards = [group.rewards for group in groups]
         greedy = [group.greedy_rewards for group in groups if group.greedy_rewards is not None]
@@ -215,16 +227,22 @@ class SynchronousLoop:
         ):  # these records are small: a few numbers a response
             await asyncio.gather(*rewards, *greedy)
         with self._timed(clock, step, "advantages"):
-            credited = await workers.advantages.credit(rollouts, rewards, old, ref, greedy)
-        with self._timed(clock, step, "update"):
-            update, _ = await asyncio.gather(
-                workers.policy.update(credited.batch), self._write_rollouts(step, credited)
+            credited = await workers.advantages.credit(
+                rollouts,
+                rewards,
+                old,
+                ref,
+                greedy,
+                [group.part.rollouts for group in sampled.dropped],
+                [group.rewards for group in sampled.dropped],
             )
+        with self._timed(clock, step, "update"):
+            update = await self._update(step, credited)
         with self._timed(clock, step, "sync"):
             sync = await workers.weights.sync(step)
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
         return _step_values(
-            combine([sampled, credited.metrics, update, sync, _driver_memory(), *memory]),
+            combine([sampled.metrics, credited.metrics, update, sync, _driver_memory(), *memory]),
             clock.values(),
         )
 
@@ -238,7 +256,19 @@ class SynchronousLoop:
         with clock.phase(phase):
             yield
 
-    async def _sample_groups(self) -> tuple[list[ScoredGroup], MetricMap]:
+    async def _update(self, step: int, credited: CreditedBatch) -> MetricMap:
+        """Train, and write what was sampled: meanwhile, or afterwards where the update itself estimates the advantages."""
+        policy = self._workers.policy
+        if not self._config.algorithm.advantage.recompute:
+            metrics, _ = await asyncio.gather(
+                policy.update(credited.batch), self._write_rollouts(step, credited)
+            )
+            return metrics
+        metrics = await policy.update(credited.batch)
+        await self._write_rollouts(step, credited, await policy.estimated_advantages())
+        return metrics
+
+    async def _sample_groups(self) -> SampledGroups:
         """The groups of one step, in prompt order, and how they came about.
 
         With dynamic sampling (`algorithm.dynamic_sampling`), groups whose rewards are all equal are replaced by those of further prompts; after the last
@@ -250,7 +280,8 @@ class SynchronousLoop:
         )
         prompts = self._prompts.next_batch()
         if rounds == 1:
-            return await self._generate_and_score(prompts, round_number=0), {}
+            groups = await self._generate_and_score(prompts, round_number=0)
+            return SampledGroups(kept=groups, metrics=_greedy_tokens(groups))
         useful: list[ScoredGroup] = []
         equal: list[ScoredGroup] = []
         number = 0
@@ -266,12 +297,16 @@ class SynchronousLoop:
                 (equal if rewards.max() == rewards.min() else useful).append(group)
             if len(useful) >= wanted:
                 break
+        groups = useful + equal
         counts = {
             "sampling/rounds": total(number + 1),
-            "sampling/replaced_groups": total(min(len(equal), len(useful) + len(equal) - wanted)),
+            "sampling/replaced_groups": total(min(len(equal), len(groups) - wanted)),
+            "sampling/surplus_groups": total(max(0, len(useful) - wanted)),
             "sampling/missing_groups": total(max(0, wanted - len(useful))),
         }
-        return (useful + equal)[:wanted], counts
+        return SampledGroups(
+            kept=groups[:wanted], dropped=groups[wanted:], metrics=counts | _greedy_tokens(groups)
+        )
 
     async def _generate_and_score(
         self, prompts: PromptBatch, *, round_number: int
@@ -290,7 +325,10 @@ class SynchronousLoop:
             )
         return [
             ScoredGroup(
-                part=part, rewards=rewards, greedy_rewards=greedy[index][1] if greedy else None
+                part=part,
+                rewards=rewards,
+                greedy_rewards=greedy[index][1] if greedy else None,
+                greedy_tokens=greedy[index][0].num_response_tokens if greedy else 0,
             )
             for index, (part, rewards) in sorted(scored.items())
         ]
@@ -336,11 +374,19 @@ class SynchronousLoop:
             reference.logprobs(rollouts) if reference else none(),
         )
 
-    async def _write_rollouts(self, step: int, credited: CreditedBatch) -> None:
+    async def _write_rollouts(
+        self,
+        step: int,
+        credited: CreditedBatch,
+        advantages: Handle[NDArray[np.float32]] | None = None,
+    ) -> None:
         every = self._config.trainer.save_rollouts_every
         if step in (1, self._config.trainer.steps) or (every and step % every == 0):
             await self._workers.advantages.write_rollouts(
-                credited.batch, self._rollouts_directory / f"step_{step:06d}.parquet"
+                credited.batch,
+                self._rollouts_directory / f"step_{step:06d}.parquet",
+                dropped=credited.dropped,
+                advantages=advantages,
             )
 
     def _evaluation_is_due(self) -> bool:
@@ -404,10 +450,17 @@ def _driver_memory() -> MetricMap:
     return {"memory/driver": maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)}
 
 
+def _greedy_tokens(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
+    """Tokens of the greedy responses, where an estimator compares with them."""
+    if all(group.greedy_rewards is None for group in groups):
+        return {}
+    return {"rollout/greedy_tokens": total(sum(group.greedy_tokens for group in groups))}
+
+
 def _step_values(metrics: Mapping[str, Metric], times: Mapping[str, float]) -> dict[str, float]:
-    """Plain numbers of one step, with the throughput of its phases."""
+    """Plain numbers of one step, with the throughput of its phases: of every token that the engines sampled."""
     numbers = values(metrics) | dict(times)
-    tokens = numbers.get("rollout/tokens", 0.0)
+    tokens = numbers.get("rollout/tokens", 0.0) + numbers.get("rollout/greedy_tokens", 0.0)
     numbers["throughput/generate"] = tokens / max(times["time/generate"], 1e-9)
     numbers["throughput/update"] = numbers.get("policy/tokens", 0.0) / max(
         times["time/update"], 1e-9

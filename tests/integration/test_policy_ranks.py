@@ -213,9 +213,72 @@ async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_
 
 async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProcesses):
     batch = dataclasses.replace(example(), trained=np.zeros(24, dtype=np.bool_))
-    _, report = await updated(ranks, config(2), batch)
-    assert report["policy/skipped_updates"] >= 1
+    _, report = await updated(ranks, config(2, mini_batches=3, epochs=2), batch)
+    assert report["policy/skipped_updates"] == 6  # once, and not once a rank
+    assert report["policy/updates"] == report["policy/nonfinite_gradients"] == 0
     assert "policy/grad_norm" not in report
+
+
+async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
+    ranks: RankProcesses,
+):
+    """With steps too small to move the policy, the mean loss of mini-batches of equal size is the loss of the whole batch."""
+    batch = example()
+    still = OptimizerConfig(learning_rate=1e-12)
+    reports = {}
+    for count, mini_batches, epochs in ((1, 1, 1), (1, 3, 2), (2, 1, 1), (2, 3, 2)):
+        plan = config(count, mini_batches=mini_batches, epochs=epochs, optimizer=still)
+        _, reports[count, mini_batches, epochs] = await updated(ranks, plan, batch)
+    whole = reports[1, 1, 1]
+    assert abs(whole["policy/loss"]) > 1e-3
+    for (_, mini_batches, epochs), report in reports.items():
+        assert report["policy/loss"] == pytest.approx(whole["policy/loss"], rel=1e-3)
+        assert report["policy/updates"] == mini_batches * epochs
+        assert report["policy/skipped_updates"] == 0
+        assert report["policy/tokens"] == epochs * whole["policy/tokens"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
+    ranks: RankProcesses, count: int
+):
+    """Leave-one-out advantages of the trained responses. The policy of the second mini-batch has moved: the gap is that of the first alone."""
+    batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
+    trained = np.arange(len(batch.rollouts)) != 5
+    batch = dataclasses.replace(batch, advantages=None, old_logprobs=None, trained=trained)
+    algorithm = AlgorithmConfig(
+        advantage=AdvantageConfig(name="reinforce", recompute=True),
+        objective=ObjectiveConfig(weight="none"),
+    )
+    update = {"algorithm": algorithm}
+    async with ranks.group(config(count).model_copy(update=update)) as group:
+        before = await logprobs_of(group, batch)
+        once = values(await group.update(ray.put(batch)))
+    plan = config(count, mini_batches=2).model_copy(update=update)
+    async with ranks.group(plan) as group:
+        report = values(await group.update(ray.put(batch)))
+        handle = await group.estimated_advantages()
+        assert handle is not None
+        estimated = await handle
+        assert await group.estimated_advantages() is not None
+    tokens = np.repeat(trained, batch.rollouts.sequence_lengths)
+    rewards = np.repeat(batch.rewards.rewards, batch.rollouts.sequence_lengths)
+    mask = batch.rollouts.response_mask
+    np.testing.assert_array_equal(np.isnan(estimated), ~tokens)
+    np.testing.assert_allclose(estimated[tokens & mask], rewards[tokens & mask], atol=1e-6)
+    gap = np.abs(batch.rollouts.rollout_logprobs - before)[tokens & mask].mean()
+    assert once["policy/logprob_gap_mean"] == pytest.approx(gap, rel=1e-4)
+    assert "policy/drift_mean" not in once
+    assert report["policy/drift_mean"] > 0
+    assert report["policy/drift_max"] >= report["policy/drift_mean"]
+
+
+async def test_an_update_that_takes_the_advantages_of_the_batch_has_estimated_none(
+    ranks: RankProcesses,
+):
+    async with ranks.group(config(1)) as group:
+        await group.update(ray.put(example()))
+        assert await group.estimated_advantages() is None
 
 
 async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
@@ -371,5 +434,5 @@ async def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(ranks: Ran
         before = await weights_of(group)
         report = values(await group.update(ray.put(broken)))
         after = await weights_of(group)
-    assert report["policy/skipped_updates"] == 1
+    assert report["policy/skipped_updates"] == report["policy/nonfinite_gradients"] == 1
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import ray
 
 from rlsys.data.batches import SamplingParameters
 from tests.port_contracts import WITH_FILES, WITHOUT_FILES, System
@@ -30,6 +31,7 @@ async def system(ray_cluster: None) -> AsyncIterator[System]:
                 samples_per_prompt=4, temperature=1.0, max_tokens=12, seed=11
             ),
             open=open_handle,
+            put=ray.put,
             tolerance=1e-4,
         )
         await made.sync()

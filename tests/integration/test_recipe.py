@@ -15,7 +15,10 @@ import yaml
 
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
+from rlsys.driver.metric_reference import documented
 from rlsys.driver.metrics_log import read_metrics
+from rlsys.driver.run_directory import RunDirectory
+from rlsys.driver.run_status import read_status
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +115,13 @@ def training_values(directory: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def state_of(directory: Path) -> str:
+    """How a run ended."""
+    status = read_status(RunDirectory(directory))
+    assert status is not None
+    return status.state
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Directory and output of an uninterrupted run with the flags of FULL."""
@@ -135,9 +145,11 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
             "rollouts",
             "checkpoints",
             "report.html",
+            "status.json",
             "run.log",
         )
     }
+    assert state_of(directory) == "finished"
     steps = training_values(directory)
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
     wanted = {
@@ -167,6 +179,8 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
         *("policy/logprob_gap_max", "sync/logprob_gap_mean", "advantage/positive_share"),
     }
     assert wanted <= set(steps[6])
+    written = {name for step in steps.values() for name in step} - {"advantage/positive_share"}
+    assert [name for name in sorted(written) if documented(name) is None] == []
     assert steps[1]["policy/logprob_gap_max"] < 1e-3  # engine and trainer agree
     assert (
         abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6
@@ -255,6 +269,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
     straight, killed = finished[0], tmp_path / "killed"
     kill_when(start(killed, *FULL), "5/6", signal.SIGKILL)  # after the checkpoint of step 4
     assert max(training_values(killed)) < 6
+    assert state_of(killed) == "died"
     # The newest checkpoint is damaged as well: the one before it takes over, and the run says so.
     newest = max((killed / "checkpoints").glob("step_??????"))
     with (newest / "model.safetensors").open("r+b") as weights:
@@ -290,6 +305,8 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
     )
     assert state["step"] == steps
     assert "Traceback" not in output
+    assert state_of(directory) == "interrupted"
+    assert f"Interrupted after {steps} of 500 steps" in (directory / "report.html").read_text()
 
 
 def test_interrupted_while_actors_start_it_leaves_nothing_behind(tmp_path: Path):

@@ -69,6 +69,10 @@ class PolicyGroup(ReferenceGroup):
             )
         return metrics
 
+    async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
+        """See `ports.Policy`."""
+        return await self._workers[0].put_estimated_advantages.remote()
+
     async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
         """Manifest and object references of the present weights."""
         exports = await asyncio.gather(

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        self.counts = UpdateCounts()
+        self.estimated: NDArray[np.float32] | None = None  # [N] by the last update
         self.estimator_state: Mapping[
             str, Any
         ] = {}  # between the mini-batches of `algorithm.advantage.recompute`
@@ -199,12 +202,17 @@ class PolicyWorker(RankWorker):
         kept = [
             chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows
         ]
-        reports = [
-            self.update_on(batch, chosen) if len(chosen) else {"policy/skipped_updates": total(1)}
-            for chosen in kept
-        ]
+        self.counts = UpdateCounts(empty=sum(not len(chosen) for chosen in kept))
+        self.estimated = None
+        reports = [self.update_on(batch, chosen) for chosen in kept if len(chosen)]
         self.steps += 1
-        return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
+        # Every rank counts the same, so one of them reports.
+        counts = self.counts.metrics() if self.rank == 0 else {}
+        return combine(reports) | counts | {"policy/learning_rate": mean(rate)} | self.metrics()
+
+    def put_estimated_advantages(self) -> Any:
+        """See `ports.Policy.estimated_advantages`; every rank has estimated the same."""
+        return None if self.estimated is None else ray.put(self.estimated)
 
     def update_on(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """One optimizer step on `rows`."""
@@ -218,6 +226,7 @@ class PolicyWorker(RankWorker):
         packs = self.packs_of(batch.rollouts, rows)
         batch, diagnostics, regression = self._recomputed(batch, rows, packs)
         diagnostics |= self._gradient_metrics(batch, rows)
+        drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
@@ -236,7 +245,8 @@ class PolicyWorker(RankWorker):
             for name, value in parameters.items()
             if name not in self.config.algorithm.objective.parameters
         }
-        return _loss_metrics(losses, tokens) | diagnostics | chosen | self._optimizer_step()
+        measured = _loss_metrics(losses, tokens, self.world_size, drifted=drifted)
+        return measured | diagnostics | chosen | self._optimizer_step()
 
     @torch.no_grad()
     def _recomputed(
@@ -248,7 +258,18 @@ class PolicyWorker(RankWorker):
         live = self.live(batch.rollouts, packs)
         made = recomputed(self.config, batch, rows, live, self.estimator_state)
         self.estimator_state = made.state
+        self._keep_estimated(made.batch, rows)
         return made.batch, made.metrics, made.regression
+
+    def _keep_estimated(self, batch: TrainBatch, rows: NDArray[np.int64]) -> None:
+        """Remember the advantages of `rows`, for the file of the step's rollouts."""
+        assert batch.advantages is not None
+        if self.estimated is None or self.estimated.shape != batch.advantages.shape:
+            self.estimated = np.full_like(batch.advantages, np.nan)
+        chosen = np.zeros(len(batch.rollouts), dtype=np.bool_)
+        chosen[rows] = True
+        tokens = np.repeat(chosen, batch.rollouts.sequence_lengths)
+        self.estimated[tokens] = batch.advantages[tokens]
 
     @torch.no_grad()
     def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
@@ -309,9 +330,8 @@ class PolicyWorker(RankWorker):
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"policy/skipped_updates": total(not finite)} | (
-            {"policy/grad_norm": mean(value)} if finite else {}
-        )
+        self.counts = self.counts.after(finite=finite)
+        return {"policy/grad_norm": mean(value)} if finite else {}
 
     def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
         """On rank 0: the manifest, and the shards in the object store. All ranks must be asked."""
@@ -437,23 +457,53 @@ def _of_rows(
     return np.concatenate(own) if own else np.zeros(0, dtype=np.float32)
 
 
-def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
-    """Token-weighted means and maxima of one mini-batch on one rank."""
+@dataclass(frozen=True)
+class UpdateCounts:
+    """What became of the mini-batches of one batch."""
+
+    taken: int = 0  # optimizer steps
+    not_finite: int = 0  # skipped: the gradient was not finite
+    empty: int = 0  # skipped: no response of the mini-batch is trained
+
+    def after(self, *, finite: bool) -> UpdateCounts:
+        """With one more mini-batch that had a gradient."""
+        return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
+
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            "policy/updates": total(self.taken),
+            "policy/skipped_updates": total(self.not_finite + self.empty),
+            "policy/nonfinite_gradients": total(self.not_finite),
+        }
+
+
+def _loss_metrics(
+    losses: Sequence[PackLoss], tokens: int, ranks: int, *, drifted: bool
+) -> dict[str, Metric]:
+    """Loss, token-weighted means and maxima of one mini-batch on one rank.
+
+    The loss of a mini-batch is the sum over packs and ranks: its share on this rank is reported times the number of ranks, so that the mean over
+    ranks and mini-batches is the mean loss of a mini-batch. Every rank reports one, also one that has no pack.
+
+    `drifted`: `old` are the log-probabilities of a policy that has moved since it sampled, so what they differ by is drift and no gap between
+    engine and trainer.
+    """
+    loss = {"policy/loss": mean(ranks * sum(float(loss.loss.detach()) for loss in losses))}
     if not losses:
-        return {}
+        return loss
 
     def average(name: str) -> Metric:
-        return mean(sum(loss.sums[name] for loss in losses) / tokens, tokens)
+        return mean(sum(loss.sums[name] for loss in losses) / max(tokens, 1), tokens)
 
-    metrics = {
-        "policy/loss": total(sum(float(loss.loss.detach()) for loss in losses)),
+    difference = "drift" if drifted else "logprob_gap"
+    metrics = loss | {
         "policy/entropy": average("entropy"),
         "policy/ratio_mean": average("ratio"),
         "policy/ratio_square": average("ratio_square"),
         "policy/clipped_share": average("clipped"),
-        "policy/logprob_gap_mean": average("gap"),
+        f"policy/{difference}_mean": average("gap"),
         "policy/ratio_max": maximum(max(loss.maxima["ratio"] for loss in losses)),
-        "policy/logprob_gap_max": maximum(max(loss.maxima["gap"] for loss in losses)),
+        f"policy/{difference}_max": maximum(max(loss.maxima["gap"] for loss in losses)),
         "policy/tokens": total(tokens),
     }
     return metrics | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 
@@ -10,10 +11,12 @@ import pytest
 
 from rlsys.config import EvaluationConfig, GenerationConfig, RunConfig, TrainerConfig
 from rlsys.driver.evaluation import EVALUATION_SEED, Evaluator, pass_at_k
+from rlsys.driver.metrics import values as metric_values
 from tests.in_process_fakes import (
     PROBLEMS,
     VOCABULARY,
     FirstTokenScorer,
+    InProcessAdvantages,
     Stage,
     TableGenerator,
     held_out_prompts,
@@ -124,6 +127,32 @@ async def test_pass_at_k_of_a_mixture() -> None:
     assert values["eval/pass@1"] == pytest.approx(values["eval/mean@512"])
     assert values["eval/mean@512"] == pytest.approx(1 / 8, abs=0.03)
     assert values["eval/pass@4"] == pytest.approx(1 - (7 / 8) ** 4, abs=0.08)
+
+
+async def test_right_means_the_same_in_training_and_in_evaluation() -> None:
+    """A first reward function with scores between 0 and 1: at least 0.5 is right, in both. Their mean (0.4 here) is a reward's, not an accuracy."""
+
+    class HalfScorer(FirstTokenScorer):
+        async def _score(self, rollouts):
+            rewards = await super()._score(rollouts)
+            graded = np.where(np.arange(len(rewards)) % 2 == 0, 0.2, 0.6).astype(np.float32)
+            return replace(rewards, rewards=graded, accuracies=graded)
+
+    stage, generator, evaluator = make(8, (1,))
+    scorer = HalfScorer(stage)
+    evaluator._scorer = scorer
+    values = await evaluator.evaluate()
+    assert values["eval/mean@8"] == 0.5
+    config = RunConfig(
+        generation=GenerationConfig(samples_per_prompt=8, min_tokens=0, max_tokens=2)
+    )
+    parts = [part async for part in generator.generate(held_out_prompts(), generator.requests[-1])]
+    advantages = InProcessAdvantages(stage, config)
+    rollouts = [part.rollouts for part in parts]
+    credited = await advantages.credit(rollouts, [scorer.score(part) for part in rollouts], (), ())
+    trained = metric_values(credited.metrics)
+    assert trained["reward/accuracy"] == 0.5
+    assert trained["reward/mean"] == pytest.approx(0.4)
 
 
 async def test_two_evaluations_of_one_policy_are_equal() -> None:

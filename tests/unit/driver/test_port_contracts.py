@@ -17,12 +17,14 @@ async def fakes() -> System:
         generation=GenerationConfig(samples_per_prompt=4, min_tokens=0, max_tokens=3),
         algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.1)),
     )
-    workers = in_process_workers(Stage(), config)
+    stage = Stage()
+    workers = in_process_workers(stage, config)
     system = System(
         workers=workers,
         prompts=held_out_prompts(),
         sampling=SamplingParameters(samples_per_prompt=4, temperature=1.0, max_tokens=3, seed=11),
         open=lambda handle: handle.open(),  # pyright: ignore[reportAttributeAccessIssue]
+        put=stage.put,
         tolerance=1e-6,
     )
     await system.sync()

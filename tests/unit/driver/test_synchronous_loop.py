@@ -24,12 +24,15 @@ from rlsys.config import (
     EvaluationConfig,
     GenerationConfig,
     KLConfig,
+    OverlongConfig,
     PolicyConfig,
     RunConfig,
     TrainerConfig,
 )
+from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.metric_reference import documented
 from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
 from rlsys.driver.observer import PHASES, Observers, Outcome
 from rlsys.driver.progress import print_summary
@@ -38,6 +41,7 @@ from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
 from tests.in_process_fakes import (
     PROBLEMS,
+    FirstTokenScorer,
     InProcessAdvantages,
     OpenedByDriverError,
     Stage,
@@ -365,6 +369,29 @@ async def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert ["time/checkpoint" in values for _, values in run.recorder.steps] == [False, False, True]
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "remax", "hierarchical"])
+async def test_a_run_writes_no_metric_that_is_not_documented(
+    tmp_path: Path, estimator: str
+) -> None:
+    """docs/metrics.md, with everything on that the fakes can do."""
+    config = make_config(
+        steps=2,
+        evaluate=1,
+        save=1,
+        kl=0.01,
+        placement="reward",
+        temperature=0.1,
+        estimator=estimator,
+        sampling_rounds=2,
+        pass_at=2,
+    )
+    run = await start(tmp_path, config)
+    await run.finish()
+    written = {name for record in read_metrics(run.directory.metrics) for name in record.values}
+    assert len(written) > 40
+    assert [name for name in sorted(written) if documented(name) is None] == []
+
+
 async def test_rollouts_of_each_step_are_written(tmp_path: Path) -> None:
     config = make_config(steps=5)
     every_second = config.model_copy(
@@ -649,16 +676,107 @@ async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path)
     await run.finish()
     for _, step in run.recorder.steps:
         missing = step["sampling/missing_groups"]
-        assert step["rollout/equal_reward_groups"] * 4 == missing
+        assert step["trained/equal_reward_groups"] * 4 == missing
         assert 1 <= step["sampling/rounds"] <= 4
         assert step["sampling/rounds"] == 4 or not missing
     assert sum(step["sampling/replaced_groups"] for _, step in run.recorder.steps) > 0
-    assert sum(step["rollout/equal_reward_groups"] for _, step in plain.recorder.steps) > sum(
-        step["rollout/equal_reward_groups"] for _, step in run.recorder.steps
+    assert sum(step["trained/equal_reward_groups"] for _, step in plain.recorder.steps) > sum(
+        step["trained/equal_reward_groups"] for _, step in run.recorder.steps
     )
     seeds = [request.seed for request in run.generator.requests]
     assert len(set(seeds)) == len(seeds)  # a further round is sampled anew
     assert all(len(set(batch["group_ids"])) == 4 for batch in run.batches)
+
+
+async def test_with_dynamic_sampling_metrics_and_files_are_of_everything_that_was_sampled(
+    tmp_path: Path,
+) -> None:
+    """Against the files, which hold every response: dropped groups count in reward, accuracy, tokens and throughput, and are not trained."""
+    run = await start(tmp_path, make_config(steps=3, sampling_rounds=4))
+    await run.finish()
+    differed = 0
+    for number, step in run.recorder.steps:
+        rows = read_rollouts(run.directory.rollouts / f"step_{number:06d}.parquet")
+        trained = [row for row in rows if row["trained"]]
+        differed += step["reward/mean"] != step["trained/reward_mean"]
+        assert step["rollout/responses"] == len(rows)
+        assert step["rollout/tokens"] == 2 * len(rows)
+        assert step["throughput/generate"] == pytest.approx(2 * len(rows) / step["time/generate"])
+        assert step["reward/mean"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+        assert step["reward/accuracy"] == pytest.approx(np.mean([row["correct"] for row in rows]))
+        assert step["trained/responses"] == len(trained) == 4 * 8
+        assert step["trained/reward_mean"] == pytest.approx(
+            np.mean([row["reward"] for row in trained])
+        )
+        dropped = step["sampling/replaced_groups"] + step["sampling/surplus_groups"]
+        assert len(rows) - len(trained) == 8 * dropped
+        for row in rows:
+            assert (row["advantages"] is None) == (not row["trained"])
+        assert {row["group_id"] for row in trained} == set(run.batches[number - 1]["group_ids"])
+    assert differed > 0
+
+
+async def test_the_file_holds_the_advantages_that_the_update_estimated(tmp_path: Path) -> None:
+    """With `recompute` the batch has none; those of the file are the estimator's of the same rewards."""
+    config = make_config(steps=2)
+    algorithm = config.algorithm.model_copy(
+        update={"advantage": AdvantageConfig(name="rloo", recompute=True)}
+    )
+    run = await start(tmp_path, config.model_copy(update={"algorithm": algorithm}))
+    await run.finish()
+    for step in (1, 2):
+        rows = read_rollouts(run.directory.rollouts / f"step_{step:06d}.parquet")
+        groups: dict[int, list[float]] = {}
+        for row in rows:
+            groups.setdefault(row["group_id"], []).append(row["reward"])
+        for row in rows:
+            rewards = groups[row["group_id"]]
+            others = (sum(rewards) - row["reward"]) / (len(rewards) - 1)
+            assert row["advantages"] == pytest.approx([0.0, *[row["reward"] - others] * 2])
+
+
+async def test_a_step_in_which_everything_is_masked_is_told(tmp_path: Path) -> None:
+    """The fake's responses all reach the limit."""
+    config = make_config(steps=1)
+    algorithm = config.algorithm.model_copy(
+        update={"overlong": OverlongConfig(mask_truncated=True)}
+    )
+    run = await start(tmp_path, config.model_copy(update={"algorithm": algorithm}))
+    await run.finish()
+    ((_, step),) = run.recorder.steps
+    assert step["trained/responses"] == step["policy/updates"] == 0
+    assert "trained/reward_mean" not in step
+    assert step["rollout/truncated_share"] == 1
+    (record,) = read_metrics(run.directory.metrics)
+    assert record.notes == (
+        "every response was truncated at generation.max_tokens and masked out of the loss: nothing was trained",
+    )
+    rows = read_rollouts(run.directory.rollouts / "step_000001.parquet")
+    assert not any(row["trained"] or row["advantages"] for row in rows)
+
+
+async def test_greedy_responses_count_in_the_throughput(tmp_path: Path) -> None:
+    """They are sampled too, a response of two tokens for each of four prompts."""
+    run = await start(tmp_path, make_config(steps=1, estimator="remax"))
+    await run.finish()
+    ((_, step),) = run.recorder.steps
+    assert (step["rollout/tokens"], step["rollout/greedy_tokens"]) == (64, 8)
+    assert step["throughput/generate"] == pytest.approx(72 / step["time/generate"])
+
+
+async def test_failures_of_an_evaluation_are_its_own(tmp_path: Path) -> None:
+    """Every response of the evaluation before the first step fails; the first step counts none of them."""
+    run = await start(tmp_path, make_config(steps=1, evaluate=1))
+    scorer = run.workers.scorer
+    assert isinstance(scorer, FirstTokenScorer)
+    scorer.failures = PROBLEMS
+    await run.finish()
+    (_, before), (_, after) = run.recorder.evaluations
+    ((_, step),) = run.recorder.steps
+    assert before["eval/errors"] == PROBLEMS
+    assert before["eval/accuracy"] == 0
+    assert "eval/errors" not in after
+    assert step["reward/errors"] == 0
 
 
 async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from rlsys.config import RunConfig, RunSection
-from rlsys.data.rollout_files import write_rollouts
+from rlsys.data.batches import ScoredBatch
+from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.progress import Progress, duration, phase_line, print_summary
-from rlsys.driver.report import (
-    Series,
-    format_number,
-    line_chart,
-    nice_ticks,
-    series_over_position,
-    write_report,
-)
+from rlsys.driver.progress import COLUMNS, Progress, duration, phase_line, print_summary
+from rlsys.driver.report import series_over_position, write_report
 from rlsys.driver.run_directory import RunDirectory
-from tests.rollout_examples import random_rollouts, train_batch
+from rlsys.driver.run_status import StatusWriter
+from tests.rollout_examples import random_rollouts, rewards_of, train_batch
 
 STEP = {
     "reward/mean": 0.25,
@@ -36,6 +31,13 @@ STEP = {
     "time/update": 5.0,
     "time/step": 8.0,
     "memory/policy": 3.0,
+}
+
+PARTLY = {
+    "rollout/responses": 96.0,
+    "trained/responses": 32.0,
+    "trained/reward_mean": 0.5,
+    "trained/accuracy": 0.5,
 }
 
 
@@ -59,6 +61,33 @@ def test_metrics_are_written_line_by_line_and_read_back(directory: RunDirectory)
     assert "NaN" not in directory.metrics.read_text()  # JSON has no NaN
     log.on_end("finished", "")
     assert list(directory.tensorboard.iterdir())
+
+
+def test_every_line_is_valid_json_whatever_the_numbers_are(directory: RunDirectory):
+    """NaN and infinities are null, numbers of NumPy are numbers, and a person is told."""
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    log = MetricsLog(directory)
+    broken = {"advantage/strength": math.nan, "policy/ratio_max": math.inf}
+    numpy_number: Any = np.float32(0.5)
+    log.on_step(1, STEP | broken | {"policy/loss": numpy_number})
+    log.on_evaluation(1, {"eval/accuracy": -math.inf})
+    log.on_end("finished", "")
+    lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in directory.metrics.read_text().splitlines()
+    ]
+    assert lines[0]["values"]["advantage/strength"] is None
+    assert lines[0]["values"]["policy/loss"] == 0.5
+    assert lines[0]["notes"] == ["not finite: advantage/strength, policy/ratio_max"]
+    assert read_metrics(directory.metrics)[0].notes == tuple(lines[0]["notes"])
+    assert "notes" not in lines[1] or lines[1]["notes"] == ["not finite: eval/accuracy"]
+    write_report(directory)
+    page = directory.report.read_text()
+    assert "What went wrong" in page
+    assert "NaN" not in page
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out(directory: RunDirectory):
@@ -120,6 +149,61 @@ def test_plain_progress_prints_a_row_a_step():
     ]
 
 
+def test_a_row_shows_what_has_no_value_as_a_dash_and_keeps_its_columns():
+    console = plain_console()
+    progress = Progress(console, live=False)
+    progress.on_start(1, 1)
+    progress.on_step(1, STEP | {"reward/mean": -123456.7, "policy/grad_norm": math.nan})
+    header, row, note = console.export_text().splitlines()
+    names = header.split()
+    assert row.split()[names.index("reward")] == "-1.2e+05"
+    assert row.split()[names.index("grad")] == "-"
+    assert note.strip() == "!  not finite: policy/grad_norm"
+
+
+def test_what_a_step_is_to_be_told_of_stands_below_its_row():
+    console = plain_console()
+    progress = Progress(console, live=False)
+    progress.on_start(1, 2)
+    progress.on_step(1, STEP)
+    progress.on_step(2, STEP | PARTLY | {"policy/skipped_updates": 1.0, "policy/updates": 3.0})
+    _, _, row, warning, note = console.export_text().splitlines()
+    assert row.split()[0] == "2/2"
+    assert warning == "        !  1 of 4 updates skipped: 1 without a trained response"
+    assert note == "           trained on 32 of 96 responses: reward 0.500, correct 50.0%"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_narrow_terminal_cuts_no_number(width: int):
+    console = Console(record=True, width=width, force_terminal=True)
+    progress = Progress(console, live=True)
+    progress.on_start(1, 10)
+    wide = {name: 1234567.0 for _, name, _ in COLUMNS}
+    progress.on_step(1, wide)
+    assert progress._live is not None
+    with console.capture() as capture:
+        console.print(progress._live.get_renderable())
+    progress.on_end("finished", "")
+    assert "…" not in capture.get()
+    assert capture.get().count("1.2e+06") == len(COLUMNS) - 1
+    assert capture.get().count("1234567") == 1  # tok/s, without decimals
+
+
+def test_a_warning_outlives_its_step_on_a_live_display_once():
+    console = Console(record=True, width=120, force_terminal=True)
+    progress = Progress(console, live=True)
+    progress.on_start(1, 10)
+    for step in range(1, 5):
+        progress.on_step(step, STEP | ({"rollout/truncated_share": 1.0} if step > 2 else {}))
+    assert progress._live is not None
+    with console.capture() as capture:
+        console.print(progress._live.get_renderable())
+    progress.on_end("finished", "")
+    assert "every response was truncated" in capture.get()
+    assert console.export_text().count("! step 3: every response was truncated") == 1
+    assert "! step 4" not in console.export_text()
+
+
 def test_the_live_panel_shows_step_phase_and_numbers():
     console = Console(record=True, width=120, force_terminal=True)
     progress = Progress(console, live=True)
@@ -134,6 +218,60 @@ def test_the_live_panel_shows_step_phase_and_numbers():
     for text in ("step 1/10", "ETA", "update", "reward", "0.250", "generate 2.00 s", "0: 10.0%"):
         assert text in panel
     progress.on_end("finished", "")
+
+
+def test_summary_and_report_say_what_was_trained_and_what_went_wrong(directory: RunDirectory):
+    """Rewards of all samples first; a third of them trained; the highest memory, not the last; a failure in two steps; and no end yet."""
+    log, status = MetricsLog(directory), StatusWriter(directory)
+    status.on_start(1, 60)
+    for step in (1, 2, 3):
+        values = STEP | PARTLY | {"memory/policy": 4.0 - step, "reward/errors": float(step > 1)}
+        log.on_step(step, values)
+        status.on_step(step, values)
+    log.on_step(3, {"reward/mean": math.nan})
+    status.on_end("interrupted", "")
+    log.on_end("interrupted", "")
+    console = plain_console()
+    print_summary(console, read_metrics(directory.metrics), directory, 75)
+    text = console.export_text()
+    for part in (
+        "interrupted after 3 of 60 steps",
+        "0.250 -> - (mean",
+        "33.3% of the responses, their reward 0.500 -> -",
+        "2 steps, 2 to 3 (last: reward functions failed on responses of this step: errors 1)",
+    ):
+        assert part in text
+    write_report(directory)
+    page = directory.report.read_text()
+    for part in (
+        "trained on",
+        "33.3% of the samples",
+        "mean of those trained on",
+        "rewards failed",
+    ):
+        assert part in page
+
+
+def test_the_peak_memory_of_the_summary_is_the_highest(directory: RunDirectory):
+    log = MetricsLog(directory)
+    for peak in (2.0, 5.0, 3.0):
+        log.on_step(1, STEP | {"memory/policy": peak})
+    log.on_end("finished", "")
+    console = plain_console()
+    print_summary(console, read_metrics(directory.metrics), directory, 75)
+    assert "policy 5.00 GiB" in console.export_text()
+
+
+def test_lines_of_what_was_trained_are_drawn_only_where_it_differs(directory: RunDirectory):
+    log = MetricsLog(directory)
+    for step in range(1, 12):
+        log.on_step(step, STEP | {"trained/reward_mean": STEP["reward/mean"]})
+    log.on_end("finished", "")
+    write_report(directory)
+    page = directory.report.read_text()
+    assert "Reward of all samples" in page
+    assert "mean of those trained on" not in page
+    assert "Failures a step" not in page
 
 
 def test_summary(directory: RunDirectory):
@@ -156,32 +294,6 @@ def test_summary(directory: RunDirectory):
     ):
         assert part in text
     assert f"metrics      {directory.metrics}" in text.replace("\n", " ")
-
-
-def test_ticks_are_round_and_cover_the_range():
-    for low, high in ((0.013, 0.87), (-3.0, 12.0), (5.0, 5.0), (0.0, 1e-6)):
-        ticks = nice_ticks(low, high)
-        assert ticks[0] <= low
-        assert ticks[-1] >= high
-        assert len({round(b - a, 12) for a, b in itertools.pairwise(ticks)}) == 1
-
-
-def test_numbers_are_short():
-    assert [format_number(value) for value in (0.0, 0.03125, 1234.0, 1.5e-6)] == [
-        "0",
-        "0.03125",
-        "1,234",
-        "1.5e-06",
-    ]
-    assert format_number(0.125, percent=True) == "12.5 %"
-
-
-def test_a_chart_without_points_is_nothing_and_titles_are_escaped():
-    assert line_chart("empty", [Series("a", ())]) == ""
-    chart = line_chart("a < b", [Series("x & y", ((1, 0.5), (2, 0.7)))])
-    assert "a &lt; b" in chart
-    assert "x &amp; y" in chart
-    assert chart.count("<circle") == 2
 
 
 def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_step_that_have_them(
@@ -218,6 +330,40 @@ def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory)
     for outside in ('src="http', "href=", "@import", "url("):
         assert outside not in page
     assert not list(directory.path.glob("*.partial"))
+
+
+def test_the_file_of_a_step_holds_everything_that_was_sampled_and_says_what_was_trained(
+    directory: RunDirectory,
+):
+    """Two responses are masked out, a further group was dropped; only the other responses have advantages."""
+    batch = train_batch(random_rollouts(4), 4)
+    trained = np.arange(len(batch.rollouts)) >= 2
+    rest = random_rollouts(5, groups=1)
+    dropped = ScoredBatch(rollouts=rest, rewards=rewards_of(rest))
+    path = directory.rollouts / "step_000001.parquet"
+    write_rollouts(replace(batch, trained=trained), path, dropped=dropped)
+    rows = read_rollouts(path)
+    assert [row["trained"] for row in rows] == [*trained, *[False] * len(rest)]
+    assert [row["response"] for row in rows] == [
+        *batch.rollouts.response_texts,
+        *rest.response_texts,
+    ]
+    assert batch.advantages is not None
+    split = np.split(batch.advantages, batch.rollouts.sequence_offsets[1:-1])
+    for row, own in zip(rows, [*split, *[None] * len(rest)], strict=True):
+        expected = own.tolist() if row["trained"] and own is not None else None
+        assert row["advantages"] == expected
+        assert row["correct"] == (row["accuracy"] >= 0.5)
+        assert len(row["token_ids"]) == len(row["rollout_logprobs"])
+
+
+def test_advantages_that_the_update_estimated_take_their_place(directory: RunDirectory):
+    batch = replace(train_batch(random_rollouts(4), 4), advantages=None)
+    path = directory.rollouts / "step_000001.parquet"
+    estimated = np.arange(len(batch.rollouts.token_ids), dtype=np.float32)
+    write_rollouts(batch, path, advantages=estimated)
+    flat = [value for row in read_rollouts(path) for value in row["advantages"]]
+    assert flat == estimated.tolist()
 
 
 @pytest.mark.parametrize(("advantages", "shown"), [(True, "+0.00"), (False, "–")])

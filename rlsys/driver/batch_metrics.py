@@ -1,0 +1,149 @@
+"""What the samples of a step say: everything that was sampled, and what of it was trained.
+
+    sampled = kept by dynamic sampling + dropped by it        reward/*  rollout/*
+    trained = kept and not masked out of the loss             trained/*
+
+The two differ only with `algorithm.dynamic_sampling` and `algorithm.overlong.mask_truncated`. How well the policy does is what it samples, so
+reward and accuracy are over all of that; dynamic sampling keeps groups that are neither all right nor all wrong, whose mean says little.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReason, TrainBatch
+from rlsys.driver.metrics import Metric, maximum, mean, total
+
+# The reasons of responses that could not be scored, and the metrics that count them.
+FAILURES = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
+
+
+def failure_counts(batches: Iterable[RewardBatch]) -> dict[str, int]:
+    """How many responses could not be scored: `timeouts`, `crashes` and `errors`."""
+    reasons = Counter(reason for batch in batches for reason in batch.reasons)
+    return {name: reasons[reason] for reason, name in FAILURES.items()}
+
+
+def batch_metrics(
+    batch: TrainBatch, dropped: ScoredBatch | None = None, greedy: RewardBatch | None = None
+) -> dict[str, Metric]:
+    """`reward/*` and `rollout/*` over everything that was sampled, `trained/*` over what enters the loss.
+
+    `greedy` are the greedy responses that an estimator compares with: they count among the failures and nowhere else.
+    """
+    kept = ScoredBatch(rollouts=batch.rollouts, rewards=batch.rewards)
+    sampled = [kept] if dropped is None else [kept, dropped]
+    everything = _Columns.of(sampled)
+    scored = [part.rewards for part in sampled] + ([] if greedy is None else [greedy])
+    failures = {f"reward/{name}": total(n) for name, n in failure_counts(scored).items()}
+    return (
+        _sampled_metrics(everything)
+        | _reward_details(sampled)
+        | failures
+        | _trained_metrics(_Columns.of([kept]).where(batch.trained))
+    )
+
+
+class _Columns:
+    """Numbers of some responses, one a response."""
+
+    def __init__(
+        self,
+        rewards: NDArray[np.float32],
+        correct: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        truncated: NDArray[np.bool_],
+        groups: NDArray[np.int64],
+    ) -> None:
+        self.rewards, self.correct, self.lengths = rewards, correct, lengths
+        self.truncated, self.groups = truncated, groups
+
+    @staticmethod
+    def of(batches: Sequence[ScoredBatch]) -> _Columns:
+        rollouts: list[RolloutBatch] = [batch.rollouts for batch in batches]
+        return _Columns(
+            np.concatenate([batch.rewards.rewards for batch in batches]),
+            np.concatenate([batch.rewards.correct for batch in batches]),
+            np.concatenate([part.response_lengths for part in rollouts]),
+            np.concatenate([part.stop_reasons == StopReason.LENGTH for part in rollouts]),
+            np.concatenate([part.group_ids for part in rollouts]),
+        )
+
+    def where(self, chosen: NDArray[np.bool_] | None) -> _Columns:
+        """Of the responses `chosen`; None: all."""
+        if chosen is None:
+            return self
+        return _Columns(
+            self.rewards[chosen],
+            self.correct[chosen],
+            self.lengths[chosen],
+            self.truncated[chosen],
+            self.groups[chosen],
+        )
+
+    def equal_reward_groups(self) -> Metric:
+        """Share of the groups in which no two rewards differ; one that is missing differs from none."""
+        ids, index = np.unique(self.groups, return_inverse=True)
+        highest, lowest = np.full(len(ids), -np.inf), np.full(len(ids), np.inf)
+        np.fmax.at(highest, index, self.rewards)
+        np.fmin.at(lowest, index, self.rewards)
+        return _mean_of(highest <= lowest)
+
+
+def _mean_of(values: NDArray) -> Metric:
+    """Mean of one number a response or group. A score that is missing (NaN) is left out, and so is the mean of none when numbers are written."""
+    present = values[~np.isnan(values)]
+    return mean(float(present.mean()) if len(present) else 0.0, len(present))
+
+
+def _std_of(values: NDArray) -> Metric:
+    present = values[~np.isnan(values)]
+    return mean(float(present.std()) if len(present) else 0.0, len(present))
+
+
+def _sampled_metrics(columns: _Columns) -> dict[str, Metric]:
+    return {
+        "reward/mean": _mean_of(columns.rewards),
+        "reward/std": _std_of(columns.rewards),
+        "reward/accuracy": _mean_of(columns.correct),
+        "rollout/responses": total(len(columns.rewards)),
+        "rollout/tokens": total(int(columns.lengths.sum())),
+        "rollout/response_length": _mean_of(columns.lengths),
+        "rollout/response_length_max": maximum(float(columns.lengths.max())),
+        "rollout/truncated_share": _mean_of(columns.truncated),
+        "rollout/equal_reward_groups": columns.equal_reward_groups(),
+    }
+
+
+def _reward_details(batches: Sequence[ScoredBatch]) -> dict[str, Metric]:
+    """Components and verdicts of the reward functions."""
+    rewards = [batch.rewards for batch in batches]
+    reasons = [reason for part in rewards for reason in part.reasons]
+    answered = np.array([reason != "no_answer" for reason in reasons])
+    components = {
+        f"reward/component/{name}": _mean_of(
+            np.concatenate([part.components[name] for part in rewards])
+        )
+        for name in rewards[0].components
+    }
+    verdicts = {
+        f"reward/reason/{reason}": total(number) for reason, number in Counter(reasons).items()
+    }
+    return {"reward/format_rate": _mean_of(answered)} | components | verdicts
+
+
+def _trained_metrics(columns: _Columns) -> dict[str, Metric]:
+    return {
+        "trained/responses": total(len(columns.rewards)),
+        "trained/tokens": total(int(columns.lengths.sum())),
+        "trained/reward_mean": _mean_of(columns.rewards),
+        "trained/reward_std": _std_of(columns.rewards),
+        "trained/accuracy": _mean_of(columns.correct),
+        "trained/response_length": _mean_of(columns.lengths),
+        "trained/truncated_share": _mean_of(columns.truncated),
+        "trained/equal_reward_groups": columns.equal_reward_groups(),
+    }

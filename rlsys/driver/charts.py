@@ -1,0 +1,406 @@
+"""Charts of a run's metrics as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
+
+Nothing is hidden: lines that lie on each other are told apart by their dashes, a value that is missing breaks its line and is marked, a bar that
+leaves the frame carries a sign, and thousands of steps are drawn as ranges that keep every peak.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+WIDTH, HEIGHT = 420, 190
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
+COLOURS = 7  # of lines and bars in the page's style; each line has its dashes too
+FEW_POINTS = 8  # of a line; fewer are shown as they are, with dots
+MOST_POINTS = 400  # of a line; more are drawn as ranges of BUCKETS buckets
+BUCKETS = 200
+BARS = 60
+TALL = 3.0  # times the median: a bar beyond is cut off rather than flatten all the others
+LOG_SPREAD = (
+    300.0  # of the largest value over a small one: beyond, a linear axis shows one end only
+)
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. A y that is not finite is a value that is missing there."""
+
+    label: str
+    points: tuple[Point, ...]
+    markers: bool = False
+    smooth: bool = True
+
+    @cached_property
+    def finite(self) -> list[Point]:
+        return [(x, y) for x, y in self.points if math.isfinite(y)]
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers that span [low, high]."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    return [k * step for k in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Powers of ten that span [low, high], at most about `count`."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    every = math.ceil((last - first) / count)
+    return [10.0**k for k in range(first, last + every, every)]
+
+
+def format_number(value: float, *, percent: bool = False) -> str:
+    """Short, at most eight characters: 12 %, 0.031, 1.5e-06, 12,300, 1.23M."""
+    if not math.isfinite(value):
+        return "not finite"
+    if percent:
+        return f"{value * 100:.3g} %"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    if abs(value) < 1e-2:
+        return f"{value:.3g}"
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        scaled = abs(value) / unit
+        if scaled >= 1e4 and name == "G":
+            return f"{value:.1e}"
+        if scaled >= (100 if name == "k" else 1):
+            return f"{value / unit:.0f}{name}" if scaled >= 100 else f"{value / unit:.3g}{name}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
+
+
+def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
+    """With as many digits as tell neighbours apart."""
+    labels = [format_number(tick, percent=percent) for tick in ticks]
+    if len(set(labels)) == len(labels):
+        return labels
+    scale = 100.0 if percent else 1.0
+    digits = max(0, -math.floor(math.log10(scale * (ticks[1] - ticks[0])) + 1e-9))
+    return [f"{scale * tick:.{digits}f}" + (" %" if percent else "") for tick in ticks]
+
+
+def needs_log(values: Sequence[float]) -> bool:
+    """Whether positive values spread over so much that a linear axis would show their largest only."""
+    positive = sorted(value for value in values if value > 0)
+    if not positive or min(values) < 0:
+        return False
+    return positive[-1] > LOG_SPREAD * positive[len(positive) // 20]
+
+
+class _Frame:
+    """The coordinate system of one chart."""
+
+    def __init__(
+        self,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        *,
+        percent: bool = False,
+        log: bool = False,
+    ) -> None:
+        self.percent, self.log = percent, log
+        self.x_low, self.x_high = min(xs), max(xs)
+        if self.x_low == self.x_high:  # a single step stands in the middle
+            self.x_low, self.x_high = self.x_low - 0.5, self.x_high + 0.5
+        if log:
+            self.ticks = log_ticks(min(y for y in ys if y > 0), max(ys))
+        else:
+            low = 0.0 if min(ys) >= 0 else min(ys)
+            self.ticks = nice_ticks(low, max(ys))
+        self.y_low, self.y_high = self._scaled(self.ticks[0]), self._scaled(self.ticks[-1])
+
+    def _scaled(self, value: float) -> float:
+        if not self.log:
+            return value
+        return math.log10(max(value, self.ticks[0]))  # 0 lies on the lower edge
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (self._scaled(value) - self.y_low) / (self.y_high - self.y_low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Sequence[Point]) -> str:
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
+    def axes(self) -> str:
+        parts = []
+        labels = tick_labels(self.ticks, percent=self.percent)
+        for tick, label in zip(self.ticks, labels, strict=True):
+            y = self.y(tick)
+            parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+            )
+        for tick in nice_ticks(self.x_low, self.x_high, 5):
+            if self.x_low <= tick <= self.x_high and tick == round(tick):
+                label, x = f"{tick:g}", self.x(tick)
+                anchor = "end" if x + 3 * len(label) > WIDTH else "middle"
+                x = min(x, WIDTH - 1) if anchor == "middle" else WIDTH - 1
+                parts.append(
+                    f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>'
+                )
+        return "".join(parts)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What is drawn of one line, and what the pointer says of it."""
+
+    raw: tuple[Point, ...]
+    smooth: tuple[Point, ...]  # () where the raw line is enough
+    hover: tuple[tuple[float, str, float], ...]  # x, its name, y
+
+
+def smoothed(
+    points: Sequence[Point], *, weight: float = 0.8, floor: float | None = None
+) -> list[Point]:
+    """Exponential moving average with its start corrected, as in Adam; a missing value stays missing and is not averaged.
+
+    `floor`: average logarithms, of at least this value: for a logarithmic axis, on which one peak would hide a long stretch.
+    """
+    average, count, result = 0.0, 0, []
+    for x, y in points:
+        if not math.isfinite(y):
+            result.append((x, y))
+            continue
+        count += 1
+        value = y if floor is None else math.log10(max(y, floor))
+        average = weight * average + (1 - weight) * value
+        mean = average / (1 - weight**count)
+        result.append((x, mean if floor is None else 10.0**mean))
+    return result
+
+
+def _drawn(line: Series, frame: _Frame, x_low: float, size: int) -> _Drawn:
+    """`size`: steps of a bucket; 1 draws every point."""
+    smooth: tuple[Point, ...] = ()
+    if line.smooth and not line.markers and len(line.points) >= FEW_POINTS:
+        smooth = tuple(smoothed(line.points, floor=frame.ticks[0] if frame.log else None))
+    if size == 1:
+        hover = tuple((x, f"{x:g}", y) for x, y in line.points)
+        return _Drawn(line.points, smooth, hover)
+    raw: list[Point] = []
+    hover = []
+    for middle, name, bucket in _buckets(line.points, x_low, size):
+        finite = [(x, y) for x, y in bucket if math.isfinite(y)]
+        if not finite:
+            raw.append(bucket[0])
+            hover.append((middle, name, math.nan))
+            continue
+        ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])}
+        raw += sorted(ends)
+        hover.append((middle, name, sum(y for _, y in finite) / len(finite)))
+    last = [bucket[-1] for _, _, bucket in _buckets(smooth, x_low, size)]
+    return _Drawn(tuple(raw), tuple(last), tuple(hover))
+
+
+def _buckets(
+    points: Sequence[Point], x_low: float, size: int
+) -> Iterator[tuple[float, str, list[Point]]]:
+    """Points of `size` steps each on one grid for all lines: the middle, a name such as 101–150, and the points."""
+    grouped: dict[int, list[Point]] = {}
+    for x, y in points:
+        grouped.setdefault(int((x - x_low) // size), []).append((x, y))
+    for number, bucket in sorted(grouped.items()):
+        first = x_low + number * size
+        yield first + (size - 1) / 2, f"{first:g}–{first + size - 1:g}", bucket
+
+
+def _segments(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """Runs of finite values: what is missing breaks the line."""
+    run: list[Point] = []
+    for x, y in points:
+        if math.isfinite(y):
+            run.append((x, y))
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Series],
+    *,
+    percent: bool = False,
+    may_be_log: bool = False,
+    at: str = "step {}",
+) -> str:
+    """An SVG of lines over steps, smoothed with the raw values behind; "" where there is nothing to draw. `at` names an x under the pointer.
+
+    `may_be_log`: the axis is logarithmic where the values need it; 0 then lies on the lower edge.
+    """
+    lines = [line for line in lines if line.finite]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.finite]
+    log = may_be_log and needs_log(ys)
+    frame = _Frame(xs, ys, percent=percent, log=log)
+    size = _bucket_size(lines, xs)
+    body, data, legend = [frame.axes()], [], []
+    for i, line in enumerate(lines):
+        drawn = _drawn(line, frame, min(xs), size)
+        dots = line.markers or len(line.points) < FEW_POINTS
+        below = sum(other.points == line.points for other in lines[:i])
+        # A dot on equal ones is smaller, so that all are seen.
+        radius = (3.2, 2.0, 1.2)[min(below, 2)]
+        body.append(_line_shapes(frame, drawn, i % COLOURS, dots=dots, radius=radius))
+        points = [
+            [round(frame.x(x), 1), name, format_number(y, percent=percent)]
+            for x, name, y in drawn.hover
+        ]
+        data.append({"label": line.label, "points": points})
+        legend.append(_line_key(i, line, lines[:i], percent=percent))
+    name = title + (" (log scale)" if log else "")
+    return _figure(name, "".join(legend), "".join(body), data, at)
+
+
+def _bucket_size(lines: Sequence[Series], xs: Sequence[float]) -> int:
+    if max(len(line.points) for line in lines) <= MOST_POINTS:
+        return 1
+    return math.ceil((max(xs) - min(xs) + 1) / BUCKETS)
+
+
+def _line_shapes(frame: _Frame, drawn: _Drawn, colour: int, *, dots: bool, radius: float) -> str:
+    parts = []
+    main = drawn.smooth or drawn.raw
+    if drawn.smooth:
+        parts += [
+            f'<polyline class="raw c{colour}" points="{frame.path(run)}"/>'
+            for run in _segments(drawn.raw)
+        ]
+    for run in _segments(main):
+        parts.append(f'<polyline class="line c{colour}" points="{frame.path(run)}"/>')
+        if dots or len(run) == 1:
+            parts += [
+                f'<circle class="dot c{colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"/>'
+                for x, y in run
+            ]
+    parts += [
+        f'<text class="missing" x="{frame.x(x):.1f}" y="{HEIGHT - BOTTOM - 2}" text-anchor="middle">×</text>'
+        for x, y in drawn.raw
+        if not math.isfinite(y)
+    ]
+    return "".join(parts)
+
+
+def _line_key(place: int, line: Series, before: Sequence[Series], *, percent: bool) -> str:
+    """Colour and dashes, name, last value, and what a reader could miss."""
+    same = next((other.label for other in before if other.points == line.points), None)
+    missing = len(line.points) - len(line.finite)
+    remarks = [
+        *([f"= {same}"] if same else []),
+        *([f"× not finite at {missing} of {len(line.points)}"] if missing else []),
+    ]
+    last = format_number(line.finite[-1][1], percent=percent)
+    return (
+        f'<span class="key"><svg class="sample" viewBox="0 0 26 8"><path class="line c{place % COLOURS}" d="M0 4H26"/></svg>'
+        f"{html.escape(line.label)} <b>{last}</b>"
+        + (f" <i>({html.escape(', '.join(remarks))})</i>" if remarks else "")
+        + "</span>"
+    )
+
+
+def stacked_bars(
+    title: str, names: Sequence[str], steps: Sequence[tuple[int, Sequence[float]]], unit: str
+) -> str:
+    """Parts of a whole: a bar for each (step, values), or for several steps, averaged, where there are many.
+
+    A bar more than three times the median is cut off at the frame, with a sign on it and its height in the legend.
+    """
+    if not steps:
+        return ""
+    size = math.ceil(len(steps) / BARS)
+    buckets = [steps[i : i + size] for i in range(0, len(steps), size)]
+    heights = [
+        [sum(part) / len(bucket) for part in zip(*(v for _, v in bucket), strict=True)]
+        for bucket in buckets
+    ]
+    starts = [bucket[0][0] for bucket in buckets]
+    labels = [
+        f"{bucket[0][0]}" if len(bucket) == 1 else f"{bucket[0][0]}–{bucket[-1][0]}"
+        for bucket in buckets
+    ]
+    wholes = [sum(parts) for parts in heights]
+    limit = TALL * sorted(wholes)[len(wholes) // 2]
+    top = max((whole for whole in wholes if whole <= limit), default=max(wholes))
+    frame = _Frame([starts[0], max(starts[-1] + size, starts[0] + 2)], [0.0, top])
+    width = max(1.0, (frame.x(starts[0] + size) - frame.x(starts[0])) * 0.86)
+    body = [frame.axes()]
+    for start, parts in zip(starts, heights, strict=True):
+        body.append(_bar(frame, frame.x(start), width, parts))
+    data = [
+        {
+            "label": name,
+            "points": [
+                [round(frame.x(x) + width / 2, 1), label, f"{parts[i]:.2f} {unit}"]
+                for x, label, parts in zip(starts, labels, heights, strict=True)
+            ],
+        }
+        for i, name in enumerate(names)
+    ]
+    cut = [
+        f"step {label}: {whole:.1f} {unit}"
+        for label, whole in zip(labels, wholes, strict=True)
+        if whole > frame.y_high
+    ]
+    legend = "".join(
+        f'<span class="key"><svg class="sample square" viewBox="0 0 10 10"><rect class="bar c{i % COLOURS}" width="10" height="10"/></svg>'
+        f"{html.escape(name)}</span>"
+        for i, name in enumerate(names)
+    )
+    if cut:
+        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
+        legend += f'<span class="key cut">▲ cut off: {html.escape(", ".join(cut[:3]))}{more}</span>'
+    return _figure(title, legend, "".join(body), data)
+
+
+def _bar(frame: _Frame, x: float, width: float, parts: Sequence[float]) -> str:
+    """One bar, with a sign where it leaves the frame."""
+    shapes, base = [], 0.0
+    for i, value in enumerate(parts):
+        top = min(base + value, frame.y_high)
+        if top > base:
+            shapes.append(
+                f'<rect class="bar c{i % COLOURS}" x="{x:.1f}" width="{width:.1f}" y="{frame.y(top):.1f}" '
+                f'height="{frame.y(base) - frame.y(top):.1f}"/>'
+            )
+        base = top
+    if sum(parts) > frame.y_high:
+        edge = frame.y(frame.y_high)
+        zigzag = f"M{x - 2:.1f} {edge + 12:.1f}l{(width + 4) / 2:.1f} -4l{(width + 4) / 2:.1f} 4"
+        shapes.append(f'<path class="break" d="{zigzag}"/>')
+        middle = x + width / 2
+        shapes.append(f'<path class="cut" d="M{middle - 5:.1f} {edge - 2:.1f}h10l-5 -8z"/>')
+    return "".join(shapes)
+
+
+def _figure(
+    title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]], at: str = "step {}"
+) -> str:
+    points = html.escape(json.dumps(data, allow_nan=False), quote=True)
+    name = html.escape(title)
+    return (
+        f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" '
+        f'data-at="{html.escape(at)}" data-series="{points}">{body}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'<div class="legend">{legend}</div><div class="readout" aria-live="polite"></div></figure>'
+    )

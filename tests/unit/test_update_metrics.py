@@ -1,0 +1,54 @@
+"""What the ranks report of an update, merged as the group merges it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlsys.driver.metrics import combine, values
+from workers.policy.loss import PackLoss
+from workers.policy.worker import UpdateCounts, _loss_metrics
+
+NAMES = ("entropy", "ratio", "ratio_square", "clipped", "gap")
+
+
+def pack(loss: float, gap: float = 0.0) -> PackLoss:
+    sums = {**dict.fromkeys(NAMES, 1.0), "gap": gap}
+    return PackLoss(loss=torch.tensor(loss), sums=sums, maxima={"ratio": 1.0, "gap": gap})
+
+
+def test_the_loss_is_the_sum_over_packs_and_ranks_and_the_mean_over_mini_batches():
+    """Two ranks; mini-batch 1 has losses 1 + 2 on rank 0 and 3 on rank 1, mini-batch 2 has 4 on rank 0 and no pack on rank 1: (6 + 4) / 2."""
+    first = [
+        _loss_metrics([pack(1.0), pack(2.0)], 6, 2, drifted=False),
+        _loss_metrics([pack(4.0)], 2, 2, drifted=True),
+    ]
+    second = [
+        _loss_metrics([pack(3.0)], 1, 2, drifted=False),
+        _loss_metrics([], 0, 2, drifted=True),
+    ]
+    merged = values(combine([combine(first), combine(second)]))
+    assert merged["policy/loss"] == pytest.approx(5.0)
+    assert merged["policy/tokens"] == 9
+    assert merged["policy/entropy"] == pytest.approx(4 / 9)  # one a pack, over all tokens
+
+
+def test_a_difference_after_an_update_is_drift():
+    reports = [
+        _loss_metrics([pack(0.0, gap=0.2)], 2, 1, drifted=False),
+        _loss_metrics([pack(0.0, gap=3.0)], 2, 1, drifted=True),
+    ]
+    merged = values(combine(reports))
+    assert merged["policy/logprob_gap_mean"] == pytest.approx(0.1)
+    assert merged["policy/logprob_gap_max"] == pytest.approx(0.2)
+    assert merged["policy/drift_mean"] == pytest.approx(1.5)
+    assert merged["policy/drift_max"] == 3
+
+
+def test_updates_are_counted_by_what_became_of_them():
+    counts = UpdateCounts(empty=2).after(finite=True).after(finite=False).after(finite=True)
+    assert values(counts.metrics()) == {
+        "policy/updates": 2,
+        "policy/skipped_updates": 3,
+        "policy/nonfinite_gradients": 1,
+    }
