@@ -15,7 +15,7 @@ from rlsys.algorithms.advantages import (
     estimator_needs,
     get_advantage_estimator,
 )
-from rlsys.algorithms.policy_objectives import check_objective
+from rlsys.algorithms.policy_objectives import check_objective, ignores_ratio
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems, load_problems
@@ -184,6 +184,28 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."
+
+
+def config_warnings(config: RunConfig) -> Iterator[str]:
+    """Yield what is accepted and computed as configured, but is easily not what was meant.
+
+    For a configuration that `check_config` accepts. Shown on the console by a dry run and before a run starts; each line names field and value,
+    says what happens, and gives the remedy.
+    """
+    yield from _objective_warnings(config)
+
+
+def _objective_warnings(config: RunConfig) -> Iterator[str]:
+    algorithm, policy = config.algorithm, config.policy
+    weight = algorithm.objective.weight
+    updates = policy.epochs * policy.mini_batches
+    corrected = algorithm.advantage.recompute  # by the estimator, before each mini-batch
+    if updates > 1 and not corrected and ignores_ratio(weight, algorithm.objective.parameters):
+        yield (
+            f"algorithm.objective.weight: {weight!r} does not correct for the policy having moved, and "
+            f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.mini_batches {policy.mini_batches}) "
+            "make all but the first off-policy. Set both to 1, or choose a weight that uses the ratio, such as ppo_clip."
+        )
 
 
 def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:

@@ -19,6 +19,7 @@ from rlsys.algorithms.policy_objectives.weights import (
     batch_parameters_of,
     effective_sample_size,
     gradient_coefficient,
+    ignores_ratio,
     register_weight,
 )
 from rlsys.registry import check_parameters
@@ -34,6 +35,7 @@ __all__ = [
     "check_objective",
     "effective_sample_size",
     "gradient_coefficient",
+    "ignores_ratio",
     "log_ratios",
     "policy_objective",
     "register_ratio",

@@ -268,3 +268,19 @@ def gradient_coefficient(
         )
         (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
     return gradient * sign
+
+
+def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether w(rho, A) is the same at every ratio, for both signs of A: such a weight does not correct for a policy that has moved.
+
+    Conventions: tried at log-ratios from -2 to 2.
+
+    Raises:
+        ValueError: unknown weight or parameter value.
+    """
+    logs = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
+    coefficients = [
+        gradient_coefficient(weight, logs, torch.full_like(logs, sign), **parameters)
+        for sign in (1.0, -1.0)
+    ]
+    return all(bool((values == values[0]).all()) for values in coefficients)
