@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
+from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
@@ -155,6 +156,7 @@ class PolicyWorker(RankWorker):
             fused=True,
         )
         self.steps = 0
+        self.old_kl_coefficient = self.config.algorithm.kl_old.coefficient
         self.estimator_state: Mapping[
             str, Any
         ] = {}  # between the mini-batches of `algorithm.advantage.recompute`
@@ -185,7 +187,25 @@ class PolicyWorker(RankWorker):
             for chosen in kept
         ]
         self.steps += 1
-        return combine(reports) | {"policy/learning_rate": mean(rate)} | self.metrics()
+        penalty = self._adapt_old_kl(batch, np.concatenate(kept))
+        return combine(reports) | {"policy/learning_rate": mean(rate)} | penalty | self.metrics()
+
+    @torch.no_grad()
+    def _adapt_old_kl(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+        """Report the coefficient of KL(old || live), and adapt it to what the updates on `rows` did; every rank does the same."""
+        used, target = self.old_kl_coefficient, self.config.algorithm.kl_old.target
+        if not used:
+            return {}
+        if target is not None and len(rows):
+            assert batch.old_logprobs is not None
+            rollouts, rows = batch.rollouts, np.unique(rows)
+            response_of = np.repeat(np.arange(len(rollouts)), rollouts.sequence_lengths)
+            tokens = rollouts.response_mask & np.isin(response_of, rows)
+            live = self.live(rollouts, self.packs_of(rollouts, rows)).logprobs[tokens]
+            old = batch.old_logprobs[tokens]
+            measured = float(old_policy_kl(torch.from_numpy(live), torch.from_numpy(old)).mean())
+            self.old_kl_coefficient = adapted_penalty(used, measured, target=target)
+        return {"kl/old_coefficient": mean(used)}
 
     def update_on(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """One optimizer step on `rows`."""
@@ -202,7 +222,15 @@ class PolicyWorker(RankWorker):
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
-            loss = pack_loss(result, pack, batch, self.config.algorithm, sizes, parameters)
+            loss = pack_loss(
+                result,
+                pack,
+                batch,
+                self.config.algorithm,
+                sizes,
+                parameters,
+                old_kl_coefficient=self.old_kl_coefficient,
+            )
             # FSDP averages gradients over ranks, and the denominators are global already: so scale by the ranks.
             (loss.loss * (0.0 if pack.is_filler else self.world_size)).backward()
             if not pack.is_filler:
@@ -331,6 +359,7 @@ class PolicyWorker(RankWorker):
                 "ranks": self.world_size,
                 "steps": self.steps,
                 "estimator": dict(self.estimator_state),
+                "old_kl_coefficient": self.old_kl_coefficient,
             }
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
@@ -386,6 +415,8 @@ class PolicyWorker(RankWorker):
         self.estimator_state = facts.get(
             "estimator", {}
         )  # not in checkpoints from before it was kept
+        if self.config.algorithm.kl_old.target is not None:
+            self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
         if self.baselines:
             self.baselines.load(path)
 
@@ -435,5 +466,5 @@ def _loss_metrics(losses: Sequence[PackLoss], tokens: int) -> dict[str, Metric]:
     return metrics | {
         f"policy/{name}": average(name)
         for name in losses[0].sums
-        if name.startswith(("kl_ref", "rollout_"))
+        if name.startswith(("kl_", "rollout_"))
     }
