@@ -14,7 +14,7 @@ KL_DIRECTIONS = ("reverse", "forward")
 KL_LEVELS = ("token", "sequence")
 KL_IMPORTANCE_RATIOS = ("none", "token", "prefix", "product")
 # Kinds whose own gradient is meant, so that an importance ratio only weighs it.
-_GRADIENT_KINDS = ("k2", "k3_k2")
+GRADIENT_KINDS = ("k2", "k3_k2")
 
 
 class KLLossTerms(NamedTuple):
@@ -132,7 +132,8 @@ def kl_loss(
 
     Conventions: at sequence level each token carries the response's value and the gradient through its own log-probability, as the
     ratio levels of the objective do: summed over tokens the gradient is that of w k(D). w is capped at e^20. For k2 and k3_k2 w has no
-    gradient.
+    gradient. All of this is of sums over the tokens of a response (`sequence_sum`, or `constant` for a fixed share of it): the other
+    aggregations weigh responses by their lengths, KL and objective alike.
 
     Raises:
         ValueError: unknown or contradictory terms.
@@ -146,7 +147,7 @@ def kl_loss(
     estimate = _of_difference(differences, terms.kind, terms.direction)
     if terms.importance_ratio != "none":
         weights = bounded_ratio(_accumulated(steps, terms))
-        estimate = estimate * (weights.detach() if terms.kind in _GRADIENT_KINDS else weights)
+        estimate = estimate * (weights.detach() if terms.kind in GRADIENT_KINDS else weights)
     return torch.where(response_mask, estimate, 0.0)
 
 

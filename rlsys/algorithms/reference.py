@@ -71,7 +71,7 @@ KL_GRADIENTS = """### Which estimator has which gradient where
 Relative error of the expected gradient to that of the KL that a row names (the KL of whole responses), by enumeration
 (`rlsys/algorithms/kl_gradient_table.py`): a random policy over three words of which one ends a response, far from its reference;
 responses of one token, or of up to three (whole); samples of the live policy, or of an older one (stale). The cosine is that of
-`whole`. **0** is at most 1e-12. What a run refuses, it refuses with the reason before it starts. The reward's KL on stale
+`whole`. Terms are summed over tokens. **0** is at most 1e-12. What a run refuses, it refuses with the reason before it starts. The reward's KL on stale
 samples is corrected by the ratio of the objective, together with the reward.
 """
 

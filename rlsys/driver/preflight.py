@@ -15,7 +15,7 @@ from rlsys.algorithms.advantages import (
     estimator_needs,
     get_advantage_estimator,
 )
-from rlsys.algorithms.kl import KLLossTerms, check_kl_in_reward, check_kl_loss
+from rlsys.algorithms.kl import GRADIENT_KINDS, KLLossTerms, check_kl_in_reward, check_kl_loss
 from rlsys.algorithms.policy_objectives import check_objective, ignores_ratio
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
@@ -101,7 +101,7 @@ def _check_estimator(config: RunConfig) -> None:
 
 def _check_kl(config: RunConfig) -> None:
     """Refuse a KL term whose gradient is not that of the KL that it names."""
-    kl = config.algorithm.kl
+    kl, aggregation = config.algorithm.kl, config.algorithm.aggregation
     if not kl.coefficient:
         return
     if kl.kind == "exact":
@@ -111,6 +111,11 @@ def _check_kl(config: RunConfig) -> None:
         )
     if kl.placement == "loss":
         check_kl_loss(KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio))
+        if kl.level == "sequence" and aggregation not in ("sequence_sum", "constant"):
+            raise ValueError(
+                f"algorithm.aggregation: {aggregation!r} with algorithm.kl.level 'sequence' divides the one term of a response by its length, or by that "
+                "of all. Choose sequence_sum or constant, or level token."
+            )
         return
     check_kl_in_reward(kl.estimator, kl.direction, kl.placement)
     for field, value, default in (
@@ -244,6 +249,7 @@ def config_warnings(config: RunConfig) -> Iterator[str]:
     says what happens, and gives the remedy.
     """
     yield from _objective_warnings(config)
+    yield from _kl_warnings(config)
 
 
 def _objective_warnings(config: RunConfig) -> Iterator[str]:
@@ -256,6 +262,21 @@ def _objective_warnings(config: RunConfig) -> Iterator[str]:
             f"algorithm.objective.weight: {weight!r} does not correct for the policy having moved, and "
             f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.mini_batches {policy.mini_batches}) "
             "make all but the first off-policy. Set both to 1, or choose a weight that uses the ratio, such as ppo_clip."
+        )
+
+
+def _kl_warnings(config: RunConfig) -> Iterator[str]:
+    kl, policy = config.algorithm.kl, config.policy
+    weighs_only = kl.estimator in GRADIENT_KINDS
+    if (
+        kl.coefficient > 0
+        and kl.importance_ratio != "none"
+        and weighs_only
+        and policy.epochs * policy.mini_batches == 1
+    ):
+        yield (
+            f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with kind {kl.estimator!r} changes nothing in the one update a batch, where live "
+            "and old policy are the same. Set it to none, or raise policy.mini_batches or policy.epochs."
         )
 
 

@@ -195,6 +195,7 @@ async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
             kl=KLConfig(coefficient=0.05, level="sequence", importance_ratio="product"),
             kl_old=OldKLConfig(coefficient=0.5, target=target),
             objective=ObjectiveConfig(weight="importance"),
+            aggregation="sequence_sum",
         )
         plan = plan.model_copy(update={"algorithm": algorithm})
         async with ranks.group(plan) as group:

@@ -7,7 +7,7 @@ import pytest
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
 from rlsys.algorithms.policy_objectives import available_weights, ignores_ratio
-from rlsys.config import RunConfig
+from rlsys.config import KLConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 from rlsys.driver.preflight import config_warnings
@@ -34,6 +34,20 @@ def test_no_warning_where_nothing_is_off_policy_or_where_it_is_corrected():
     assert not list(config_warnings(config("rloo")))
     assert not list(config_warnings(config("grpo", mini_batches=4)))
     assert not list(config_warnings(config("hierarchical", mini_batches=4)))  # recomputes
+
+
+def test_a_ratio_that_only_weighs_the_kl_needs_a_second_update():
+    kl = KLConfig(coefficient=0.1, kind="k2", importance_ratio="token")
+
+    def warned(mini_batches: int, kl: KLConfig) -> list[str]:
+        made = config("grpo", mini_batches=mini_batches)
+        algorithm = made.algorithm.model_copy(update={"kl": kl})
+        return list(config_warnings(made.model_copy(update={"algorithm": algorithm})))
+
+    (warning,) = warned(1, kl)
+    assert warning.startswith("algorithm.kl.importance_ratio: 'token' with kind 'k2'")
+    assert not warned(2, kl)
+    assert not warned(1, kl.model_copy(update={"kind": "k3"}))  # its gradient flows through it
 
 
 def test_weights_that_ignore_the_ratio():

@@ -491,6 +491,11 @@ def configured(tmp_path: Path, **algorithm: Any) -> list[str]:
         ),
         ({"kind": "k1"}, "algorithm.kl.kind: 'k1' in the loss", "place k1 in the reward"),
         (
+            {"level": "sequence"},
+            "algorithm.aggregation: 'token_mean' with algorithm.kl.level 'sequence'",
+            "Choose sequence_sum",
+        ),
+        (
             {"direction": "forward"},
             "algorithm.kl.direction: 'forward' with kind 'k3'",
             "Set algorithm.kl.importance_ratio",
@@ -523,7 +528,7 @@ def test_a_run_refuses_a_kl_without_the_gradient_of_a_kl(
     ],
 )
 def test_a_run_accepts_what_has_it(tmp_path: Path, kl: dict[str, Any]):
-    assert configured(tmp_path, kl=KLConfig(coefficient=0.1, **kl)) == []
+    assert configured(tmp_path, kl=KLConfig(coefficient=0.1, **kl), aggregation="constant") == []
 
 
 def test_the_default_kind_is_the_right_one_for_the_placement():
