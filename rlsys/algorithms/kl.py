@@ -111,13 +111,13 @@ def kl_loss(
 ) -> Tensor:
     """Compute the KL term of a loss at each token, before its coefficient.
 
-        token level      w_t k(d_t)      w_t: 1 | rho_t | prod_{s<=t} rho_s | prod_s rho_s      rho = exp(logprobs - old_logprobs)
-        sequence level   w k(D)          w:   1 | prod_s rho_s                                  D = sum_s d_s
+        token level      w_t k(d_t)      w_t: 1 | rho_t | prod_{s<=t} rho_s      rho = exp(logprobs - old_logprobs)
+        sequence level   w k(D)          w:   1 | prod_s rho_s                   D = sum_s d_s
 
     Its gradient, with samples of `old` and the live policy pi (`docs/algorithms.md` has the sizes of what is missing):
 
         k2, k3_k2                 E[w_t d_t grad log pi_t]: that of the KL of each position given its prefix, at prefixes that `old` (w_t up to rho_t) or
-                                  pi (prefix, product) visits. A token does not answer for the KL that it leads to. Right for
+                                  pi (prefix) visits. A token does not answer for the KL that it leads to. Right for
                                   responses of one token, and at sequence level, where D is the whole response's. Without w only on-policy.
         k3                        without w that of the **forward** KL of each position, on-policy. With w that of E_pi[k3], the
                                   reverse KL: the gradient flows through w as well. `prefix` is right over whole responses.
@@ -157,11 +157,8 @@ def _of_response(values: Tensor) -> Tensor:
 
 
 def _accumulated(steps: Tensor, terms: KLLossTerms) -> Tensor:
-    if terms.level == "sequence" or terms.importance_ratio == "token":
-        return steps  # at sequence level they are sums already
-    if terms.importance_ratio == "prefix":
-        return steps.cumsum(1)
-    return steps.sum(1, keepdim=True).expand_as(steps)
+    """The log of w: at sequence level the steps are sums of the response already."""
+    return steps.cumsum(1) if terms.importance_ratio == "prefix" else steps
 
 
 def check_kl_loss(terms: KLLossTerms) -> None:

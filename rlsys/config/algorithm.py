@@ -56,9 +56,10 @@ class KLConfig(Section):
     )
     kind: Literal["k1", "k2", "k3", "k3_k2", "exact"] | None = Field(
         default=None,
-        description="Schulman's estimator of the KL. null: the one that is right where it stands, k1 in the reward and the advantage, "
-        "k3 in the loss. Others in the reward are refused: they drive the policy away from the reference. k3_k2 has the value of k3 and "
-        "the gradient of k2. exact (over the vocabulary) is refused: the reference sends log-probabilities of sampled tokens alone.",
+        description="Schulman's estimator of the KL. null: k1 in the reward and the advantage, k3 in the loss. Others than k1 in the reward "
+        "are refused: they drive the policy away from the reference. In the loss: k2 has the gradient of each position's KL, k3_k2 too "
+        "with the value of k3; k3 alone (GRPO's) has that of the forward KL, and that of the KL itself with an importance ratio; k1 needs one. "
+        "exact (over the vocabulary) is refused: the reference sends log-probabilities of sampled tokens alone.",
     )
     direction: Literal["reverse", "forward"] = Field(
         default="reverse",

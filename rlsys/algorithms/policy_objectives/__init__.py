@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.bounded_ratio import bounded_ratio
-from rlsys.algorithms.policy_objectives.minimum_family import minimum_weight
+from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
 from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
 from rlsys.algorithms.policy_objectives.weights import (
@@ -38,10 +38,11 @@ __all__ = [
     "effective_sample_size",
     "gradient_coefficient",
     "ignores_ratio",
+    "levels_of",
     "log_ratios",
-    "minimum_weight",
     "policy_objective",
     "register_ratio",
+    "register_ratio_curve",
     "register_weight",
     "rollout_correction",
 ]

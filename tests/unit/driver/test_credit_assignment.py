@@ -214,6 +214,13 @@ def test_adaptive_numbers_move_and_survive_a_checkpoint():
         )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
 
 
+def test_a_batch_without_sampled_tokens_leaves_the_kl_coefficient_alone():
+    made = rollouts([([9], [[1], [2]])], holes={0: [0], 1: [0]})
+    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.1, target=0.05)))
+    assigner.assign(made, rewards([1, 0]), logprobs(made, -1.0), logprobs(made, -1.5))
+    assert assigner.state()["kl_coefficient"] == 0.1
+
+
 def test_the_start_of_the_sweeps_survives_a_checkpoint():
     parameters = {"solver": "gauss_seidel", "scope": "batch", "ridge": 1.0, "diagnostics": False}
     config = make_config("hierarchical", parameters=parameters)
