@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, get_advantage_estimator
+from rlsys.algorithms.kl import kl_rewards
 from rlsys.algorithms.policy_objectives import (
     effective_sample_size,
     gradient_coefficient,
@@ -151,8 +152,8 @@ def _advantages(batch: StoredBatch, preset: AlgorithmConfig) -> Tensor:
     if kl.placement == "reward" and kl.coefficient:
         assert inputs.old_logprobs is not None
         assert inputs.ref_logprobs is not None
-        token_rewards = torch.where(
-            batch.mask, -kl.coefficient * (inputs.old_logprobs - inputs.ref_logprobs), 0.0
+        token_rewards = kl_rewards(
+            inputs.old_logprobs, inputs.ref_logprobs, batch.mask, kl.coefficient
         )
     changed = AdvantageInputs(
         **{

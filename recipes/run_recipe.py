@@ -63,7 +63,7 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     from rich.console import Console
 
     from rlsys.data.prompt_stream import load_prompts
-    from rlsys.driver.preflight import check_config, check_model, describe_plan
+    from rlsys.driver.preflight import check_config, check_model, config_warnings, describe_plan
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
@@ -84,14 +84,17 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     check_model(config, model_directory, reference_directory)
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
+    warnings = list(config_warnings(config))
     if invocation.dry_run:
         print(dump_yaml(config))
         print(describe_plan(config, hardware, problems, model_directory, directory))
         _print_lines(console, prompts.notices)
+        _warn(warnings, console)
         return 0
     _print_lines(console, [f"data: {problems.describe()}", *prompts.notices])
     directory.create(config)
     _log_to(directory.log)
+    _warn(warnings, console)
     return asyncio.run(
         _train(invocation, prompts, model_directory, reference_directory, directory, console)
     )
@@ -100,6 +103,15 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _warn(warnings: Sequence[str], console: Console) -> None:
+    """Show what is accepted but easily not meant, on the console and in the run's log."""
+    for warning in warnings:
+        logging.getLogger(__name__).info("warning: %s", warning)
+        console.print(
+            f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _log_to(path: Path) -> None:

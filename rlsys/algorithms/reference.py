@@ -18,9 +18,23 @@ from rlsys.algorithms.advantages import (
     get_advantage_estimator,
 )
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
-from rlsys.algorithms.kl import KL_KINDS, adapted_coefficient, kl_estimate
+from rlsys.algorithms.kl import (
+    KL_KINDS,
+    adapted_coefficient,
+    adapted_penalty,
+    exact_token_kl,
+    kl_estimate,
+    kl_loss,
+    kl_rewards,
+    old_policy_kl,
+)
+from rlsys.algorithms.kl_gradient_table import step_table, table
 from rlsys.algorithms.loss_aggregation import AGGREGATION_MODES, aggregate_loss
-from rlsys.algorithms.policy_objectives import gradient_coefficient, rollout_correction
+from rlsys.algorithms.policy_objectives import (
+    gradient_coefficient,
+    levels_of,
+    rollout_correction,
+)
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.ratios import RATIOS
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
@@ -42,7 +56,7 @@ What no recipe provides yet: a critic (`gae` runs with V = 0 unless `values` are
 (`token_rewards` come from a KL or an entropy in the reward; `step_ends` from a caller of the library).
 
 Where the evidence is: golden numbers, slow twins and traps in `tests/unit/test_advantages.py` and
-`tests/unit/test_policy_objectives.py`; exact expectations over policies whose responses can be listed in
+`tests/unit/test_policy_objectives.py`; exact expectations over policies whose responses can be listed in `tests/unit/test_kl.py` and
 `tests/unit/test_enumerable_policies.py`.
 """
 
@@ -50,6 +64,30 @@ SCHULMAN = """### Schulman's experiment
 
 Samples of q = N(0, 1); bias and standard deviation of the estimates of KL(q, p), over the true value. `test_schulmans_experiment`
 checks them.
+"""
+
+KL_GRADIENTS = """### Which estimator has which gradient where
+
+Relative error of the expected gradient to that of the KL that a row names (the KL of whole responses), by enumeration
+(`rlsys/algorithms/kl_gradient_table.py`): a random policy over three words of which one ends a response, far from its reference;
+responses of one token, or of up to three (whole); samples of the live policy, or of an older one (stale). The cosine is that of
+`whole`. Terms are summed over tokens. **0** is at most 1e-12. What a run refuses, it refuses with the reason before it starts. The reward's KL on stale
+samples is corrected by the ratio of the objective, together with the reward.
+"""
+
+KL_READING = """
+How to read it (Tang and Munos 2025):
+
+- In the reward k1 is exact over whole responses, and nothing else is right.
+- In the loss k2 and k3_k2 are exact for one token. Over whole responses they lack what a token does to the KL of later tokens,
+  at stale samples the ratio. `level: sequence` with k2 lacks neither on-policy.
+- k3 in the loss, GRPO's, is the gradient of the *forward* KL of each position (its error to that is 0 for one token and
+  0.21 over these responses). It vanishes at the reference as well, and is the published default.
+- `importance_ratio: prefix` makes k1 and k3 exact over whole responses and on stale samples, `product` everything at level
+  `sequence`, at the price of the variance of such products; `token`, as DeepSeek-V3.2 has it, is exact for one token.
+- The forward direction names a KL that it has the gradient of with an importance ratio alone.
+
+Exact gradient steps of a policy that starts near its reference and has no other reward:
 """
 
 EXPLOSION = """## Why a product of ratios is not used for long responses
@@ -97,11 +135,14 @@ def reference() -> str:
     lines += [
         "",
         "## Weight functions\n",
-        "`algorithm.objective.weight`; any weight with any ratio.\n",
+        "`algorithm.objective.weight`; any weight with any ratio, unless it names its own.\n",
     ]
     for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):
         lines += _section(
-            name, WEIGHTS.get(name), _used_by(lambda preset: preset.objective.weight, name)
+            name,
+            WEIGHTS.get(name),
+            _used_by(lambda preset: preset.objective.weight, name),
+            levels=", ".join(levels_of(name) or ()),
         )
     lines += [
         "### The coefficient itself\n",
@@ -121,8 +162,24 @@ def reference() -> str:
         SCHULMAN,
         *_schulman(),
         "",
+        "### In the loss\n",
+        _block(kl_loss),
+        "### In the reward\n",
+        _block(kl_rewards),
+        KL_GRADIENTS,
+        *table(),
+        KL_READING,
+        *step_table(),
+        "",
+        "### Exact, over the vocabulary\n",
+        "A function of the library; a run refuses `algorithm.kl.kind: exact`, because the reference's logits are not where the policy's are.\n",
+        _block(exact_token_kl),
         "### Adaptive coefficient\n",
         _block(adapted_coefficient),
+        "## KL to the old policy\n",
+        "`algorithm.kl_old`: a penalty in the loss, beside any objective.\n",
+        _block(old_policy_kl),
+        _block(adapted_penalty),
     ]
     lines += [
         "## Entropy\n",
@@ -148,7 +205,11 @@ def _block(thing: Any) -> str:
 
 
 def _section(
-    name: str, function: Callable[..., Any], users: Iterable[str], needs: str = ""
+    name: str,
+    function: Callable[..., Any],
+    users: Iterable[str],
+    needs: str = "",
+    levels: str = "",
 ) -> Iterator[str]:
     parameters = ", ".join(
         f"`{key} = {value.default!r}`" for key, value in keyword_parameters(function).items()
@@ -157,6 +218,7 @@ def _section(
     yield (
         f"Parameters: {parameters or 'none'}."
         + (f" Reads: {needs}." if needs else "")
+        + (f" Ratio levels: {levels}." if levels else "")
         + f" Presets: {_users(users)}.\n"
     )
     yield _block(function)
@@ -175,13 +237,16 @@ def _presets() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for name, preset in PRESETS.items():
         kl = (
-            f"{preset.kl.coefficient:g} {preset.kl.kind} in the {preset.kl.placement}"
+            f"{preset.kl.coefficient:g} {preset.kl.estimator} in the {preset.kl.placement}"
+            + (", whole responses" if preset.kl.level == "sequence" else "")
             if preset.kl.coefficient
             else "none"
         )
         more = []
         if preset.dynamic_sampling.max_rounds > 1:
             more.append(f"dynamic sampling, {preset.dynamic_sampling.max_rounds} rounds")
+        if preset.kl_old.coefficient:
+            more.append(f"KL to the old policy {preset.kl_old.coefficient:g}")
         estimator, weight = (
             _with(preset.advantage.name, preset.advantage.parameters),
             _with(preset.objective.weight, preset.objective.parameters),

@@ -9,6 +9,7 @@ from rlsys.config.algorithm import (
     EntropyConfig,
     KLConfig,
     ObjectiveConfig,
+    OldKLConfig,
     OverlongConfig,
     RolloutCorrectionConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "KLConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OldKLConfig",
     "OptimizerConfig",
     "OverlongConfig",
     "PolicyConfig",

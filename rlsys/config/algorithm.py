@@ -54,17 +54,29 @@ class KLConfig(Section):
         ge=0,
         description="Weight of the KL to the reference. 0: the reference model does not run.",
     )
-    kind: Literal["k1", "k2", "k3", "k3_k2"] = Field(
-        default="k3",
-        description="Schulman's estimator of the KL, per token; k3_k2 has the value of k3 and the gradient of k2, which is that of the KL.",
+    kind: Literal["k1", "k2", "k3", "k3_k2", "exact"] | None = Field(
+        default=None,
+        description="Schulman's estimator of the KL. null: k1 in the reward and the advantage, k3 in the loss. Others than k1 in the reward "
+        "are refused: they drive the policy away from the reference. In the loss: k2 has the gradient of each position's KL, k3_k2 too "
+        "with the value of k3; k3 alone (GRPO's) has that of the forward KL, and that of the KL itself with an importance ratio; k1 needs one. "
+        "exact (over the vocabulary) is refused: the reference sends log-probabilities of sampled tokens alone.",
     )
     direction: Literal["reverse", "forward"] = Field(
         default="reverse",
-        description="reverse: KL(policy || reference). forward: KL(reference || policy).",
+        description="reverse: KL(policy || reference). forward: KL(reference || policy), in the loss with an importance ratio.",
     )
     placement: Literal["loss", "reward", "advantage"] = Field(
         default="loss",
         description="Where the KL enters: a term of the loss; a cost of each token in the reward; or inside the advantage (token_kl_grpo).",
+    )
+    level: Literal["token", "sequence"] = Field(
+        default="token",
+        description="In the loss: the KL of each token, or of the whole response, from the sum of its log-ratios.",
+    )
+    importance_ratio: Literal["none", "token", "prefix", "product"] = Field(
+        default="none",
+        description="In the loss: multiply the KL term by live / old, of the token, of all tokens up to it, or (level sequence) of the response; "
+        "corrects for samples of an older policy, and lets k1, k3 and the forward direction have the gradient that they name. none: do not.",
     )
     target: float | None = Field(
         default=None,
@@ -75,6 +87,29 @@ class KLConfig(Section):
         default=50.0,
         gt=0,
         description="Steps over which an adaptive coefficient may change by a fifth.",
+    )
+
+    @property
+    def estimator(self) -> str:
+        """The kind, or the one that is right for the placement."""
+        if self.kind is not None:
+            return self.kind
+        return "k3" if self.placement == "loss" else "k1"
+
+
+class OldKLConfig(Section):
+    """KL(old || live) as a penalty: a trust region around the policy that sampled, in place of the clip or beside it."""
+
+    coefficient: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the KL from the old to the live policy in the loss. 0: none.",
+    )
+    target: float | None = Field(
+        default=None,
+        gt=0,
+        description="KL a token that a batch's updates should reach: the coefficient is doubled above 1.5 times it and halved below "
+        "it / 1.5, after each batch (one more forward pass). null: the coefficient is fixed.",
     )
 
 
@@ -146,6 +181,9 @@ class AlgorithmConfig(Section):
     )
     kl: KLConfig = Field(
         default=KLConfig(), description="KL regularisation to the reference policy."
+    )
+    kl_old: OldKLConfig = Field(
+        default=OldKLConfig(), description="KL penalty to the old policy (TRPO, PPO's second form)."
     )
     entropy: EntropyConfig = Field(
         default=EntropyConfig(), description="Entropy bonus and maximum-entropy RL."

@@ -26,8 +26,9 @@ from rlsys.algorithms.advantages import (
     get_advantage_estimator,
 )
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
+from rlsys.algorithms.bounded_ratio import finite_logprobs
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
-from rlsys.algorithms.kl import adapted_coefficient, kl_estimate
+from rlsys.algorithms.kl import adapted_coefficient, kl_estimate, kl_rewards
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
 from rlsys.data.padding import ResponsePadding
@@ -189,8 +190,7 @@ class CreditAssigner:
                 "the driver computes old log-probabilities where the KL is placed in the reward"
             )
             assert ref is not None, "and those of the reference"
-            estimate = kl_estimate(old, ref, kl.kind, direction=kl.direction)
-            parts.append(torch.where(mask, -self._kl_coefficient * estimate, 0.0))
+            parts.append(kl_rewards(old, ref, mask, self._kl_coefficient))
         if self._temperature > 0:
             assert old is not None, (
                 "the driver computes old log-probabilities where entropy is rewarded"
@@ -236,7 +236,8 @@ class CreditAssigner:
             metrics["kl/coefficient"] = mean(self._kl_coefficient)
         if kl.target is not None and arrays.old is not None and arrays.ref is not None:
             old, ref = torch.from_numpy(arrays.old[mask]), torch.from_numpy(arrays.ref[mask])
-            measured = float(kl_estimate(old, ref, "k3").mean())
+            # NaN where no token was sampled: the coefficient stays then.
+            measured = float(kl_estimate(finite_logprobs(old), ref, "k3").mean())
             self._kl_coefficient = adapted_coefficient(
                 self._kl_coefficient, measured, target=kl.target, horizon=kl.horizon
             )

@@ -15,7 +15,8 @@ from rlsys.algorithms.advantages import (
     estimator_needs,
     get_advantage_estimator,
 )
-from rlsys.algorithms.policy_objectives import check_objective
+from rlsys.algorithms.kl import GRADIENT_KINDS, KLLossTerms, check_kl_in_reward, check_kl_loss
+from rlsys.algorithms.policy_objectives import check_objective, ignores_ratio
 from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems, load_problems
@@ -65,6 +66,7 @@ def check_config(
             config.algorithm.objective.weight,
             config.algorithm.objective.parameters,
         ),
+        lambda: _check_kl(config),
         lambda: _check_address(config),
         *(
             lambda function=function: _check_reward(function.name, function.parameters)
@@ -101,6 +103,36 @@ def _check_estimator(config: RunConfig) -> None:
         greedy_rewards=zeros[:, 0],
     )
     estimator(example, **advantage.parameters)  # refuses values that its signature cannot
+
+
+def _check_kl(config: RunConfig) -> None:
+    """Refuse a KL term whose gradient is not that of the KL that it names."""
+    kl, aggregation = config.algorithm.kl, config.algorithm.aggregation
+    if not kl.coefficient:
+        return
+    if kl.kind == "exact":
+        raise ValueError(
+            "algorithm.kl.kind: 'exact' sums over the vocabulary and needs the reference's logits beside the policy's, but the reference runs "
+            "in actors of its own and sends log-probabilities of sampled tokens alone. Leave kind null."
+        )
+    if kl.placement == "loss":
+        check_kl_loss(KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio))
+        if kl.level == "sequence" and aggregation not in ("sequence_sum", "constant"):
+            raise ValueError(
+                f"algorithm.aggregation: {aggregation!r} with algorithm.kl.level 'sequence' divides the one term of a response by its length, or by that "
+                "of all. Choose sequence_sum or constant, or level token."
+            )
+        return
+    check_kl_in_reward(kl.estimator, kl.direction, kl.placement)
+    for field, value, default in (
+        ("level", kl.level, "token"),
+        ("importance_ratio", kl.importance_ratio, "none"),
+    ):
+        if value != default:
+            raise ValueError(
+                f"algorithm.kl.{field}: {value!r} is for the KL in the loss, and algorithm.kl.placement is {kl.placement!r}. Set {default}, or "
+                "placement loss."
+            )
 
 
 def _check_reward(name: str, parameters: dict) -> None:
@@ -160,12 +192,11 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
                 f"algorithm.kl.placement: 'advantage' needs an estimator that reads the reference, and {algorithm.advantage.name!r} does not. Choose "
                 "token_kl_grpo, or the placement loss or reward."
             )
-    if kl.kind == "k3_k2" and kl.direction == "forward":
-        yield "algorithm.kl.kind: 'k3_k2' corrects the gradient of the reverse direction. Choose k1, k2 or k3 with the forward one."
     if kl.target is not None and kl.coefficient == 0:
         yield f"algorithm.kl.target: {kl.target:g} can only be reached from a coefficient above 0. Set algorithm.kl.coefficient."
     if entropy.target is not None and entropy.temperature == 0:
         yield f"algorithm.entropy.target: {entropy.target:g} can only be reached from a temperature above 0. Set algorithm.entropy.temperature."
+    yield from _ratio_contradictions(config)
     costs = (kl.placement != "loss" and kl.coefficient > 0) or entropy.temperature > 0
     needs_greedy = known and "greedy_rewards" in estimator_needs(algorithm.advantage.name)
     if algorithm.advantage.recompute and (costs or needs_greedy):
@@ -190,6 +221,69 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."
+
+
+def _ratio_contradictions(config: RunConfig) -> Iterator[str]:
+    """Terms of the loss that compare the live policy with the old one, where there is nothing to compare."""
+    algorithm, policy = config.algorithm, config.policy
+    kl_old, updates = algorithm.kl_old, policy.epochs * policy.mini_batches
+    if algorithm.advantage.recompute and algorithm.kl.importance_ratio != "none":
+        yield (
+            f"algorithm.kl.importance_ratio: {algorithm.kl.importance_ratio!r} with algorithm.advantage.recompute compares the live policy with itself, "
+            "so it corrects nothing. Set it to none, or recompute to false."
+        )
+    if kl_old.target is not None and kl_old.coefficient == 0:
+        yield (
+            f"algorithm.kl_old.target: {kl_old.target:g} can only be reached from a coefficient above 0. Set algorithm.kl_old.coefficient."
+        )
+    if kl_old.coefficient > 0 and algorithm.advantage.recompute:
+        yield (
+            f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} with algorithm.advantage.recompute compares the live policy with itself, so it "
+            "does nothing. Set it to 0, or recompute to false."
+        )
+    elif kl_old.coefficient > 0 and updates == 1:
+        yield (
+            f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} does nothing in the one update a batch (policy.epochs 1, policy.mini_batches 1), where "
+            "the live policy is the old one. Raise one of them, or set the coefficient to 0."
+        )
+
+
+def config_warnings(config: RunConfig) -> Iterator[str]:
+    """Yield what is accepted and computed as configured, but is easily not what was meant.
+
+    For a configuration that `check_config` accepts. Shown on the console by a dry run and before a run starts; each line names field and value,
+    says what happens, and gives the remedy.
+    """
+    yield from _objective_warnings(config)
+    yield from _kl_warnings(config)
+
+
+def _objective_warnings(config: RunConfig) -> Iterator[str]:
+    algorithm, policy = config.algorithm, config.policy
+    weight = algorithm.objective.weight
+    updates = policy.epochs * policy.mini_batches
+    corrected = algorithm.advantage.recompute  # by the estimator, before each mini-batch
+    if updates > 1 and not corrected and ignores_ratio(weight, algorithm.objective.parameters):
+        yield (
+            f"algorithm.objective.weight: {weight!r} does not correct for the policy having moved, and "
+            f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.mini_batches {policy.mini_batches}) "
+            "make all but the first off-policy. Set both to 1, or choose a weight that uses the ratio, such as ppo_clip."
+        )
+
+
+def _kl_warnings(config: RunConfig) -> Iterator[str]:
+    kl, policy = config.algorithm.kl, config.policy
+    weighs_only = kl.estimator in GRADIENT_KINDS
+    if (
+        kl.coefficient > 0
+        and kl.importance_ratio != "none"
+        and weighs_only
+        and policy.epochs * policy.mini_batches == 1
+    ):
+        yield (
+            f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with kind {kl.estimator!r} changes nothing in the one update a batch, where live "
+            "and old policy are the same. Set it to none, or raise policy.mini_batches or policy.epochs."
+        )
 
 
 def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:

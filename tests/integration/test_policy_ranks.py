@@ -21,6 +21,7 @@ from rlsys.config import (
     KLConfig,
     ModelConfig,
     ObjectiveConfig,
+    OldKLConfig,
     OptimizerConfig,
     PolicyConfig,
     RolloutCorrectionConfig,
@@ -180,6 +181,37 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
             "policy/rollout_masked_share",
         ):
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
+
+
+async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
+    tmp_path: Path, ranks: RankProcesses
+):
+    """A target far below what two updates reach doubles the coefficient, one far above halves it; KL terms of whole responses go along."""
+    batch = example()
+    logged: list[dict[str, float]] = []
+    for count, target in ((1, 1e-9), (2, 1e-9), (1, 1e9)):
+        plan = config(count, mini_batches=2, microbatch_tokens=4096 if count == 1 else 50)
+        algorithm = AlgorithmConfig(
+            kl=KLConfig(coefficient=0.05, level="sequence", importance_ratio="product"),
+            kl_old=OldKLConfig(coefficient=0.5, target=target),
+            objective=ObjectiveConfig(weight="importance"),
+            aggregation="sequence_sum",
+        )
+        plan = plan.model_copy(update={"algorithm": algorithm})
+        async with ranks.group(plan) as group:
+            first = values(await group.update(ray.put(batch)))
+            directory = tmp_path / f"{count}-{target}"
+            directory.mkdir()
+            await group.save(directory)
+        async with ranks.group(plan) as group:
+            await group.load(directory)
+            second = values(await group.update(ray.put(batch)))
+        assert first["kl/old_coefficient"] == 0.5
+        assert second["kl/old_coefficient"] == (1.0 if target < 1 else 0.25)
+        assert first["policy/kl_old"] > 0
+        logged.append(first)
+    for name in ("policy/kl_old", "policy/loss", "policy/grad_norm"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-3, abs=1e-6), name
 
 
 async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_alone(

@@ -1,6 +1,7 @@
 """Advantage estimators: golden numbers, properties, traps."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -365,15 +366,50 @@ def test_token_kl_statistics_are_of_the_responses_still_alive():
     assert out.advantages[2].tolist() == pytest.approx([-1 / 3 / std, 0.0])
 
 
+def test_token_kl_has_one_length_for_all_responses():
+    # K = 1 a token, beta 1, H 4: lengths 2 and 1 pay (2/4, 1/4) and 1/4, whatever their own length
+    mask = torch.tensor([[True, True], [True, False]])
+    returns = token_kl_returns(
+        torch.tensor([1.0, 0.0]), mask.float(), torch.zeros(2, 2), mask, 1.0, horizon=4
+    )
+    assert returns.tolist() == [[0.5, 0.75], [-0.25, 0.0]]
+    with pytest.raises(ValueError, match="max_tokens: 0 must be at least 1"):
+        token_kl_grpo_advantages(inputs([1.0], [0]), max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ref", "eps"),
+    [
+        ([1.0, 0.0], -math.inf, 1e-6),  # a word that the reference rules out
+        ([1.0, 0.0], -1e30, 1e-6),  # squares leave the range of float32
+        ([1e30, 0.0], -1.0, 1e-6),
+        ([1e-30, 0.0], -1.0, 0.0),  # squares vanish: 0 / 0
+    ],
+)
+def test_token_kl_advantages_are_finite_at_the_ends_of_the_range(
+    rewards: list[float], ref: float, eps: float
+):
+    """Two responses, so A = (1, -1) or (-1, 1) whatever the sizes."""
+    made = inputs(
+        rewards,
+        [0, 0],
+        [1, 1],
+        old_logprobs=torch.full((2, 1), -1.0),
+        ref_logprobs=torch.tensor([[ref], [-1.0]]),
+        kl_coefficient=1.0,
+    )
+    out = token_kl_grpo_advantages(made, eps=eps).advantages
+    expected = [-1.0, 1.0] if ref < -1 else [1.0, -1.0]
+    assert out.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_token_kl_returns_are_gae_without_a_critic():
     """r_j equals GAE(1, 1), V = 0, on the rewards -(beta / H) K_k plus the outcome at the last token, before any normalisation."""
     made, beta = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED, dtype=torch.float64), 0.7
     assert made.old_logprobs is not None
     assert made.ref_logprobs is not None
     returns = token_kl_returns(made.rewards, made.old_logprobs, made.ref_logprobs, RAGGED, beta)
-    costs = (
-        -beta / RAGGED.sum(1, keepdim=True).clamp(min=1) * (made.old_logprobs - made.ref_logprobs)
-    )
+    costs = -beta / int(RAGGED.sum(1).max()) * (made.old_logprobs - made.ref_logprobs)
     gae = gae_advantages(
         AdvantageInputs(
             rewards=made.rewards,
@@ -527,12 +563,12 @@ def _slow_token_kl(made: AdvantageInputs, i: int, t: int) -> float:
     assert made.old_logprobs is not None
     assert made.ref_logprobs is not None
 
+    longest = int(made.response_mask.sum(1).max())
+
     def to_go(j: int) -> float:
         places = [s for s in made.response_mask[j].nonzero()[:, 0].tolist() if s >= t]
         cost = sum(float(made.old_logprobs[j, s] - made.ref_logprobs[j, s]) for s in places)  # pyright: ignore[reportOptionalSubscript]
-        return (
-            float(made.rewards[j]) - made.kl_coefficient / int(made.response_mask[j].sum()) * cost
-        )
+        return float(made.rewards[j]) - made.kl_coefficient / longest * cost
 
     alive = [to_go(j) for j in _peers(made, i) if made.response_mask[j, t]]
     mean = sum(alive) / len(alive)

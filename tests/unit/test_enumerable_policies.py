@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageOutput, get_advantage_estimator
+from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_objective
 from tests.enumerable_policy import ResponseSpace
 
@@ -231,22 +232,62 @@ def test_the_product_explodes_and_the_geometric_mean_does_not():
     assert means[7] < products[7] / 50
 
 
-def test_token_kl_gradient_is_that_of_the_regularised_objective():
-    """E[r_j grad log pi_j] summed over j is the gradient of E[r] - (beta / H) KL(pi || ref), with equal lengths and pi sampling."""
+@pytest.mark.parametrize("end_token", [False, True])
+@pytest.mark.parametrize("seed", [9, 12, 13])
+def test_token_kl_gradient_is_that_of_the_regularised_objective(seed: int, end_token: bool):
+    """E[r_j grad log pi_j] summed over j is the gradient of E[r] - (beta / H) KL(pi || ref), H one number: with equal and with mixed lengths."""
     from rlsys.algorithms.advantages.token_kl_grpo import token_kl_returns
 
-    setting, beta = Setting.random(9, length=3, end_token=False), 0.3
+    setting, beta = Setting.random(seed, length=3, end_token=end_token), 0.3
     space, ref = setting.space, setting.space.random_logits(torch.Generator().manual_seed(10))
     logprobs, ref_logprobs = space.logprobs(setting.logits), space.logprobs(ref)
-    returns = token_kl_returns(setting.rewards, logprobs, ref_logprobs, space.mask, beta)
-    found = torch.einsum(
-        "s,st,stp->p", space.probabilities(setting.logits), returns, space.scores(setting.logits)
-    )
-    table = setting.logits.clone().requires_grad_()
-    cost = (space.logprobs(table) - ref_logprobs).sum(1)
-    objective = (space.probabilities(table) * (setting.rewards - beta / 3 * cost)).sum()
-    (exact,) = torch.autograd.grad(objective, table)
-    assert float((found - exact.flatten()).abs().max()) < EXACT
+    for horizon in (3, 8):
+        returns = token_kl_returns(
+            setting.rewards, logprobs, ref_logprobs, space.mask, beta, horizon=horizon
+        )
+        chances, scores = space.probabilities(setting.logits), space.scores(setting.logits)
+        found = torch.einsum("s,st,stp->p", chances, returns, scores)
+        table = setting.logits.clone().requires_grad_()
+        cost = (space.logprobs(table) - ref_logprobs).sum(1)
+        objective = (space.probabilities(table) * (setting.rewards - beta / horizon * cost)).sum()
+        (exact,) = torch.autograd.grad(objective, table)
+        assert float((found - exact.flatten()).abs().max()) < EXACT
+        # What a run does with them: a sum over tokens over one length, so a fixed share of the gradient.
+        losses = -(returns * torch.einsum("stp,p->st", scores, exact.flatten()))
+        loss = aggregate_loss(
+            chances[:, None] * losses, space.mask, "constant", num_sequences=1, max_tokens=horizon
+        )
+        assert float(loss) == pytest.approx(-float(exact.square().sum()) / horizon, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", [5, 14])
+def test_each_reward_with_the_ratios_up_to_its_time_is_exact_for_rewards_at_every_token(seed: int):
+    """Rewards of each prefix, a sampler that has fallen behind: `reward_time` is exact, one token's or a prefix' ratio is not."""
+    setting = Setting.random(seed, length=3)
+    space, generator = setting.space, torch.Generator().manual_seed(seed)
+    live = setting.logits + 0.5 * space.random_logits(generator)
+    table_of_rewards = torch.randn(space.num_rows, 2, generator=generator, dtype=torch.float64)
+    rewards = torch.where(space.mask, table_of_rewards[space.rows, space.tokens], 0.0)
+    baseline = torch.randn(space.num_rows, generator=generator, dtype=torch.float64)[space.rows]
+    to_go = torch.where(space.mask, rewards.flip(1).cumsum(1).flip(1) - baseline, 0.0)
+    exact = space.gradient(live, rewards.sum(1))
+
+    def found(ratio: str, weight: str, sampler: Tensor) -> Tensor:
+        table = live.clone().requires_grad_()
+        inputs = PolicyObjectiveInputs(
+            logprobs=space.logprobs(table),
+            old_logprobs=space.logprobs(sampler),
+            advantages=to_go,
+            response_mask=space.mask,
+        )
+        losses = policy_objective(inputs, ratio=ratio, weight=weight).token_losses
+        total = -(space.probabilities(sampler) * losses.sum(1)).sum()
+        return torch.autograd.grad(total, table)[0].flatten()
+
+    for sampler in (live, setting.logits):
+        assert float((found("prefix", "reward_time", sampler) - exact).abs().max()) < EXACT
+    for ratio in ("token", "prefix"):
+        assert relative_error(found(ratio, "importance", setting.logits), exact) > 0.05
 
 
 def test_entropy_in_the_reward_is_the_gradient_of_the_regularised_objective():

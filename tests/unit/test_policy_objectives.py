@@ -18,12 +18,20 @@ from rlsys.algorithms.policy_objectives import (
     check_objective,
     effective_sample_size,
     gradient_coefficient,
+    levels_of,
     policy_objective,
     rollout_correction,
 )
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.weights import adaptive_power_of
 from rlsys.registry import check_parameters
+
+# Every weight with every ratio level that it is defined for.
+COMBINATIONS = [
+    (level, weight)
+    for weight in available_weights()
+    for level in levels_of(weight) or available_ratios()
+]
 
 
 def objective_inputs(
@@ -109,6 +117,31 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
                 for tau in (1.0, 2.0)
             ),
         ),
+        (
+            "sapo_sequence",  # sech^2(tau log(r) / 2) = 4 r^tau / (1 + r^tau)^2
+            {"tau_pos": 1.0, "tau_neg": 2.0},
+            tuple(
+                [r * 4 * r**tau / (1 + r**tau) ** 2 for r in (0.5, 1.0, 1.5, 4.0)]
+                for tau in (1.0, 2.0)
+            ),
+        ),
+        ("reward_time", {}, ([0.5, 1.0, 1.5, 4.0], [0.5, 1.0, 1.5, 4.0])),
+        ("minimum", {}, ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0])),  # ppo_clip
+        (
+            "minimum",  # A > 0: min(rho, sqrt(rho)); A < 0: the larger one; rho d/drho sqrt(rho) = sqrt(rho) / 2
+            {"functions": [{"kind": "ratio"}, {"kind": "power", "q": 0.5}]},
+            ([0.5, 1.0, 1.5**0.5 / 2, 1.0], [0.5**0.5 / 2, 1.0, 1.5, 4.0]),
+        ),
+        (
+            "minimum",  # A > 0: min(rho, 1); A < 0: max(rho, 1)
+            {"functions": [{"kind": "ratio"}, {"kind": "one"}]},
+            ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0]),
+        ),
+        (
+            "minimum",  # slope 1/2 from (1/2, 3/4) on to (2, 3/2), flat after: rho f' = 0.25, 0.5, 0.75, 0; the point itself belongs to the left piece
+            {"functions": [{"kind": "table", "ratios_at": [0.4, 2.0], "values": [0.7, 1.5]}]},
+            ([0.25, 0.5, 0.75, 0.0], [0.25, 0.5, 0.75, 0.0]),
+        ),
     ],
 )
 def test_gradient_coefficients_golden(
@@ -122,8 +155,9 @@ def test_gradient_coefficients_golden(
         assert found.tolist() == pytest.approx(values)
 
 
-@pytest.mark.parametrize("weight", available_weights())
-@pytest.mark.parametrize("level", available_ratios())
+@pytest.mark.parametrize(
+    ("level", "weight"), [pair for pair in COMBINATIONS if pair[1] != "reward_time"]
+)
 def test_the_gradient_of_an_objective_is_its_coefficient(level: str, weight: str):
     """d loss / d log pi_t = -w(rho_t, A_t) A_t, whatever the ratio level, at ratios on both sides of every edge."""
     made, live = objective_inputs([0.3, 1.9, 1.1, 0.8, 5.0], [1.0, 2.0, -1.0, -0.5, -1.5])
@@ -132,6 +166,103 @@ def test_the_gradient_of_an_objective_is_its_coefficient(level: str, weight: str
     assert live.grad is not None
     coefficient = gradient_coefficient(weight, out.metrics["ratio"].log(), made.advantages)
     assert torch.allclose(live.grad, -coefficient * made.advantages, atol=1e-9)
+
+
+def test_minimum_of_ratio_and_clip_is_ppo_clip():
+    """Values, gradients and what counts as clipped, at ratios on both sides of each edge."""
+    ratios, advantages = [0.3, 1.9, 1.1, 0.8, 5.0, 0.1], [1.0, 2.0, -1.0, -0.5, -1.5, -2.0]
+    results = []
+    for weight in ("minimum", "ppo_clip"):
+        made, live = objective_inputs(ratios, advantages)
+        out = policy_objective(made, ratio="token", weight=weight)
+        out.token_losses.sum().backward()
+        assert live.grad is not None
+        results.append((out.token_losses, out.metrics["clipped"], live.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ([], r"\[\] is not a list of functions"),
+        ([{"q": 0.5}], "has no kind. Choose from clip, one, power, ratio, table"),
+        ([{"kind": "powr"}], "Did you mean power"),
+        ([{"kind": "power", "p": 1}], "power_curve has no such parameter"),
+        ([{"kind": "power", "q": 2.0}], "leaves the band between min"),
+        ([{"kind": "power", "q": -0.5}], "leaves the band"),
+        ([{"kind": "clip", "low": -0.1}], "leaves the band"),
+        ([{"kind": "ratio"}, {"kind": "clip", "high": -0.1}], "leaves the band"),
+        (
+            [{"kind": "table", "ratios_at": [1.0, 2.0, 3.0], "values": [1.0, 1.9, 1.5]}],
+            "falls at rho",
+        ),
+        ([{"kind": "table", "ratios_at": [2.0, 1.0], "values": [1.0, 1.0]}], "ascending"),
+        ([{"kind": "one"}], "none of them has a gradient at rho = 1"),
+        ([{"kind": "one"}, {"kind": "ratio"}], "List another one first"),
+    ],
+)
+def test_the_general_family_refuses_what_lies_outside_it(functions: list, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        check_objective("token", "minimum", {"functions": functions})
+    assert "algorithm.objective.parameters.functions" in str(error.value)
+
+
+def test_reward_time_golden():
+    # token ratios 2, 1/2, 3, prefix products 2, 1, 3; A (3, 2, 2) = rewards (1, 0, 2) to go:
+    # C = (2 * 1 + 1 * 0 + 3 * 2, 1 * 0 + 3 * 2, 3 * 2) = (8, 6, 6)
+    made, live = objective_inputs([2.0, 0.5, 3.0], [3.0, 2.0, 2.0])
+    policy_objective(made, ratio="prefix", weight="reward_time").token_losses.sum().backward()
+    assert live.grad is not None
+    assert live.grad[0].tolist() == pytest.approx([-8.0, -6.0, -6.0])
+
+
+def test_reward_time_skips_tokens_outside_the_mask():
+    """A tool's token in the middle takes no reward and no ratio: the same coefficients as without it."""
+    made, _ = objective_inputs([2.0, 7.0, 0.5, 3.0], [3.0, 9.0, 2.0, 2.0])
+    mask = torch.tensor([[True, False, True, True]])
+    live = made.logprobs.detach().requires_grad_()
+    made = PolicyObjectiveInputs(
+        logprobs=live,
+        old_logprobs=made.old_logprobs,
+        advantages=made.advantages,
+        response_mask=mask,
+    )
+    policy_objective(made, ratio="prefix", weight="reward_time").token_losses.sum().backward()
+    assert live.grad is not None
+    assert live.grad[0].tolist() == pytest.approx([-8.0, 0.0, -6.0, -6.0])
+
+
+def test_weights_refuse_ratio_levels_that_they_are_not_defined_for():
+    message = r"algorithm\.objective\.ratio: 'token' with weight 'reward_time'.*ratio prefix"
+    with pytest.raises(ValueError, match=message):
+        check_objective("token", "reward_time", {})
+    made, _ = objective_inputs([1.0], [1.0])
+    with pytest.raises(ValueError, match=message):
+        policy_objective(made, ratio="token", weight="reward_time")
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [19.0, 30.0, 200.0, -30.0])
+def test_beyond_the_cap_a_token_keeps_its_gradient_or_counts_as_clipped(
+    log_ratio: float, sign: float
+):
+    """The value of rho is capped at e^+-20, its gradient is not cut: only a weight cuts, and says so."""
+    for weight in ("importance", "ppo_clip", "dual_clip", "minimum"):
+        live = torch.tensor([[log_ratio - 1]], dtype=torch.float64, requires_grad=True)
+        made = PolicyObjectiveInputs(
+            logprobs=live,
+            old_logprobs=torch.tensor([[-1.0]], dtype=torch.float64),
+            advantages=torch.tensor([[sign]], dtype=torch.float64),
+            response_mask=torch.ones(1, 1, dtype=torch.bool),
+        )
+        out = policy_objective(made, ratio="token", weight=weight)
+        out.token_losses.sum().backward()
+        assert live.grad is not None
+        capped = math.exp(min(max(log_ratio, -20.0), 20.0))
+        clipped = bool(out.metrics["clipped"].item())
+        assert live.grad.item() == pytest.approx(0.0 if clipped else -sign * capped)
+        assert clipped == (live.grad.item() == 0.0)
 
 
 def test_sapo_value_golden():
@@ -259,8 +390,7 @@ def test_ratio_levels_golden(level: str, expected: list[float]):
     assert out.metrics["ratio"][0].tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("weight", available_weights())
-@pytest.mark.parametrize("level", available_ratios())
+@pytest.mark.parametrize(("level", "weight"), COMBINATIONS)
 def test_on_policy_every_objective_has_the_gradient_of_reinforce(level: str, weight: str):
     made, live = objective_inputs([1.0, 1.0, 1.0], [0.5, -2.0, 1.0])
     policy_objective(made, ratio=level, weight=weight).token_losses.sum().backward()
@@ -268,8 +398,7 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(level: str, wei
     assert live.grad[0].tolist() == pytest.approx([-0.5, 2.0, -1.0])
 
 
-@pytest.mark.parametrize("weight", available_weights())
-@pytest.mark.parametrize("level", available_ratios())
+@pytest.mark.parametrize(("level", "weight"), COMBINATIONS)
 def test_gradient_flows_through_the_live_policy_alone_and_not_outside_the_mask(
     level: str, weight: str
 ):
@@ -290,8 +419,7 @@ def test_gradient_flows_through_the_live_policy_alone_and_not_outside_the_mask(
     assert (out.token_losses[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("weight", available_weights())
-@pytest.mark.parametrize("level", available_ratios())
+@pytest.mark.parametrize(("level", "weight"), COMBINATIONS)
 def test_log_ratios_of_80_stay_finite(level: str, weight: str):
     live = torch.tensor([[0.0, -80.0]], requires_grad=True)
     made = PolicyObjectiveInputs(
@@ -388,7 +516,7 @@ def test_k3_k2_has_the_value_of_one_and_the_gradient_of_the_other():
     estimate.sum().backward()
     assert live.grad is not None
     assert live.grad.tolist() == pytest.approx([0.7, -0.3])  # d/dx x^2/2 = x
-    with pytest.raises(ValueError, match=r"kl\.kind: k3_k2 corrects the reverse direction"):
+    with pytest.raises(ValueError, match=r"kl\.kind: 'k3_k2' has the gradient of the reverse k2"):
         kl_estimate(live, ref, "k3_k2", direction="forward")
 
 

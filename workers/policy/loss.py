@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.algorithms.kl import kl_estimate
+from rlsys.algorithms.kl import KLLossTerms, kl_estimate, kl_loss, old_policy_kl
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import (
     PolicyObjectiveInputs,
@@ -64,10 +64,13 @@ def pack_loss(
     algorithm: AlgorithmConfig,
     sizes: Denominators,
     objective_parameters: Mapping[str, Any],
+    *,
+    old_kl_coefficient: float = 0.0,
 ) -> PackLoss:
     """Objective, KL and entropy terms of one pack. Gradient flows through `result` alone.
 
-    `objective_parameters` are those of the weight, with what it took from the whole mini-batch.
+    `objective_parameters` are those of the weight, with what it took from the whole mini-batch. `old_kl_coefficient` is that of the penalty
+    KL(old || live) now.
     """
     device = result.logprobs.device
     padder = _Padder(pack, device)
@@ -104,12 +107,19 @@ def pack_loss(
     if batch.ref_logprobs is not None:
         ref, kl = of_batch(batch.ref_logprobs), algorithm.kl
         if batch.kl_coefficient:
-            estimate = kl_estimate(result.logprobs, ref, kl.kind, direction=kl.direction)
-            token_losses = token_losses + batch.kl_coefficient * padder.pad(estimate)
+            terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
+            estimate = kl_loss(
+                padder.pad(result.logprobs), padder.pad(old), padder.pad(ref), mask, terms
+            )
+            token_losses = token_losses + batch.kl_coefficient * estimate
         sums |= {
             f"kl_ref_{kind}": float(kl_estimate(result.logprobs.detach(), ref, kind).sum())
             for kind in ("k1", "k3")
         }
+    if old_kl_coefficient:
+        drift = old_policy_kl(result.logprobs, old)
+        token_losses = token_losses + old_kl_coefficient * padder.pad(drift)
+        sums["kl_old"] = float(drift.detach().sum())
     if algorithm.entropy.bonus:
         token_losses = token_losses - algorithm.entropy.bonus * padder.pad(result.entropies)
     loss = aggregate_loss(

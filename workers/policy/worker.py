@@ -17,6 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
+from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
@@ -161,6 +162,7 @@ class PolicyWorker(RankWorker):
         self.steps = 0
         self.counts = UpdateCounts()
         self.estimated: NDArray[np.float32] | None = None  # [N] by the last update
+        self.old_kl_coefficient = self.config.algorithm.kl_old.coefficient
         self.estimator_state: Mapping[
             str, Any
         ] = {}  # between the mini-batches of `algorithm.advantage.recompute`
@@ -206,9 +208,28 @@ class PolicyWorker(RankWorker):
         self.estimated = None
         reports = [self.update_on(batch, chosen) for chosen in kept if len(chosen)]
         self.steps += 1
+        penalty = self._adapt_old_kl(batch, np.concatenate(kept))
         # Every rank counts the same, so one of them reports.
         counts = self.counts.metrics() if self.rank == 0 else {}
-        return combine(reports) | counts | {"policy/learning_rate": mean(rate)} | self.metrics()
+        rate_metric = {"policy/learning_rate": mean(rate)}
+        return combine(reports) | counts | rate_metric | penalty | self.metrics()
+
+    @torch.no_grad()
+    def _adapt_old_kl(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+        """Report the coefficient of KL(old || live), and adapt it to what the updates on `rows` did; every rank does the same."""
+        used, target = self.old_kl_coefficient, self.config.algorithm.kl_old.target
+        if not used:
+            return {}
+        if target is not None and len(rows):
+            assert batch.old_logprobs is not None
+            rollouts, rows = batch.rollouts, np.unique(rows)
+            response_of = np.repeat(np.arange(len(rollouts)), rollouts.sequence_lengths)
+            tokens = rollouts.response_mask & np.isin(response_of, rows)
+            live = self.live(rollouts, self.packs_of(rollouts, rows)).logprobs[tokens]
+            old = batch.old_logprobs[tokens]
+            measured = float(old_policy_kl(torch.from_numpy(live), torch.from_numpy(old)).mean())
+            self.old_kl_coefficient = adapted_penalty(used, measured, target=target)
+        return {"kl/old_coefficient": mean(used)}
 
     def put_estimated_advantages(self) -> Any:
         """See `ports.Policy.estimated_advantages`; every rank has estimated the same."""
@@ -230,7 +251,15 @@ class PolicyWorker(RankWorker):
         parameters = self._objective_parameters(batch, packs)
         for pack in packs:
             result = self.model(PackTensors.of(pack, self.device), batch.rollouts.temperature)
-            loss = pack_loss(result, pack, batch, self.config.algorithm, sizes, parameters)
+            loss = pack_loss(
+                result,
+                pack,
+                batch,
+                self.config.algorithm,
+                sizes,
+                parameters,
+                old_kl_coefficient=self.old_kl_coefficient,
+            )
             # FSDP averages gradients over ranks, and the denominators are global already: so scale by the ranks.
             (loss.loss * (0.0 if pack.is_filler else self.world_size)).backward()
             if not pack.is_filler:
@@ -375,6 +404,7 @@ class PolicyWorker(RankWorker):
                 "ranks": self.world_size,
                 "steps": self.steps,
                 "estimator": dict(self.estimator_state),
+                "old_kl_coefficient": self.old_kl_coefficient,
             }
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
@@ -430,6 +460,8 @@ class PolicyWorker(RankWorker):
         self.estimator_state = facts.get(
             "estimator", {}
         )  # not in checkpoints from before it was kept
+        if self.config.algorithm.kl_old.target is not None:
+            self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
         if self.baselines:
             self.baselines.load(path)
 
@@ -509,5 +541,5 @@ def _loss_metrics(
     return metrics | {
         f"policy/{name}": average(name)
         for name in losses[0].sums
-        if name.startswith(("kl_ref", "rollout_"))
+        if name.startswith(("kl_", "rollout_"))
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, outcome_rewards
+from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
 from rlsys.algorithms.advantages.inputs import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.returns import suffix_sum
+from rlsys.algorithms.kl import token_log_ratios
 
 
 def token_kl_returns(
@@ -20,17 +21,21 @@ def token_kl_returns(
     ref_logprobs: Tensor,
     response_mask: Tensor,
     coefficient: float,
+    *,
+    horizon: int | None = None,
 ) -> Tensor:
     """[B, T] r_j = r - (beta / H) sum_{i >= j} K_i,  K_i = old_logprobs_i - ref_logprobs_i: the outcome minus the KL that is still to be paid.
 
-    It is GAE(1, 1) without a critic on the rewards -(beta / H) K_k, plus r at the last token. H counts the response's own tokens. 0
-    outside the mask.
+    It is GAE(1, 1) without a critic on the rewards -(beta / H) K_k, plus r at the last token. The score-function gradient of these returns is that of
+    E[r] - (beta / H) KL(pi || reference), because H is one number: were it each response's own length, the KL of long responses would count
+    less and the gradient would be of nothing. 0 outside the mask.
+
+    Conventions: `horizon` is H; None: the length of the longest response here.
     """
-    lengths = response_mask.sum(1, keepdim=True).clamp(min=1).to(rewards.dtype)
-    costs = torch.where(
-        response_mask, at_least_float32(old_logprobs) - at_least_float32(ref_logprobs), 0.0
-    )
-    returns = rewards[:, None] - coefficient / lengths * suffix_sum(costs)
+    longest = int(response_mask.sum(1).max()) if response_mask.numel() else 1
+    length = longest if horizon is None else horizon
+    costs = token_log_ratios(old_logprobs, ref_logprobs, response_mask)
+    returns = rewards[:, None] - coefficient / max(length, 1) * suffix_sum(costs)
     return torch.where(response_mask, returns, 0.0)
 
 
@@ -38,7 +43,11 @@ def token_kl_returns(
     "token_kl_grpo", needs=("old_logprobs", "ref_logprobs"), compares_group=True
 )
 def token_kl_grpo_advantages(
-    inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6
+    inputs: AdvantageInputs,
+    *,
+    std_ddof: int = 0,
+    eps: float = 1e-6,
+    max_tokens: int | None = None,
 ) -> AdvantageOutput:
     """The KL-regularised reward-to-go of each token, relative to the group at the same position.
 
@@ -52,18 +61,24 @@ def token_kl_grpo_advantages(
 
     Shapes: rewards [B], old_logprobs and ref_logprobs [B, T] -> advantages [B, T].
 
-    Conventions: H is the length of the response itself; `std_ddof` 0 as in the source. Alone at its position, or among equal
-    returns, a response gets exactly 0: the tails of the longest responses teach nothing about the reward. beta = 0 is GRPO, except
-    for such tails. Process rewards are summed into the outcome.
+    Conventions: H is one number for all responses, `max_tokens`; a run sets it to `generation.max_tokens` where it is null, None in a
+    call is the length of the longest response, which then has a say in it. So beta is the price of one nat a token over a response of
+    full length; aggregate with `constant`, which has one length for all responses too. `std_ddof` 0 as in the source. Alone at its
+    position, or among equal returns, a response gets exactly 0: the tails of the longest responses teach nothing about the reward.
+    beta = 0 is GRPO, except for such tails. Process rewards are summed into the outcome.
 
     Example: beta 1, a group of rewards (1, 1), K ((0.2, 0.4), (0, 0)): r = ((0.7, 0.8), (1, 1)); at j = 0 mean 0.85, std 0.15, A =
     (-1, 1).
 
     Raises:
-        ValueError: no old or ref log-probabilities, or `std_ddof` neither 0 nor 1.
+        ValueError: no old or ref log-probabilities, or `std_ddof` neither 0 nor 1, or `max_tokens` not positive.
     """
     if std_ddof not in (0, 1):
         raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(
+            f"algorithm.advantage.parameters.max_tokens: {max_tokens} must be at least 1"
+        )
     old = inputs.require(
         "old_logprobs",
         estimator="token_kl_grpo",
@@ -76,14 +91,17 @@ def token_kl_grpo_advantages(
     )
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, mask)
-    returns = token_kl_returns(rewards, old, ref, mask, inputs.kl_coefficient)
+    returns = token_kl_returns(rewards, old, ref, mask, inputs.kl_coefficient, horizon=max_tokens)
     highest = groups.extreme(torch.where(mask, returns, -torch.inf), "amax")
     lowest = groups.extreme(torch.where(mask, returns, torch.inf), "amin")
     alive = groups.total(mask.to(returns.dtype))
     centred = torch.where(
         mask, returns - groups.spread(groups.total(returns) / alive.clamp(min=1)), 0.0
     )
-    std = (groups.total(centred**2) / (alive - std_ddof).clamp(min=1)).sqrt()
+    # Squares of very small or large returns would leave the range of float32, and 0 / 0 is no advantage.
+    scale = groups.extreme(centred.abs(), "amax").clamp(min=torch.finfo(centred.dtype).tiny)
+    unit = centred / groups.spread(scale)
+    std = scale * (groups.total(unit**2) / (alive - std_ddof).clamp(min=1)).sqrt()
     advantages = centred / (groups.spread(std) + eps)
     return AdvantageOutput(
         advantages=torch.where(mask & groups.spread(highest > lowest), advantages, 0.0)

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsys.algorithms.bounded_ratio import bounded_ratio
+from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
 from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
 from rlsys.algorithms.policy_objectives.weights import (
-    MAX_LOG_RATIO,
     WEIGHTS,
     Surrogate,
     TokenTerms,
     batch_parameters_of,
     effective_sample_size,
     gradient_coefficient,
+    ignores_ratio,
+    levels_of,
     register_weight,
 )
 from rlsys.registry import check_parameters
@@ -34,9 +37,12 @@ __all__ = [
     "check_objective",
     "effective_sample_size",
     "gradient_coefficient",
+    "ignores_ratio",
+    "levels_of",
     "log_ratios",
     "policy_objective",
     "register_ratio",
+    "register_ratio_curve",
     "register_weight",
     "rollout_correction",
 ]
@@ -82,9 +88,18 @@ def check_objective(ratio: str, weight: str, parameters: Mapping[str, Any]) -> N
         parameters,
         field="algorithm.objective.parameters",
     )
-    gradient_coefficient(
-        weight, torch.zeros(1), torch.ones(1), **parameters
-    )  # refuses values that the signature cannot
+    # Refuses values that the signature cannot.
+    gradient_coefficient(weight, torch.zeros(1), torch.ones(1), **parameters)
+    _check_level(ratio, weight)
+
+
+def _check_level(ratio: str, weight: str) -> None:
+    levels = levels_of(weight)
+    if levels and ratio not in levels:
+        raise ValueError(
+            f"algorithm.objective.ratio: {ratio!r} with weight {weight!r}, which is defined for {' and '.join(levels)} alone. Set "
+            f"--algorithm.objective.ratio {levels[0]}, or choose another weight."
+        )
 
 
 def policy_objective(
@@ -97,8 +112,9 @@ def policy_objective(
     Shapes: [B, T] -> [B, T]. Gradient flows through `logprobs` alone. At least float32.
 
     Raises:
-        ValueError: unknown ratio, weight or parameter.
+        ValueError: unknown ratio, weight or parameter, or a weight that is not defined for this ratio level.
     """
+    _check_level(ratio, weight)
     mask = inputs.response_mask
     logprobs = torch.where(
         mask,
@@ -112,9 +128,7 @@ def policy_objective(
     return PolicyObjectiveOutput(
         token_losses=torch.where(mask, -surrogate.values, 0.0),
         metrics={
-            "ratio": torch.where(
-                mask, levels.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0
-            ),
+            "ratio": torch.where(mask, bounded_ratio(levels.detach()), 0.0),
             "clipped": torch.where(mask, surrogate.clipped.to(logprobs.dtype), 0.0),
         },
     )

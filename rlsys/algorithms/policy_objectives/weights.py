@@ -9,6 +9,9 @@ upper_clip       stop(min(rho, 1+high)) log pi A              min(rho, 1+high), 
 power            stop(rho^q) log pi A                         rho^q
 adaptive_power   the same, q chosen for the batch             rho^q
 sapo             4/tau sigmoid(tau (rho - 1)) A               rho sech^2(tau (rho - 1) / 2)
+sapo_sequence    stop(rho sech^2(tau log(rho) / 2)) log pi A  rho sech^2(tau log(rho) / 2)
+reward_time      stop(C_t) log pi                             C_t / A_t, each reward with the product up to its own time
+minimum          min_k f_k(rho) A                             rho f_k'(rho) of the k that is smallest
 cispo            stop(clip(rho, 1-low, 1+high)) log pi A      clip(rho, 1-low, 1+high)
 """
 
@@ -20,10 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlsys.algorithms.bounded_ratio import bounded_ratio
 from rlsys.registry import Registry
-
-# Beyond e^20 a ratio says only "gone"; clamping in log space keeps float32 finite. Ratios that large are cut by every clipped weight.
-MAX_LOG_RATIO = 20.0
 
 
 class TokenTerms(NamedTuple):
@@ -36,8 +37,8 @@ class TokenTerms(NamedTuple):
 
     @property
     def ratios(self) -> Tensor:
-        """rho, bounded to [e^-20, e^20]."""
-        return self.log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        """rho, its value bounded to [e^-20, e^20]; the gradient goes on beyond: only a weight may cut it, and says so in `clipped`."""
+        return bounded_ratio(self.log_ratios)
 
 
 class Surrogate(NamedTuple):
@@ -52,25 +53,36 @@ WeightFunction = Callable[..., Surrogate]
 BatchParameters = Callable[..., Mapping[str, Any]]
 WEIGHTS: Registry[WeightFunction] = Registry("weight")
 _BATCH_PARAMETERS: dict[str, BatchParameters] = {}
+_LEVELS: dict[str, tuple[str, ...]] = {}
 
 
 def register_weight(
-    name: str, *, batch_parameters: BatchParameters | None = None
+    name: str,
+    *,
+    batch_parameters: BatchParameters | None = None,
+    levels: tuple[str, ...] | None = None,
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Decorator: `function(terms: TokenTerms, *, keywords...) -> Surrogate`, as `algorithm.objective.weight`.
 
     `batch_parameters(log_ratios, **parameters)` is for weights with a statistic over the batch: the trainer calls it with the
     log-ratios of a whole mini-batch before its update, so that the loss does not depend on how the mini-batch is cut into forward
-    passes.
+    passes. `levels` are the ratio levels that it is defined for; None: all.
     """
     if batch_parameters:
         _BATCH_PARAMETERS[name] = batch_parameters
+    if levels:
+        _LEVELS[name] = levels
     return WEIGHTS.register(name)
 
 
 def batch_parameters_of(name: str) -> BatchParameters | None:
     """The batch statistic of a weight; None for most."""
     return _BATCH_PARAMETERS.get(name)
+
+
+def levels_of(name: str) -> tuple[str, ...] | None:
+    """The ratio levels that a weight is defined for; None: all."""
+    return _LEVELS.get(name)
 
 
 def _uncut(values: Tensor) -> Surrogate:
@@ -160,7 +172,7 @@ def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
     Source: Bai and Zhang 2026, the power family.
     """
     _check_width("q", q, 1.0)
-    return _score((q * terms.log_ratios).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), terms)
+    return _score(bounded_ratio(q * terms.log_ratios), terms)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -225,13 +237,68 @@ def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.0
     Raises:
         ValueError: a temperature is not positive.
     """
+    tau = _temperatures(terms.advantages, tau_pos, tau_neg)
+    return _uncut(4 / tau * torch.sigmoid(tau * (terms.ratios - 1)) * terms.advantages)
+
+
+def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
     for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
-        if value <= 0:
+        if not value > 0:
             raise ValueError(
                 f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate"
             )
-    tau = torch.where(terms.advantages > 0, tau_pos, tau_neg).to(terms.advantages.dtype)
-    return _uncut(4 / tau * torch.sigmoid(tau * (terms.ratios - 1)) * terms.advantages)
+    return torch.where(advantages > 0, tau_pos, tau_neg).to(advantages.dtype)
+
+
+@register_weight("sapo_sequence")
+def sapo_sequence_weight(
+    terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05
+) -> Surrogate:
+    """stop(rho sech^2(tau log(rho) / 2)) log pi A, tau as in `sapo`: the gate of a whole response, for the ratio level `sequence`.
+
+    What the average of `sapo`'s token gates becomes while steps are small and the tokens of a response drift alike: the gate
+    sech^2(tau/2 log s) before grad s, with s the geometric mean of the token ratios.
+
+    Source: Gao et al. 2025, Soft Adaptive Policy Optimization, the sequence-level reduction (arXiv:2511.20347).
+
+    Raises:
+        ValueError: a temperature is not positive.
+    """
+    tau = _temperatures(terms.advantages, tau_pos, tau_neg)
+    gate = 1 / torch.cosh(tau * terms.log_ratios.detach() / 2) ** 2
+    return _score(terms.ratios * gate, terms)
+
+
+@register_weight("reward_time", levels=("prefix",))
+def reward_time_weight(terms: TokenTerms) -> Surrogate:
+    """stop(C_t) log pi, C_t = sum_{s>=t} rho_{<=s} (A_s - A_{s+1}): each reward is weighed by the product of ratios up to its own time.
+
+    A_s - A_{s+1} is the reward at s where A is a reward-to-go, up to a baseline whose terms cancel in expectation. The ratio of the future
+    after a reward is left out, because it has mean 1 and only adds variance. Off-policy without bias, for any estimator that returns
+    rewards-to-go with gamma = 1 and a baseline of the prefix. With an outcome reward alone it is the `product` ratio.
+
+    Source: Levine 2023, CS285 lecture 5, in Dong 2025, Survey on LLM Policy Gradient, equation 2.10, with the product over t4 from
+    t1 + 1 on as in its matrix A.3: the equation itself counts the ratio of token t1 twice.
+
+    Conventions: for the ratio level `prefix` alone; A is 0 after the last token. The coefficient depends on the advantages of later tokens;
+    for a response of one token it is rho.
+    """
+    following = torch.where(terms.mask, terms.advantages, 0.0)
+    later = _next_inside(following, terms.mask)
+    parts = torch.where(terms.mask, terms.ratios.detach() * (following - later), 0.0)
+    coefficients = parts.flip(1).cumsum(1).flip(1)
+    return _uncut(coefficients * terms.logprobs)
+
+
+def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] the value at the next position of the mask, 0 after the last one."""
+    positions = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    width = values.shape[1]
+    # The nearest masked position at or after each column, then one column further.
+    nearest = torch.where(mask, positions, width).flip(1).cummin(1).values.flip(1)
+    after = torch.cat([nearest[:, 1:], nearest.new_full((len(values), 1), width)], dim=1)
+    padded = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
+    return padded.gather(1, after)
 
 
 @register_weight("cispo")
@@ -254,17 +321,33 @@ def gradient_coefficient(
 
     Shapes: any equal ones, elementwise; `adaptive_power` takes its q from all of `log_ratios` unless it is given.
 
-    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1, and at +1 where A is 0.
+    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1, and at +1 where A is 0. Each element is a
+    response of one token.
 
     Raises:
         ValueError: unknown weight or parameter value.
     """
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
-    sign = torch.where(advantages < 0, -1.0, 1.0).to(log_ratios.dtype)
+    logs = log_ratios.detach().reshape(-1, 1)  # each is a response of one token
+    sign = torch.where(advantages.reshape(-1, 1) < 0, -1.0, 1.0).to(logs.dtype)
     with torch.enable_grad():
-        logprobs = torch.zeros_like(log_ratios).requires_grad_()
-        terms = TokenTerms(
-            log_ratios.detach() + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool)
-        )
+        logprobs = torch.zeros_like(logs).requires_grad_()
+        terms = TokenTerms(logs + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool))
         (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
-    return gradient * sign
+    return (gradient * sign).reshape(log_ratios.shape)
+
+
+def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether w(rho, A) is the same at every ratio, for both signs of A: such a weight does not correct for a policy that has moved.
+
+    Conventions: tried at log-ratios from -2 to 2.
+
+    Raises:
+        ValueError: unknown weight or parameter value.
+    """
+    logs = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
+    coefficients = [
+        gradient_coefficient(weight, logs, torch.full_like(logs, sign), **parameters)
+        for sign in (1.0, -1.0)
+    ]
+    return all(bool((values == values[0]).all()) for values in coefficients)

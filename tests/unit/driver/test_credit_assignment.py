@@ -124,7 +124,7 @@ def test_the_kl_in_the_loss_leaves_the_advantages_alone():
 
 
 def test_the_kl_in_the_advantage_reaches_the_estimator():
-    """r_j = r - (beta / H) sum K: with K = 1 and beta = 1, every response's first token pays 1, so the groups' differences are the rewards'."""
+    """r_j = r - (beta / H) sum K with H 4, K = 1 and beta 1: lengths 2 and 4 pay (2/4, 1/4) and (4/4, 3/4, 2/4, 1/4)."""
     made = batch()
     assigner = CreditAssigner(
         make_config("token_kl_grpo", kl=KLConfig(coefficient=1.0, placement="advantage"))
@@ -133,9 +133,8 @@ def test_the_kl_in_the_advantage_reaches_the_estimator():
         made, rewards([1, 1, 1, 1]), logprobs(made, -1.0), logprobs(made, -2.0)
     )
     first, second = advantages_of(made, train.advantages)[:2]
-    # at the first token both pay 1; at the second one pays 1/2 and the other 3/4
-    assert first == pytest.approx([0.0, 1.0], abs=1e-4)
-    assert second[:2] == pytest.approx([0.0, -1.0], abs=1e-4)
+    assert first == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert second == pytest.approx([-1.0, -1.0, 0.0, 0.0], abs=1e-4)  # alone at the last two
 
 
 def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_path: Path):
@@ -213,6 +212,13 @@ def test_adaptive_numbers_move_and_survive_a_checkpoint():
         assert values(metrics)["advantage/baseline"] == pytest.approx(
             1.0
         )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
+
+
+def test_a_batch_without_sampled_tokens_leaves_the_kl_coefficient_alone():
+    made = rollouts([([9], [[1], [2]])], holes={0: [0], 1: [0]})
+    assigner = CreditAssigner(make_config(kl=KLConfig(coefficient=0.1, target=0.05)))
+    assigner.assign(made, rewards([1, 0]), logprobs(made, -1.0), logprobs(made, -1.5))
+    assert assigner.state()["kl_coefficient"] == 0.1
 
 
 def test_the_start_of_the_sweeps_survives_a_checkpoint():

@@ -1,0 +1,73 @@
+"""What a configuration is warned of: accepted, computed as configured, and easily not meant."""
+
+from typing import Any
+
+import pytest
+
+from recipes.grpo_math import grpo_math
+from recipes.run_recipe import run_recipe
+from rlsys.algorithms.policy_objectives import available_weights, ignores_ratio
+from rlsys.config import KLConfig, RunConfig
+from rlsys.config.hardware import Hardware
+from rlsys.config.presets import PRESETS
+from rlsys.driver.preflight import config_warnings
+
+
+def config(preset: str, **policy: Any) -> RunConfig:
+    default = grpo_math(Hardware(gpus=0, gpu_memory_gib=0, cpus=2, memory_gib=8))
+    return default.model_copy(
+        update={
+            "algorithm": PRESETS[preset],
+            "policy": default.policy.model_copy(update={"epochs": 1, "mini_batches": 1} | policy),
+        }
+    )
+
+
+@pytest.mark.parametrize("updates", [{"epochs": 2}, {"mini_batches": 4}])
+def test_several_updates_without_a_ratio_are_said_to_be_uncorrected(updates: dict[str, int]):
+    (warning,) = config_warnings(config("rloo", **updates))
+    assert warning.startswith("algorithm.objective.weight: 'none' does not correct")
+    assert "ppo_clip" in warning
+
+
+def test_no_warning_where_nothing_is_off_policy_or_where_it_is_corrected():
+    assert not list(config_warnings(config("rloo")))
+    assert not list(config_warnings(config("grpo", mini_batches=4)))
+    assert not list(config_warnings(config("hierarchical", mini_batches=4)))  # recomputes
+
+
+def test_a_ratio_that_only_weighs_the_kl_needs_a_second_update():
+    kl = KLConfig(coefficient=0.1, kind="k2", importance_ratio="token")
+
+    def warned(mini_batches: int, kl: KLConfig) -> list[str]:
+        made = config("grpo", mini_batches=mini_batches)
+        algorithm = made.algorithm.model_copy(update={"kl": kl})
+        return list(config_warnings(made.model_copy(update={"algorithm": algorithm})))
+
+    (warning,) = warned(1, kl)
+    assert warning.startswith("algorithm.kl.importance_ratio: 'token' with kind 'k2'")
+    assert not warned(2, kl)
+    assert not warned(1, kl.model_copy(update={"kind": "k3"}))  # its gradient flows through it
+
+
+def test_weights_that_ignore_the_ratio():
+    assert [name for name in available_weights() if ignores_ratio(name, {})] == ["none"]
+    assert ignores_ratio("power", {"q": 0.0})
+    assert ignores_ratio("cispo", {"clip_low": 0.0, "clip_high": 0.0})
+
+
+def test_a_dry_run_shows_the_warnings(capsys: pytest.CaptureFixture[str]):
+    flags = [
+        "--model.path",
+        "tiny",
+        "--algorithm.objective.weight",
+        "none",
+        "--policy.mini_batches",
+        "4",
+        "--dry-run",
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(grpo_math, flags)
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "warning: algorithm.objective.weight: 'none' does not correct" in out

@@ -1,0 +1,106 @@
+"""The loss of packs: KL terms of whole responses, whatever the packing, and the penalty to the old policy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from rlsys.algorithms.kl import KLLossTerms, kl_loss, old_policy_kl
+from rlsys.config import AlgorithmConfig, KLConfig, ObjectiveConfig
+from rlsys.data.batches import TrainBatch
+from rlsys.data.packing import pack_rows
+from rlsys.data.padding import ResponsePadding
+from tests.rollout_examples import rollouts, train_batch
+from workers.policy.loss import Denominators, pack_loss
+from workers.policy.packed_forward import PackResult
+
+KLS = {
+    "tokens": KLConfig(coefficient=0.3),
+    "tokens, prefix ratio": KLConfig(coefficient=0.3, importance_ratio="prefix"),
+    "responses": KLConfig(coefficient=0.3, level="sequence", importance_ratio="product"),
+}
+
+
+def example() -> TrainBatch:
+    """Lengths 2, 4, 1, 3, one of them with a tool's token in the middle."""
+    made = rollouts([([9], [[1, 2], [1, 2, 3, 4]]), ([8, 8], [[5], [5, 6, 7]])], holes={1: [2]})
+    batch, noise = train_batch(made), np.random.default_rng(3)
+    count = len(made.token_ids)
+
+    def logprobs() -> np.ndarray:
+        return np.where(made.response_mask, -noise.random(count), 0.0).astype(np.float32)
+
+    return dataclasses.replace(
+        batch, old_logprobs=logprobs(), ref_logprobs=logprobs(), kl_coefficient=0.3
+    )
+
+
+def losses_of(
+    batch: TrainBatch, live: torch.Tensor, algorithm: AlgorithmConfig, budget: int, penalty: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The sum over packs, and of their sums."""
+    sizes = Denominators(num_tokens=9, num_sequences=4, max_tokens=4)
+    total, sums = live.new_zeros(()), {}
+    for pack in pack_rows(
+        batch.rollouts, np.arange(4), budget=budget, rank=0, ranks=1, share_prompts=True
+    ):
+        logprobs = live[torch.from_numpy(pack.flat_positions)]
+        zeros = torch.zeros_like(logprobs)
+        result = PackResult(logprobs, zeros, zeros, zeros[:, None])
+        made = pack_loss(result, pack, batch, algorithm, sizes, {}, old_kl_coefficient=penalty)
+        total = total + made.loss
+        for name, value in made.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return total, sums
+
+
+@pytest.mark.parametrize("budget", [4, 1000])
+@pytest.mark.parametrize("name", KLS)
+def test_kl_terms_do_not_depend_on_the_packing(name: str, budget: int):
+    """Against the padded batch: -log pi A + 0.3 KL + 0.5 KL(old || live), summed over 4 responses."""
+    batch, kl = example(), KLS[name]
+    algorithm = AlgorithmConfig(
+        kl=kl, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
+    )
+    generator = torch.Generator().manual_seed(2)
+    live = -torch.rand(len(batch.rollouts.token_ids), generator=generator)
+    live.requires_grad_()
+    loss, sums = losses_of(batch, live, algorithm, budget, penalty=0.5)
+    (found,) = torch.autograd.grad(loss, live)
+
+    padding = ResponsePadding.of(batch.rollouts)
+    assert batch.old_logprobs is not None
+    assert batch.ref_logprobs is not None
+    assert batch.advantages is not None
+    mask, old, ref, advantages = (
+        padding.pad(array)
+        for array in (
+            batch.rollouts.response_mask,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            batch.advantages,
+        )
+    )
+    logprobs = torch.zeros(padding.shape).index_put(
+        (torch.from_numpy(padding.rows), torch.from_numpy(padding.columns)),
+        live[torch.from_numpy(padding.flat)],
+    )
+    terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
+    drift = torch.where(mask, old_policy_kl(logprobs, old), 0.0)
+    tokens = 0.3 * kl_loss(logprobs, old, ref, mask, terms) + 0.5 * drift
+    expected = (torch.where(mask, -logprobs * advantages, 0.0) + tokens).sum() / 4
+    (exact,) = torch.autograd.grad(expected, live)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert torch.allclose(found, exact, atol=1e-6)
+    assert sums["kl_old"] == pytest.approx(float(drift.detach().sum()), rel=1e-5)
+
+
+def test_without_a_penalty_there_is_no_metric_of_it():
+    batch = example()
+    algorithm = AlgorithmConfig(kl=KLS["tokens"], objective=ObjectiveConfig(weight="none"))
+    _, sums = losses_of(batch, torch.zeros(len(batch.rollouts.token_ids)), algorithm, 1000, 0.0)
+    assert "kl_old" not in sums
+    assert {"kl_ref_k1", "kl_ref_k3"} <= set(sums)
