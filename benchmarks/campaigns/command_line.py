@@ -199,7 +199,9 @@ def refusal_problems(trial: Trial, result: Result) -> Iterator[str]:
         names = line.removeprefix("error: ").split(": ")[0].split(",")
         if not all(is_field(name) for name in names):
             yield f"names no field of the configuration: {line[:100]!r}"
-        if not re.search(rf"\b({REMEDIES})\b", line):
+        # A value that does not fit is followed by what the field is for, in brackets.
+        explained = "does not fit: " in line and line.endswith(")")
+        if not explained and not re.search(rf"\b({REMEDIES})\b", line):
             yield f"says no remedy: {line[:160]!r}"
     if trial.expect != "refused":
         return
@@ -220,12 +222,26 @@ def has_value(line: str, value: str) -> bool:
         read = yaml.safe_load(value)
     except yaml.YAMLError:
         read = value
-    shown = {value, repr(value), str(read), repr(read), value.strip(".-"), value.split(",")[-1]}
-    if isinstance(read, str) and re.fullmatch(r"-?[\d.]+e[-+]?\d+", read):
-        read = float(read)
-    if isinstance(read, float):
-        shown |= {f"{read:g}", str(read)}
+    shown = {value, value.strip(".-"), *value.split(",")}
+    for part in [read, *inner_values(read)]:
+        shown |= {str(part), repr(part)}
+        if isinstance(part, str) and re.fullmatch(r"-?[\d.]+e[-+]?\d+", part):
+            part = float(part)
+        if isinstance(part, float):
+            shown |= {f"{part:g}", str(part)}
     return any(text in line for text in shown if text) or not value.strip()
+
+
+def inner_values(tree: object) -> Iterator[object]:
+    """Keys and values of a nested value."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from (key, value)
+            yield from inner_values(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield value
+            yield from inner_values(value)
 
 
 def dry_problems(trial: Trial, result: Result) -> Iterator[str]:
@@ -415,6 +431,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=300, help="Random configurations.")
     parser.add_argument("--runs", type=int, default=None, help="How many of them run for real.")
+    parser.add_argument("--dry", action="store_true", help="Dry runs alone.")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", default="", help="Trials whose kind begins with this.")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
@@ -426,7 +443,7 @@ def main() -> int:
     if options.small:
         dry, runs = random.Random(options.seed).sample(dry, SMALL_SAMPLE), 1
     dry = [trial for trial in dry if trial.kind.startswith(options.only)]
-    real = real_trials(options.seed, runs) if runs else []
+    real = [] if options.dry else real_trials(options.seed, runs)
     if options.small:
         real = real[-1:]  # a reward function that fails takes a run each
     real = [trial for trial in real if trial.kind.startswith(options.only)]

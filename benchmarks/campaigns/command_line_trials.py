@@ -40,7 +40,7 @@ TINY = (
 REMEDIES = (
     "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Give|Install|It takes|Join|Keep|Known|Leave|Lower|Make|Mend|Name|"
     "Pass|Pick|Put|Quote|Raise|Remove|Repair|Sample|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
-    "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside"
+    "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form"
 )
 
 
@@ -94,6 +94,10 @@ def _bounds(metadata: Sequence[Any]) -> tuple[list[float], list[float]]:
     return outside, inside
 
 
+def _typed(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
 # Fields for which an empty text means something, and those that name a thing which a dry run cannot look up.
 EMPTY_IS_FINE = {"cluster.address"}
 
@@ -116,9 +120,9 @@ def field_trials() -> Iterator[Trial]:
             )
 
         for value in outside:
-            yield trial(f"{value:g}", "refused")
+            yield trial(_typed(value), "refused")
         for value in inside:
-            yield trial(f"{value:g}", "either")
+            yield trial(_typed(value), "either")
         yield trial("null", "either" if optional else "refused")
         mapping = dict in origins or str in parts  # text is taken as it is typed
         yield trial("{a: 1}", "either" if mapping else "refused")

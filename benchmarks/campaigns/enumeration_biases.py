@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/gradients.md"
 KL = "rlsys/algorithms/kl.py"
 HIERARCHICAL = "rlsys/algorithms/advantages/hierarchical.py"
-BOUNDED = ("ppo_clip", "dual_clip", "upper_clip", "power", "adaptive_power", "sapo", "cispo")
+BOUNDED = (
+    *("ppo_clip", "dual_clip", "upper_clip", "power", "adaptive_power", "sapo", "sapo_sequence"),
+    *("cispo", "minimum"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ def _whitens(case: Case) -> bool:
 
 def _weighted_baseline(case: Case) -> bool:
     """That has seen the response itself."""
-    weighted = case.estimator in ("opo", "optimal_baseline", "optimal_token_baseline")
+    weighted = case.estimator in (
+        "opo",
+        "optimal_baseline",
+        "optimal_token_baseline",
+    )  # as published
     return (weighted and not _has(case, "leave_one_out")) or _has(case, "cross_fit", "none")
 
 
@@ -80,7 +87,7 @@ def _full_power(case: Case) -> bool:
 
 def _ratio_of_a_part(case: Case) -> bool:
     weighs = case.weight != "none" and not _corrects_itself(case)
-    return case.moved and weighs and case.ratio != "product"
+    return case.moved and weighs and case.ratio != "product" and case.weight != "reward_time"
 
 
 def _bounded_weight(case: Case) -> bool:
@@ -107,7 +114,23 @@ def _partial_correction(case: Case) -> bool:
 
 
 def _loss_kl(case: Case, *kinds: str, direction: str = "reverse") -> bool:
-    return case.kl_placement == "loss" and case.kl_kind in kinds and case.kl_direction == direction
+    """A KL in the loss of one of these kinds, where it is not exact."""
+    named = case.kl_kind in kinds and case.kl_direction == direction
+    return case.kl_placement == "loss" and named and not _is_exact_kl(case)
+
+
+def _is_exact_kl(case: Case) -> bool:
+    if case.kl_kind in ("k2", "k3_k2"):
+        whole = case.kl_level == "sequence" or case.max_tokens == 1
+        return whole and (not case.moved or case.kl_ratio != "none")
+    if case.kl_level == "sequence" or case.max_tokens == 1:
+        return case.kl_ratio != "none"
+    return case.kl_ratio == "prefix" and case.kl_direction == "reverse"
+
+
+def _uncorrected_terms(case: Case) -> bool:
+    beside = case.kl_placement == "loss" or case.entropy == "bonus" or case.kl_old > 0
+    return case.gap and (case.correction != "none" or case.estimator == "hierarchical") and beside
 
 
 def _stale_costs(case: Case) -> bool:
@@ -145,6 +168,12 @@ BIASES: tuple[Bias, ...] = (
         HIERARCHICAL,
         "is not once the objective clips or weights by another ratio",
     ),
+    Bias(
+        "gpg: alpha of the batch",
+        lambda case: case.estimator == "gpg" and case.prompts > 1,
+        "rlsys/algorithms/advantages/gpg.py",
+        "alpha depends on the rewards that it multiplies",
+    ),
     Bias("divisor that depends on the lengths", _partial_length, PAGE, "divide by lengths that the responses themselves decide"),
     Bias("ratio of a part of the response", _ratio_of_a_part, PAGE, "Every ratio but `product` covers a part of the response"),
     Bias("bounded weight", _bounded_weight, PAGE, "Every weight but `importance` and `power` with q = 1 is bounded"),
@@ -164,19 +193,37 @@ BIASES: tuple[Bias, ...] = (
         "rlsys/algorithms/entropy.py",
         "Unlike an entropy bonus in the loss, credit also flows to the tokens that lead to uncertain continuations",
     ),
-    Bias("k1 in the loss", lambda case: _loss_kl(case, "k1"), KL, "the mean gradient of k1 is 0"),
-    Bias("k3 in the loss", lambda case: _loss_kl(case, "k3"), KL, "that of k3 belongs to the forward KL"),
+    Bias("k2 in the loss", lambda case: _loss_kl(case, "k2", "k3_k2"), KL, "A token does not answer for the KL that it leads to."),
     Bias(
-        "k2 in the loss, over several tokens or on others' samples",
-        lambda case: _loss_kl(case, "k2", "k3_k2") and (case.max_tokens > 1 or case.moved or case.gap),
+        "k3 in the loss without a ratio",
+        lambda case: _loss_kl(case, "k3") and case.kl_ratio == "none",
         KL,
-        "for a single token on own samples",
+        "without w that of the **forward** KL of each position",
     ),
     Bias(
-        "forward KL in the loss",
-        lambda case: _loss_kl(case, "k1", "k2", "k3", direction="forward"),
+        "k1 and k3 in the loss with the ratio of a token",
+        lambda case: _loss_kl(case, "k1", "k3") and case.kl_ratio != "none",
         KL,
-        "forward as a loss",
+        "`prefix` is right over whole responses",
+    ),
+    Bias(
+        "forward KL of each position",
+        lambda case: _loss_kl(case, "k1", "k3", direction="forward"),
+        KL,
+        "with w that of the forward KL of each position",
+    ),
+    Bias("KL and entropy in the loss on the engine's samples", _uncorrected_terms, PAGE, "A correction weighs the objective and not the terms beside it"),
+    Bias(
+        "ratio beyond its cap",
+        lambda case: case.staleness == "far" and case.weight != "none",
+        "rlsys/algorithms/bounded_ratio.py",
+        "with x capped to [-20, 20]",
+    ),
+    Bias(
+        "groups sampled again",
+        lambda case: case.resamples,
+        PAGE,
+        "Dynamic sampling leaves out the groups that are all right or all wrong",
     ),
     Bias("costs of the policy before it moved", _stale_costs, PAGE, "Costs in the reward are those of the policy at the start of the step"),
 )  # fmt: skip

@@ -34,6 +34,9 @@ class Case:
     kl_placement: str = "none"
     kl_kind: str = "k1"
     kl_direction: str = "reverse"
+    kl_level: str = "token"
+    kl_ratio: str = "none"  # importance ratio on the KL in the loss
+    kl_old: float = 0.0  # coefficient of KL(old || live)
     entropy: str = "none"  # none | bonus | temperature
     correction: str = "none"  # level
     correction_parameters: Parameters = ()
@@ -116,8 +119,11 @@ class Case:
                     "algorithm.kl.placement": self.kl_placement,
                     "algorithm.kl.kind": self.kl_kind,
                     "algorithm.kl.direction": self.kl_direction,
+                    "algorithm.kl.level": self.kl_level,
+                    "algorithm.kl.importance_ratio": self.kl_ratio,
                 }
             )
+            | ({"algorithm.kl_old.coefficient": self.kl_old} if self.kl_old else {})
         )
 
     def _estimator_parameters(self) -> dict[str, Any]:
@@ -138,7 +144,8 @@ class Case:
         if not self.preset:
             return self
         preset = PRESETS[self.preset]
-        entropy = "none"
+        kl, entropy = preset.kl.model_dump(), "none"
+        right = "k3" if kl["placement"] == "loss" else "k1"  # where the kind is null
         if preset.entropy.bonus or preset.entropy.temperature:
             entropy = "bonus" if preset.entropy.bonus else "temperature"
         return replace(
@@ -150,13 +157,21 @@ class Case:
             weight=preset.objective.weight,
             weight_parameters=tuple(preset.objective.parameters.items()),
             aggregation=preset.aggregation,
-            kl_placement=preset.kl.placement if preset.kl.coefficient else "none",
-            kl_kind=preset.kl.kind,
-            kl_direction=preset.kl.direction,
+            kl_placement=kl["placement"] if kl["coefficient"] else "none",
+            kl_kind=kl["kind"] or right,
+            kl_direction=kl["direction"],
+            kl_level=kl.get("level", "token"),
+            kl_ratio=kl.get("importance_ratio", "none"),
+            kl_old=preset.model_dump().get("kl_old", {}).get("coefficient", 0.0),
             entropy=entropy,
             correction=preset.rollout_correction.level,
             mask_truncated=preset.overlong.mask_truncated,
         )
+
+    @property
+    def resamples(self) -> bool:
+        """Whether groups that teach nothing are sampled again, and left out of the loss where they could not be replaced."""
+        return bool(self.preset) and PRESETS[self.preset].dynamic_sampling.max_rounds > 1
 
     @property
     def kl_coefficient(self) -> float:
@@ -189,12 +204,14 @@ ESTIMATORS: tuple[tuple[str, Parameters], ...] = (
     ("grpo", _p(std_ddof=1)),
     ("grpo", _p(divide_by_std=False)),
     ("grpo_process", ()),
+    ("gpg", ()),
     ("opo", ()),
     ("optimal_baseline", ()),
     ("optimal_baseline", _p(leave_one_out=True)),
     ("optimal_baseline", _p(scope="batch")),
     ("optimal_baseline", _p(scope="batch", leave_one_out=True)),
     ("optimal_token_baseline", ()),
+    ("optimal_token_baseline", _p(leave_one_out=True)),
     ("reinforce_plus_plus", ()),
     ("reinforce_plus_plus", _p(group_baseline=True)),
     ("token_kl_grpo", ()),
@@ -218,11 +235,16 @@ WEIGHTS: tuple[tuple[str, Parameters], ...] = (
     ("power", _p(q=1.0)),
     ("adaptive_power", ()),
     ("sapo", ()),
+    ("sapo_sequence", ()),
     ("cispo", ()),
+    ("minimum", ()),
+    ("reward_time", ()),
 )
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 KL_KINDS = ("k1", "k2", "k3", "k3_k2")
 DIRECTIONS = ("reverse", "forward")
+KL_LEVELS = ("token", "sequence")
+KL_RATIOS = ("none", "token", "prefix", "product")
 STALENESS = ("on_policy", "live_moved", "engine_gap", "both")
 CORRECTIONS: tuple[tuple[str, Parameters], ...] = (
     ("token", _p(cap=1e6)),
@@ -276,6 +298,31 @@ def slices() -> Iterator[Case]:
                 staleness=staleness,
                 aggregation=aggregation,
             )
+    for kind, direction, level, ratio, staleness in itertools.product(
+        KL_KINDS, DIRECTIONS, KL_LEVELS, KL_RATIOS, STALENESS
+    ):
+        for aggregation in ("sequence_sum", "token_mean"):
+            yield Case(
+                ratio="product",
+                weight="importance",
+                kl_placement="loss",
+                kl_kind=kind,
+                kl_direction=direction,
+                kl_level=level,
+                kl_ratio=ratio,
+                staleness=staleness,
+                aggregation=aggregation,
+            )
+    for staleness, aggregation, weight in itertools.product(
+        STALENESS, AGGREGATIONS, ("importance", "none", "ppo_clip")
+    ):
+        yield Case(
+            ratio="product",
+            weight=weight,
+            kl_old=KL,
+            staleness=staleness,
+            aggregation=aggregation,
+        )
     for kind, direction in itertools.product(KL_KINDS, DIRECTIONS):  # a single token
         yield Case(kl_placement="loss", kl_kind=kind, kl_direction=direction, max_tokens=1)
     for (estimator, parameters), entropy, staleness in itertools.product(
@@ -345,6 +392,9 @@ def random_case(draw: random.Random) -> Case:
         else draw.choices(placements, (1, 1, 1, 6))[0],
         kl_kind=draw.choice(KL_KINDS),
         kl_direction=draw.choices(DIRECTIONS, (3, 1))[0],
+        kl_level=draw.choices(KL_LEVELS, (4, 1))[0],
+        kl_ratio=draw.choices(KL_RATIOS, (4, 1, 1, 1))[0],
+        kl_old=draw.choice((0.0, 0.0, 0.0, KL)),
         entropy=draw.choices(("none", "bonus", "temperature"), (3, 1, 1))[0],
         correction=correction,
         correction_parameters=bounds,

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,12 +33,14 @@ from rlsys.data.batches import (
 )
 from rlsys.driver.credit_assignment import CreditAssigner, required_inputs
 from tests.support.enumerable_policy import ResponseSpace
+from workers.policy import worker
+from workers.policy.forward_check import ForwardCheck
 from workers.policy.packed_forward import PackResult, PackTensors
-from workers.policy.worker import PolicyWorker
 
 PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations
 FAR = 30.0  # of one logit: its token's log-ratio leaves the range of the clamp
+PACKED = ForwardCheck(packing=True, error=0.0, reason=None)
 # What an estimator kept of earlier batches: an average that has nothing to do with this one.
 EARLIER = {"average": 0.3, "weight": 1.0}
 
@@ -72,7 +75,7 @@ class World:
             old[0] = torch.tensor([FAR / 2, -FAR / 2], dtype=torch.float64)
             live = old.clone()
             live[0] = 0.0
-        rewards = torch.randn(2, len(space.tokens), generator=draw, dtype=torch.float64).numpy()
+        rewards = torch.randn(3, len(space.tokens), generator=draw, dtype=torch.float64).numpy()
         if case.rewards == "binary":
             rewards = (rewards > np.median(rewards)).astype(np.float64)
         ended = (
@@ -109,6 +112,8 @@ class World:
 
 class TablePolicy(nn.Module):
     """A table of logits that takes packs and gives what `PackedCausalLM` gives."""
+
+    packing = True
 
     def __init__(self, space: ResponseSpace, logits: Tensor) -> None:
         super().__init__()
@@ -156,19 +161,20 @@ class GradientRecorder(torch.optim.Optimizer):
         self.gradient = parameter.grad.clone()
 
 
-class EnumeratedPolicy(PolicyWorker):
+class EnumeratedPolicy(worker.PolicyWorker):
     """One rank of the actor group whose model is a table."""
 
     def setup_table(self, world: World) -> None:
-        """What `setup` does, without a process group of others and without a language model."""
-        self.device = torch.device("cpu")
-        self.model = TablePolicy(world.space, world.live)  # pyright: ignore[reportAttributeAccessIssue]
-        self.share_prompts = True
+        """`setup` with a table for a language model, and a recorder for the optimizer."""
+        join_alone()
+        policy = TablePolicy(world.space, world.live)
+        with (
+            patch.object(worker, "join_process_group", lambda *_: torch.device("cpu")),
+            patch.object(worker, "build_sharded_model", lambda *_, **__: (policy, PACKED)),
+        ):
+            self.setup("nowhere")
         self.recorder = GradientRecorder(self.model.parameters())
         self.optimizer = self.recorder  # pyright: ignore[reportAttributeAccessIssue]
-        self.steps = 0
-        self.estimator_state = {}
-        self.baselines = None
 
     def ascent(self, batch: Any) -> Tensor:
         """Minus the gradient of the loss of one update; 0 where the update is skipped."""
@@ -192,14 +198,13 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
     `config` is what the user set. With a policy that has moved since sampling, the update is one of the later ones of its batch: it gets
     `old_logprobs` as the driver would have computed them, and is then the only one.
     """
-    join_alone()
     needs = required_inputs(config)
     once = config.model_copy(
         update={"policy": config.policy.model_copy(update={"epochs": 1, "mini_batches": 1})}
     )
-    worker = EnumeratedPolicy(once, "", 0, 1)
+    policy = EnumeratedPolicy(once, "", 0, 1)
     torch.set_num_threads(1)
-    worker.setup_table(world)
+    policy.setup_table(world)
     total = torch.zeros_like(world.live)
     for drawn, probability in world.batches(case.group):
         rollouts = _rollouts(world, drawn)
@@ -215,7 +220,7 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
             [ref] if "ref_logprobs" in needs else [],
             greedy,
         )
-        total += probability * worker.ascent(batch)
+        total += probability * policy.ascent(batch)
     return total.flatten()
 
 

@@ -19,6 +19,7 @@ from benchmarks.campaigns.enumeration_cases import BONUS, TEMPERATURE, Case
 from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, score_norms
 
 Array = NDArray[np.float64]
+MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
 
 
 def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
@@ -52,6 +53,9 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
             in_loss = in_loss + BONUS * entropy
         else:
             in_reward = in_reward + TEMPERATURE * entropy
+    if case.kl_old:
+        old = space.logprobs(world.old)
+        in_loss = in_loss + case.kl_old * (old.sum(1).exp() * logs.sum(1)).sum()
     objective = own_share(case) * in_reward + in_loss
     (gradient,) = torch.autograd.grad(objective, table)
     if case.aggregation == "sequence_sum":
@@ -64,7 +68,8 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
 def own_share(case: Case) -> float:
     """What a baseline that contains the response itself leaves of the gradient, where the documents state it."""
     parameters = dict(case.parameters)
-    if case.estimator == "grpo" and not parameters.get("divide_by_std", True):
+    plain = case.estimator == "grpo" and not parameters.get("divide_by_std", True)
+    if plain or case.estimator == "gpg":
         return 1 - 1 / case.group
     if case.estimator == "reinforce_baseline" and "baseline" not in parameters:
         return 1 - 1 / (case.group * case.prompts)
@@ -183,6 +188,20 @@ def _grpo(d: Drawn, case: Case, p: dict) -> dict:
     return found
 
 
+@states("gpg")
+def _gpg(d: Drawn, case: Case, p: dict) -> dict:
+    """alpha = B / (B - M), M the responses of groups whose rewards are all equal."""
+    groups = {i: [d.total(j) for j in d.members(i)] for i in range(len(d.group))}
+    different = [i for i, group in groups.items() if not _equal(group)]
+    alpha = len(groups) / max(len(different), 1)
+    return {
+        (i, t): alpha * (d.total(i) - math.fsum(groups[i]) / len(groups[i]))
+        if i in different
+        else 0.0
+        for i, t in d.tokens()
+    }
+
+
 @states("grpo_process")
 def _grpo_process(d: Drawn, case: Case, p: dict) -> dict:
     steps: dict[tuple[int, int], float] = {}
@@ -233,13 +252,19 @@ def _optimal_baseline(d: Drawn, case: Case, p: dict) -> dict:
 
 @states("optimal_token_baseline")
 def _optimal_token_baseline(d: Drawn, case: Case, p: dict) -> dict:
+    """Among those that sampled a token here; alone here, against the others of the group with all that they had."""
     found = {}
     for i, t in d.tokens():
-        members = [j for j in d.members(i) if d.alive(j, t)]
-        weights = {j: float(d.norms[j, : t + 1].sum()) for j in members}
-        total = math.fsum(weights.values())
-        baseline = math.fsum(weights[j] * d.to_go(j, t) for j in members) / total
-        found[i, t] = d.to_go(i, t) - baseline
+        others = [j for j in d.members(i) if j != i]
+        here = [j for j in others if d.alive(j, t)]
+        weights = {j: float(d.norms[j, : t + 1].sum()) for j in [*others, i]}
+        values = {j: d.to_go(j, t) for j in [*others, i]}
+        compared = others  # alone here, against all of the group
+        if here:
+            compared = here if p.get("leave_one_out") else [*here, i]
+        total = math.fsum(weights[j] for j in compared)
+        baseline = math.fsum(weights[j] * values[j] for j in compared) / total if compared else 0.0
+        found[i, t] = values[i] - baseline if others else 0.0
     return found
 
 
@@ -297,7 +322,7 @@ def log_ratio(level: str, differences: Array, t: int) -> float:
 
 def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     """w(rho, A) of the table in `rlsys.algorithms.policy_objectives.weights`."""
-    rho = math.exp(log_rho)
+    rho = math.exp(min(max(log_rho, -MAX_LOG_RATIO), MAX_LOG_RATIO))
     low, high = p.get("clip_low", 0.2), p.get("clip_high", 0.2)
     if name == "none":
         return 1.0
@@ -314,9 +339,38 @@ def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     if name == "sapo":
         tau = p.get("tau_pos", 1.0) if advantage > 0 else p.get("tau_neg", 1.05)
         return rho / math.cosh(min(tau * (rho - 1) / 2, 300.0)) ** 2
+    if name == "sapo_sequence":
+        tau = p.get("tau_pos", 1.0) if advantage > 0 else p.get("tau_neg", 1.05)
+        return rho / math.cosh(tau * log_rho / 2) ** 2
+    if name == "minimum":
+        functions = p.get("functions", [{"kind": "ratio"}, {"kind": "clip"}])
+        return _slope_of_minimum(functions, rho, advantage)
     if name == "cispo":
         return min(max(rho, 1 - p.get("clip_low", 1.0)), 1 + high)
     raise KeyError(name)
+
+
+def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> float:
+    """rho f'(rho) of the first function whose product with the advantage is smallest."""
+    values = {
+        "one": lambda f: (1.0, 0.0),
+        "ratio": lambda f: (rho, rho),
+        "power": lambda f: (rho ** f.get("q", 0.5), f.get("q", 0.5) * rho ** f.get("q", 0.5)),
+        "clip": lambda f: (
+            min(max(rho, 1 - f.get("low", 0.2)), 1 + f.get("high", 0.2)),
+            rho if 1 - f.get("low", 0.2) <= rho <= 1 + f.get("high", 0.2) else 0.0,
+        ),
+    }
+    return min(
+        (values[function["kind"]](function) for function in functions),
+        key=lambda pair: pair[0] * advantage,
+    )[1]
+
+
+def reward_time_weight(ratios: list[float], advantages: list[float], t: int) -> float:
+    """sum_{s>=t} rho_{<=s} (A_s - A_{s+1}), each reward with the ratios up to its own time."""
+    following = [*advantages[1:], 0.0]
+    return math.fsum(ratios[s] * (advantages[s] - following[s]) for s in range(t, len(advantages)))
 
 
 def adaptive_q(log_ratios: list[float], target: float) -> float:
@@ -405,11 +459,12 @@ class Stated:
             greedy=self.greedy[prompt],
         )
         advantages = STATEMENTS[case.estimator](d, case, dict(case.parameters))
-        if case.preset == "gpg":
-            advantages = _with_alpha(d, advantages)
         parameters = dict(case.weight_parameters)
         trained = [
-            (i, t) for i, t in d.tokens() if not case.mask_truncated or self.world.ended[rows[i]]
+            (i, t)
+            for i, t in d.tokens()
+            if (not case.mask_truncated or self.world.ended[rows[i]])
+            and (not case.resamples or _is_mixed(d, i))
         ]
         if case.weight == "adaptive_power":
             ratios = [self._log_ratio(rows[i], t) for i, t in trained]
@@ -421,12 +476,19 @@ class Stated:
         for i, t in trained:
             s = rows[i]
             advantage = advantages[i, t]
-            weight = weight_of(case.weight, parameters, self._log_ratio(s, t), advantage)
-            slope = self._correction(s, t) * weight * advantage
-            if case.kl_placement == "loss":
-                d_live = self.logs["live"][s, t] - self.logs["ref"][s, t]
-                slope -= case.kl_coefficient * kl_slope(case.kl_kind, case.kl_direction, d_live)
+            if case.weight == "reward_time":
+                length = range(d.lengths[i])
+                ratios = [math.exp(self._log_ratio(s, u)) for u in length]
+                push = reward_time_weight(ratios, [advantages[i, u] for u in length], t)
+            else:
+                log_rho = self._log_ratio(s, t)
+                push = advantage * weight_of(case.weight, parameters, log_rho, advantage)
+            slope = self._correction(s, t) * push
+            if case.kl_old:
+                slope -= case.kl_old * (math.exp(self.logs["live"][s, t] - self._old()[s, t]) - 1)
             vector = slope * self.scores[s, t]
+            if case.kl_placement == "loss":
+                vector = vector - case.kl_coefficient * self._kl_loss_gradient(s, t)
             if case.entropy == "bonus":
                 vector = vector + BONUS * self.entropy_slopes[s, t]
             divisor = {
@@ -437,6 +499,29 @@ class Stated:
             }[case.aggregation]
             total += vector / divisor
         return total
+
+    def _kl_loss_gradient(self, s: int, t: int) -> Array:
+        """Gradient of w k(d) at one token; k2 and k3_k2 take w as a number."""
+        case, length = self.case, self.world.lengths[s]
+        differences = (self.logs["live"] - self.logs["ref"])[s, :length]
+        steps = (self.logs["live"] - self._old())[s, :length]
+        d, w = float(differences[t]), 0.0
+        scores = self.scores[s, :length]
+        reached = scores[t]  # gradient of log w
+        if case.kl_ratio == "token":
+            w = float(steps[t])
+        elif case.kl_ratio == "prefix":
+            w, reached = float(steps[: t + 1].sum()), scores[: t + 1].sum(0)
+        elif case.kl_ratio == "product":
+            w, reached = float(steps.sum()), scores.sum(0)
+        if case.kl_level == "sequence":
+            # Each token carries the whole response's value, and the gradient through its own log-probability.
+            d, reached = float(differences.sum()), scores[t]
+        weight = math.exp(w)
+        gradient = weight * kl_slope(case.kl_kind, case.kl_direction, d) * scores[t]
+        if case.kl_ratio != "none" and case.kl_kind in ("k1", "k3"):
+            gradient = gradient + weight * kl_value(case.kl_kind, case.kl_direction, d) * reached
+        return gradient
 
     def _log_ratio(self, s: int, t: int) -> float:
         length = self.world.lengths[s]
@@ -460,10 +545,7 @@ class Stated:
         return min(rho, bounds.get("cap", 2.0))
 
 
-def _with_alpha(d: Drawn, advantages: dict) -> dict:
-    """GPG: alpha = B / (B - M), M the responses of groups whose rewards are all equal."""
-    equal = [i for i in range(len(d.group)) if _equal([d.total(j) for j in d.members(i)])]
-    if len(equal) == len(d.group):
-        return advantages
-    alpha = len(d.group) / (len(d.group) - len(equal))
-    return {key: alpha * value for key, value in advantages.items()}
+def _is_mixed(d: Drawn, i: int) -> bool:
+    """Whether the group has a right and a wrong response (DAPO, equation 11); right is a first reward of at least 0.5."""
+    right = [d.rewards[j] >= 0.5 for j in d.members(i)]
+    return any(right) and not all(right)
