@@ -219,6 +219,7 @@ ESTIMATORS: tuple[tuple[str, Parameters], ...] = (
     ("hierarchical", _p(output="residual")),
     ("hierarchical", _p(layers="all")),
     ("hierarchical", _p(layers="all", max_tokens=4)),
+    ("hierarchical", _p(max_tokens=4)),
     ("hierarchical", _p(layers="final", ridge=1.0)),
     ("hierarchical", _p(cross_fit="none", ridge=1.0)),
     ("hierarchical", _p(scope="batch", ridge=0.5, layers="current")),
@@ -362,6 +363,22 @@ def slices() -> Iterator[Case]:
             mask_truncated=masked,
             kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
             group=3,
+        )
+    # Drifted batches of several groups, in which one group's strength may follow from another's lengths.
+    hierarchical = [parameters for name, parameters in ESTIMATORS if name == "hierarchical"]
+    for parameters, (prompts, group), (staleness, recompute), max_tokens in itertools.product(
+        hierarchical, ((1, 3), (2, 3)), (("engine_gap", False), ("both", True)), (2, 3)
+    ):
+        if prompts * max_tokens > 4:
+            continue  # 400 batches
+        yield Case(
+            estimator="hierarchical",
+            parameters=parameters,
+            recompute=recompute,
+            staleness=staleness,
+            prompts=prompts,
+            group=group,
+            max_tokens=max_tokens,
         )
     for preset, staleness, rewards, (prompts, group) in itertools.product(
         PRESETS, STALENESS, ("normal", "binary"), ((1, 3), (2, 2))
