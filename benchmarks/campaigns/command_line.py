@@ -203,7 +203,7 @@ def refusal_problems(trial: Trial, result: Result) -> Iterator[str]:
         explained = "does not fit: " in line and line.endswith(")")
         if not explained and not re.search(rf"\b({REMEDIES})\b", line):
             yield f"says no remedy: {line[:160]!r}"
-    if trial.expect != "refused":
+    if trial.expect not in ("refused", "told"):
         return
     about = [
         line
@@ -339,8 +339,8 @@ def problems_of(trial: Trial, result: Result) -> Iterator[str]:
     if trial.expect == "refused":
         yield f"accepts {trial.value!r} for {trial.field}" if trial.value else "is accepted"
     plan = result.out.partition("\nmachine  ")[2] + result.err
-    if trial.expect == "told" and trial.field not in plan:
-        yield f"{trial.field} has no effect here, and nothing says so"
+    if trial.expect == "told" and not (trial.field in plan and trial.value in plan):
+        yield f"{trial.field} {trial.value} has no effect here, and nothing says so"
     yield from run_problems(trial, result) if trial.runs else dry_problems(trial, result)
 
 

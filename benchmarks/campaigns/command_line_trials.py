@@ -39,7 +39,7 @@ TINY = (
 # Words that tell what to do about it. A refusal without any of them leaves its reader alone.
 REMEDIES = (
     "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Give|Install|It takes|Join|Keep|Known|Leave|Lower|Make|Mend|Name|"
-    "Pass|Pick|Put|Quote|Raise|Remove|Repair|Sample|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
+    "Pass|Pick|Put|Quote|Raise|Remove|Repair|Sample|Save|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
     "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form"
 )
 
@@ -361,10 +361,15 @@ def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
     separated = changed(problem="one line\u2028and\u2029another\x85one?")
     yield trial(jsonl("separators", separated), "accepted", *off, problems=count)
     chat = [row | {"problem": [{"role": "user", "content": row["problem"]}]} for row in rows]
-    yield trial(jsonl("chat", chat), "accepted", *off, problems=count)
-    yield trial(parquet("chat", chat), "accepted", *off, problems=count)
+    template = ("--data.template", "chat", "--data.max_prompt_tokens", "512")
+    yield trial(jsonl("chat", chat), "accepted", *off, *template, problems=count)
+    yield trial(parquet("chat", chat), "accepted", *off, *template, problems=count)
+    yield trial(
+        jsonl("chat", chat), "refused", *off, "--data.template", "few_shot", value="few_shot"
+    )
     levels = [row | {"level": 3.0} for row in rows]
-    yield trial(jsonl("levels", levels), "accepted", *off, "--data.levels=3", problems=count)
+    third = ("--data.eval", str(jsonl("third", [_row(100 + i) | {"level": 3.0} for i in range(4)])))
+    yield trial(jsonl("levels", levels), "accepted", *third, "--data.levels=3", problems=count)
     gsm = [row | {"answer": f"1 + 1 = 2, so\n#### {row['answer']}"} for row in rows]
     yield trial(jsonl("gsm8k", gsm), "accepted", *off, problems=count)
     yield trial(jsonl("extra", changed(extra={"a": [1]})), "accepted", *off, problems=count)
@@ -383,11 +388,11 @@ def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
     )
     yield trial(jsonl("one_list", changed(answer=["4"])), "refused", *off, value=line)
     yield trial(jsonl("dict_problem", changed(problem={"text": "?"})), "refused", *off, value=line)
-    yield trial(jsonl("null_answer", changed(answer=None)), "refused", *off, value=line)
-    yield trial(parquet("null_answer", changed(answer=None)), "refused", *off)
-    yield trial(jsonl("null_problem", changed(problem=None)), "refused", *off, value=line)
-    yield trial(jsonl("empty_problem", changed(problem="")), "refused", *off, value=line)
-    yield trial(jsonl("empty_answer", changed(answer=" ")), "refused", *off, value=line)
+    yield trial(jsonl("null_answer", changed(answer=None)), "told", *off, value=f"line {line}")
+    yield trial(parquet("null_answer", changed(answer=None)), "told", *off, value=f"row {bad}")
+    yield trial(jsonl("null_problem", changed(problem=None)), "told", *off, value=f"line {line}")
+    yield trial(jsonl("empty_problem", changed(problem="")), "told", *off, value=f"line {line}")
+    yield trial(jsonl("empty_answer", changed(answer=" ")), "told", *off, value=f"line {line}")
     yield trial(jsonl("no_object", [*rows[:bad], 7, *rows[bad:]]), "refused", *off, value=line)
     broken = good.splitlines()
     broken[bad] = broken[bad][:-3]
