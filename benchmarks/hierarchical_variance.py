@@ -27,7 +27,7 @@ from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
 from rlsys.algorithms.advantages.baseline_variance import plain_baseline
 from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch
 from rlsys.algorithms.advantages.hierarchical_layers import Layers
-from tests.enumerable_policy import ResponseSpace
+from tests.support.enumerable_policy import ResponseSpace
 
 SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")
 PLAIN = ("none", "group_mean", "opo", "optimal_token")

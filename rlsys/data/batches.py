@@ -260,8 +260,9 @@ class LogprobBatch:
         sequence_offsets: NDArray[np.int64],
         array: Literal["logprobs", "score_norms"] = "logprobs",
     ) -> NDArray[np.float32]:
-        """Put one array of all ranks' parts in the order of the whole batch: `[N]`. Every row must come exactly once."""
-        whole = np.zeros(int(sequence_offsets[-1]), dtype=np.float32)
+        """Put one array of all ranks' parts in the order of the whole batch: `[N]`, in the precision of the parts. Every row must come exactly once."""
+        precision = np.result_type(*(getattr(part, array).dtype for part in parts))
+        whole = np.zeros(int(sequence_offsets[-1]), dtype=precision)
         seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
         for part in parts:
             start = 0

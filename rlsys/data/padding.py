@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from rlsys.data.batches import RolloutBatch
@@ -41,8 +41,10 @@ class ResponsePadding:
         padded[self.rows, self.columns] = values[self.flat]
         return torch.from_numpy(padded)
 
-    def unpad(self, padded: Tensor, num_tokens: int) -> NDArray[np.float32]:
-        """[B, T, ...] -> [N, ...] float32, zeros on the prompts."""
-        flat = np.zeros((num_tokens, *padded.shape[2:]), dtype=np.float32)
-        flat[self.flat] = padded.to(torch.float32).numpy()[self.rows, self.columns]
+    def unpad(
+        self, padded: Tensor, num_tokens: int, dtype: DTypeLike = np.float32
+    ) -> NDArray[np.float32]:
+        """[B, T, ...] -> [N, ...], zeros on the prompts; float32 where nothing else is asked for."""
+        flat = np.zeros((num_tokens, *padded.shape[2:]), dtype=dtype)
+        flat[self.flat] = padded.numpy()[self.rows, self.columns]
         return flat

@@ -209,7 +209,8 @@ class CreditAssigner:
         tokens, algorithm = len(rollouts.token_ids), self._config.algorithm
 
         def flat(values: Tensor | None) -> NDArray[np.float32] | None:
-            return None if values is None else padding.unpad(values, tokens)
+            precision = rollouts.rollout_logprobs.dtype  # float32, but in exact enumerations
+            return None if values is None else padding.unpad(values, tokens, precision)
 
         return TrainBatch(
             rollouts=rollouts,
@@ -333,4 +334,4 @@ def _of_each_response(
 ) -> NDArray[np.float32]:
     """[P] values in the order of the prompts -> [B] at their responses."""
     index = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
-    return of_prompts[[index[int(group)] for group in rollouts.group_ids]].astype(np.float32)
+    return of_prompts[[index[int(group)] for group in rollouts.group_ids]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlsys.algorithms.advantages import AdvantageOutput, get_advantage_estimator
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_objective
-from tests.enumerable_policy import ResponseSpace
+from tests.support.enumerable_policy import ResponseSpace
 
 EXACT = 1e-10
 

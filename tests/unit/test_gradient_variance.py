@@ -19,9 +19,9 @@ from rlsys.data.packing import pack_rows
 from rlsys.driver.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
-from tests.enumerable_policy import ResponseSpace
 from tests.rollout_examples import random_rollouts, train_batch
 from tests.support.architectures import Architecture, tiny_model
+from tests.support.enumerable_policy import ResponseSpace
 from workers.policy.gradient_diagnostics import (
     check_diagnosable,
     gradient_metrics,

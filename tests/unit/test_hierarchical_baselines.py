@@ -33,7 +33,7 @@ from rlsys.algorithms.advantages.hierarchical_strength import (
     cautious_strengths,
     tilted_centre,
 )
-from tests.enumerable_policy import Context, Enumerated
+from tests.support.enumerable_policy import Context, Enumerated
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
 SPACES: list[tuple[Context, bool]] = [

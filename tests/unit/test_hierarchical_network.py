@@ -29,8 +29,8 @@ from rlsys.config import (
     RunConfig,
 )
 from rlsys.data.packing import pack_rows
-from tests.enumerable_policy import Enumerated
 from tests.rollout_examples import random_rollouts
+from tests.support.enumerable_policy import Enumerated
 from workers.policy.baseline_network import FILE, BaselineLearner
 from workers.policy.packed_forward import PackResult
 

@@ -1,0 +1,230 @@
+"""Is the gradient of every accepted configuration the one that the documents state? Exactly, by enumeration.
+
+    python -m benchmarks.campaigns.enumeration --seed 0             everything: slices and 1,500 random combinations, about ten minutes on two cores
+    python -m benchmarks.campaigns.enumeration --seed 0 --small     a sample of each, under a minute
+    python -m benchmarks.campaigns.enumeration --only "estimator=rloo recompute=True"       cases whose name contains this, with their numbers
+
+Every combination of estimator, ratio, weight, aggregation, KL, entropy, correction, staleness and shape of the batch lands in one class:
+
+    refused              `check_config` refuses it, by field
+    exact                the expected gradient of the real pipeline is that of the regularised objective
+    biased, documented   it is not, a sentence of the documents says so (`BIASES`), and it equals the method's own formula, written again here
+    finding              anything else; then the exit code is 1
+
+The classes of all combinations go to docs/data/enumeration.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.campaigns.enumeration_biases import Bias, documented, undocumented
+from benchmarks.campaigns.enumeration_cases import MACHINE, Case, random_case, slices
+from benchmarks.campaigns.enumeration_pipeline import World, expected_gradient
+from benchmarks.campaigns.enumeration_statements import Stated, has_statement, true_gradient
+from recipes.grpo_math import grpo_math
+from rlsys.config.command_line import evolve
+from rlsys.driver.preflight import check_config
+from rlsys.driver.run_directory import RunDirectory
+
+EXACT = 1e-9
+# Where advantages are estimated again, live log-probabilities travel between ranks in float32.
+SINGLE = 1e-5
+NOTHING = 1e-12
+RANDOM_CASES = 1500
+SMALL = (110, 60)  # sampled from the slices, random
+DATA = Path("docs/data/enumeration.csv")
+FIELD = re.compile(r"^[a-z_]+(\.[a-z_]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Where one case landed. Errors are relative to the length of what is compared with; NaN where there is nothing to compare."""
+
+    case: Case
+    kind: str
+    error: float = float("nan")
+    formula_error: float = float("nan")
+    reasons: tuple[str, ...] = ()
+    message: str = ""
+
+
+def relative_error(found: Tensor, wanted: Tensor, *, any_length: bool = False) -> float:
+    """||c found - wanted|| / ||wanted||, c = 1 or the best factor."""
+    size = float(wanted.norm())
+    if size < 1e-12:
+        return float(found.norm())
+    factor = 1.0
+    if any_length and float(found.norm()) > 0:
+        factor = float(found @ wanted / (found @ found))
+    return float((factor * found - wanted).norm()) / size
+
+
+def examine(case: Case, seed: int) -> Outcome:
+    """The class of one case."""
+    message = refusal(case)
+    if message is not None:
+        named = FIELD.match(message)
+        return Outcome(case=case, kind="refused" if named else "finding", message=message)
+    config, world, resolved = case.config(), World.of(case, seed), case.resolved()
+    try:
+        found = expected_gradient(case, config, world)
+    except Exception as error:  # what is accepted must not fail while it runs
+        return Outcome(case=case, kind="finding", message=f"{type(error).__name__}: {error}")
+    if not bool(torch.isfinite(found).all()):
+        return Outcome(case=case, kind="finding", message="the gradient is not finite")
+    wanted, length_is_stated = true_gradient(resolved, world)
+    if case.staleness != "far" and float(found.norm()) < NOTHING < float(wanted.norm()):
+        return Outcome(case=case, kind="finding", message="every update is 0", error=1.0)
+    error = relative_error(found, wanted, any_length=not length_is_stated)
+    formula_error = float("nan")
+    if has_statement(resolved):
+        formula_error = relative_error(found, Stated(resolved, world).gradient())
+    return judge(case, resolved, error, formula_error)
+
+
+def judge(case: Case, resolved: Case, error: float, formula_error: float) -> Outcome:
+    """The class that two errors mean."""
+    limit = SINGLE if resolved.recompute else EXACT
+    reasons: tuple[Bias, ...] = documented(resolved)
+    names = tuple(bias.name for bias in reasons)
+    if formula_error > limit:
+        kind, message = "finding", "differs from the method's own formula"
+    elif error <= limit:
+        kind, message = "exact", ""
+    elif reasons:
+        kind, message = "biased, documented", ""
+    else:
+        kind, message = "finding", "not the gradient of the objective, and no document says so"
+    return Outcome(
+        case=case,
+        kind=kind,
+        error=error,
+        formula_error=formula_error,
+        reasons=names if error > limit else (),
+        message=message,
+    )
+
+
+def refusal(case: Case) -> str | None:
+    """What the command line says to the case; None: it accepts it."""
+    return _refusal(json.dumps(case.flags(), sort_keys=True))
+
+
+@cache
+def _refusal(flags: str) -> str | None:
+    directory = RunDirectory(Path("runs") / "never-made")
+    try:
+        check_config(
+            evolve(grpo_math(MACHINE), json.loads(flags)), directory, MACHINE, resume=False
+        )
+    except ValueError as error:  # ConfigError and PreflightError are
+        return str(error).splitlines()[0]
+    return None
+
+
+def cases(seed: int, *, small: bool) -> list[Case]:
+    """Slices and random combinations, each once."""
+    draw = random.Random(seed)
+    ordered = list(dict.fromkeys(slices()))
+    count = RANDOM_CASES
+    if small:
+        ordered, count = draw.sample(ordered, SMALL[0]), SMALL[1]
+    return list(dict.fromkeys([*ordered, *(random_case(draw) for _ in range(count))]))
+
+
+def examine_all(chosen: Sequence[Case], seed: int, processes: int) -> list[Outcome]:
+    """In the order of the cases, whatever the number of processes."""
+    if processes == 1:
+        return [examine(case, seed) for case in chosen]
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(examine, chosen, [seed] * len(chosen), chunksize=8))
+
+
+def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
+    """One row a case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["class", "case", "error", "formula_error", "reasons", "message"])
+        for outcome in sorted(outcomes, key=lambda o: (o.kind, o.case.name())):
+            table.writerow(
+                [
+                    outcome.kind,
+                    outcome.case.name(),
+                    f"{outcome.error:.1e}",
+                    f"{outcome.formula_error:.1e}",
+                    "; ".join(outcome.reasons),
+                    outcome.message,
+                ]
+            )
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Counts, the size of each documented bias, and findings."""
+    counts = Counter(outcome.kind for outcome in outcomes)
+    lines = [f"{counts[kind]:6d}  {kind}" for kind in sorted(counts)]
+    sizes: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        if outcome.kind == "biased, documented" and len(outcome.reasons) == 1:
+            sizes.setdefault(outcome.reasons[0], []).append(outcome.error)
+    lines += [
+        "",
+        "error of the gradient where this is the only reason: cases, smallest, median, largest",
+    ]
+    lines += [
+        f"{len(found):6d}  {min(found):8.1e} {median(found):8.1e} {max(found):8.1e}  {reason}"
+        for reason, found in sorted(sizes.items())
+    ]
+    findings = [outcome for outcome in outcomes if outcome.kind == "finding"]
+    lines += ["", f"findings: {len(findings)}"] + [
+        f"  {outcome.case.name()}: {outcome.message} (error {outcome.error:.1e}, from its formula {outcome.formula_error:.1e})"
+        for outcome in findings
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the campaign; the number of findings decides the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", default="", help="Cases whose name contains these words.")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--csv", type=Path, default=None, help=f"Where to write; {DATA} for docs.")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    chosen = [
+        case
+        for case in cases(options.seed, small=options.small)
+        if all(word in case.name().split() for word in options.only.split())
+    ]
+    outcomes = examine_all(chosen, options.seed, options.processes)
+    if options.csv:
+        write_csv(outcomes, options.csv)
+    print(summary(outcomes))
+    missing = undocumented()
+    print("\n".join(missing))
+    print(f"{len(outcomes)} cases in {time.perf_counter() - start:.0f} s")
+    return 1 if any(outcome.kind == "finding" for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

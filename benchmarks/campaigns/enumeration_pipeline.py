@@ -1,0 +1,305 @@
+"""The expected gradient of one update, through the code that trains: every batch that a small policy can sample, with its probability.
+
+    all batches of P x G responses --CreditAssigner--> TrainBatch --PolicyWorker.update--> gradient      sum over batches of probability x gradient
+
+The policy is a table of logits that is called with packs, as a language model would be: row (position, token before) gives the logits of the next
+token. Everything else is the trainer's own code, in float64 where it keeps the precision that it is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.campaigns.enumeration_cases import Case
+from rlsys.config import RunConfig
+from rlsys.data.batches import (
+    LogprobBatch,
+    Prompt,
+    PromptBatch,
+    RewardBatch,
+    RolloutBatch,
+    StopReason,
+)
+from rlsys.driver.credit_assignment import CreditAssigner, required_inputs
+from tests.support.enumerable_policy import ResponseSpace
+from workers.policy import worker
+from workers.policy.forward_check import ForwardCheck
+from workers.policy.packed_forward import PackResult, PackTensors
+
+PROMPT_TOKEN = 7
+DRIFT = 0.5  # of logits, in standard deviations
+FAR = 30.0  # of one logit: its token's log-ratio leaves the range of the clamp
+PACKED = ForwardCheck(packing=True, error=0.0, reason=None)
+# What an estimator kept of earlier batches: an average that has nothing to do with this one.
+EARLIER = {"average": 0.3, "weight": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """All responses, four policies over them, and the reward of each response to each prompt."""
+
+    space: ResponseSpace
+    rollout: Tensor  # [rows, V] logits, float64
+    old: Tensor
+    live: Tensor
+    ref: Tensor
+    rewards: NDArray[np.float64]  # [P, S]
+    ended: NDArray[np.bool_]  # [S] by the end token; the others are truncated
+
+    @staticmethod
+    def of(case: Case, seed: int) -> World:
+        """The world of a case. Worlds of one seed differ in what the case asks for alone."""
+        mixed = case.lengths == "mixed"
+        space = ResponseSpace.of(2, case.max_tokens, end_token=mixed)
+        draw = torch.Generator().manual_seed(seed)
+
+        def logits(scale: float) -> Tensor:
+            return space.random_logits(draw, scale)
+
+        old, ref, moved, gap = logits(1.0), logits(1.0), logits(DRIFT), logits(DRIFT)
+        live = old + moved if case.staleness in ("live_moved", "both") else old
+        rollout = old + gap if case.staleness in ("engine_gap", "both") else old
+        if case.staleness == "far":
+            rollout = old = old.clone()
+            old[0] = torch.tensor([FAR / 2, -FAR / 2], dtype=torch.float64)
+            live = old.clone()
+            live[0] = 0.0
+        rewards = torch.randn(3, len(space.tokens), generator=draw, dtype=torch.float64).numpy()
+        if case.rewards == "binary":
+            rewards = (rewards > np.median(rewards)).astype(np.float64)
+        ended = (
+            (space.tokens.eq(0) & space.mask).any(1).numpy()
+            if mixed
+            else np.ones(len(space.tokens), dtype=np.bool_)
+        )
+        return World(
+            space=space,
+            rollout=rollout,
+            old=old,
+            live=live,
+            ref=ref,
+            rewards=rewards[: case.prompts],
+            ended=ended,
+        )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[S] tokens of each response."""
+        return self.space.mask.sum(1).numpy()
+
+    def batches(self, group: int) -> Iterator[tuple[NDArray[np.int64], float]]:
+        """([P, G] indices of responses, probability) of every batch that can be sampled, up to the order within its groups."""
+        probabilities = self.space.probabilities(self.rollout).numpy()
+        groups = []
+        for drawn in itertools.combinations_with_replacement(range(len(probabilities)), group):
+            counts = np.bincount(drawn)
+            orders = math.factorial(group) / math.prod(map(math.factorial, counts.tolist()))
+            groups.append((drawn, orders * math.prod(probabilities[list(drawn)].tolist())))
+        for batch in itertools.product(groups, repeat=len(self.rewards)):
+            yield np.asarray([drawn for drawn, _ in batch]), math.prod(p for _, p in batch)
+
+
+class TablePolicy(nn.Module):
+    """A table of logits that takes packs and gives what `PackedCausalLM` gives."""
+
+    packing = True
+
+    def __init__(self, space: ResponseSpace, logits: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(logits.clone())
+        self.rows = torch.full((space.length, PROMPT_TOKEN + 1), -1)
+        before = torch.cat(
+            [torch.full((len(space.tokens), 1), PROMPT_TOKEN), space.tokens[:, :-1]], dim=1
+        )
+        for position in range(space.length):
+            sampled = space.mask[:, position]
+            for token, row in zip(
+                before[sampled, position], space.rows[sampled, position], strict=True
+            ):
+                known = self.rows[position, token]
+                assert known in (-1, row), "the row must follow from position and token before"
+                self.rows[position, token] = row
+
+    def forward(self, pack: PackTensors, temperature: float) -> PackResult:
+        """Log-probabilities, entropies and score norms of the pack's sampled tokens."""
+        position = pack.position_ids[0, pack.predict_positions]
+        before = pack.token_ids[0, pack.predict_positions]
+        logs = (self.table[self.rows[position, before]] / temperature).log_softmax(dim=1)
+        chosen = logs.gather(1, pack.targets[:, None])[:, 0]
+        probabilities = logs.exp()
+        with torch.no_grad():
+            norms = 1 - 2 * chosen.exp() + probabilities.square().sum(1)
+        return PackResult(
+            logprobs=chosen,
+            entropies=-(probabilities * logs).sum(1),
+            score_norms=norms,
+            hidden=logs.detach(),
+        )
+
+
+class GradientRecorder(torch.optim.Optimizer):
+    """Keeps the gradient and leaves the weights alone."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self.gradient: Tensor | None = None
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take the gradient of the only parameter."""
+        (parameter,) = self.param_groups[0]["params"]
+        self.gradient = parameter.grad.clone()
+
+
+class EnumeratedPolicy(worker.PolicyWorker):
+    """One rank of the actor group whose model is a table."""
+
+    def setup_table(self, world: World) -> None:
+        """`setup` with a table for a language model, and a recorder for the optimizer."""
+        join_alone()
+        policy = TablePolicy(world.space, world.live)
+        with (
+            patch.object(worker, "join_process_group", lambda *_: torch.device("cpu")),
+            patch.object(worker, "build_sharded_model", lambda *_, **__: (policy, PACKED)),
+        ):
+            self.setup("nowhere")
+        self.recorder = GradientRecorder(self.model.parameters())
+        self.optimizer = self.recorder  # pyright: ignore[reportAttributeAccessIssue]
+
+    def ascent(self, batch: Any) -> Tensor:
+        """Minus the gradient of the loss of one update; 0 where the update is skipped."""
+        self.recorder.gradient = None
+        self.estimator_state = {}
+        self.update(batch)
+        gradient = self.recorder.gradient
+        return torch.zeros_like(self.model.table) if gradient is None else -gradient  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def join_alone() -> None:
+    """A process group of one, in this process, for the collectives of an update."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
+    """[rows * V] the gradient that the pipeline ascends, in expectation over all batches.
+
+    `config` is what the user set. With a policy that has moved since sampling, the update is one of the later ones of its batch: it gets
+    `old_logprobs` as the driver would have computed them, and is then the only one.
+    """
+    needs = required_inputs(config)
+    once = config.model_copy(
+        update={"policy": config.policy.model_copy(update={"epochs": 1, "mini_batches": 1})}
+    )
+    policy = EnumeratedPolicy(once, "", 0, 1)
+    torch.set_num_threads(1)
+    policy.setup_table(world)
+    total = torch.zeros_like(world.live)
+    for drawn, probability in world.batches(case.group):
+        rollouts = _rollouts(world, drawn)
+        assigner = CreditAssigner(config)
+        assigner.load_state({**assigner.state(), "estimator": dict(EARLIER)})
+        old = _logprobs(world, rollouts, drawn, world.old, with_norms="score_norms" in needs)
+        ref = _logprobs(world, rollouts, drawn, world.ref)
+        greedy = _greedy(world) if "greedy_rewards" in needs else None
+        batch, _ = assigner.assign(
+            rollouts,
+            _rewards(world, drawn),
+            [old] if "old_logprobs" in needs else [],
+            [ref] if "ref_logprobs" in needs else [],
+            greedy,
+        )
+        total += probability * policy.ascent(batch)
+    return total.flatten()
+
+
+def _flat(world: World, drawn: NDArray[np.int64], per_response: Tensor) -> NDArray[np.float64]:
+    """[S, L] values of responses -> [N] of the batch's sequences, 0 at the prompts."""
+    parts = []
+    for index in drawn.reshape(-1):
+        parts.append(np.concatenate([[0.0], per_response[index].numpy()[: world.lengths[index]]]))
+    return np.concatenate(parts)
+
+
+def _rollouts(world: World, drawn: NDArray[np.int64]) -> RolloutBatch:
+    rows = drawn.reshape(-1)
+    lengths = world.lengths[rows]
+    tokens = [
+        np.concatenate([[PROMPT_TOKEN], world.space.tokens[row].numpy()[:length]])
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    mask = np.concatenate([[False, *[True] * int(length)] for length in lengths])
+    prompts = tuple(
+        Prompt(problem_id=str(p), token_ids=(PROMPT_TOKEN,), text="", problem="", ground_truth="")
+        for p in range(len(drawn))
+    )
+    groups = np.arange(len(drawn), dtype=np.int64)
+    return RolloutBatch(
+        prompts=PromptBatch(batch_id=0, prompts=prompts, group_ids=groups),
+        token_ids=np.concatenate(tokens).astype(np.int32),
+        sequence_offsets=np.cumsum([0, *(lengths + 1)]).astype(np.int64),
+        prompt_lengths=np.ones(len(rows), dtype=np.int32),
+        response_mask=mask,
+        rollout_logprobs=_flat(world, drawn, world.space.logprobs(world.rollout)),  # pyright: ignore[reportArgumentType]
+        group_ids=np.repeat(groups, drawn.shape[1]),
+        oldest_weight_version=np.zeros(len(rows), dtype=np.int32),
+        newest_weight_version=np.zeros(len(rows), dtype=np.int32),
+        stop_reasons=np.where(world.ended[rows], StopReason.END, StopReason.LENGTH).astype(np.int8),
+        response_texts=("",) * len(rows),
+        temperature=1.0,
+    )
+
+
+def _rewards(world: World, drawn: NDArray[np.int64]) -> RewardBatch:
+    values = np.concatenate([world.rewards[p][drawn[p]] for p in range(len(drawn))])
+    return _reward_batch(values)
+
+
+def _greedy(world: World) -> RewardBatch:
+    likeliest = int(world.space.probabilities(world.rollout).argmax())
+    return _reward_batch(world.rewards[:, likeliest])
+
+
+def _reward_batch(values: NDArray[np.float64]) -> RewardBatch:
+    count = len(values)
+    return RewardBatch(
+        batch_id=0,
+        rewards=values,  # pyright: ignore[reportArgumentType]
+        accuracies=np.clip(values, 0, 1).astype(np.float32),
+        components={},
+        reasons=("",) * count,
+        extracted_answers=("",) * count,
+    )
+
+
+def _logprobs(
+    world: World,
+    rollouts: RolloutBatch,
+    drawn: NDArray[np.int64],
+    logits: Tensor,
+    *,
+    with_norms: bool = False,
+) -> LogprobBatch:
+    norms = score_norms(world.space, logits)
+    return LogprobBatch(
+        batch_id=0,
+        rows=np.arange(len(rollouts)),
+        logprobs=_flat(world, drawn, world.space.logprobs(logits)),  # pyright: ignore[reportArgumentType]
+        score_norms=_flat(world, drawn, norms) if with_norms else None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def score_norms(space: ResponseSpace, logits: Tensor) -> Tensor:
+    """[S, L] squared norm of each token's score with respect to its row of logits."""
+    return space.scores(logits).square().sum(dim=2)

@@ -1,0 +1,551 @@
+"""What the documents state: the gradient of the regularised objective, and each method's own formula, written again and slowly.
+
+`true_gradient` differentiates the exact expectation. `stated_gradient` is the score-function form that a method's docstring states, in loops over
+responses and tokens: it shares no code with the library, so that an error there is not repeated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.campaigns.enumeration_cases import BONUS, TEMPERATURE, Case
+from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, score_norms
+
+Array = NDArray[np.float64]
+MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
+
+
+def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
+    """Gradient at the live policy of what the settings say is maximised, and whether its length is stated too.
+
+        J = f E[R] - beta KL + alpha H      f: what a mean that contains the response leaves, 1 - 1/G or 1 - 1/B
+
+    divided by what `aggregation` divides by. Its length is not stated where that depends on the responses' own lengths.
+    """
+    table = world.live.clone().requires_grad_()
+    space = world.space
+    logs, ref = space.logprobs(table), space.logprobs(world.ref)
+    probabilities = logs.sum(1).exp()
+    rewards = torch.from_numpy(world.rewards.mean(0))
+    in_reward = (probabilities * rewards).sum()
+    in_loss = torch.zeros((), dtype=torch.float64)
+    beta = case.kl_coefficient
+    if beta:
+        kl = (probabilities * (logs - ref).sum(1)).sum()
+        if case.kl_direction == "forward":
+            kl = -(ref.sum(1).exp() * logs.sum(1)).sum()
+        if case.kl_placement == "advantage":
+            beta = beta / case.max_tokens
+        if case.kl_placement == "loss":
+            in_loss = in_loss - beta * kl
+        else:
+            in_reward = in_reward - beta * kl
+    if case.entropy != "none":
+        entropy = -(probabilities * logs.sum(1)).sum()
+        if case.entropy == "bonus":
+            in_loss = in_loss + BONUS * entropy
+        else:
+            in_reward = in_reward + TEMPERATURE * entropy
+    if case.kl_old:
+        old = space.logprobs(world.old)
+        in_loss = in_loss + case.kl_old * (old.sum(1).exp() * logs.sum(1)).sum()
+    objective = own_share(case) * in_reward + in_loss
+    (gradient,) = torch.autograd.grad(objective, table)
+    if case.aggregation == "sequence_sum":
+        return gradient.flatten(), True
+    length = case.max_tokens  # of every response, where all are equal
+    stated = case.aggregation == "constant" or case.lengths == "equal"
+    return gradient.flatten() / length, stated
+
+
+def own_share(case: Case) -> float:
+    """What a baseline that contains the response itself leaves of the gradient, where the documents state it."""
+    parameters = dict(case.parameters)
+    plain = case.estimator == "grpo" and not parameters.get("divide_by_std", True)
+    if plain or case.estimator == "gpg":
+        return 1 - 1 / case.group
+    if case.estimator == "reinforce_baseline" and "baseline" not in parameters:
+        return 1 - 1 / (case.group * case.prompts)
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One batch of B responses, as plain arrays; positions beyond a response's length hold zeros."""
+
+    group: Array  # [B]
+    rewards: Array  # [B]
+    costs: Array  # [B, T] token rewards: KL and entropy
+    lengths: NDArray[np.int64]  # [B]
+    norms: Array  # [B, T]
+    old_over_ref: Array  # [B, T] log-ratios
+    greedy: Array  # [B]
+
+    def alive(self, i: int, t: int) -> bool:
+        return t < self.lengths[i]
+
+    def members(self, i: int) -> list[int]:
+        return [j for j in range(len(self.group)) if self.group[j] == self.group[i]]
+
+    def total(self, i: int) -> float:
+        return float(self.rewards[i] + self.costs[i].sum())
+
+    def to_go(self, i: int, t: int) -> float:
+        return float(self.rewards[i] + self.costs[i, t:].sum())
+
+    def tokens(self) -> list[tuple[int, int]]:
+        return [(i, t) for i in range(len(self.group)) for t in range(self.lengths[i])]
+
+
+Statement = Callable[[Drawn, Case, dict], dict[tuple[int, int], float]]
+STATEMENTS: dict[str, Statement] = {}
+
+
+def states(name: str) -> Callable[[Statement], Statement]:
+    def decorator(function: Statement) -> Statement:
+        STATEMENTS[name] = function
+        return function
+
+    return decorator
+
+
+def _std(values: list[float], ddof: int) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(
+        math.fsum((value - mean) ** 2 for value in values) / max(len(values) - ddof, 1)
+    )
+
+
+def _equal(values: list[float]) -> bool:
+    return max(values) == min(values)
+
+
+@states("reinforce")
+def _reinforce(d: Drawn, case: Case, p: dict) -> dict:
+    return {(i, t): d.to_go(i, t) for i, t in d.tokens()}
+
+
+@states("reinforce_baseline")
+def _reinforce_baseline(d: Drawn, case: Case, p: dict) -> dict:
+    if p.get("baseline") == "moving_average":
+        value = EARLIER["average"] / EARLIER["weight"]
+    else:
+        value = math.fsum(d.total(i) for i in range(len(d.group))) / len(d.group)
+    return {(i, t): d.to_go(i, t) - value for i, t in d.tokens()}
+
+
+@states("rloo")
+def _rloo(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        others = [d.total(j) for j in d.members(i) if j != i]
+        found[i, t] = d.total(i) - math.fsum(others) / len(others) if others else 0.0
+    return found
+
+
+@states("remax")
+def _remax(d: Drawn, case: Case, p: dict) -> dict:
+    return {(i, t): d.to_go(i, t) - d.greedy[i] for i, t in d.tokens()}
+
+
+@states("gae")
+def _gae(d: Drawn, case: Case, p: dict) -> dict:
+    gamma, lam = p.get("gamma", 1.0), p.get("lam", 1.0)
+    found = {}
+    for i, t in d.tokens():
+        last = d.lengths[i] - 1
+        found[i, t] = math.fsum(
+            (gamma * lam) ** (s - t) * (d.costs[i, s] + (d.rewards[i] if s == last else 0.0))
+            for s in range(t, last + 1)
+        )
+    return _whitened(found, 1e-8) if p.get("whiten") else found
+
+
+def _whitened(values: dict, eps: float) -> dict:
+    flat = list(values.values())
+    if _equal(flat):
+        return dict.fromkeys(values, 0.0)
+    mean, std = math.fsum(flat) / len(flat), _std(flat, 0)
+    return {key: (value - mean) / (std + eps) for key, value in values.items()}
+
+
+@states("grpo")
+def _grpo(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        centred = d.total(i) - math.fsum(group) / len(group)
+        if p.get("divide_by_std", True):
+            centred /= _std(group, p.get("std_ddof", 0)) + 1e-6
+        found[i, t] = 0.0 if _equal(group) else centred
+    return found
+
+
+@states("gpg")
+def _gpg(d: Drawn, case: Case, p: dict) -> dict:
+    """alpha = B / (B - M), M the responses of groups whose rewards are all equal."""
+    groups = {i: [d.total(j) for j in d.members(i)] for i in range(len(d.group))}
+    different = [i for i, group in groups.items() if not _equal(group)]
+    alpha = len(groups) / max(len(different), 1)
+    return {
+        (i, t): alpha * (d.total(i) - math.fsum(groups[i]) / len(groups[i]))
+        if i in different
+        else 0.0
+        for i, t in d.tokens()
+    }
+
+
+@states("grpo_process")
+def _grpo_process(d: Drawn, case: Case, p: dict) -> dict:
+    steps: dict[tuple[int, int], float] = {}
+    for i, t in d.tokens():
+        last = t == d.lengths[i] - 1
+        if d.costs[i, t] or last:
+            steps[i, t] = d.costs[i, t] + (d.rewards[i] if last else 0.0)
+    found = {}
+    for i, t in d.tokens():
+        group = [steps[key] for key in steps if d.group[key[0]] == d.group[i]]
+        mean, std = math.fsum(group) / len(group), _std(group, 0)
+        mine = [value for (j, s), value in steps.items() if j == i and s >= t]
+        found[i, t] = (
+            0.0 if _equal(group) else math.fsum((value - mean) / (std + 1e-6) for value in mine)
+        )
+    return found
+
+
+def _weighted(d: Drawn, members: list[int], weights: dict[int, float]) -> float:
+    total = math.fsum(weights[j] for j in members)
+    if not total:
+        return math.fsum(d.total(j) for j in members) / len(members)
+    return math.fsum(weights[j] * d.total(j) for j in members) / total
+
+
+@states("opo")
+def _opo(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        members = d.members(i)
+        weights = {j: float(d.lengths[j]) for j in members}
+        found[i, t] = d.total(i) - _weighted(d, members, weights) if len(members) > 1 else 0.0
+    return found
+
+
+@states("optimal_baseline")
+def _optimal_baseline(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        members = list(range(len(d.group))) if p.get("scope") == "batch" else d.members(i)
+        alone = len(members) == 1
+        if p.get("leave_one_out"):
+            members = [j for j in members if j != i]
+        weights = {j: float(d.norms[j].sum()) for j in members}
+        found[i, t] = 0.0 if alone else d.total(i) - _weighted(d, members, weights)
+    return found
+
+
+@states("optimal_token_baseline")
+def _optimal_token_baseline(d: Drawn, case: Case, p: dict) -> dict:
+    """Among those that sampled a token here; alone here, against the others of the group with all that they had."""
+    found = {}
+    for i, t in d.tokens():
+        others = [j for j in d.members(i) if j != i]
+        here = [j for j in others if d.alive(j, t)]
+        weights = {j: float(d.norms[j, : t + 1].sum()) for j in [*others, i]}
+        values = {j: d.to_go(j, t) for j in [*others, i]}
+        compared = others  # alone here, against all of the group
+        if here:
+            compared = here if p.get("leave_one_out") else [*here, i]
+        total = math.fsum(weights[j] for j in compared)
+        baseline = math.fsum(weights[j] * values[j] for j in compared) / total if compared else 0.0
+        found[i, t] = values[i] - baseline if others else 0.0
+    return found
+
+
+@states("reinforce_plus_plus")
+def _reinforce_plus_plus(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        mean = math.fsum(group) / len(group) if p.get("group_baseline") else 0.0
+        found[i, t] = d.to_go(i, t) - mean
+    return _whitened(found, 1e-8)
+
+
+@states("token_kl_grpo")
+def _token_kl_grpo(d: Drawn, case: Case, p: dict) -> dict:
+    """With one H for all responses, as in the source: the number of tokens that may be generated."""
+    rate = case.kl_coefficient / case.max_tokens
+    returns = {
+        (i, t): d.total(i) - rate * float(d.old_over_ref[i, t:].sum()) for i, t in d.tokens()
+    }
+    found = {}
+    for i, t in d.tokens():
+        group = [returns[j, t] for j in d.members(i) if d.alive(j, t)]
+        centred = returns[i, t] - math.fsum(group) / len(group)
+        found[i, t] = 0.0 if _equal(group) else centred / (_std(group, 0) + 1e-6)
+    return found
+
+
+def kl_value(kind: str, direction: str, d: float) -> float:
+    """The estimators of the table in `rlsys.algorithms.kl`, d = log pi - log ref."""
+    r = math.exp(-d)
+    if direction == "forward":
+        return {"k1": -r * d, "k2": r * d * d / 2, "k3": 1 - r - r * d}[kind]
+    return {"k1": d, "k2": d * d / 2, "k3": r - 1 + d, "k3_k2": r - 1 + d}[kind]
+
+
+def kl_slope(kind: str, direction: str, d: float) -> float:
+    """Their derivatives with respect to log pi."""
+    r = math.exp(-d)
+    if direction == "forward":
+        return {"k1": r * d - r, "k2": r * d - r * d * d / 2, "k3": r * d}[kind]
+    return {"k1": 1.0, "k2": d, "k3": 1 - r, "k3_k2": d}[kind]
+
+
+def log_ratio(level: str, differences: Array, t: int) -> float:
+    """One response's log-ratio of a level at t, from its own tokens' differences."""
+    return {
+        "token": lambda: differences[t],
+        "sequence": lambda: differences.mean(),
+        "future": lambda: differences[t:].mean(),
+        "prefix": lambda: differences[: t + 1].sum(),
+        "product": lambda: differences.sum(),
+    }[level]()
+
+
+def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
+    """w(rho, A) of the table in `rlsys.algorithms.policy_objectives.weights`."""
+    rho = math.exp(min(max(log_rho, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+    low, high = p.get("clip_low", 0.2), p.get("clip_high", 0.2)
+    if name == "none":
+        return 1.0
+    if name == "importance":
+        return rho
+    if name in ("ppo_clip", "dual_clip"):
+        gone = (advantage > 0 and rho > 1 + high) or (advantage < 0 and rho < 1 - low)
+        gone |= name == "dual_clip" and advantage < 0 and rho > p.get("clip_c", 3.0)
+        return 0.0 if gone else rho
+    if name == "upper_clip":
+        return min(rho, 1 + high)
+    if name in ("power", "adaptive_power"):
+        return math.exp(p["q"] * log_rho)
+    if name == "sapo":
+        tau = p.get("tau_pos", 1.0) if advantage > 0 else p.get("tau_neg", 1.05)
+        return rho / math.cosh(min(tau * (rho - 1) / 2, 300.0)) ** 2
+    if name == "sapo_sequence":
+        tau = p.get("tau_pos", 1.0) if advantage > 0 else p.get("tau_neg", 1.05)
+        return rho / math.cosh(tau * log_rho / 2) ** 2
+    if name == "minimum":
+        functions = p.get("functions", [{"kind": "ratio"}, {"kind": "clip"}])
+        return _slope_of_minimum(functions, rho, advantage)
+    if name == "cispo":
+        return min(max(rho, 1 - p.get("clip_low", 1.0)), 1 + high)
+    raise KeyError(name)
+
+
+def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> float:
+    """rho f'(rho) of the first function whose product with the advantage is smallest."""
+    values = {
+        "one": lambda f: (1.0, 0.0),
+        "ratio": lambda f: (rho, rho),
+        "power": lambda f: (rho ** f.get("q", 0.5), f.get("q", 0.5) * rho ** f.get("q", 0.5)),
+        "clip": lambda f: (
+            min(max(rho, 1 - f.get("low", 0.2)), 1 + f.get("high", 0.2)),
+            rho if 1 - f.get("low", 0.2) <= rho <= 1 + f.get("high", 0.2) else 0.0,
+        ),
+    }
+    return min(
+        (values[function["kind"]](function) for function in functions),
+        key=lambda pair: pair[0] * advantage,
+    )[1]
+
+
+def reward_time_weight(ratios: list[float], advantages: list[float], t: int) -> float:
+    """sum_{s>=t} rho_{<=s} (A_s - A_{s+1}), each reward with the ratios up to its own time."""
+    following = [*advantages[1:], 0.0]
+    return math.fsum(ratios[s] * (advantages[s] - following[s]) for s in range(t, len(advantages)))
+
+
+def adaptive_q(log_ratios: list[float], target: float) -> float:
+    """The largest power with the wanted effective sample size, by bisection on its definition."""
+    values = np.asarray(log_ratios)
+
+    def share(q: float) -> float:
+        weights = np.exp(q * values)
+        return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+
+    if share(1.0) >= target:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) >= target else (low, middle)
+    return low
+
+
+def has_statement(case: Case) -> bool:
+    """Whether the method has a formula here: the hierarchical fit has none, and is compared with the true gradient alone."""
+    return case.estimator in STATEMENTS
+
+
+class Stated:
+    """The arrays of a world, for many batches."""
+
+    def __init__(self, case: Case, world: World) -> None:
+        self.case, self.world = case, world
+        space = world.space
+        self.logs = {
+            name: space.logprobs(getattr(world, name)).numpy()
+            for name in ("rollout", "old", "live", "ref")
+        }
+        # Where advantages are estimated again, the live policy takes the place of `old` in the estimate, and nowhere else.
+        self.estimates_with = "live" if case.recompute else "old"
+        self.norms = score_norms(space, getattr(world, self.estimates_with)).numpy()
+        self.scores = space.scores(world.live).numpy()
+        self.entropy_slopes = self._entropy_slopes()
+        self.costs = self._costs()
+        self.greedy = world.rewards[:, int(space.probabilities(world.rollout).argmax())]
+
+    def _entropy_slopes(self) -> Array:
+        """[S, L, P] gradient of the entropy of each visited row."""
+        space = self.world.space
+        table = self.world.live.clone().requires_grad_()
+        logs = table.log_softmax(1)
+        entropies = -(logs.exp() * logs).sum(1)
+        slopes = torch.stack(
+            [
+                torch.autograd.grad(value, table, retain_graph=True)[0].flatten()
+                for value in entropies
+            ]
+        )
+        return slopes[space.rows].numpy()
+
+    def _costs(self) -> Array:
+        """[S, L] token rewards."""
+        case, mask = self.case, self.world.space.mask.numpy()
+        costs = np.zeros(mask.shape)
+        for s, t in zip(*np.nonzero(mask), strict=True):
+            if case.kl_placement == "reward":
+                d = float(self.logs["old"][s, t] - self.logs["ref"][s, t])
+                costs[s, t] -= case.kl_coefficient * kl_value(case.kl_kind, case.kl_direction, d)
+            if case.entropy == "temperature":
+                costs[s, t] -= TEMPERATURE * self.logs["old"][s, t]
+        return costs
+
+    def gradient(self) -> Tensor:
+        """[rows * V] the stated gradient, in expectation."""
+        total = np.zeros(self.scores.shape[2])
+        for drawn, probability in self.world.batches(self.case.group):
+            total += probability * self.of_batch(drawn)
+        return torch.from_numpy(total)
+
+    def of_batch(self, drawn: NDArray[np.int64]) -> Array:
+        case, rows = self.case, drawn.reshape(-1)
+        prompt = np.repeat(np.arange(len(drawn)), drawn.shape[1])
+        d = Drawn(
+            group=prompt.astype(np.float64),
+            rewards=self.world.rewards[prompt, rows],
+            costs=self.costs[rows],
+            lengths=self.world.lengths[rows],
+            norms=self.norms[rows],
+            old_over_ref=(self.logs["old"] - self.logs["ref"])[rows],
+            greedy=self.greedy[prompt],
+        )
+        advantages = STATEMENTS[case.estimator](d, case, dict(case.parameters))
+        parameters = dict(case.weight_parameters)
+        trained = [
+            (i, t)
+            for i, t in d.tokens()
+            if (not case.mask_truncated or self.world.ended[rows[i]])
+            and (not case.resamples or _is_mixed(d, i))
+        ]
+        if case.weight == "adaptive_power":
+            ratios = [self._log_ratio(rows[i], t) for i, t in trained]
+            parameters["q"] = adaptive_q(ratios, 0.9) if ratios else 1.0
+        elif case.weight == "power":
+            parameters.setdefault("q", 0.5)
+        total = np.zeros(self.scores.shape[2])
+        sequences = len({i for i, _ in trained})
+        for i, t in trained:
+            s = rows[i]
+            advantage = advantages[i, t]
+            if case.weight == "reward_time":
+                length = range(d.lengths[i])
+                ratios = [math.exp(self._log_ratio(s, u)) for u in length]
+                push = reward_time_weight(ratios, [advantages[i, u] for u in length], t)
+            else:
+                log_rho = self._log_ratio(s, t)
+                push = advantage * weight_of(case.weight, parameters, log_rho, advantage)
+            slope = self._correction(s, t) * push
+            if case.kl_old:
+                slope -= case.kl_old * (math.exp(self.logs["live"][s, t] - self._old()[s, t]) - 1)
+            vector = slope * self.scores[s, t]
+            if case.kl_placement == "loss":
+                vector = vector - case.kl_coefficient * self._kl_loss_gradient(s, t)
+            if case.entropy == "bonus":
+                vector = vector + BONUS * self.entropy_slopes[s, t]
+            divisor = {
+                "token_mean": len(trained),
+                "sequence_mean": sequences * d.lengths[i],
+                "sequence_sum": sequences,
+                "constant": sequences * case.max_tokens,
+            }[case.aggregation]
+            total += vector / divisor
+        return total
+
+    def _kl_loss_gradient(self, s: int, t: int) -> Array:
+        """Gradient of w k(d) at one token; k2 and k3_k2 take w as a number."""
+        case, length = self.case, self.world.lengths[s]
+        differences = (self.logs["live"] - self.logs["ref"])[s, :length]
+        steps = (self.logs["live"] - self._old())[s, :length]
+        d, w = float(differences[t]), 0.0
+        scores = self.scores[s, :length]
+        reached = scores[t]  # gradient of log w
+        if case.kl_ratio == "token":
+            w = float(steps[t])
+        elif case.kl_ratio == "prefix":
+            w, reached = float(steps[: t + 1].sum()), scores[: t + 1].sum(0)
+        elif case.kl_ratio == "product":
+            w, reached = float(steps.sum()), scores.sum(0)
+        if case.kl_level == "sequence":
+            # Each token carries the whole response's value, and the gradient through its own log-probability.
+            d, reached = float(differences.sum()), scores[t]
+        weight = math.exp(w)
+        gradient = weight * kl_slope(case.kl_kind, case.kl_direction, d) * scores[t]
+        if case.kl_ratio != "none" and case.kl_kind in ("k1", "k3"):
+            gradient = gradient + weight * kl_value(case.kl_kind, case.kl_direction, d) * reached
+        return gradient
+
+    def _log_ratio(self, s: int, t: int) -> float:
+        length = self.world.lengths[s]
+        differences = (self.logs["live"] - self._old())[s, :length]
+        return float(log_ratio(self.case.ratio, differences, t))
+
+    def _old(self) -> Array:
+        """`old` of the objective: the trainer's weights at the start of the step."""
+        return self.logs["old"]
+
+    def _correction(self, s: int, t: int) -> float:
+        case = self.case
+        if case.correction == "none":
+            return 1.0
+        bounds = dict(case.correction_parameters)
+        differences = (self._old() - self.logs["rollout"])[s, : self.world.lengths[s]]
+        log_rho = float(differences[t] if case.correction == "token" else differences.sum())
+        rho = math.exp(log_rho)
+        if rho < bounds.get("mask_below", 0.0) or rho > bounds.get("mask_above", math.inf):
+            return 0.0
+        return min(rho, bounds.get("cap", 2.0))
+
+
+def _is_mixed(d: Drawn, i: int) -> bool:
+    """Whether the group has a right and a wrong response (DAPO, equation 11); right is a first reward of at least 0.5."""
+    right = [d.rewards[j] >= 0.5 for j in d.members(i)]
+    return any(right) and not all(right)
