@@ -63,7 +63,13 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     from rich.console import Console
 
     from rlsys.data.prompt_stream import load_prompts
-    from rlsys.driver.preflight import check_config, check_model, config_warnings, describe_plan
+    from rlsys.driver.preflight import (
+        check_config,
+        check_model,
+        config_warnings,
+        describe_plan,
+        reward_notices,
+    )
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
@@ -84,14 +90,13 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     check_model(config, model_directory, reference_directory)
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
-    warnings = list(config_warnings(config))
+    warnings = [*config_warnings(config), *reward_notices(config, problems)]
     if invocation.dry_run:
         print(dump_yaml(config))
         print(describe_plan(config, hardware, problems, model_directory, directory))
         _print_lines(console, prompts.notices)
         _warn(warnings, console)
         return 0
-    _print_lines(console, [f"data: {problems.describe()}", *prompts.notices])
     directory.create(config)
     _log_to(directory.log)
     _warn(warnings, console)
@@ -101,7 +106,9 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    """On the console, and in the run's log where there is one."""
     for line in lines:
+        logging.getLogger(__name__).info("%s", line)
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -138,10 +145,12 @@ async def _train(
     from rlsys.driver.progress import Progress, print_summary
     from rlsys.driver.report import ReportWriter, update_report
     from rlsys.driver.resume import check_resumable
+    from rlsys.driver.reward_failures import RewardFailureWatch
     from rlsys.driver.run_status import StatusWriter
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
+    from workers.reward_worker import RewardOutput
 
     config, began = invocation.config, time.monotonic()
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
@@ -164,7 +173,7 @@ async def _train(
     cluster = Cluster.connect(
         config
     )  # blocks: Ray sets its signal handlers in the main thread only
-    training = False
+    training, reward_output = False, RewardOutput()
     try:
         workers = await start_workers(
             cluster,
@@ -174,24 +183,20 @@ async def _train(
             probe_tokens(config, prompts, model_directory),
             tell=lambda note: console.print(note, highlight=False, markup=False),
         )
+        reward_output.follow(cluster.actors["reward-0"])
         metrics = MetricsLog(
             directory,
             keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0)
             if invocation.resume
             else None,
         )
-        observers = Observers(
-            [
-                metrics,
-                status,
-                Progress(console, live=config.run.progress),
-                ReportWriter(directory),
-            ]
-        )
+        progress = Progress(console, live=config.run.progress)
+        observers = Observers([metrics, status, progress, ReportWriter(directory)])
+        failures = RewardFailureWatch(progress.notice)
         evaluator = None  # data.eval is off
         if len(prompts.evaluation):
             evaluator = Evaluator(
-                config, prompts.evaluation, workers.generator, workers.scorer, stop
+                config, prompts.evaluation, workers.generator, workers.scorer, stop, failures
             )
         loop = SynchronousLoop(
             config,
@@ -203,6 +208,7 @@ async def _train(
             rollouts_directory=directory.rollouts,
             metrics_log=metrics,
             stop=stop,
+            reward_failures=failures,
         )
         if checkpoint:
             await loop.restore(checkpoint)
@@ -222,6 +228,7 @@ async def _train(
             style="red",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         console.print(
             f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
@@ -230,7 +237,10 @@ async def _train(
         )
         return 1
     finally:
-        cluster.shutdown()
+        try:
+            await reward_output.finish()
+        finally:
+            cluster.shutdown()
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     return 0 if outcome == "finished" else 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -19,21 +20,38 @@ class Registry(Generic[F]):
         self._functions: dict[str, F] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
-        """Decorator that makes a function available as `name`. A module may be imported twice; two functions may not share a name."""
+        """Decorator that makes a function available as `name`. A module may be imported twice; two functions may not share a name.
+
+        Raises:
+            ValueError: no name, something that cannot be called, a class, or a name that is taken.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{self._kind}: {name!r} is not a name. Register with the name in parentheses, as in @register...('my_name')."
+            )
 
         def decorator(function: F) -> F:
+            self._check_callable(name, function)
             known = self._functions.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (
-                function.__module__,
-                function.__qualname__,
-            ):
+            if known is not None and not _same_definition(known, function):
                 raise ValueError(
-                    f"{self._kind} {name!r} is already registered by {known.__module__}.{known.__qualname__}: choose another name"
+                    f"{self._kind} {name!r} is already registered by {full_name(known)}: choose another name"
                 )
             self._functions[name] = function
             return function
 
         return decorator
+
+    def _check_callable(self, name: str, function: object) -> None:
+        if inspect.isclass(function):
+            raise ValueError(
+                f"{self._kind} {name!r}: {function.__name__} is a class. Give it a __call__ and register an instance."
+            )
+        if not callable(function):
+            raise ValueError(
+                f"{self._kind} {name!r}: a {type(function).__name__} cannot be called. Register a function, a partial or an object "
+                "with __call__."
+            )
 
     def names(self) -> tuple[str, ...]:
         """All registered names, sorted."""
@@ -58,6 +76,45 @@ class Registry(Generic[F]):
         return self._functions[name]
 
 
+def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The `def` behind a registered callable: of a `functools.partial`, of an object its `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function):
+        return function
+    return type(function).__call__
+
+
+def short_name(function: Callable[..., Any]) -> str:
+    """The name of a registered callable, for messages; of an object, that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def full_name(function: Callable[..., Any]) -> str:
+    """Module and qualified name of a registered callable, for messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _same_definition(first: Callable[..., Any], second: Callable[..., Any]) -> bool:
+    """Whether two callables come from one place in the source, as when a module is imported twice.
+
+    Two definitions of one name in one module differ by their lines; in a notebook (`__main__`) a later cell replaces an earlier one.
+    """
+    if first is second:
+        return True
+    if full_name(first) != full_name(second) or type(first) is not type(second):
+        return False
+    module = full_name(first).removesuffix(f".{short_name(first)}")
+    places = [getattr(plain_function(f), "__code__", None) for f in (first, second)]
+    lines = [place.co_firstlineno if place else None for place in places]
+    return module == "__main__" or lines[0] == lines[1]
+
+
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a registered function: what a config may set."""
     return {
@@ -76,7 +133,7 @@ def check_parameters(
         ValueError: names field, value and what is accepted.
     """
     accepted = keyword_parameters(function)
-    hints = get_type_hints(function)
+    hints = _type_hints(function)
     for name, value in parameters.items():
         if name not in accepted:
             near = difflib.get_close_matches(name, accepted, n=2)
@@ -85,7 +142,9 @@ def check_parameters(
                 if near
                 else f"It takes {', '.join(accepted) or 'no parameters'}."
             )
-            raise ValueError(f"{field}.{name}: {function.__name__} has no such parameter. {hint}")
+            raise ValueError(
+                f"{field}.{name}: {short_name(function)} has no such parameter. {hint}"
+            )
         if (
             name in hints
             and get_origin(hints[name]) is Literal
@@ -97,7 +156,7 @@ def check_parameters(
         if name in hints and not _is_instance(value, hints[name]):
             expected = getattr(hints[name], "__name__", str(hints[name]))
             raise ValueError(
-                f"{field}.{name}: {value!r} is a {type(value).__name__}; {function.__name__} expects {expected}."
+                f"{field}.{name}: {value!r} is a {type(value).__name__}; {short_name(function)} expects {expected}."
             )
     missing = [
         name
@@ -106,8 +165,16 @@ def check_parameters(
     ]
     if missing:
         raise ValueError(
-            f"{field}.{missing[0]}: {function.__name__} needs this parameter and has no default. Set it."
+            f"{field}.{missing[0]}: {short_name(function)} needs this parameter and has no default. Set it."
         )
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations; none where they name what only a type checker imports."""
+    try:
+        return get_type_hints(plain_function(function))
+    except (NameError, TypeError):
+        return {}
 
 
 def _is_instance(value: object, hint: Any) -> bool:

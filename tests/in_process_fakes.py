@@ -23,6 +23,7 @@ from rlsys.data.batches import (
     Prompt,
     PromptBatch,
     RewardBatch,
+    RewardFailure,
     RolloutBatch,
     SamplingParameters,
     ScoredBatch,
@@ -328,6 +329,10 @@ class FirstTokenScorer:
             components={"first_token": rewards},
             reasons=("error",) * failed + ("ok",) * (len(right) - failed),
             extracted_answers=answers,
+            failures=tuple(
+                RewardFailure(row=row, function="first_token", kind="error", message="as asked")
+                for row in range(failed)
+            ),
         )
 
     async def metrics(self) -> dict[str, Metric]:

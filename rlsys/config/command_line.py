@@ -151,6 +151,8 @@ def _parse_value(name: str, text: str | None) -> Any:
         and _is_tuple(field.annotation)
         and not isinstance(value, list | type(None))
     ):
+        if isinstance(value, Mapping):
+            return [value]
         return [yaml.load(part, _Loader) for part in text.split(",") if part]
     if (
         field is not None

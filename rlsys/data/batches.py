@@ -12,7 +12,7 @@ B responses, P prompts, N tokens. A sequence is a prompt followed by its respons
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -184,16 +184,37 @@ class RolloutBatch:
         )
 
 
+FailureKind = Literal["error", "timeout", "crash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFailure:
+    """A reward function that gave no number for one response."""
+
+    row: int  # the response, in its batch
+    function: str
+    kind: FailureKind
+    message: str  # one line
+    traceback: str = ""  # of the first failure of a function in a part; "" for the others
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardBatch:
-    """What the reward worker adds to the responses of one `RolloutBatch`, in its order."""
+    """What the reward worker adds to the responses of one `RolloutBatch`, in its order.
+
+    A reward function that failed at a response leaves NaN in its component there, and a `RewardFailure`. Its term of the sum is 0, or, with
+    `reward.on_failure: drop`, the whole reward is NaN: the response is not `scored`, has no part in the statistics of its group, and is not trained on.
+    """
 
     batch_id: int
-    rewards: NDArray[np.float32]  # [B] weighted sum of the components
-    accuracies: NDArray[np.float32]  # [B] score of the first reward function, clipped to 0..1
-    components: Mapping[str, NDArray[np.float32]]  # name -> [B], unweighted
+    rewards: NDArray[np.float32]  # [B] weighted sum of the components; NaN: not scored
+    accuracies: NDArray[
+        np.float32
+    ]  # [B] score of the first reward function, clipped to 0..1; NaN: it failed
+    components: Mapping[str, NDArray[np.float32]]  # name -> [B], unweighted; NaN: it failed
     reasons: tuple[str, ...]  # [B] why a response got its score: "ok", "no_answer", "timeout", ...
     extracted_answers: tuple[str, ...]  # [B] "" where there is none
+    failures: tuple[RewardFailure, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -206,11 +227,23 @@ class RewardBatch:
         """
         return self.accuracies >= 0.5
 
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """[B] whether a response has a reward."""
+        return ~np.isnan(self.rewards)
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether no two scored responses have different rewards."""
+        rewards = self.rewards[self.scored]
+        return len(rewards) == 0 or bool(rewards.max() == rewards.min())
+
     @staticmethod
     def concatenate(batches: Sequence[RewardBatch]) -> RewardBatch:
         """Join the parts of one batch, in the order given."""
         assert batches, "nothing to concatenate"
         assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
+        starts = np.cumsum([0] + [len(batch) for batch in batches]).tolist()
         return RewardBatch(
             batch_id=batches[0].batch_id,
             rewards=np.concatenate([batch.rewards for batch in batches]),
@@ -222,6 +255,11 @@ class RewardBatch:
             reasons=tuple(reason for batch in batches for reason in batch.reasons),
             extracted_answers=tuple(
                 answer for batch in batches for answer in batch.extracted_answers
+            ),
+            failures=tuple(
+                replace(failure, row=failure.row + start)
+                for batch, start in zip(batches, starts, strict=False)
+                for failure in batch.failures
             ),
         )
 

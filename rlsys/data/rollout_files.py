@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from rlsys.data.batches import ScoredBatch, StopReason, TrainBatch
+from rlsys.data.batches import RewardBatch, ScoredBatch, StopReason, TrainBatch
 
 
 def write_rollouts(
@@ -68,6 +68,7 @@ def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "accuracy": pa.array(rewards.accuracies),
         "correct": pa.array(rewards.correct),
         "reason": pa.array(rewards.reasons),
+        "failure": pa.array(_failures(rewards)),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
         "stop_reason": pa.array(
             [StopReason(reason).name.lower() for reason in rollouts.stop_reasons]
@@ -90,6 +91,14 @@ def _ragged(
     return pa.ListArray.from_arrays(
         pa.array(offsets.astype(np.int32)), pa.array(values), mask=absent
     )
+
+
+def _failures(rewards: RewardBatch) -> list[str]:
+    """[B] which reward functions failed on a response and how; "" where none did. Their scores are NaN."""
+    texts: list[list[str]] = [[] for _ in range(len(rewards))]
+    for failure in rewards.failures:
+        texts[failure.row].append(f"{failure.function}: {failure.kind}, {failure.message}")
+    return ["; ".join(text) for text in texts]
 
 
 def read_rollouts(path: Path) -> list[dict]:

@@ -10,22 +10,14 @@ reward and accuracy are over all of that; dynamic sampling keeps groups that are
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReason, TrainBatch
 from rlsys.driver.metrics import Metric, maximum, mean, total
-
-# The reasons of responses that could not be scored, and the metrics that count them.
-FAILURES = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
-
-
-def failure_counts(batches: Iterable[RewardBatch]) -> dict[str, int]:
-    """How many responses could not be scored: `timeouts`, `crashes` and `errors`."""
-    reasons = Counter(reason for batch in batches for reason in batch.reasons)
-    return {name: reasons[reason] for reason, name in FAILURES.items()}
+from rlsys.driver.reward_failures import failure_counts
 
 
 def batch_metrics(

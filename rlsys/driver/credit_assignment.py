@@ -10,7 +10,7 @@ Three things outlive a batch: the KL coefficient, the entropy temperature and wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from rlsys.algorithms.kl import adapted_coefficient, kl_estimate, kl_rewards
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
 from rlsys.data.padding import ResponsePadding
-from rlsys.driver.metrics import Metric, mean
+from rlsys.driver.metrics import Metric, mean, total
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
@@ -141,16 +141,19 @@ class CreditAssigner:
         """
         arrays = _Arrays.join(rollouts, old, ref)
         padding = ResponsePadding.of(rollouts)
-        output = None
-        if not self._config.algorithm.advantage.recompute:
-            output = _estimate(
-                self._config, self._inputs(rollouts, rewards, arrays, padding, greedy)
-            )
+        scored = _scored(rollouts, rewards, greedy)
+        rows = np.flatnonzero(scored)
+        output, metrics = None, {}
+        if not self._config.algorithm.advantage.recompute and len(rows):
+            inputs = self._inputs(rollouts, rewards, arrays, padding, greedy)
+            # A response without a reward is not there for the estimator, so its group is one smaller.
+            output = _estimate(self._config, inputs if scored.all() else _of_rows(inputs, rows))
             self._estimator_state = output.state
-        batch = self._train_batch(rollouts, rewards, arrays, output, padding)
-        return batch, (
-            _advantage_metrics(output, rollouts.response_lengths) if output else {}
-        ) | self._adapt(rollouts, arrays)
+            metrics = _advantage_metrics(output, rollouts.response_lengths[rows])
+        batch = self._train_batch(rollouts, rewards, arrays, output, padding, scored)
+        if not scored.all():
+            metrics["reward/dropped"] = total(len(scored) - len(rows))
+        return batch, metrics | self._adapt(rollouts, arrays)
 
     def _inputs(
         self,
@@ -205,24 +208,33 @@ class CreditAssigner:
         arrays: _Arrays,
         output: AdvantageOutput | None,
         padding: ResponsePadding,
+        scored: NDArray[np.bool_],
     ) -> TrainBatch:
         tokens, algorithm = len(rollouts.token_ids), self._config.algorithm
 
         def flat(values: Tensor | None) -> NDArray[np.float32] | None:
+            if values is None:
+                return None
+            whole = torch.zeros(padding.shape, dtype=values.dtype)
+            whole[torch.from_numpy(scored)] = values
             precision = rollouts.rollout_logprobs.dtype  # float32, but in exact enumerations
-            return None if values is None else padding.unpad(values, tokens, precision)
+            return padding.unpad(whole, tokens, precision)
 
+        advantages = flat(output.advantages if output else None)
+        if advantages is None and not algorithm.advantage.recompute:
+            advantages = np.zeros(tokens, dtype=np.float32)  # no response has a reward
+        trained = scored
+        if algorithm.overlong.mask_truncated:
+            trained = scored & (rollouts.stop_reasons != StopReason.LENGTH)
         return TrainBatch(
             rollouts=rollouts,
             rewards=rewards,
-            advantages=flat(output.advantages if output else None),
+            advantages=advantages,
             old_logprobs=arrays.old,
             ref_logprobs=arrays.ref,
             returns=flat(output.returns if output else None),
             kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
-            trained=rollouts.stop_reasons != StopReason.LENGTH
-            if algorithm.overlong.mask_truncated
-            else None,
+            trained=trained if algorithm.overlong.mask_truncated or not scored.all() else None,
         )
 
     def _adapt(self, rollouts: RolloutBatch, arrays: _Arrays) -> dict[str, Metric]:
@@ -291,6 +303,7 @@ def recomputed(
         ValueError: the estimator gave a result that is not finite.
     """
     rollouts = batch.rollouts
+    rows = rows[batch.rewards.scored[rows]]
     padding, index = ResponsePadding.of(rollouts), torch.from_numpy(rows)
     inputs = AdvantageInputs(
         rewards=torch.from_numpy(batch.rewards.rewards[rows]),
@@ -327,6 +340,25 @@ def recomputed(
         regression=regression,
         state=output.state,
     )
+
+
+def _of_rows(inputs: AdvantageInputs, rows: NDArray[np.int64]) -> AdvantageInputs:
+    """The inputs of some responses only."""
+    index = torch.from_numpy(rows)
+    arrays = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return replace(
+        inputs,
+        **{name: array[index] for name, array in arrays.items() if isinstance(array, Tensor)},
+    )
+
+
+def _scored(
+    rollouts: RolloutBatch, rewards: RewardBatch, greedy: RewardBatch | None
+) -> NDArray[np.bool_]:
+    """[B] whether a response has a reward, and its prompt's greedy response one too where there is one to compare with."""
+    if greedy is None:
+        return rewards.scored
+    return rewards.scored & ~np.isnan(_of_each_response(rollouts, greedy.rewards))
 
 
 def _of_each_response(

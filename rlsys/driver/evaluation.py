@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch, SamplingParameters
-from rlsys.driver.batch_metrics import failure_counts
 from rlsys.driver.ports import Generator, RewardScorer
+from rlsys.driver.reward_failures import RewardFailureWatch, failure_counts
 
 EVALUATION_SEED = (
     20240401  # always the same, so that evaluations of one run differ by the policy alone
@@ -59,7 +59,9 @@ class Evaluator:
         generator: Generator,
         scorer: RewardScorer,
         stop: tuple[str, ...],
+        reward_failures: RewardFailureWatch | None = None,
     ) -> None:
+        self._reward_failures = reward_failures or RewardFailureWatch()
         self._config = config
         self._prompts = prompts
         self._generator = generator
@@ -110,6 +112,7 @@ class Evaluator:
             "the generation group must answer each prompt once"
         )
         rewards: Sequence[RewardBatch] = await asyncio.gather(*scores)
+        self._reward_failures.check(rewards, "evaluation")
         counts = np.zeros(len(self._prompts), dtype=np.int64)
         for index, batch in zip(indices, rewards, strict=True):
             counts[index] = batch.correct.sum()

@@ -32,7 +32,7 @@ from rlsys.models.loading import (
 )
 from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
-from rlsys.rewards import get_reward_function
+from rlsys.rewards import check_reward_function, ground_truth_notices
 
 CONNECT_LIMIT_S = 3.0
 
@@ -69,7 +69,7 @@ def check_config(
         lambda: _check_kl(config),
         lambda: _check_address(config),
         *(
-            lambda function=function: _check_reward(function.name, function.parameters)
+            lambda function=function: check_reward_function(function.name, function.parameters)
             for function in config.reward.functions
         ),
     )
@@ -135,8 +135,13 @@ def _check_kl(config: RunConfig) -> None:
             )
 
 
-def _check_reward(name: str, parameters: dict) -> None:
-    check_parameters(get_reward_function(name), parameters, field="reward.functions.parameters")
+def reward_notices(config: RunConfig, problems: LoadedProblems) -> list[str]:
+    """What a person should know about the ground truths of a configuration that `check_config` accepts."""
+    answers = {
+        "data.train": [problem.answer for problem in problems.train],
+        "data.eval": [problem.answer for problem in problems.evaluation],
+    }
+    return ground_truth_notices(config.reward.functions, answers)
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:

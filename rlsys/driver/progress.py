@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rlsys.driver.metrics_log import MetricsRecord
 from rlsys.driver.observer import PHASES, Outcome
+from rlsys.driver.reward_failures import total_failures
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.run_status import read_status
 from rlsys.driver.run_summary import (
@@ -128,6 +129,10 @@ class Progress:
                 f"run {outcome} after {self._step} steps" + (f": {message}" if message else "")
             )
 
+    def notice(self, text: str) -> None:
+        """Something that a person must see, now."""
+        self._print(text)
+
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -226,6 +231,8 @@ def print_summary(
             "reward",
             f"{first_to_last(train, 'reward/mean', tenth)} (mean of the first and last {tenth} steps)",
         )
+        if failures := total_failures(record.values for record in train):
+            table.add_row("failed rewards", failures)
         if trained_differs(train):
             table.add_row(
                 "trained on",

@@ -26,6 +26,7 @@ from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.charts import Series, format_number, line_chart, stacked_bars
 from rlsys.driver.metrics_log import MetricsRecord, read_metrics
 from rlsys.driver.observer import PHASES, Outcome
+from rlsys.driver.reward_failures import total_failures
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.run_status import RunStatus, read_status
 from rlsys.driver.run_summary import (
@@ -217,6 +218,8 @@ def _tiles(records: Sequence[MetricsRecord], status: RunStatus | None) -> list[t
         if trained_differs(train):
             part = share(train, "trained/responses", "rollout/responses")
             tiles.append(("trained on", f"{part:.1%} of the samples"))
+        if failures := total_failures(record.values for record in train):
+            tiles.append(("failed rewards", failures))
     return tiles
 
 

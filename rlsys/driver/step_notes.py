@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from rlsys.driver.reward_failures import failed_functions
+
 Numbers = Mapping[str, float]
 
 
@@ -91,7 +93,9 @@ def _failed_rewards(values: Numbers) -> Note | None:
     if not any(counts.values()):
         return None
     parts = ", ".join(f"{name} {number:.0f}" for name, number in counts.items() if number)
-    return Note("rewards failed", f"reward functions failed on responses of this step: {parts}")
+    functions = failed_functions(values)
+    named = f"{functions} ({parts})" if functions else parts
+    return Note("rewards failed", f"reward functions failed on responses of this step: {named}")
 
 
 def _is_broken(name: str, value: float) -> bool:

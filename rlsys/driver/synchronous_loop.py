@@ -43,6 +43,7 @@ from rlsys.driver.ports import (
     WeightSync,
 )
 from rlsys.driver.resume import check_resumable, describe_origin, differences
+from rlsys.driver.reward_failures import RewardFailureWatch
 
 T = TypeVar("T")
 
@@ -132,7 +133,9 @@ class SynchronousLoop:
         rollouts_directory: Path,
         metrics_log: MetricsPosition,
         stop: tuple[str, ...],
+        reward_failures: RewardFailureWatch | None = None,
     ) -> None:
+        self._reward_failures = reward_failures or RewardFailureWatch()
         self._config = config
         self._workers = workers
         self._prompts = prompts
@@ -225,7 +228,8 @@ class SynchronousLoop:
         with self._timed(
             clock, step, "reward"
         ):  # these records are small: a few numbers a response
-            await asyncio.gather(*rewards, *greedy)
+            scored = await asyncio.gather(*rewards, *greedy)
+            self._reward_failures.check(scored, "training")
         with self._timed(clock, step, "advantages"):
             credited = await workers.advantages.credit(
                 rollouts,
@@ -292,9 +296,11 @@ class SynchronousLoop:
                 if number == 0
                 else replace(self._prompts.next_batch(), batch_id=prompts.batch_id)
             )
-            for group in await self._generate_and_score(batch, round_number=number):
-                rewards = (await group.rewards).rewards  # a few numbers
-                (equal if rewards.max() == rewards.min() else useful).append(group)
+            groups = await self._generate_and_score(batch, round_number=number)
+            scored = await asyncio.gather(*(group.rewards for group in groups))  # a few numbers
+            self._reward_failures.check(scored, "training")
+            for group, rewards in zip(groups, scored, strict=True):
+                (equal if rewards.all_equal else useful).append(group)
             if len(useful) >= wanted:
                 break
         groups = useful + equal

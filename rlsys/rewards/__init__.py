@@ -7,19 +7,25 @@ from rlsys.rewards.functions import (
     repetition_reward,
     soft_overlong_reward,
 )
+from rlsys.rewards.ground_truths import ground_truth_notices
 from rlsys.rewards.math_verifier import MathVerdict, verify_math
 from rlsys.rewards.registry import (
+    Verdict,
     available_reward_functions,
+    check_reward_function,
     get_reward_function,
     register_reward_function,
 )
 
 __all__ = [
     "MathVerdict",
+    "Verdict",
     "available_reward_functions",
+    "check_reward_function",
     "format_boxed_reward",
     "format_r1_zero_reward",
     "get_reward_function",
+    "ground_truth_notices",
     "math_reward",
     "register_reward_function",
     "repetition_reward",

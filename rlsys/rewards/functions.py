@@ -6,18 +6,20 @@ policy sampled. Its keyword-only parameters are set in the config (`reward.funct
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from rlsys.rewards.math_verifier import has_one_filled_box, verify_math
+from rlsys.rewards.math_verifier import has_one_filled_box, reads_ground_truth, verify_math
 from rlsys.rewards.registry import register_reward_function
 
 
-@register_reward_function("math")
+@register_reward_function("math", verdict=verify_math, reads_ground_truth=reads_ground_truth)
 def math_reward(
     completion: str,
     ground_truth: str,
     *,
-    extraction: Literal["boxed", "answer_tag", "lenient"] = "boxed",
+    extraction: Literal["boxed", "answer_tag", "after_hashes", "lenient"] = "boxed",
 ) -> float:
     """1 where the completion's answer equals the ground truth, else 0. See `verify_math`."""
     return verify_math(completion, ground_truth, extraction=extraction).score
@@ -45,7 +47,15 @@ def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
     return float(rest.startswith("<answer>") and rest.endswith("</answer>"))
 
 
-@register_reward_function("soft_overlong")
+def _check_soft_overlong(parameters: Mapping[str, Any]) -> None:
+    max_tokens, buffer_tokens = parameters["max_tokens"], parameters["buffer_tokens"]
+    if not 0 < buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"reward.functions.parameters.buffer_tokens: {buffer_tokens} must be between 1 and max_tokens ({max_tokens})."
+        )
+
+
+@register_reward_function("soft_overlong", validate=_check_soft_overlong)
 def soft_overlong_reward(
     completion: str,
     ground_truth: str,
@@ -66,15 +76,20 @@ def soft_overlong_reward(
 
     Example: with max_tokens 100 and buffer_tokens 20, 80 tokens give 0, 90 give -0.5, 100 give -1.
     """
-    if not 0 < buffer_tokens <= max_tokens:
-        raise ValueError(
-            f"reward.functions.parameters.buffer_tokens: {buffer_tokens} must be between 1 and max_tokens ({max_tokens})."
-        )
+    _check_soft_overlong({"max_tokens": max_tokens, "buffer_tokens": buffer_tokens})
     over = completion_tokens - (max_tokens - buffer_tokens)
     return -min(max(over / buffer_tokens, 0.0), 1.0)
 
 
-@register_reward_function("repetition")
+def _check_repetition(parameters: Mapping[str, Any]) -> None:
+    ngram, scale = parameters["ngram"], parameters["scale"]
+    if ngram < 1:
+        raise ValueError(f"reward.functions.parameters.ngram: {ngram} must be at least 1.")
+    if not math.isfinite(scale):
+        raise ValueError(f"reward.functions.parameters.scale: {scale} must be finite.")
+
+
+@register_reward_function("repetition", validate=_check_repetition)
 def repetition_reward(
     completion: str, ground_truth: str, *, ngram: int = 4, scale: float = 1.0
 ) -> float:
@@ -88,8 +103,7 @@ def repetition_reward(
 
     Example: "a b a b a b" with ngram 2 has five bigrams, two of them distinct: -0.6.
     """
-    if ngram < 1:
-        raise ValueError(f"reward.functions.parameters.ngram: {ngram} must be at least 1.")
+    _check_repetition({"ngram": ngram, "scale": scale})
     words = completion.split()
     total = len(words) - ngram + 1
     if total < 1:

@@ -1,14 +1,14 @@
 """A pool of processes that score completions under a wall-clock limit.
 
-A process that takes too long is killed and replaced, and so is one that dies; either costs one answer. The limit holds inside C code too,
-and starts when the answer is handed to the process. Memory is limited as well. Run as a module, this file is the process's side.
+A process that takes too long is killed and replaced, and so is one that dies; either costs one function's score of one answer. The limit
+holds inside C code too, and starts when the function's turn begins. Memory is limited as well. What the processes print is collected. Run
+as a module, this file is the process's side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import pickle
 import resource
@@ -17,19 +17,63 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO
 
-from rlsys.config import RewardConfig
+from rlsys.config import RewardConfig, RewardFunctionConfig
 from rlsys.plugins import load_plugins
-from rlsys.rewards.scoring import Score, score_completion
+from rlsys.rewards.registry import reward_hooks
+from rlsys.rewards.scoring import FunctionFailure, FunctionScore, Outcome, Score, run_function
 
-logger = logging.getLogger(__name__)
-
-START_LIMIT_S = 120.0  # importing SymPy and the plug-ins
+START_LIMIT_S = 120.0  # importing the plug-ins
+FIRST_CALL_S = 10.0  # more for a function's first answer in a process, which may import modules
+END_LIMIT_S = 1.0  # for a process to end that has closed its connection
 READY = b"ready"
+KEPT_LINES = 1000  # of output that nobody has taken
+MAX_LINE_CHARACTERS = 2000
+SHOWN_CHARACTERS = 200  # of a completion on which a function failed
+# A function that fails this often and never succeeds is not asked again: with timeouts, a batch would take hours to say the same.
+HOPELESS_AFTER = 32
+
+
+class Output:
+    """Lines that reward functions printed, until somebody takes them; where they are too many the oldest go."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._lost = 0
+        self._lock = threading.Lock()
+
+    def add(self, line: str) -> None:
+        """Keep one line."""
+        with self._lock:
+            self._lost += len(self._lines) == KEPT_LINES
+            self._lines.append(line[:MAX_LINE_CHARACTERS])
+
+    def take(self) -> list[str]:
+        """The lines since the last call, with a note where some were lost."""
+        with self._lock:
+            lines, lost = list(self._lines), self._lost
+            self._lines.clear()
+            self._lost = 0
+        return ([f"({lost} earlier lines were lost)"] if lost else []) + lines
+
+    def follow(self, stream: IO[bytes]) -> threading.Thread:
+        """Add what comes out of `stream`, line by line, until it ends."""
+
+        def read() -> None:
+            with contextlib.suppress(OSError, ValueError), stream:
+                for line in iter(lambda: stream.readline(MAX_LINE_CHARACTERS), b""):
+                    self.add(line.decode(errors="replace").rstrip())
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        return thread
 
 
 class RewardPool:
@@ -42,9 +86,19 @@ class RewardPool:
         self._local = threading.local()
         self._processes: set[_Process] = set()
         self._closed = False
+        self._failed = [0] * len(config.functions)
+        self._succeeded = [0] * len(config.functions)
+        self._slow_to_start: set[int] = (
+            set()
+        )  # had more time for a first answer, and needed more still
+        self.output = Output()
 
     def warm_up(self) -> None:
-        """Start every process; returns when all are ready."""
+        """Start every process; returns when all are ready.
+
+        Raises:
+            RuntimeError: a process could not be started, with what it said.
+        """
         barrier = threading.Barrier(self._config.processes)
 
         def start() -> None:
@@ -55,42 +109,82 @@ class RewardPool:
                 raise
             barrier.wait()  # keeps one thread from starting twice
 
-        for future in [self._threads.submit(start) for _ in range(self._config.processes)]:
-            future.result()
+        started = [self._threads.submit(start) for _ in range(self._config.processes)]
+        errors = [error for future in started if (error := future.exception()) is not None]
+        told = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (told or errors)[0]
 
     def submit(
         self, completion: str, ground_truth: str, completion_tokens: int = 0
     ) -> Future[Score]:
-        """Score one completion of so many sampled tokens. The future never fails: what goes wrong becomes a score of 0 with its reason."""
+        """Score one completion of so many sampled tokens. The future never fails: what goes wrong becomes an outcome of the score."""
         return self._threads.submit(self._score, completion, ground_truth, completion_tokens)
 
     def _score(self, completion: str, ground_truth: str, completion_tokens: int) -> Score:
-        try:
-            answer = self._process().ask(
-                (completion, ground_truth, completion_tokens), self._config.timeout_s
-            )
-        except TimeoutError:
-            answer = "timeout"
-        except (EOFError, OSError):
-            answer = "crash"
-        if isinstance(answer, Score):
-            return answer
-        if isinstance(answer, str):
-            self._drop()
-            logger.warning("reward %s on %r", answer, completion[-200:])
-            return self._failure(answer)
-        logger.warning("a reward function failed: %s", answer)
-        return self._failure("error")
+        functions = range(len(self._config.functions))
+        outcomes: dict[int, Outcome] = {
+            i: self._hopeless() for i in functions if self._is_hopeless(i)
+        }
+        pending = [i for i in functions if i not in outcomes]
+        while pending:
+            answered = self._ask(pending, (completion, ground_truth, completion_tokens))
+            outcomes.update(zip(pending, answered, strict=False))
+            self._count(pending, answered, completion)
+            pending = pending[len(answered) :]
+        return Score(outcomes=tuple(outcomes[i] for i in functions))
 
-    def _failure(self, reason: str) -> Score:
-        return Score(components=(0.0,) * len(self._config.functions), reason=reason, answer="")
+    def _ask(self, functions: Sequence[int], answer: tuple[str, str, int]) -> list[Outcome]:
+        """Outcomes of the first of `functions`, at least one: up to and with the one that costs the process."""
+        try:
+            process = self._process()
+        except (RuntimeError, TimeoutError) as error:
+            message = " ".join(f"no process to run it in: {error}".split())
+            return [FunctionFailure(kind="crash", message=message)] * len(functions)
+        outcomes: list[Outcome] = []
+        try:
+            process.send((list(functions), answer))
+            for function in functions:
+                outcomes.append(process.receive(self._limit_s(process, function)))
+                process.answered.add(function)
+        except TimeoutError:
+            self._slow_to_start.add(functions[len(outcomes)])
+            message = f"no answer within reward.timeout_s {self._config.timeout_s:g}"
+            outcomes.append(FunctionFailure(kind="timeout", message=message))
+            self._drop()
+        except (EOFError, OSError):
+            outcomes.append(FunctionFailure(kind="crash", message=process.ending()))
+            self._drop()
+        return outcomes
+
+    def _limit_s(self, process: _Process, function: int) -> float:
+        is_first = function not in process.answered | self._slow_to_start
+        return self._config.timeout_s + (FIRST_CALL_S if is_first else 0.0)
+
+    def _count(
+        self, functions: Sequence[int], outcomes: Sequence[Outcome], completion: str
+    ) -> None:
+        for i, outcome in zip(functions, outcomes, strict=False):
+            if isinstance(outcome, FunctionScore):
+                self._succeeded[i] += 1
+                continue
+            self._failed[i] += 1
+            name, end = self._config.functions[i].name, completion[-SHOWN_CHARACTERS:]
+            self.output.add(f"reward {name!r}: {outcome.kind}, {outcome.message}; on ...{end!r}")
+
+    def _is_hopeless(self, function: int) -> bool:
+        return not self._succeeded[function] and self._failed[function] >= HOPELESS_AFTER
+
+    def _hopeless(self) -> FunctionFailure:
+        message = f"not asked: it had failed on all of the first {HOPELESS_AFTER} answers"
+        return FunctionFailure(kind="error", message=message)
 
     def _process(self) -> _Process:
         process = getattr(self._local, "process", None)
         if process is None:
             if self._closed:
-                raise EOFError("the pool is shut down")
-            process = self._local.process = _Process(self._config, self._plugins)
+                raise RuntimeError("the pool is shut down")
+            process = self._local.process = _Process(self._config, self._plugins, self.output)
             self._processes.add(process)
         return process
 
@@ -116,11 +210,13 @@ class RewardPool:
 class _Process:
     """This side of one scoring process."""
 
-    def __init__(self, config: RewardConfig, plugins: Sequence[str]) -> None:
+    def __init__(self, config: RewardConfig, plugins: Sequence[str], output: Output) -> None:
+        """Raises RuntimeError where the process does not come up, TimeoutError where it takes too long."""
         ours, theirs = socket.socketpair()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",  # what is printed gets out, however the process ends
         }
         command = [
             sys.executable,
@@ -130,28 +226,66 @@ class _Process:
             str(os.getpid()),
         ]
         self._popen = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         theirs.close()
+        assert self._popen.stdout is not None
+        output.follow(self._popen.stdout)
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
+        self.answered: set[int] = set()  # functions that have given an answer here
         try:
-            self.ask((config.functions, plugins, config.memory_gb), START_LIMIT_S)
+            self._start(config, plugins)
         except BaseException:
             self.kill()
             raise
 
-    def ask(self, question: object, limit_s: float) -> object:
-        """The process's answer.
+    def _start(self, config: RewardConfig, plugins: Sequence[str]) -> None:
+        try:
+            self.send((config.functions, plugins, config.memory_gb))
+            answer = self.receive(START_LIMIT_S)
+        except (EOFError, OSError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise RuntimeError(f"a reward process could not start: {self.ending()}") from error
+        if answer != READY:
+            raise RuntimeError(f"a reward process could not start: {answer}")
+
+    def send(self, question: object) -> None:
+        """Ask.
+
+        Raises:
+            OSError: the process died.
+        """
+        self._connection.send_bytes(pickle.dumps(question))
+
+    def receive(self, limit_s: float) -> Outcome:
+        """The process's next answer.
 
         Raises:
             TimeoutError: none came within the limit.
             EOFError, OSError: the process died.
         """
-        self._connection.send_bytes(pickle.dumps(question))
         if not self._connection.poll(limit_s):
             raise TimeoutError
         return pickle.loads(self._connection.recv_bytes())
+
+    def ending(self) -> str:
+        """How a process ended that has closed its connection."""
+        try:
+            code = self._popen.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return "it closed the connection of its process"
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        with contextlib.suppress(ValueError):
+            return f"its process was ended by {signal.Signals(-code).name}"
+        return f"its process was ended by signal {-code}"
 
     def kill(self) -> None:
         """End the process at once."""
@@ -175,24 +309,30 @@ def _limit_memory(memory_gb: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def _warm_up(functions: Sequence[RewardFunctionConfig]) -> None:
+    """Import what the first answer would otherwise wait for. Only rlsys' own verdicts are asked: a user's function sees nothing invented."""
+    for function in functions:
+        verdict = reward_hooks(function.name).verdict
+        if verdict is not None and verdict.__module__.startswith("rlsys."):
+            verdict("\\boxed{x^2 + 1}", "1 + x^2", **function.parameters)
+
+
 def _serve(connection: Connection) -> None:
     functions, plugins, memory_gb = pickle.loads(connection.recv_bytes())
-    load_plugins(plugins)
-    with contextlib.suppress(Exception):  # a user's function may refuse this text
-        score_completion(
-            functions, "\\boxed{x^2 + 1}", "1 + x^2"
-        )  # imports what the first answer would otherwise wait for
+    try:
+        load_plugins(plugins)
+        _warm_up(functions)
+    except ValueError as error:
+        traceback.print_exc()
+        connection.send_bytes(pickle.dumps(str(error)))
+        return
     _limit_memory(memory_gb)
     connection.send_bytes(pickle.dumps(READY))
     while True:
-        completion, ground_truth, completion_tokens = pickle.loads(connection.recv_bytes())
-        try:
-            answer: object = score_completion(
-                functions, completion, ground_truth, completion_tokens
-            )
-        except Exception as error:  # a user's function may raise anything
-            answer = (f"{type(error).__name__}: {error}",)
-        connection.send_bytes(pickle.dumps(answer))
+        chosen, answer = pickle.loads(connection.recv_bytes())
+        for i in chosen:
+            outcome = run_function(functions[i], *answer, terms=len(functions))
+            connection.send_bytes(pickle.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat.json").write_text(
         '[{"problem": [{"role": "user", "content": "1 + 1"}], "answer": "2"}]'
     )
+    (folder / "broken.py").write_text("value = 1 / 0\n")
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("")
     (folder / "empty").mkdir()
@@ -114,6 +115,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "Did you mean token",
         ),
         (["--reward.functions", "[{name: mth}]"], "reward.functions.name", "Did you mean math"),
+        (
+            ["--plugins", "failing_rewards", "--reward.functions", "math,is_async"],
+            "reward.functions.name: 'is_async'",
+            "Write it as a plain function",
+        ),
+        (
+            ["--plugins", "failing_rewards", "--reward.functions", "takes_one"],
+            "reward.functions.name: 'takes_one'",
+            "called with (completion, ground_truth)",
+        ),
+        (
+            ["--reward.functions", "[{name: repetition, parameters: {ngram: 0}}]"],
+            "reward.functions.parameters.ngram",
+            "at least 1",
+        ),
+        (
+            ["--reward.functions", "[{name: math, weight: .nan}]"],
+            "reward.functions.0.weight",
+            "finite number",
+        ),
+        (["--plugins", "broken"], "plugins: 'broken' failed", "broken.py line 1. Repair it"),
         (["--data.template", "few_shots"], "data.template", "Did you mean few_shot"),
         (
             ["--algorithm.advantage.parameters.std_dof", "1"],
@@ -152,8 +174,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_one_message_with_field_and_remedy(
-    capsys: pytest.CaptureFixture[str], files: Path, flags: list[str], field: str, remedy: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    files: Path,
+    flags: list[str],
+    field: str,
+    remedy: str,
 ):
+    for folder in (files, ROOT / "tests" / "plugin_package"):
+        monkeypatch.syspath_prepend(str(folder))
     message = refused(capsys, *(flag.replace("{files}", str(files)) for flag in flags))
     assert f"error: {field}" in message
     assert remedy in message

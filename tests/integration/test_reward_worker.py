@@ -15,7 +15,7 @@ from rlsys.config import RewardConfig, RewardFunctionConfig, RunConfig
 from rlsys.data.batches import RolloutBatch
 from rlsys.driver.metrics import values
 from tests.rollout_examples import rollouts
-from workers.reward_worker import RewardWorker, RewardWorkerClient
+from workers.reward_worker import RewardOutput, RewardWorker, RewardWorkerClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 PLUGIN = "rlsys_example_plugin"
@@ -71,13 +71,34 @@ async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugi
     rewards = await client.score(ray.put(with_texts(texts)))
     assert rewards.reasons == ("ok", "timeout", "ok", "timeout", "crash", "error", "timeout", "ok")
     assert rewards.rewards.tolist() == [1, 0, 1, 0, 0, 0, 0, 1]
-    metrics = values(await client.metrics())
-    assert (metrics["reward/timeouts"], metrics["reward/crashes"], metrics["reward/errors"]) == (
-        3,
-        1,
-        1,
+    told = {(failure.row, failure.kind): failure.message for failure in rewards.failures}
+    assert told == {
+        (1, "timeout"): "no answer within reward.timeout_s 1",
+        (3, "timeout"): "no answer within reward.timeout_s 1",
+        (4, "crash"): "its process ended with exit code 3",
+        (5, "error"): "RuntimeError: as asked",
+        (6, "timeout"): "no answer within reward.timeout_s 1",
+    }
+    again = await client.score(ray.put(with_texts(["fine"])))
+    assert again.failures == ()  # each failure belongs to the batch in which it happened
+    assert set(values(await client.metrics())) == {"memory/reward"}
+    ray.kill(actor)
+
+
+async def test_what_functions_print_reaches_the_log_of_the_driver(
+    plugin_path: str, caplog: pytest.LogCaptureFixture
+):
+    actor = worker(plugin_path, RewardFunctionConfig(name="example_trouble"), processes=1)
+    output = RewardOutput()
+    output.follow(actor)
+    with caplog.at_level("INFO", logger="workers.reward_worker"):
+        await RewardWorkerClient(actor).score(ray.put(with_texts(["print", "crash"])))
+        await output.finish()
+    assert "printed as asked" in caplog.messages
+    assert (
+        "reward 'example_trouble': crash, its process ended with exit code 3; on ...'crash'"
+        in caplog.messages
     )
-    assert values(await client.metrics())["reward/timeouts"] == 0  # counted once
     ray.kill(actor)
 
 

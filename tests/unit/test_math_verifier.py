@@ -137,7 +137,8 @@ def test_verdicts_say_how_they_came_about(
 
 def test_unknown_extraction_is_refused():
     with pytest.raises(
-        ValueError, match=r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, lenient"
+        ValueError,
+        match=r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, after_hashes, lenient",
     ):
         extract_answer("", "box")
 

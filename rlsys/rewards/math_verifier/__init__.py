@@ -20,12 +20,14 @@ from rlsys.rewards.math_verifier import words
 from rlsys.rewards.math_verifier.comparison import same_answer
 from rlsys.rewards.math_verifier.extraction import (
     EXTRACTIONS,
+    after_hashes,
     extract_answer,
     has_one_filled_box,
     last_boxed,
 )
 from rlsys.rewards.math_verifier.limits import (
     MAX_ANSWER_CHARACTERS,
+    MAX_WORDS_OF_AN_ANSWER,
     TooLargeError,
     UndefinedError,
     UnparsableError,
@@ -38,9 +40,12 @@ from rlsys.rewards.math_verifier.plain_numbers import plain_number
 __all__ = [
     "EXTRACTIONS",
     "MathVerdict",
+    "after_hashes",
     "extract_answer",
+    "ground_truth_answer",
     "has_one_filled_box",
     "last_boxed",
+    "reads_ground_truth",
     "same_answer_text",
     "verify_math",
 ]
@@ -78,8 +83,7 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
             rule="extraction",
             reason="too_long",
         )
-    truth = last_boxed(ground_truth) or ground_truth
-    equal, rule, reason = same_answer_text(answer, truth.strip())
+    equal, rule, reason = same_answer_text(answer, ground_truth_answer(ground_truth))
     return MathVerdict(
         score=float(equal),
         answer=answer,
@@ -87,6 +91,40 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
         rule=rule,
         reason="correct" if equal else reason,
     )
+
+
+def ground_truth_answer(ground_truth: str) -> str:
+    r"""The answer in a ground truth: what follows its last `####` (GSM8K), else its last box, else all of it.
+
+    Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and `ground_truth_answer(r"\boxed{72}")` are `"72"`.
+    """
+    marked = after_hashes(ground_truth)
+    text = ground_truth if marked is None else marked
+    return (last_boxed(text) or text).strip()
+
+
+def reads_ground_truth(ground_truth: str) -> bool:
+    """Whether the verifier knows what a ground truth means: a number, a choice, a time, an expression, or a few words.
+
+    Any other text is right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar does not know, is False.
+    """
+    truth = ground_truth_answer(ground_truth)
+    if not truth or len(truth) > MAX_ANSWER_CHARACTERS:
+        return False
+    if plain_number(truth) is not None or words.clock(truth) or words.choice(truth):
+        return True
+    try:
+        return bool(readings(words.meaning(truth)))
+    except TooLargeError:
+        return False
+    except (UnparsableError, RecursionError):
+        return _is_a_few_words(words.phrase(truth))
+
+
+def _is_a_few_words(phrase: str) -> bool:
+    letters = any(character.isalpha() for character in phrase)
+    latex = any(character in "\\^_{}" for character in phrase)
+    return letters and not latex and len(phrase.split()) <= MAX_WORDS_OF_AN_ANSWER
 
 
 def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:

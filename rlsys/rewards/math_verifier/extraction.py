@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-EXTRACTIONS = ("boxed", "answer_tag", "lenient")
+EXTRACTIONS = ("boxed", "answer_tag", "after_hashes", "lenient")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BARE = re.compile(r"[^\s${}\\]+")
@@ -74,12 +74,25 @@ def last_answer_tag(text: str) -> str | None:
     return text[start + len("<answer>") : end]
 
 
+def after_hashes(text: str) -> str | None:
+    """What follows the last `####` on its line, as in the answers of GSM8K; None where there is none.
+
+    Example: `after_hashes("48 + 24 = 72 clips\\n#### 72")` is `"72"`.
+    """
+    _, found, rest = text.rpartition("####")
+    if not found:
+        return None
+    lines = rest.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
 def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
     """The answer of a completion, None where it has none (also where its last box is empty or never closes).
 
     - `boxed`: the last box; in a completion without any box, the last <answer> element.
     - `answer_tag`: the last <answer> element; a box inside it is unpacked.
-    - `lenient`: as `boxed`, then what follows the last "the answer is", then the last formula or number of the last line.
+    - `after_hashes`: what follows the last `####` on its line, as in GSM8K.
+    - `lenient`: as `boxed`, then as `after_hashes`, then what follows the last "the answer is", then the last formula or number of the last line.
 
     Raises:
         ValueError: an unknown `extraction`.
@@ -90,11 +103,15 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         )
     if extraction == "answer_tag":
         return _cleaned(last_answer_tag(completion))
+    if extraction == "after_hashes":
+        return _cleaned(after_hashes(completion))
     if _last_box(completion) is not None:
         return _cleaned(last_boxed(completion))
     tag = last_answer_tag(completion)
     if tag is not None or extraction == "boxed" or "<answer>" in completion:
         return _cleaned(tag)
+    if (marked := after_hashes(completion)) is not None:
+        return _cleaned(marked)
     return _cleaned(_announced(completion) or _last_line(completion))
 
 

@@ -7,6 +7,8 @@ refused in time proportional to its length. The reward pool's wall clock is the 
 from __future__ import annotations
 
 MAX_ANSWER_CHARACTERS = 2000  # no answer of MATH has more than a few hundred
+# Of an answer in words; more is a sentence, which nobody repeats word for word. MATH has at most 3.
+MAX_WORDS_OF_AN_ANSWER = 8
 MAX_TOKENS = 1500
 MAX_DEPTH = 40  # nesting of brackets, fractions, roots and exponents
 MAX_EXACT_BITS = 16_000  # of an exact integer or of a fraction's parts: 2^4950 is an answer of MATH

@@ -47,6 +47,8 @@ def trouble_reward(completion: str, ground_truth: str) -> float:
         time.sleep(3600)
     if completion == "crash":
         os._exit(3)
+    if completion == "print":
+        print("printed as asked")
     if completion == "raise":
         raise RuntimeError("as asked")
     return 1.0

@@ -250,4 +250,4 @@ def test_advantages_that_are_not_finite_are_refused():
         ValueError,
         match=r"algorithm\.advantage\.name: 'reinforce' gave advantages that are not finite",
     ):
-        CreditAssigner(make_config()).assign(made, rewards([1, float("nan"), 0, 0]), [], [])
+        CreditAssigner(make_config()).assign(made, rewards([1, float("inf"), 0, 0]), [], [])

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,14 +29,17 @@ from rlsys.config import (
     RunConfig,
     TrainerConfig,
 )
+from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.metric_reference import documented
 from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
 from rlsys.driver.observer import PHASES, Observers, Outcome
+from rlsys.driver.ports import Handle
 from rlsys.driver.progress import print_summary
 from rlsys.driver.report import write_report
+from rlsys.driver.reward_failures import RewardFailureError
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
 from tests.in_process_fakes import (
@@ -765,18 +768,70 @@ async def test_greedy_responses_count_in_the_throughput(tmp_path: Path) -> None:
 
 
 async def test_failures_of_an_evaluation_are_its_own(tmp_path: Path) -> None:
-    """Every response of the evaluation before the first step fails; the first step counts none of them."""
+    """Half of the responses of the evaluation before the first step fail; the first step counts none of them."""
     run = await start(tmp_path, make_config(steps=1, evaluate=1))
     scorer = run.workers.scorer
     assert isinstance(scorer, FirstTokenScorer)
-    scorer.failures = PROBLEMS
+    scorer.failures = PROBLEMS // 2
     await run.finish()
     (_, before), (_, after) = run.recorder.evaluations
     ((_, step),) = run.recorder.steps
-    assert before["eval/errors"] == PROBLEMS
-    assert before["eval/accuracy"] == 0
+    assert before["eval/errors"] == PROBLEMS // 2
+    assert before["eval/accuracy"] <= 0.5
     assert "eval/errors" not in after
     assert step["reward/errors"] == 0
+
+
+def break_rewards(run: Run, fails: Callable[[int], bool], *, drop: bool = False) -> None:
+    """The scorer's function fails on the responses of a part for which `fails` says so."""
+    scorer = run.workers.scorer
+    assert isinstance(scorer, FirstTokenScorer)
+    score = scorer._score
+
+    async def broken(rollouts: Handle[RolloutBatch]) -> RewardBatch:
+        batch = await score(rollouts)
+        failed = np.array([fails(row) for row in range(len(batch))])
+        components = np.where(failed, np.float32(np.nan), batch.rewards)
+        return replace(
+            batch,
+            rewards=components if drop else np.nan_to_num(components),
+            accuracies=components,
+            components={"first_token": components},
+            failures=tuple(
+                RewardFailure(row=int(row), function="first_token", kind="error", message="no")
+                for row in np.flatnonzero(failed)
+            ),
+        )
+
+    scorer._score = broken
+
+
+@pytest.mark.parametrize(("evaluate", "occasion"), [(0, "training"), (2, "evaluation")])
+@pytest.mark.parametrize("rounds", [1, 3])
+async def test_rewards_that_fail_from_the_start_end_the_run(
+    tmp_path: Path, evaluate: int, occasion: str, rounds: int
+) -> None:
+    run = await start(tmp_path, make_config(steps=3, evaluate=evaluate, sampling_rounds=rounds))
+    break_rewards(run, lambda row: row != 7)
+    with pytest.raises(RewardFailureError, match=f"of the first {occasion} batch"):
+        await run.finish()
+    assert run.recorder.ends[0][0] == "failed"
+    assert "update" not in run.stage.journal
+    requests = [request for request in run.generator.requests if request.temperature]
+    assert len(requests) == (1 if occasion == "training" else 0)  # no further round of sampling
+
+
+async def test_dropped_responses_make_no_difference_to_a_group_of_equal_rewards(
+    tmp_path: Path,
+) -> None:
+    """Dynamic sampling asks for two different rewards among those that are there."""
+    run = await start(tmp_path, make_config(steps=2, sampling_rounds=3))
+    break_rewards(run, lambda row: row == 0, drop=True)
+    await run.finish()
+    for _, step in run.recorder.steps:
+        assert step["reward/dropped"] == 4  # one of each group
+        assert step["reward/failed/first_token"] == step["rollout/responses"] / 8
+        assert step["trained/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
 
 
 async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> None:
