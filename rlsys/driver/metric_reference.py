@@ -219,6 +219,12 @@ METRICS = (
         "kl/coefficient", "mean", STEP, "KL coefficient that this batch was made with (adaptive)."
     ),
     MetricDoc(
+        "kl/old_coefficient",
+        "mean",
+        STEP,
+        "Coefficient of KL(old, live) in the loss of this batch, `algorithm.kl_old` (adaptive).",
+    ),
+    MetricDoc(
         "entropy/temperature",
         "mean",
         STEP,
