@@ -102,31 +102,19 @@ METRICS = (
         "reward/errors",
         "sum",
         "all samples and greedy responses",
-        "Reward functions that raised or returned what is no number, once for each response.",
+        "Responses whose reward function raised or returned what is no reward.",
     ),
     MetricDoc(
         "reward/timeouts",
         "sum",
         "all samples and greedy responses",
-        "Reward functions that took too long, once for each response.",
+        "Responses whose scoring took too long.",
     ),
     MetricDoc(
         "reward/crashes",
         "sum",
         "all samples and greedy responses",
-        "Reward functions that ended their process, once for each response.",
-    ),
-    MetricDoc(
-        "reward/failed/<function>",
-        "sum",
-        "all samples and greedy responses",
-        "Responses on which this reward function failed, in any of these ways.",
-    ),
-    MetricDoc(
-        "reward/dropped",
-        "sum",
-        "kept samples",
-        "Responses without a reward (`reward.on_failure` drop): not in the statistics of their group, not trained; absent where all have one.",
+        "Responses whose scoring ended its process.",
     ),
     MetricDoc("rollout/responses", "sum", ALL, "Responses."),
     MetricDoc("rollout/tokens", "sum", ALL, "Sampled tokens."),
@@ -234,7 +222,7 @@ METRICS = (
         "kl/old_coefficient",
         "mean",
         STEP,
-        "Coefficient of KL(old || live) that this batch was trained with (`algorithm.kl_old`, adaptive).",
+        "Coefficient of KL(old, live) in the loss of this batch, `algorithm.kl_old` (adaptive).",
     ),
     MetricDoc(
         "entropy/temperature",
@@ -386,13 +374,10 @@ METRICS = (
         "eval/errors",
         "driver",
         "held-out problems",
-        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where there are none, as the next three.",
+        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where there are none, as the next two.",
     ),
     MetricDoc("eval/timeouts", "driver", "held-out problems", "As `reward/timeouts`."),
     MetricDoc("eval/crashes", "driver", "held-out problems", "As `reward/crashes`."),
-    MetricDoc(
-        "eval/failed/<function>", "driver", "held-out problems", "As `reward/failed/<function>`."
-    ),
 )
 
 

@@ -188,6 +188,8 @@ class TrainerClient:
         old_logprobs: Any,
         ref_logprobs: Any,
         greedy_rewards: Any = (),
+        dropped_rollouts: Any = (),
+        dropped_rewards: Any = (),
     ) -> CreditedBatch:
         (batch,) = await self._actor.credit.remote(*rollouts, *rewards)
         return CreditedBatch(batch=batch)
@@ -209,7 +211,10 @@ class TrainerClient:
         return {}
 
     async def load_state(self, state: dict) -> None: ...
-    async def write_rollouts(self, batch: Any, path: Path) -> None: ...
+    async def estimated_advantages(self) -> None: ...
+    async def write_rollouts(
+        self, batch: Any, path: Path, *, dropped: Any = None, advantages: Any = None
+    ) -> None: ...
     async def save(self, directory: Path) -> None: ...
     async def load(self, directory: Path) -> None: ...
 
