@@ -102,19 +102,31 @@ METRICS = (
         "reward/errors",
         "sum",
         "all samples and greedy responses",
-        "Responses whose reward function raised or returned what is no reward.",
+        "Reward functions that raised or returned what is no number, once for each response.",
     ),
     MetricDoc(
         "reward/timeouts",
         "sum",
         "all samples and greedy responses",
-        "Responses whose scoring took too long.",
+        "Reward functions that took too long, once for each response.",
     ),
     MetricDoc(
         "reward/crashes",
         "sum",
         "all samples and greedy responses",
-        "Responses whose scoring ended its process.",
+        "Reward functions that ended their process, once for each response.",
+    ),
+    MetricDoc(
+        "reward/failed/<function>",
+        "sum",
+        "all samples and greedy responses",
+        "Responses on which this reward function failed, in any of these ways.",
+    ),
+    MetricDoc(
+        "reward/dropped",
+        "sum",
+        "kept samples",
+        "Responses without a reward (`reward.on_failure` drop): not in the statistics of their group, not trained; absent where all have one.",
     ),
     MetricDoc("rollout/responses", "sum", ALL, "Responses."),
     MetricDoc("rollout/tokens", "sum", ALL, "Sampled tokens."),
@@ -374,10 +386,13 @@ METRICS = (
         "eval/errors",
         "driver",
         "held-out problems",
-        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where there are none, as the next two.",
+        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where there are none, as the next three.",
     ),
     MetricDoc("eval/timeouts", "driver", "held-out problems", "As `reward/timeouts`."),
     MetricDoc("eval/crashes", "driver", "held-out problems", "As `reward/crashes`."),
+    MetricDoc(
+        "eval/failed/<function>", "driver", "held-out problems", "As `reward/failed/<function>`."
+    ),
 )
 
 
