@@ -665,7 +665,13 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
         (run.directory.checkpoints / "step_000002" / "trainer_state.json").read_text()
     )
     assert state["step"] == state["evaluated_step"] == 2
-    assert state["prompts"] == {"batches_taken": 2, "prompts": PROBLEMS}
+    taken = 2 * make_config(steps=3).trainer.prompts_per_step
+    assert state["prompts"] == {
+        "batches_taken": 2,
+        "prompts_taken": taken,
+        "prompts": PROBLEMS,
+        "digest": None,  # the stream of these fakes was not made of problems
+    }
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
     assert state["config"]["trainer"]["steps"] == 3
     assert {"torch", "numpy"} <= set(state["versions"])
