@@ -15,11 +15,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rlsys.config import RunConfig
-from rlsys.config.command_line import ConfigError, HelpRequested, Invocation, dump_yaml, parse
+from rlsys.config.command_line import HelpRequested, Invocation, dump_yaml, parse
 from rlsys.config.hardware import Hardware, detect_hardware
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.data.prompt_stream import LoadedPrompts
+    from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.driver.synchronous_loop import Workers
     from workers.cluster import Cluster
@@ -58,11 +61,55 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoRetu
 
 
 def _run(invocation: Invocation, hardware: Hardware) -> int:
-    config = invocation.config
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rich.console import Console
 
+    console = Console()
+    prepared = _prepare(invocation, hardware, console)
+    if prepared is None:
+        return 0
+    if invocation.dry_run:
+        print(prepared.plan)
+        _say(prepared, console)
+        return 0
+    prepared = _claim(prepared)
+    log = _log_to(prepared.directory.log, held=prepared.resume)
+    _say(prepared, console)
+    try:
+        return asyncio.run(_train(prepared, log, console))
+    except ValueError:  # refused at set-up: as if it had never been started
+        if not prepared.resume:
+            prepared.directory.discard()
+        raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that was checked, and may start."""
+
+    config: RunConfig
+    resume: bool
+    prompts: LoadedPrompts
+    store: CheckpointStore
+    checkpoint: Checkpoint | None  # from which to go on
+    model_directory: Path
+    reference_directory: Path
+    directory: RunDirectory
+    plan: str  # what would be started, for a dry run
+    changes: tuple[str, ...]  # of a resumed run's configuration
+    notices: tuple[str, ...]  # of the data
+    warnings: tuple[str, ...]
+
+
+def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Prepared | None:
+    """Check everything that can be known before Ray starts; no file is changed. None where a resumed run has nothing left to do.
+
+    Raises:
+        ValueError: what is wrong, a line each.
+    """
     from rlsys.data.prompt_stream import load_prompts
+    from rlsys.driver.checkpoints import CheckpointStore
+    from rlsys.driver.ineffective_options import ineffective_options
     from rlsys.driver.preflight import (
         check_config,
         check_model,
@@ -70,39 +117,93 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         describe_plan,
         reward_notices,
     )
+    from rlsys.driver.resume import (
+        already_complete,
+        changes,
+        check_resumable,
+        differences,
+        prompt_state,
+    )
     from rlsys.driver.run_directory import RunDirectory
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
 
-    console = Console()
-    if invocation.resume and not config.run.directory:
-        raise ConfigError(
-            "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
-        )
+    config = invocation.config
     directory = RunDirectory.named_by(config)
     problems = check_config(config, directory, hardware, resume=invocation.resume)
+    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
+    checkpoint = store.latest() if invocation.resume else None
+    if checkpoint:
+        check_resumable(checkpoint, config)
+    evaluates = bool(problems.evaluation)
+    if checkpoint and already_complete(checkpoint, config, evaluates=evaluates):
+        console.print(
+            f"already complete: {checkpoint.path} is that of step {checkpoint.step}, and trainer.steps is {config.trainer.steps}. "
+            "Nothing is started; a larger --trainer.steps goes on from there.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return None
     model_directory = resolve_model(config.model.path)
-    reference_directory = (
-        resolve_model(config.model.reference_path)
-        if config.model.reference_path
-        else model_directory
-    )
+    reference = config.model.reference_path
+    reference_directory = resolve_model(reference) if reference else model_directory
     check_model(config, model_directory, reference_directory)
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
-    warnings = [*config_warnings(config), *reward_notices(config, problems)]
-    if invocation.dry_run:
-        print(dump_yaml(config))
-        print(describe_plan(config, hardware, problems, model_directory, directory))
-        _print_lines(console, prompts.notices)
-        _warn(warnings, console)
-        return 0
-    directory.create(config)
-    _log_to(directory.log)
-    _warn(warnings, console)
-    return asyncio.run(
-        _train(invocation, prompts, model_directory, reference_directory, directory, console)
+    if checkpoint:
+        prompts.train.load_state(prompt_state(checkpoint))  # refuses other data
+    plan = describe_plan(config, hardware, problems, model_directory, directory)
+    return Prepared(
+        config=config,
+        resume=invocation.resume,
+        prompts=prompts,
+        store=store,
+        checkpoint=checkpoint,
+        model_directory=model_directory,
+        reference_directory=reference_directory,
+        directory=directory,
+        plan=f"{dump_yaml(config)}\n{plan}",
+        changes=tuple(
+            differences(checkpoint, config)
+            if checkpoint
+            else changes(invocation.saved or {}, config)
+            if invocation.resume
+            else ()
+        ),
+        notices=(f"data: {problems.describe()}", *prompts.notices),
+        warnings=(
+            *config_warnings(config),
+            *reward_notices(config, problems),
+            *ineffective_options(config, invocation.explicit, hardware),
+        ),
     )
+
+
+def _claim(prepared: Prepared) -> Prepared:
+    """Make the directory of a new run; that of a resumed one stays as it is."""
+    from rlsys.driver.checkpoints import CheckpointStore
+
+    if prepared.resume:
+        return prepared
+    directory = prepared.directory.claim()
+    directory.create(prepared.config)
+    keep = prepared.config.trainer.checkpoints.keep
+    return replace(
+        prepared, directory=directory, store=CheckpointStore(directory.checkpoints, keep=keep)
+    )
+
+
+def _say(prepared: Prepared, console: Console) -> None:
+    """From where a run goes on and what is otherwise than before, and what should be looked at."""
+    if prepared.resume:
+        origin = (
+            f"resuming from {prepared.checkpoint.path}"
+            if prepared.checkpoint
+            else "no complete checkpoint: starting from the beginning"
+        )
+        _print_lines(console, [origin, *(f"changed: {change}" for change in prepared.changes)])
+    _print_lines(console, prepared.notices)
+    _warn(prepared.warnings, console)
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
@@ -121,30 +222,44 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
         )
 
 
-def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+class HeldLog(MemoryHandler):
+    """The run's log file; while it is held, records wait in memory, so that a refused resume leaves the file as it was."""
+
+    def __init__(self, path: Path, *, held: bool) -> None:
+        file = logging.FileHandler(path, delay=held)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        super().__init__(capacity=0, target=file, flushOnClose=False)
+        self._held = held
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:  # noqa: N802  (logging's own name)
+        return not self._held
+
+    def flush(self) -> None:
+        if not self._held:
+            super().flush()
+
+    def end_hold(self) -> None:
+        """Write what has waited, and everything from now on."""
+        self._held = False
+        self.flush()
+
+
+def _log_to(path: Path, *, held: bool) -> HeldLog:
+    handler = HeldLog(path, held=held)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return handler
 
 
-async def _train(
-    invocation: Invocation,
-    prompts: LoadedPrompts,
-    model_directory: Path,
-    reference_directory: Path,
-    directory: RunDirectory,
-    console: Console,
-) -> int:
+async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
+    """Start everything and train. Until the loop runs, a resume changes no file."""
     from ray.exceptions import RayError
 
     from rlsys.data.prompt_templates import stop_strings
-    from rlsys.driver.checkpoints import CheckpointStore
     from rlsys.driver.evaluation import Evaluator
     from rlsys.driver.metrics_log import MetricsLog, read_metrics
     from rlsys.driver.observer import Observers
     from rlsys.driver.progress import Progress, print_summary
     from rlsys.driver.report import ReportWriter, update_report
-    from rlsys.driver.resume import check_resumable
     from rlsys.driver.reward_failures import RewardFailureWatch
     from rlsys.driver.run_status import StatusWriter
     from rlsys.driver.synchronous_loop import SynchronousLoop
@@ -152,24 +267,15 @@ async def _train(
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardOutput
 
-    config, began = invocation.config, time.monotonic()
-    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
-    checkpoint = store.latest() if invocation.resume else None
-    if checkpoint:
-        check_resumable(checkpoint, config)
-    if invocation.resume:
-        console.print(
-            f"resuming from {checkpoint.path}"
-            if checkpoint
-            else "no complete checkpoint: starting from the beginning",
-            highlight=False,
-        )
+    began = time.monotonic()
+    config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
+    checkpoint = prepared.checkpoint
     stop = stop_strings(config.data.template, config.generation.stop)
     interrupt_on_sigterm()
     console.print(
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
-    status = StatusWriter(directory)
+    status = StatusWriter(directory, held=prepared.resume)
     cluster = Cluster.connect(
         config
     )  # blocks: Ray sets its signal handlers in the main thread only
@@ -178,16 +284,16 @@ async def _train(
         workers = await start_workers(
             cluster,
             config,
-            model_directory,
-            reference_directory,
-            probe_tokens(config, prompts, model_directory),
+            prepared.model_directory,
+            prepared.reference_directory,
+            probe_tokens(config, prompts, prepared.model_directory),
             tell=lambda note: console.print(note, highlight=False, markup=False),
         )
         reward_output.follow(cluster.actors["reward-0"])
         metrics = MetricsLog(
             directory,
             keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0)
-            if invocation.resume
+            if prepared.resume
             else None,
         )
         progress = Progress(console, live=config.run.progress)
@@ -203,7 +309,7 @@ async def _train(
             workers,
             prompts.train,
             evaluator,
-            store,
+            prepared.store,
             observers,
             rollouts_directory=directory.rollouts,
             metrics_log=metrics,
@@ -212,15 +318,19 @@ async def _train(
         )
         if checkpoint:
             await loop.restore(checkpoint)
+        if prepared.resume:
+            directory.create(config)
+        log.end_hold()
         _stop_on_signals(loop.request_stop, console)
         training = True
         outcome = await loop.run()
     except Exception as error:
-        status.fail(f"{type(error).__name__}: {error}")
-        update_report(directory)
         # Until here a ValueError is about the input. Ray gives an actor's error the type that it had there: those are never.
         if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
             raise
+        status.fail(f"{type(error).__name__}: {error}")
+        update_report(directory)
+        log.end_hold()
         logging.getLogger(__name__).exception("the run failed")
         message = str(error).strip().splitlines()
         console.print(

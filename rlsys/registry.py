@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -158,6 +159,8 @@ def check_parameters(
             raise ValueError(
                 f"{field}.{name}: {value!r} is a {type(value).__name__}; {short_name(function)} expects {expected}."
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field}.{name}: {value} is no number. Give a finite one.")
     missing = [
         name
         for name, p in accepted.items()

@@ -196,7 +196,13 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # an actor without GPUs sees none
     if address:
-        ray.init(address=address, **settings)
+        try:
+            ray.init(address=address, **settings)
+        except ConnectionError as error:
+            field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+            raise ValueError(
+                f"{field}: no cluster answers at {address!r}. Start the head node with `ray start --head`, or leave it out to start Ray here."
+            ) from error
         interrupt_on_sigterm()
     else:
         # One user's own Ray asks for a token by default, and would say so at every start.

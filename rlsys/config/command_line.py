@@ -2,7 +2,8 @@
 
     python -m recipes.grpo_math --config run.yaml --trainer.steps 50 --algorithm.advantage.parameters.std_ddof 1
 
-Later wins: recipe, then the file, then flags in their order. Every field is a flag; values are YAML.
+Later wins: recipe, then the file, then flags in their order. Every field is a flag; values are YAML. With `--resume` the run's own
+`config.yaml` stands in the place of the recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -31,6 +32,8 @@ class Invocation:
     config: RunConfig
     dry_run: bool
     resume: bool
+    explicit: frozenset[str]  # dotted names that flags and files set to something of their own
+    saved: Mapping[str, Any] | None = None  # on a resume: the run's own configuration, before flags
 
 
 class HelpRequested(Exception):  # noqa: N818  (no error)
@@ -44,7 +47,8 @@ class ConfigError(ValueError):
 SWITCHES = {
     "--config": "YAML file with any of the fields below, nested as they are.",
     "--dry-run": "Check everything, print the configuration and the plan, start nothing.",
-    "--resume": "Continue the run in run.directory from its newest complete checkpoint.",
+    "--resume": "Continue the run in run.directory from its newest complete checkpoint, with its own configuration. "
+    "--config and flags change fields of that.",
     "--help": "Show this text.",
 }
 
@@ -63,6 +67,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What a run's directory holds besides: see rlsys.driver.run_directory.
+CONFIG_FILE = "config.yaml"
+# Parameters belong to the function that is named beside them: another function starts from its own defaults.
+OWNERS = {
+    "algorithm.advantage.parameters": "algorithm.advantage.name",
+    "algorithm.objective.parameters": "algorithm.objective.weight",
+}
+
+Change = tuple[str, Any]  # a dotted name, and its new value
+
+
 def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """`config` with some fields changed, by dotted name, and validated anew: how a recipe starts from another.
 
@@ -72,31 +87,113 @@ def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         ConfigError: unknown field or unfit value.
     """
     tree = config.model_dump(mode="json")
-    for name, value in changes.items():
-        _put(tree, name, value)
+    _lay_over(tree, list(changes.items()))
     return _validated(tree)
 
 
 def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
-    """Apply the command line to a recipe's configuration.
+    """Apply the command line to a recipe's configuration, or with --resume to that of the run.
 
     Raises:
-        ConfigError: unknown flag or field, unreadable file, unfit value; every problem found, a line each.
+        ConfigError: unknown flag or field, unreadable file, unfit value, no run to resume; every problem found, a line each.
         HelpRequested: --help.
     """
     if "--help" in arguments or "-h" in arguments:
         raise HelpRequested(help_text(recipe))
-    tree = recipe.model_dump(mode="json")
     options = list(_options(arguments))
-    for file in (value for name, value in options if name == "--config"):
-        _merge(tree, _read_yaml(file), ())
-    for name, value in options:
-        if name not in SWITCHES:
-            _put(tree, name.removeprefix("--"), _parse_value(name.removeprefix("--"), value))
-    names = {name for name, _ in options}
+    switches = {name for name, _ in options}
+    from_files = [
+        change
+        for name, file in options
+        if name == "--config"
+        for change in _leaves(_read_yaml(file, "--config"))
+    ]
+    from_flags = [
+        (_normal(name), _parse_value(_normal(name), value))
+        for name, value in options
+        if name not in SWITCHES
+    ]
+    if "--resume" in switches:
+        return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
+    tree = recipe.model_dump(mode="json")
+    explicit = _explicit(tree, from_files, from_flags)
+    _lay_over(tree, [*from_files, *from_flags])
     return Invocation(
-        config=_validated(tree), dry_run="--dry-run" in names, resume="--resume" in names
+        config=_validated(tree), dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
+
+
+def _resumed(
+    recipe: RunConfig, from_files: list[Change], from_flags: list[Change], *, dry_run: bool
+) -> Invocation:
+    """The run's own configuration with the changes laid over it."""
+    changes = [*from_files, *from_flags]
+    given = dict(changes)
+    directory = given.get("run.directory", recipe.run.directory)
+    if not isinstance(directory, str) or not directory:
+        raise ConfigError(
+            "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
+        )
+    tree = saved_configuration(directory)
+    saved = flat(tree)
+    name = given.get("recipe", recipe.recipe)
+    if name != saved.get("recipe", name):
+        raise ConfigError(
+            f"recipe: this is {name}, but the run in {directory!r} was started by {saved['recipe']}. Resume it with that recipe's command, "
+            f"or add --recipe {saved['recipe']}: its own configuration is used either way."
+        )
+    explicit = _explicit(tree, from_files, from_flags)
+    _lay_over(tree, [*changes, ("run.directory", directory)])
+    try:
+        config = _validated(tree)
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join(
+                f"{line} What no flag gives is from {Path(directory) / CONFIG_FILE}."
+                for line in str(error).splitlines()
+            )
+        ) from None
+    return Invocation(config=config, dry_run=dry_run, resume=True, explicit=explicit, saved=saved)
+
+
+def saved_configuration(directory: str) -> dict[str, Any]:
+    """The configuration that a run wrote down, as nested values.
+
+    Raises:
+        ConfigError: there is no run, or it was written by a version with other fields.
+    """
+    file = Path(directory).expanduser() / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(
+            f"run.directory: {directory!r} holds no run to resume. Name the directory of an earlier run."
+        )
+    tree = _read_yaml(str(file), "run.directory")
+    unknown = [name for name, _ in _leaves(tree) if _field_at(name) is None]
+    if unknown:
+        raise ConfigError(
+            f"run.directory: {str(file)!r} was written by another version of rlsys, with {', '.join(unknown)}, which this one does not have. "
+            "Resume with that version, or start a new run from a checkpoint with --model.path."
+        )
+    return tree
+
+
+def _normal(flag: str) -> str:
+    """The dotted name of a flag: --trainer.prompts-per-step is trainer.prompts_per_step."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _explicit(
+    tree: Mapping[str, Any], from_files: list[Change], from_flags: list[Change]
+) -> frozenset[str]:
+    """Names that were set on purpose: all flags, and what a file says otherwise than `tree`, so that a whole file may be given back."""
+    before = flat(tree)
+    otherwise = {
+        name
+        for leaf, value in from_files
+        for name, part in flat({leaf: value}).items()
+        if before.get(name, before) != part
+    }
+    return frozenset(otherwise | {name for name, _ in from_flags})
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -115,6 +212,8 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             or _field_at(name.removeprefix("--")) is not None
         ):
             takes_value = name not in ("--dry-run", "--resume")
+            if equals and not takes_value:
+                raise ConfigError(f"{word}: {name} takes no value. Write {name}, or leave it out.")
             if equals:
                 yield name, value
             elif takes_value and rest and not re.match(r"--[a-z]", rest[0]):
@@ -139,12 +238,9 @@ def _parse_value(name: str, text: str | None) -> Any:
         if annotation is bool:
             return True
         raise ConfigError(f"{name}: a value is missing. Write --{name} VALUE.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{name}: {text!r} is no YAML value ({' '.join(str(error).split())}). Quote it."
-        ) from error
+    if not text.strip():
+        raise ConfigError(f"{name}: the value is empty. Write --{name} VALUE.")
+    value = _yaml_value(name, text)
     field = _field_at(name)
     if (
         field is not None
@@ -153,7 +249,7 @@ def _parse_value(name: str, text: str | None) -> Any:
     ):
         if isinstance(value, Mapping):
             return [value]
-        return [yaml.load(part, _Loader) for part in text.split(",") if part]
+        return [_yaml_value(name, part) for part in text.split(",") if part]
     if (
         field is not None
         and field.annotation in (str, str | None)
@@ -162,6 +258,15 @@ def _parse_value(name: str, text: str | None) -> Any:
     ):
         return text
     return value
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{name}: {text!r} is no YAML value ({' '.join(str(error).split())}). Quote it."
+        ) from error
 
 
 def _is_tuple(annotation: Any) -> bool:
@@ -208,37 +313,61 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[last] = value
 
 
-def _merge(tree: dict[str, Any], changes: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    """Lay a nested mapping over the tree; free dicts (parameters) are replaced as a whole."""
-    for key, value in changes.items():
-        field = _field_at(".".join((*path, key)))
+def _lay_over(tree: dict[str, Any], changes: Sequence[Change]) -> None:
+    """Put changes into the tree in their order; parameters of a function that another one replaces are dropped first."""
+    last, before = dict(changes), flat(tree)
+    for parameters, owner in OWNERS.items():
+        if owner in last and last[owner] != before.get(owner):
+            _put(tree, parameters, {})
+    for name, value in changes:
+        _put(tree, name, value)
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[Change]:
+    """The fields of nested mappings by dotted name; free dicts (parameters) are one field each."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        field = _field_at(name)
         is_section = (
             field is not None
             and isinstance(field.annotation, type)
             and issubclass(field.annotation, BaseModel)
         )
         if is_section and isinstance(value, Mapping):
-            _merge(tree[key], value, (*path, key))
+            yield from _leaves(value, f"{name}.")
         else:
-            tree[key] = value
+            yield name, value
 
 
-def _read_yaml(file: str | None) -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted name, parameters too; an empty one has no name."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return leaves
+
+
+def _read_yaml(file: str | None, field: str) -> dict[str, Any]:
+    """What a YAML file holds; `field` is the flag that led to it, for messages."""
     if file is None:
-        raise ConfigError("--config: the name of a YAML file is missing.")
+        raise ConfigError(f"{field}: the name of a YAML file is missing.")
     try:
-        content = yaml.load(Path(file).read_text(), _Loader)
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(
-            f"--config: cannot read {file!r} ({error.strerror}). Give an existing YAML file."
+            f"{field}: cannot read {file!r} ({error.strerror}). Give an existing YAML file."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--config: {file!r} is no YAML ({' '.join(str(error).split())}). Mend the file."
+            f"{field}: {file!r} is no YAML ({' '.join(str(error).split())}). Mend the file."
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"--config: {file!r} must hold fields such as `trainer: {{steps: 50}}`, not a {type(content).__name__}."
+            f"{field}: {file!r} must hold fields such as `trainer: {{steps: 50}}`, not a {type(content).__name__}."
         )
     return content
 
@@ -247,7 +376,19 @@ def _validated(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_message(problem) for problem in error.errors())) from None
+        places = [problem["loc"] for problem in error.errors()]
+        raise ConfigError(
+            "\n".join(
+                _message(problem)
+                for problem in error.errors()
+                # A list whose item was refused is also said to be too short.
+                if not any(_is_below(place, problem["loc"]) for place in places)
+            )
+        ) from None
+
+
+def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
 
 
 def _message(problem: Any) -> str:
@@ -264,7 +405,9 @@ def _message(problem: Any) -> str:
         return f"{name}: no such field." + (
             f" Did you mean {' or '.join(near)}?" if near else " See --help."
         )
-    field = _field_at(name)
+    field = next(
+        filter(None, (_field_at(".".join(location[:n])) for n in range(len(location), 0, -1))), None
+    )
     remedy = f" ({field.description})" if field is not None and field.description else ""
     return f"{name}: {problem['input']!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}.{remedy}"
 
@@ -282,11 +425,13 @@ def load_yaml(path: Path) -> RunConfig:
     Raises:
         ConfigError: unreadable, or not a configuration.
     """
-    return _validated(_read_yaml(str(path)))
+    return _validated(_read_yaml(str(path), str(path)))
 
 
 def type_name(annotation: Any) -> str:
     """An annotation as people write it: int, text, a|b, list of int, ..."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if annotation is type(None):
         return "null"
     origin, parts = get_origin(annotation), get_args(annotation)

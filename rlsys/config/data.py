@@ -1,6 +1,6 @@
 """Where prompts come from and how they are worded."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -33,7 +33,7 @@ class ColumnNames(Section):
 class SyntheticConfig(Section):
     """The embedded generator of integer problems, used where train or eval is `synthetic`."""
 
-    levels: tuple[int, ...] = Field(
+    levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
         default=(1,),
         description="Difficulty levels to draw from, each 1 (one-digit) to 5.",
         min_length=1,
@@ -80,10 +80,10 @@ class DataConfig(Section):
         "r1_zero (<think> and <answer> tags), few_shot (worked examples), or the path of a Jinja file that uses {{ problem }}.",
     )
     levels: tuple[int, ...] | None = Field(
-        default=None, description="Keep rows of these levels only. null: all."
+        default=None, min_length=1, description="Keep rows of these levels only. null: all."
     )
     subjects: tuple[str, ...] | None = Field(
-        default=None, description="Keep rows of these subjects only. null: all."
+        default=None, min_length=1, description="Keep rows of these subjects only. null: all."
     )
     blank_rows: Literal["drop", "refuse"] = Field(
         default="drop",

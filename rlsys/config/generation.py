@@ -19,7 +19,9 @@ class GenerationConfig(Section):
     gpus_per_worker: float = Field(
         default=1.0,
         ge=0,
-        description="GPUs each worker reserves when the cluster has GPUs; below 1 to share a GPU with the policy.",
+        le=1,
+        description="GPUs each worker reserves when the cluster has GPUs, for each of tensor_parallel; below 1 to share a GPU with "
+        "the policy.",
     )
     cpus_per_worker: int = Field(
         default=1,
@@ -30,12 +32,15 @@ class GenerationConfig(Section):
         default="float32", description="Precision of the engine's weights and arithmetic."
     )
     samples_per_prompt: int = Field(
-        default=8, ge=1, description="Responses sampled for each prompt: the group of GRPO."
+        default=8,
+        ge=1,
+        le=16384,
+        description="Responses sampled for each prompt: the group of GRPO. At most 16384, as many as vLLM takes.",
     )
     temperature: float = Field(
         default=1.0,
-        gt=0,
-        description="Sampling temperature; log-probabilities are taken at it as well.",
+        ge=0.01,
+        description="Sampling temperature, at least 0.01 (vLLM samples at no lower one); log-probabilities are taken at it as well.",
     )
     top_p: float = Field(
         default=1.0,
@@ -46,6 +51,7 @@ class GenerationConfig(Section):
     top_k: int = Field(
         default=0,
         ge=0,
+        lt=2**31,
         description="Sample among the k likeliest tokens. 0: off. Log-probabilities stay those of the untruncated distribution.",
     )
     min_tokens: int = Field(

@@ -1,19 +1,24 @@
 """The actor and reference group: parallelism, precision, memory, and the optimizer."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rlsys.config.model import Dtype
 from rlsys.config.section import Section
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate of AdamW.")
-    betas: tuple[float, float] = Field(
-        default=(0.9, 0.95), description="AdamW's decay rates of first and second moments."
+    learning_rate: float = Field(
+        default=1e-5, gt=0, le=1, description="Peak learning rate of AdamW, at most 1."
+    )
+    betas: tuple[DecayRate, DecayRate] = Field(
+        default=(0.9, 0.95),
+        description="AdamW's decay rates of first and second moments, each from 0 to below 1.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay. 0: none.")
@@ -42,7 +47,10 @@ class PolicyConfig(Section):
         description="Policy workers (actors), one GPU or share of the CPU cores each.",
     )
     gpus_per_rank: float = Field(
-        default=1.0, ge=0, description="GPUs that each rank reserves when the cluster has GPUs."
+        default=1.0,
+        ge=0,
+        le=1,
+        description="GPUs that each rank reserves when the cluster has GPUs; a rank computes on one.",
     )
     cpus_per_rank: int = Field(default=1, ge=1, description="CPU cores that each rank reserves.")
     threads_per_rank: int = Field(

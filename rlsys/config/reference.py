@@ -9,6 +9,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from rlsys.config.command_line import SWITCHES, all_fields, type_name
+from rlsys.config.resume_rules import VERDICTS, resume_table
 
 INTRODUCTION = """# Configuration
 
@@ -18,6 +19,14 @@ recipe, file, flags.
 
 Values are YAML; lists may be written `a,b`. Parameters of estimators, objectives and rewards are set one by one,
 `--algorithm.advantage.parameters.std_ddof 1`, and checked against the function's signature before anything starts.
+"""
+
+
+RESUMING = """
+## Resuming
+
+`--run.directory runs/NAME --resume` goes on from the newest complete checkpoint with the run's own `config.yaml`; nothing falls back to the
+recipe's values. Flags and `--config` change fields of it. Each change is printed ("trainer.steps: 60 -> 80"), and the first rule that fits decides:
 """
 
 
@@ -40,6 +49,8 @@ def reference() -> str:
         lines.append(
             f"| `{name}` | {type_name(field.annotation).replace('|', ', ')} | `{shown}` | {(field.description or '').replace('|', ', ')} |"
         )
+    lines += [RESUMING, *resume_table(), ""]
+    lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -27,16 +27,20 @@ class RunSection(Section):
 class ClusterConfig(Section):
     address: str | None = Field(
         default=None,
-        description="Address of a Ray cluster. null: RAY_ADDRESS where set, else start Ray here.",
+        description="Address of a Ray cluster: host:port, ray://host:port, or auto for the one on this machine. local: start Ray here. "
+        "null: RAY_ADDRESS where set, else start Ray here.",
     )
     object_store_gib: float = Field(
-        default=1.0, gt=0, description="Object store of a Ray started here, in GiB."
+        default=1.0,
+        ge=0.1,
+        description="Object store of a Ray started here, in GiB; at least 0.1.",
     )
 
     @property
     def joined_address(self) -> str | None:
-        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where Ray is started here."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
+        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where Ray is started here, which `local` asks for."""
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        return None if address in (None, "", "local") else address
 
 
 class RunConfig(Section):

@@ -1,5 +1,7 @@
 """The loop: how many steps, how often to evaluate and to save."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from rlsys.config.section import Section
@@ -14,15 +16,18 @@ class EvaluationConfig(Section):
     samples_per_prompt: int = Field(
         default=1,
         ge=1,
+        le=16384,
         description="Sampled responses a problem for mean@k and pass@k. 1: greedy accuracy only.",
     )
     temperature: float = Field(
         default=1.0,
-        gt=0,
-        description="Temperature of those samples; greedy accuracy is always measured too.",
+        ge=0.01,
+        description="Temperature of those samples, at least 0.01; greedy accuracy is always measured too.",
     )
-    pass_at: tuple[int, ...] = Field(
-        default=(1,), description="Each k of pass@k; at most samples_per_prompt."
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1,),
+        min_length=1,
+        description="Each k of pass@k, from 1 to samples_per_prompt.",
     )
 
 
@@ -39,7 +44,10 @@ class TrainerConfig(Section):
     steps: int = Field(default=60, ge=1, description="Training steps: rollout batches.")
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts (groups) of one step.")
     seed: int = Field(
-        default=0, ge=0, description="Seed of data order, sampling and initial weights."
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed of data order, sampling and initial weights; below 2^32.",
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="Held-out evaluation."

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlsys.config import DataConfig, RunConfig
 from rlsys.data.batches import Prompt, PromptBatch
 from rlsys.data.held_out import hold_out, shared_problems
-from rlsys.data.problems import Problem
+from rlsys.data.problems import Problem, problems_digest
 from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
 from rlsys.data.readers import read_problems
 from rlsys.data.synthetic_problems import generate_problems
@@ -21,18 +21,28 @@ from rlsys.data.synthetic_problems import generate_problems
 class PromptStream:
     """Batches of `prompts_per_step` prompts for ever: each epoch is a new permutation, a batch may span two epochs.
 
-    The stream's whole state is the number of batches taken, since epoch e is always permuted by the seed (seed, e).
+    The stream's whole state is the number of prompts and of batches taken, since epoch e is always permuted by the seed (seed, e). The size of a
+    batch may change on the way.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        prompts_per_step: int,
+        seed: int,
+        shuffle: bool,
+        digest: str | None = None,
     ) -> None:
+        """`digest` is the `problems_digest` of what the prompts were made of; None: it is not known, and not compared on a resume."""
         assert prompts, "an empty stream"
         self._prompts = prompts
         self._size = prompts_per_step
         self._seed = seed
         self._shuffle = shuffle
+        self._digest = digest
         self._batches_taken = 0
+        self._prompts_taken = 0
 
     def __len__(self) -> int:
         """Prompts of one epoch."""
@@ -46,8 +56,9 @@ class PromptStream:
     def next_batch(self) -> PromptBatch:
         """The next batch; group ids are unique within the run."""
         batch_id = self._batches_taken
-        positions = range(batch_id * self._size, (batch_id + 1) * self._size)
+        positions = range(self._prompts_taken, self._prompts_taken + self._size)
         self._batches_taken += 1
+        self._prompts_taken += self._size
         return PromptBatch(
             batch_id=batch_id,
             prompts=tuple(self._prompts[self._index(position)] for position in positions),
@@ -68,7 +79,12 @@ class PromptStream:
 
     def state(self) -> dict[str, Any]:
         """JSON-compatible position of the stream."""
-        return {"batches_taken": self._batches_taken, "prompts": len(self._prompts)}
+        return {
+            "batches_taken": self._batches_taken,
+            "prompts_taken": self._prompts_taken,
+            "prompts": len(self._prompts),
+            "digest": self._digest,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -81,7 +97,14 @@ class PromptStream:
                 f"data.train: the checkpoint was written with {state['prompts']} prompts, now there are {len(self._prompts)}. Resume with "
                 "the same data and filters."
             )
+        digest = state.get("digest")  # a checkpoint from before it was kept has none
+        if digest is not None and self._digest is not None and digest != self._digest:
+            raise ValueError(
+                f"data.train: the {len(self._prompts)} prompts are not those that the checkpoint was written with, or in another order. Resume "
+                "with the same data and filters, or start a new run from the checkpoint with --model.path."
+            )
         self._batches_taken = int(state["batches_taken"])
+        self._prompts_taken = int(state["prompts_taken"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,18 +243,23 @@ def load_prompts(
     """
     problems = problems or load_problems(config)
     renderer = PromptRenderer(config.data.template, tokenizer)
-    train, dropped_train = _encode(problems.train, renderer, config.data, "data.train")
-    evaluation, dropped_evaluation = _encode(
+    train = _encode(problems.train, renderer, config.data, "data.train")
+    evaluation = _encode(
         problems.evaluation, renderer, config.data, f"data.eval ({problems.origin})"
     )
+    dropped_train = len(problems.train) - len(train)
+    dropped_evaluation = len(problems.evaluation) - len(evaluation)
     stream = PromptStream(
-        train,
+        [prompt for _, prompt in train],
         prompts_per_step=config.trainer.prompts_per_step,
         seed=config.trainer.seed,
         shuffle=config.data.shuffle,
+        digest=problems_digest([problem for problem, _ in train]),
     )
     held_out = PromptBatch(
-        batch_id=-1, prompts=tuple(evaluation), group_ids=np.arange(len(evaluation), dtype=np.int64)
+        batch_id=-1,
+        prompts=tuple(prompt for _, prompt in evaluation),
+        group_ids=np.arange(len(evaluation), dtype=np.int64),
     )
     limit = config.data.max_prompt_tokens
     return LoadedPrompts(
@@ -267,9 +295,14 @@ def _few_notices(prompts: int, prompts_per_step: int) -> Iterator[str]:
 
 def _encode(
     problems: Sequence[Problem], renderer: PromptRenderer, data: DataConfig, field: str
-) -> tuple[list[Prompt], int]:
+) -> list[tuple[Problem, Prompt]]:
+    """The problems whose prompts are short enough, with those prompts."""
     prompts = [renderer.encode(problem) for problem in problems]
-    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= data.max_prompt_tokens]
+    kept = [
+        (problem, prompt)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        if len(prompt.token_ids) <= data.max_prompt_tokens
+    ]
     dropped = len(prompts) - len(kept)
     if dropped and (data.overlong_prompts == "refuse" or not kept):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
@@ -278,4 +311,4 @@ def _encode(
             f"longest, {longest.problem_id!r}, has {len(longest.token_ids)}). Raise the limit"
             + (", or set data.overlong_prompts to drop." if kept else ".")
         )
-    return kept, dropped
+    return kept

@@ -117,12 +117,12 @@ class CreditAssigner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`. A fixed coefficient or temperature stays what the configuration says."""
+        """Continue from `state`. A fixed coefficient or temperature stays what the configuration says, and so does what `state` leaves out."""
         if self._config.algorithm.kl.target is not None:
-            self._kl_coefficient = state["kl_coefficient"]
+            self._kl_coefficient = state.get("kl_coefficient", self._kl_coefficient)
         if self._config.algorithm.entropy.target is not None:
-            self._temperature = state["entropy_temperature"]
-        self._estimator_state = state["estimator"]
+            self._temperature = state.get("entropy_temperature", self._temperature)
+        self._estimator_state = state.get("estimator", {})
 
     def assign(
         self,

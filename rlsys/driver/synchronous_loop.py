@@ -27,7 +27,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, SamplingParameters
 from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
 from rlsys.driver.credit_assignment import required_inputs
-from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.evaluation import Evaluator, evaluation_is_due
 from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, total, values
 from rlsys.driver.observer import Observer, Outcome
 from rlsys.driver.ports import (
@@ -42,7 +42,13 @@ from rlsys.driver.ports import (
     RolloutPart,
     WeightSync,
 )
-from rlsys.driver.resume import check_resumable, describe_origin, differences
+from rlsys.driver.resume import (
+    advantage_state,
+    check_resumable,
+    describe_origin,
+    differences,
+    prompt_state,
+)
 from rlsys.driver.reward_failures import RewardFailureWatch
 
 T = TypeVar("T")
@@ -168,9 +174,9 @@ class SynchronousLoop:
         check_resumable(checkpoint, self._config)
         for change in differences(checkpoint, self._config):
             logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
-        self._prompts.load_state(checkpoint.state["prompts"])
+        self._prompts.load_state(prompt_state(checkpoint))
         await self._workers.policy.load(checkpoint.path)
-        await self._workers.advantages.load_state(checkpoint.state["advantages"])
+        await self._workers.advantages.load_state(advantage_state(checkpoint, self._config))
         self._step = self._saved_step = checkpoint.step
         self._evaluated_step = checkpoint.state["evaluated_step"]
 
@@ -396,11 +402,9 @@ class SynchronousLoop:
             )
 
     def _evaluation_is_due(self) -> bool:
-        """Before the first step, after each `every` steps and after the last; an abandoned one is still due after a resume."""
-        every = self._config.trainer.evaluation.every
-        if self._evaluator is None or not every or self._evaluated_step == self._step:
-            return False
-        return self._step % every == 0 or self._step == self._config.trainer.steps
+        return self._evaluator is not None and evaluation_is_due(
+            self._config.trainer, step=self._step, evaluated_step=self._evaluated_step
+        )
 
     async def _evaluate_if_due(self) -> None:
         if (

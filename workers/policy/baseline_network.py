@@ -124,5 +124,7 @@ class BaselineLearner:
                 f"algorithm.advantage: the baseline network in {directory} has other layers or another width. Resume with the settings it was "
                 "written with."
             ) from error
+        rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = rate  # that of the configuration, not the saved one
         self.gain = HeldOutGain(*state["gain"])

@@ -405,6 +405,7 @@ class PolicyWorker(RankWorker):
                 "steps": self.steps,
                 "estimator": dict(self.estimator_state),
                 "old_kl_coefficient": self.old_kl_coefficient,
+                "old_kl_start": self.config.algorithm.kl_old.coefficient,
             }
             (path / "policy_state.json").write_text(json.dumps(facts))
             if self.baselines:
@@ -460,7 +461,10 @@ class PolicyWorker(RankWorker):
         self.estimator_state = facts.get(
             "estimator", {}
         )  # not in checkpoints from before it was kept
-        if self.config.algorithm.kl_old.target is not None:
+        kl_old = self.config.algorithm.kl_old
+        started_from = facts.get("old_kl_start", kl_old.coefficient)
+        if kl_old.target is not None and started_from == kl_old.coefficient:
+            # A coefficient that was changed for the resume replaces the adapted one.
             self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
         if self.baselines:
             self.baselines.load(path)

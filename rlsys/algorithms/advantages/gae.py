@@ -11,7 +11,12 @@ from rlsys.algorithms.advantages.inputs import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, whitened
+from rlsys.algorithms.advantages.returns import (
+    check_eps,
+    last_tokens,
+    step_rewards,
+    whitened,
+)
 
 
 @register_advantage_estimator("gae")
@@ -41,11 +46,12 @@ def gae_advantages(
     (0.75, 1).
 
     Raises:
-        ValueError: gamma or lam outside [0, 1].
+        ValueError: gamma or lam outside [0, 1], or a negative eps.
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
+    check_eps(eps)
     mask = inputs.response_mask
     rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
     values = (

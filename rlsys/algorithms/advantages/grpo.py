@@ -10,6 +10,7 @@ from rlsys.algorithms.advantages.inputs import (
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.returns import check_eps
 
 
 @register_advantage_estimator("grpo", compares_group=True)
@@ -32,8 +33,9 @@ def grpo_advantages(
     Example: rewards (1, 0, 0, 1), ddof 0: mean 1/2, std 1/2, advantages (1, -1, -1, 1) up to eps.
 
     Raises:
-        ValueError: `std_ddof` is neither 0 nor 1.
+        ValueError: `std_ddof` is neither 0 nor 1, or `eps` is negative.
     """
+    check_eps(eps)
     if std_ddof not in (0, 1):
         raise ValueError(
             f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 (divide by G) nor 1 (divide by G - 1)"

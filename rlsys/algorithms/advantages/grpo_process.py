@@ -10,7 +10,7 @@ from rlsys.algorithms.advantages.inputs import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.algorithms.advantages.returns import last_tokens, step_rewards, suffix_sum
+from rlsys.algorithms.advantages.returns import check_eps, last_tokens, step_rewards, suffix_sum
 
 
 @register_advantage_estimator("grpo_process", compares_group=True)
@@ -34,8 +34,9 @@ def grpo_process_advantages(
     sqrt(3); advantages ((2, 3), (-2, -1)) / sqrt(3).
 
     Raises:
-        ValueError: `std_ddof` is neither 0 nor 1.
+        ValueError: `std_ddof` is neither 0 nor 1, or `eps` is negative.
     """
+    check_eps(eps)
     if std_ddof not in (0, 1):
         raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)

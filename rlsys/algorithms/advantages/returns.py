@@ -47,8 +47,25 @@ def masked_moments(values: Tensor, response_mask: Tensor) -> tuple[Tensor, Tenso
     return mean, variance.sqrt()
 
 
+def check_eps(eps: float) -> None:
+    """Refuse an epsilon that would turn the sign of what it is added to.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if eps < 0:
+        raise ValueError(
+            f"algorithm.advantage.parameters.eps: {eps} is negative; it is added to a standard deviation. Give a small number such as 1e-6."
+        )
+
+
 def whitened(values: Tensor, response_mask: Tensor, eps: float) -> Tensor:
-    """[B, T] (x - mean) / (std + eps) over the tokens of the batch; exactly 0 where all are equal, and outside the mask."""
+    """[B, T] (x - mean) / (std + eps) over the tokens of the batch; exactly 0 where all are equal, and outside the mask.
+
+    Raises:
+        ValueError: eps is negative.
+    """
+    check_eps(eps)
     mean, std = masked_moments(values, response_mask)
     inside = values[response_mask]
     if not len(inside) or bool(inside.max() == inside.min()):

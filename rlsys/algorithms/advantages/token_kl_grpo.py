@@ -11,7 +11,7 @@ from rlsys.algorithms.advantages.inputs import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.algorithms.advantages.returns import suffix_sum
+from rlsys.algorithms.advantages.returns import check_eps, suffix_sum
 from rlsys.algorithms.kl import token_log_ratios
 
 
@@ -71,8 +71,9 @@ def token_kl_grpo_advantages(
     (-1, 1).
 
     Raises:
-        ValueError: no old or ref log-probabilities, or `std_ddof` neither 0 nor 1, or `max_tokens` not positive.
+        ValueError: no old or ref log-probabilities, `std_ddof` neither 0 nor 1, a negative `eps`, or `max_tokens` not positive.
     """
+    check_eps(eps)
     if std_ddof not in (0, 1):
         raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
     if max_tokens is not None and max_tokens < 1:

@@ -132,3 +132,16 @@ def test_the_report_can_be_made_again_from_the_command_line(
     for wrong in ([], [str(directory.path / "none")], ["a", "b"]):
         with pytest.raises(SystemExit, match=r"usage: python -m rlsys\.driver\.report runs/NAME"):
             main(wrong)
+
+
+def test_a_resume_leaves_the_file_alone_until_the_loop_begins_or_the_start_fails(
+    directory: RunDirectory,
+):
+    StatusWriter(directory).on_end("interrupted", "")
+    before = directory.status.read_bytes()
+    writer = StatusWriter(directory, held=True)
+    assert directory.status.read_bytes() == before
+    writer.fail("RuntimeError: no GPU")
+    assert read(directory).state == "failed"
+    StatusWriter(directory, held=True).on_start(6, 10)
+    assert read(directory).state == "running"

@@ -665,7 +665,13 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
         (run.directory.checkpoints / "step_000002" / "trainer_state.json").read_text()
     )
     assert state["step"] == state["evaluated_step"] == 2
-    assert state["prompts"] == {"batches_taken": 2, "prompts": PROBLEMS}
+    taken = 2 * make_config(steps=3).trainer.prompts_per_step
+    assert state["prompts"] == {
+        "batches_taken": 2,
+        "prompts_taken": taken,
+        "prompts": PROBLEMS,
+        "digest": None,  # the stream of these fakes was not made of problems
+    }
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
     assert state["config"]["trainer"]["steps"] == 3
     assert {"torch", "numpy"} <= set(state["versions"])
@@ -881,3 +887,32 @@ async def test_adaptive_numbers_resume_with_the_run(tmp_path: Path) -> None:
     ]
     assert len(set(temperatures)) == 4
     assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
+
+
+async def test_a_temperature_that_is_changed_for_the_resume_replaces_the_tuned_one(
+    tmp_path: Path,
+) -> None:
+    def tuned(temperature: float, steps: int) -> RunConfig:
+        made = make_config(steps=steps, save=2, temperature=temperature)
+        entropy = made.algorithm.entropy.model_copy(update={"target": 1.0})
+        return made.model_copy(
+            update={"algorithm": made.algorithm.model_copy(update={"entropy": entropy})}
+        )
+
+    await (await start(tmp_path, tuned(0.1, 2))).finish()
+    resumed = await start(tmp_path, tuned(0.7, 3), resume=True)
+    await resumed.finish()
+    assert resumed.recorder.steps[0][1]["entropy/temperature"] == pytest.approx(0.7)
+
+
+async def test_a_resume_with_another_batch_size_takes_the_next_prompts(tmp_path: Path) -> None:
+    await (await start(tmp_path, make_config(steps=2, save=2))).finish()
+    longer = make_config(steps=4, save=2)
+    smaller = longer.model_copy(
+        update={"trainer": longer.trainer.model_copy(update={"prompts_per_step": 2})}
+    )
+    resumed = await start(tmp_path, smaller, resume=True)
+    assert await resumed.finish() == "finished"
+    state = json.loads((tmp_path / "checkpoints/step_000004/trainer_state.json").read_text())
+    assert state["prompts"]["prompts_taken"] == 2 * 4 + 2 * 2
+    assert state["prompts"]["batches_taken"] == 4

@@ -1,0 +1,296 @@
+"""Options that were set on purpose and do nothing in this setting: one table, one warning line each.
+
+Defaults of recipes never warn: `Invocation.explicit` has the names that flags and files set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlsys.algorithms.policy_objectives import (
+    gradient_coefficient,
+    ignores_ratio,
+)
+from rlsys.config import RunConfig
+from rlsys.config.command_line import flat
+from rlsys.config.hardware import Hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A configuration on a machine."""
+
+    config: RunConfig
+    hardware: Hardware
+
+    @property
+    def has_no_gpu(self) -> bool:
+        """Ray is started on this machine, and there is none."""
+        return self.starts_ray and not self.hardware.gpus
+
+    @property
+    def reads_no_file(self) -> bool:
+        """All problems are generated here."""
+        data = self.config.data
+        return data.train == "synthetic" and data.eval in ("synthetic", "auto", "off")
+
+    @property
+    def has_gpus(self) -> bool:
+        return self.starts_ray and self.hardware.gpus > 0
+
+    @property
+    def starts_ray(self) -> bool:
+        return self.config.cluster.joined_address is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ineffective:
+    """Options that do nothing where a condition holds."""
+
+    options: tuple[str, ...]  # dotted names; one that ends in a dot is a whole section
+    condition: Callable[[Setting], bool]
+    reason: str
+
+
+def _row(*options: str, when: Callable[[Setting], bool], because: str) -> Ineffective:
+    return Ineffective(options=options, condition=when, reason=because)
+
+
+def _ignores_ratio(setting: Setting) -> bool:
+    objective = setting.config.algorithm.objective
+    return ignores_ratio(objective.weight, objective.parameters)
+
+
+def _ratio_is_one(setting: Setting) -> bool:
+    """One update a batch, on what its own policy sampled, by a weight that is 1 at the ratio 1."""
+    config, objective = setting.config, setting.config.algorithm.objective
+    if _ignores_ratio(setting):
+        return False  # nobody who chose such a weight expects it to act on the ratio
+    if config.policy.epochs * config.policy.mini_batches > 1:
+        return False
+    signs = torch.tensor([1.0, -1.0])
+    at_one = gradient_coefficient(objective.weight, torch.zeros(2), signs, **objective.parameters)
+    return bool(torch.allclose(at_one, torch.ones(2)))
+
+
+_SINGLE_UPDATE = (
+    "there is one update a batch (policy.epochs x policy.mini_batches is 1), where every ratio is 1"
+)
+
+# A row is looked at only where one of its options was set.
+TABLE: tuple[Ineffective, ...] = (
+    # The objective.
+    _row(
+        "algorithm.objective.ratio",
+        when=_ignores_ratio,
+        because="the weight (algorithm.objective.weight) does not read the ratio",
+    ),
+    _row(
+        "algorithm.objective.weight",
+        "algorithm.objective.ratio",
+        "algorithm.objective.parameters.",
+        when=_ratio_is_one,
+        because=_SINGLE_UPDATE,
+    ),
+    # KL and entropy.
+    _row(
+        "algorithm.kl.kind",
+        "algorithm.kl.direction",
+        "algorithm.kl.placement",
+        "algorithm.kl.level",
+        "algorithm.kl.importance_ratio",
+        "algorithm.kl.horizon",
+        "model.reference_path",
+        when=lambda s: s.config.algorithm.kl.coefficient == 0,
+        because="algorithm.kl.coefficient is 0",
+    ),
+    _row(
+        "algorithm.kl.level",
+        "algorithm.kl.importance_ratio",
+        when=lambda s: (
+            s.config.algorithm.kl.coefficient > 0 and s.config.algorithm.kl.placement != "loss"
+        ),
+        because="it is of the KL in the loss, and algorithm.kl.placement is another",
+    ),
+    _row(
+        "algorithm.kl.kind",
+        "algorithm.kl.direction",
+        when=lambda s: (
+            s.config.algorithm.kl.coefficient > 0 and s.config.algorithm.kl.placement == "advantage"
+        ),
+        because="with algorithm.kl.placement advantage the estimator has its own form of the KL",
+    ),
+    _row(
+        "algorithm.kl.horizon",
+        when=lambda s: (
+            s.config.algorithm.kl.coefficient > 0 and s.config.algorithm.kl.target is None
+        ),
+        because="algorithm.kl.target is null, so the coefficient is fixed",
+    ),
+    _row(
+        "algorithm.entropy.learning_rate",
+        when=lambda s: s.config.algorithm.entropy.target is None,
+        because="algorithm.entropy.target is null, so the temperature is fixed",
+    ),
+    # Corrections and estimators.
+    _row(
+        "algorithm.rollout_correction.cap",
+        "algorithm.rollout_correction.mask_below",
+        "algorithm.rollout_correction.mask_above",
+        when=lambda s: s.config.algorithm.rollout_correction.level == "none",
+        because="algorithm.rollout_correction.level is none",
+    ),
+    _row(
+        "algorithm.advantage.network.",
+        when=lambda s: s.config.algorithm.advantage.parameters.get("solver") != "network",
+        because="algorithm.advantage.parameters.solver is not network",
+    ),
+    # The engines.
+    _row(
+        "generation.kv_cache_gib",
+        "generation.gpu_memory_utilization",
+        "generation.compile",
+        "generation.tensor_parallel",
+        "generation.max_model_tokens",
+        when=lambda s: s.config.generation.engine != "vllm",
+        because="only the engine vllm has it, and generation.engine is another",
+    ),
+    _row(
+        "generation.gpu_memory_utilization",
+        when=lambda s: s.config.generation.engine == "vllm" and s.has_no_gpu,
+        because="this machine has no GPU; generation.kv_cache_gib bounds the cache",
+    ),
+    _row(
+        "generation.kv_cache_gib",
+        when=lambda s: s.config.generation.engine == "vllm" and s.has_gpus,
+        because="it is for CPUs; on a GPU generation.gpu_memory_utilization bounds the cache",
+    ),
+    # GPUs.
+    _row(
+        "policy.gpus_per_rank",
+        "policy.offload_optimizer",
+        "generation.gpus_per_worker",
+        when=lambda s: s.has_no_gpu,
+        because="this machine has no GPU",
+    ),
+    _row(
+        "policy.threads_per_rank",
+        when=lambda s: s.has_gpus and s.config.policy.gpus_per_rank > 0,
+        because="the ranks compute on GPUs",
+    ),
+    # The policy.
+    _row(
+        "policy.share_prompts",
+        when=lambda s: s.config.policy.packing is False,
+        because="policy.packing is false, so every sequence is computed for itself",
+    ),
+    _row(
+        "policy.share_prompts",
+        when=lambda s: s.config.model.attention == "flash_attention_2",
+        because="flash_attention_2 cannot share prompts; sdpa and flex_attention can",
+    ),
+    _row(
+        "policy.optimizer.minimum_ratio",
+        when=lambda s: s.config.policy.optimizer.schedule == "constant",
+        because="policy.optimizer.schedule is constant",
+    ),
+    # Data.
+    _row(
+        "data.synthetic.",
+        when=lambda s: s.config.data.train != "synthetic",
+        because="data.train is not synthetic",
+    ),
+    _row(
+        "data.columns.",
+        "data.blank_rows",
+        when=lambda s: s.reads_no_file,
+        because="data.train is synthetic and data.eval names no file",
+    ),
+    _row(
+        "data.held_out",
+        when=lambda s: s.config.data.eval != "auto",
+        because="data.eval is not auto",
+    ),
+    _row(
+        "data.held_out",
+        when=lambda s: s.config.data.train == "synthetic",
+        because="data.train is synthetic, which has held-out problems of its own",
+    ),
+    _row(
+        "data.eval_limit",
+        "trainer.evaluation.",
+        when=lambda s: s.config.data.eval == "off",
+        because="data.eval is off",
+    ),
+    # The loop.
+    _row(
+        "trainer.checkpoints.keep",
+        when=lambda s: s.config.trainer.checkpoints.every == 0,
+        because="trainer.checkpoints.every is 0, so only the last step is saved",
+    ),
+    _row(
+        "trainer.evaluation.samples_per_prompt",
+        "trainer.evaluation.temperature",
+        "trainer.evaluation.pass_at",
+        when=lambda s: s.config.trainer.evaluation.every == 0,
+        because="trainer.evaluation.every is 0, so nothing is evaluated",
+    ),
+    _row(
+        "trainer.evaluation.temperature",
+        "trainer.evaluation.pass_at",
+        when=lambda s: (
+            s.config.trainer.evaluation.every > 0
+            and s.config.trainer.evaluation.samples_per_prompt == 1
+        ),
+        because="trainer.evaluation.samples_per_prompt is 1, so evaluation is greedy only",
+    ),
+    _row(
+        "diagnostics.gradient_every",
+        when=lambda s: not s.config.diagnostics.gradient,
+        because="diagnostics.gradient is false",
+    ),
+    # The cluster.
+    _row(
+        "cluster.object_store_gib",
+        when=lambda s: not s.starts_ray,
+        because="the run joins a cluster, whose object store has its size already",
+    ),
+)
+
+# Values that ask for nothing: whoever sets them wants no effect.
+NOTHING = (None, False, (), [])
+
+
+def ineffective_options(
+    config: RunConfig, explicit: Iterable[str], hardware: Hardware
+) -> Iterator[str]:
+    """A line "X: 3 has no effect because ..." for each option in `explicit` that does nothing. For a configuration that was checked."""
+    setting = Setting(config=config, hardware=hardware)
+    values = flat(config.model_dump(mode="json"))
+    for name in sorted({leaf for option in explicit for leaf in _leaves(option, values)}):
+        value = values[name]
+        if value in NOTHING or (name == "generation.tensor_parallel" and value == 1):
+            continue
+        for row in TABLE:
+            if _covers(row.options, name) and row.condition(setting):
+                yield f"{name}: {_shown(value)} has no effect because {row.reason}."
+                break
+
+
+def _leaves(option: str, values: dict[str, Any]) -> Iterator[str]:
+    """The option itself, or all parameters below it."""
+    return (name for name in values if name == option or name.startswith(f"{option}."))
+
+
+def _covers(options: Iterable[str], name: str) -> bool:
+    return any(
+        name.startswith(option) if option.endswith(".") else name == option for option in options
+    )
+
+
+def _shown(value: object) -> str:
+    return str(value)

@@ -1,0 +1,96 @@
+"""The directory of a run: whose it is, and whether anything can be written there."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rlsys.config import RunConfig, RunSection
+from rlsys.config.command_line import load_yaml
+from rlsys.driver.metrics_log import MetricsLog, read_metrics
+from rlsys.driver.run_directory import RunDirectory
+
+
+def test_two_runs_of_one_second_get_two_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    directory = RunDirectory(Path("runs/grpo_math-20261125-024500"), is_given=False)
+    for _ in range(2):
+        directory.check(resume=False)  # neither is refused because of the other
+    with ThreadPoolExecutor(4) as pool:
+        claimed = list(pool.map(lambda _: directory.claim().path.name, range(4)))
+    assert sorted(claimed) == [directory.path.name, *(f"{directory.path.name}-{n}" for n in "234")]
+
+
+def test_a_name_that_was_given_belongs_to_one_run(tmp_path: Path):
+    directory = RunDirectory.named_by(RunConfig(run=RunSection(directory=str(tmp_path / "mine"))))
+    assert directory.claim() == directory
+    with pytest.raises(ValueError, match=r"run\.directory: .*mine' exists already"):
+        directory.claim()
+
+
+def test_a_refused_run_leaves_its_name_free(tmp_path: Path):
+    given = RunDirectory(tmp_path / "given").claim()
+    given.create(RunConfig())
+    given.log.write_text("x")
+    given.discard()
+    given.check(resume=False)
+    own = RunDirectory(tmp_path / "own", is_given=False).claim()
+    own.create(RunConfig())
+    own.discard()
+    assert not own.path.exists()
+
+
+def test_a_file_is_no_directory(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run\.directory: .*file' is a file\. Name a directory"):
+        RunDirectory(tmp_path / "file").check(resume=False)
+    with pytest.raises(ValueError, match=r"run\.directory: .*file/below' cannot be made below"):
+        RunDirectory(tmp_path / "file" / "below").check(resume=False)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_early():
+    """/proc lets nobody write, root neither."""
+    directory = RunDirectory(Path("/proc/runs/a"))
+    with pytest.raises(ValueError, match=r"run\.directory: '/proc/runs/a' cannot be written to"):
+        directory.check(resume=False)
+    with pytest.raises(ValueError, match=r"run\.directory: '/proc/runs/a' cannot be written to"):
+        directory.claim()
+
+
+def test_a_check_leaves_no_trace(tmp_path: Path):
+    RunDirectory(tmp_path / "a" / "b").check(resume=False)
+    assert list(tmp_path.iterdir()) == []
+    run = RunDirectory(tmp_path / "run")
+    run.create(RunConfig())
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.path.rglob("*"))
+    run.check(resume=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.path.rglob("*")) == before
+
+
+def test_the_configuration_is_replaced_whole(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run")
+    run.create(RunConfig())
+    run.create(RunConfig(recipe="other"))
+    assert load_yaml(run.config).recipe == "other"
+    assert not list(run.path.glob("*.partial"))
+
+
+def test_metrics_are_untouched_until_the_loop_starts(tmp_path: Path):
+    """A resume that is refused at set-up has made a `MetricsLog` already."""
+    run = RunDirectory(tmp_path / "run")
+    run.create(RunConfig())
+    log = MetricsLog(run)
+    for step in (1, 2, 3):
+        log.on_step(step, {"reward/mean": 0.5})
+    log.on_end("failed", "")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    resumed = MetricsLog(run, keep_lines=2)
+    assert resumed.position() == 2
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    resumed.on_start(3, 3)
+    assert [record.step for record in read_metrics(run.metrics)] == [1, 2]
+    resumed.on_end("finished", "")
