@@ -94,19 +94,19 @@ class Finding:
 
 def examine(architecture: Architecture, *, sampling: bool = True) -> Finding:
     """Take one architecture through trainer and engine. The process group exists already."""
-    named = {"name": architecture.name, "model_type": architecture.model_type}
+    name, kind = architecture.name, architecture.model_type
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_tiny_model(Path(folder), architecture)
             own = load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
             own(input_ids=torch.arange(1, 9)[None], use_cache=False)
         except Exception as error:  # sizes that this architecture does not take
-            return Finding(**named, outcome="not built", reason=_line(error))
+            return Finding(name=name, model_type=kind, outcome="not built", reason=_line(error))
 
         try:
             return _examine(architecture, folder, sampling=sampling)
         except UnsupportedModelError as error:
-            return Finding(**named, outcome="refused", reason=_line(error))
+            return Finding(name=name, model_type=kind, outcome="refused", reason=_line(error))
 
 
 def _examine(architecture: Architecture, folder: str, *, sampling: bool) -> Finding:

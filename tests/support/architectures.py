@@ -162,6 +162,7 @@ OTHERS: tuple[Architecture, ...] = (
         linear_num_value_heads=4,
         linear_key_head_dim=16,
         linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
         shared_expert_intermediate_size=32,
         **EXPERTS,
     ),

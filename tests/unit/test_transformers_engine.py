@@ -10,7 +10,9 @@ import torch
 from rlsys.config import GenerationConfig, RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.models.checkpoint_names import to_checkpoint
+from rlsys.models.loading import load_causal_lm
 from rlsys.models.weights import pack_weights
+from tests.support.architectures import ARCHITECTURES, save_tiny_model
 from tests.support.model_families import WINDOW, build_family, load_family
 from workers.generation.transformers_engine import TransformersEngine
 
@@ -46,6 +48,29 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
     sequences = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 3 * WINDOW)]
     for sequence, found in zip(sequences, engine.probe_logprobs(sequences), strict=True):
         np.testing.assert_allclose(found, own_logprobs(model, sequence.tolist(), 1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mamba, recurrent state",  # keeps its state under another name
+        "bamba, recurrent state",  # transformers' cache of it gives other log-probabilities
+    ],
+)
+def test_without_a_usable_cache_whole_passes_are_decoded(name: str, tmp_path: Path):
+    chosen = next(architecture for architecture in ARCHITECTURES if architecture.name == name)
+    save_tiny_model(tmp_path, chosen)
+    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
+    model = load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
+
+    prompt = Prompt(problem_id="", token_ids=(9, 4, 7), text="", problem="", ground_truth="")
+    sampling = SamplingParameters(samples_per_prompt=2, temperature=0.7, max_tokens=8, min_tokens=8)
+    ((group,),) = engine.generate([prompt], [0], sampling)
+    for response in group.responses:
+        tokens = [*prompt.token_ids, *response.token_ids]
+        expected = own_logprobs(model, tokens, sampling.temperature)[-len(response.token_ids) :]
+        np.testing.assert_allclose(response.logprobs, expected, atol=1e-4)
 
 
 def test_responses_of_a_group_end_at_their_own_places(tmp_path: Path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,12 @@ from rlsys.models.loading import end_token_ids, load_causal_lm, load_tokenizer
 from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engine import SampledGroup, SampledResponse
 from workers.generation.response_text import ResponseText
+
+logger = logging.getLogger(__name__)
+
+TRIED_STEPS = 4
+# Mean differences of log-probabilities that rounding explains, for log-probabilities about 1 nat apart.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 class TransformersEngine:
@@ -31,7 +40,7 @@ class TransformersEngine:
         model = load_causal_lm(
             model_directory,
             dtype=dtype,
-            attention="eager",  # sdpa leaves out what it does not know, as the softcap of Gemma 2
+            attention="sdpa",
             trust_remote_code=config.model.trust_remote_code,
         )
         model.eval()
@@ -41,6 +50,51 @@ class TransformersEngine:
             model_directory, trust_remote_code=config.model.trust_remote_code
         )
         self._end_ids = end_token_ids(model_directory, self._tokenizer)
+        takes = signature(model.forward).parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._uses_cache = self._cache_is_right(config.data.max_prompt_tokens)
+
+    @torch.no_grad()
+    def _cache_is_right(self, length: int) -> bool:
+        """Return whether decoding with a cache gives the log-probabilities of whole forward passes.
+
+        Some architectures keep no cache under the usual name, and a few caches are wrong. They are
+        decoded by whole forward passes, which is slow.
+        """
+        text = self._model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or length + TRIED_STEPS
+        length = max(1, min(length, positions - TRIED_STEPS))
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, text.vocab_size, (1, length + TRIED_STEPS), generator=generator)
+        tokens = tokens.to(self._device)
+        whole = self._model(input_ids=tokens, use_cache=False).logits[0, length - 1 :].float()
+
+        cache, stepwise = None, []
+        try:
+            for end in range(length, length + TRIED_STEPS + 1):
+                part = tokens[:, :length] if cache is None else tokens[:, end - 1 : end]
+                logits, cache = self._cached_step(part, cache)
+                stepwise.append(logits[0])
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # each architecture fails in its own way
+            logger.warning("decoding without a cache: %s", error)
+            return False
+
+        right, found = whole.log_softmax(-1), torch.stack(stepwise).log_softmax(-1)
+        rounding = ROUNDING[self._model.dtype] * max(1.0, float(right.std()))
+        difference = float((right - found).abs().mean())
+        if difference <= rounding:
+            return True
+        logger.warning("decoding without a cache: with it log-probs differ by %.2g", difference)
+        return False
+
+    def _cached_step(self, inputs: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return [b, V] float32 logits of the next token, and the cache with `inputs` in it."""
+        output = self._model(
+            input_ids=inputs, past_key_values=cache, use_cache=True, **self._last_logits
+        )
+        return output.logits[:, -1].float(), output.past_key_values
 
     def generate(
         self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
@@ -63,13 +117,14 @@ class TransformersEngine:
         texts = [ResponseText(self._tokenizer, prompt.token_ids) for _ in range(count)]
         reasons: list[StopReason | None] = [None] * count
         inputs = torch.tensor([prompt.token_ids] * count, device=self._device)
-        cache = None
+        whole, cache = inputs, None
         for generated in range(sampling.max_tokens):
-            output = self._model(
-                input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float() / (sampling.temperature or 1.0)
+            if self._uses_cache:
+                logits, cache = self._cached_step(inputs, cache)
+            else:
+                output = self._model(input_ids=inputs, use_cache=False, **self._last_logits)
+                logits = output.logits[:, -1].float()
+            logits = logits / (sampling.temperature or 1.0)
             reported = logits.log_softmax(-1)
             drawn_from = self._log_distribution(logits, sampling, generated)
             chosen = _choose(drawn_from, sampling.temperature, generators)
@@ -81,6 +136,9 @@ class TransformersEngine:
             if None not in reasons:
                 break
             inputs = chosen[:, None]
+            if not self._uses_cache:
+                whole = torch.cat([whole, inputs], dim=1)
+                inputs = whole
         return tuple(
             SampledResponse(
                 token_ids=tuple(tokens[i]),
