@@ -156,7 +156,7 @@ async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
 async def test_truncation_leaves_logprobs_alone(
     worker, prompts: PromptBatch, model: torch.nn.Module, truncation: dict[str, Any]
 ):
-    """They are of the whole distribution at the temperature, so that a ratio to the trainer's is 1; and something was cut off."""
+    """They are of the whole distribution at the temperature, so that a ratio to the trainer's is 1, although tokens were cut off."""
     await install(worker, model, 0)
     sampling = replace(SAMPLING, min_tokens=0, max_tokens=32)
     batch = await generate([worker], prompts, replace(sampling, **truncation))
@@ -170,8 +170,9 @@ async def test_truncation_leaves_logprobs_alone(
         log_ratios[row] = differences.sum()
         assert mask.sum() > truncation.get("min_tokens", 0)
     assert np.abs(log_ratios).max() < 0.01
-    free = await generate([worker], prompts, sampling)
-    assert free.token_ids.tolist() != batch.token_ids.tolist()
+    if truncation.keys() & {"top_p", "top_k"}:  # an end token is rare anyhow
+        free = await generate([worker], prompts, sampling)
+        assert free.token_ids.tolist() != batch.token_ids.tolist()
 
 
 async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):

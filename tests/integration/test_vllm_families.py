@@ -22,9 +22,9 @@ def test_vllm_follows_the_trainer(family: str):
     assert found["max_difference_of_old_weights"] > 1  # so old weights would have been seen
 
 
-def test_the_table_has_every_family():
-    """None is silently wrong: a family agrees, or is refused with a reason."""
+def test_no_family_of_the_table_is_silently_wrong():
+    """A family agrees, or is refused with a reason."""
     table = json.loads(TABLE.read_text())
-    assert set(table) == set(FAMILIES)
+    assert set(CASES) <= set(table) <= set(FAMILIES)
     for family, found in table.items():
         assert found.get("refused") or found["max_difference"] < 1e-3, family

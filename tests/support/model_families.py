@@ -102,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": DENSE,
     "glm4_moe": {**LATENT, "head_dim": 32},
     "deepseek_v2": {**LATENT, "topk_method": "greedy"},
-    "deepseek_v3": {**LATENT, "q_lora_rank": 32},
+    "deepseek_v3": {**LATENT, "q_lora_rank": 32, "topk_method": "noaux_tc"},
     "gpt_neox": WITHOUT_HEAD_DIM,
     "gpt2": GPT,
     "gptj": {**GPT, "rotary_dim": 16},
