@@ -40,7 +40,7 @@ TINY = (
 REMEDIES = (
     "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Give|Install|It takes|Join|Keep|Known|Leave|Lower|Make|Mend|Name|"
     "Pass|Pick|Put|Quote|Raise|Remove|Repair|Sample|Save|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
-    "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form"
+    "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form|is called with"
 )
 
 
@@ -100,6 +100,7 @@ def _typed(value: float) -> str:
 
 # Fields for which an empty text means something, and those that name a thing which a dry run cannot look up.
 EMPTY_IS_FINE = {"cluster.address"}
+NULL_IS_FINE = {"data.eval"}
 
 
 def field_trials() -> Iterator[Trial]:
@@ -123,7 +124,7 @@ def field_trials() -> Iterator[Trial]:
             yield trial(_typed(value), "refused")
         for value in inside:
             yield trial(_typed(value), "either")
-        yield trial("null", "either" if optional else "refused")
+        yield trial("null", "either" if optional or name in NULL_IS_FINE else "refused")
         mapping = dict in origins or str in parts  # text is taken as it is typed
         yield trial("{a: 1}", "either" if mapping else "refused")
         kinds = {part for part in parts if isinstance(part, type)}

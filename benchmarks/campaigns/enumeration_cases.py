@@ -144,8 +144,7 @@ class Case:
         if not self.preset:
             return self
         preset = PRESETS[self.preset]
-        kl, entropy = preset.kl.model_dump(), "none"
-        right = "k3" if kl["placement"] == "loss" else "k1"  # where the kind is null
+        kl, entropy = preset.kl, "none"
         if preset.entropy.bonus or preset.entropy.temperature:
             entropy = "bonus" if preset.entropy.bonus else "temperature"
         return replace(
@@ -157,12 +156,12 @@ class Case:
             weight=preset.objective.weight,
             weight_parameters=tuple(preset.objective.parameters.items()),
             aggregation=preset.aggregation,
-            kl_placement=kl["placement"] if kl["coefficient"] else "none",
-            kl_kind=kl["kind"] or right,
-            kl_direction=kl["direction"],
-            kl_level=kl.get("level", "token"),
-            kl_ratio=kl.get("importance_ratio", "none"),
-            kl_old=preset.model_dump().get("kl_old", {}).get("coefficient", 0.0),
+            kl_placement=kl.placement if kl.coefficient else "none",
+            kl_kind=kl.estimator,
+            kl_direction=kl.direction,
+            kl_level=kl.level,
+            kl_ratio=kl.importance_ratio,
+            kl_old=preset.kl_old.coefficient,
             entropy=entropy,
             correction=preset.rollout_correction.level,
             mask_truncated=preset.overlong.mask_truncated,

@@ -180,6 +180,7 @@ class EnumeratedPolicy(worker.PolicyWorker):
         """Minus the gradient of the loss of one update; 0 where the update is skipped."""
         self.recorder.gradient = None
         self.estimator_state = {}
+        self.old_kl_coefficient = self.config.algorithm.kl_old.coefficient  # it adapts
         self.update(batch)
         gradient = self.recorder.gradient
         return torch.zeros_like(self.model.table) if gradient is None else -gradient  # pyright: ignore[reportCallIssue, reportArgumentType]

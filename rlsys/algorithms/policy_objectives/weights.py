@@ -247,7 +247,9 @@ def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
             raise ValueError(
                 f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate"
             )
-    return torch.where(advantages > 0, tau_pos, tau_neg).to(advantages.dtype)
+    return torch.where(
+        advantages > 0, advantages.new_tensor(tau_pos), advantages.new_tensor(tau_neg)
+    )
 
 
 @register_weight("sapo_sequence")
