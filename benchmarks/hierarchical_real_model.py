@@ -209,7 +209,9 @@ class Experiment:
         rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
         chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
         rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
-        self.policy.update_on(TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows)
+        self.policy.update_on(
+            TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows, rows
+        )
         self.updates += 1
 
     def inputs(self) -> AdvantageInputs:

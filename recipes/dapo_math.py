@@ -4,6 +4,9 @@
 
 Source: Yu et al. 2025 (arXiv:2503.14476). No KL term. Everything else is that of `recipes.grpo_math`. Two mini-batches a rollout batch, so that the
 second meets ratios other than 1.
+
+The paper's rewards are +1 and -1, less a punishment of at most 1 for length. Here they are 1 and 0, less half of the punishment: half of the paper's
+reward plus 1/2, from which the division by the standard deviation makes the same advantages.
 """
 
 from recipes.grpo_math import grpo_math
@@ -13,11 +16,12 @@ from rlsys.config.presets import PRESETS
 
 
 def dapo_math(hardware: Hardware) -> RunConfig:
-    """The default of this machine; the penalty for long responses grows over the last quarter of the token limit."""
+    """The default of this machine; the punishment grows over the last quarter of `generation.max_tokens`."""
     default = grpo_math(hardware)
-    limit = default.generation.max_tokens
     overlong = RewardFunctionConfig(
-        name="soft_overlong", parameters={"max_tokens": limit, "buffer_tokens": limit // 4}
+        name="soft_overlong",
+        weight=0.5,
+        parameters={"max_tokens": None, "buffer_tokens": None},
     )
     return default.model_copy(
         update={

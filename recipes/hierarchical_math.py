@@ -8,24 +8,18 @@ sampled, less a baseline for each layer of that correction; the loss is the plai
 """
 
 from recipes.grpo_math import grpo_math
-from rlsys.config import AdvantageConfig, RunConfig
+from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 
 
 def hierarchical_math(hardware: Hardware) -> RunConfig:
-    """The default of this machine. `max_tokens` fixes where blocks lie, so that no response has a say in its own baselines."""
+    """The default of this machine."""
     default = grpo_math(hardware)
-    preset = PRESETS["hierarchical"]
-    advantage = AdvantageConfig(
-        name="hierarchical",
-        parameters={"max_tokens": default.generation.max_tokens},
-        recompute=preset.advantage.recompute,
-    )
     return default.model_copy(
         update={
             "recipe": "hierarchical_math",
-            "algorithm": preset.model_copy(update={"advantage": advantage}),
+            "algorithm": PRESETS["hierarchical"],
             "policy": default.policy.model_copy(update={"mini_batches": 4}),
         }
     )

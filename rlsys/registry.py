@@ -125,6 +125,19 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
     }
 
 
+def follow_token_limit(
+    function: Callable[..., Any], parameters: Mapping[str, Any], limit: int
+) -> dict[str, Any]:
+    """`parameters`, with the keyword `max_tokens` at `limit` where `function` takes one and it is None or left out.
+
+    For estimators and reward functions that depend on `generation.max_tokens`, so that a run says its token limit once.
+    """
+    follows = "max_tokens" in keyword_parameters(function)
+    if follows and parameters.get("max_tokens") is None:
+        return {**parameters, "max_tokens": limit}
+    return dict(parameters)
+
+
 def check_parameters(
     function: Callable[..., Any], parameters: Mapping[str, Any], *, field: str
 ) -> None:

@@ -18,6 +18,8 @@ from rlsys.config import RewardConfig, RunConfig
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
 from rlsys.driver.metrics import Metric, maximum
 from rlsys.driver.ports import Handle
+from rlsys.plugins import load_plugins
+from rlsys.rewards import with_token_limit
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.scoring import FunctionFailure, Score
 
@@ -31,8 +33,10 @@ class RewardWorker:
     """Ray actor (async: many parts are scored at once, all through one pool)."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config.reward
-        self._pool = RewardPool(config.reward, config.plugins)
+        load_plugins(config.plugins)  # the functions may be theirs
+        functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
+        self._config = config.reward.model_copy(update={"functions": functions})
+        self._pool = RewardPool(self._config, config.plugins)
         self._pool.warm_up()
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:

@@ -7,6 +7,7 @@ from pydantic import Field
 from rlsys.config.section import Section
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+GroupFilter = Literal["accuracy", "reward"]
 
 
 class BaselineNetworkConfig(Section):
@@ -20,12 +21,12 @@ class AdvantageConfig(Section):
     name: str = Field(default="grpo", description="A registered advantage estimator.")
     parameters: dict[str, Any] = Field(
         default={},
-        description="Keyword parameters of the estimator, checked against its signature.",
+        description="Keyword parameters of the estimator, checked against its signature. A max_tokens that is null follows generation.max_tokens.",
     )
     recompute: bool = Field(
         default=False,
-        description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: for "
-        "estimators that correct for the policy having moved since sampling (hierarchical).",
+        description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: only for "
+        "estimators that correct for the policy having moved since sampling (hierarchical), with objective.weight none.",
     )
     network: BaselineNetworkConfig = Field(
         default=BaselineNetworkConfig(),
@@ -153,17 +154,23 @@ class OverlongConfig(Section):
     """What becomes of responses that reach the token limit; a penalty for coming close to it is the reward `soft_overlong`."""
 
     mask_truncated: bool = Field(
-        default=False, description="Leave truncated responses out of the loss."
+        default=False,
+        description="Leave truncated responses out of the loss. They stay in the statistics of their group.",
     )
 
 
 class DynamicSamplingConfig(Section):
-    """Replace groups whose rewards are all equal, which teach nothing, by further sampling (DAPO)."""
+    """Replace groups that teach nothing by further sampling (DAPO)."""
 
     max_rounds: int = Field(
         default=1,
         ge=1,
-        description="Rounds of sampling a step at most; what is missing then is filled with groups of equal rewards. 1: off.",
+        description="Rounds of sampling a step at most; what is missing then is filled with other groups, which do not enter the loss. 1: off.",
+    )
+    by: GroupFilter = Field(
+        default="accuracy",
+        description="Which groups are kept. accuracy: those with a correct and a wrong response by the first reward function (a score of at "
+        "least 0.5 is correct; DAPO, equation 11). reward: those whose total rewards are not all equal.",
     )
 
 
@@ -196,5 +203,5 @@ class AlgorithmConfig(Section):
         default=OverlongConfig(), description="Responses that reach the token limit."
     )
     dynamic_sampling: DynamicSamplingConfig = Field(
-        default=DynamicSamplingConfig(), description="Groups of equal rewards."
+        default=DynamicSamplingConfig(), description="Groups that teach nothing."
     )

@@ -21,13 +21,17 @@ class OptimizerConfig(Section):
         description="AdamW's decay rates of first and second moments, each from 0 to below 1.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay. 0: none.")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled weight decay of matrices; norms and biases have none. 0: none.",
+    )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Clip the global gradient norm to this. 0: do not clip."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="Learning rate after warm-up: constant, or falling to minimum_ratio at the last step.",
+        description="Learning rate after warm-up: constant, or falling to minimum_ratio, which is reached after the last step.",
     )
     warmup_steps: int = Field(
         default=0, ge=0, description="Trainer steps of linear warm-up from 0. 0: none."

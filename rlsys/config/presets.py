@@ -93,8 +93,8 @@ PRESETS: Mapping[str, AlgorithmConfig] = MappingProxyType(
         "dr_grpo": _preset(
             "grpo", "ppo_clip", "constant", estimator_parameters={"divide_by_std": False}
         ),
-        # Chu et al. 2025: the plain policy gradient with the group's mean; every token counts the same.
-        "gpg": _preset("grpo", "none", "token_mean", estimator_parameters={"divide_by_std": False}),
+        # Chu et al. 2025: the plain policy gradient with the group's mean, over the responses that have one; every token counts the same.
+        "gpg": _preset("gpg", "none", "token_mean"),
         # Yu et al. 2025: Clip-Higher, token-level loss, dynamic sampling, no KL; the soft overlong punishment is the reward `soft_overlong`.
         "dapo": _preset(
             "grpo",

@@ -19,7 +19,8 @@ class RewardFunctionConfig(Section):
         description="Its weight in the sum.",
     )
     parameters: dict[str, Any] = Field(
-        default={}, description="Keyword parameters of the function, checked against its signature."
+        default={},
+        description="Keyword parameters of the function, checked against its signature. A max_tokens that is null follows generation.max_tokens.",
     )
 
     @model_validator(mode="before")

@@ -24,6 +24,7 @@ from rlsys.algorithms.advantages import (
     Need,
     estimator_needs,
     get_advantage_estimator,
+    run_estimator,
 )
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.bounded_ratio import finite_logprobs
@@ -32,7 +33,9 @@ from rlsys.algorithms.kl import adapted_coefficient, kl_estimate, kl_rewards
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
 from rlsys.data.padding import ResponsePadding
+from rlsys.driver.dynamic_sampling import kept_responses
 from rlsys.driver.metrics import Metric, mean, total
+from rlsys.registry import follow_token_limit
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
@@ -75,19 +78,20 @@ class _Arrays:
         )
 
 
+def estimator_parameters(config: RunConfig) -> dict[str, Any]:
+    """The keyword parameters that the configured estimator is called with: a `max_tokens` that is null follows `generation.max_tokens`."""
+    advantage = config.algorithm.advantage
+    estimator = get_advantage_estimator(advantage.name)
+    return follow_token_limit(estimator, advantage.parameters, config.generation.max_tokens)
+
+
 def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
     """What the configured estimator makes of `inputs`.
 
     Raises:
-        ValueError: its advantages are not finite.
+        ValueError: its result has the wrong type or shape, or is not finite.
     """
-    advantage = config.algorithm.advantage
-    output = get_advantage_estimator(advantage.name)(inputs, **advantage.parameters)
-    if not bool(torch.isfinite(output.advantages).all()):
-        raise ValueError(
-            f"algorithm.advantage.name: {advantage.name!r} gave advantages that are not finite"
-        )
-    return output
+    return run_estimator(config.algorithm.advantage.name, inputs, estimator_parameters(config))
 
 
 def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> dict[str, Metric]:
@@ -137,7 +141,7 @@ class CreditAssigner:
         With `algorithm.advantage.recompute` the batch has no advantages yet: `recomputed` estimates those of each mini-batch.
 
         Raises:
-            ValueError: the estimator gave a result that is not finite.
+            ValueError: the estimator gave a result of the wrong type or shape, or one that is not finite.
         """
         arrays = _Arrays.join(rollouts, old, ref)
         padding = ResponsePadding.of(rollouts)
@@ -223,9 +227,6 @@ class CreditAssigner:
         advantages = flat(output.advantages if output else None)
         if advantages is None and not algorithm.advantage.recompute:
             advantages = np.zeros(tokens, dtype=np.float32)  # no response has a reward
-        trained = scored
-        if algorithm.overlong.mask_truncated:
-            trained = scored & (rollouts.stop_reasons != StopReason.LENGTH)
         return TrainBatch(
             rollouts=rollouts,
             rewards=rewards,
@@ -234,7 +235,7 @@ class CreditAssigner:
             ref_logprobs=arrays.ref,
             returns=flat(output.returns if output else None),
             kl_coefficient=self._kl_coefficient if algorithm.kl.placement == "loss" else 0.0,
-            trained=trained if algorithm.overlong.mask_truncated or not scored.all() else None,
+            trained=_trained(self._config, rollouts, rewards, scored),
         )
 
     def _adapt(self, rollouts: RolloutBatch, arrays: _Arrays) -> dict[str, Metric]:
@@ -300,7 +301,7 @@ def recomputed(
     these responses. Costs of tokens and greedy responses do not go with it (refused before a run starts).
 
     Raises:
-        ValueError: the estimator gave a result that is not finite.
+        ValueError: the estimator gave a result of the wrong type or shape, or one that is not finite.
     """
     rollouts = batch.rollouts
     rows = rows[batch.rewards.scored[rows]]
@@ -340,6 +341,23 @@ def recomputed(
         regression=regression,
         state=output.state,
     )
+
+
+def _trained(
+    config: RunConfig,
+    rollouts: RolloutBatch,
+    rewards: RewardBatch,
+    scored: NDArray[np.bool_],
+) -> NDArray[np.bool_] | None:
+    """[B] the responses that enter the loss; None: all. Statistics are over all that are scored."""
+    algorithm = config.algorithm
+    conditions = [] if scored.all() else [scored]
+    if algorithm.overlong.mask_truncated:
+        conditions.append(rollouts.stop_reasons != StopReason.LENGTH)
+    if algorithm.dynamic_sampling.max_rounds > 1:
+        by = algorithm.dynamic_sampling.by
+        conditions.append(kept_responses(rewards, rollouts.group_ids, by))
+    return np.logical_and.reduce(conditions) if conditions else None
 
 
 def _of_rows(inputs: AdvantageInputs, rows: NDArray[np.int64]) -> AdvantageInputs:

@@ -184,6 +184,12 @@ METRICS = (
     ),
     MetricDoc("advantage/baseline", "mean", STEP, "`reinforce_baseline`: its moving average."),
     MetricDoc(
+        "advantage/alpha",
+        "mean",
+        STEP,
+        "`gpg`: B / (B - M), what the responses with a gradient are scaled up by.",
+    ),
+    MetricDoc(
         "advantage/variance_ratio/<baseline>",
         "mean",
         "mini-batches or the batch",

@@ -17,14 +17,17 @@ from rlsys.algorithms.advantages import (
     compares_group,
     estimator_needs,
     get_advantage_estimator,
+    is_importance_corrected,
+    run_estimator,
 )
 from rlsys.algorithms.kl import GRADIENT_KINDS, KLLossTerms, check_kl_in_reward, check_kl_loss
 from rlsys.algorithms.policy_objectives import check_objective, ignores_ratio
-from rlsys.config import RunConfig
+from rlsys.config import RewardFunctionConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems, load_problems
 from rlsys.data.prompt_templates import stop_strings, template_source
 from rlsys.driver.config_checks import field_problems, field_warnings
+from rlsys.driver.credit_assignment import estimator_parameters
 from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import check_model_path
 from rlsys.models.loading import (
@@ -35,8 +38,13 @@ from rlsys.models.loading import (
     parameter_count,
 )
 from rlsys.plugins import load_plugins
-from rlsys.registry import check_parameters
-from rlsys.rewards import check_reward_function, ground_truth_notices
+from rlsys.registry import check_parameters, follow_token_limit
+from rlsys.rewards import (
+    check_reward_function,
+    get_reward_function,
+    ground_truth_notices,
+    with_token_limit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +87,7 @@ def check_config(
         *(
             (
                 "reward.functions",
-                lambda function=function: check_reward_function(function.name, function.parameters),
+                lambda function=function: _check_reward(function, config.generation.max_tokens),
             )
             for function in config.reward.functions
         ),
@@ -116,18 +124,37 @@ def _check_estimator(config: RunConfig) -> None:
     advantage = config.algorithm.advantage
     estimator = get_advantage_estimator(advantage.name)
     check_parameters(estimator, advantage.parameters, field="algorithm.advantage.parameters")
-    zeros = torch.zeros(2, 1)
-    example = AdvantageInputs(
+    parameters = estimator_parameters(config)
+    limit = config.generation.max_tokens
+    if parameters.get("max_tokens", limit) < limit:
+        raise ValueError(
+            f"algorithm.advantage.parameters.max_tokens: {parameters['max_tokens']} is below generation.max_tokens {limit}, so longer responses "
+            "would have no place. Leave it null, which follows generation.max_tokens."
+        )
+    try:
+        run_estimator(advantage.name, _example_inputs(), parameters)
+    except ValueError:
+        raise  # refuses values that its signature cannot, and says what to do
+    except Exception as error:  # a plug-in may raise anything
+        raise ValueError(
+            f"algorithm.advantage.name: {advantage.name!r} failed on an example of two responses ({type(error).__name__}: {error}). Mend it."
+        ) from error
+
+
+def _example_inputs() -> AdvantageInputs:
+    """A group of two responses of three tokens and of two, with every input that a run can have."""
+    zeros = torch.zeros(2, 3)
+    return AdvantageInputs(
         rewards=torch.tensor([0.0, 1.0]),
-        response_mask=zeros == 0,
+        response_mask=torch.tensor([[True, True, True], [True, True, False]]),
         group_ids=torch.zeros(2, dtype=torch.int64),
         rollout_logprobs=zeros,
         old_logprobs=zeros,
         ref_logprobs=zeros,
         score_norms=zeros + 1,
         greedy_rewards=zeros[:, 0],
+        truncated=torch.tensor([False, False]),
     )
-    estimator(example, **advantage.parameters)  # refuses values that its signature cannot
 
 
 def _check_kl(config: RunConfig) -> None:
@@ -160,6 +187,17 @@ def _check_kl(config: RunConfig) -> None:
             )
 
 
+def _check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
+    reward = get_reward_function(function.name)
+    parameters = follow_token_limit(reward, function.parameters, token_limit)
+    check_reward_function(function.name, parameters)
+    if parameters.get("max_tokens", 0) > token_limit:
+        raise ValueError(
+            f"reward.functions.parameters.max_tokens: {parameters['max_tokens']} of {function.name!r} is above generation.max_tokens "
+            f"{token_limit}, which no response reaches. Leave it null, which follows generation.max_tokens."
+        )
+
+
 def reward_notices(config: RunConfig, problems: LoadedProblems) -> list[str]:
     """What a person should know about the ground truths of a configuration that `check_config` accepts."""
     answers = {
@@ -177,7 +215,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "together: choose a divisor."
         )
     name, estimators = config.algorithm.advantage.name, available_advantage_estimators()
-    if generation.samples_per_prompt == 1 and name in estimators and compares_group(name):
+    parameters = config.algorithm.advantage.parameters
+    if (
+        generation.samples_per_prompt == 1
+        and name in estimators
+        and compares_group(name, parameters)
+    ):
         others = ", ".join(other for other in estimators if not compares_group(other))
         yield (
             f"generation.samples_per_prompt: 1 gives {name!r} nothing to compare, so every advantage would be 0. Sample at "
@@ -248,9 +291,35 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
                 f"policy.epochs: in the second of {config.policy.epochs} epochs the baseline network would have seen the responses it is used on, which "
                 "is biased. Set it to 1, or another algorithm.advantage.parameters.solver."
             )
+    if known:
+        yield from _importance_contradictions(config)
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."
+
+
+def _importance_contradictions(config: RunConfig) -> Iterator[str]:
+    """A ratio of live and rollout policy that would be taken twice, or not at all."""
+    algorithm, name = config.algorithm, config.algorithm.advantage.name
+    parameters = algorithm.advantage.parameters
+    level = algorithm.rollout_correction.level
+    if level != "none" and "rollout_logprobs" in estimator_needs(name):
+        yield (
+            f"algorithm.rollout_correction.level: {level!r} would take the ratio old / rollout a second time, which {name!r} has in its "
+            "advantages. Set it to none."
+        )
+    if algorithm.advantage.recompute and not is_importance_corrected(name, parameters):
+        others = ", ".join(
+            e for e in available_advantage_estimators() if is_importance_corrected(e)
+        )
+        yield (
+            f"algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor {name!r}"
+            f"{_shown(parameters)} corrects for the policy having moved. Set it to false; it is for {others}, as whole weights of the score."
+        )
+    if algorithm.advantage.recompute and algorithm.objective.weight != "none":
+        yield (
+            f"algorithm.objective.weight: {algorithm.objective.weight!r} acts on a ratio that algorithm.advantage.recompute keeps at 1. Set it to none."
+        )
 
 
 def _ratio_contradictions(config: RunConfig) -> Iterator[str]:
@@ -437,6 +506,12 @@ def _check_heads(config: RunConfig, model: Mapping[str, Any]) -> None:
         )
 
 
+def _shown(parameters: Mapping[str, object]) -> str:
+    """ " (a=1, b=2)" of keyword parameters; nothing where there are none."""
+    pairs = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    return f" ({pairs})" if pairs else ""
+
+
 def describe_plan(
     config: RunConfig,
     hardware: Hardware,
@@ -461,6 +536,7 @@ def describe_plan(
     engine_gib = parameters * (2 if generation.dtype == "bfloat16" else 4) / 1024**3
     samples = trainer.prompts_per_step * generation.samples_per_prompt
     on_gpu = bool(hardware.gpus)
+    rewards = with_token_limit(config.reward.functions, generation.max_tokens)
     rows = [
         f"machine      {hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
         f"ray          {config.cluster.joined_address or 'started on this machine'}",
@@ -477,8 +553,9 @@ def describe_plan(
             if config.algorithm.kl.coefficient
             else "none (algorithm.kl.coefficient is 0)"
         ),
-        f"rewards      {config.reward.processes} processes: {', '.join(function.name for function in config.reward.functions)}",
-        f"advantages   {config.algorithm.advantage.name}, objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
+        f"rewards      {config.reward.processes} processes: {', '.join(f'{f.name}{_shown(f.parameters)}' for f in rewards)}",
+        f"advantages   {config.algorithm.advantage.name}{_shown(estimator_parameters(config))}, "
+        f"objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
         f"{config.algorithm.aggregation}",
         f"data         {problems.describe()}, template {config.data.template}",
         f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} samples = {samples} responses of at most "

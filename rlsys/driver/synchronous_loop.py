@@ -27,6 +27,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, SamplingParameters
 from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
 from rlsys.driver.credit_assignment import required_inputs
+from rlsys.driver.dynamic_sampling import keeps_group
 from rlsys.driver.evaluation import Evaluator, evaluation_is_due
 from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, total, values
 from rlsys.driver.observer import Observer, Outcome
@@ -281,13 +282,14 @@ class SynchronousLoop:
     async def _sample_groups(self) -> SampledGroups:
         """The groups of one step, in prompt order, and how they came about.
 
-        With dynamic sampling (`algorithm.dynamic_sampling`), groups whose rewards are all equal are replaced by those of further prompts; after the last
-        allowed round such groups fill what is still missing, so that the batch always has its size.
+        With dynamic sampling (`algorithm.dynamic_sampling`), groups that teach nothing are replaced by those of further prompts; after the last
+        allowed round such groups fill what is still missing, so that the batch always has its size. They do not enter the loss.
         """
-        rounds, wanted = (
-            self._config.algorithm.dynamic_sampling.max_rounds,
+        dynamic, wanted = (
+            self._config.algorithm.dynamic_sampling,
             self._config.trainer.prompts_per_step,
         )
+        rounds = dynamic.max_rounds
         prompts = self._prompts.next_batch()
         if rounds == 1:
             groups = await self._generate_and_score(prompts, round_number=0)
@@ -306,7 +308,7 @@ class SynchronousLoop:
             scored = await asyncio.gather(*(group.rewards for group in groups))  # a few numbers
             self._reward_failures.check(scored, "training")
             for group, rewards in zip(groups, scored, strict=True):
-                (equal if rewards.all_equal else useful).append(group)
+                (useful if keeps_group(rewards, dynamic.by) else equal).append(group)
             if len(useful) >= wanted:
                 break
         groups = useful + equal

@@ -15,6 +15,7 @@ from rlsys.rewards.registry import (
     check_reward_function,
     get_reward_function,
     register_reward_function,
+    with_token_limit,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "repetition_reward",
     "soft_overlong_reward",
     "verify_math",
+    "with_token_limit",
 ]

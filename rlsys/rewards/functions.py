@@ -1,7 +1,8 @@
 """The rewards that come with rlsys.
 
 A reward function takes `(completion, ground_truth)`, and a third argument where it is called `completion_tokens`: the number of tokens that the
-policy sampled. Its keyword-only parameters are set in the config (`reward.functions`).
+policy sampled. Its keyword-only parameters are set in the config (`reward.functions`). One called `max_tokens` is the token limit of the run: null or left
+out, it follows `generation.max_tokens`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,21 @@ def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
     return float(rest.startswith("<answer>") and rest.endswith("</answer>"))
 
 
-def _check_soft_overlong(parameters: Mapping[str, Any]) -> None:
-    max_tokens, buffer_tokens = parameters["max_tokens"], parameters["buffer_tokens"]
-    if not 0 < buffer_tokens <= max_tokens:
+def _buffer_of_soft_overlong(max_tokens: int | None, buffer_tokens: int | None) -> int:
+    if max_tokens is None:
         raise ValueError(
-            f"reward.functions.parameters.buffer_tokens: {buffer_tokens} must be between 1 and max_tokens ({max_tokens})."
+            "reward.functions.parameters.max_tokens: null follows generation.max_tokens in a run only. Give the token limit."
         )
+    buffer = max(1, max_tokens // 4) if buffer_tokens is None else buffer_tokens
+    if not 0 < buffer < max_tokens:
+        raise ValueError(
+            f"reward.functions.parameters.buffer_tokens: {buffer} must be at least 1 and below max_tokens ({max_tokens})."
+        )
+    return buffer
+
+
+def _check_soft_overlong(parameters: Mapping[str, Any]) -> None:
+    _buffer_of_soft_overlong(parameters["max_tokens"], parameters["buffer_tokens"])
 
 
 @register_reward_function("soft_overlong", validate=_check_soft_overlong)
@@ -61,8 +71,8 @@ def soft_overlong_reward(
     ground_truth: str,
     completion_tokens: int,
     *,
-    max_tokens: int,
-    buffer_tokens: int,
+    max_tokens: int | None = None,
+    buffer_tokens: int | None = None,
 ) -> float:
     """DAPO's soft overlong punishment: 0 for short responses, falling to -1 over the last `buffer_tokens` before `max_tokens`.
 
@@ -71,14 +81,16 @@ def soft_overlong_reward(
         -1                                              beyond
 
     **Source**: DAPO (arXiv:2503.14476), equation 13; there max_tokens is 20480 and buffer_tokens 4096.
-    **Conventions**: n counts sampled tokens, the end-of-sequence token included. Set `max_tokens` to `generation.max_tokens`: a response cut off
-    there gets -1.
+    **Conventions**: n counts sampled tokens, the end-of-sequence token included. In a run `max_tokens` null follows `generation.max_tokens`: a
+    response cut off there gets -1. `buffer_tokens` null is a quarter of `max_tokens`. The paper adds it to rewards of +1 and -1: beside
+    rewards of 1 and 0, which are half as far apart, its weight is 0.5.
 
     Example: with max_tokens 100 and buffer_tokens 20, 80 tokens give 0, 90 give -0.5, 100 give -1.
     """
-    _check_soft_overlong({"max_tokens": max_tokens, "buffer_tokens": buffer_tokens})
-    over = completion_tokens - (max_tokens - buffer_tokens)
-    return -min(max(over / buffer_tokens, 0.0), 1.0)
+    buffer = _buffer_of_soft_overlong(max_tokens, buffer_tokens)
+    assert max_tokens is not None, "checked above"
+    over = completion_tokens - (max_tokens - buffer)
+    return -min(max(over / buffer, 0.0), 1.0)
 
 
 def _check_repetition(parameters: Mapping[str, Any]) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlsys.registry import Registry, check_parameters, full_name, plain_function
+from rlsys.config import RewardFunctionConfig
+from rlsys.registry import (
+    Registry,
+    check_parameters,
+    follow_token_limit,
+    full_name,
+    plain_function,
+)
 
 RewardFunction = Callable[..., float]
 _REWARDS: Registry[RewardFunction] = Registry("reward function")
@@ -85,6 +92,26 @@ def get_reward_function(name: str) -> RewardFunction:
         ValueError: unknown name, with the nearest ones.
     """
     return _REWARDS.get(name, field="reward.functions.name")
+
+
+def with_token_limit(
+    functions: Sequence[RewardFunctionConfig], limit: int
+) -> tuple[RewardFunctionConfig, ...]:
+    """The functions of a run whose responses have at most `limit` tokens: a parameter `max_tokens` that is null or left out follows it.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return tuple(
+        function.model_copy(
+            update={
+                "parameters": follow_token_limit(
+                    get_reward_function(function.name), function.parameters, limit
+                )
+            }
+        )
+        for function in functions
+    )
 
 
 def reward_hooks(name: str) -> RewardHooks:

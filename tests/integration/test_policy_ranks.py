@@ -251,6 +251,50 @@ async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProc
     assert "policy/grad_norm" not in report
 
 
+async def test_masked_responses_stay_in_what_is_estimated_again(ranks: RankProcesses):
+    """The same advantages with and without the mask; the masked responses leave no token in the loss."""
+    plain = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
+    trained = np.arange(len(plain.rollouts)) % 3 != 0
+    masked = dataclasses.replace(plain, trained=trained)
+    algorithm = AlgorithmConfig(
+        advantage=AdvantageConfig(name="hierarchical", recompute=True),
+        objective=ObjectiveConfig(weight="none"),
+        aggregation="sequence_sum",
+    )
+    names = ("advantage/mean_abs", "advantage/strength_group", "advantage/condition_number")
+    reports = []
+    for count, batch in ((1, plain), (1, masked), (2, masked)):
+        plan = config(count).model_copy(update={"algorithm": algorithm})
+        _, report = await updated(ranks, plan, batch)
+        reports.append(report)
+    for report in reports[1:]:
+        assert report["policy/tokens"] == plain.rollouts.response_lengths[trained].sum()
+        for name in names:
+            assert report[name] == pytest.approx(reports[0][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_weight_decay_acts_on_matrices_alone(ranks: RankProcesses, count: int):
+    """An update without a gradient takes rate times decay, 1e-3 * 10, off the matrices, and nothing off the norms."""
+    batch = example()
+    silent = TrainBatch(
+        rollouts=batch.rollouts,
+        rewards=batch.rewards,
+        advantages=np.zeros_like(batch.rollouts.rollout_logprobs),
+    )
+    plan = config(count, optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=10.0))
+    plan = plan.model_copy(update={"algorithm": AlgorithmConfig()})
+    async with ranks.group(plan) as group:
+        before = await weights_of(group)
+        await group.update(ray.put(silent))
+        after = await weights_of(group)
+    norms = [name for name in before if "norm" in name]
+    assert 0 < len(norms) < len(before)
+    for name, tensor in before.items():
+        factor = 1.0 if name in norms else 0.99
+        torch.testing.assert_close(after[name], factor * tensor)
+
+
 async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
     ranks: RankProcesses,
 ):
@@ -352,7 +396,8 @@ async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference(ranks:
 async def test_saved_and_loaded_continues_to_the_same_weights(
     tmp_path: Path, ranks: RankProcesses, count: int
 ):
-    batch, plan = example(), config(count, epochs=2, mini_batches=2)
+    optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
+    batch, plan = example(), config(count, epochs=2, mini_batches=2, optimizer=optimizer)
     async with ranks.group(plan) as group:
         await group.update(ray.put(batch))
         await group.save(tmp_path)

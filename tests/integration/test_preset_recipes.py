@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,8 +93,10 @@ def test_recipes_without_a_reference(tmp_path: Path, recipe: str):
 
 
 def test_dapo(tmp_path: Path):
-    """Any digit earns the whole reward, so about half of the groups of two are equal and replaced."""
-    rewards = "[{name: example_digits, parameters: {per_digit: 1.0}}, {name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 4}}]"
+    """Any digit is right, so about half of the groups of two are all right or all wrong, and replaced. The punishment follows the limit of 8 tokens."""
+    rewards = (
+        "[{name: example_digits, parameters: {per_digit: 1.0}}, {name: soft_overlong, weight: 0.5}]"
+    )
     steps = train(
         "dapo",
         tmp_path / "run",
@@ -105,10 +108,34 @@ def test_dapo(tmp_path: Path):
     )
     for step in steps:
         assert 1 <= step["sampling/rounds"] <= 3
-        assert step["rollout/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
+        assert step["trained/responses"] == (4 - step["sampling/missing_groups"]) * 2
         assert -1 <= step["reward/component/soft_overlong"] <= 0
+    assert min(step["reward/component/soft_overlong"] for step in steps) < 0
     assert max(step["sampling/rounds"] for step in steps) > 1
     assert max(step["sampling/replaced_groups"] for step in steps) > 0
+
+
+def test_masking_every_response_trains_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Responses of two tokens that nothing may end are all truncated."""
+    module = importlib.import_module("recipes.hierarchical_math")
+    flags = ["--generation.max_tokens", "2", "--generation.min_tokens", "2", "--trainer.steps", "2"]
+    flags += ["--generation.stop", "no response holds this"]
+    masked = ["--algorithm.overlong.mask_truncated", "true", "--run.progress", "false"]
+    directory = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        run_recipe(
+            module.hierarchical_math,
+            [*SHORT, *TINY, *DIGITS, "--run.directory", str(directory), *flags, *masked],
+        )
+    assert end.value.code == 0
+    records = read_metrics(directory / "metrics.jsonl")
+    steps = [record.values for record in records if record.kind == "train"]
+    assert [step["trained/responses"] for step in steps] == [0.0, 0.0]
+    assert all("policy/grad_norm" not in step for step in steps)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search("(no response entered|masked out of) the loss", said)
 
 
 @pytest.mark.parametrize("recipe", ["rloo", "token_kl_grpo"])

@@ -117,6 +117,15 @@ async def test_many_parts_at_once_each_in_its_order(plugin_path: str):
     ray.kill(actor)
 
 
+async def test_the_token_limit_of_the_run_reaches_the_functions(plugin_path: str):
+    """Nothing is said of max_tokens, so soft_overlong takes generation.max_tokens, 64 here: 0 up to 48 tokens, then falling to -1."""
+    actor = worker(plugin_path, RewardFunctionConfig(name="soft_overlong"))
+    batch = rollouts([([1], [[2] * 48, [2] * 56, [2] * 64])])
+    rewards = await RewardWorkerClient(actor).score(ray.put(batch))
+    assert rewards.rewards.tolist() == [0.0, -0.5, -1.0]
+    ray.kill(actor)
+
+
 async def test_the_pool_dies_with_its_actor(plugin_path: str):
     actor = worker(plugin_path, RewardFunctionConfig(name="math"))
     own, *pool = await actor.process_ids.remote()

@@ -18,6 +18,7 @@ from rlsys.algorithms.advantages import (
     estimator_needs,
     gae_advantages,
     get_advantage_estimator,
+    gpg_advantages,
     grpo_advantages,
     grpo_process_advantages,
     opo_advantages,
@@ -274,6 +275,39 @@ def test_optimal_baseline_golden():
     ]
 
 
+def test_a_large_weight_of_its_own_takes_no_digit_of_the_others_baseline():
+    # without response 0, b = (0 * 1 + 1 * 3) / 4 = 3/4, so A_0 = 1/4; in float32, 1e8 + 4 - 1e8 would be 0 or 8.
+    # Without response 1, the first one decides: b = (1e8 + 3) / (1e8 + 3) = 1, A_1 = -1; without response 2: b = 1e8 / (1e8 + 1), A_2 = 1e-8
+    norms = torch.tensor([[1e8], [1.0], [3.0]])
+    made = inputs([1.0, 0.0, 1.0], [0, 0, 0], [1, 1, 1], score_norms=norms)
+    found = optimal_baseline_advantages(made, leave_one_out=True).advantages[:, 0].tolist()
+    assert found == pytest.approx([0.25, -1.0, 1 / (1e8 + 1)], rel=1e-6)
+
+
+def test_optimal_baseline_over_the_batch_needs_no_group():
+    # one response a prompt; g^2 (1, 1, 2), rewards (1, 0, 1): b = 3/4, and without each itself (2/3, 1, 1/2)
+    made = inputs(
+        [1.0, 0.0, 1.0], [0, 1, 2], [1, 1, 1], score_norms=torch.tensor([[1.0], [1.0], [2.0]])
+    )
+    found = optimal_baseline_advantages(made, scope="batch").advantages[:, 0].tolist()
+    assert found == pytest.approx([1 / 4, -3 / 4, 1 / 4])
+    found = optimal_baseline_advantages(made, scope="batch", leave_one_out=True).advantages[:, 0]
+    assert found.tolist() == pytest.approx([1 / 3, -1.0, 1 / 2])
+
+
+@pytest.mark.parametrize("name", ["optimal_baseline", "optimal_token_baseline"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_score_norms_that_are_not_finite_are_refused(name: str, value: float):
+    """They would have made the plain mean of it, silently."""
+    norms = torch.tensor([[1.0, value], [1.0, 3.0]])
+    with pytest.raises(
+        ValueError, match=rf"'{name}' needs score_norms, of which 1 of 4 are not finite"
+    ):
+        get_advantage_estimator(name)(inputs([1.0, 0.0], [0, 0], score_norms=norms))
+    outside = inputs([1.0, 0.0], [0, 0], [1, 2], score_norms=norms)  # where there is no token
+    assert get_advantage_estimator(name)(outside).advantages.isfinite().all()
+
+
 def test_optimal_baseline_minimises_the_variance_it_is_named_after():
     """Sum of g^2 (r - b)^2 over the group rises on both sides of b."""
     rewards, norms = torch.rand(16, dtype=torch.float64), torch.rand(16, 1, dtype=torch.float64)
@@ -306,6 +340,81 @@ def test_optimal_token_baseline_golden():
     assert out.advantages.flatten().tolist() == pytest.approx([1 / 2, 2 / 3, -1 / 2, -1 / 3])
 
 
+def test_optimal_token_baseline_without_the_response_itself():
+    # three responses, W = (1, 2, 1), rewards (1, 0, 1): without each itself b = (1/3, 1, 1/3)
+    norms = torch.tensor([[1.0], [2.0], [1.0]])
+    made = inputs([1.0, 0.0, 1.0], [0, 0, 0], [1, 1, 1], score_norms=norms)
+    found = optimal_token_baseline_advantages(made, leave_one_out=True).advantages[:, 0].tolist()
+    assert found == pytest.approx([2 / 3, -1.0, 2 / 3])
+
+
+def test_optimal_token_baseline_on_the_tail_of_the_longest_response():
+    # lengths 3, 1, 2; rewards 1, 0, 1; norms 1 but for the second response's 3. W of the others where the first is alone: 3 (all it
+    # had) and 2, so b = (0 * 3 + 1 * 2) / 5 = 2/5. Before: W (1, 3, 1), b = 2/5; W (2, -, 2), b = 1, which is A = 0 among equal ones
+    norms = torch.ones(3, 3)
+    norms[1] = 3.0
+    made = inputs([1.0, 0.0, 1.0], [0, 0, 0], [3, 1, 2], score_norms=norms)
+    found = optimal_token_baseline_advantages(made).advantages
+    assert found[0].tolist() == pytest.approx([3 / 5, 0.0, 3 / 5])
+    assert found[1].tolist() == pytest.approx([-2 / 5, 0.0, 0.0])
+
+
+def test_no_token_is_without_an_advantage_because_it_is_alone():
+    """On ragged responses of different rewards; the group of one keeps 0."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 40, (33,), generator=generator).tolist()
+    rewards = torch.rand(33, generator=generator).tolist()
+    norms = torch.rand(33, max(lengths), generator=generator)
+    made = inputs(rewards, [i // 4 for i in range(33)], lengths, score_norms=norms)
+    for leave_one_out in (False, True):
+        found = optimal_token_baseline_advantages(made, leave_one_out=leave_one_out).advantages
+        assert (found[:32][made.response_mask[:32]] != 0).all()
+        assert (found[32] == 0).all()
+
+
+def test_process_rewards_after_the_others_end():
+    # alone at t = 1: its return is 1 + 0.5, that of the other is its outcome, 0
+    made = inputs(
+        [1.0, 0.0],
+        [0, 0],
+        [2, 1],
+        score_norms=torch.ones(2, 2),
+        token_rewards=torch.tensor([[0.0, 0.5], [0.25, 0.0]]),
+    )
+    found = optimal_token_baseline_advantages(made).advantages
+    # at t = 0 returns 1.5 and 0.25, b = 0.875
+    assert found.tolist() == [[0.625, 1.5], [-0.625, 0.0]]
+
+
+def test_gpg_golden():
+    # groups (1, 0) and (1, 1): B = 4, M = 2, alpha = 2
+    out = gpg_advantages(inputs([1.0, 0.0, 1.0, 1.0], [0, 0, 1, 1]))
+    assert out.advantages[:, 0].tolist() == [1.0, -1.0, 0.0, 0.0]
+    assert out.diagnostics == {"alpha": 2.0}
+    # every group has a gradient: alpha = 1; none has: 0
+    out = gpg_advantages(inputs([1.0, 0.0, 0.0, 3.0], [0, 0, 1, 1]))
+    assert out.advantages[:, 0].tolist() == [0.5, -0.5, -1.5, 1.5]
+    out = gpg_advantages(inputs([1.0, 1.0, 0.0], [0, 0, 1]))
+    assert (out.advantages == 0).all()
+    assert out.diagnostics == {"alpha": 1.0}
+
+
+def test_gpg_is_the_mean_over_the_responses_that_have_a_gradient():
+    """Averaging alpha A over the batch is averaging A over the B - M others, for any share of groups of equal rewards."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 2, (40,), generator=generator).float().tolist()
+    groups = [i // 4 for i in range(40)]
+    made = inputs(rewards, groups)
+    plain = grpo_advantages(made, divide_by_std=False).advantages[:, 0]
+    mixed = torch.tensor(
+        [len({rewards[j] for j in range(40) if groups[j] == groups[i]}) > 1 for i in range(40)]
+    )
+    assert 0 < mixed.sum() < 40
+    scores = torch.rand(40, generator=generator)
+    found = (gpg_advantages(made).advantages[:, 0] * scores).mean()
+    assert float(found) == pytest.approx(float((plain * scores)[mixed].mean()), rel=1e-5)
+
+
 def test_remax_golden():
     made = inputs([1.0, 0.0], [0, 0], greedy_rewards=torch.tensor([0.25, 0.25]))
     assert remax_advantages(made).advantages[:, 0].tolist() == [0.75, -0.25]
@@ -333,6 +442,31 @@ def test_grpo_process_golden():
     assert out.advantages.flatten().tolist() == pytest.approx(
         [2 / root, 3 / root, -2 / root, -1 / root]
     )
+
+
+def test_the_last_step_of_grpo_process_ends_at_the_last_token():
+    # one step a response, given at its first token, and a token after it: rewards (1, 0), mean 1/2, std 1/2. A second end at the last token
+    # would have made it (1, 0, 0, 0): mean 1/4
+    ends = torch.tensor([[True, False], [True, False]])
+    process = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    made = inputs([0.0, 0.0], [0, 0], token_rewards=process, step_ends=ends)
+    out = grpo_process_advantages(made, eps=0.0)
+    assert out.advantages.tolist() == [[1.0, 1.0], [-1.0, -1.0]]
+
+
+def test_the_outcome_belongs_to_the_last_step_of_grpo_process():
+    # steps end at tokens 0 and 1 of three: rewards (0.5, 0.5 + 1) and (0.5, 0.5 + 0): mean 3/4, deviations (-1/4, 3/4), (-1/4, -1/4),
+    # variance (1 + 9 + 1 + 1) / 16 / 4 = 3/16
+    ends = torch.tensor([[True, True, False]] * 2)
+    made = inputs(
+        [1.0, 0.0], [0, 0], [3, 3], token_rewards=torch.where(ends, 0.5, 0.0), step_ends=ends
+    )
+    std = (3 / 16) ** 0.5
+    expected = [[0.5 / std, 0.75 / std, 0.75 / std], [-0.5 / std, -0.25 / std, -0.25 / std]]
+    for step_ends in (ends, None):
+        of = dataclasses.replace(made, step_ends=step_ends)
+        found = grpo_process_advantages(of, eps=0.0).advantages
+        torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_grpo_process_without_process_rewards_is_grpo():
@@ -532,26 +666,31 @@ def _slow_opo(made: AdvantageInputs, i: int, t: int) -> float:
 
 def _slow_token_baseline(made: AdvantageInputs, i: int, t: int) -> float:
     assert made.score_norms is not None
-    alive = [j for j in _peers(made, i) if made.response_mask[j, t]]
+    peers = _peers(made, i)
+    alive = [j for j in peers if made.response_mask[j, t]]
+    if len(peers) == 1:
+        return 0.0
+    if len(alive) == 1:
+        alive = [j for j in peers if j != i]
     energy = {
         j: float((made.score_norms[j, : t + 1] * made.response_mask[j, : t + 1]).sum())
         for j in alive
     }
+    if sum(energy.values()) == 0:
+        energy = dict.fromkeys(alive, 1.0)
     return float(made.rewards[i]) - sum(energy[j] * float(made.rewards[j]) for j in alive) / sum(
         energy.values()
     )
 
 
 def _slow_process(made: AdvantageInputs, i: int, t: int) -> float:
-    assert made.token_rewards is not None
+    process = made.token_rewards
+    assert process is not None
 
     def steps(j: int) -> dict[int, float]:
         places = made.response_mask[j].nonzero()[:, 0].tolist()
-        return {
-            s: float(made.token_rewards[j, s])  # pyright: ignore[reportOptionalSubscript]
-            + (float(made.rewards[j]) if s == places[-1] else 0.0)
-            for s in places
-        }
+        outcome = float(made.rewards[j])
+        return {s: float(process[j, s]) + (outcome if s == places[-1] else 0.0) for s in places}
 
     everything = [value for j in _peers(made, i) for value in steps(j).values()]
     mean = sum(everything) / len(everything)

@@ -11,9 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageOutput, get_advantage_estimator
+from rlsys.algorithms.advantages import (
+    AdvantageOutput,
+    get_advantage_estimator,
+    hierarchical_advantages,
+)
 from rlsys.algorithms.loss_aggregation import aggregate_loss
-from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_objective
+from rlsys.algorithms.policy_objectives import (
+    PolicyObjectiveInputs,
+    policy_objective,
+    rollout_correction,
+)
 from tests.support.enumerable_policy import ResponseSpace
 
 EXACT = 1e-10
@@ -69,6 +77,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
         ("reinforce_baseline", {"baseline": "moving_average"}),
         ("rloo", {}),
         ("optimal_baseline", {"leave_one_out": True}),
+        ("optimal_baseline", {"leave_one_out": True, "scope": "batch"}),
+        ("optimal_token_baseline", {"leave_one_out": True}),
         ("remax", {}),
         ("gae", {}),
     ],
@@ -84,7 +94,8 @@ def test_unbiased_estimators(name: str, parameters: dict, seed: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("grpo", {"divide_by_std": False}), ("reinforce_baseline", {})]
+    ("name", "parameters"),
+    [("grpo", {"divide_by_std": False}), ("gpg", {}), ("reinforce_baseline", {})],
 )
 @pytest.mark.parametrize("group", [2, 4])
 def test_a_mean_that_contains_the_response_scales_the_gradient(
@@ -113,6 +124,27 @@ def test_biased_estimators_change_the_direction(name: str):
     )
     best = float(found @ exact / (found @ found))
     assert relative_error(best * found, exact) > 1e-4
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_hierarchical_weights_correct_for_the_rollout_policy_once(level: str):
+    """E over all groups of three of a drifted sampler: exact by themselves, wrong with `rollout_correction` on top (refused before a run)."""
+    setting = Setting.random(4)
+    space, old = setting.space, setting.logits
+    rollout = old + 0.5 * space.random_logits(torch.Generator().manual_seed(5))
+    probabilities, scores = space.probabilities(rollout), space.scores(old)
+    correction = rollout_correction(
+        space.logprobs(old), space.logprobs(rollout), space.mask, level=level, cap=1e9
+    )
+    found = torch.zeros(scores.shape[2], dtype=torch.float64)
+    for drawn in itertools.product(range(len(space.tokens)), repeat=3):
+        index = torch.tensor(drawn)
+        made = space.inputs(index, setting.rewards, rollout, old, torch.zeros(3, dtype=torch.int64))
+        weights = hierarchical_advantages(made, max_tokens=2, diagnostics=False).advantages
+        gradient = torch.einsum("gt,gtp->p", weights * correction[index], scores[index]) / 3
+        found += probabilities[index].prod() * gradient
+    error = relative_error(found, space.gradient(old, setting.rewards))
+    assert error < EXACT if level == "none" else error > 0.1
 
 
 def objective_gradient(

@@ -196,11 +196,23 @@ def test_soft_overlong_falls_over_the_buffer(tokens: int, score: float):
     )  # (80 - tokens) / 20
 
 
-def test_soft_overlong_refuses_a_buffer_beyond_the_limit():
+@pytest.mark.parametrize("buffer", [0, -1, 100, 200])
+def test_soft_overlong_refuses_a_buffer_that_leaves_no_room(buffer: int):
     with pytest.raises(
-        ValueError, match="buffer_tokens: 200 must be between 1 and max_tokens \\(100\\)"
+        ValueError,
+        match=rf"buffer_tokens: {buffer} must be at least 1 and below max_tokens \(100\)",
     ):
-        soft_overlong_reward("", "", 1, max_tokens=100, buffer_tokens=200)
+        soft_overlong_reward("", "", 1, max_tokens=100, buffer_tokens=buffer)
+
+
+def test_the_buffer_of_soft_overlong_is_a_quarter_unless_it_is_given():
+    # (75 - tokens) / 25
+    scores = [soft_overlong_reward("", "", n, max_tokens=100) for n in (75, 85, 100)]
+    assert scores == [0.0, -0.4, -1.0]
+    with pytest.raises(
+        ValueError, match=r"max_tokens: null follows generation\.max_tokens in a run"
+    ):
+        soft_overlong_reward("", "", 1)
 
 
 @pytest.mark.parametrize(

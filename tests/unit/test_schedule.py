@@ -15,15 +15,29 @@ def test_constant_with_warm_up():
     assert rates(4, warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
 
 
-def test_linear_falls_to_the_minimum_at_the_last_step():
+def test_linear_reaches_the_minimum_after_the_last_step():
+    # x = 0, 1/5, ..., 4/5: 0.2 + 0.8 (1 - x); the step after the last would have 0.2
     assert rates(5, schedule="linear", minimum_ratio=0.2) == pytest.approx(
-        [1.0, 0.8, 0.6, 0.4, 0.2]
+        [1.0, 0.84, 0.68, 0.52, 0.36]
     )
+    assert rates(4, schedule="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 def test_cosine_after_a_warm_up():
-    # warm-up 1/1, then x = 0, 1/2, 1
-    assert rates(4, schedule="cosine", warmup_steps=1) == pytest.approx([1.0, 1.0, 0.5, 0.0])
+    # warm-up 1/1, then x = 0, 1/3, 2/3: (1 + cos(pi x)) / 2 = 1, 3/4, 1/4
+    assert rates(4, schedule="cosine", warmup_steps=1) == pytest.approx([1.0, 1.0, 0.75, 0.25])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("total", [1, 2, 4])
+def test_every_step_trains(schedule: str, warmup: int, total: int):
+    assert min(rates(total, schedule=schedule, warmup_steps=warmup)) > 0
+
+
+def test_a_warm_up_longer_than_the_run_is_cut_off():
+    assert rates(2, schedule="linear", warmup_steps=4) == [0.25, 0.5]
+    assert rates(2, schedule="cosine", warmup_steps=2) == [0.5, 1.0]
 
 
 def test_a_run_of_one_step_trains_at_the_peak():

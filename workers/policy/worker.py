@@ -45,6 +45,7 @@ from workers.policy.loss import Denominators, PackLoss, pack_log_ratios, pack_lo
 from workers.policy.packed_attention import SHARING_KERNELS
 from workers.policy.packed_forward import PackTensors
 from workers.policy.schedule import learning_rate
+from workers.policy.weight_decay import parameter_groups
 
 
 class RankWorker:
@@ -152,11 +153,10 @@ class PolicyWorker(RankWorker):
         self._check_export()
         settings = self.config.policy.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            parameter_groups(self.model.named_parameters(), settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
             fused=True,
         )
         self.steps = 0
@@ -201,12 +201,14 @@ class PolicyWorker(RankWorker):
             epochs=policy.epochs,
             seed=self.config.trainer.seed,
         )
-        kept = [
-            chosen if batch.trained is None else chosen[batch.trained[chosen]] for chosen in rows
-        ]
+        kept = [_trained_rows(batch, chosen) for chosen in rows]
         self.counts = UpdateCounts(empty=sum(not len(chosen) for chosen in kept))
         self.estimated = None
-        reports = [self.update_on(batch, chosen) for chosen in kept if len(chosen)]
+        reports = [
+            self.update_on(batch, chosen, among)
+            for chosen, among in zip(kept, rows, strict=True)
+            if len(chosen)
+        ]
         self.steps += 1
         penalty = self._adapt_old_kl(batch, np.concatenate(kept))
         # Every rank counts the same, so one of them reports.
@@ -235,8 +237,10 @@ class PolicyWorker(RankWorker):
         """See `ports.Policy.estimated_advantages`; every rank has estimated the same."""
         return None if self.estimated is None else ray.put(self.estimated)
 
-    def update_on(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
-        """One optimizer step on `rows`."""
+    def update_on(
+        self, batch: TrainBatch, rows: NDArray[np.int64], among: NDArray[np.int64]
+    ) -> dict[str, Metric]:
+        """One optimizer step on `rows`; advantages that are estimated again are estimated over `among`, of which they are a part."""
         lengths = batch.rollouts.response_lengths[rows]
         sizes = Denominators(
             num_tokens=max(1, int(lengths.sum())),
@@ -245,7 +249,7 @@ class PolicyWorker(RankWorker):
         )
         losses, tokens = [], 0
         packs = self.packs_of(batch.rollouts, rows)
-        batch, diagnostics, regression = self._recomputed(batch, rows, packs)
+        batch, diagnostics, regression = self._recomputed(batch, among)
         diagnostics |= self._gradient_metrics(batch, rows)
         drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
         parameters = self._objective_parameters(batch, packs)
@@ -279,15 +283,15 @@ class PolicyWorker(RankWorker):
 
     @torch.no_grad()
     def _recomputed(
-        self, batch: TrainBatch, rows: NDArray[np.int64], packs: Sequence[Pack]
+        self, batch: TrainBatch, rows: NDArray[np.int64]
     ) -> tuple[TrainBatch, dict[str, Metric], BaselineRegression | None]:
         """The batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it; every rank estimates the same."""
         if not self.config.algorithm.advantage.recompute:
             return batch, {}, None
-        live = self.live(batch.rollouts, packs)
+        live = self.live(batch.rollouts, self.packs_of(batch.rollouts, rows))
         made = recomputed(self.config, batch, rows, live, self.estimator_state)
         self.estimator_state = made.state
-        self._keep_estimated(made.batch, rows)
+        self._keep_estimated(made.batch, _trained_rows(batch, rows))
         return made.batch, made.metrics, made.regression
 
     def _keep_estimated(self, batch: TrainBatch, rows: NDArray[np.int64]) -> None:
@@ -483,6 +487,11 @@ class PolicyWorker(RankWorker):
                         stride=parameter.stride(),
                     )
                 self.optimizer.state[parameter][key] = value
+
+
+def _trained_rows(batch: TrainBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of `rows` that enter the loss."""
+    return rows if batch.trained is None else rows[batch.trained[rows]]
 
 
 def _of_rows(

@@ -1,6 +1,7 @@
 """Advantage estimators: one a file, found by name."""
 
 from rlsys.algorithms.advantages.gae import gae_advantages
+from rlsys.algorithms.advantages.gpg import gpg_advantages
 from rlsys.algorithms.advantages.grpo import grpo_advantages
 from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
 from rlsys.algorithms.advantages.hierarchical import hierarchical_advantages
@@ -13,7 +14,9 @@ from rlsys.algorithms.advantages.inputs import (
     compares_group,
     estimator_needs,
     get_advantage_estimator,
+    is_importance_corrected,
     register_advantage_estimator,
+    run_estimator,
 )
 from rlsys.algorithms.advantages.opo import opo_advantages
 from rlsys.algorithms.advantages.optimal_baseline import optimal_baseline_advantages
@@ -35,9 +38,11 @@ __all__ = [
     "estimator_needs",
     "gae_advantages",
     "get_advantage_estimator",
+    "gpg_advantages",
     "grpo_advantages",
     "grpo_process_advantages",
     "hierarchical_advantages",
+    "is_importance_corrected",
     "opo_advantages",
     "optimal_baseline_advantages",
     "optimal_token_baseline_advantages",
@@ -47,5 +52,6 @@ __all__ = [
     "reinforce_plus_plus_advantages",
     "remax_advantages",
     "rloo_advantages",
+    "run_estimator",
     "token_kl_grpo_advantages",
 ]

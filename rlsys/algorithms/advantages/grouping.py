@@ -27,6 +27,22 @@ class Groups:
             0, self.index, values
         )
 
+    def others_total(self, values: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...] float64 sum over the other members of the response's group.
+
+        Formed from the members before and after it, not as the total less its own value: a large value of its own takes no digit of the sum.
+        """
+        order = torch.argsort(self.index, stable=True)
+        starts = self.counts.cumsum(0) - self.counts
+        slots = torch.empty_like(order)
+        slots[order] = torch.arange(len(order), device=order.device) - starts[self.index[order]]
+        table = values.new_zeros(
+            (len(self.counts), int(self.counts.max()) + 2, *values.shape[1:]), dtype=torch.float64
+        )
+        table[self.index, slots + 1] = values.double()
+        before, after = table.cumsum(1), table.flip(1).cumsum(1).flip(1)
+        return before[self.index, slots] + after[self.index, slots + 2]
+
     def extreme(self, values: Tensor, which: str) -> Tensor:
         """[B, ...] -> [K, ...] smallest ("amin") or largest ("amax") value of each group."""
         start = values.new_zeros((len(self.counts), *values.shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rlsys.algorithms.advantages.grouping import Groups
 from rlsys.algorithms.advantages.inputs import (
@@ -25,13 +26,14 @@ def grpo_process_advantages(
 
     Shapes: rewards [B], token_rewards [B, T], step_ends [B, T] bool or None -> advantages [B, T].
 
-    Conventions: a step's reward lies at its last token. The outcome belongs to the response's last step, which ends at its last
-    token. Without `step_ends`, steps end where token_rewards are not 0; give them where a step may earn 0. Without process rewards
-    this is GRPO. A group of one step, or of equal step rewards, gets exactly 0. The paper writes "index(j) > t" in one place; a
-    step's own last token belongs to the step here.
+    Conventions: a step's reward lies at its last token. The outcome belongs to the response's last step, and so do the tokens after
+    that step's reward: the last step ends at the response's last token. Without `step_ends`, steps end where token_rewards are not 0;
+    give them where a step may earn 0. A response without steps is one step; without process rewards this is GRPO. A group of one step,
+    or of equal step rewards, gets exactly 0. The paper writes "index(j) > t" in one place; a step's own last token belongs to the step
+    here.
 
     Example: a group of ((0, 1), (0, 0)) with steps at every token: mean 1/4, std sqrt(3)/4; normalised ((-1, 3), (-1, -1)) /
-    sqrt(3); advantages ((2, 3), (-2, -1)) / sqrt(3).
+    sqrt(3); advantages ((2, 3), (-2, -1)) / sqrt(3). With a third token after the last step of each, it has what the second has.
 
     Raises:
         ValueError: `std_ddof` is neither 0 nor 1, or `eps` is negative.
@@ -43,8 +45,7 @@ def grpo_process_advantages(
     ends = inputs.step_ends
     if ends is None:
         ends = torch.zeros_like(mask) if inputs.token_rewards is None else inputs.token_rewards != 0
-    ends = mask & (ends | last_tokens(mask))
-    rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
+    ends, rewards = _steps(inputs, mask & ends)
     lowest = groups.extreme(torch.where(ends, rewards, torch.inf).amin(1), "amin")
     rewards = torch.where(ends, rewards - groups.spread(lowest)[:, None], 0.0)
     steps = groups.total(ends.sum(1))
@@ -53,3 +54,14 @@ def grpo_process_advantages(
     variance = groups.total((centred**2).sum(1)) / (steps - std_ddof).clamp(min=1)
     normalized = centred / (groups.spread(variance.sqrt())[:, None] + eps)
     return AdvantageOutput(advantages=torch.where(mask, suffix_sum(normalized), 0.0))
+
+
+def _steps(inputs: AdvantageInputs, given: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T] where the steps end, and what they earn: the last of the `given` ends is moved to the response's last token."""
+    mask = inputs.response_mask
+    final = given & (suffix_sum(given.long()) == 1)
+    last = last_tokens(mask)
+    rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
+    moved = torch.where(final & ~last, rewards, 0.0)
+    rewards = rewards - moved + torch.where(last, moved.sum(1, keepdim=True), 0.0)
+    return (given & ~final) | last, rewards

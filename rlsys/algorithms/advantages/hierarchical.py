@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,15 @@ CHOICES = {
 }
 
 
+def _is_whole_weight(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("output", "score_weight") == "score_weight"
+
+
 @register_advantage_estimator(
-    "hierarchical", needs=("old_logprobs", "score_norms"), compares_group=True
+    "hierarchical",
+    needs=("rollout_logprobs", "old_logprobs", "score_norms"),
+    compares_group=True,
+    importance_corrected=_is_whole_weight,
 )
 def hierarchical_advantages(
     inputs: AdvantageInputs,
@@ -100,7 +108,7 @@ def hierarchical_advantages(
         layers: `final` (s = L, Seq-IS), `current` (s = t), `current_and_final`, `blocks` (every `block_size` tokens, current and final),
             `all` (every s >= t; at most 512 tokens). The mean of the others stays in the final layer whatever is chosen.
         output: `score_weight` W_t, for an objective without ratio or clip (weight `none`: stop-gradient W_t times log pi), is unbiased;
-            `residual` Delta_t, the advantage of a clipped objective, is not once the objective clips or weights by another ratio.
+            `residual` Delta_t, the advantage of a clipped objective, lacks rho_{<=t} of old / rollout and is not, once they differ.
         weights: of the regression of Delta_t: `score` rho_{<=t}^2 times `score_norms` (the variance formula), `smoothed_score` rho_{<=t}^2 times the
             mean of the norm at t and the average norm of the response, `ratio_squared` rho_{<=t}^2, `uniform` 1. Norms count as 1 in a batch
             that has none, except with `score`.
@@ -111,8 +119,9 @@ def hierarchical_advantages(
         ridge: None is automatic: ridge 2, strengths from held-out groups. A number is that ridge at strength 1 (`auto` is then `group`). It counts
             responses with all ratios 1, of a score norm as the others have it on average (to a power of two).
         cross_fit: `none` fits and centres on the response itself too. For comparison: it is **biased**.
-        max_tokens: the length over which `blocks` and `all` lay their layers, for instance the generation's. None: that of the longest response,
-            which then has a say in its own baselines through their number. Exactly unbiased only with a number.
+        max_tokens: the length over which layers and the positions that strengths are read at are laid. A run sets it to
+            `generation.max_tokens` where it is null. None in a call: the length of the longest response, which then has a say in its
+            own layers and strengths. Exactly unbiased only with a number.
         centre: False drops c, so that the ridge shrinks towards no baseline at all; needs a `ridge`.
         solver: `gauss_seidel` sweeps over the increments between layers until none moves; same solution as `wls`. The pooled fit starts from
             the coefficients of the last batch, which come with its state.

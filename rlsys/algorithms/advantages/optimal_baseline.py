@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from rlsys.algorithms.advantages.grouping import (
@@ -19,7 +22,13 @@ from rlsys.algorithms.advantages.inputs import (
 SCOPES = ("group", "batch")
 
 
-@register_advantage_estimator("optimal_baseline", needs=("score_norms",), compares_group=True)
+def _within_group(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("scope", "group") == "group"
+
+
+@register_advantage_estimator(
+    "optimal_baseline", needs=("score_norms",), compares_group=_within_group
+)
 def optimal_baseline_advantages(
     inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group"
 ) -> AdvantageOutput:
@@ -37,12 +46,12 @@ def optimal_baseline_advantages(
     Conventions: the sum over t leaves out the products between different tokens' gradients. Expectations are over the response's
     group, or over the whole batch. With `leave_one_out` they leave the response itself out, and the gradient is unbiased; without,
     b depends on r_i. Where the weights sum to 0 the plain mean stands in. A response without others gets exactly 0, as does a group
-    of equal rewards.
+    of equal rewards. With scope `batch` a run may sample one response a prompt.
 
     Example: rewards (1, 0), g^2 (3, 1): b = 3/4, advantages (1/4, -3/4). Leave-one-out: b = (0, 1), advantages (1, -1).
 
     Raises:
-        ValueError: unknown scope, or no score_norms.
+        ValueError: unknown scope, or score_norms that are missing or not finite.
     """
     if scope not in SCOPES:
         raise ValueError(
@@ -52,6 +61,7 @@ def optimal_baseline_advantages(
         "score_norms",
         estimator="optimal_baseline",
         remedy="The policy computes them with old_logprobs.",
+        finite=True,
     )
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids if scope == "group" else torch.zeros_like(inputs.group_ids))
@@ -68,20 +78,20 @@ def rewards_above_baseline(
 ) -> torch.Tensor:
     """[B] r_i - sum_j w_j r_j / sum_j w_j over the group of i, without i itself when `leave_one_out`; the plain mean where all those weights are 0.
 
-    Rewards are measured from the group's smallest, so that equal ones cancel exactly.
+    Rewards are measured from the group's smallest, so that equal ones cancel exactly. Sums are formed in float64.
     """
-    rewards = rewards - groups.spread(groups.extreme(rewards, "amin"))
+    shifted = rewards.double() - groups.spread(groups.extreme(rewards, "amin"))
+    weights = weights.double()
+
+    def over_group(values: torch.Tensor) -> torch.Tensor:
+        return groups.others_total(values) if leave_one_out else groups.spread(groups.total(values))
 
     def mean(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total, weighted = (
-            groups.spread(groups.total(weights)),
-            groups.spread(groups.total(weights * rewards)),
-        )
-        if leave_one_out:
-            total, weighted = total - weights, weighted - weights * rewards
-        return weighted / torch.where(total > 0, total, 1.0), total > 0
+        total = over_group(weights)
+        return over_group(weights * shifted) / torch.where(total > 0, total, 1.0), total > 0
 
     weighted_mean, has_weight = mean(weights)
     plain_mean, _ = mean(torch.ones_like(weights))
     alone = groups.spread(groups.counts) == 1
-    return torch.where(alone, 0.0, rewards - torch.where(has_weight, weighted_mean, plain_mean))
+    above = shifted - torch.where(has_weight, weighted_mean, plain_mean)
+    return torch.where(alone, 0.0, above).to(rewards.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rlsys.algorithms.advantages.grouping import Groups, at_least_float32
 from rlsys.algorithms.advantages.inputs import (
@@ -10,11 +11,13 @@ from rlsys.algorithms.advantages.inputs import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.algorithms.advantages.returns import reward_to_go
+from rlsys.algorithms.advantages.returns import suffix_sum
 
 
 @register_advantage_estimator("optimal_token_baseline", needs=("score_norms",), compares_group=True)
-def optimal_token_baseline_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
+def optimal_token_baseline_advantages(
+    inputs: AdvantageInputs, *, leave_one_out: bool = False
+) -> AdvantageOutput:
     """The reward-to-go minus a baseline for each position of the group.
 
         b_t = sum_i G_it W_it / sum_i W_it,    W_it = sum_{s <= t} ||grad log pi(y_is)||^2,    A_it = G_it - b_t
@@ -22,31 +25,65 @@ def optimal_token_baseline_advantages(inputs: AdvantageInputs) -> AdvantageOutpu
     W_t is the gradient's energy that has accumulated when token t is reached: a response that the policy was unsure of counts for
     more.
 
-    Source: the optimal token baseline of verl (`optimal_token_baseline`); the constant one is Greensmith et al. 2004.
+    Source: the optimal token baseline of verl (`compute_optimal_token_baseline_advantage`, arXiv:2602.07078); the constant one is
+    Greensmith et al. 2004.
 
     Shapes: rewards [B], token_rewards [B, T] or None, score_norms [B, T] -> advantages [B, T].
 
-    Conventions: sums at t are over the responses of the group that sampled a token at t. b_t contains response i. Alone at its
-    position, or among equal returns, a response gets exactly 0. Where all W are 0 the plain mean stands in.
+    Conventions: sums at t are over the responses of the group that sampled a token at t. b_t contains response i; with `leave_one_out`
+    it does not, and the gradient is unbiased. A response that is alone at its position (the tail of the longest one) is always left out:
+    its baseline there is that of the group's other responses, which have ended, with all of their energy and their outcome. verl gives
+    such a tail 0, or its whole return with `handle_zero_tail`; and to a group of one its return, which gets exactly 0 here, as do equal
+    returns. Where all W are 0 the plain mean stands in; verl adds 1e-8 to the sum of W instead.
 
     Example: a group of rewards (1, 0), score_norms ((1, 1), (1, 3)): W = ((1, 2), (1, 4)), b = (1/2, 1/3), A = ((1/2, 2/3), (-1/2,
-    -1/3)).
+    -1/3)). A third token of the first response alone: b = 0, the return of the other, and A = 1.
 
     Raises:
-        ValueError: no score_norms.
+        ValueError: score_norms that are missing or not finite.
     """
     norms = inputs.require(
         "score_norms",
         estimator="optimal_token_baseline",
         remedy="The policy computes them with old_logprobs.",
+        finite=True,
     )
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
-    returns = reward_to_go(inputs.rewards, inputs.token_rewards, mask)
+    returns = _returns(inputs)
+    energy = torch.where(mask, norms, 0.0).double().cumsum(1)
+
+    together = _above_baseline(returns, energy, mask, groups, leave_one_out)
+    tail = _above_baseline(returns, energy, torch.ones_like(mask), groups, leave_one_out=True)
+    accompanied = groups.others_total(mask) > 0
+    advantages = torch.where(accompanied, together, tail)
+
+    alone = (groups.spread(groups.counts) == 1)[:, None]
+    advantages = torch.where(mask & ~alone, advantages, 0.0)
+    return AdvantageOutput(advantages=advantages.to(at_least_float32(inputs.rewards).dtype))
+
+
+def _returns(inputs: AdvantageInputs) -> Tensor:
+    """[B, T] float64 outcome plus the process rewards from t on, also after a response's end, where the outcome is left."""
+    outcome = inputs.rewards.double()[:, None].expand(inputs.response_mask.shape)
+    if inputs.token_rewards is None:
+        return outcome
+    process = torch.where(inputs.response_mask, inputs.token_rewards, 0.0)
+    return outcome + suffix_sum(process.double())
+
+
+def _above_baseline(
+    returns: Tensor, energy: Tensor, members: Tensor, groups: Groups, leave_one_out: bool
+) -> Tensor:
+    """[B, T] G - sum_j G_j W_j / sum_j W_j over the `members` [B, T] of the group at each position, perhaps without the response itself."""
     # Measured from the smallest return at the position, so that equal ones cancel exactly.
-    lowest = groups.extreme(torch.where(mask, returns, torch.inf), "amin")
-    returns = torch.where(mask, returns - groups.spread(lowest), 0.0)
-    energy = torch.where(mask, torch.where(mask, at_least_float32(norms), 0.0).cumsum(1), 0.0)
-    energy = torch.where(groups.spread(groups.total(energy)) > 0, energy, mask.to(energy.dtype))
-    total = groups.total(energy)
-    baseline = groups.total(energy * returns) / torch.where(total > 0, total, 1.0)
-    return AdvantageOutput(advantages=torch.where(mask, returns - groups.spread(baseline), 0.0))
+    lowest = groups.extreme(torch.where(members, returns, torch.inf), "amin")
+    above = torch.where(members, returns - groups.spread(lowest), 0.0)
+
+    def over_group(values: Tensor) -> Tensor:
+        return groups.others_total(values) if leave_one_out else groups.spread(groups.total(values))
+
+    weights = torch.where(members, energy, 0.0)
+    total, number = over_group(weights), over_group(members.double())
+    weighted = over_group(weights * above) / torch.where(total > 0, total, 1.0)
+    plain = over_group(above) / number.clamp(min=1)
+    return above - torch.where(total > 0, weighted, plain)

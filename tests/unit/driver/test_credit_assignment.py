@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
+    DynamicSamplingConfig,
     EntropyConfig,
     GenerationConfig,
     KLConfig,
@@ -22,6 +24,7 @@ from rlsys.config import (
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed, required_inputs
+from rlsys.driver.dynamic_sampling import keeps_group
 from rlsys.driver.metrics import values
 from tests.rollout_examples import rollouts
 
@@ -170,6 +173,120 @@ def test_truncated_responses_can_be_left_out_of_the_loss():
     )
 
 
+def test_masking_truncated_responses_leaves_the_statistics_alone():
+    """The same advantages with and without the mask, estimated before the update or before a mini-batch; all ratios are 1, so it is RLOO."""
+    made = batch()
+    object.__setattr__(made, "stop_reasons", np.array([0, 1, 0, 0], dtype=np.int8))
+    scores, flat = rewards([1, 0, 1, 0]), made.rollout_logprobs
+    norms = np.ones_like(flat)
+    found = []
+    for masked in (False, True):
+        for recompute in (False, True):
+            config = make_config(
+                "hierarchical",
+                recompute=recompute,
+                overlong=OverlongConfig(mask_truncated=masked),
+            )
+            old = [LogprobBatch(batch_id=0, rows=np.arange(4), logprobs=flat, score_norms=norms)]
+            train, _ = CreditAssigner(config).assign(made, scores, old, [])
+            if recompute:
+                live = LiveLogprobs(logprobs=flat, score_norms=norms)
+                train = recomputed(config, train, np.arange(4), live, {}).batch
+            found.append(advantages_of(made, train.advantages))
+    assert found[0] == [[1, 1], [-1, -1, -1, -1], [1], [-1, -1, -1]]
+    assert all(other == found[0] for other in found)
+
+
+def scored(accuracies: list[float], total: list[float]) -> RewardBatch:
+    """Rewards that are not the accuracies."""
+    return dataclasses.replace(rewards(total), accuracies=np.asarray(accuracies, dtype=np.float32))
+
+
+def test_groups_that_dynamic_sampling_does_not_keep_stay_out_of_the_loss():
+    """Both groups are mixed in reward; the second has two wrong responses, of which the longer one is punished."""
+    made, scores = batch(), scored([1, 0, 0, 0], [1, 0, 0, -0.5])
+    kept = {}
+    for by in ("accuracy", "reward"):
+        config = make_config("grpo", dynamic_sampling=DynamicSamplingConfig(max_rounds=2, by=by))
+        train, _ = CreditAssigner(config).assign(made, scores, [], [])
+        assert train.trained is not None
+        kept[by] = train.trained.tolist()
+        assert advantages_of(made, train.advantages)[2][0] > 0.9  # what it would be taught
+    assert kept == {"accuracy": [True, True, False, False], "reward": [True] * 4}
+    off, _ = CreditAssigner(make_config("grpo")).assign(made, scores, [], [])
+    assert off.trained is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "total", "by_accuracy", "by_reward"),
+    [
+        ([1, 0, 0], [1, 0, 0], True, True),
+        ([0, 0, 0], [0, 0, -1], False, True),  # wrong, of different lengths
+        ([1, 1, 1], [1, 0.5, 1], False, True),
+        ([1, 1, 1], [1, 1, 1], False, False),
+        ([0.4, 0.6, 0.6], [1, 1, 1], True, False),  # correct from 0.5 on
+        ([1, 1, 0], [1, 1, float("nan")], False, False),  # the third has no reward
+    ],
+)
+def test_which_groups_are_kept(
+    accuracies: list[float], total: list[float], by_accuracy: bool, by_reward: bool
+):
+    group = scored(accuracies, total)
+    assert keeps_group(group, "accuracy") is by_accuracy
+    assert keeps_group(group, "reward") is by_reward
+
+
+LONG, LONGER = 70, 60  # tokens of the response, and how many more it gets
+
+
+def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
+    """Advantages of the first LONG tokens of response 0, whose ratio is 1 from there on: its length changes, and nothing else."""
+    rng = np.random.default_rng(seed)
+    groups, size = 16, 8
+    lengths = rng.integers(LONG // 2, LONG, groups * size)
+    lengths[0] = LONG
+    width = LONG + LONGER
+    rollout = -1 + 0.1 * rng.normal(size=(groups * size, width))
+    old = rollout + 0.05 * rng.normal(size=rollout.shape)
+    norms = rng.random(rollout.shape)
+    old[0, LONG:] = rollout[0, LONG:]
+    drift = np.where(np.arange(width) < lengths[:, None], old - rollout, 0.0).sum(1)
+    score = (rng.random(len(lengths)) < 1 / (1 + np.exp(-4 * drift))).astype(np.float32)
+    lengths[0] += LONGER * longer
+
+    of_group = lengths.reshape(groups, size)
+    made = rollouts([([9], [[1] * int(n) for n in row]) for row in of_group])
+    inside = np.arange(width) < lengths[:, None]
+
+    def flat(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(len(made.token_ids), dtype=np.float32)
+        out[made.response_mask] = values[inside]
+        return out
+
+    made = dataclasses.replace(made, rollout_logprobs=flat(rollout))
+    part = LogprobBatch(
+        batch_id=0, rows=np.arange(len(made)), logprobs=flat(old), score_norms=flat(norms)
+    )
+    config = make_config("hierarchical", parameters=parameters | {"diagnostics": False})
+    generation = config.generation.model_copy(update={"max_tokens": 140})
+    config = config.model_copy(update={"generation": generation})
+    train, _ = CreditAssigner(config).assign(made, rewards(score.tolist()), [part], [])
+    assert train.advantages is not None
+    return train.advantages[1 : 1 + LONG]
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {"max_tokens": None}, {"layers": "blocks", "block_size": 20}]
+)
+@pytest.mark.parametrize("seed", [7, 10, 21])
+def test_a_responses_own_length_does_not_move_its_own_baselines(seed: int, parameters: dict):
+    """Layers and strengths are laid over generation.max_tokens, whatever the longest response of the batch is."""
+    short = own_advantages(seed, longer=False, parameters=parameters)
+    long = own_advantages(seed, longer=True, parameters=parameters)
+    assert np.abs(short).max() > 0.1
+    np.testing.assert_allclose(long, short, rtol=0, atol=1e-5)
+
+
 def test_greedy_rewards_reach_the_responses_of_their_prompt():
     made = batch()
     greedy = rewards([0.25, 0.75])
@@ -248,6 +365,6 @@ def test_advantages_that_are_not_finite_are_refused():
     made = batch()
     with pytest.raises(
         ValueError,
-        match=r"algorithm\.advantage\.name: 'reinforce' gave advantages that are not finite",
+        match=r"algorithm\.advantage\.name: 'reinforce' returned advantages of which 4 of 10 .* not finite",
     ):
         CreditAssigner(make_config()).assign(made, rewards([1, float("inf"), 0, 0]), [], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from rlsys.config import (
     RunConfig,
     TrainerConfig,
 )
+from rlsys.config.algorithm import GroupFilter
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.checkpoints import CheckpointStore
@@ -68,6 +70,7 @@ def make_config(
     temperature: float = 0.0,
     estimator: str = "grpo",
     sampling_rounds: int = 1,
+    by: GroupFilter = "accuracy",
     mini_batches: int = 1,
     seed: int = 3,
     pass_at: int = 1,
@@ -79,7 +82,7 @@ def make_config(
             advantage=AdvantageConfig(name=estimator),
             kl=KLConfig(coefficient=kl, placement=placement),
             entropy=EntropyConfig(temperature=temperature),
-            dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds),
+            dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds, by=by),
         ),
         trainer=TrainerConfig(
             steps=steps,
@@ -695,6 +698,32 @@ async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path)
     seeds = [request.seed for request in run.generator.requests]
     assert len(set(seeds)) == len(seeds)  # a further round is sampled anew
     assert all(len(set(batch["group_ids"])) == 4 for batch in run.batches)
+
+
+@pytest.mark.parametrize("by", ["accuracy", "reward"])
+async def test_dynamic_sampling_goes_by_correctness_unless_it_is_told_otherwise(
+    tmp_path: Path, by: GroupFilter
+) -> None:
+    """With a punishment that differs within every group, all groups are mixed in reward: only correctness tells which teach."""
+
+    class Punishing(FirstTokenScorer):
+        async def _score(self, rollouts: Handle[RolloutBatch]) -> RewardBatch:
+            scored = await super()._score(rollouts)
+            punished = scored.rewards - np.linspace(0, 0.4, len(scored), dtype=np.float32)
+            return dataclasses.replace(scored, rewards=punished)
+
+    config = make_config(steps=2, sampling_rounds=3, by=by)
+    run = await start(tmp_path, config)
+    scorer = Punishing(run.stage)
+    run.loop._workers = dataclasses.replace(run.workers, scorer=scorer)
+    await run.finish()
+    for _, step in run.recorder.steps:
+        if by == "reward":
+            assert (step["sampling/rounds"], step["sampling/missing_groups"]) == (1, 0)
+            assert step["trained/responses"] == 4 * 8
+        else:
+            assert step["sampling/rounds"] > 1
+            assert step["trained/responses"] == (4 - step["sampling/missing_groups"]) * 8
 
 
 async def test_with_dynamic_sampling_metrics_and_files_are_of_everything_that_was_sampled(

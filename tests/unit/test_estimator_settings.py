@@ -1,0 +1,234 @@
+"""Settings of estimators and recipes: what follows the token limit, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.dapo_math import dapo_math
+from recipes.grpo_math import grpo_math
+from recipes.hierarchical_math import hierarchical_math
+from recipes.run_recipe import run_recipe
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+    AdvantageOutput,
+    grpo_advantages,
+    register_advantage_estimator,
+)
+from rlsys.algorithms.advantages import (
+    inputs as contract,
+)
+from rlsys.config import RunConfig
+from rlsys.config.command_line import parse
+from rlsys.config.hardware import Hardware
+from rlsys.driver.credit_assignment import estimator_parameters
+from rlsys.rewards import soft_overlong_reward, with_token_limit
+
+CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
+Recipe = Callable[[Hardware], RunConfig]
+HIERARCHICAL = ("--algorithm.advantage.name", "hierarchical")
+RECOMPUTE = ("--algorithm.advantage.recompute", "true")
+WEIGHT_NONE = ("--algorithm.objective.weight", "none")
+ONE_SAMPLE = ("--generation.samples_per_prompt", "1")
+OPTIMAL = ("--algorithm.advantage.name", "optimal_baseline")
+SCOPE = "--algorithm.advantage.parameters.scope"
+
+
+def configured(recipe: Recipe, *flags: str) -> RunConfig:
+    return parse(recipe(CPU), flags).config
+
+
+def dry_run(
+    capsys: pytest.CaptureFixture[str], recipe: Recipe, *flags: str
+) -> tuple[object, str, str]:
+    """Exit code, stdout and stderr of a dry run."""
+    with pytest.raises(SystemExit) as end:
+        run_recipe(recipe, ["--model.path", "tiny", "--dry-run", *flags])
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def punishment(config: RunConfig, tokens: int) -> float:
+    """What the recipe's length punishment says of a response of so many tokens."""
+    math, overlong = with_token_limit(config.reward.functions, config.generation.max_tokens)
+    assert (math.name, overlong.name) == ("math", "soft_overlong")
+    return overlong.weight * soft_overlong_reward("", "", tokens, **overlong.parameters)
+
+
+def test_the_length_punishment_of_dapo_follows_the_token_limit():
+    # the last quarter of the limit, at half of the weight
+    config = configured(dapo_math)
+    assert config.generation.max_tokens == 16
+    assert [punishment(config, n) for n in (12, 14, 16)] == [0.0, -0.25, -0.5]
+    config = configured(dapo_math, "--generation.max_tokens", "256")
+    assert [punishment(config, n) for n in (17, 192, 224, 256)] == [0.0, 0.0, -0.25, -0.5]
+
+
+def test_a_token_limit_of_its_own_stays():
+    flags = (
+        "--reward.functions",
+        "[{name: math}, {name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 2}}]",
+    )
+    config = configured(dapo_math, *flags)
+    assert [punishment(config, n) for n in (6, 7, 8, 16)] == [0.0, -0.5, -1.0, -1.0]
+
+
+def test_dapo_makes_the_advantages_of_the_paper():
+    """Rewards +1 and -1 less a punishment of at most 1, and those of the recipe: right and short, right and long, wrong and short, wrong and long."""
+    config = configured(dapo_math)
+    right, lengths = torch.tensor([1.0, 1.0, 0.0, 0.0]), (8, 16, 8, 16)
+    mask = torch.ones(4, 1, dtype=torch.bool)
+
+    def advantages(rewards: torch.Tensor) -> torch.Tensor:
+        made = AdvantageInputs(
+            rewards=rewards, response_mask=mask, group_ids=torch.zeros(4, dtype=torch.int64)
+        )
+        return grpo_advantages(made, eps=0.0).advantages[:, 0]
+
+    ours = right + torch.tensor([punishment(config, n) for n in lengths])
+    paper = 2 * right - 1 + torch.tensor([0.0, -1.0, 0.0, -1.0])
+    torch.testing.assert_close(advantages(ours), advantages(paper))
+    assert ours[1] > ours[2]  # a right long answer is better than a wrong short one
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 200])
+def test_hierarchical_layers_follow_the_token_limit(tokens: int):
+    config = configured(hierarchical_math, "--generation.max_tokens", str(tokens))
+    assert estimator_parameters(config)["max_tokens"] == tokens
+
+
+def test_a_dry_run_shows_what_follows_the_token_limit(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = dry_run(capsys, hierarchical_math, "--generation.max_tokens", "24")
+    assert code == 0
+    assert "advantages   hierarchical (max_tokens=24)," in out
+    code, out, _ = dry_run(capsys, dapo_math, "--generation.max_tokens", "24")
+    assert code == 0
+    assert "soft_overlong (max_tokens=24, buffer_tokens=None)" in out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (
+            hierarchical_math,
+            ("--algorithm.advantage.parameters.max_tokens", "8"),
+            "algorithm.advantage.parameters.max_tokens: 8 is below generation.max_tokens 16",
+        ),
+        (
+            dapo_math,
+            (
+                "--reward.functions",
+                "[{name: math}, {name: soft_overlong, parameters: {max_tokens: 64}}]",
+            ),
+            "reward.functions.parameters.max_tokens: 64 of 'soft_overlong' is above generation.max_tokens 16",
+        ),
+        (
+            hierarchical_math,
+            ("--algorithm.rollout_correction.level", "token"),
+            "algorithm.rollout_correction.level: 'token' would take the ratio old / rollout a second time",
+        ),
+        (
+            hierarchical_math,
+            ("--algorithm.rollout_correction.level", "sequence"),
+            "algorithm.rollout_correction.level: 'sequence' would take",
+        ),
+        (
+            grpo_math,
+            (*RECOMPUTE, *WEIGHT_NONE),
+            "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor 'grpo'",
+        ),
+        (
+            hierarchical_math,
+            ("--algorithm.advantage.parameters.output", "residual"),
+            "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor "
+            "'hierarchical' (output=residual) corrects",
+        ),
+        (
+            grpo_math,
+            (*HIERARCHICAL, *RECOMPUTE),
+            "algorithm.objective.weight: 'ppo_clip' acts on a ratio that algorithm.advantage.recompute keeps at 1",
+        ),
+        (
+            grpo_math,
+            (*OPTIMAL, *ONE_SAMPLE),
+            "generation.samples_per_prompt: 1 gives 'optimal_baseline' nothing to compare",
+        ),
+    ],
+)
+def test_contradictions_are_refused(
+    capsys: pytest.CaptureFixture[str], recipe: Recipe, flags: tuple[str, ...], message: str
+):
+    code, _, error = dry_run(capsys, recipe, *flags)
+    assert code == 2
+    assert f"error: {message}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        (dapo_math, ()),
+        (dapo_math, ("--generation.max_tokens", "256")),
+        (hierarchical_math, ()),
+        (hierarchical_math, ("--generation.max_tokens", "8")),
+        (hierarchical_math, ("--algorithm.advantage.parameters.max_tokens", "32")),
+        (grpo_math, (*HIERARCHICAL, *RECOMPUTE, *WEIGHT_NONE)),
+        (grpo_math, ("--algorithm.rollout_correction.level", "token")),
+        (grpo_math, (*OPTIMAL, *ONE_SAMPLE, SCOPE, "batch")),
+    ],
+)
+def test_what_goes_together_is_accepted(
+    capsys: pytest.CaptureFixture[str], recipe: Recipe, flags: tuple[str, ...]
+):
+    code, _, error = dry_run(capsys, recipe, *flags)
+    assert (code, error) == (0, "")
+
+
+BROKEN = "broken_for_a_test"
+
+
+@pytest.fixture
+def broken() -> Iterator[Callable[[Any], None]]:
+    """Registers an estimator that returns, or raises, what it is given."""
+
+    def register(value: Any) -> None:
+        @register_advantage_estimator(BROKEN)
+        def estimator(inputs: AdvantageInputs) -> Any:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+    yield register
+    contract._SPECS.pop(BROKEN)
+    contract._ESTIMATORS._functions.pop(BROKEN)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.zeros(2, 3),
+            "returned a tensor of torch.float32 and shape [2, 3]. Return an AdvantageOutput",
+        ),
+        (
+            AdvantageOutput(advantages=torch.zeros(2)),
+            "returned advantages of shape [2]. Return the shape",
+        ),
+        (
+            AdvantageOutput(advantages=torch.full((2, 3), torch.nan)),
+            "returned advantages of which 5 of 5",
+        ),
+        (KeyError("rewards"), "failed on an example of two responses (KeyError: 'rewards')"),
+    ],
+)
+def test_a_broken_estimator_of_a_plug_in_is_refused(
+    capsys: pytest.CaptureFixture[str], broken: Callable[[Any], None], value: Any, message: str
+):
+    broken(value)
+    code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", BROKEN)
+    assert code == 2
+    assert f"error: algorithm.advantage.name: '{BROKEN}' {message}" in error
+    assert error.count("\n") == 1
