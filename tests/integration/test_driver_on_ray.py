@@ -136,7 +136,7 @@ class LargeRollouts:
         self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
     ) -> Any:
         sequences = np.ones((2, sampling.max_tokens // 2), dtype=np.int32)
-        batch = RolloutBatch.from_sequences(sequences, temperature=1.0)
+        batch = RolloutBatch.from_sequences(list(sequences), temperature=1.0)
         yield (first_prompt, batch.num_response_tokens)
         yield batch
 
