@@ -7,7 +7,6 @@ out, it follows `generation.max_tokens`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -94,11 +93,10 @@ def soft_overlong_reward(
 
 
 def _check_repetition(parameters: Mapping[str, Any]) -> None:
-    ngram, scale = parameters["ngram"], parameters["scale"]
-    if ngram < 1:
-        raise ValueError(f"reward.functions.parameters.ngram: {ngram} must be at least 1.")
-    if not math.isfinite(scale):
-        raise ValueError(f"reward.functions.parameters.scale: {scale} must be finite.")
+    if parameters["ngram"] < 1:
+        raise ValueError(
+            f"reward.functions.parameters.ngram: {parameters['ngram']} must be at least 1."
+        )
 
 
 @register_reward_function("repetition", validate=_check_repetition)
@@ -115,7 +113,7 @@ def repetition_reward(
 
     Example: "a b a b a b" with ngram 2 has five bigrams, two of them distinct: -0.6.
     """
-    _check_repetition({"ngram": ngram, "scale": scale})
+    _check_repetition({"ngram": ngram})
     words = completion.split()
     total = len(words) - ngram + 1
     if total < 1:

@@ -180,7 +180,7 @@ def test_functions_that_cannot_be_called_are_refused(name: str, message: str):
         (
             "repetition",
             {"scale": math.nan},
-            "reward.functions.parameters.scale: nan must be finite",
+            "reward.functions.parameters.scale: nan is no number. Give a finite one",
         ),
         (
             "has_length",
