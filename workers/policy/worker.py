@@ -195,12 +195,13 @@ class PolicyWorker(RankWorker):
         rate = learning_rate(policy.optimizer, self.steps, self.config.trainer.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = mini_batch_rows(
+        mini_batches = mini_batch_rows(
             batch.rollouts,
             mini_batches=policy.mini_batches,
             epochs=policy.epochs,
             seed=self.config.trainer.seed,
         )
+        rows = list(mini_batches)
         kept = [_trained_rows(batch, chosen) for chosen in rows]
         self.counts = UpdateCounts(empty=sum(not len(chosen) for chosen in kept))
         self.estimated = None
