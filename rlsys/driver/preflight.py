@@ -132,7 +132,7 @@ def _check_estimator(config: RunConfig) -> None:
             "would have no place. Leave it null, which follows generation.max_tokens."
         )
     try:
-        run_estimator(advantage.name, _example_inputs(), parameters)
+        run_estimator(advantage.name, _example_inputs(limit), parameters)
     except ValueError:
         raise  # refuses values that its signature cannot, and says what to do
     except Exception as error:  # a plug-in may raise anything
@@ -141,12 +141,14 @@ def _check_estimator(config: RunConfig) -> None:
         ) from error
 
 
-def _example_inputs() -> AdvantageInputs:
-    """A group of two responses of three tokens and of two, with every input that a run can have."""
-    zeros = torch.zeros(2, 3)
+def _example_inputs(token_limit: int) -> AdvantageInputs:
+    """A group of a response of three tokens and one of two, where so many are allowed, with every input that a run can have."""
+    longest = min(3, token_limit)
+    lengths = torch.tensor([longest, max(1, longest - 1)])
+    zeros = torch.zeros(2, longest)
     return AdvantageInputs(
         rewards=torch.tensor([0.0, 1.0]),
-        response_mask=torch.tensor([[True, True, True], [True, True, False]]),
+        response_mask=torch.arange(longest) < lengths[:, None],
         group_ids=torch.zeros(2, dtype=torch.int64),
         rollout_logprobs=zeros,
         old_logprobs=zeros,

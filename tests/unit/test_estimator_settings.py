@@ -174,6 +174,8 @@ def test_contradictions_are_refused(
         (dapo_math, ("--generation.max_tokens", "256")),
         (hierarchical_math, ()),
         (hierarchical_math, ("--generation.max_tokens", "8")),
+        (hierarchical_math, ("--generation.max_tokens", "2", "--generation.min_tokens", "0")),
+        (hierarchical_math, ("--generation.max_tokens", "1", "--generation.min_tokens", "0")),
         (hierarchical_math, ("--algorithm.advantage.parameters.max_tokens", "32")),
         (grpo_math, (*HIERARCHICAL, *RECOMPUTE, *WEIGHT_NONE)),
         (grpo_math, ("--algorithm.rollout_correction.level", "token")),
