@@ -1,6 +1,7 @@
 # make setup   .venv with everything (EXTRA=gpu on a CUDA machine; cpu otherwise)
 # make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
-# make test    all tests          make check   ruff and pyright
+# make test    unit tests and a few real runs      make test-all   every test, small campaigns included
+# make check   ruff and pyright
 PYTHON ?= python3.11
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV   := .venv
@@ -18,7 +19,7 @@ else
 TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
 endif
 
-.PHONY: setup run test check docs clean
+.PHONY: setup run test test-all check docs clean
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
@@ -36,7 +37,11 @@ $(STAMP): pyproject.toml uv.lock Makefile
 run: setup
 	$(BIN)/python -m recipes.grpo_math $(ARGS)
 
+# ARGS takes the place of the tests that are chosen here: make test ARGS="tests/unit -k grpo"
 test: setup
+	$(BIN)/python -m pytest $(or $(ARGS),tests/unit tests/integration/test_bad_input.py tests/integration/test_architectures.py)
+
+test-all: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup
@@ -48,6 +53,7 @@ docs: setup
 	$(BIN)/python -m rlsys.config.reference docs/configuration.md
 	$(BIN)/python -m rlsys.algorithms.reference docs/algorithms.md
 	$(BIN)/python -m rlsys.driver.metric_reference docs/metrics.md
+	$(BIN)/python -m benchmarks.campaigns.models_page
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

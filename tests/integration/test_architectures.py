@@ -38,20 +38,16 @@ def model(tmp_path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "padded"),
-    [
-        ("mistral, sliding window", 1, False),
-        ("gpt2, dropout", 1, False),
-        ("falcon", 2, True),
-    ],
+    ("name", "padded"),
+    [("mistral, sliding window", False), ("gpt2, dropout", False), ("falcon", True)],
 )
 def test_engine_and_trainer_agree_and_a_padded_pass_is_said(
-    tmp_path: Path, name: str, ranks: int, padded: bool
+    tmp_path: Path, name: str, padded: bool
 ):
     result = train(
         model(tmp_path, name),
         tmp_path / "run",
-        *("--policy.ranks", str(ranks), "--cluster.object_store_gib", "0.2"),
+        *("--cluster.object_store_gib", "0.2"),
         *("--algorithm.kl.coefficient", "0.1"),
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -122,6 +122,7 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
     plans = [
         config(1, share_prompts=False, microbatch_tokens=64, logit_chunk_tokens=3),
         config(2, microbatch_tokens=50, gradient_checkpointing=True),
+        config(2, microbatch_tokens=50, packing=False, gradient_checkpointing=True),
     ]
     results = [await updated(ranks, plan, batch) for plan in plans]
     moved = max(float((reference[name] - start[name]).abs().max()) for name in reference)
