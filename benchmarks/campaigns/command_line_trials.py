@@ -39,7 +39,7 @@ TINY = (
 # Words that tell what to do about it. A refusal without any of them leaves its reader alone.
 REMEDIES = (
     "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Give|Install|It takes|Join|Keep|Known|Leave|Lower|Make|Mend|Name|"
-    "Pass|Pick|Put|Quote|Raise|Remove|Repair|Sample|Save|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
+    "Look|Pass|Pick|Put|Quote|Raise|Remove|Repair|Return|Sample|Save|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
     "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form|is called with"
 )
 

@@ -166,7 +166,7 @@ BIASES: tuple[Bias, ...] = (
         "residual as advantage",
         lambda case: _has(case, "output", "residual") and (case.moved or case.gap),
         HIERARCHICAL,
-        "is not once the objective clips or weights by another ratio",
+        "lacks rho_{<=t} of old / rollout and is not, once they differ",
     ),
     Bias(
         "gpg: alpha of the batch",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
 from rlsys.algorithms.advantages.inputs import (
     AdvantageInputs,
@@ -11,7 +14,11 @@ from rlsys.algorithms.advantages.inputs import (
 from rlsys.algorithms.advantages.returns import reward_to_go, whitened
 
 
-@register_advantage_estimator("reinforce_plus_plus")
+def _subtracts_group_mean(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters.get("group_baseline", False))
+
+
+@register_advantage_estimator("reinforce_plus_plus", compares_group=_subtracts_group_mean)
 def reinforce_plus_plus_advantages(
     inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-8
 ) -> AdvantageOutput:
