@@ -31,7 +31,7 @@ from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 from rlsys.driver.preflight import PreflightError, check_config
 from rlsys.driver.run_directory import RunDirectory
-from tests.enumerable_policy import ResponseSpace
+from tests.support.enumerable_policy import ResponseSpace
 
 EXACT = 1e-12
 HARDWARE = Hardware(gpus=0, gpu_memory_gib=0, cpus=2, memory_gib=8)
