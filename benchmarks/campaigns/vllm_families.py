@@ -49,18 +49,23 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
         without = names_without_mapping(model, directory)
         if without:
             raise ValueError(f"transformers has no mapping back for {without[0]}")
+
+        # Before vLLM starts: it changes the classes of transformers for models that it has no code of its own for.
+        generator = np.random.default_rng(0)
+        vocabulary = model.config.get_text_config().vocab_size
+        sequences = [
+            generator.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS
+        ]
+        expected, stale = (
+            np.concatenate([forward_logprobs(one, sequence) for sequence in sequences])
+            for one in (model, old)
+        )
         rollouts = make_engine(config, scratch)
-    generator = np.random.default_rng(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    sequences = [generator.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS]
+
     weights = to_checkpoint(model, full_state_dict(SimpleNamespace(model=model)))  # pyright: ignore[reportArgumentType]
     manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
     rollouts.install_weights(manifest, shards)
     got = np.concatenate(rollouts.probe_logprobs(sequences))
-    expected, stale = (
-        np.concatenate([forward_logprobs(one, sequence) for sequence in sequences])
-        for one in (model, old)
-    )
     return {
         "max_difference": float(np.abs(got - expected).max()),
         "max_difference_of_old_weights": float(np.abs(got - stale).max()),

@@ -74,6 +74,7 @@ class VLLMEngine:
                 async_scheduling=False,  # so that equal seeds give equal schedules
                 seed=config.trainer.seed,
                 trust_remote_code=config.model.trust_remote_code,
+                hf_overrides=_as_transformers_reads,
                 disable_log_stats=True,
                 **settings,
             )
@@ -183,6 +184,13 @@ class VLLMEngine:
         return self._engine.apply_model(_sums_of_squares)[0]
 
 
+def _as_transformers_reads(config: Any) -> Any:
+    """The model's config, changed where vLLM reads it differently from transformers, by which the model is trained."""
+    if config.model_type == "cohere2":  # vLLM adds one to the window
+        config.sliding_window -= 1
+    return config
+
+
 def _report_untruncated_logprobs(worker: Any) -> None:
     """Let a worker's sampler report log softmax(logits / temperature), before min_tokens, top_k and top_p cut anything off.
 
@@ -225,8 +233,15 @@ def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) ->
     Raises:
         RuntimeError: some of the worker's weights are not among `tensors`, where vLLM would keep the old ones and log a warning.
     """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
     model = worker.model_runner.get_model()
-    expected = {name for name, _ in model.named_parameters()}
+    # Parameters that vLLM derives from others after loading (of DeepSeek's latent attention) are in no checkpoint.
+    expected = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in get_layerwise_info(module).restore_metadata[0]
+    } & {name for name, _ in model.named_parameters()}
     loaded: set[str] = expected
     load_weights = model.load_weights
 
