@@ -25,6 +25,6 @@ def test_vllm_follows_the_trainer(family: str):
 def test_no_family_of_the_table_is_silently_wrong():
     """A family agrees, or is refused with a reason."""
     table = json.loads(TABLE.read_text())
-    assert set(CASES) <= set(table) <= set(FAMILIES)
+    assert set(table) == set(FAMILIES)
     for family, found in table.items():
-        assert found.get("refused") or found["max_difference"] < 1e-3, family
+        assert found.get("refused") or found["max_difference"] < 5e-3, family

@@ -22,14 +22,15 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 WITHOUT_HEAD_DIM = {name: value for name, value in DENSE.items() if name != "head_dim"}
+KV_HEADS = "num_key_value_heads"  # vLLM would believe it where the model has no such thing
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
     **WITHOUT_HEAD_DIM,
     "num_key_value_heads": 2,
     "q_lora_rank": None,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # this and the next: the only sizes for which vLLM has a kernel
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -103,7 +104,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**LATENT, "head_dim": 32},
     "deepseek_v2": {**LATENT, "topk_method": "greedy"},
     "deepseek_v3": {**LATENT, "q_lora_rank": 32, "topk_method": "noaux_tc"},
-    "gpt_neox": WITHOUT_HEAD_DIM,
+    "gpt_neox": {name: DENSE[name] for name in DENSE if name not in ("head_dim", KV_HEADS)},
     "gpt2": GPT,
     "gptj": {**GPT, "rotary_dim": 16},
     "opt": {
@@ -142,6 +143,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **WITHOUT_HEAD_DIM,
         "layer_types": ["conv", "full_attention"],
         "full_attn_idxs": [1],
+        "conv_dim": 64,
     },
 }
 
