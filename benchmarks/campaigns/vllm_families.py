@@ -25,6 +25,7 @@ from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
 from rlsys.models.weights import pack_weights
 from tests.support.model_families import FAMILIES, build_family, load_family
 from workers.policy.fsdp2 import full_state_dict
+from workers.weight_sync.object_store import DEFAULT_TOLERANCE
 
 TABLE = Path("docs/data/vllm_families.json")
 LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
@@ -35,7 +36,11 @@ PROCESSES.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", __spec__.
 
 
 def compare(family: str, engine: str = "vllm") -> dict[str, float]:
-    """Largest differences in log-probability: of the engine after the sync, and of the old weights, which shows what a stale engine would look like."""
+    """Largest differences in log-probability: of the engine after the sync, and of the old weights, which shows what a stale engine would look like.
+
+    Raises:
+        ValueError: what a run would say and stop: no way back to the names of the checkpoint, or a probe beyond the tolerance.
+    """
     from workers.generation.worker import make_engine
 
     config = RunConfig(
@@ -66,8 +71,13 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
     manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
     rollouts.install_weights(manifest, shards)
     got = np.concatenate(rollouts.probe_logprobs(sequences))
+    gaps = np.abs(got - expected)
+    if not gaps.mean() <= DEFAULT_TOLERANCE["float32"]:
+        raise ValueError(
+            f"the probe after the sync: engine and model differ by up to {gaps.max():.2f}"
+        )
     return {
-        "max_difference": float(np.abs(got - expected).max()),
+        "max_difference": float(gaps.max()),
         "max_difference_of_old_weights": float(np.abs(got - stale).max()),
     }
 
