@@ -1,120 +1,21 @@
-"""vLLM after a weight sync against the model's own forward, for one tiny random model of each family.
+"""vLLM after a weight sync against the model's own forward pass, for one tiny random model of each family.
 
     python -m benchmarks.campaigns.vllm_families                      all families, about ten minutes on two cores
     python -m benchmarks.campaigns.vllm_families gemma2 mixtral       some of them, added to the table
 
-vLLM starts on random weights, receives others by the trainer's way (names of the checkpoint, shards, reload), and says the log-probabilities of
-sequences that outgrow every window. The table has the largest difference to the float32 forward of transformers, or why there is none.
+The table has the largest difference to the float32 forward pass of transformers, or why there is none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
-import torch
+from tests.support.model_families import FAMILIES
+from tests.support.vllm_comparison import in_a_process
 
-from rlsys.config import DataConfig, GenerationConfig, RunConfig
-from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
-from rlsys.models.weights import pack_weights
-from tests.support.model_families import FAMILIES, build_family, load_family
-from workers.policy.fsdp2 import full_state_dict
-from workers.weight_sync.object_store import DEFAULT_TOLERANCE
-
-TABLE = Path("docs/data/vllm_families.json")
-LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
-LIMIT_S = 150
-# One process has imported what all need, which takes longer than the comparison; each family gets a copy of it.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", __spec__.name])
-
-
-def compare(family: str, engine: str = "vllm") -> dict[str, float]:
-    """Largest differences in log-probability: of the engine after the sync, and of the old weights, which shows what a stale engine would look like.
-
-    Raises:
-        ValueError: what a run would say and stop: no way back to the names of the checkpoint, or a probe beyond the tolerance.
-    """
-    from workers.generation.worker import make_engine
-
-    config = RunConfig(
-        data=DataConfig(max_prompt_tokens=100),
-        generation=GenerationConfig.model_validate({"engine": engine, "max_tokens": 28}),
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        build_family(family, directory)
-        old, model = load_family(directory, seed=1), load_family(directory, seed=2)
-        without = names_without_mapping(model, directory)
-        if without:
-            raise ValueError(f"transformers has no mapping back for {without[0]}")
-
-        # Before vLLM starts: it changes the classes of transformers for models that it has no code of its own for.
-        generator = np.random.default_rng(0)
-        vocabulary = model.config.get_text_config().vocab_size
-        sequences = [
-            generator.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS
-        ]
-        expected, stale = (
-            np.concatenate([forward_logprobs(one, sequence) for sequence in sequences])
-            for one in (model, old)
-        )
-        rollouts = make_engine(config, scratch)
-
-    weights = to_checkpoint(model, full_state_dict(SimpleNamespace(model=model)))  # pyright: ignore[reportArgumentType]
-    manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
-    rollouts.install_weights(manifest, shards)
-    got = np.concatenate(rollouts.probe_logprobs(sequences))
-    gaps = np.abs(got - expected)
-    if not gaps.mean() <= DEFAULT_TOLERANCE["float32"]:
-        raise ValueError(
-            f"the probe after the sync: engine and model differ by up to {gaps.max():.2f}"
-        )
-    return {
-        "max_difference": float(gaps.max()),
-        "max_difference_of_old_weights": float(np.abs(got - stale).max()),
-    }
-
-
-@torch.no_grad()
-def forward_logprobs(model: Any, sequence: np.ndarray) -> np.ndarray:
-    """[L - 1] log-probabilities by the model's own forward."""
-    tokens = torch.from_numpy(sequence.astype(np.int64))
-    logs = model(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
-    return logs.gather(1, tokens[1:, None])[:, 0].numpy()
-
-
-def in_a_process(family: str, engine: str = "vllm") -> dict[str, Any]:
-    """`compare` where nothing of another family is left over, and a crash is a result."""
-    receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_answer, args=(family, engine, sender))
-    process.start()
-    sender.close()  # so that the end of the process is the end of the pipe
-    try:
-        if receiver.poll(LIMIT_S):
-            return receiver.recv()
-        return {"refused": f"no answer within {LIMIT_S} s"}
-    except EOFError:
-        process.join()
-        return {"refused": f"the process ended with code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
-def _answer(family: str, engine: str, sender: Any) -> None:
-    try:
-        result: dict[str, Any] = dict(compare(family, engine))
-    except Exception as error:
-        reason = str(error).strip().splitlines() or ["no message"]
-        result = {"refused": f"{type(error).__name__}: {reason[0]}"[:300]}
-    sender.send(result)
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "data" / "vllm_families.json"
 
 
 def main() -> None:

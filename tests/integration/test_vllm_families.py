@@ -5,12 +5,14 @@ All families: `python -m benchmarks.campaigns.vllm_families`, whose last result 
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from benchmarks.campaigns.vllm_families import TABLE, in_a_process
 from tests.support.model_families import FAMILIES
+from tests.support.vllm_comparison import in_a_process
 
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "data" / "vllm_families.json"
 CASES = ("qwen3_moe", "mistral", "gemma2", "qwen2")  # experts, window, softcaps, tied embeddings
 
 
