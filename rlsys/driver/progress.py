@@ -124,7 +124,9 @@ class Progress:
     def on_end(self, outcome: Outcome, message: str) -> None:
         if self._live:
             self._live.stop()
-        if outcome != "finished":
+        if outcome == "failed":  # the command prints the reason
+            self._print(f"run failed after {self._step} steps")
+        elif outcome != "finished":
             self._print(
                 f"run {outcome} after {self._step} steps" + (f": {message}" if message else "")
             )
