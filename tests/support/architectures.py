@@ -200,6 +200,14 @@ def tiny_config(architecture: Architecture, *, vocabulary: int = 300) -> Pretrai
     return kind(**{**settings, **architecture.settings})
 
 
+def tiny_parameters(architecture: Architecture) -> int:
+    """Return how many parameters the model has, without allocating them: some have parts of fixed sizes."""
+    config = tiny_config(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def tiny_model(
     architecture: Architecture, *, vocabulary: int = 300, seed: int = 0
 ) -> PreTrainedModel:
