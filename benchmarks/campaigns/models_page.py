@@ -6,6 +6,7 @@ python -m benchmarks.campaigns.models_page
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def _row(finding: Mapping[str, Any], vllm: Mapping[str, Mapping[str, Any]]) -> s
 
 
 def _vllm(finding: Mapping[str, Any], vllm: Mapping[str, Mapping[str, Any]]) -> str:
-    result = vllm.get(finding["model_type"])
+    kind = finding["model_type"]
+    variant = f"{kind}/window" if "window" in finding["name"] else kind
+    result = vllm.get(variant, vllm.get(kind))
     if result is None:
         return ""
     if "max_difference" in result:
@@ -130,4 +133,5 @@ def recorded_page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(recorded_page())
+    page = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
+    page.write_text(recorded_page())

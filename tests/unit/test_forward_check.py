@@ -65,6 +65,11 @@ def test_a_model_that_looks_ahead_is_refused():
         verdict(tiny_model(architecture("bert, not causal")))
 
 
+def test_a_model_that_fails_on_token_ids_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"model\.path: the forward pass of ProphetNet"):
+        verdict(tiny_model(Architecture(model_type="prophetnet")))
+
+
 def test_a_window_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed_attention.PackedLayout, "window", lambda self, window: None)
     found = verdict(tiny_model(architecture("mistral, sliding window")))

@@ -109,7 +109,7 @@ def try_forward(
     """`check_forward` without its cache."""
     name = type(model).__name__
     batch = check_batch(lengths, vocabulary=model.config.get_text_config().vocab_size)
-    alone = _logprobs(model, batch, packing=False, together=False, device=device)
+    alone = _own_logprobs(model, batch, together=False, device=device)
     _check_causal(name, batch, alone)
     tolerance = _tolerance(model, alone)
 
@@ -123,7 +123,7 @@ def try_forward(
                 f"policy.packing: true, but {name} cannot be run packed: {reason}. Set it to auto or false."
             )
 
-    error = _largest(_logprobs(model, batch, packing=False, together=True, device=device), alone)
+    error = _largest(_own_logprobs(model, batch, together=True, device=device), alone)
     if not error <= tolerance.limit:
         raise UnsupportedModelError(
             f"model.path: the log-probabilities of {name} change by up to {error:.2g} nats with the padding "
@@ -205,6 +205,25 @@ def _logprobs(
             result = forward(PackTensors.of(pack, device), batch.temperature)
             flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
     return flat
+
+
+def _own_logprobs(
+    model: PreTrainedModel, batch: RolloutBatch, *, together: bool, device: torch.device
+) -> Tensor:
+    """Return [N] log-probabilities of the model's own forward pass.
+
+    Raises:
+        UnsupportedModelError: the forward pass fails.
+    """
+    try:
+        return _logprobs(model, batch, packing=False, together=together, device=device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        raise UnsupportedModelError(
+            f"model.path: the forward pass of {type(model).__name__} on token ids fails "
+            f"({_short(error)}). Choose another model."
+        ) from error
 
 
 def _try_packed(
