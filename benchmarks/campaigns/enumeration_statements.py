@@ -322,7 +322,7 @@ def log_ratio(level: str, differences: Array, t: int) -> float:
 
 def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     """w(rho, A) of the table in `rlsys.algorithms.policy_objectives.weights`."""
-    rho = math.exp(min(max(log_rho, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+    rho = capped_ratio(log_rho)
     low, high = p.get("clip_low", 0.2), p.get("clip_high", 0.2)
     if name == "none":
         return 1.0
@@ -335,7 +335,7 @@ def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     if name == "upper_clip":
         return min(rho, 1 + high)
     if name in ("power", "adaptive_power"):
-        return math.exp(p["q"] * log_rho)
+        return capped_ratio(p["q"] * log_rho)
     if name == "sapo":
         tau = p.get("tau_pos", 1.0) if advantage > 0 else p.get("tau_neg", 1.05)
         return rho / math.cosh(min(tau * (rho - 1) / 2, 300.0)) ** 2
@@ -348,6 +348,11 @@ def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     if name == "cispo":
         return min(max(rho, 1 - p.get("clip_low", 1.0)), 1 + high)
     raise KeyError(name)
+
+
+def capped_ratio(log_ratio: float) -> float:
+    """exp of a log-ratio, capped as `bounded_ratio` documents it."""
+    return math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
 
 
 def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> float:
@@ -478,7 +483,7 @@ class Stated:
             advantage = advantages[i, t]
             if case.weight == "reward_time":
                 length = range(d.lengths[i])
-                ratios = [math.exp(self._log_ratio(s, u)) for u in length]
+                ratios = [capped_ratio(self._log_ratio(s, u)) for u in length]
                 push = reward_time_weight(ratios, [advantages[i, u] for u in length], t)
             else:
                 log_rho = self._log_ratio(s, t)
