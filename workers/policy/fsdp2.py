@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -36,14 +37,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_KERNEL = {"flex_attention": "sdpa"}
 
 
-def join_process_group(address: str, rank: int, world_size: int) -> torch.device:
-    """Join the ranks at `tcp://host:port` and return this rank's device: gloo on CPUs, NCCL for tensors on GPUs."""
+def open_rendezvous(host: str, world_size: int) -> TCPStore:
+    """Return the store at which the ranks meet, listening on a free port of `host`; rank 0 keeps it.
+
+    The port is bound once and stays bound: one that was only looked up could be taken by another
+    process before the ranks meet.
+    """
+    return TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+
+
+def join_process_group(
+    address: str, rank: int, world_size: int, store: TCPStore | None = None
+) -> torch.device:
+    """Join the ranks and return this rank's device: gloo on CPUs, NCCL for tensors on GPUs.
+
+    Args:
+        address: host:port of the store of rank 0.
+        store: that store itself, on rank 0.
+    """
+    if store is None:
+        host, _, port = address.rpartition(":")
+        store = TCPStore(host, int(port), world_size, is_master=False)
     on_gpu = torch.cuda.is_available()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=address,
-        rank=rank,
-        world_size=world_size,
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size
     )
     if not on_gpu:
         return torch.device("cpu")

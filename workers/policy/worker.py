@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
@@ -37,6 +37,7 @@ from workers.policy.fsdp2 import (
     full_state_dict,
     join_process_group,
     load_full_state_dict,
+    open_rendezvous,
     peak_memory_gib,
     use_all_threads,
 )
@@ -60,18 +61,18 @@ class RankWorker:
         self.config = config
         self.model_directory = model_directory
         self.rank, self.world_size = rank, world_size
+        self._store: TCPStore | None = None  # on rank 0, from `rendezvous` on
         self.returns_score_norms = self.trainable and "score_norms" in required_inputs(config)
 
     def rendezvous(self) -> str:
-        """An address on this node at which the ranks can meet; asked of rank 0."""
+        """Open the store at which the ranks meet, on rank 0, and return its host:port."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        self._store = open_rendezvous(host, self.world_size)
+        return f"{host}:{self._store.port}"
 
     def setup(self, address: str) -> tuple[str, ...]:
         """Join the other ranks and build the model; collective. Return what the user should know of it."""
-        self.device = join_process_group(address, self.rank, self.world_size)
+        self.device = join_process_group(address, self.rank, self.world_size, self._store)
         self.model, verdict = build_sharded_model(
             self.config,
             self.model_directory,
