@@ -1,0 +1,118 @@
+"""Three steps of every preset on the tiny model: the numbers that a change of structure must not change.
+
+    python -m tests.support.golden_runs tests/data/golden      record them anew, after a change that is meant to change them
+
+The runs are real (Ray, all actors, the transformers engine, float32). The instruction set is fixed, so that another x86 CPU
+computes the same to rounding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Before torch is imported, here and in every actor.
+PORTABLE = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+NOT_REPRODUCIBLE = ("time/", "memory/", "throughput/")  # measured, not computed
+STEPS = 3
+
+
+def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
+    """Train the preset `name` and return each metric's value at each step; Ray is running."""
+    from recipes.run_recipe import run_recipe
+    from rlsys.config import RunConfig
+    from rlsys.config.presets import PRESETS
+    from rlsys.driver.metrics_log import read_metrics
+
+    config = RunConfig.model_validate(
+        {
+            "recipe": f"golden_{name}",
+            "plugins": ["tests.plugin_package.rlsys_example_plugin"],
+            "model": {"path": "tiny"},
+            "data": {"synthetic": {"train_size": 64, "eval_size": 8}, "max_prompt_tokens": 256},
+            "generation": {
+                "engine": "transformers",
+                "dtype": "float32",
+                "samples_per_prompt": 6,
+                "max_tokens": 8,
+                "cpus_per_worker": 0,
+            },
+            "policy": {
+                "compute_dtype": "float32",
+                "threads_per_rank": 1,
+                "mini_batches": 2,
+                "optimizer": {"learning_rate": 1e-3},
+            },
+            "algorithm": PRESETS[name].model_dump(),
+            "reward": {"functions": [{"name": "example_digits"}]},
+            "trainer": {
+                "steps": STEPS,
+                "prompts_per_step": 4,
+                "evaluation": {"every": 0},
+                "checkpoints": {"every": 0},
+            },
+            "run": {"directory": str(directory)},
+        }
+    )
+    try:
+        run_recipe(lambda _: config, [])
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"preset {name} ended with exit code {end.code}") from end
+    steps = [
+        record.values
+        for record in read_metrics(directory / "metrics.jsonl")
+        if record.kind == "train"
+    ]
+    names = sorted({key for step in steps for key in step})
+    return {
+        key: [step[key] for step in steps if key in step]
+        for key in names
+        if not key.startswith(NOT_REPRODUCIBLE)
+    }
+
+
+def main(target: Path, presets: list[str]) -> None:
+    """Run the presets (all, where none is named), one after the other, and write one file each."""
+    import ray
+
+    from rlsys.config.presets import PRESETS
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=256 * 1024**2,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in presets or sorted(PRESETS):
+            with tempfile.TemporaryDirectory() as directory:
+                metrics = run_preset(name, Path(directory) / "run")
+            (target / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+            logging.getLogger().handlers.clear()  # those of the run that has ended
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(key) != value for key, value in PORTABLE.items()):
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "tests.support.golden_runs", *sys.argv[1:]],
+            os.environ | PORTABLE,
+        )
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    main(Path(sys.argv[1]), sys.argv[2:])
