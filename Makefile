@@ -50,9 +50,9 @@ check: setup
 	$(BIN)/pyright
 
 docs: setup
-	$(BIN)/python -m rlsys.config.reference docs/configuration.md
-	$(BIN)/python -m rlsys.algorithms.reference docs/algorithms.md
-	$(BIN)/python -m rlsys.driver.metric_reference docs/metrics.md
+	$(BIN)/python -m docs.generate.configuration docs/configuration.md
+	$(BIN)/python -m docs.generate.algorithms docs/algorithms.md
+	$(BIN)/python -m docs.generate.metrics docs/metrics.md
 	$(BIN)/python -m benchmarks.campaigns.models_page
 
 clean:

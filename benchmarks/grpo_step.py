@@ -16,18 +16,18 @@ import tempfile
 from pathlib import Path
 
 from recipes.grpo_math import on_cpu
-from recipes.run_recipe import probe_tokens, start_workers
+from recipes.wiring import probe_tokens, start_workers
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
 from rlsys.data.prompt_stream import load_prompts
-from rlsys.driver.checkpoints import CheckpointStore
-from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.observer import PHASES
-from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
+from rlsys.run.observers.observer import PHASES
 from workers.cluster import Cluster
 
 WARM_UP = 2

@@ -33,8 +33,8 @@ from torch import Tensor
 from benchmarks.hierarchical_variance import hierarchical, plain
 from recipes.hierarchical_math import hierarchical_math
 from rlsys.algorithms.advantages import AdvantageInputs
-from rlsys.algorithms.advantages.baseline_variance import effective_share
-from rlsys.algorithms.advantages.gradient_variance import GroupMoments
+from rlsys.algorithms.advantages.hierarchical.diagnostics import effective_share
+from rlsys.algorithms.gradient_variance import GroupMoments
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
@@ -51,10 +51,10 @@ from rlsys.data.prompt_templates import stop_strings
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from rlsys.rewards.scoring import score_completion
-from workers.generation.engine import RolloutEngine
+from workers.generation.engines.engine import RolloutEngine
 from workers.generation.worker import build_rollouts, make_engine
-from workers.policy.gradient_diagnostics import scores_of_responses
-from workers.policy.worker import PolicyWorker
+from workers.training.gradient_diagnostics import scores_of_responses
+from workers.training.rank_worker import PolicyWorker
 
 LAYERS = ("final", "current", "current_and_final", "blocks")
 METHODS = {

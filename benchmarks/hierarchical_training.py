@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.driver.metrics_log import MetricsRecord, read_metrics
+from rlsys.run.observers.metrics_log import MetricsRecord, read_metrics
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("grpo_math", "--policy.mini_batches", "4"),

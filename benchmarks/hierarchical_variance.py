@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
-from rlsys.algorithms.advantages.baseline_variance import plain_baseline
-from rlsys.algorithms.advantages.hierarchical_fits import GroupedBatch
-from rlsys.algorithms.advantages.hierarchical_layers import Layers
+from rlsys.algorithms.advantages.hierarchical.diagnostics import plain_baseline
+from rlsys.algorithms.advantages.hierarchical.group_regression import GroupedBatch
+from rlsys.algorithms.advantages.hierarchical.horizons import Layers
 from tests.support.enumerable_policy import ResponseSpace
 
 SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")

@@ -4,7 +4,7 @@
     python -m benchmarks.math_verifier --fuzz 50000             random pairs of strings: it never raises and is symmetric
     python -m benchmarks.math_verifier --pool 2                 verdicts a second through the reward pool, by number of processes
 
-The labelled set is math_verifier_cases.jsonl: `answer` (put into a box) or `completion`, `ground_truth`, `expected`, and a kind.
+The labelled set is tests/data/math_verifier_cases.jsonl: `answer` (put into a box) or `completion`, `ground_truth`, `expected`, and a kind.
 Results are recorded in docs/math_verifier.md.
 """
 
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlsys.rewards.math_verifier import last_boxed, same_answer_text, verify_math
+from rlsys.math_verifier import last_boxed, same_answer_text, verify_math
 
-CASES = Path(__file__).with_name("math_verifier_cases.jsonl")
+CASES = Path(__file__).resolve().parents[1] / "tests" / "data" / "math_verifier_cases.jsonl"
 MATH = Path(__file__).resolve().parents[2] / "shared" / "data" / "math"
 Verifier = Callable[[dict[str, Any]], bool]
 

@@ -8,7 +8,6 @@ Heavy imports wait until the command line is known to be right.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import signal
@@ -25,15 +24,11 @@ from rlsys.config.command_line import HelpRequested, Invocation, dump_yaml, pars
 from rlsys.config.hardware import Hardware, detect_hardware
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from rich.console import Console
 
     from rlsys.data.prompt_stream import LoadedPrompts
-    from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
-    from rlsys.driver.run_directory import RunDirectory
-    from rlsys.driver.synchronous_loop import Workers
-    from workers.cluster import Cluster
+    from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+    from rlsys.run.directory import RunDirectory
 
 Recipe = Callable[[Hardware], RunConfig]
 
@@ -108,25 +103,25 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
         ValueError: what is wrong, a line each.
     """
     from rlsys.data.prompt_stream import load_prompts
-    from rlsys.driver.checkpoints import CheckpointStore
-    from rlsys.driver.ineffective_options import ineffective_options
-    from rlsys.driver.preflight import (
+    from rlsys.models import resolve_model
+    from rlsys.models.loading import load_tokenizer
+    from rlsys.run.checkpoints import CheckpointStore
+    from rlsys.run.directory import RunDirectory
+    from rlsys.run.ineffective_options import ineffective_options
+    from rlsys.run.preflight import (
         check_config,
         check_model,
         config_warnings,
         describe_plan,
         reward_notices,
     )
-    from rlsys.driver.resume import (
+    from rlsys.run.resume import (
         already_complete,
         changes,
         check_resumable,
         differences,
         prompt_state,
     )
-    from rlsys.driver.run_directory import RunDirectory
-    from rlsys.models import resolve_model
-    from rlsys.models.loading import load_tokenizer
 
     config = invocation.config
     directory = RunDirectory.named_by(config)
@@ -181,7 +176,7 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
 
 def _claim(prepared: Prepared) -> Prepared:
     """Make the directory of a new run; that of a resumed one stays as it is."""
-    from rlsys.driver.checkpoints import CheckpointStore
+    from rlsys.run.checkpoints import CheckpointStore
 
     if prepared.resume:
         return prepared
@@ -254,15 +249,16 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     """Start everything and train. Until the loop runs, a resume changes no file."""
     from ray.exceptions import RayError
 
+    from recipes.wiring import probe_tokens, start_workers
     from rlsys.data.prompt_templates import stop_strings
     from rlsys.driver.evaluation import Evaluator
-    from rlsys.driver.metrics_log import MetricsLog, read_metrics
-    from rlsys.driver.observer import Observers
-    from rlsys.driver.progress import Progress, print_summary
-    from rlsys.driver.report import ReportWriter, update_report
-    from rlsys.driver.reward_failures import RewardFailureWatch
-    from rlsys.driver.run_status import StatusWriter
     from rlsys.driver.synchronous_loop import SynchronousLoop
+    from rlsys.run.observers.console import Progress, print_summary
+    from rlsys.run.observers.html_report import ReportWriter, update_report
+    from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
+    from rlsys.run.observers.observer import Observers
+    from rlsys.run.observers.run_status import StatusWriter
+    from rlsys.run.reward_failures import RewardFailureWatch
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardOutput
@@ -367,84 +363,3 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-
-
-def probe_tokens(
-    config: RunConfig, prompts: LoadedPrompts, model_directory: Path
-) -> list[NDArray[np.int32]]:
-    """Whole held-out prompts (training prompts where none are held out), on which engine and trainer are compared after each weight sync."""
-    from rlsys.data.probe import probe_sequences
-    from rlsys.models.loading import longest_window
-
-    longest = config.data.max_prompt_tokens + config.generation.max_tokens
-    return probe_sequences(
-        [prompt.token_ids for prompt in prompts.samples],
-        limit=longest - 1,  # an engine always samples a token behind what it reads
-        window=longest_window(model_directory, trust_remote_code=config.model.trust_remote_code),
-    )
-
-
-async def start_workers(
-    cluster: Cluster,
-    config: RunConfig,
-    model_directory: Path,
-    reference_directory: Path,
-    probe: Sequence[NDArray[np.int32]],
-    tell: Callable[[str], None],
-) -> Workers:
-    """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""
-    from rlsys.driver.synchronous_loop import Workers
-    from workers.advantage_controller import AdvantageController, AdvantageControllerClient
-    from workers.generation.group import GenerationGroup
-    from workers.generation.worker import GenerationWorker
-    from workers.policy.group import PolicyGroup, ReferenceGroup
-    from workers.policy.worker import PolicyWorker, ReferenceWorker
-    from workers.reward_worker import RewardWorker, RewardWorkerClient
-    from workers.weight_sync.object_store import ObjectStoreWeightSync
-
-    ranks = config.policy.ranks
-    model = str(model_directory)
-    policy_actors = [
-        cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks)
-        for rank in range(ranks)
-    ]
-    generation_actors = [
-        cluster.spawn("generation", i, GenerationWorker, config, model)
-        for i in range(config.generation.workers)
-    ]
-    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
-    controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
-    reference_actors = []
-    if config.algorithm.kl.coefficient > 0:
-        reference_actors = [
-            cluster.spawn(
-                "reference",
-                rank,
-                ReferenceWorker,
-                config,
-                str(reference_directory),
-                rank,
-                ranks,
-                shares="policy",
-            )
-            for rank in range(ranks)
-        ]
-    await cluster.wait_until_ready()
-    policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
-    reference = ReferenceGroup(reference_actors) if reference_actors else None
-    setups = await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
-    for note in itertools.chain.from_iterable(setups):
-        tell(note)
-    scorer, controller = (
-        RewardWorkerClient(reward_actor),
-        AdvantageControllerClient(controller_actor),
-    )
-    return Workers(
-        generator=generator,
-        scorer=scorer,
-        policy=policy,
-        reference=reference,
-        advantages=controller,
-        weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
-        reporting=(generator, scorer, controller, *([reference] if reference else [])),
-    )

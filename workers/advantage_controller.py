@@ -17,8 +17,8 @@ from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, ScoredBa
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner
-from rlsys.driver.metrics import Metric, MetricMap, maximum
 from rlsys.driver.ports import CreditedBatch, Handle
+from rlsys.metrics import Metric, MetricMap, maximum
 from rlsys.plugins import load_plugins
 
 

@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 
 from rlsys.config import RewardConfig, RunConfig
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
-from rlsys.driver.metrics import Metric, maximum
 from rlsys.driver.ports import Handle
+from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
 from rlsys.rewards import with_token_limit
 from rlsys.rewards.pool import RewardPool

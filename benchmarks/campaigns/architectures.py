@@ -45,10 +45,10 @@ from tests.support.architectures import (
     save_tiny_model,
     tiny_parameters,
 )
-from workers.generation.transformers_engine import TransformersEngine
-from workers.policy.forward_check import Lengths, check_batch
-from workers.policy.fsdp2 import build_sharded_model
-from workers.policy.packed_forward import PackTensors
+from workers.generation.engines.transformers import TransformersEngine
+from workers.training.backends.fsdp2 import build_sharded_model
+from workers.training.forward_check import Lengths, check_batch
+from workers.training.packed_model import PackTensors
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "data" / "architectures.json"
 LENGTHS = Lengths(prompt=24, response=40)

@@ -287,7 +287,7 @@ def numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
 def run_problems(trial: Trial, result: Result) -> Iterator[str]:
     """Of a run that ended with 0."""
     from rlsys.config.command_line import load_yaml
-    from rlsys.driver.metrics_log import read_metrics
+    from rlsys.run.observers.metrics_log import read_metrics
 
     directory = result.directory
     assert directory is not None

@@ -41,8 +41,8 @@ from benchmarks.campaigns.enumeration_pipeline import World, expected_gradient
 from benchmarks.campaigns.enumeration_statements import Stated, has_statement, true_gradient
 from recipes.grpo_math import grpo_math
 from rlsys.config.command_line import evolve
-from rlsys.driver.preflight import check_config
-from rlsys.driver.run_directory import RunDirectory
+from rlsys.run.directory import RunDirectory
+from rlsys.run.preflight import check_config
 
 EXACT = 1e-9
 # Where advantages are estimated again, live log-probabilities travel between ranks in float32.

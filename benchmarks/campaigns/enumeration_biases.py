@@ -17,7 +17,7 @@ from benchmarks.campaigns.enumeration_cases import Case
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/gradients.md"
 KL = "rlsys/algorithms/kl.py"
-HIERARCHICAL = "rlsys/algorithms/advantages/hierarchical.py"
+HIERARCHICAL = "rlsys/algorithms/advantages/hierarchical/estimator.py"
 BOUNDED = (
     *("ppo_clip", "dual_clip", "upper_clip", "power", "adaptive_power", "sapo", "sapo_sequence"),
     *("cispo", "minimum"),

@@ -31,11 +31,12 @@ from rlsys.data.batches import (
     RolloutBatch,
     StopReason,
 )
-from rlsys.driver.credit_assignment import CreditAssigner, required_inputs
+from rlsys.driver.credit_assignment import CreditAssigner
+from rlsys.run.required_inputs import required_inputs
 from tests.support.enumerable_policy import ResponseSpace
-from workers.policy import worker
-from workers.policy.forward_check import ForwardCheck
-from workers.policy.packed_forward import PackResult, PackTensors
+from workers.training import rank_worker as worker
+from workers.training.forward_check import ForwardCheck
+from workers.training.packed_model import PackResult, PackTensors
 
 PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations

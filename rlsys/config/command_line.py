@@ -67,7 +67,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-# What a run's directory holds besides: see rlsys.driver.run_directory.
+# What a run's directory holds besides: see rlsys.run.directory.
 CONFIG_FILE = "config.yaml"
 # Parameters belong to the function that is named beside them: another function starts from its own defaults.
 OWNERS = {

@@ -58,3 +58,13 @@ class TrainerConfig(Section):
         ge=0,
         description="Write the rollouts of each so many steps as Parquet. 0: first and last only.",
     )
+
+    def evaluation_is_due(self, step: int, evaluated_step: int) -> bool:
+        """Return whether an evaluation belongs after `step`: before the first step, every N steps and after the last.
+
+        An evaluation that was abandoned is still due after a resume.
+        """
+        every = self.evaluation.every
+        if not every or evaluated_step == step:
+            return False
+        return step % every == 0 or step == self.steps

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReason, TrainBatch
-from rlsys.driver.metrics import Metric, maximum, mean, total
-from rlsys.driver.reward_failures import failure_counts
+from rlsys.metrics import Metric, maximum, mean, total
+from rlsys.run.reward_failures import failure_counts
 
 
 def batch_metrics(

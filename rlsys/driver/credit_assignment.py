@@ -21,12 +21,9 @@ from torch import Tensor
 from rlsys.algorithms.advantages import (
     AdvantageInputs,
     AdvantageOutput,
-    Need,
-    estimator_needs,
-    get_advantage_estimator,
     run_estimator,
 )
-from rlsys.algorithms.advantages.hierarchical_network import BaselineRegression
+from rlsys.algorithms.advantages.hierarchical.baseline_network import BaselineRegression
 from rlsys.algorithms.bounded_ratio import finite_logprobs
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
 from rlsys.algorithms.kl import adapted_coefficient, kl_estimate, kl_rewards
@@ -34,27 +31,8 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, TrainBatch
 from rlsys.data.padding import ResponsePadding
 from rlsys.driver.dynamic_sampling import kept_responses
-from rlsys.driver.metrics import Metric, mean, total
-from rlsys.registry import follow_token_limit
-
-
-def required_inputs(config: RunConfig) -> frozenset[Need]:
-    """What the driver must have computed before credit is assigned: for the estimator, unless the policy's ranks ask it, and for everything else."""
-    algorithm = config.algorithm
-    needs: set[Need] = (
-        set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
-    )
-    if algorithm.kl.coefficient > 0:
-        needs.add("ref_logprobs")
-    several_updates = (
-        config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
-    )
-    in_rewards = (
-        algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward"
-    ) or algorithm.entropy.temperature > 0
-    if several_updates or in_rewards or algorithm.kl.target is not None or "score_norms" in needs:
-        needs.add("old_logprobs")
-    return frozenset(needs)
+from rlsys.metrics import Metric, mean, total
+from rlsys.run.required_inputs import estimator_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +54,6 @@ class _Arrays:
             ref=LogprobBatch.scatter(ref, offsets) if ref else None,
             score_norms=LogprobBatch.scatter(old, offsets, "score_norms") if with_norms else None,
         )
-
-
-def estimator_parameters(config: RunConfig) -> dict[str, Any]:
-    """The keyword parameters that the configured estimator is called with: a `max_tokens` that is null follows `generation.max_tokens`."""
-    advantage = config.algorithm.advantage
-    estimator = get_advantage_estimator(advantage.name)
-    return follow_token_limit(estimator, advantage.parameters, config.generation.max_tokens)
 
 
 def _estimate(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:

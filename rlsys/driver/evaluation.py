@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.config import RunConfig, TrainerConfig
+from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch, SamplingParameters
 from rlsys.driver.ports import Generator, RewardScorer
-from rlsys.driver.reward_failures import RewardFailureWatch, failure_counts
+from rlsys.run.reward_failures import RewardFailureWatch, failure_counts
 
 EVALUATION_SEED = (
     20240401  # always the same, so that evaluations of one run differ by the policy alone
@@ -38,14 +38,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if samples - correct < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
-
-
-def evaluation_is_due(trainer: TrainerConfig, *, step: int, evaluated_step: int) -> bool:
-    """Before the first step, after each `every` steps and after the last; one that was abandoned is still due after a resume."""
-    every = trainer.evaluation.every
-    if not every or evaluated_step == step:
-        return False
-    return step % every == 0 or step == trainer.steps
 
 
 @dataclass(frozen=True, kw_only=True)

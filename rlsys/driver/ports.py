@@ -24,7 +24,7 @@ from rlsys.data.batches import (
     ScoredBatch,
     TrainBatch,
 )
-from rlsys.driver.metrics import MetricMap
+from rlsys.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -25,12 +25,8 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, PromptBatch, RewardBatch, SamplingParameters
-from rlsys.driver.checkpoints import Checkpoint, CheckpointStore
-from rlsys.driver.credit_assignment import required_inputs
 from rlsys.driver.dynamic_sampling import keeps_group
-from rlsys.driver.evaluation import Evaluator, evaluation_is_due
-from rlsys.driver.metrics import Metric, MetricMap, combine, maximum, total, values
-from rlsys.driver.observer import Observer, Outcome
+from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.ports import (
     AdvantageComputer,
     CreditedBatch,
@@ -43,14 +39,18 @@ from rlsys.driver.ports import (
     RolloutPart,
     WeightSync,
 )
-from rlsys.driver.resume import (
+from rlsys.metrics import Metric, MetricMap, combine, maximum, total, values
+from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+from rlsys.run.observers.observer import Observer, Outcome
+from rlsys.run.required_inputs import required_inputs
+from rlsys.run.resume import (
     advantage_state,
     check_resumable,
     describe_origin,
     differences,
     prompt_state,
 )
-from rlsys.driver.reward_failures import RewardFailureWatch
+from rlsys.run.reward_failures import RewardFailureWatch
 
 T = TypeVar("T")
 
@@ -404,8 +404,8 @@ class SynchronousLoop:
             )
 
     def _evaluation_is_due(self) -> bool:
-        return self._evaluator is not None and evaluation_is_due(
-            self._config.trainer, step=self._step, evaluated_step=self._evaluated_step
+        return self._evaluator is not None and self._config.trainer.evaluation_is_due(
+            self._step, self._evaluated_step
         )
 
     async def _evaluate_if_due(self) -> None:

@@ -1,5 +1,6 @@
 """Rewards: registered functions from a completion and a ground truth to a number."""
 
+from rlsys.math_verifier import MathVerdict, verify_math
 from rlsys.rewards.functions import (
     format_boxed_reward,
     format_r1_zero_reward,
@@ -8,7 +9,6 @@ from rlsys.rewards.functions import (
     soft_overlong_reward,
 )
 from rlsys.rewards.ground_truths import ground_truth_notices
-from rlsys.rewards.math_verifier import MathVerdict, verify_math
 from rlsys.rewards.registry import (
     Verdict,
     available_reward_functions,

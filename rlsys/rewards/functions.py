@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlsys.rewards.math_verifier import has_one_filled_box, reads_ground_truth, verify_math
+from rlsys.math_verifier import has_one_filled_box, reads_ground_truth, verify_math
 from rlsys.rewards.registry import register_reward_function
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from rlsys.config import RewardFunctionConfig
-from rlsys.rewards.math_verifier import after_hashes
+from rlsys.math_verifier import after_hashes
 from rlsys.rewards.registry import reward_hooks
 
 EXAMPLES = 3

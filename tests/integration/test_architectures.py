@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.driver.metrics_log import read_metrics
+from rlsys.run.observers.metrics_log import read_metrics
 from tests.support.architectures import ARCHITECTURES, save_tiny_model
 
 pytestmark = pytest.mark.slow

@@ -17,11 +17,11 @@ from recipes.run_recipe import run_recipe
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
 from rlsys.data.prompt_stream import load_prompts
-from rlsys.driver.checkpoints import CheckpointStore
-from rlsys.driver.resume import describe_origin
-from rlsys.driver.run_directory import RunDirectory
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.directory import RunDirectory
+from rlsys.run.resume import describe_origin
 
 ROOT = Path(__file__).resolve().parents[2]
 # Fails loudly if Ray is even imported.

@@ -26,7 +26,7 @@ sys.exit(main())
 NO_PREFLIGHT = """
 import sys
 from rlsys.data.prompt_stream import load_problems
-from rlsys.driver import preflight
+from rlsys.run import preflight
 
 preflight.check_config = lambda config, directory, hardware, *, resume: load_problems(config)
 from benchmarks.campaigns.command_line import main

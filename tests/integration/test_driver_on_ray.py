@@ -22,14 +22,14 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.data.prompt_stream import PromptStream
-from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.observer import Observers, Outcome
 from rlsys.driver.ports import CreditedBatch
-from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
-from tests.real_parts import make_config, started
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
+from rlsys.run.observers.observer import Observers, Outcome
+from tests.support.real_parts import make_config, started
 from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.data.rollout_files import read_rollouts
-from rlsys.driver.metrics_log import read_metrics
+from rlsys.run.observers.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

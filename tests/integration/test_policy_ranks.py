@@ -29,13 +29,13 @@ from rlsys.config import (
     TrainerConfig,
 )
 from rlsys.data.batches import LogprobBatch, TrainBatch
-from rlsys.driver.metrics import values
+from rlsys.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.weights import unpack_weights
-from tests.rank_processes import RankProcesses
-from tests.rollout_examples import random_rollouts, train_batch
-from workers.policy.group import PolicyGroup, ReferenceGroup
-from workers.policy.worker import ReferenceWorker
+from tests.support.rank_processes import RankProcesses
+from tests.support.rollout_examples import random_rollouts, train_batch
+from workers.training.rank_group import PolicyGroup, ReferenceGroup
+from workers.training.rank_worker import ReferenceWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

@@ -11,8 +11,8 @@ import pytest_asyncio
 import ray
 
 from rlsys.data.batches import SamplingParameters
-from tests.port_contracts import WITH_FILES, WITHOUT_FILES, System
-from tests.real_parts import make_config, started
+from tests.support.port_contracts import WITH_FILES, WITHOUT_FILES, System
+from tests.support.real_parts import make_config, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.run_recipe import run_recipe
-from rlsys.driver.metrics_log import read_metrics
+from rlsys.run.observers.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster", "own_logging")]
 

@@ -13,12 +13,12 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from docs.generate.metrics import documented
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
-from rlsys.driver.metric_reference import documented
-from rlsys.driver.metrics_log import read_metrics
-from rlsys.driver.run_directory import RunDirectory
-from rlsys.driver.run_status import read_status
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import read_metrics
+from rlsys.run.observers.run_status import read_status
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

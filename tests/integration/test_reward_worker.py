@@ -13,8 +13,8 @@ import ray
 
 from rlsys.config import RewardConfig, RewardFunctionConfig, RunConfig
 from rlsys.data.batches import RolloutBatch
-from rlsys.driver.metrics import values
-from tests.rollout_examples import rollouts
+from rlsys.metrics import values
+from tests.support.rollout_examples import rollouts
 from workers.reward_worker import RewardOutput, RewardWorker, RewardWorkerClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

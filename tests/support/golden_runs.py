@@ -33,7 +33,7 @@ def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
     from recipes.run_recipe import run_recipe
     from rlsys.config import RunConfig
     from rlsys.config.presets import PRESETS
-    from rlsys.driver.metrics_log import read_metrics
+    from rlsys.run.observers.metrics_log import read_metrics
 
     config = RunConfig.model_validate(
         {

@@ -19,7 +19,7 @@ from rlsys.config import DataConfig, GenerationConfig, RunConfig
 from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
 from rlsys.models.weights import pack_weights
 from tests.support.model_families import build_family, load_family
-from workers.policy.fsdp2 import full_state_dict
+from workers.training.backends.fsdp2 import full_state_dict
 from workers.weight_sync.object_store import DEFAULT_TOLERANCE
 
 LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over

@@ -10,7 +10,7 @@ import torch
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch
 from rlsys.data.padding import ResponsePadding
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
-from tests.rollout_examples import random_rollouts, rewards_of, rollouts, train_batch
+from tests.support.rollout_examples import random_rollouts, rewards_of, rollouts, train_batch
 
 
 def test_lengths_count_sampled_tokens():

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes import compare_objectives
+from benchmarks import compare_objectives
 from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.data.batches import TrainBatch
 from rlsys.data.rollout_files import write_rollouts
-from tests.rollout_examples import random_rollouts, rewards_of
+from tests.support.rollout_examples import random_rollouts, rewards_of
 
 
 @pytest.fixture(scope="module")

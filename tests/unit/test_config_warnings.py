@@ -10,7 +10,7 @@ from rlsys.algorithms.policy_objectives import available_weights, ignores_ratio
 from rlsys.config import KLConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
-from rlsys.driver.preflight import config_warnings
+from rlsys.run.preflight import config_warnings
 
 
 def config(preset: str, **policy: Any) -> RunConfig:

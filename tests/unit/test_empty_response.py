@@ -10,8 +10,8 @@ from rlsys.algorithms.advantages import (
     get_advantage_estimator,
 )
 from rlsys.data.batches import Prompt, PromptBatch, SamplingParameters, StopReason
-from rlsys.rewards.math_verifier import verify_math
-from workers.generation.engine import SampledGroup, SampledResponse
+from rlsys.math_verifier import verify_math
+from workers.generation.engines.engine import SampledGroup, SampledResponse
 from workers.generation.worker import build_rollouts
 
 

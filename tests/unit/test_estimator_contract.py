@@ -14,12 +14,10 @@ from rlsys.algorithms.advantages import (
     AdvantageOutput,
     available_advantage_estimators,
     compares_group,
+    contract,
     is_importance_corrected,
     register_advantage_estimator,
     run_estimator,
-)
-from rlsys.algorithms.advantages import (
-    inputs as contract,
 )
 from rlsys.registry import follow_token_limit
 

@@ -15,17 +15,15 @@ from recipes.run_recipe import run_recipe
 from rlsys.algorithms.advantages import (
     AdvantageInputs,
     AdvantageOutput,
+    contract,
     grpo_advantages,
     register_advantage_estimator,
-)
-from rlsys.algorithms.advantages import (
-    inputs as contract,
 )
 from rlsys.config import RunConfig
 from rlsys.config.command_line import parse
 from rlsys.config.hardware import Hardware
-from rlsys.driver.credit_assignment import estimator_parameters
 from rlsys.rewards import soft_overlong_reward, with_token_limit
+from rlsys.run.required_inputs import estimator_parameters
 
 CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 Recipe = Callable[[Hardware], RunConfig]

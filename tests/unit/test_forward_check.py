@@ -17,8 +17,14 @@ from tests.support.architectures import (
     save_tiny_model,
     tiny_model,
 )
-from workers.policy import forward_check, packed_attention
-from workers.policy.forward_check import ForwardCheck, Lengths, Packing, check_forward, try_forward
+from workers.training import forward_check, packed_attention
+from workers.training.forward_check import (
+    ForwardCheck,
+    Lengths,
+    Packing,
+    check_forward,
+    try_forward,
+)
 
 LENGTHS = Lengths(prompt=24, response=40)
 CPU = torch.device("cpu")
@@ -79,7 +85,7 @@ def test_a_window_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_logit_scale_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch):
     nothing = LogitTransform()
-    monkeypatch.setattr("workers.policy.packed_forward.logit_transform", lambda config: nothing)
+    monkeypatch.setattr("workers.training.packed_model.logit_transform", lambda config: nothing)
     found = verdict(tiny_model(architecture("granite, scales")))
     assert not found.packing
     assert "differ from the model's own" in str(found.reason)

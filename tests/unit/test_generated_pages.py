@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import rlsys.algorithms.reference
-import rlsys.config.reference
-import rlsys.driver.metric_reference
+import docs.generate.algorithms
+import docs.generate.configuration
+import docs.generate.metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -17,9 +17,9 @@ DOCS = ROOT / "docs"
 @pytest.mark.parametrize(
     ("page", "module"),
     [
-        ("configuration.md", rlsys.config.reference),
-        ("algorithms.md", rlsys.algorithms.reference),
-        ("metrics.md", rlsys.driver.metric_reference),
+        ("configuration.md", docs.generate.configuration),
+        ("algorithms.md", docs.generate.algorithms),
+        ("metrics.md", docs.generate.metrics),
     ],
 )
 def test_the_page_is_current(page: str, module):

@@ -9,26 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlsys.algorithms.advantages.gradient_variance import (
+from rlsys.algorithms.gradient_variance import (
     BASELINES,
     gradient_diagnostics,
     plain_weights,
     response_moments,
 )
 from rlsys.data.packing import pack_rows
-from rlsys.driver.metrics import values
+from rlsys.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
-from tests.rollout_examples import random_rollouts, train_batch
 from tests.support.architectures import Architecture, tiny_model
 from tests.support.enumerable_policy import ResponseSpace
-from workers.policy.gradient_diagnostics import (
+from tests.support.rollout_examples import random_rollouts, train_batch
+from workers.training.gradient_diagnostics import (
     check_diagnosable,
     gradient_metrics,
     last_down_projection,
 )
-from workers.policy.packed_attention import register_packed_attention
-from workers.policy.packed_forward import PackedCausalLM, PackTensors
+from workers.training.packed_attention import register_packed_attention
+from workers.training.packed_model import PackedCausalLM, PackTensors
 
 CPU = torch.device("cpu")
 

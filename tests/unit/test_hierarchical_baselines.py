@@ -17,8 +17,8 @@ from rlsys.algorithms.advantages import (
     hierarchical_advantages,
     rloo_advantages,
 )
-from rlsys.algorithms.advantages.baseline_variance import effective_shares
-from rlsys.algorithms.advantages.hierarchical_fits import (
+from rlsys.algorithms.advantages.hierarchical.diagnostics import effective_shares
+from rlsys.algorithms.advantages.hierarchical.group_regression import (
     GroupedBatch,
     by_cholesky,
     gauss_seidel,
@@ -26,9 +26,9 @@ from rlsys.algorithms.advantages.hierarchical_fits import (
     others_mean,
     power_of_two,
 )
-from rlsys.algorithms.advantages.hierarchical_layers import Layers
-from rlsys.algorithms.advantages.hierarchical_pooling import start_from
-from rlsys.algorithms.advantages.hierarchical_strength import (
+from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.pooled_regression import start_from
+from rlsys.algorithms.advantages.hierarchical.shrinkage import (
     Gains,
     cautious_strengths,
     tilted_centre,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
-from rlsys.algorithms.advantages.hierarchical_network import (
+from rlsys.algorithms.advantages.hierarchical.baseline_network import (
     BaselineNetwork,
     BaselineRegression,
     HeldOutGain,
@@ -29,10 +29,10 @@ from rlsys.config import (
     RunConfig,
 )
 from rlsys.data.packing import pack_rows
-from tests.rollout_examples import random_rollouts
 from tests.support.enumerable_policy import Enumerated
-from workers.policy.baseline_network import FILE, BaselineLearner
-from workers.policy.packed_forward import PackResult
+from tests.support.rollout_examples import random_rollouts
+from workers.training.baseline_network import FILE, BaselineLearner
+from workers.training.packed_model import PackResult
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
 

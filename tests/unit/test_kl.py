@@ -29,8 +29,8 @@ from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_obj
 from rlsys.config import KLConfig, OldKLConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
-from rlsys.driver.preflight import PreflightError, check_config
-from rlsys.driver.run_directory import RunDirectory
+from rlsys.run.directory import RunDirectory
+from rlsys.run.preflight import PreflightError, check_config
 from tests.support.enumerable_policy import ResponseSpace
 
 EXACT = 1e-12

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlsys.rewards.math_verifier import extract_answer, same_answer_text, verify_math
-from rlsys.rewards.math_verifier.__main__ import main
-from rlsys.rewards.math_verifier.limits import UnparsableError
-from rlsys.rewards.math_verifier.nodes import (
+from rlsys.math_verifier import extract_answer, same_answer_text, verify_math
+from rlsys.math_verifier.__main__ import main
+from rlsys.math_verifier.limits import UnparsableError
+from rlsys.math_verifier.nodes import (
     Call,
     Marked,
     Measured,
@@ -26,13 +26,13 @@ from rlsys.rewards.math_verifier.nodes import (
     Sum,
     Symbol,
 )
-from rlsys.rewards.math_verifier.parser import parse
-from rlsys.rewards.math_verifier.units import parse_unit
+from rlsys.math_verifier.parser import parse
+from rlsys.math_verifier.units import parse_unit
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
     json.loads(line)
-    for line in (ROOT / "benchmarks" / "math_verifier_cases.jsonl")
+    for line in (ROOT / "tests" / "data" / "math_verifier_cases.jsonl")
     .read_text(encoding="utf-8")
     .splitlines()
 ]
@@ -210,7 +210,7 @@ def test_adversarial_answers_need_little_memory():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))\n"
         "from tests.unit.test_math_verifier import ADVERSARIAL\n"
-        "from rlsys.rewards.math_verifier import verify_math\n"
+        "from rlsys.math_verifier import verify_math\n"
         "for answer in ADVERSARIAL: verify_math('\\\\boxed{%s}' % answer, 'x^2+1')\n"
         "print('done')"
     )

@@ -13,9 +13,9 @@ from rlsys.config import AlgorithmConfig, KLConfig, ObjectiveConfig
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import pack_rows
 from rlsys.data.padding import ResponsePadding
-from tests.rollout_examples import rollouts, train_batch
-from workers.policy.loss import Denominators, pack_loss
-from workers.policy.packed_forward import PackResult
+from tests.support.rollout_examples import rollouts, train_batch
+from workers.training.packed_model import PackResult
+from workers.training.policy_loss import Denominators, pack_loss
 
 KLS = {
     "tokens": KLConfig(coefficient=0.3),

@@ -17,9 +17,9 @@ from transformers import (
 
 from rlsys.data.batches import RolloutBatch
 from rlsys.data.packing import pack_rows
-from tests.rollout_examples import random_rollouts, rollouts
-from workers.policy.packed_attention import register_packed_attention
-from workers.policy.packed_forward import PackedCausalLM, PackTensors
+from tests.support.rollout_examples import random_rollouts, rollouts
+from workers.training.packed_attention import register_packed_attention
+from workers.training.packed_model import PackedCausalLM, PackTensors
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,

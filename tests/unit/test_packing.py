@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.data.packing import mini_batch_rows, pack_rows
-from tests.rollout_examples import random_rollouts, rollouts
+from tests.support.rollout_examples import random_rollouts, rollouts
 
 
 def test_golden_shared_prompt():

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from rlsys.config import DataConfig, GenerationConfig, ModelConfig, RunConfig
 from rlsys.data.problems import Problem
 from rlsys.data.prompt_templates import PromptRenderer, beginning_tokens
-from rlsys.driver.preflight import PreflightError, check_model
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.run.preflight import PreflightError, check_model
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5", level=1, subject="x")

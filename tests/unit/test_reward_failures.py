@@ -31,11 +31,8 @@ from rlsys.data.batches import LogprobBatch, RewardBatch, RewardFailure, Rollout
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
-from rlsys.driver.metrics import values
-from rlsys.driver.metrics_log import MetricsRecord
-from rlsys.driver.progress import Progress, print_summary
-from rlsys.driver.reward_failures import RewardFailureError, RewardFailureWatch
-from rlsys.driver.run_directory import RunDirectory
+from rlsys.math_verifier import ground_truth_answer, reads_ground_truth
+from rlsys.metrics import values
 from rlsys.plugins import load_plugins
 from rlsys.rewards import (
     check_reward_function,
@@ -43,10 +40,13 @@ from rlsys.rewards import (
     register_reward_function,
     verify_math,
 )
-from rlsys.rewards.math_verifier import ground_truth_answer, reads_ground_truth
 from rlsys.rewards.pool import HOPELESS_AFTER, RewardPool
 from rlsys.rewards.scoring import FunctionFailure, FunctionScore, Score, score_completion
-from tests.rollout_examples import rollouts
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.console import Progress, print_summary
+from rlsys.run.observers.metrics_log import MetricsRecord
+from rlsys.run.reward_failures import RewardFailureError, RewardFailureWatch
+from tests.support.rollout_examples import rollouts
 from workers.reward_worker import reward_batch
 
 PLUGIN_FOLDER = Path(__file__).resolve().parents[1] / "plugin_package"

@@ -1,6 +1,5 @@
 """What a policy rank writes: a model that every other program loads, and from which it continues itself."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,8 @@ from safetensors.torch import load_file
 from rlsys.config import GenerationConfig, ModelConfig, PolicyConfig, RunConfig
 from rlsys.models.loading import load_causal_lm, load_tokenizer
 from tests.support.model_families import build_family, load_family
-from workers.policy.fsdp2 import load_full_state_dict
-from workers.policy.worker import PolicyWorker
+from workers.training.backends.fsdp2 import load_full_state_dict
+from workers.training.rank_worker import PolicyWorker
 
 
 def config(directory: Path, engine: str = "vllm") -> RunConfig:
@@ -29,12 +28,9 @@ def config(directory: Path, engine: str = "vllm") -> RunConfig:
 @contextmanager
 def one_rank(directory: Path, engine: str = "vllm") -> Iterator[PolicyWorker]:
     """A policy of one rank in this process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     worker = PolicyWorker(config(directory, engine), str(directory), 0, 1)
     try:
-        worker.setup(address)
+        worker.setup(worker.rendezvous())
         yield worker
     finally:
         worker.shutdown()

@@ -3,7 +3,7 @@
 import pytest
 
 from rlsys.config import OptimizerConfig
-from workers.policy.schedule import learning_rate
+from workers.training.learning_rate import learning_rate
 
 
 def rates(total: int, **settings: object) -> list[float]:

@@ -14,7 +14,7 @@ from rlsys.models.loading import load_causal_lm
 from rlsys.models.weights import pack_weights
 from tests.support.architectures import ARCHITECTURES, save_tiny_model
 from tests.support.model_families import WINDOW, build_family, load_family
-from workers.generation.transformers_engine import TransformersEngine
+from workers.generation.engines.transformers import TransformersEngine
 
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "lfm2", "gpt2")
 SAMPLING = SamplingParameters(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlsys.driver.metrics import combine, values
-from workers.policy.loss import PackLoss
-from workers.policy.worker import UpdateCounts, _loss_metrics
+from rlsys.metrics import combine, values
+from workers.training.policy_loss import PackLoss
+from workers.training.rank_worker import UpdateCounts, _loss_metrics
 
 NAMES = ("entropy", "ratio", "ratio_square", "clipped", "gap")
 

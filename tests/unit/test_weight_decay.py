@@ -6,7 +6,7 @@ from torch import nn
 
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm
-from workers.policy.weight_decay import decays, parameter_groups
+from workers.training.weight_decay import decays, parameter_groups
 
 
 @pytest.mark.parametrize(

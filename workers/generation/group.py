@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from rlsys.data.batches import PromptBatch, SamplingParameters
-from rlsys.driver.metrics import Metric, combine
 from rlsys.driver.ports import RolloutPart
+from rlsys.metrics import Metric, combine
 
 
 class GenerationGroup:

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
-from rlsys.driver.metrics import Metric, maximum
+from rlsys.metrics import Metric, maximum
 from rlsys.models.weights import WeightManifest
-from workers.generation.engine import RolloutEngine, SampledGroup
+from workers.generation.engines.engine import RolloutEngine, SampledGroup
 
 
 def make_engine(config: RunConfig, model_directory: str) -> RolloutEngine:
     """The engine that `generation.engine` names."""
     if config.generation.engine == "vllm":
-        from workers.generation.vllm_engine import VLLMEngine
+        from workers.generation.engines.vllm import VLLMEngine
 
         return VLLMEngine(config, model_directory)
-    from workers.generation.transformers_engine import TransformersEngine
+    from workers.generation.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, model_directory)
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
-from rlsys.driver.metrics import Metric, maximum, mean, total
 from rlsys.driver.ports import WeightSyncError
+from rlsys.metrics import Metric, maximum, mean, total
 from rlsys.models.weights import WeightManifest, unpack_weights
 
 

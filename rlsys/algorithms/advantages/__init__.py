@@ -1,11 +1,6 @@
 """Advantage estimators: one a file, found by name."""
 
-from rlsys.algorithms.advantages.gae import gae_advantages
-from rlsys.algorithms.advantages.gpg import gpg_advantages
-from rlsys.algorithms.advantages.grpo import grpo_advantages
-from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
-from rlsys.algorithms.advantages.hierarchical import hierarchical_advantages
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageEstimator,
     AdvantageInputs,
     AdvantageOutput,
@@ -18,6 +13,11 @@ from rlsys.algorithms.advantages.inputs import (
     register_advantage_estimator,
     run_estimator,
 )
+from rlsys.algorithms.advantages.gae import gae_advantages
+from rlsys.algorithms.advantages.gpg import gpg_advantages
+from rlsys.algorithms.advantages.grpo import grpo_advantages
+from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
+from rlsys.algorithms.advantages.hierarchical.estimator import hierarchical_advantages
 from rlsys.algorithms.advantages.opo import opo_advantages
 from rlsys.algorithms.advantages.optimal_baseline import optimal_baseline_advantages
 from rlsys.algorithms.advantages.optimal_token_baseline import optimal_token_baseline_advantages

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
 
 
 @register_advantage_estimator("gpg", compares_group=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
 from rlsys.algorithms.advantages.optimal_baseline import rewards_above_baseline
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from rlsys.algorithms.advantages.contract import (
+    AdvantageInputs,
+    AdvantageOutput,
+    register_advantage_estimator,
+)
 from rlsys.algorithms.advantages.grouping import (
     Groups,
     at_least_float32,
     broadcast_to_tokens,
     outcome_rewards,
-)
-from rlsys.algorithms.advantages.inputs import (
-    AdvantageInputs,
-    AdvantageOutput,
-    register_advantage_estimator,
 )
 
 SCOPES = ("group", "batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,

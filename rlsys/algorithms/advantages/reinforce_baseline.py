@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from rlsys.algorithms.advantages.grouping import outcome_rewards
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.grouping import outcome_rewards
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 BASELINES = ("batch_mean", "moving_average")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
 from rlsys.algorithms.advantages.returns import reward_to_go, whitened
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
-from rlsys.algorithms.advantages.inputs import (
+from rlsys.algorithms.advantages.contract import (
     AdvantageInputs,
     AdvantageOutput,
     register_advantage_estimator,
 )
+from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
 from rlsys.algorithms.advantages.returns import check_eps, suffix_sum
 from rlsys.algorithms.kl import token_log_ratios
 

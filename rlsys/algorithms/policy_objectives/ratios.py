@@ -14,6 +14,7 @@ arXiv:2507.18071), so that each token's surrogate depends on that token alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,3 +72,22 @@ def log_ratios(level: str, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor)
     return torch.where(
         mask, RATIOS.get(level, field="algorithm.objective.ratio")(differences, mask), 0.0
     )
+
+
+def importance_variances(tokens: int, drift: float = 0.6) -> tuple[float, float]:
+    """Variances of the product and of the geometric mean of the ratios of `tokens` independent tokens over two words.
+
+    The old policy draws both words alike, the live one has the first word's logit raised by `drift`. Exact: how often the first word comes is binomial.
+    """
+    logs = torch.tensor([drift, 0.0], dtype=torch.float64).log_softmax(0) + math.log(2.0)
+    counts = torch.arange(tokens + 1, dtype=torch.float64)
+    others = tokens - counts
+    choices = math.lgamma(tokens + 1) - torch.lgamma(counts + 1) - torch.lgamma(others + 1)
+    chances = (choices - tokens * math.log(2.0)).exp()
+    total = counts * logs[0] + others * logs[1]
+
+    def variance(weights: Tensor) -> float:
+        mean = (chances * weights).sum()
+        return float((chances * (weights - mean) ** 2).sum())
+
+    return variance(total.exp()), variance((total / tokens).exp())

@@ -17,8 +17,8 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.driver.batch_metrics import batch_metrics
-from rlsys.driver.metrics import values
-from tests.rollout_examples import rollouts
+from rlsys.metrics import values
+from tests.support.rollout_examples import rollouts
 
 
 def scored(first_group: int, lengths: list[list[int]], rewards: list[float]) -> ScoredBatch:

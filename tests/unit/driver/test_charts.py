@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from rlsys.driver.charts import (
+from rlsys.run.observers.charts import (
     Series,
     format_number,
     line_chart,

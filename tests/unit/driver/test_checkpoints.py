@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlsys.driver.checkpoints import MANIFEST, TRAINER_STATE, CheckpointStore, find_damage
+from rlsys.run.checkpoints import MANIFEST, TRAINER_STATE, CheckpointStore, find_damage
 
 
 async def write_weights(directory: Path) -> None:
@@ -172,7 +172,7 @@ async def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> 
 KILLED_SAVE = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from rlsys.driver.checkpoints import CheckpointStore
+from rlsys.run.checkpoints import CheckpointStore
 
 directory, fatal, operations = Path(sys.argv[1]), int(sys.argv[2]), 0
 

@@ -11,8 +11,8 @@ import pytest
 from recipes.grpo_math import grpo_math
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
-from rlsys.driver import config_checks
-from rlsys.driver.config_checks import field_problems, field_warnings
+from rlsys.run import config_checks
+from rlsys.run.config_checks import field_problems, field_warnings
 
 CPU = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)

@@ -23,10 +23,11 @@ from rlsys.config import (
 )
 from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
-from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed, required_inputs
+from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
 from rlsys.driver.dynamic_sampling import keeps_group
-from rlsys.driver.metrics import values
-from tests.rollout_examples import rollouts
+from rlsys.metrics import values
+from rlsys.run.required_inputs import required_inputs
+from tests.support.rollout_examples import rollouts
 
 
 def make_config(

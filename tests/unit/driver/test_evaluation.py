@@ -11,8 +11,8 @@ import pytest
 
 from rlsys.config import EvaluationConfig, GenerationConfig, RunConfig, TrainerConfig
 from rlsys.driver.evaluation import EVALUATION_SEED, Evaluator, pass_at_k
-from rlsys.driver.metrics import values as metric_values
-from tests.in_process_fakes import (
+from rlsys.metrics import values as metric_values
+from tests.support.in_process_fakes import (
     PROBLEMS,
     VOCABULARY,
     FirstTokenScorer,

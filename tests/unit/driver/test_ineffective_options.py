@@ -11,7 +11,7 @@ from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
 from rlsys.config.command_line import all_fields, evolve, parse
 from rlsys.config.hardware import Hardware
-from rlsys.driver.ineffective_options import TABLE, ineffective_options
+from rlsys.run.ineffective_options import TABLE, ineffective_options
 
 CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from docs.generate.metrics import METRICS, documented
 from rlsys.algorithms.advantages import (
     AdvantageInputs,
     available_advantage_estimators,
     get_advantage_estimator,
 )
 from rlsys.driver.batch_metrics import batch_metrics
-from rlsys.driver.metric_reference import METRICS, documented
-from tests.rollout_examples import random_rollouts, train_batch
-from workers.policy.loss import PackLoss
-from workers.policy.worker import UpdateCounts, _loss_metrics
+from tests.support.rollout_examples import random_rollouts, train_batch
+from workers.training.policy_loss import PackLoss
+from workers.training.rank_worker import UpdateCounts, _loss_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACES = sorted({doc.name.split("/")[0] for doc in METRICS})

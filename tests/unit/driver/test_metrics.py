@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlsys.driver.metrics import combine, maximum, mean, total, values
+from rlsys.metrics import combine, maximum, mean, total, values
 
 
 def test_each_reduction():

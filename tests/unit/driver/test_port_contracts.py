@@ -8,8 +8,8 @@ import pytest
 
 from rlsys.config import AlgorithmConfig, GenerationConfig, KLConfig, RunConfig
 from rlsys.data.batches import SamplingParameters
-from tests.in_process_fakes import Stage, held_out_prompts, in_process_workers
-from tests.port_contracts import WITH_FILES, WITHOUT_FILES, System
+from tests.support.in_process_fakes import Stage, held_out_prompts, in_process_workers
+from tests.support.port_contracts import WITH_FILES, WITHOUT_FILES, System
 
 
 async def fakes() -> System:

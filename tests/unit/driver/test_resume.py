@@ -11,8 +11,8 @@ import pytest
 from rlsys.config import RunConfig
 from rlsys.config.command_line import all_fields, flat
 from rlsys.config.resume_rules import RULES, VERDICTS, rule_of
-from rlsys.driver.checkpoints import Checkpoint
-from rlsys.driver.resume import (
+from rlsys.run.checkpoints import Checkpoint
+from rlsys.run.resume import (
     advantage_state,
     already_complete,
     changes,

@@ -9,8 +9,8 @@ import pytest
 
 from rlsys.config import RunConfig, RunSection
 from rlsys.config.command_line import load_yaml
-from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.run_directory import RunDirectory
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
 
 
 def test_two_runs_of_one_second_get_two_directories(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlsys.config import RunConfig
-from rlsys.driver.report import main, write_report
-from rlsys.driver.run_directory import RunDirectory
-from rlsys.driver.run_status import RunStatus, StatusWriter, read_status
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.html_report import main, write_report
+from rlsys.run.observers.run_status import RunStatus, StatusWriter, read_status
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_a_killed_run_is_found_dead_at_the_next_look(directory: RunDirectory):
     code = f"""
 import os
 from pathlib import Path
-from rlsys.driver.run_directory import RunDirectory
-from rlsys.driver.run_status import StatusWriter
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.run_status import StatusWriter
 writer = StatusWriter(RunDirectory(Path({str(directory.path)!r})))
 writer.on_start(1, 10)
 writer.on_phase(1, "update")
@@ -130,7 +130,9 @@ def test_the_report_can_be_made_again_from_the_command_line(
     assert capsys.readouterr().out == f"{directory.report}\n"
     assert "RuntimeError: no GPU" in directory.report.read_text()
     for wrong in ([], [str(directory.path / "none")], ["a", "b"]):
-        with pytest.raises(SystemExit, match=r"usage: python -m rlsys\.driver\.report runs/NAME"):
+        with pytest.raises(
+            SystemExit, match=r"usage: python -m rlsys\.run\.observers\.html_report runs/NAME"
+        ):
             main(wrong)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from rlsys.driver.step_notes import step_notes
+from rlsys.run.observers.step_notes import step_notes
 
 FINE = {
     "reward/errors": 0.0,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from docs.generate.metrics import documented
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
@@ -33,18 +34,17 @@ from rlsys.config import (
 from rlsys.config.algorithm import GroupFilter
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts
-from rlsys.driver.checkpoints import CheckpointStore
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.metric_reference import documented
-from rlsys.driver.metrics_log import MetricsLog, MetricsRecord, read_metrics
-from rlsys.driver.observer import PHASES, Observers, Outcome
 from rlsys.driver.ports import Handle
-from rlsys.driver.progress import print_summary
-from rlsys.driver.report import write_report
-from rlsys.driver.reward_failures import RewardFailureError
-from rlsys.driver.run_directory import RunDirectory
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
-from tests.in_process_fakes import (
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.console import print_summary
+from rlsys.run.observers.html_report import write_report
+from rlsys.run.observers.metrics_log import MetricsLog, MetricsRecord, read_metrics
+from rlsys.run.observers.observer import PHASES, Observers, Outcome
+from rlsys.run.reward_failures import RewardFailureError
+from tests.support.in_process_fakes import (
     PROBLEMS,
     FirstTokenScorer,
     InProcessAdvantages,

@@ -15,12 +15,12 @@ from rich.console import Console
 from rlsys.config import RunConfig, RunSection
 from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
-from rlsys.driver.metrics_log import MetricsLog, read_metrics
-from rlsys.driver.progress import COLUMNS, Progress, duration, phase_line, print_summary
-from rlsys.driver.report import series_over_position, write_report
-from rlsys.driver.run_directory import RunDirectory
-from rlsys.driver.run_status import StatusWriter
-from tests.rollout_examples import random_rollouts, rewards_of, train_batch
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.console import COLUMNS, Progress, duration, phase_line, print_summary
+from rlsys.run.observers.html_report import series_over_position, write_report
+from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
+from rlsys.run.observers.run_status import StatusWriter
+from tests.support.rollout_examples import random_rollouts, rewards_of, train_batch
 
 STEP = {
     "reward/mean": 0.25,

@@ -1,0 +1,96 @@
+"""All actors of a run, placed and wired together: the only module that knows every part of `workers/`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.probe import probe_sequences
+from rlsys.data.prompt_stream import LoadedPrompts
+from rlsys.driver.synchronous_loop import Workers
+from rlsys.models.loading import longest_window
+from workers.advantage_controller import AdvantageController, AdvantageControllerClient
+from workers.cluster import Cluster
+from workers.generation.group import GenerationGroup
+from workers.generation.worker import GenerationWorker
+from workers.reward_worker import RewardWorker, RewardWorkerClient
+from workers.training.rank_group import PolicyGroup, ReferenceGroup
+from workers.training.rank_worker import PolicyWorker, ReferenceWorker
+from workers.weight_sync.object_store import ObjectStoreWeightSync
+
+
+def probe_tokens(
+    config: RunConfig, prompts: LoadedPrompts, model_directory: Path
+) -> list[NDArray[np.int32]]:
+    """Whole held-out prompts (training prompts where none are held out), on which engine and trainer are compared after each weight sync."""
+
+    longest = config.data.max_prompt_tokens + config.generation.max_tokens
+    return probe_sequences(
+        [prompt.token_ids for prompt in prompts.samples],
+        limit=longest - 1,  # an engine always samples a token behind what it reads
+        window=longest_window(model_directory, trust_remote_code=config.model.trust_remote_code),
+    )
+
+
+async def start_workers(
+    cluster: Cluster,
+    config: RunConfig,
+    model_directory: Path,
+    reference_directory: Path,
+    probe: Sequence[NDArray[np.int32]],
+    tell: Callable[[str], None],
+) -> Workers:
+    """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""
+
+    ranks = config.policy.ranks
+    model = str(model_directory)
+    policy_actors = [
+        cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks)
+        for rank in range(ranks)
+    ]
+    generation_actors = [
+        cluster.spawn("generation", i, GenerationWorker, config, model)
+        for i in range(config.generation.workers)
+    ]
+    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
+    reference_actors = []
+    if config.algorithm.kl.coefficient > 0:
+        reference_actors = [
+            cluster.spawn(
+                "reference",
+                rank,
+                ReferenceWorker,
+                config,
+                str(reference_directory),
+                rank,
+                ranks,
+                shares="policy",
+            )
+            for rank in range(ranks)
+        ]
+    await cluster.wait_until_ready()
+    policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
+    reference = ReferenceGroup(reference_actors) if reference_actors else None
+    setups = await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
+    for note in itertools.chain.from_iterable(setups):
+        tell(note)
+    scorer, controller = (
+        RewardWorkerClient(reward_actor),
+        AdvantageControllerClient(controller_actor),
+    )
+    return Workers(
+        generator=generator,
+        scorer=scorer,
+        policy=policy,
+        reference=reference,
+        advantages=controller,
+        weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
+        reporting=(generator, scorer, controller, *([reference] if reference else [])),
+    )

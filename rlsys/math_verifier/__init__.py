@@ -1,0 +1,221 @@
+"""A rule-based verifier for mathematical answers in LaTeX.
+
+```text
+completion --extraction--> answer --same text?--same number?--choice, time?--> parser --> tree --comparison--> equal or not
+                                                                                |                    |
+                                                                          words (as text)     evaluation (50 digits)
+```
+
+Cheap exact rules decide most answers. The others are parsed by a grammar of our own from a closed list of tokens into a tree of plain values, and
+compared by kind and by value. Nothing in a completion is ever evaluated as code, and every step is bounded by the sizes in `limits`; wall-clock
+time is limited by the reward worker, which runs this in a process that it can kill.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rlsys.math_verifier import words
+from rlsys.math_verifier.comparison import same_answer
+from rlsys.math_verifier.extraction import (
+    EXTRACTIONS,
+    after_hashes,
+    extract_answer,
+    has_one_filled_box,
+    last_boxed,
+)
+from rlsys.math_verifier.limits import (
+    MAX_ANSWER_CHARACTERS,
+    MAX_WORDS_OF_AN_ANSWER,
+    TooLargeError,
+    UndefinedError,
+    UnparsableError,
+)
+from rlsys.math_verifier.nodes import Node
+from rlsys.math_verifier.normal_form import normal_form
+from rlsys.math_verifier.parser import readings
+from rlsys.math_verifier.plain_numbers import plain_number
+
+__all__ = [
+    "EXTRACTIONS",
+    "MathVerdict",
+    "after_hashes",
+    "extract_answer",
+    "ground_truth_answer",
+    "has_one_filled_box",
+    "last_boxed",
+    "reads_ground_truth",
+    "same_answer_text",
+    "verify_math",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathVerdict:
+    """What was decided about one completion, and by which rule."""
+
+    score: float  # 1 equal to the ground truth, else 0
+    answer: str | None  # as extracted
+    normal_form: str | None
+    rule: str  # extraction | text | number | choice | time | expression | words
+    reason: str  # "correct", "wrong", "no_answer", "too_long", "too_large", "unparsable"
+
+
+def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed") -> MathVerdict:
+    """Whether the answer of `completion` equals `ground_truth`. Never raises, whatever the two strings.
+
+    `extraction` says where the answer stands: see `extract_answer`. Equality is of mathematical objects, not of forms: an unsimplified fraction or
+    an unexpanded product is right. `docs/math_verifier.md` has the conventions.
+
+    Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
+    """
+    answer = extract_answer(completion, extraction)
+    if answer is None:
+        return MathVerdict(
+            score=0.0, answer=None, normal_form=None, rule="extraction", reason="no_answer"
+        )
+    if len(answer) > MAX_ANSWER_CHARACTERS and answer != ground_truth.strip():
+        return MathVerdict(
+            score=0.0,
+            answer=answer[:MAX_ANSWER_CHARACTERS],
+            normal_form=None,
+            rule="extraction",
+            reason="too_long",
+        )
+    equal, rule, reason = same_answer_text(answer, ground_truth_answer(ground_truth))
+    return MathVerdict(
+        score=float(equal),
+        answer=answer,
+        normal_form=normal_form(answer),
+        rule=rule,
+        reason="correct" if equal else reason,
+    )
+
+
+def ground_truth_answer(ground_truth: str) -> str:
+    r"""The answer in a ground truth: what follows its last `####` (GSM8K), else its last box, else all of it.
+
+    Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and `ground_truth_answer(r"\boxed{72}")` are `"72"`.
+    """
+    marked = after_hashes(ground_truth)
+    text = ground_truth if marked is None else marked
+    return (last_boxed(text) or text).strip()
+
+
+def reads_ground_truth(ground_truth: str) -> bool:
+    """Whether the verifier knows what a ground truth means: a number, a choice, a time, an expression, or a few words.
+
+    Any other text is right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar does not know, is False.
+    """
+    truth = ground_truth_answer(ground_truth)
+    if not truth or len(truth) > MAX_ANSWER_CHARACTERS:
+        return False
+    if plain_number(truth) is not None or words.clock(truth) or words.choice(truth):
+        return True
+    try:
+        return bool(readings(words.meaning(truth)))
+    except TooLargeError:
+        return False
+    except (UnparsableError, RecursionError):
+        return _is_a_few_words(words.phrase(truth))
+
+
+def _is_a_few_words(phrase: str) -> bool:
+    letters = any(character.isalpha() for character in phrase)
+    latex = any(character in "\\^_{}" for character in phrase)
+    return letters and not latex and len(phrase.split()) <= MAX_WORDS_OF_AN_ANSWER
+
+
+def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
+    """Whether two answers are equal, the rule that decided, and the reason where they are not. Symmetric; never raises."""
+    if answer == truth:
+        return True, "text", "correct"
+    first, second = plain_number(answer), plain_number(truth)
+    if first is not None and second is not None:
+        return first == second, "number", "wrong"
+    if (times := _same_time(answer, truth)) is not None:
+        return times, "time", "wrong"
+    if (choices := _same_choice(answer, truth)) is not None:
+        return choices, "choice", "wrong"
+    try:
+        return _same_parsed(words.meaning(answer), words.meaning(truth))
+    except (UnparsableError, RecursionError):
+        return _same_words(answer, truth)
+
+
+def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
+    try:
+        pairs = [(a, b) for b in readings(truth) for a in readings(answer)]
+        return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
+    except TooLargeError:
+        return False, "expression", "too_large"
+    except (UnparsableError, RecursionError):
+        raise
+    except Exception:  # numerical code fails in many ways at singularities, all of which mean: not shown to be equal
+        return False, "expression", "unparsable"
+
+
+def _equal_or_undefined(answer: Node, truth: Node) -> bool:
+    try:
+        return same_answer(answer, truth)
+    except UndefinedError:
+        return False
+
+
+def _same_time(answer: str, truth: str) -> bool | None:
+    first, second = words.clock(answer), words.clock(truth)
+    if first is None and second is None:
+        return None
+    if first is None or second is None:
+        return False if (first or second or (0, ""))[1] else None
+    if not first[1] and not second[1]:
+        return None  # 3:5 may be a ratio
+    return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
+
+
+def _same_choice(answer: str, truth: str) -> bool | None:
+    """Letters of a multiple-choice question; a label and what it stands for may come together. None where it is no such question."""
+    first, second = words.choice(answer), words.choice(truth)
+    if first is not None and second is not None:
+        if first[0] == second[0]:
+            return (
+                True if not first[1] or not second[1] else same_answer_text(first[1], second[1])[0]
+            )
+        if first[2] or second[2]:
+            return (
+                first[0].upper() == second[0].upper()
+                and first[0].upper() in "ABCDEFGHIJ"
+                and not (first[1] and second[1])
+            )
+        return None
+    for labelled, other in ((first, truth), (second, answer)):
+        if labelled is not None and labelled[1]:
+            return same_answer_text(labelled[1], other)[0] or None
+    return None
+
+
+def _only_letters(text: str) -> bool:
+    return text.replace(" ", "").isalpha()
+
+
+def _same_words(answer: str, truth: str) -> tuple[bool, str, str]:
+    """Text that is no mathematics: equal words, or lists of the same words."""
+    first, second = words.phrase(answer), words.phrase(truth)
+    if not first or not second:
+        return False, "words", "unparsable"
+    if first == second or (
+        _only_letters(first) and "".join(first.split()) == "".join(second.split())
+    ):
+        return True, "words", "correct"
+    if (
+        re.search("[a-z]{3}", first)
+        and first.replace(",", "").split() == second.replace(",", "").split()
+    ):
+        return True, "words", "correct"
+    if words.items(answer) == words.items(truth) and len(words.items(truth)) > 1:
+        return True, "words", "correct"
+    known = any(character.isalpha() for character in first) and not any(
+        character in "\\^_{}" for character in first
+    )
+    return False, "words", "wrong" if known else "unparsable"

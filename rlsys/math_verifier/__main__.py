@@ -1,0 +1,175 @@
+"""Verdicts from the command line.
+
+    python -m rlsys.math_verifier "so it is \\boxed{0.5}" "\\frac{1}{2}"      one verdict, and the rule that decided
+    python -m rlsys.math_verifier --file pairs.jsonl --out verdicts.parquet  a file of {"completion": ..., "ground_truth": ...}
+    python -m rlsys.math_verifier --compare before.parquet after.parquet     where two runs disagree
+
+Other columns of a file (an id, an expected score) are carried along. Files may also be Parquet, such as the rollouts of a run
+(`--completion-column response`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlsys.math_verifier import EXTRACTIONS, verify_math
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 where a single completion is wrong or two runs disagree."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlsys.math_verifier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("completion", nargs="?", help="text with the answer")
+    parser.add_argument("ground_truth", nargs="?", help="the right answer")
+    parser.add_argument(
+        "--extraction",
+        choices=EXTRACTIONS,
+        default="boxed",
+        help="where the answer stands (default: boxed)",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="JSONL or Parquet with a completion and a ground truth in each row",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="Parquet to write (default: the file's name with .verdicts.parquet)",
+    )
+    parser.add_argument("--completion-column", default="completion", help="default: completion")
+    parser.add_argument(
+        "--ground-truth-column", default="ground_truth", help="default: ground_truth"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="two files written by --file",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.compare:
+            return compare(*options.compare)
+        if options.file:
+            return score_file(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.completion is None or options.ground_truth is None:
+        parser.error("give a completion and a ground truth, --file, or --compare")
+    verdict = verify_math(options.completion, options.ground_truth, extraction=options.extraction)
+    for name, value in asdict(verdict).items():
+        print(f"{name.replace('_', ' '):12} {value}")
+    return 0 if verdict.score == 1.0 else 1
+
+
+def score_file(options: argparse.Namespace) -> int:
+    """Score every row with a progress bar; write Parquet; print the counts of reasons and rules."""
+    import pyarrow
+    import pyarrow.parquet
+    from rich.progress import track
+
+    rows = read_rows(options.file, (options.completion_column, options.ground_truth_column))
+    scored = []
+    for row in track(rows, description="scoring", disable=not sys.stderr.isatty()):
+        completion, truth = (
+            str(row[options.completion_column]),
+            str(row[options.ground_truth_column]),
+        )
+        verdict = verify_math(completion, truth, extraction=options.extraction)
+        scored.append(row | {"extraction": options.extraction} | asdict(verdict))
+    out = options.out or options.file.with_suffix(".verdicts.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(scored), out)
+    print(
+        f"{len(scored)} completions, {sum(row['score'] for row in scored) / max(len(scored), 1):.2%} right, written to {out}"
+    )
+    for column in ("reason", "rule"):
+        counts = Counter(row[column] for row in scored)
+        print(f"{column}s: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    return 0
+
+
+def read_rows(path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of a JSONL or Parquet file.
+
+    Raises:
+        ValueError: there is no such file; a row lacks a needed column, or is no JSON: the message has its number.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"there is no file {path}. Name a JSONL or Parquet file with a completion and a ground truth in each row."
+        )
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: no JSON ({error}). Write one object a line."
+                    ) from None
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in needed if not isinstance(row, dict) or name not in row]
+        if missing:
+            columns = ", ".join(row) if isinstance(row, dict) else "no columns"
+            raise ValueError(
+                f"{path}, row {number}: no column {missing[0]!r} among {columns}. Name it with --completion-column and the like."
+            )
+    return rows
+
+
+def compare(before: Path, after: Path) -> int:
+    """Print the rows, joined by position, on which two runs disagree."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first, second = read_rows(before, ("score",)), read_rows(after, ("score",))
+    if len(first) != len(second):
+        raise ValueError(
+            f"{before} has {len(first)} rows and {after} {len(second)}: compare runs over the same file."
+        )
+    for number, (old, new) in enumerate(zip(first, second, strict=True), start=1):
+        if old.get("ground_truth") != new.get("ground_truth"):
+            raise ValueError(
+                f"row {number}: the ground truths differ ({old.get('ground_truth')!r} and {new.get('ground_truth')!r}). Compare runs over the same file."
+            )
+    table = Table(
+        "row", "answer", "ground truth", "before", "after", title=f"{before.name} and {after.name}"
+    )
+    different = [
+        (i, a, b)
+        for i, (a, b) in enumerate(zip(first, second, strict=True))
+        if a["score"] != b["score"]
+    ]
+    for i, old, new in different:
+        cells = [str(i), str(new.get("answer")), str(new.get("ground_truth"))]
+        cells += [f"{row['score']:g} {row.get('rule')}: {row.get('reason')}" for row in (old, new)]
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    gained = sum(new["score"] > old["score"] for _, old, new in different)
+    if different:
+        Console().print(table)
+    print(
+        f"{len(first)} rows, {len(different)} disagreements: {gained} now right, {len(different) - gained} now wrong"
+    )
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What a person sees while a run goes on: a small live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import MetricsRecord
+from rlsys.run.observers.observer import PHASES, Outcome
+from rlsys.run.observers.run_status import read_status
+from rlsys.run.observers.run_summary import (
+    counted_notes,
+    first_to_last,
+    numbers,
+    sampled_tokens,
+    share,
+    trained_differs,
+)
+from rlsys.run.observers.step_notes import step_notes
+from rlsys.run.reward_failures import total_failures
+
+COLUMNS = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("correct", "reward/accuracy", "{:.1%}"),
+    ("length", "rollout/response_length", "{:.1f}"),
+    ("entropy", "policy/entropy", "{:.3f}"),
+    ("grad", "policy/grad_norm", "{:.2f}"),
+    ("gap", "policy/logprob_gap_mean", "{:.4f}"),
+    ("tok/s", "throughput/step", "{:.0f}"),
+    ("s/step", "time/step", "{:.1f}"),
+)
+HEADER_EVERY = 20  # plain lines
+CELL = 8  # characters of a number
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 m 20 s, 1 h 05 m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} m"
+    return f"{minutes} m {rest:02d} s" if minutes else f"{rest} s"
+
+
+def cell(values: Mapping[str, float], name: str, form: str) -> str:
+    """A metric in at most `CELL` characters; "-" where it is absent or not finite."""
+    value = values.get(name, math.nan)
+    if not math.isfinite(value):
+        return "-"
+    text = form.format(value)
+    return text if len(text) <= CELL else f"{value:.1e}"
+
+
+def phase_line(values: Mapping[str, float]) -> str:
+    """Time by phase of one step: "generate 1.2 s (40 %), update ..."."""
+    total = values.get("time/step") or 1.0
+    parts = [(name, values.get(f"time/{name}", 0.0)) for name in PHASES]
+    return ", ".join(
+        f"{name} {seconds:.2f} s ({seconds / total:.0%})"
+        for name, seconds in parts
+        if seconds >= 0.005
+    )
+
+
+class Progress:
+    """Observer for the console."""
+
+    def __init__(self, console: Console, *, live: bool) -> None:
+        self._console = console
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if live and console.is_terminal
+            else None
+        )
+        self._total = self._first = self._step = 0
+        self._began = time.monotonic()
+        self._phase = "starting"
+        self._values: Mapping[str, float] = {}
+        self._evaluations: list[tuple[int, float]] = []
+        self._warned: set[str] = set()  # kinds of the notes on the step before
+        self._rows = 0
+
+    def on_start(self, first_step: int, total_steps: int) -> None:
+        self._first, self._total, self._step = first_step, total_steps, first_step - 1
+        self._began = time.monotonic()
+        if self._live:
+            self._live.start()
+        self._show()
+
+    def on_phase(self, step: int, phase: str) -> None:
+        self._phase = phase
+        self._show()
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self._step, self._values = step, values
+        if self._live is None:
+            self._print_row(step, values)
+        self._print_notes(step, values)
+        self._show()
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self._evaluations.append((step, values["eval/accuracy"]))
+        others = ", ".join(
+            f"{name.removeprefix('eval/')} {value:.1%}"
+            for name, value in values.items()
+            if name.startswith(("eval/mean@", "eval/pass@"))
+        )
+        self._print(
+            f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}"
+            + (f" ({others})" if others else "")
+        )
+
+    def on_checkpoint(self, step: int, path: str) -> None:
+        self._print(f"checkpoint {path}")
+
+    def on_end(self, outcome: Outcome, message: str) -> None:
+        if self._live:
+            self._live.stop()
+        if outcome == "failed":  # the command prints the reason
+            self._print(f"run failed after {self._step} steps")
+        elif outcome != "finished":
+            self._print(
+                f"run {outcome} after {self._step} steps" + (f": {message}" if message else "")
+            )
+
+    def notice(self, text: str) -> None:
+        """Something that a person must see, now."""
+        self._print(text)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _eta(self) -> str:
+        done = self._step - self._first + 1
+        if done <= 0:
+            return "-"
+        return duration((time.monotonic() - self._began) / done * (self._total - self._step))
+
+    def _print_row(self, step: int, values: Mapping[str, float]) -> None:
+        if self._rows % HEADER_EVERY == 0:
+            self._print(
+                "    step "
+                + "".join(f"{name:>9}" for name, _, _ in COLUMNS)
+                + "       ETA  time by phase"
+            )
+        self._rows += 1
+        cells = [cell(values, name, form) for _, name, form in COLUMNS]
+        phases = " ".join(f"{name[:3]} {values.get(f'time/{name}', 0.0):.1f}" for name in PHASES)
+        self._print(
+            f"{step:>4}/{self._total:<4}"
+            + "".join(f"{cell:>9}" for cell in cells)
+            + f"{self._eta():>10}  {phases}"
+        )
+
+    def _print_notes(self, step: int, values: Mapping[str, float]) -> None:
+        """What the numbers of a row do not say, below it. The live display shows those of its step; a warning that is new stays above it."""
+        notes = step_notes(values)
+        for note in notes:
+            if self._live is None:
+                self._print(f"{'!' if note.warning else '':>9}  {note.text}")
+            elif note.warning and note.kind not in self._warned:
+                self._print(f"! step {step}: {note.text}")
+        self._warned = {note.kind for note in notes}
+
+    def _show(self) -> None:
+        if self._live is None:
+            return
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            f"step {self._step}/{self._total}",
+            ProgressBar(total=max(1, self._total), completed=self._step, width=30),
+            f"ETA {self._eta()}",
+            Text(self._phase, style="dim"),
+        )
+        lines: list = [head, *self._figures()]
+        if self._values:
+            lines.append(Text(phase_line(self._values), style="dim"))
+            lines += [
+                Text(note.text, style="yellow" if note.warning else "dim")
+                for note in step_notes(self._values)
+            ]
+        if self._evaluations:
+            curve = "  ".join(
+                f"{step}: {accuracy:.1%}" for step, accuracy in self._evaluations[-8:]
+            )
+            lines.append(Text(f"held-out accuracy  {curve}"))
+        self._live.update(Group(*lines))
+
+    def _figures(self) -> list[Table]:
+        """The columns of a row, in as many lines as a narrow terminal needs."""
+        shown = [
+            (name, cell(self._values, key, form))
+            for name, key, form in COLUMNS
+            if key in self._values
+        ]
+        per_line = max(1, self._console.width // (CELL + 1))
+        tables = []
+        for first in range(0, len(shown), per_line):
+            part, table = shown[first : first + per_line], Table.grid(padding=(0, 2))
+            table.add_row(*(Text(name, style="dim") for name, _ in part))
+            table.add_row(*(value for _, value in part))
+            tables.append(table)
+        return tables
+
+
+def print_summary(
+    console: Console, records: list[MetricsRecord], directory: RunDirectory, seconds: float
+) -> None:
+    """The table at the end of a run, and what it wrote."""
+    train = [record for record in records if record.kind == "train"]
+    evaluations = [record for record in records if record.kind == "eval"]
+    table = Table(title="summary", show_header=False, title_justify="left")
+    status = read_status(directory)
+    if status and status.state != "finished":
+        table.add_row("run", f"{status.state} after {status.step} of {status.steps} steps")
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        table.add_row(
+            "held-out accuracy",
+            f"{first.values['eval/accuracy']:.1%} -> {last.values['eval/accuracy']:.1%} (steps {first.step} -> {last.step})",
+        )
+    if train:
+        tenth = max(1, len(train) // 10)
+        table.add_row(
+            "reward",
+            f"{first_to_last(train, 'reward/mean', tenth)} (mean of the first and last {tenth} steps)",
+        )
+        if failures := total_failures(record.values for record in train):
+            table.add_row("failed rewards", failures)
+        if trained_differs(train):
+            table.add_row(
+                "trained on",
+                f"{share(train, 'trained/responses', 'rollout/responses'):.1%} of the responses, their reward "
+                f"{first_to_last(train, 'trained/reward_mean', tenth)}",
+            )
+        totals = {
+            name: sum(numbers(train, f"time/{name}")) / len(train) for name in (*PHASES, "step")
+        }
+        table.add_row("steps", f"{train[-1].step}, {totals['step']:.2f} s each")
+        table.add_row(
+            "time by phase", phase_line({f"time/{name}": value for name, value in totals.items()})
+        )
+        tokens, generating = sampled_tokens(train), sum(numbers(train, "time/generate"))
+        table.add_row(
+            "sampled tokens",
+            f"{tokens:,.0f}, {tokens / max(generating, 1e-9):.0f} a second while generating",
+        )
+        memory = {
+            name.removeprefix("memory/"): max(numbers(train, name))
+            for name in train[-1].values
+            if name.startswith("memory/")
+        }
+        table.add_row(
+            "peak memory",
+            ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items()) or "-",
+        )
+        for kind, (text, steps) in counted_notes(train).items():
+            table.add_row(Text(kind, style="yellow"), f"{steps} (last: {text})")
+    table.add_row("wall time", duration(seconds))
+    console.print(table)
+    for what, path in (
+        ("report", directory.report),
+        ("metrics", directory.metrics),
+        ("rollouts", directory.rollouts),
+        ("checkpoints", directory.checkpoints),
+        ("log", directory.log),
+    ):
+        if path.exists():
+            console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)

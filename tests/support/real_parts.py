@@ -1,0 +1,71 @@
+"""All actors of a run on the tiny model, for tests that need the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from recipes.wiring import probe_tokens, start_workers
+from rlsys.config import RunConfig
+from rlsys.data.prompt_stream import LoadedPrompts, load_prompts
+from rlsys.driver.synchronous_loop import Workers
+from rlsys.models import resolve_model
+from rlsys.models.loading import load_tokenizer
+from workers.cluster import Cluster
+
+
+def make_config(**trainer: object) -> RunConfig:
+    """The tiny model, the transformers engine, two generation workers, and a reward that random text can earn."""
+    return RunConfig.model_validate(
+        {
+            "plugins": ["tests.plugin_package.rlsys_example_plugin"],
+            "model": {"path": "tiny"},
+            "data": {"synthetic": {"train_size": 64, "eval_size": 8}, "max_prompt_tokens": 256},
+            "generation": {
+                "engine": "transformers",
+                "workers": 2,
+                "samples_per_prompt": 4,
+                "min_tokens": 0,
+                "max_tokens": 12,
+            },
+            "policy": {
+                "threads_per_rank": 1,
+                "mini_batches": 2,
+                "optimizer": {"learning_rate": 1e-3},
+            },
+            "algorithm": {"kl": {"coefficient": 0.01}},
+            "reward": {"functions": [{"name": "example_digits"}]},
+            "trainer": {"prompts_per_step": 4, **trainer},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    workers: Workers
+    prompts: LoadedPrompts
+    cluster: Cluster
+
+
+@asynccontextmanager
+async def started(config: RunConfig) -> AsyncIterator[Parts]:
+    """All actors of a run, killed at the end."""
+    directory = resolve_model("tiny")
+    prompts = load_prompts(config, load_tokenizer(directory))
+    cluster = Cluster.connect(config)
+    try:
+        yield Parts(
+            await start_workers(
+                cluster,
+                config,
+                directory,
+                directory,
+                probe_tokens(config, prompts, directory),
+                tell=print,
+            ),
+            prompts,
+            cluster,
+        )
+    finally:
+        cluster.shutdown()

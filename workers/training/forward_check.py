@@ -1,0 +1,388 @@
+"""Find out at set-up whether a model can be run packed: its packed log-probabilities against its own.
+
+Packed attention, the chunked LM head and shared prompts implement what most decoders do, not what all
+do. A model with a feature that they lack would train on wrong log-probabilities without a sign. So
+before anything is sharded, a few sequences of random tokens, the longest as long as the run allows, go
+through three forward passes:
+
+    alone     the model's own, each sequence by itself: what is right
+    packed    all in one pack with shared prompts: must equal `alone`, or the model is not run packed
+    padded    the model's own on a rectangle of padded sequences: must equal `alone`, or it is refused
+
+The verdict depends on the model's configuration and code, not on its weights, so it is kept in the
+cache directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlsys.data.batches import PromptBatch, RolloutBatch
+from rlsys.data.packing import pack_rows
+from rlsys.models.catalogue import cache_directory
+from rlsys.models.loading import UnsupportedModelError
+from workers.training.packed_attention import SHARING_KERNELS, register_packed_attention
+from workers.training.packed_model import PackedCausalLM, PackTensors
+
+logger = logging.getLogger(__name__)
+
+CHECK_VERSION = (
+    1  # raise it when packed attention or the LM head changes: old verdicts are void then
+)
+CHECKED_TOKENS = 256  # of each response at most; their logits exist at once
+LOW_PRECISION_KERNELS = ("flash_attention_2",)  # do not compute in float32
+# Of a difference in log-probability: rounding that every model has, and rounding in proportion to how far
+# the log-probabilities of this model lie apart. Missing features are 10 to 1,000 times larger.
+ABSOLUTE_TOLERANCE = 5e-5
+RELATIVE_TOLERANCE = 1e-3
+
+SHORT_MESSAGE = 120  # characters of an error that is told
+
+Packing = bool | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardCheck:
+    """Which forward pass a model runs, and how far it is from the model's own on single sequences."""
+
+    packing: bool
+    error: float  # largest difference of a log-probability, nats
+    reason: str | None  # why it is not packed; None where it is, or was not asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The longest sequences of a run."""
+
+    prompt: int
+    response: int
+
+
+def check_forward(
+    model: PreTrainedModel,
+    *,
+    kernel: str,
+    lengths: Lengths,
+    packing: Packing,
+    device: torch.device,
+    code: Path | None = None,
+) -> ForwardCheck:
+    """Return which forward pass `model` is to run; from the cache where it has been found out before.
+
+    Args:
+        model: whole, on `device`, in float32 and in the mode in which it is trained.
+        kernel: a value of `model.attention` other than auto.
+        code: the model's directory, where it brings Python files.
+
+    Raises:
+        UnsupportedModelError: `packing` is true and the packed pass is wrong, or the model's own pass with
+            padding is.
+    """
+    file = _cache_file(model, kernel, lengths, packing, device, code)
+    verdict = _read(file)
+    if verdict is None:
+        verdict = try_forward(model, kernel=kernel, lengths=lengths, packing=packing, device=device)
+        _write(file, verdict)
+    return verdict
+
+
+def try_forward(
+    model: PreTrainedModel, *, kernel: str, lengths: Lengths, packing: Packing, device: torch.device
+) -> ForwardCheck:
+    """`check_forward` without its cache."""
+    name = type(model).__name__
+    batch = check_batch(lengths, vocabulary=model.config.get_text_config().vocab_size)
+    alone = _own_logprobs(model, batch, together=False, device=device)
+    _check_causal(name, batch, alone)
+    tolerance = _tolerance(model, alone)
+
+    reason = None
+    if packing is not False:
+        error, reason = _try_packed(model, kernel, batch, alone, tolerance, device)
+        if reason is None:
+            return ForwardCheck(packing=True, error=error, reason=None)
+        if packing is True:
+            raise UnsupportedModelError(
+                f"policy.packing: true, but {name} cannot be run packed: {reason}. Set it to auto or false."
+            )
+
+    error = _largest(_own_logprobs(model, batch, together=True, device=device), alone)
+    if not error <= tolerance.limit:
+        raise UnsupportedModelError(
+            f"model.path: the log-probabilities of {name} change by up to {error:.2g} nats with the padding "
+            "behind a sequence, so it cannot be trained in batches. Choose another model."
+        )
+    return ForwardCheck(packing=False, error=error, reason=reason)
+
+
+def check_batch(lengths: Lengths, *, vocabulary: int) -> RolloutBatch:
+    """Return random tokens: a longest prompt with a longest response and the first half of it, and a short group.
+
+    The second response is a beginning of the first, so that a model which looks ahead is found out.
+    At most `CHECKED_TOKENS` of a response count as sampled, the last one always.
+    """
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> NDArray[np.int32]:
+        return rng.integers(0, vocabulary, count, dtype=np.int32)
+
+    long_prompt, long_response = tokens(lengths.prompt), tokens(lengths.response)
+    half = long_response[: (lengths.response + 1) // 2]
+    short_prompt = tokens(min(3, lengths.prompt))
+    sequences = [
+        (long_prompt, long_response, 0),
+        (long_prompt, half, 0),
+        (short_prompt, tokens(min(7, lengths.response)), 1),
+        (short_prompt, tokens(1), 1),
+    ]
+    return _rollouts(sequences)
+
+
+def _rollouts(
+    sequences: list[tuple[NDArray[np.int32], NDArray[np.int32], int]],
+) -> RolloutBatch:
+    masks = []
+    for prompt, response, _ in sequences:
+        sampled = np.zeros(len(response), dtype=np.bool_)
+        stride = -(-len(response) // CHECKED_TOKENS)
+        sampled[::stride] = True
+        sampled[-1] = True
+        masks.append(np.concatenate([np.zeros(len(prompt), dtype=np.bool_), sampled]))
+
+    count = len(sequences)
+    total = sum(map(len, masks))
+    ends = np.cumsum([len(mask) for mask in masks])
+    return RolloutBatch(
+        prompts=PromptBatch(batch_id=-1, prompts=(), group_ids=np.zeros(0, dtype=np.int64)),
+        token_ids=np.concatenate([np.concatenate([p, r]) for p, r, _ in sequences]),
+        sequence_offsets=np.concatenate([[0], ends]).astype(np.int64),
+        prompt_lengths=np.asarray([len(p) for p, _, _ in sequences], dtype=np.int32),
+        response_mask=np.concatenate(masks),
+        rollout_logprobs=np.zeros(total, dtype=np.float32),
+        group_ids=np.asarray([group for _, _, group in sequences], dtype=np.int64),
+        oldest_weight_version=np.zeros(count, dtype=np.int32),
+        newest_weight_version=np.zeros(count, dtype=np.int32),
+        stop_reasons=np.zeros(count, dtype=np.int8),
+        response_texts=("",) * count,
+        temperature=1.0,
+    )
+
+
+@torch.no_grad()
+def _logprobs(
+    model: PreTrainedModel,
+    batch: RolloutBatch,
+    *,
+    packing: bool,
+    together: bool,
+    device: torch.device,
+    share_prompts: bool = False,
+) -> Tensor:
+    """Return [N] log-probabilities of the sampled tokens, 0 elsewhere."""
+    forward = PackedCausalLM(model, chunk_tokens=CHECKED_TOKENS, packing=packing)
+    rows = np.arange(len(batch))
+    flat = torch.zeros(len(batch.token_ids))
+    for part in [rows] if together else np.split(rows, len(rows)):
+        packs = pack_rows(batch, part, budget=1 << 40, rank=0, ranks=1, share_prompts=share_prompts)
+        for pack in packs:
+            result = forward(PackTensors.of(pack, device), batch.temperature)
+            flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
+    return flat
+
+
+def _own_logprobs(
+    model: PreTrainedModel, batch: RolloutBatch, *, together: bool, device: torch.device
+) -> Tensor:
+    """Return [N] log-probabilities of the model's own forward pass.
+
+    Raises:
+        UnsupportedModelError: the forward pass fails.
+    """
+    try:
+        return _logprobs(model, batch, packing=False, together=together, device=device)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        raise UnsupportedModelError(
+            f"model.path: the forward pass of {type(model).__name__} on token ids fails "
+            f"({_short(error)}). Choose another model."
+        ) from error
+
+
+def _try_packed(
+    model: PreTrainedModel,
+    kernel: str,
+    batch: RolloutBatch,
+    alone: Tensor,
+    tolerance: _Tolerance,
+    device: torch.device,
+) -> tuple[float, str | None]:
+    """Return the largest difference of the packed pass, and the reason why it will not do, if there is one."""
+    subject, noise = model, 0.0
+    if kernel in LOW_PRECISION_KERNELS:
+        subject = copy.deepcopy(model)
+        nn.Module.to(subject, torch.bfloat16)
+        noise = _largest(
+            _logprobs(subject, batch, packing=False, together=False, device=device), alone
+        )
+
+    try:
+        with packed_attention(subject, kernel):
+            passes = [
+                _logprobs(
+                    subject,
+                    batch,
+                    packing=True,
+                    together=True,
+                    device=device,
+                    share_prompts=kernel in SHARING_KERNELS,
+                )
+                for _ in range(2)
+            ]
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # models fail in ways of their own when called as they do not expect
+        return float("nan"), _short(error)
+
+    error = max(_largest(found, alone) for found in passes)
+    spread = _largest(*passes)
+    if not spread <= tolerance.limit + noise:
+        return error, f"two passes over the same tokens differ by up to {spread:.2g} nats"
+    if not tolerance.holds(passes, alone, noise):
+        return error, (
+            f"packed log-probabilities differ from the model's own by up to {error:.2g} nats"
+        )
+    return error, None
+
+
+def _short(error: Exception) -> str:
+    """Return the beginning of the error's message, on one line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:SHORT_MESSAGE]}"
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel, kernel: str) -> Iterator[None]:
+    """Run the model with packed attention inside the context."""
+    own = model.config._attn_implementation or "eager"
+    model.set_attn_implementation(register_packed_attention(kernel))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@dataclass(frozen=True)
+class _Tolerance:
+    limit: float  # of the largest difference
+    routed: bool  # experts are chosen by comparing scores
+
+    def holds(self, passes: list[Tensor], alone: Tensor, noise: float) -> bool:
+        """Whether every pass equals `alone` up to rounding.
+
+        Rounding can tip the choice of an expert and so move a token by a step. With experts 2 % of
+        the tokens may lie outside the limit.
+        """
+        limit = self.limit + 3 * noise
+        for found in passes:
+            outside = ~((found - alone).abs() <= limit)  # NaN is outside
+            sampled = int((alone != 0).sum())
+            allowed = sampled // 50 if self.routed else 0
+            if int(outside.sum()) > allowed:
+                return False
+        return True
+
+
+def _tolerance(model: PreTrainedModel, alone: Tensor) -> _Tolerance:
+    spread = float(alone[alone != 0].std())
+    text = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    routed = any((getattr(text, name, None) or 0) > 1 for name in names)
+    return _Tolerance(ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * spread, routed)
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference; NaN where one is NaN."""
+    return float((one - other).abs().max())
+
+
+def _check_causal(name: str, batch: RolloutBatch, alone: Tensor) -> None:
+    """Refuse a model whose log-probability of a token depends on later tokens.
+
+    Raises:
+        UnsupportedModelError: row 1 is a beginning of row 0 and has other log-probabilities.
+    """
+    first, second, third = batch.sequence_offsets[:3]
+    common = int(third - second)
+    whole, beginning = alone[first : first + common], alone[second:third]
+    both = (whole != 0) & (beginning != 0)
+    difference = (whole - beginning)[both].abs()
+    spread = float(alone[alone != 0].std())
+    if not bool((difference <= ABSOLUTE_TOLERANCE + 0.01 * spread).all()):
+        raise UnsupportedModelError(
+            f"model.path: {name} is not a causal language model as configured: its log-probabilities of a "
+            f"token change by up to {float(difference.max()):.2g} nats with the tokens after it. Choose a "
+            "decoder (for BERT-like models `is_decoder` is not set)."
+        )
+
+
+def _cache_file(
+    model: PreTrainedModel,
+    kernel: str,
+    lengths: Lengths,
+    packing: Packing,
+    device: torch.device,
+    code: Path | None,
+) -> Path:
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    sources = sorted(code.rglob("*.py")) if code else []
+    facts = {
+        "check": CHECK_VERSION,
+        "config": config,
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sources],
+        "class": type(model).__name__,
+        "versions": [torch.__version__, transformers.__version__],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "kernel": kernel,
+        "lengths": asdict(lengths),
+        "packing": packing,
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache_directory() / "forward_checks" / f"{digest}.json"
+
+
+def _read(file: Path) -> ForwardCheck | None:
+    try:
+        return ForwardCheck(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or not one of ours: find out again
+        return None
+
+
+def _write(file: Path, verdict: ForwardCheck) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
+            json.dump(asdict(verdict), partial)
+        os.replace(partial.name, file)
+    except OSError as error:
+        logger.warning("the check of the forward pass is not kept: %s", error)

@@ -1,0 +1,98 @@
+"""The actor and reference groups as the driver sees them: one call reaches all ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
+
+from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
+from rlsys.driver.ports import Handle
+from rlsys.metrics import Metric, combine, mean
+from rlsys.models.loading import UnsupportedModelError
+from rlsys.models.weights import WeightManifest
+
+
+class ReferenceGroup:
+    """All ranks of one sharded model. `workers` are actor handles in rank order."""
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self._workers = workers
+
+    async def setup(self) -> tuple[str, ...]:
+        """Bring the ranks together and load the model. Return what the user should know of it.
+
+        Raises:
+            UnsupportedModelError: the ranks have found that the model cannot be trained.
+        """
+        address = await self._workers[0].rendezvous.remote()
+        try:
+            notes = await asyncio.gather(
+                *(worker.setup.remote(address) for worker in self._workers)
+            )
+        except RayTaskError as error:
+            if isinstance(error.cause, UnsupportedModelError):
+                raise error.cause from None  # about the input: no traceback of an actor
+            raise
+        return notes[0]
+
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
+        """See `ports.LogprobSource`. The ranks put their results into the object store; only references come here."""
+        return await asyncio.gather(
+            *(worker.put_logprobs.remote(*rollouts) for worker in self._workers)
+        )
+
+    async def metrics(self) -> dict[str, Metric]:
+        """Peak memory over the ranks."""
+        return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
+
+
+class PolicyGroup(ReferenceGroup):
+    """The actor group."""
+
+    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+        """See `ports.Policy`. The effective sample size, (sum rho)^2 / (n sum rho^2), is made here from the ranks' sums."""
+        metrics = combine(
+            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
+        )
+        if "policy/ratio_square" in metrics:
+            square, first = metrics.pop("policy/ratio_square"), metrics["policy/ratio_mean"]
+            metrics["policy/effective_sample_size"] = mean(
+                first.value**2 / max(square.value, 1e-30), first.count
+            )
+        return metrics
+
+    async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
+        """See `ports.Policy`."""
+        return await self._workers[0].put_estimated_advantages.remote()
+
+    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
+        """Manifest and object references of the present weights."""
+        exports = await asyncio.gather(
+            *(worker.export_weights.remote(version) for worker in self._workers)
+        )
+        return exports[0]
+
+    async def probe_logprobs(
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Sequences of L tokens -> L - 1 log-probabilities each; every rank computes them, since the model is sharded."""
+        results = await asyncio.gather(
+            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
+        )
+        return results[0]
+
+    async def save(self, directory: Path) -> None:
+        """See `ports.Policy`."""
+        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
+
+    async def load(self, directory: Path) -> None:
+        """See `ports.Policy`."""
+        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
