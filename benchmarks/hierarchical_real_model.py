@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ from rlsys.rewards.scoring import score_completion
 from workers.generation.engines.engine import RolloutEngine
 from workers.generation.worker import build_rollouts, make_engine
 from workers.training.gradient_diagnostics import scores_of_responses
-from workers.training.rank_worker import PolicyWorker
+from workers.training.policy import PolicyWorker
 
 LAYERS = ("final", "current", "current_and_final", "blocks")
 METHODS = {
@@ -198,10 +197,7 @@ class Experiment:
                 sample_all, config, model, (repeated, others), sizes
             ).result()
         self.policy = PolicyWorker(config, model, 0, 1)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.policy.setup(f"tcp://127.0.0.1:{port}")
+        self.policy.setup(self.policy.rendezvous())
         self.updates = 0
 
     def update(self) -> None:
@@ -243,7 +239,7 @@ class Experiment:
         rows = np.arange(number * self.size, (number + 1) * self.size)
         packs = self.policy.packs_of(rollouts, rows, may_share=False)
         for scores in scores_of_responses(
-            self.policy.model, packs, rollouts.temperature, self.policy.device
+            self.policy.backend.module, packs, rollouts.temperature, self.policy.backend.device
         ):
             parts.append(
                 scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float())

@@ -20,8 +20,9 @@ from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
-from workers.training.rank_group import PolicyGroup, ReferenceGroup
-from workers.training.rank_worker import PolicyWorker, ReferenceWorker
+from workers.training.policy import PolicyWorker
+from workers.training.rank_group import CausalLMGroup, PolicyGroup
+from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
 
 
@@ -77,7 +78,7 @@ async def start_workers(
         ]
     await cluster.wait_until_ready()
     policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
-    reference = ReferenceGroup(reference_actors) if reference_actors else None
+    reference = CausalLMGroup(reference_actors) if reference_actors else None
     setups = await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
     for note in itertools.chain.from_iterable(setups):
         tell(note)

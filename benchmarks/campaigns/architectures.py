@@ -46,8 +46,9 @@ from tests.support.architectures import (
     tiny_parameters,
 )
 from workers.generation.engines.transformers import TransformersEngine
-from workers.training.backends.fsdp2 import build_sharded_model
+from workers.training.backends.fsdp2 import shard
 from workers.training.forward_check import Lengths, check_batch
+from workers.training.model_setup import prepare_model
 from workers.training.packed_model import PackTensors
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "data" / "architectures.json"
@@ -119,7 +120,9 @@ def examine(architecture: Architecture, *, sampling: bool = True) -> Finding:
 
 def _examine(architecture: Architecture, folder: str, *, sampling: bool) -> Finding:
     config = _config(folder)
-    packed, verdict = build_sharded_model(config, folder, torch.device("cpu"), 1, trainable=True)
+    cpu = torch.device("cpu")
+    packed, verdict = prepare_model(config, Path(folder), cpu, trainable=True)
+    shard(packed, config, cpu, trainable=True)
     own = load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
     own.requires_grad_(True)
     vocabulary = own.config.get_text_config().vocab_size
@@ -137,7 +140,7 @@ def _examine(architecture: Architecture, folder: str, *, sampling: bool) -> Find
         padded=not verdict.packing,
     )
     for pack in packs:
-        logprobs = packed(PackTensors.of(pack, torch.device("cpu")), 1.0).logprobs
+        logprobs = packed(PackTensors.of(pack, cpu)).logprobs
         at = torch.from_numpy(pack.flat_positions)
         (logprobs * coefficients[at]).sum().backward()
         found[at] = logprobs.detach()

@@ -12,8 +12,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,14 +34,12 @@ from rlsys.data.batches import (
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.run.required_inputs import required_inputs
 from tests.support.enumerable_policy import ResponseSpace
-from workers.training import rank_worker as worker
-from workers.training.forward_check import ForwardCheck
 from workers.training.packed_model import PackResult, PackTensors
+from workers.training.policy import PolicyWorker
 
 PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations
 FAR = 30.0  # of one logit: its token's log-ratio leaves the range of the clamp
-PACKED = ForwardCheck(packing=True, error=0.0, reason=None)
 # What an estimator kept of earlier batches: an average that has nothing to do with this one.
 EARLIER = {"average": 0.3, "weight": 1.0}
 
@@ -118,6 +116,7 @@ class TablePolicy(nn.Module):
 
     def __init__(self, space: ResponseSpace, logits: Tensor) -> None:
         super().__init__()
+        self.packing = True
         self.table = nn.Parameter(logits.clone())
         self.rows = torch.full((space.length, PROMPT_TOKEN + 1), -1)
         before = torch.cat(
@@ -132,11 +131,11 @@ class TablePolicy(nn.Module):
                 assert known in (-1, row), "the row must follow from position and token before"
                 self.rows[position, token] = row
 
-    def forward(self, pack: PackTensors, temperature: float) -> PackResult:
+    def forward(self, pack: PackTensors) -> PackResult:
         """Log-probabilities, entropies and score norms of the pack's sampled tokens."""
         position = pack.position_ids[0, pack.predict_positions]
         before = pack.token_ids[0, pack.predict_positions]
-        logs = (self.table[self.rows[position, before]] / temperature).log_softmax(dim=1)
+        logs = (self.table[self.rows[position, before]] / pack.temperature).log_softmax(dim=1)
         chosen = logs.gather(1, pack.targets[:, None])[:, 0]
         probabilities = logs.exp()
         with torch.no_grad():
@@ -149,42 +148,62 @@ class TablePolicy(nn.Module):
         )
 
 
-class GradientRecorder(torch.optim.Optimizer):
-    """Keeps the gradient and leaves the weights alone."""
+class TableBackend:
+    """Implements `ModelBackend` for a table: keeps the gradient of a step and leaves the weights alone."""
 
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.0})
+    def __init__(self, table: TablePolicy) -> None:
+        self.module: Any = table
+        self.device = torch.device("cpu")
         self.gradient: Tensor | None = None
 
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take the gradient of the only parameter."""
-        (parameter,) = self.param_groups[0]["params"]
-        self.gradient = parameter.grad.clone()
+    def forward(self, pack: PackTensors) -> PackResult:
+        """Run the table on a pack."""
+        return self.module(pack)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradient; there is one rank."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Take the gradient where it is finite, and return its norm."""
+        gradient = self.module.table.grad
+        norm = float(gradient.norm())
+        if math.isfinite(norm):
+            self.gradient = gradient.clone()
+        self.module.table.grad = None
+        return norm
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the table."""
+        yield "table", self.module.table.detach()
+
+    def save(self, path: Path) -> None:
+        """Refuse: a table is never saved."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> None:
+        """Refuse: a table is never saved."""
+        raise NotImplementedError
 
 
-class EnumeratedPolicy(worker.PolicyWorker):
-    """One rank of the actor group whose model is a table."""
+class EnumeratedPolicy(PolicyWorker):
+    """One rank of the policy whose model is a table."""
 
     def setup_table(self, world: World) -> None:
-        """`setup` with a table for a language model, and a recorder for the optimizer."""
+        """`setup` with a table for a language model."""
         join_alone()
-        policy = TablePolicy(world.space, world.live)
-        with (
-            patch.object(worker, "join_process_group", lambda *_: torch.device("cpu")),
-            patch.object(worker, "build_sharded_model", lambda *_, **__: (policy, PACKED)),
-        ):
-            self.setup("nowhere")
-        self.recorder = GradientRecorder(self.model.parameters())
-        self.optimizer = self.recorder  # pyright: ignore[reportAttributeAccessIssue]
+        self.table = TableBackend(TablePolicy(world.space, world.live))
+        self.backend = self.table
+        self.share_prompts = self.config.policy.share_prompts
 
     def ascent(self, batch: Any) -> Tensor:
-        """Minus the gradient of the loss of one update; 0 where the update is skipped."""
-        self.recorder.gradient = None
+        """Return minus the gradient of the loss of one update; 0 where the update is skipped."""
+        self.table.gradient = None
         self.estimator_state = {}
         self.old_kl_coefficient = self.config.algorithm.kl_old.coefficient  # it adapts
         self.update(batch)
-        gradient = self.recorder.gradient
-        return torch.zeros_like(self.model.table) if gradient is None else -gradient  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gradient = self.table.gradient
+        return torch.zeros_like(self.table.module.table) if gradient is None else -gradient
 
 
 def join_alone() -> None:

@@ -34,8 +34,8 @@ from rlsys.models import resolve_model
 from rlsys.models.weights import unpack_weights
 from tests.support.rank_processes import RankProcesses
 from tests.support.rollout_examples import random_rollouts, train_batch
-from workers.training.rank_group import PolicyGroup, ReferenceGroup
-from workers.training.rank_worker import ReferenceWorker
+from workers.training.rank_group import CausalLMGroup, PolicyGroup
+from workers.training.reference import ReferenceWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -62,14 +62,14 @@ def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
 
 
 @asynccontextmanager
-async def reference_group(config: RunConfig) -> AsyncIterator[ReferenceGroup]:
+async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
     """A group with processes of its own."""
     remote_class: Any = ray.remote(ReferenceWorker)
     model, count = str(resolve_model("tiny")), config.policy.ranks
     actors = [
         remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)
     ]
-    group = ReferenceGroup(actors)
+    group = CausalLMGroup(actors)
     await group.setup()
     yield group
     for actor in actors:
@@ -84,7 +84,7 @@ async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
     }
 
 
-async def logprobs_of(group: ReferenceGroup, batch: TrainBatch) -> np.ndarray:
+async def logprobs_of(group: CausalLMGroup, batch: TrainBatch) -> np.ndarray:
     parts = await group.logprobs([ray.put(batch.rollouts)])
     return LogprobBatch.scatter([await part for part in parts], batch.rollouts.sequence_offsets)
 

@@ -11,8 +11,8 @@ import ray
 
 from rlsys.config import RunConfig
 from rlsys.models import resolve_model
+from workers.training.policy import PolicyWorker
 from workers.training.rank_group import PolicyGroup
-from workers.training.rank_worker import PolicyWorker
 
 
 class PolicyRank(PolicyWorker):

@@ -68,7 +68,7 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     for rows in np.split(np.arange(12), 3):
         gradients, same, proxy = torch.zeros(4, 4, weight.numel()), torch.zeros(4), torch.zeros(4)
         (pack,) = pack_rows(batch.rollouts, rows, budget=10**6, rank=0, ranks=1, share_prompts=True)
-        result = tiny(PackTensors.of(pack, CPU), 1.0)
+        result = tiny(PackTensors.of(pack, CPU))
         scores = torch.stack(
             [
                 torch.autograd.grad([one], [weight], retain_graph=True)[0].flatten()

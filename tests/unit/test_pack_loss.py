@@ -14,8 +14,9 @@ from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import pack_rows
 from rlsys.data.padding import ResponsePadding
 from tests.support.rollout_examples import rollouts, train_batch
+from workers.training.losses import Denominators, PackColumns
 from workers.training.packed_model import PackResult
-from workers.training.policy_loss import Denominators, pack_loss
+from workers.training.policy_loss import PolicyLoss
 
 KLS = {
     "tokens": KLConfig(coefficient=0.3),
@@ -50,7 +51,8 @@ def losses_of(
         logprobs = live[torch.from_numpy(pack.flat_positions)]
         zeros = torch.zeros_like(logprobs)
         result = PackResult(logprobs, zeros, zeros, zeros[:, None])
-        made = pack_loss(result, pack, batch, algorithm, sizes, {}, old_kl_coefficient=penalty)
+        loss = PolicyLoss(batch=batch, algorithm=algorithm, old_kl_coefficient=penalty)
+        made = loss(result, PackColumns(pack, live.device), sizes)
         total = total + made.loss
         for name, value in made.sums.items():
             sums[name] = sums.get(name, 0.0) + value

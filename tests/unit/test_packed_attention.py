@@ -57,7 +57,7 @@ def packed_logprobs(
         batch, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share
     ):
         flat[torch.from_numpy(pack.flat_positions)] = packed(
-            PackTensors.of(pack, torch.device("cpu")), 1.0
+            PackTensors.of(pack, torch.device("cpu"))
         ).logprobs
     return flat
 

@@ -14,7 +14,7 @@ from rlsys.config import GenerationConfig, ModelConfig, PolicyConfig, RunConfig
 from rlsys.models.loading import load_causal_lm, load_tokenizer
 from tests.support.model_families import build_family, load_family
 from workers.training.backends.fsdp2 import load_full_state_dict
-from workers.training.rank_worker import PolicyWorker
+from workers.training.policy import PolicyWorker
 
 
 def config(directory: Path, engine: str = "vllm") -> RunConfig:
@@ -50,9 +50,9 @@ def test_a_saved_policy_has_the_names_of_its_checkpoint_and_loads_everywhere(
     (model / "modeling_mine.py").write_text("# code\n")
     saved.mkdir()
     with one_rank(model) as worker:
-        inner: Any = worker.model.model
+        inner: Any = worker.backend.module.model
         expected = load_family(model, seed=5)
-        load_full_state_dict(worker.model, expected.state_dict())
+        load_full_state_dict(worker.backend.module, expected.state_dict())
         worker.save(str(saved))
         assert set(load_file(saved / "model.safetensors")) == set(
             load_file(model / "model.safetensors")
@@ -62,7 +62,7 @@ def test_a_saved_policy_has_the_names_of_its_checkpoint_and_loads_everywhere(
         torch.testing.assert_close(logits(reloaded), logits(expected), rtol=0, atol=0)
         assert load_tokenizer(saved).eos_token_id == load_tokenizer(model).eos_token_id
 
-        load_full_state_dict(worker.model, load_family(model, seed=6).state_dict())
+        load_full_state_dict(worker.backend.module, load_family(model, seed=6).state_dict())
         worker.load(str(saved))
         for name, tensor in expected.state_dict().items():
             assert torch.equal(inner.state_dict()[name].full_tensor(), tensor), name

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlsys.metrics import combine, values
-from workers.training.policy_loss import PackLoss
-from workers.training.rank_worker import UpdateCounts, _loss_metrics
+from workers.training.losses import PackLoss
+from workers.training.update_metrics import UpdateCounts, loss_metrics
 
 NAMES = ("entropy", "ratio", "ratio_square", "clipped", "gap")
 
@@ -20,12 +20,12 @@ def pack(loss: float, gap: float = 0.0) -> PackLoss:
 def test_the_loss_is_the_sum_over_packs_and_ranks_and_the_mean_over_mini_batches():
     """Two ranks; mini-batch 1 has losses 1 + 2 on rank 0 and 3 on rank 1, mini-batch 2 has 4 on rank 0 and no pack on rank 1: (6 + 4) / 2."""
     first = [
-        _loss_metrics([pack(1.0), pack(2.0)], 6, 2, drifted=False),
-        _loss_metrics([pack(4.0)], 2, 2, drifted=True),
+        loss_metrics([pack(1.0), pack(2.0)], 6, 2, drifted=False),
+        loss_metrics([pack(4.0)], 2, 2, drifted=True),
     ]
     second = [
-        _loss_metrics([pack(3.0)], 1, 2, drifted=False),
-        _loss_metrics([], 0, 2, drifted=True),
+        loss_metrics([pack(3.0)], 1, 2, drifted=False),
+        loss_metrics([], 0, 2, drifted=True),
     ]
     merged = values(combine([combine(first), combine(second)]))
     assert merged["policy/loss"] == pytest.approx(5.0)
@@ -35,8 +35,8 @@ def test_the_loss_is_the_sum_over_packs_and_ranks_and_the_mean_over_mini_batches
 
 def test_a_difference_after_an_update_is_drift():
     reports = [
-        _loss_metrics([pack(0.0, gap=0.2)], 2, 1, drifted=False),
-        _loss_metrics([pack(0.0, gap=3.0)], 2, 1, drifted=True),
+        loss_metrics([pack(0.0, gap=0.2)], 2, 1, drifted=False),
+        loss_metrics([pack(0.0, gap=3.0)], 2, 1, drifted=True),
     ]
     merged = values(combine(reports))
     assert merged["policy/logprob_gap_mean"] == pytest.approx(0.1)

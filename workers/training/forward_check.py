@@ -202,7 +202,7 @@ def _logprobs(
     for part in [rows] if together else np.split(rows, len(rows)):
         packs = pack_rows(batch, part, budget=1 << 40, rank=0, ranks=1, share_prompts=share_prompts)
         for pack in packs:
-            result = forward(PackTensors.of(pack, device), batch.temperature)
+            result = forward(PackTensors.of(pack, device, batch.temperature))
             flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
     return flat
 

@@ -73,7 +73,7 @@ def pack_scores(
 
     hook = last_down_projection(model).register_forward_hook(keep)
     with torch.enable_grad():
-        result = model(PackTensors.of(pack, device), temperature)
+        result = model(PackTensors.of(pack, device, temperature))
     hook.remove()
     inward, output = seen
     (outward,) = torch.autograd.grad(result.logprobs.sum(), output)

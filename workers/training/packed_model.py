@@ -34,9 +34,10 @@ class PackTensors:
     predict_positions: Tensor  # [m]
     response_index: Tensor  # [m] which of the pack's responses
     targets: Tensor  # [m]
+    temperature: float = 1.0  # at which the tokens were sampled
 
     @staticmethod
-    def of(pack: Pack, device: torch.device) -> PackTensors:
+    def of(pack: Pack, device: torch.device, temperature: float = 1.0) -> PackTensors:
         """Copy the pack's arrays to `device`."""
         token_ids, position_ids, predict, index, targets = (
             torch.from_numpy(array).to(device)
@@ -56,6 +57,7 @@ class PackTensors:
             predict_positions=predict,
             response_index=index,
             targets=targets,
+            temperature=temperature,
         )
 
 
@@ -68,14 +70,31 @@ class PackResult(NamedTuple):
     hidden: Tensor  # [m, d] last hidden state at the position that predicts it; without gradient
 
 
-class PackedCausalLM(nn.Module):
+class PackedModel(nn.Module):
+    """A transformers model that is called with packs: what all heads on it share."""
+
+    def __init__(self, model: PreTrainedModel, *, packing: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.packing = packing  # else every pack is padded to a rectangle
+
+    def hidden_states(self, pack: PackTensors) -> Tensor:
+        """Return [m, d] the last hidden states at the positions that predict a sampled token."""
+        output = self.model.get_decoder()(
+            input_ids=pack.token_ids,
+            position_ids=pack.position_ids,
+            use_cache=False,
+            packed_layout=pack.layout,
+        )
+        return output.last_hidden_state[0].index_select(0, pack.predict_positions)
+
+
+class PackedCausalLM(PackedModel):
     """A causal language model with a packed and a padded forward pass; `packing` says which one runs."""
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int, packing: bool = True) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, packing=packing)
         self.chunk_tokens = chunk_tokens
-        self.packing = packing
         self.transform = logit_transform(model.config)
         self._keeps_some_logits = "logits_to_keep" in signature(model.forward).parameters
 
@@ -86,34 +105,27 @@ class PackedCausalLM(nn.Module):
         assert isinstance(head, nn.Linear), "a causal language model has an LM head"
         return head.in_features
 
-    def forward(self, pack: PackTensors, temperature: float) -> PackResult:
-        """Return log-probabilities, entropies and score norms of the sampled tokens, and what they were predicted from."""
-        return self._packed(pack, temperature) if self.packing else self._padded(pack, temperature)
+    def forward(self, pack: PackTensors) -> PackResult:
+        """Return log-probabilities, entropies and score norms of the sampled tokens."""
+        return self._packed(pack) if self.packing else self._padded(pack)
 
-    def _packed(self, pack: PackTensors, temperature: float) -> PackResult:
-        """Prompts and the last tokens of responses never meet the vocabulary."""
-        decoder = self.model.get_decoder()
-        output = decoder(
-            input_ids=pack.token_ids,
-            position_ids=pack.position_ids,
-            use_cache=False,
-            packed_layout=pack.layout,
-        )
-        hidden = output.last_hidden_state[0].index_select(0, pack.predict_positions)
+    def _packed(self, pack: PackTensors) -> PackResult:
+        """Run the LM head only on positions that predict a sampled token."""
+        hidden = self.hidden_states(pack)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear), "a causal language model has an LM head"
         tokens = token_logprobs(
             hidden,
             head.weight,
             pack.targets,
-            temperature=temperature,
+            temperature=pack.temperature,
             chunk_tokens=self.chunk_tokens,
             lm_head_bias=head.bias,
             transform=self.transform,
         )
         return PackResult(*tokens, hidden=hidden.detach())
 
-    def _padded(self, pack: PackTensors, temperature: float) -> PackResult:
+    def _padded(self, pack: PackTensors) -> PackResult:
         """Logits exist at once: from the first predicting position on, where the model can leave out others."""
         rows = padded_rows(pack)
         # A token's position in its sequence is its column.
@@ -134,7 +146,7 @@ class PackedCausalLM(nn.Module):
             hook.remove()
 
         chosen = logits[pack.response_index, columns]
-        tokens = token_logprobs_of_logits(chosen, pack.targets, temperature=temperature)
+        tokens = token_logprobs_of_logits(chosen, pack.targets, temperature=pack.temperature)
         hidden = seen[0][pack.response_index, columns] if seen else chosen.new_zeros(len(chosen), 0)
         return PackResult(*tokens, hidden=hidden)
 

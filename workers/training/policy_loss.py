@@ -1,155 +1,138 @@
-"""The loss of one packed forward pass: the algorithm functions, applied to the tokens of a pack."""
+"""The loss of the policy on one pack: the algorithm functions, applied to its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.algorithms.kl import KLLossTerms, kl_estimate, kl_loss, old_policy_kl
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import (
     PolicyObjectiveInputs,
+    PolicyObjectiveOutput,
     log_ratios,
     policy_objective,
     rollout_correction,
 )
 from rlsys.config import AlgorithmConfig
 from rlsys.data.batches import TrainBatch
-from rlsys.data.packing import Pack
+from workers.training.losses import Denominators, PackColumns, PackLoss
 from workers.training.packed_model import PackResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denominators:
-    """Sizes of the whole mini-batch over all ranks: losses of packs add up to the loss of the mini-batch."""
+class PolicyLoss:
+    """A `TokenLoss`: objective, KL and entropy terms. Gradient flows through the pack's result alone."""
 
-    num_tokens: int
-    num_sequences: int
-    max_tokens: int
+    batch: TrainBatch
+    algorithm: AlgorithmConfig
+    # The weight's parameters, with what it took from the whole mini-batch.
+    objective_parameters: Mapping[str, Any] = field(default_factory=dict)
+    old_kl_coefficient: float = 0.0  # of the penalty KL(old || live), now
 
+    def __call__(self, result: PackResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
+        """Return the loss of a pack, a part of that of the mini-batch."""
+        mask = columns.mask()
+        old = _old_logprobs(self.batch, result, columns)
+        rollout = columns.take(self.batch.rollouts.rollout_logprobs)
+        sums: dict[str, float] = {}
 
-@dataclass(frozen=True, kw_only=True)
-class PackLoss:
-    """The loss to differentiate, and detached sums over the pack's tokens for the metrics."""
+        objective = self._objective(result, columns, old, mask)
+        token_losses = objective.token_losses
 
-    loss: Tensor
-    sums: dict[str, float]
-    maxima: dict[str, float]
-
-
-class _Padder:
-    """Between the m sampled tokens of a pack and [b, T] arrays of responses."""
-
-    def __init__(self, pack: Pack, device: torch.device) -> None:
-        self.rows = torch.from_numpy(pack.response_index).to(device)
-        self.columns = torch.from_numpy(pack.response_positions).to(device)
-        width = int(pack.response_positions.max()) + 1 if len(pack.response_positions) else 1
-        self.shape = (len(pack.rows), width)
-
-    def pad(self, values: Tensor) -> Tensor:
-        """[m] -> [b, T], 0 elsewhere; differentiable."""
-        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
-
-
-def pack_loss(
-    result: PackResult,
-    pack: Pack,
-    batch: TrainBatch,
-    algorithm: AlgorithmConfig,
-    sizes: Denominators,
-    objective_parameters: Mapping[str, Any],
-    *,
-    old_kl_coefficient: float = 0.0,
-) -> PackLoss:
-    """Objective, KL and entropy terms of one pack. Gradient flows through `result` alone.
-
-    `objective_parameters` are those of the weight, with what it took from the whole mini-batch. `old_kl_coefficient` is that of the penalty
-    KL(old || live) now.
-    """
-    device = result.logprobs.device
-    padder = _Padder(pack, device)
-
-    def of_batch(array: NDArray[np.float32] | None) -> Tensor:
-        assert array is not None, "an update has advantages, and rollouts log-probabilities"
-        return torch.from_numpy(array[pack.flat_positions]).to(device)
-
-    mask = padder.pad(torch.ones_like(result.logprobs)).bool()
-    old = result.logprobs.detach() if batch.old_logprobs is None else of_batch(batch.old_logprobs)
-    objective = policy_objective(
-        PolicyObjectiveInputs(
-            logprobs=padder.pad(result.logprobs),
-            old_logprobs=padder.pad(old),
-            advantages=padder.pad(of_batch(batch.advantages)),
-            response_mask=mask,
-        ),
-        ratio=algorithm.objective.ratio,
-        weight=algorithm.objective.weight,
-        **objective_parameters,
-    )
-    rollout = of_batch(batch.rollouts.rollout_logprobs)
-    token_losses = objective.token_losses
-    sums: dict[str, float] = {}
-    if algorithm.rollout_correction.level != "none":
-        correction = rollout_correction(
-            padder.pad(old), padder.pad(rollout), mask, **algorithm.rollout_correction.model_dump()
-        )
-        token_losses = token_losses * correction
-        sums |= {
-            "rollout_correction": float(correction.sum()),
-            "rollout_masked_share": float((mask & (correction == 0)).sum()),
-        }
-    if batch.ref_logprobs is not None:
-        ref, kl = of_batch(batch.ref_logprobs), algorithm.kl
-        if batch.kl_coefficient:
-            terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
-            estimate = kl_loss(
-                padder.pad(result.logprobs), padder.pad(old), padder.pad(ref), mask, terms
+        if self.algorithm.rollout_correction.level != "none":
+            correction = rollout_correction(
+                columns.pad(old),
+                columns.pad(rollout),
+                mask,
+                **self.algorithm.rollout_correction.model_dump(),
             )
-            token_losses = token_losses + batch.kl_coefficient * estimate
+            token_losses = token_losses * correction
+            sums["rollout_correction"] = float(correction.sum())
+            sums["rollout_masked_share"] = float((mask & (correction == 0)).sum())
+
+        if self.batch.ref_logprobs is not None:
+            ref = columns.take(self.batch.ref_logprobs)
+            if self.batch.kl_coefficient:
+                penalty = self._reference_kl(result, columns, old, ref, mask)
+                token_losses = token_losses + self.batch.kl_coefficient * penalty
+            for kind in ("k1", "k3"):
+                estimate = kl_estimate(result.logprobs.detach(), ref, kind)
+                sums[f"kl_ref_{kind}"] = float(estimate.sum())
+
+        if self.old_kl_coefficient:
+            drift = old_policy_kl(result.logprobs, old)
+            token_losses = token_losses + self.old_kl_coefficient * columns.pad(drift)
+            sums["kl_old"] = float(drift.detach().sum())
+
+        if self.algorithm.entropy.bonus:
+            bonus = self.algorithm.entropy.bonus * columns.pad(result.entropies)
+            token_losses = token_losses - bonus
+
+        loss = aggregate_loss(
+            token_losses,
+            mask,
+            self.algorithm.aggregation,
+            num_tokens=sizes.num_tokens,
+            num_sequences=sizes.num_sequences,
+            max_tokens=sizes.max_tokens,
+        )
+        ratio = objective.metrics["ratio"]
+        difference = (rollout - old).abs()
         sums |= {
-            f"kl_ref_{kind}": float(kl_estimate(result.logprobs.detach(), ref, kind).sum())
-            for kind in ("k1", "k3")
+            "entropy": float(result.entropies.detach().sum()),
+            "ratio": float(ratio.sum()),
+            "ratio_square": float((ratio**2).sum()),
+            "clipped": float(objective.metrics["clipped"].sum()),
+            "gap": float(difference.sum()),
         }
-    if old_kl_coefficient:
-        drift = old_policy_kl(result.logprobs, old)
-        token_losses = token_losses + old_kl_coefficient * padder.pad(drift)
-        sums["kl_old"] = float(drift.detach().sum())
-    if algorithm.entropy.bonus:
-        token_losses = token_losses - algorithm.entropy.bonus * padder.pad(result.entropies)
-    loss = aggregate_loss(
-        token_losses,
-        mask,
-        algorithm.aggregation,
-        num_tokens=sizes.num_tokens,
-        num_sequences=sizes.num_sequences,
-        max_tokens=sizes.max_tokens,
-    )
-    ratio = objective.metrics["ratio"]
-    gap = (rollout - old).abs()
-    sums |= {
-        "entropy": float(result.entropies.detach().sum()),
-        "ratio": float(ratio.sum()),
-        "ratio_square": float((ratio**2).sum()),
-        "clipped": float(objective.metrics["clipped"].sum()),
-        "gap": float(gap.sum()),
-    }
-    return PackLoss(
-        loss=loss, sums=sums, maxima={"ratio": float(ratio.max()), "gap": float(gap.max())}
-    )
+        maxima = {"ratio": float(ratio.max()), "gap": float(difference.max())}
+        return PackLoss(loss=loss, sums=sums, maxima=maxima)
+
+    def _objective(
+        self, result: PackResult, columns: PackColumns, old: Tensor, mask: Tensor
+    ) -> PolicyObjectiveOutput:
+        """Return the token losses of the policy objective."""
+        assert self.batch.advantages is not None, "an update has advantages"
+        inputs = PolicyObjectiveInputs(
+            logprobs=columns.pad(result.logprobs),
+            old_logprobs=columns.pad(old),
+            advantages=columns.pad(columns.take(self.batch.advantages)),
+            response_mask=mask,
+        )
+        objective = self.algorithm.objective
+        return policy_objective(
+            inputs,
+            ratio=objective.ratio,
+            weight=objective.weight,
+            **self.objective_parameters,
+        )
+
+    def _reference_kl(
+        self, result: PackResult, columns: PackColumns, old: Tensor, ref: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Return [b, T] the KL to the reference as a loss."""
+        kl = self.algorithm.kl
+        terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
+        return kl_loss(
+            columns.pad(result.logprobs), columns.pad(old), columns.pad(ref), mask, terms
+        )
 
 
-def pack_log_ratios(result: PackResult, pack: Pack, batch: TrainBatch, level: str) -> Tensor:
-    """[m] log-ratios of one level at the pack's tokens, for weights with a statistic over the mini-batch."""
-    assert batch.old_logprobs is not None
-    padder = _Padder(pack, result.logprobs.device)
-    old = torch.from_numpy(batch.old_logprobs[pack.flat_positions]).to(result.logprobs.device)
-    mask = padder.pad(torch.ones_like(result.logprobs)).bool()
-    return log_ratios(level, padder.pad(result.logprobs), padder.pad(old), mask)[
-        padder.rows, padder.columns
-    ]
+def _old_logprobs(batch: TrainBatch, result: PackResult, columns: PackColumns) -> Tensor:
+    """Return [m] the log-probabilities of the old policy: the live one's where none were computed."""
+    if batch.old_logprobs is None:
+        return result.logprobs.detach()
+    return columns.take(batch.old_logprobs)
+
+
+def pack_log_ratios(
+    result: PackResult, columns: PackColumns, batch: TrainBatch, level: str
+) -> Tensor:
+    """Return [m] log-ratios of one level, for weights with a statistic over the mini-batch."""
+    old = _old_logprobs(batch, result, columns)
+    padded = log_ratios(level, columns.pad(result.logprobs), columns.pad(old), columns.mask())
+    return columns.unpad(padded)

@@ -1,4 +1,9 @@
-"""The actor and reference groups as the driver sees them: one call reaches all ranks."""
+"""Groups of ranks as the driver sees them: one call reaches all ranks.
+
+RankGroup              the ranks of any model
+CausalLMGroup          of one that answers with log-probabilities: the reference
+PolicyGroup            the policy
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,8 @@ from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import WeightManifest
 
 
-class ReferenceGroup:
-    """All ranks of one sharded model. `workers` are actor handles in rank order."""
+class RankGroup:
+    """All ranks of one distributed model. `workers` are actor handles in rank order."""
 
     def __init__(self, workers: Sequence[Any]) -> None:
         self._workers = workers
@@ -41,6 +46,14 @@ class ReferenceGroup:
             raise
         return notes[0]
 
+    async def metrics(self) -> dict[str, Metric]:
+        """Return the peak memory over the ranks."""
+        return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
+
+
+class CausalLMGroup(RankGroup):
+    """A model that answers with log-probabilities."""
+
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
     ) -> Sequence[Handle[LogprobBatch]]:
@@ -49,13 +62,9 @@ class ReferenceGroup:
             *(worker.put_logprobs.remote(*rollouts) for worker in self._workers)
         )
 
-    async def metrics(self) -> dict[str, Metric]:
-        """Peak memory over the ranks."""
-        return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
 
-
-class PolicyGroup(ReferenceGroup):
-    """The actor group."""
+class PolicyGroup(CausalLMGroup):
+    """The policy."""
 
     async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
         """See `ports.Policy`. The effective sample size, (sum rho)^2 / (n sum rho^2), is made here from the ranks' sums."""

@@ -19,7 +19,7 @@ from rlsys.algorithms.advantages import (
 from rlsys.driver.batch_metrics import batch_metrics
 from tests.support.rollout_examples import random_rollouts, train_batch
 from workers.training.policy_loss import PackLoss
-from workers.training.rank_worker import UpdateCounts, _loss_metrics
+from workers.training.update_metrics import UpdateCounts, loss_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACES = sorted({doc.name.split("/")[0] for doc in METRICS})
@@ -95,8 +95,8 @@ def test_metrics_add_up_as_documented():
     )
     reports = [
         batch_metrics(train_batch(random_rollouts(0))),
-        _loss_metrics([loss], 3, 1, drifted=False),
-        _loss_metrics([loss], 3, 1, drifted=True),
+        loss_metrics([loss], 3, 1, drifted=False),
+        loss_metrics([loss], 3, 1, drifted=True),
         UpdateCounts().metrics(),
     ]
     for name, metric in ((n, m) for report in reports for n, m in report.items()):

@@ -1,0 +1,1 @@
+"""Training backends: what distributes a model over ranks."""

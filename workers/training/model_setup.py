@@ -1,0 +1,118 @@
+"""From a model directory to a model that is ready to be sharded, whatever the backend.
+
+load -> compare the packed forward pass with the model's own -> register the attention kernel
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlsys.config import RunConfig
+from rlsys.models.loading import load_causal_lm
+from workers.training.forward_check import ForwardCheck, Lengths, check_forward
+from workers.training.packed_attention import register_packed_attention
+from workers.training.packed_model import PackedCausalLM
+from workers.training.process_group import agreed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the model's own forward pass runs with; transformers compiles flex_attention anew for each shape.
+OWN_KERNEL = {"flex_attention": "sdpa"}
+
+
+def choose_kernel(configured: str, device: torch.device) -> str:
+    """Return the attention kernel that `model.attention` means on this device."""
+    if configured != "auto":
+        return configured
+    if device.type == "cuda":
+        try:
+            import flash_attn  # noqa: F401  # pyright: ignore[reportMissingImports]  (GPU extra)
+        except ImportError:
+            return "sdpa"
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def prepare_model(
+    config: RunConfig, directory: Path, device: torch.device, *, trainable: bool
+) -> tuple[PackedCausalLM, ForwardCheck]:
+    """Load a model and find out how it can be run; collective.
+
+    A trainable model has float32 weights (the masters); a frozen one is stored in the compute
+    dtype. Both run in evaluation mode: dropout and router jitter would make the log-probabilities
+    of one policy differ from pass to pass.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run right.
+    """
+    stored = torch.float32 if trainable else DTYPES[config.policy.compute_dtype]
+    kernel = choose_kernel(config.model.attention, device)
+    model = load_causal_lm(
+        directory,
+        dtype=stored,
+        attention=OWN_KERNEL.get(kernel, kernel),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    model.requires_grad_(trainable)
+    nn.Module.to(model, device)
+
+    verdict = agreed(lambda: _check(config, model, kernel, device, directory))
+    # Sharding wants one dtype: some models keep a few parameters in float32 whatever is asked for.
+    nn.Module.to(model, stored)
+    if verdict.packing:
+        model.set_attn_implementation(register_packed_attention(kernel))
+
+    packed = PackedCausalLM(
+        model, chunk_tokens=config.policy.logit_chunk_tokens, packing=verdict.packing
+    )
+    return packed, verdict
+
+
+def _check(
+    config: RunConfig, model: PreTrainedModel, kernel: str, device: torch.device, directory: Path
+) -> ForwardCheck:
+    """Run the check in float32, so that a difference is a missing feature and not rounding."""
+    nn.Module.to(model, torch.float32)
+    return check_forward(
+        model,
+        kernel=kernel,
+        lengths=Lengths(
+            prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
+        ),
+        packing=config.policy.packing,
+        device=device,
+        code=directory,
+    )
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated blocks of the model, inner ones first: what is sharded and recomputed as one.
+
+    They are the members of module lists whose class the model names as not to be split.
+    """
+    names = set(model._no_split_modules or ())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = [block for blocks in lists for block in blocks if type(block).__name__ in names]
+    return list(dict.fromkeys(reversed(found)))
+
+
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep only the block's inputs in the forward pass, and run it again in the backward pass.
+
+    transformers' own switch works in training mode only, which would bring dropout with it.
+    """
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    block.forward = recomputed

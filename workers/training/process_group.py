@@ -1,0 +1,76 @@
+"""How the ranks of one model find each other, agree, and use the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+T = TypeVar("T")
+
+
+def open_rendezvous(host: str, world_size: int) -> TCPStore:
+    """Return the store at which the ranks meet, listening on a free port of `host`; rank 0 keeps it.
+
+    The port is bound once and stays bound: one that was only looked up could be taken by another
+    process before the ranks meet.
+    """
+    return TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+
+
+def join_process_group(
+    address: str, rank: int, world_size: int, store: TCPStore | None = None
+) -> torch.device:
+    """Join the ranks and return this rank's device: gloo on CPUs, NCCL for tensors on GPUs.
+
+    Args:
+        address: host:port of the store of rank 0.
+        store: that store itself, on rank 0.
+    """
+    if store is None:
+        host, _, port = address.rpartition(":")
+        store = TCPStore(host, int(port), world_size, is_master=False)
+
+    on_gpu = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    if not on_gpu:
+        return torch.device("cpu")
+
+    torch.cuda.set_device(0)  # Ray shows each rank its own GPU only
+    return torch.device("cuda", 0)
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """Return what rank 0 decides, on every rank; an error of rank 0 is raised on every rank."""
+    decision: list[T | Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decision = [decide()]
+        except Exception as error:  # the other ranks wait for an answer
+            decision = [error]
+    dist.broadcast_object_list(decision, src=0)
+
+    (answer,) = decision
+    if isinstance(answer, Exception):
+        raise answer
+    assert answer is not None, "rank 0 has answered"
+    return answer
+
+
+def use_all_threads() -> None:
+    """Use as many threads as OMP_NUM_THREADS says; Ray may have set torch to fewer before this process knew."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest memory of this process so far: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**3
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2

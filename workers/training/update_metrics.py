@@ -1,0 +1,65 @@
+"""What a rank reports of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rlsys.metrics import Metric, maximum, mean, total
+from workers.training.losses import PackLoss
+
+
+@dataclass(frozen=True)
+class UpdateCounts:
+    """What became of the mini-batches of one batch."""
+
+    taken: int = 0  # optimizer steps
+    not_finite: int = 0  # skipped: the gradient was not finite
+    empty: int = 0  # skipped: no response of the mini-batch is trained
+
+    def after(self, *, finite: bool) -> UpdateCounts:
+        """With one more mini-batch that had a gradient."""
+        return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
+
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            "policy/updates": total(self.taken),
+            "policy/skipped_updates": total(self.not_finite + self.empty),
+            "policy/nonfinite_gradients": total(self.not_finite),
+        }
+
+
+def loss_metrics(
+    losses: Sequence[PackLoss], tokens: int, ranks: int, *, drifted: bool
+) -> dict[str, Metric]:
+    """Loss, token-weighted means and maxima of one mini-batch on one rank.
+
+    The loss of a mini-batch is the sum over packs and ranks: its share on this rank is reported times the number of ranks, so that the mean over
+    ranks and mini-batches is the mean loss of a mini-batch. Every rank reports one, also one that has no pack.
+
+    `drifted`: `old` are the log-probabilities of a policy that has moved since it sampled, so what they differ by is drift and no gap between
+    engine and trainer.
+    """
+    loss = {"policy/loss": mean(ranks * sum(float(loss.loss.detach()) for loss in losses))}
+    if not losses:
+        return loss
+
+    def average(name: str) -> Metric:
+        return mean(sum(loss.sums[name] for loss in losses) / max(tokens, 1), tokens)
+
+    difference = "drift" if drifted else "logprob_gap"
+    metrics = loss | {
+        "policy/entropy": average("entropy"),
+        "policy/ratio_mean": average("ratio"),
+        "policy/ratio_square": average("ratio_square"),
+        "policy/clipped_share": average("clipped"),
+        f"policy/{difference}_mean": average("gap"),
+        "policy/ratio_max": maximum(max(loss.maxima["ratio"] for loss in losses)),
+        f"policy/{difference}_max": maximum(max(loss.maxima["gap"] for loss in losses)),
+        "policy/tokens": total(tokens),
+    }
+    return metrics | {
+        f"policy/{name}": average(name)
+        for name in losses[0].sums
+        if name.startswith(("kl_", "rollout_"))
+    }
