@@ -140,7 +140,7 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
         )
         return None
     model_directory = resolve_model(config.model.path)
-    reference = config.model.reference_path
+    reference = config.reference.path
     reference_directory = resolve_model(reference) if reference else model_directory
     check_model(config, model_directory, reference_directory)
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)

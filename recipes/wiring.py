@@ -6,11 +6,12 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.config import RunConfig
+from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
 from rlsys.driver.synchronous_loop import Workers
@@ -22,6 +23,7 @@ from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
 from workers.training.policy import PolicyWorker
 from workers.training.rank_group import CausalLMGroup, PolicyGroup
+from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
 
@@ -49,12 +51,8 @@ async def start_workers(
 ) -> Workers:
     """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""
 
-    ranks = config.policy.ranks
     model = str(model_directory)
-    policy_actors = [
-        cluster.spawn("policy", rank, PolicyWorker, config, model, rank, ranks)
-        for rank in range(ranks)
-    ]
+    policy_actors = _spawn_ranks(cluster, PolicyWorker, config, config.policy, model)
     generation_actors = [
         cluster.spawn("generation", i, GenerationWorker, config, model)
         for i in range(config.generation.workers)
@@ -63,19 +61,10 @@ async def start_workers(
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
-        reference_actors = [
-            cluster.spawn(
-                "reference",
-                rank,
-                ReferenceWorker,
-                config,
-                str(reference_directory),
-                rank,
-                ranks,
-                shares="policy",
-            )
-            for rank in range(ranks)
-        ]
+        role, directory = config.reference_role(), str(reference_directory)
+        reference_actors = _spawn_ranks(
+            cluster, ReferenceWorker, config, role, directory, shares="policy"
+        )
     await cluster.wait_until_ready()
     policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
     reference = CausalLMGroup(reference_actors) if reference_actors else None
@@ -95,3 +84,19 @@ async def start_workers(
         weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
         reporting=(generator, scorer, controller, *([reference] if reference else [])),
     )
+
+
+def _spawn_ranks(
+    cluster: Cluster,
+    worker: type[RankWorker],
+    config: RunConfig,
+    role: ModelRoleConfig,
+    directory: str,
+    *,
+    shares: str | None = None,
+) -> list[Any]:
+    """Start the ranks of one model, each in a place of its own or beside a rank of the role `shares`."""
+    return [
+        cluster.spawn(worker.role, rank, worker, config, directory, rank, role.ranks, shares=shares)
+        for rank in range(role.ranks)
+    ]

@@ -46,7 +46,7 @@ from tests.support.architectures import (
     tiny_parameters,
 )
 from workers.generation.engines.transformers import TransformersEngine
-from workers.training.backends.fsdp2 import shard
+from workers.training.backends import build_backend
 from workers.training.forward_check import Lengths, check_batch
 from workers.training.model_setup import prepare_model
 from workers.training.packed_model import PackTensors
@@ -121,8 +121,8 @@ def examine(architecture: Architecture, *, sampling: bool = True) -> Finding:
 def _examine(architecture: Architecture, folder: str, *, sampling: bool) -> Finding:
     config = _config(folder)
     cpu = torch.device("cpu")
-    packed, verdict = prepare_model(config, Path(folder), cpu, trainable=True)
-    shard(packed, config, cpu, trainable=True)
+    packed, verdict = prepare_model(config, config.policy, Path(folder), cpu)
+    build_backend(packed, config.policy, cpu, Path(folder))
     own = load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
     own.requires_grad_(True)
     vocabulary = own.config.get_text_config().vocab_size

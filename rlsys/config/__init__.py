@@ -17,7 +17,9 @@ from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import Dtype, ModelConfig
-from rlsys.config.policy import OptimizerConfig, PolicyConfig
+from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
+from rlsys.config.optimizer import OptimizerConfig
+from rlsys.config.policy import PolicyConfig
 from rlsys.config.reward import RewardConfig, RewardFunctionConfig
 from rlsys.config.run import ClusterConfig, RunConfig, RunSection
 from rlsys.config.section import Section
@@ -40,11 +42,13 @@ __all__ = [
     "GenerationConfig",
     "KLConfig",
     "ModelConfig",
+    "ModelRoleConfig",
     "ObjectiveConfig",
     "OldKLConfig",
     "OptimizerConfig",
     "OverlongConfig",
     "PolicyConfig",
+    "ReferenceConfig",
     "RewardConfig",
     "RewardFunctionConfig",
     "RolloutCorrectionConfig",
@@ -52,5 +56,6 @@ __all__ = [
     "RunSection",
     "Section",
     "SyntheticConfig",
+    "TrainableRoleConfig",
     "TrainerConfig",
 ]

@@ -15,10 +15,6 @@ class ModelConfig(Section):
         description="A name of the model catalogue (smollm2-135m, tiny, qwen2.5-math-1.5b), a hub id, a local Hugging Face "
         "directory, or a .gguf file.",
     )
-    reference_path: str | None = Field(
-        default=None,
-        description="The frozen reference of the KL term, in the same forms as path. null: the initial weights of path.",
-    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         default="auto",
         description="Attention kernel of the trainer. auto: flash_attention_2 on a GPU where it is installed, else sdpa.",

@@ -9,6 +9,7 @@ from rlsys.config.data import DataConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
+from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig
 from rlsys.config.policy import PolicyConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.section import Section
@@ -59,8 +60,9 @@ class RunConfig(Section):
     generation: GenerationConfig = Field(
         default=GenerationConfig(), description="The generation group."
     )
-    policy: PolicyConfig = Field(
-        default=PolicyConfig(), description="The actor and reference group."
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The policy.")
+    reference: ReferenceConfig = Field(
+        default=ReferenceConfig(), description="The frozen reference."
     )
     algorithm: AlgorithmConfig = Field(
         default=AlgorithmConfig(), description="The mathematics of an update."
@@ -72,3 +74,9 @@ class RunConfig(Section):
     )
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
+
+    def reference_role(self) -> ModelRoleConfig:
+        """Return how the reference is distributed and run: as the policy, but for what `reference` says."""
+        own = self.reference.model_dump(exclude={"path"}, exclude_none=True)
+        common = self.policy.model_dump(include=set(ModelRoleConfig.model_fields))
+        return ModelRoleConfig.model_validate(common | own)

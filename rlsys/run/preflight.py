@@ -70,7 +70,7 @@ def check_config(
     checks: tuple[tuple[str, Callable[[], object]], ...] = (
         ("run.directory", lambda: directory.check(resume=resume)),
         ("model.path", lambda: check_model_path(config.model.path)),
-        ("model.reference_path", lambda: _check_reference_path(config)),
+        ("reference.path", lambda: _check_reference_path(config)),
         ("data.template", lambda: template_source(config.data.template)),
         ("data.train", lambda: loaded.append(load_problems(config))),
         ("algorithm.advantage", lambda: _check_estimator(config)),
@@ -111,13 +111,13 @@ def check_config(
 
 
 def _check_reference_path(config: RunConfig) -> None:
-    reference = config.model.reference_path
+    reference = config.reference.path
     if reference is None:
         return
     try:
         check_model_path(reference)
     except ValueError as error:
-        raise ValueError(str(error).replace("model.path:", "model.reference_path:", 1)) from error
+        raise ValueError(str(error).replace("model.path:", "reference.path:", 1)) from error
 
 
 def _check_estimator(config: RunConfig) -> None:
@@ -437,12 +437,12 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
     model = _model_config(model_directory, "model.path", config.model.path)
     _check_architectures(config, model_directory, reference_directory)
     _check_heads(config, model)
-    if config.model.reference_path and reference_directory != model_directory:
-        path = config.model.reference_path
-        reference = _model_config(reference_directory, "model.reference_path", path)
+    if config.reference.path and reference_directory != model_directory:
+        path = config.reference.path
+        reference = _model_config(reference_directory, "reference.path", path)
         if reference.get("vocab_size") != model.get("vocab_size"):
             raise PreflightError(
-                f"model.reference_path: {path!r} has {reference.get('vocab_size')} tokens and model.path {config.model.path!r} has "
+                f"reference.path: {path!r} has {reference.get('vocab_size')} tokens and model.path {config.model.path!r} has "
                 f"{model.get('vocab_size')}, so they cannot be compared token by token. Give a model with the same tokenizer."
             )
     _check_ends(config, model_directory)
@@ -472,7 +472,7 @@ def _check_architectures(
     config: RunConfig, model_directory: Path, reference_directory: Path
 ) -> None:
     longest = config.data.max_prompt_tokens + config.generation.max_tokens
-    models = {"model.path": model_directory, "model.reference_path": reference_directory}
+    models = {"model.path": model_directory, "reference.path": reference_directory}
     for field, directory in models.items():
         try:
             check_architecture(
@@ -546,7 +546,7 @@ def describe_plan(
         f"generation   {generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU"
         + (f" + {generation.gpus_per_worker:g} GPU" if on_gpu else "")
         + f" each; {engine_gib:.2f} GiB weights ({generation.dtype}), {cache}",
-        f"policy       {policy.ranks} x {policy.strategy}, {policy.cpus_per_rank} CPU"
+        f"policy       {policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU"
         + (f" + {policy.gpus_per_rank:g} GPU" if on_gpu else "")
         + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations",
         "reference    "

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlsys.config import OptimizerConfig, RunConfig
+from rlsys.config import RunConfig
 from rlsys.data.packing import pack_rows
 from rlsys.models import resolve_model
 from tests.support.rollout_examples import random_rollouts
-from workers.training.backends.fsdp2 import FSDP2Backend, shard
+from workers.training.backends import build_backend
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.model_setup import prepare_model
 from workers.training.packed_model import PackedModel, PackTensors
@@ -57,11 +57,10 @@ def test_a_value_model_learns_its_targets(budget: int):
     """Targets 0, 1, 2, 0, ... along the tokens; the squared error falls to less than a tenth in 30 steps."""
     config = RunConfig.model_validate({"model": {"path": "tiny"}})
     directory = resolve_model("tiny")
-    packed, _ = prepare_model(config, directory, CPU, trainable=True)
+    packed, _ = prepare_model(config, config.policy, directory, CPU)
     torch.manual_seed(0)
     model = PackedValueModel(packed)
-    shard(model, config, CPU, trainable=True)
-    backend = FSDP2Backend(model, CPU, directory, OptimizerConfig(learning_rate=3e-3))
+    backend = build_backend(model, config.policy, CPU, directory)
 
     rollouts = random_rollouts(0)
     targets = np.arange(len(rollouts.token_ids), dtype=np.float32) % 3

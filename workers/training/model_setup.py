@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlsys.config import RunConfig
+from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 from rlsys.models.loading import load_causal_lm
 from workers.training.forward_check import ForwardCheck, Lengths, check_forward
 from workers.training.packed_attention import register_packed_attention
@@ -40,7 +40,7 @@ def choose_kernel(configured: str, device: torch.device) -> str:
 
 
 def prepare_model(
-    config: RunConfig, directory: Path, device: torch.device, *, trainable: bool
+    config: RunConfig, settings: ModelRoleConfig, directory: Path, device: torch.device
 ) -> tuple[PackedCausalLM, ForwardCheck]:
     """Load a model and find out how it can be run; collective.
 
@@ -51,7 +51,8 @@ def prepare_model(
     Raises:
         UnsupportedModelError: the model cannot be run right.
     """
-    stored = torch.float32 if trainable else DTYPES[config.policy.compute_dtype]
+    trainable = isinstance(settings, TrainableRoleConfig)
+    stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
     kernel = choose_kernel(config.model.attention, device)
     model = load_causal_lm(
         directory,
@@ -62,20 +63,25 @@ def prepare_model(
     model.requires_grad_(trainable)
     nn.Module.to(model, device)
 
-    verdict = agreed(lambda: _check(config, model, kernel, device, directory))
+    verdict = agreed(lambda: _check(config, settings, model, kernel, device, directory))
     # Sharding wants one dtype: some models keep a few parameters in float32 whatever is asked for.
     nn.Module.to(model, stored)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
 
     packed = PackedCausalLM(
-        model, chunk_tokens=config.policy.logit_chunk_tokens, packing=verdict.packing
+        model, chunk_tokens=settings.logit_chunk_tokens, packing=verdict.packing
     )
     return packed, verdict
 
 
 def _check(
-    config: RunConfig, model: PreTrainedModel, kernel: str, device: torch.device, directory: Path
+    config: RunConfig,
+    settings: ModelRoleConfig,
+    model: PreTrainedModel,
+    kernel: str,
+    device: torch.device,
+    directory: Path,
 ) -> ForwardCheck:
     """Run the check in float32, so that a difference is a missing feature and not rounding."""
     nn.Module.to(model, torch.float32)
@@ -85,7 +91,7 @@ def _check(
         lengths=Lengths(
             prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
         ),
-        packing=config.policy.packing,
+        packing=settings.packing,
         device=device,
         code=directory,
     )

@@ -42,10 +42,9 @@ class PolicyWorker(CausalLMWorker):
     """One rank of the policy."""
 
     role = "policy"
-    trainable = True
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
-        super().__init__(config, model_directory, rank, world_size)
+        super().__init__(config, config.policy, model_directory, rank, world_size)
         self.returns_score_norms = "score_norms" in required_inputs(config)
         self.steps = 0
         self.counts = UpdateCounts()
@@ -295,7 +294,7 @@ class PolicyWorker(CausalLMWorker):
         packs = pack_rows(
             batch,
             np.arange(len(batch)),
-            budget=self.config.policy.microbatch_tokens,
+            budget=self.settings.microbatch_tokens,
             rank=0,
             ranks=1,
             share_prompts=False,

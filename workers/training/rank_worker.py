@@ -18,13 +18,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from rlsys.config import RunConfig
+from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
 from rlsys.data.packing import Pack, pack_rows
 from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
+from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
-from workers.training.backends.fsdp2 import FSDP2Backend, shard
 from workers.training.model_setup import choose_kernel, prepare_model
 from workers.training.packed_attention import SHARING_KERNELS
 from workers.training.packed_model import PackResult, PackTensors
@@ -40,14 +40,22 @@ class RankWorker:
     """One rank of a model that is distributed over a group of actors."""
 
     role: str  # in metrics and notes
-    trainable = False
     backend: ModelBackend[Any]
     share_prompts: bool
 
-    def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: ModelRoleConfig,
+        model_directory: str,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Take the whole configuration, and the `settings` of this model's role."""
         load_plugins(config.plugins)
         use_all_threads()
         self.config = config
+        self.settings = settings
         self.model_directory = Path(model_directory)
         self.rank, self.world_size = rank, world_size
         self._store: TCPStore | None = None  # on rank 0, from `rendezvous` on
@@ -64,7 +72,7 @@ class RankWorker:
         self.backend, padded_because = self.build(device)
         kernel = choose_kernel(self.config.model.attention, device)
         self.share_prompts = (
-            self.config.policy.share_prompts
+            self.settings.share_prompts
             and self.backend.module.packing
             and kernel in SHARING_KERNELS
         )
@@ -74,12 +82,9 @@ class RankWorker:
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """Load and shard the model. Return it, and why it cannot run packed, where it cannot."""
-        module, verdict = prepare_model(
-            self.config, self.model_directory, device, trainable=self.trainable
-        )
-        shard(module, self.config, device, trainable=self.trainable)
-        optimizer = self.config.policy.optimizer if self.trainable else None
-        return FSDP2Backend(module, device, self.model_directory, optimizer), verdict.reason
+        module, verdict = prepare_model(self.config, self.settings, self.model_directory, device)
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
 
     def packs_of(
         self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
@@ -88,7 +93,7 @@ class RankWorker:
         return pack_rows(
             rollouts,
             rows,
-            budget=self.config.policy.microbatch_tokens,
+            budget=self.settings.microbatch_tokens,
             rank=self.rank,
             ranks=self.world_size,
             share_prompts=self.share_prompts and may_share,

@@ -1,1 +1,29 @@
-"""Training backends: what distributes a model over ranks."""
+"""Training backends: what distributes a model over ranks, found by name.
+
+To add one: a module here with a function `build`, a row in `BUILDERS`, and its name in
+`ModelRoleConfig.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlsys.config import ModelRoleConfig
+from workers.training.backends.backend import ModelBackend
+from workers.training.packed_model import PackedModel
+
+# A module is imported only where it is used: each has dependencies of its own.
+BUILDERS: Mapping[str, str] = {"fsdp2": "workers.training.backends.fsdp2"}
+
+
+def build_backend(
+    module: PackedModel, settings: ModelRoleConfig, device: torch.device, directory: Path
+) -> ModelBackend[Any]:
+    """Distribute `module`, which was loaded from `directory`, over all ranks; collective."""
+    build: Callable[..., ModelBackend[Any]] = import_module(BUILDERS[settings.backend]).build
+    return build(module, settings, device, directory)

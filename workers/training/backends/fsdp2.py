@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlsys.config import OptimizerConfig, RunConfig
+from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
 from rlsys.models.saving import copy_model_files
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
@@ -32,25 +32,28 @@ from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
 
 
-def shard(packed: PackedModel, config: RunConfig, device: torch.device, *, trainable: bool) -> None:
-    """Shard a model over all ranks, in place.
+def build(
+    module: PackedModel, settings: ModelRoleConfig, device: torch.device, directory: Path
+) -> FSDP2Backend:
+    """Shard `module` over all ranks, in place, and return its backend.
 
     Each decoder block is one FSDP unit; the rest (embeddings, final norm, LM head) is in the root.
     """
-    policy = config.policy
-    blocks = decoder_blocks(packed.model)
-    if trainable and policy.gradient_checkpointing:
+    trained = settings if isinstance(settings, TrainableRoleConfig) else None
+    blocks = decoder_blocks(module.model)
+    if trained and trained.gradient_checkpointing:
         for block in blocks:
             recompute_in_backward(block)
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(
-        param_dtype=DTYPES[policy.compute_dtype], reduce_dtype=torch.float32
+        param_dtype=DTYPES[settings.compute_dtype], reduce_dtype=torch.float32
     )
-    offloads = trainable and policy.offload_optimizer and device.type == "cuda"
+    offloads = trained is not None and trained.offload_optimizer and device.type == "cuda"
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
-    for module in (*blocks, packed):
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for unit in (*blocks, module):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return FSDP2Backend(module, device, directory, trained.optimizer if trained else None)
 
 
 class FSDP2Backend:
