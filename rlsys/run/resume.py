@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -76,6 +76,31 @@ def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
     for name in sorted({*before, *after}):
         if before.get(name, ABSENT) != after.get(name, ABSENT):
             yield name, before.get(name, ABSENT), after.get(name, ABSENT)
+
+
+def registered_states(
+    checkpoint: Checkpoint, config: RunConfig, names: Iterable[str]
+) -> dict[str, Any]:
+    """Return what each of the named parts of a run continues from.
+
+    States that an earlier version wrote are brought up to date.
+
+    Raises:
+        ValueError: the checkpoint holds no state of a part.
+    """
+    names = tuple(names)
+    missing = [name for name in names if name not in checkpoint.state]
+    if missing:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "
+            f"run wrote it. Start a new run with --model.path {checkpoint.path}."
+        )
+    states = {name: checkpoint.state[name] for name in names}
+    if "prompts" in states:
+        states["prompts"] = prompt_state(checkpoint)
+    if "advantages" in states:
+        states["advantages"] = advantage_state(checkpoint, config)
+    return states
 
 
 def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:

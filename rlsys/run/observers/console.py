@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import MetricsRecord
-from rlsys.run.observers.observer import PHASES, Outcome
+from rlsys.run.observers.observer import PHASES, Observer, Outcome
 from rlsys.run.observers.run_status import read_status
 from rlsys.run.observers.run_summary import (
     counted_notes,
@@ -70,8 +70,8 @@ def phase_line(values: Mapping[str, float]) -> str:
     )
 
 
-class Progress:
-    """Observer for the console."""
+class Progress(Observer):
+    """Shows a run on the console."""
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self._console = console

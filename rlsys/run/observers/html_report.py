@@ -26,7 +26,7 @@ from rlsys.data.rollout_files import read_rollouts
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.charts import Series, format_number, line_chart, stacked_bars
 from rlsys.run.observers.metrics_log import MetricsRecord, read_metrics
-from rlsys.run.observers.observer import PHASES, Outcome
+from rlsys.run.observers.observer import PHASES, Observer, Outcome
 from rlsys.run.observers.run_status import RunStatus, read_status
 from rlsys.run.observers.run_summary import (
     counted_notes,
@@ -333,17 +333,11 @@ def update_report(directory: RunDirectory) -> None:
         logger.exception("the report could not be written")
 
 
-class ReportWriter:
-    """Observer that keeps report.html up to date: after each evaluation and checkpoint, and at the end."""
+class ReportWriter(Observer):
+    """Keeps report.html up to date: after each evaluation and checkpoint, and at the end."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-
-    def on_start(self, first_step: int, total_steps: int) -> None: ...
-
-    def on_phase(self, step: int, phase: str) -> None: ...
-
-    def on_step(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         update_report(self._directory)

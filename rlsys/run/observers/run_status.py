@@ -18,7 +18,7 @@ from typing import Literal
 import psutil
 
 from rlsys.run.directory import RunDirectory
-from rlsys.run.observers.observer import Outcome
+from rlsys.run.observers.observer import Observer, Outcome
 
 State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
 
@@ -66,8 +66,8 @@ def _is_alive(status: RunStatus) -> bool:
         return False
 
 
-class StatusWriter:
-    """Observer that keeps status.json, from before the actors start until the end."""
+class StatusWriter(Observer):
+    """Keeps status.json, from before the actors start until the end."""
 
     def __init__(self, directory: RunDirectory, *, held: bool = False) -> None:
         """`held`: nothing is written before the loop starts or the start fails, so that a refused resume leaves the file as it was."""
@@ -103,10 +103,6 @@ class StatusWriter:
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         self._change(step=step)
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def on_checkpoint(self, step: int, path: str) -> None: ...
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         self._change(state=outcome, message=message)

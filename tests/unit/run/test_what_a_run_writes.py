@@ -53,7 +53,7 @@ def test_metrics_are_written_line_by_line_and_read_back(directory: RunDirectory)
     log.on_step(1, STEP)
     log.on_evaluation(1, {"eval/accuracy": 0.75})
     log.on_step(2, {"reward/mean": math.nan})
-    assert log.position() == 3
+    assert log.state() == 3
     records = read_metrics(directory.metrics)  # flushed: readable while the run goes on
     assert [(r.kind, r.step) for r in records] == [("train", 1), ("eval", 1), ("train", 2)]
     assert records[0].values == STEP
@@ -104,8 +104,8 @@ def test_a_resume_drops_what_the_checkpoint_did_not_know(directory: RunDirectory
     for step in (1, 2, 3):
         log.on_step(step, STEP)
     log.on_end("failed", "")
-    resumed = MetricsLog(directory, keep_lines=2)
-    assert resumed.position() == 2
+    resumed = MetricsLog(directory)
+    resumed.load_state(2)
     resumed.on_step(3, {"reward/mean": 0.5})
     resumed.on_end("finished", "")
     assert [r.values["reward/mean"] for r in read_metrics(directory.metrics)] == [0.25, 0.25, 0.5]

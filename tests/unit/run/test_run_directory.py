@@ -88,8 +88,8 @@ def test_metrics_are_untouched_until_the_loop_starts(tmp_path: Path):
         log.on_step(step, {"reward/mean": 0.5})
     log.on_end("failed", "")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    resumed = MetricsLog(run, keep_lines=2)
-    assert resumed.position() == 2
+    resumed = MetricsLog(run)
+    resumed.load_state(2)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     resumed.on_start(3, 3)
     assert [record.step for record in read_metrics(run.metrics)] == [1, 2]
