@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Literal, TextIO
 
 from tensorboardX import SummaryWriter
 
-from rlsys.run.directory import RunDirectory
+from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
 from rlsys.run.observers.step_notes import step_notes
 
@@ -90,9 +89,7 @@ class MetricsLog(Observer):
         if not self._path.exists():
             return
         kept = self._path.read_text().splitlines(keepends=True)[: self._lines]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+        write_whole(self._path, "".join(kept))
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: float(value) for name, value in values.items()}

@@ -12,12 +12,11 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from rlsys.run.directory import RunDirectory
+from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
 
 State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
@@ -93,7 +92,7 @@ class StatusWriter(Observer):
         self._write()
 
     def _write(self) -> None:
-        _write_whole(self._path, json.dumps(asdict(self._status)))
+        write_whole(self._path, json.dumps(asdict(self._status)))
 
     def on_start(self, first_step: int, total_steps: int) -> None:
         self._change(state="running", step=first_step - 1, steps=total_steps)
@@ -106,10 +105,3 @@ class StatusWriter(Observer):
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         self._change(state=outcome, message=message)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees the old text or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

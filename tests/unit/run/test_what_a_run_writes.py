@@ -17,8 +17,9 @@ from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.console import COLUMNS, Progress, duration, phase_line, print_summary
-from rlsys.run.observers.html_report import series_over_position, write_report
+from rlsys.run.observers.html_report import write_report
 from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
+from rlsys.run.observers.run_charts import series_over_position
 from rlsys.run.observers.run_status import StatusWriter
 from tests.support.rollout_examples import random_rollouts, rewards_of, train_batch
 
