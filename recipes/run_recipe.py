@@ -240,9 +240,8 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
-    cluster = Cluster.connect(
-        config
-    )  # blocks: Ray sets its signal handlers in the main thread only
+    # This blocks: Ray sets its signal handlers in the main thread only.
+    cluster = Cluster.connect(config)
     training, reward_output = False, RewardOutput()
     try:
         workers = await _start_workers(prepared, cluster, console)
@@ -257,7 +256,8 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         training = True
         outcome = await loop.run()
     except Exception as error:
-        # Until here a ValueError is about the input. Ray gives an actor's error the type that it had there: those are never.
+        # Until here a ValueError is about the input, unless it comes from an actor: Ray gives an
+        # actor's error the type that it had there.
         if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
             raise
         status.fail(f"{type(error).__name__}: {error}")
@@ -315,7 +315,7 @@ def _assemble(
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
-    """Put the traceback into the log and the report up to date, and say what failed and where to read on."""
+    """Log the traceback, update the report, and say what failed and how to continue."""
     from rlsys.run.observers.html_report import update_report
 
     update_report(directory)

@@ -19,11 +19,12 @@ EVALUATION_SEED = (
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k samples is right.
+    """Estimate without bias the probability that at least one of k samples is right.
 
         pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k / i)
 
-    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, section 2.1 (arXiv:2107.03374).
+    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, section 2.1
+    (arXiv:2107.03374).
 
     Example: n = 4, c = 2, k = 2: 1 - C(2, 2) / C(4, 2) = 5/6.
 
@@ -32,7 +33,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(
-            f"pass@k needs 1 <= k <= samples and 0 <= correct <= samples, not k={k}, samples={samples}, correct={correct}"
+            "pass@k needs 1 <= k <= samples and 0 <= correct <= samples, "
+            f"not k={k}, samples={samples}, correct={correct}"
         )
     if samples - correct < k:
         return 1.0

@@ -2,7 +2,8 @@
 
     prompts ---> generation group ---group by group---> reward worker
 
-A group leaves for the reward worker the moment it is there, so rewards are computed while the engines go on.
+A group leaves for the reward worker the moment it is there, so rewards are computed while the
+engines go on.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class SampledGroups:
 def sampling_parameters(
     config: RunConfig, *, samples: int, temperature: float, seed: int
 ) -> SamplingParameters:
-    """Return what the engines are asked for; a temperature of 0 is greedy and needs no top_p or top_k."""
+    """Return how to sample; a temperature of 0 is greedy, which takes no top_p or top_k."""
     generation = config.generation
     greedy = temperature == 0
     return SamplingParameters(
@@ -89,7 +90,7 @@ class Sampler:
         self._compares_with_greedy = "greedy_rewards" in required_inputs(config)
 
     async def sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> list[ScoredGroup]:
-        """Return one group per prompt, in prompt order, while their rewards are still being computed."""
+        """Return one group per prompt, in prompt order; their rewards may still be on the way."""
         groups: dict[int, ScoredGroup] = {}
         async for part in self._generator.generate(prompts, sampling):
             rewards = self._scorer.score(part.rollouts)
@@ -115,9 +116,9 @@ class Sampler:
     async def sample_step(self, stream: PromptSource) -> SampledGroups:
         """Sample the groups of one training step, in prompt order.
 
-        With `algorithm.dynamic_sampling`, groups that teach nothing are replaced by those of further
-        prompts; after the last allowed round such groups fill what is still missing, so that the
-        batch always has its size. They do not enter the loss.
+        With `algorithm.dynamic_sampling`, groups that teach nothing are replaced by those of
+        further prompts. After the last allowed round such groups fill what is still missing, so
+        that the batch always has its size.
         """
         prompts = stream.next_batch()
         if self._config.algorithm.dynamic_sampling.max_rounds > 1:

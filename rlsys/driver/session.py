@@ -1,4 +1,4 @@
-"""What every training loop needs beside its step: a clock, observers, evaluation, checkpoints, stopping.
+"""All that a training loop needs beside its step: clock, observers, evaluation, checkpoints, stop.
 
 A loop registers what a checkpoint must hold, and lets the session run it:
 

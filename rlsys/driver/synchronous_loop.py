@@ -1,11 +1,13 @@
 """The synchronous training loop.
 
-     prompts ---> generate ---group by group--> score -----------+
-                     |                                           |
-                     +------> old log-probs, ref log-probs ------+--> advantages --> update --> sync weights --> next step
-                              (where they are needed)
+    prompts --> generate --group by group--> score ---------+
+                   |                                        |
+                   +----> old log-probs, ref log-probs -----+--> advantages --> update --+
+                          (where they are needed)                                        |
+                                                           next step <-- sync weights <--+
 
-Everything that is large stays in the object store; this module handles references and small metrics only.
+Everything that is large stays in the object store; this module handles references and small
+metrics only.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class SynchronousLoop:
         session.register_model(workers.policy)
 
     async def run(self) -> Outcome:
-        """Train until the last step, or until a stop is requested; the weights that result are saved."""
+        """Train until the last step or a stop request; the weights that result are always saved."""
         return await self._session.run(self._train)
 
     async def _train(self) -> None:
@@ -108,7 +110,10 @@ class SynchronousLoop:
         )
 
     async def _update(self, step: int, credited: CreditedBatch) -> MetricMap:
-        """Train, and write what was sampled: meanwhile, or afterwards where the update itself estimates the advantages."""
+        """Train on a batch, and write what was sampled.
+
+        It is written meanwhile, or afterwards where the update itself estimates the advantages.
+        """
         policy = self._workers.policy
         if not self._config.algorithm.advantage.recompute:
             metrics, _ = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Charts of a run's metrics as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
+"""Charts as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
 
 Nothing is hidden: lines that lie on each other are told apart by their dashes, a value that is
 missing breaks its line and is marked, a bar that leaves the frame carries a sign, and thousands of
@@ -44,7 +44,7 @@ class Series:
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers that span [low, high]."""
+    """Return about `count` round numbers that span [low, high]."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
@@ -55,7 +55,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Powers of ten that span [low, high], at most about `count`."""
+    """Return powers of ten that span [low, high], at most about `count`."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
     every = math.ceil((last - first) / count)
@@ -63,7 +63,7 @@ def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def format_number(value: float, *, percent: bool = False) -> str:
-    """Short, at most eight characters: 12 %, 0.031, 1.5e-06, 12,300, 1.23M."""
+    """Return at most eight characters: 12 %, 0.031, 1.5e-06, 12,300, 1.23M."""
     if not math.isfinite(value):
         return "not finite"
     if percent:
@@ -82,7 +82,7 @@ def format_number(value: float, *, percent: bool = False) -> str:
 
 
 def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
-    """With as many digits as tell neighbours apart."""
+    """Return labels with as many digits as tell neighbours apart."""
     labels = [format_number(tick, percent=percent) for tick in ticks]
     if len(set(labels)) == len(labels):
         return labels
@@ -92,7 +92,7 @@ def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
 
 
 def needs_log(values: Sequence[float]) -> bool:
-    """Whether positive values spread over so much that a linear axis would show their largest only."""
+    """Return whether a linear axis would show nothing but the largest of positive values."""
     positive = sorted(value for value in values if value > 0)
     if not positive or min(values) < 0:
         return False
@@ -168,7 +168,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What is drawn of one line, and what the pointer says of it."""
+    """The drawn part of one line, and what the pointer says of it."""
 
     raw: tuple[Point, ...]
     smooth: tuple[Point, ...]  # () where the raw line is enough
@@ -240,7 +240,7 @@ def _buckets(
 
 
 def _segments(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Runs of finite values: what is missing breaks the line."""
+    """Yield runs of finite values: what is missing breaks the line."""
     run: list[Point] = []
     for x, y in points:
         if math.isfinite(y):
@@ -285,7 +285,7 @@ def line_chart(
 
 
 def _dot_radius(lines: Sequence[Series], place: int) -> float:
-    """Return the size of a line's dots, 0 for none; dots on equal ones are smaller, so that all show."""
+    """Return the radius of a line's dots, 0 for none; on an equal line they are smaller."""
     line = lines[place]
     if not line.markers and len(line.points) >= FEW_POINTS:
         return 0.0
@@ -335,7 +335,7 @@ def _dot(frame: _Frame, point: Point, colour: int, radius: float) -> str:
 
 
 def _line_key(place: int, line: Series, before: Sequence[Series], *, percent: bool) -> str:
-    """Colour and dashes, name, last value, and what a reader could miss."""
+    """Return colour and dashes, name, last value, and what a reader could miss."""
     same = next((other.label for other in before if other.points == line.points), None)
     missing = len(line.points) - len(line.finite)
     remarks = [

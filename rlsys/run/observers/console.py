@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a small live panel on a terminal, plain lines elsewhere."""
+"""A run on the console: a live panel on a terminal, plain lines elsewhere, and its summary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CELL = 8  # characters of a number
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 m 20 s, 1 h 05 m."""
+    """Return seconds as 42 s, 3 m 20 s, 1 h 05 m."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def cell(values: Mapping[str, float], name: str, form: str) -> str:
-    """A metric in at most `CELL` characters; "-" where it is absent or not finite."""
+    """Return a metric in at most `CELL` characters; "-" where it is absent or not finite."""
     value = values.get(name, math.nan)
     if not math.isfinite(value):
         return "-"
@@ -52,7 +52,7 @@ def cell(values: Mapping[str, float], name: str, form: str) -> str:
 
 
 def phase_line(values: Mapping[str, float]) -> str:
-    """Time by phase of one step: "generate 1.2 s (40 %), update ..."."""
+    """Return the time by phase of one step: "generate 1.2 s (40 %), update ..."."""
     total = values.get("time/step") or 1.0
     parts = [(name, values.get(f"time/{name}", 0.0)) for name in PHASES]
     return ", ".join(
@@ -125,7 +125,7 @@ class Progress(Observer):
         self._print(line)
 
     def notice(self, text: str) -> None:
-        """Something that a person must see, now."""
+        """Print something that a person must see now."""
         self._print(text)
 
     def _print(self, line: str) -> None:
@@ -164,7 +164,7 @@ class Progress(Observer):
             self._live.update(Group(*self._panel()))
 
     def _panel(self) -> Iterator[RenderableType]:
-        """Lines of the live display."""
+        """Yield the lines of the live display."""
         head = Table.grid(padding=(0, 2))
         head.add_row(
             f"step {self._step}/{self._total}",
@@ -184,7 +184,7 @@ class Progress(Observer):
             yield Text(f"held-out accuracy  {curve}")
 
     def _figures(self) -> Iterator[Table]:
-        """The columns of a row, in as many lines as a narrow terminal needs."""
+        """Yield the columns of a row, in as many lines as a narrow terminal needs."""
         shown = [
             (name, cell(self._values, key, form))
             for name, key, form in COLUMNS
@@ -225,7 +225,7 @@ def print_summary(
 
 
 def _training_rows(training: TrainingSummary) -> Iterator[tuple[str, str]]:
-    """Rows of the summary about the training steps."""
+    """Yield label and text of the rows about the training steps."""
     steps = training.averaged_steps
     yield (
         "reward",

@@ -1,7 +1,7 @@
 """report.html: one self-contained page about a run, made from its directory.
 
-The page opens from disk without a network: curves are SVG, the little script for hover values is inline. A run writes it as it goes; it can be
-made again at any time, also of a run that died:
+The page opens from disk without a network: curves are SVG, the little script for hover values is
+inline. A run writes it as it goes; it can be made again at any time, also of a run that died:
 
     python -m rlsys.run.observers.html_report runs/NAME
 """
@@ -36,7 +36,7 @@ SAMPLES_PER_STEP = 12
 
 
 def _tiles(summary: RunSummary, status: RunStatus | None) -> Iterator[tuple[str, str]]:
-    """Figures at the top of the page: what each is, and its value."""
+    """Yield the figures at the top of the page: what each is, and its value."""
     if summary.accuracy:
         yield "held-out accuracy", summary.accuracy.text("{:.1%}", arrow="→")
     training = summary.training
@@ -142,7 +142,7 @@ def write_report(directory: RunDirectory) -> None:
 
 
 def update_report(directory: RunDirectory) -> None:
-    """`write_report`, where a page that cannot be drawn must not end a night of training."""
+    """Write the report; one that cannot be drawn must not end a night of training."""
     try:
         write_report(directory)
     except Exception:

@@ -31,7 +31,7 @@ class MetricsRecord:
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
-    """All complete records; a last line that was cut off by a crash is left out."""
+    """Return all complete records; a last line that was cut off by a crash is left out."""
     if not path.exists():
         return []
     records = []

@@ -7,7 +7,7 @@ from typing import Literal
 
 Outcome = Literal["finished", "interrupted", "failed"]
 
-# What a step's time is made of, in this order: each is reported as time/<phase>, and together they are time/step.
+# A step's time, in this order: each is reported as time/<phase>, and together they are time/step.
 # reward: waiting for rewards that were not ready when generation and log-probabilities were done.
 PHASES = ("generate", "logprobs", "reward", "advantages", "update", "sync", "other")
 
@@ -28,7 +28,7 @@ class Observer:
         """A training step is complete. Steps count from 1."""
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Held-out results after `step` steps (0: before training)."""
+        """Held-out results are there after `step` steps (0: before training)."""
 
     def on_checkpoint(self, step: int, path: str) -> None:
         """A checkpoint is complete."""

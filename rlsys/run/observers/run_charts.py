@@ -17,7 +17,7 @@ EFFECTIVE_SAMPLE_SIZE = "advantage/effective_share/at_"
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart: its title and the metrics that it draws, as (label, metric name, "train" or "eval")."""
+    """A chart: its title and the metrics it draws, as (label, metric name, "train" or "eval")."""
 
     title: str
     lines: tuple[tuple[str, str, str], ...]

@@ -1,4 +1,4 @@
-"""Figures over all steps of a run: what the console prints at the end and the report shows on top."""
+"""Figures over all steps of a run: for the console at the end, and for the top of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session and the sampler serve another loop as well: nothing in them knows how a step is made."""
+"""Session and sampler serve another loop as well: neither knows how a step is made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.in_process_runs import assert_same_metrics, make_config
 
 
 class CollectingLoop:
-    """Collects the number of right responses per prompt, and trains nothing: half of expert iteration."""
+    """Counts the right responses per prompt and trains nothing: half of expert iteration."""
 
     def __init__(self, sampler: Sampler, prompts: PromptStream, session: Session) -> None:
         self._sampler, self._prompts, self._session = sampler, prompts, session
@@ -170,7 +170,7 @@ async def saved(path: Path) -> Checkpoint:
 
 
 async def test_several_models_lie_side_by_side_in_a_checkpoint(tmp_path: Path) -> None:
-    """The first at the top, where Hugging Face looks for it; damage to either is damage to the whole."""
+    """The first lies at the top, where Hugging Face looks for it; damage to either counts."""
     checkpoint = await saved(tmp_path)
     assert json.loads((checkpoint.path / "weights.json").read_text()) == 1
     assert json.loads((checkpoint.path / "critic" / "weights.json").read_text()) == 2

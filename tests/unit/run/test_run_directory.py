@@ -94,3 +94,22 @@ def test_metrics_are_untouched_until_the_loop_starts(tmp_path: Path):
     resumed.on_start(3, 3)
     assert [record.step for record in read_metrics(run.metrics)] == [1, 2]
     resumed.on_end("finished", "")
+
+
+def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(
+    directory: RunDirectory, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"run\.directory: .* exists already\. Add --resume"):
+        directory.check(resume=False)
+    directory.check(resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        RunDirectory(tmp_path / "none").check(resume=True)
+    (tmp_path / "empty").mkdir()
+    RunDirectory(tmp_path / "empty").check(resume=False)
+
+
+def test_run_directory_names(tmp_path: Path):
+    assert RunDirectory.named_by(RunConfig(run=RunSection(directory="runs/mine"))).path == Path(
+        "runs/mine"
+    )
+    assert RunDirectory.named_by(RunConfig(recipe="dapo_math")).path.name.startswith("dapo_math-")
