@@ -21,6 +21,8 @@ from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import detect_hardware
 from rlsys.data.prompt_stream import load_prompts
+from rlsys.driver.sampling import Sampler
+from rlsys.driver.session import Session
 from rlsys.driver.synchronous_loop import SynchronousLoop
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
@@ -75,17 +77,11 @@ async def measure(config: RunConfig) -> dict[str, float]:
         try:
             probe = probe_tokens(config, prompts, model)
             workers = await start_workers(cluster, config, model, model, probe, tell=print)
-            log = MetricsLog(directory)
+            store = CheckpointStore(directory.checkpoints, keep=1)
+            session = Session(config, store, [MetricsLog(directory)])
+            sampler = Sampler(config, workers.generator, workers.scorer)
             loop = SynchronousLoop(
-                config,
-                workers,
-                prompts.train,
-                None,
-                CheckpointStore(directory.checkpoints, keep=1),
-                log,
-                rollouts_directory=directory.rollouts,
-                metrics_log=log,
-                stop=config.generation.stop,
+                config, workers, prompts.train, sampler, session, directory.rollouts
             )
             await loop.run()
         finally:

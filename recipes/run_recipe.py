@@ -15,20 +15,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rlsys.config import RunConfig
 from rlsys.config.command_line import HelpRequested, Invocation, dump_yaml, parse
 from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.run.run_log import HeldLog, log_to
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.data.prompt_stream import LoadedPrompts
+    from rlsys.driver.ports import Workers
+    from rlsys.driver.session import Session
+    from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.directory import RunDirectory
+    from rlsys.run.observers.run_status import StatusWriter
+    from workers.cluster import Cluster
 
 Recipe = Callable[[Hardware], RunConfig]
 
@@ -68,7 +73,7 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
         _say(prepared, console)
         return 0
     prepared = _claim(prepared)
-    log = _log_to(prepared.directory.log, held=prepared.resume)
+    log = log_to(prepared.directory.log, held=prepared.resume)
     _say(prepared, console)
     try:
         return asyncio.run(_train(prepared, log, console))
@@ -217,130 +222,47 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
         )
 
 
-class HeldLog(MemoryHandler):
-    """The run's log file; while it is held, records wait in memory, so that a refused resume leaves the file as it was."""
-
-    def __init__(self, path: Path, *, held: bool) -> None:
-        file = logging.FileHandler(path, delay=held)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        super().__init__(capacity=0, target=file, flushOnClose=False)
-        self._held = held
-
-    def shouldFlush(self, record: logging.LogRecord) -> bool:  # noqa: N802  (logging's own name)
-        return not self._held
-
-    def flush(self) -> None:
-        if not self._held:
-            super().flush()
-
-    def end_hold(self) -> None:
-        """Write what has waited, and everything from now on."""
-        self._held = False
-        self.flush()
-
-
-def _log_to(path: Path, *, held: bool) -> HeldLog:
-    handler = HeldLog(path, held=held)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    return handler
-
-
 async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     """Start everything and train. Until the loop runs, a resume changes no file."""
     from ray.exceptions import RayError
 
-    from recipes.wiring import probe_tokens, start_workers
-    from rlsys.data.prompt_templates import stop_strings
-    from rlsys.driver.evaluation import Evaluator
-    from rlsys.driver.synchronous_loop import SynchronousLoop
-    from rlsys.run.observers.console import Progress, print_summary
-    from rlsys.run.observers.html_report import ReportWriter, update_report
-    from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
-    from rlsys.run.observers.observer import Observers
+    from rlsys.run.observers.console import print_summary
+    from rlsys.run.observers.metrics_log import read_metrics
     from rlsys.run.observers.run_status import StatusWriter
-    from rlsys.run.reward_failures import RewardFailureWatch
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardOutput
 
     began = time.monotonic()
-    config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
-    checkpoint = prepared.checkpoint
-    stop = stop_strings(config.data.template, config.generation.stop)
+    config, directory = prepared.config, prepared.directory
     interrupt_on_sigterm()
     console.print(
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
-    cluster = Cluster.connect(
-        config
-    )  # blocks: Ray sets its signal handlers in the main thread only
+    # This blocks: Ray sets its signal handlers in the main thread only.
+    cluster = Cluster.connect(config)
     training, reward_output = False, RewardOutput()
     try:
-        workers = await start_workers(
-            cluster,
-            config,
-            prepared.model_directory,
-            prepared.reference_directory,
-            probe_tokens(config, prompts, prepared.model_directory),
-            tell=lambda note: console.print(note, highlight=False, markup=False),
-        )
+        workers = await _start_workers(prepared, cluster, console)
         reward_output.follow(cluster.actors["reward-0"])
-        metrics = MetricsLog(
-            directory,
-            keep_lines=(checkpoint.state["metrics_position"] if checkpoint else 0)
-            if prepared.resume
-            else None,
-        )
-        progress = Progress(console, live=config.run.progress)
-        observers = Observers([metrics, status, progress, ReportWriter(directory)])
-        failures = RewardFailureWatch(progress.notice)
-        evaluator = None  # data.eval is off
-        if len(prompts.evaluation):
-            evaluator = Evaluator(
-                config, prompts.evaluation, workers.generator, workers.scorer, stop, failures
-            )
-        loop = SynchronousLoop(
-            config,
-            workers,
-            prompts.train,
-            evaluator,
-            prepared.store,
-            observers,
-            rollouts_directory=directory.rollouts,
-            metrics_log=metrics,
-            stop=stop,
-            reward_failures=failures,
-        )
-        if checkpoint:
-            await loop.restore(checkpoint)
+        loop, session = _assemble(prepared, workers, status, console)
+        if prepared.checkpoint:
+            await session.restore(prepared.checkpoint)
         if prepared.resume:
             directory.create(config)
         log.end_hold()
-        _stop_on_signals(loop.request_stop, console)
+        _stop_on_signals(session.request_stop, console)
         training = True
         outcome = await loop.run()
     except Exception as error:
-        # Until here a ValueError is about the input. Ray gives an actor's error the type that it had there: those are never.
+        # Until here a ValueError is about the input, unless it comes from an actor: Ray gives an
+        # actor's error the type that it had there.
         if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
             raise
         status.fail(f"{type(error).__name__}: {error}")
-        update_report(directory)
         log.end_hold()
-        logging.getLogger(__name__).exception("the run failed")
-        message = str(error).strip().splitlines()
-        console.print(
-            f"the run failed: {message[-1] if message else type(error).__name__}",
-            style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        console.print(
-            f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _report_failure(error, directory, console)
         return 1
     finally:
         try:
@@ -349,6 +271,68 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
             cluster.shutdown()
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     return 0 if outcome == "finished" else 130
+
+
+async def _start_workers(prepared: Prepared, cluster: Cluster, console: Console) -> Workers:
+    """Start all actors, and print what the user should know of them."""
+    from recipes.wiring import probe_tokens, start_workers
+
+    return await start_workers(
+        cluster,
+        prepared.config,
+        prepared.model_directory,
+        prepared.reference_directory,
+        probe_tokens(prepared.config, prepared.prompts, prepared.model_directory),
+        tell=lambda note: console.print(note, highlight=False, markup=False),
+    )
+
+
+def _assemble(
+    prepared: Prepared, workers: Workers, status: StatusWriter, console: Console
+) -> tuple[SynchronousLoop, Session]:
+    """Put the loop together, with everything that watches, evaluates and saves it."""
+    from rlsys.driver.evaluation import Evaluator
+    from rlsys.driver.sampling import Sampler
+    from rlsys.driver.session import Session
+    from rlsys.driver.synchronous_loop import SynchronousLoop
+    from rlsys.run.observers.console import Progress
+    from rlsys.run.observers.html_report import ReportWriter
+    from rlsys.run.observers.metrics_log import MetricsLog
+
+    config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
+    progress = Progress(console, live=config.run.progress)
+    sampler = Sampler(config, workers.generator, workers.scorer, notify=progress.notice)
+    evaluator = None  # data.eval is off
+    if len(prompts.evaluation):
+        evaluator = Evaluator(config, prompts.evaluation, sampler)
+
+    metrics = MetricsLog(directory)
+    observers = [metrics, status, progress, ReportWriter(directory)]
+    session = Session(config, prepared.store, observers, evaluator)
+    session.register("metrics_position", metrics)
+    loop = SynchronousLoop(config, workers, prompts.train, sampler, session, directory.rollouts)
+    return loop, session
+
+
+def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
+    """Log the traceback, update the report, and say what failed and how to continue."""
+    from rlsys.run.observers.html_report import update_report
+
+    update_report(directory)
+    logging.getLogger(__name__).error("the run failed", exc_info=error)
+    message = str(error).strip().splitlines()
+    console.print(
+        f"the run failed: {message[-1] if message else type(error).__name__}",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None:

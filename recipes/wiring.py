@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
-from rlsys.driver.synchronous_loop import Workers
+from rlsys.driver.ports import Workers
 from rlsys.models.loading import longest_window
 from workers.advantage_controller import AdvantageController, AdvantageControllerClient
 from workers.cluster import Cluster

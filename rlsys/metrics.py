@@ -7,6 +7,7 @@ gives the plain numbers that are written and shown.
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -73,3 +74,8 @@ def combine(reports: Iterable[MetricMap]) -> dict[str, Metric]:
 def values(report: MetricMap) -> dict[str, float]:
     """The plain numbers; means over nothing are left out."""
     return {name: metric.value for name, metric in report.items() if metric.count > 0}
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory that this process has had so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2

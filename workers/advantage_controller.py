@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.driver.ports import CreditedBatch, Handle
-from rlsys.metrics import Metric, MetricMap, maximum
+from rlsys.metrics import Metric, MetricMap, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
 
 
@@ -77,11 +76,7 @@ class AdvantageController:
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory."""
-        return {
-            "memory/advantage": maximum(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-            )
-        }
+        return {"memory/advantage": maximum(peak_memory_gib())}
 
 
 def joined(rollouts: Sequence[RolloutBatch], rewards: Sequence[RewardBatch]) -> ScoredBatch | None:

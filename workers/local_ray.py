@@ -13,9 +13,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import psutil
 import ray
+import ray._private.utils
 
 STOPPED_BY_RAY = ("raylet", "gcs_server")  # which a driver needs until it has left
 PR_SET_CHILD_SUBREAPER = 36
@@ -34,10 +36,9 @@ class LocalRay:
             PR_SET_CHILD_SUBREAPER, 1
         )  # workers whose raylet is gone become children of this process
         others = set(psutil.Process().children())
-        with _blocked(signal.SIGTERM):
+        with _sigterm_held_back():
             ray.init(address="local", include_dashboard=False, **settings)
             self._daemons = set(psutil.Process().children()) - others
-            interrupt_on_sigterm()
 
     def stop(self) -> None:
         """Leave Ray and stop every process of it, those that were still starting too."""
@@ -60,10 +61,21 @@ def interrupt_on_sigterm() -> None:
 
 
 @contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
-    """Processes started within never get that signal."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+def _sigterm_held_back() -> Iterator[None]:
+    """Deliver SIGTERM at the end, as Ctrl-C; processes started within never get it.
+
+    It is blocked in this thread, and so in all threads and processes that are started within. A
+    thread of an earlier time (OpenBLAS has one until the first fork) may still take it. Then it is
+    noted, for which Ray must not put a handler in place that exits.
+    """
+    noted: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield
+        with mock.patch.object(ray._private.utils, "set_sigterm_handler"):
+            yield
     finally:
+        interrupt_on_sigterm()  # first: the handler of Ray's core aborts the process
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if noted:
+        raise KeyboardInterrupt

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ray.exceptions import RayError
 from rlsys.config import RewardConfig, RunConfig
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
 from rlsys.driver.ports import Handle
-from rlsys.metrics import Metric, maximum
+from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
 from rlsys.rewards import with_token_limit
 from rlsys.rewards.pool import RewardPool
@@ -62,11 +61,11 @@ class RewardWorker:
 
     async def metrics(self) -> dict[str, Metric]:
         """Memory: this process's peak and what the pool holds now."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = peak_memory_gib()
         for process in self._pool.process_ids():
             with contextlib.suppress(psutil.Error):  # it may have been replaced meanwhile
-                memory += psutil.Process(process).memory_info().rss
-        return {"memory/reward": maximum(memory / 1024**3)}
+                memory += psutil.Process(process).memory_info().rss / 1024**3
+        return {"memory/reward": maximum(memory)}
 
     async def process_ids(self) -> list[int]:
         """This process first, then those of the pool."""

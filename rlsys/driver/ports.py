@@ -178,3 +178,22 @@ class PromptSource(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class HasMetrics(Protocol):
+    """A worker that reports its peak memory and the like."""
+
+    async def metrics(self) -> MetricMap: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """All workers of a run: the other side of the ports."""
+
+    generator: Generator
+    scorer: RewardScorer
+    policy: Policy
+    reference: LogprobSource | None  # None where no KL term is asked for
+    advantages: AdvantageComputer
+    weights: WeightSync
+    reporting: Sequence[HasMetrics] = ()

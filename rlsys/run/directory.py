@@ -152,6 +152,11 @@ class RunDirectory:
         """Make the directories and write the resolved configuration."""
         for directory in (self.rollouts, self.checkpoints, self.tensorboard):
             directory.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(dump_yaml(config), encoding="utf-8")
-        os.replace(partial, self.config)
+        write_whole(self.config, dump_yaml(config))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, and never a part."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

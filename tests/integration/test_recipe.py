@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import read_metrics
-from rlsys.run.observers.run_status import read_status
+from rlsys.run.observers.run_status import RunStatus, read_status
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,21 +244,27 @@ def test_chat_messages_without_an_evaluation(tmp_path: Path):
 
 
 def kill_when(
-    process: subprocess.Popen[str], text: str, number: signal.Signals, *, group: bool = False
+    process: subprocess.Popen[str],
+    directory: Path,
+    number: signal.Signals,
+    reached: Callable[[RunStatus], bool],
+    *,
+    group: bool = False,
 ) -> str:
-    """Send a signal as soon as `text` appears in the output, to the driver alone or to its whole process group; returns all of the output."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            if group:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-            text = "\0"
-    process.wait(timeout=120)
-    return "".join(lines)
+    """Send a signal as soon as status.json says `reached`, and return the whole output.
+
+    The driver alone gets it, or with `group` its whole process group.
+    """
+    with ThreadPoolExecutor(1) as reader:  # a full pipe would stop the run
+        output = reader.submit(process.communicate, timeout=180)
+        while process.poll() is None:
+            status = read_status(RunDirectory(directory))
+            if status and reached(status):
+                send = os.killpg if group else os.kill
+                send(process.pid, number)
+                break
+            time.sleep(0.01)
+        return output.result()[0]
 
 
 def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
@@ -272,7 +281,8 @@ def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
 
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple[Path, str]):
     straight, killed = finished[0], tmp_path / "killed"
-    kill_when(start(killed, *FULL), "5/6", signal.SIGKILL)  # after the checkpoint of step 4
+    # After the checkpoint of step 4, and before step 6 is complete.
+    kill_when(start(killed, *FULL), killed, signal.SIGKILL, lambda status: status.step == 5)
     assert max(training_values(killed)) < 6
     assert state_of(killed) == "died"
     # The newest checkpoint is damaged as well: the one before it takes over, and the run says so.
@@ -322,9 +332,8 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
     number: signal.Signals, tmp_path: Path
 ):
     directory = tmp_path / "run"
-    output = kill_when(
-        process := start(directory, "--trainer.steps", "500"), "1/500", number, group=True
-    )
+    process = start(directory, "--trainer.steps", "500")
+    output = kill_when(process, directory, number, lambda status: status.step >= 1, group=True)
     assert process.returncode == 130, output
     assert not of_session(process.pid)
     assert "stopping after this step" in output
@@ -339,8 +348,10 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
 
 
 def test_interrupted_while_actors_start_it_leaves_nothing_behind(tmp_path: Path):
+    directory = tmp_path / "run"
+    process = start(directory)
     output = kill_when(
-        process := start(tmp_path / "run"), "starting Ray", signal.SIGTERM, group=True
+        process, directory, signal.SIGTERM, lambda status: status.state == "starting", group=True
     )
     assert process.returncode == 130, output
     assert "interrupted" in output

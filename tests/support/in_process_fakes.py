@@ -34,8 +34,7 @@ from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
-from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart
-from rlsys.driver.synchronous_loop import Workers
+from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart, Workers
 from rlsys.metrics import Metric, maximum, mean, total
 from workers.advantage_controller import joined
 

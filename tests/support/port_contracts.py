@@ -23,8 +23,7 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.data.rollout_files import read_rollouts
-from rlsys.driver.ports import Handle, RolloutPart
-from rlsys.driver.synchronous_loop import Workers
+from rlsys.driver.ports import Handle, RolloutPart, Workers
 from rlsys.metrics import values
 
 

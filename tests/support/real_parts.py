@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from recipes.wiring import probe_tokens, start_workers
 from rlsys.config import RunConfig
 from rlsys.data.prompt_stream import LoadedPrompts, load_prompts
-from rlsys.driver.synchronous_loop import Workers
+from rlsys.driver.ports import Workers
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from workers.cluster import Cluster

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
-from rlsys.metrics import Metric, maximum
+from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.models.weights import WeightManifest
 from workers.generation.engines.engine import RolloutEngine, SampledGroup
 
@@ -73,11 +72,7 @@ class GenerationWorker:
         """Peak memory of this process, or of its GPU."""
         if torch.cuda.is_available():
             return {"memory/generation": maximum(torch.cuda.max_memory_allocated() / 1024**3)}
-        return {
-            "memory/generation": maximum(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-            )
-        }
+        return {"memory/generation": maximum(peak_memory_gib())}
 
 
 def build_rollouts(

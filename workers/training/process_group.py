@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from rlsys import metrics
+
 T = TypeVar("T")
 
 
@@ -71,6 +73,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the largest memory of this process so far: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1024**3
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return metrics.peak_memory_gib()

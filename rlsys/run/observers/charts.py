@@ -1,7 +1,8 @@
-"""Charts of a run's metrics as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
+"""Charts as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
 
-Nothing is hidden: lines that lie on each other are told apart by their dashes, a value that is missing breaks its line and is marked, a bar that
-leaves the frame carries a sign, and thousands of steps are drawn as ranges that keep every peak.
+Nothing is hidden: lines that lie on each other are told apart by their dashes, a value that is
+missing breaks its line and is marked, a bar that leaves the frame carries a sign, and thousands of
+steps are drawn as ranges that keep every peak.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ FEW_POINTS = 8  # of a line; fewer are shown as they are, with dots
 MOST_POINTS = 400  # of a line; more are drawn as ranges of BUCKETS buckets
 BUCKETS = 200
 BARS = 60
+DOT = 3.2  # radius
 TALL = 3.0  # times the median: a bar beyond is cut off rather than flatten all the others
-LOG_SPREAD = (
-    300.0  # of the largest value over a small one: beyond, a linear axis shows one end only
-)
+LOG_SPREAD = 300.0  # of the largest value over a small one: beyond, a linear axis shows one end
 
 Point = tuple[float, float]
 
@@ -44,7 +44,7 @@ class Series:
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers that span [low, high]."""
+    """Return about `count` round numbers that span [low, high]."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
@@ -55,7 +55,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Powers of ten that span [low, high], at most about `count`."""
+    """Return powers of ten that span [low, high], at most about `count`."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
     every = math.ceil((last - first) / count)
@@ -63,7 +63,7 @@ def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def format_number(value: float, *, percent: bool = False) -> str:
-    """Short, at most eight characters: 12 %, 0.031, 1.5e-06, 12,300, 1.23M."""
+    """Return at most eight characters: 12 %, 0.031, 1.5e-06, 12,300, 1.23M."""
     if not math.isfinite(value):
         return "not finite"
     if percent:
@@ -82,7 +82,7 @@ def format_number(value: float, *, percent: bool = False) -> str:
 
 
 def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
-    """With as many digits as tell neighbours apart."""
+    """Return labels with as many digits as tell neighbours apart."""
     labels = [format_number(tick, percent=percent) for tick in ticks]
     if len(set(labels)) == len(labels):
         return labels
@@ -92,7 +92,7 @@ def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
 
 
 def needs_log(values: Sequence[float]) -> bool:
-    """Whether positive values spread over so much that a linear axis would show their largest only."""
+    """Return whether a linear axis would show nothing but the largest of positive values."""
     positive = sorted(value for value in values if value > 0)
     if not positive or min(values) < 0:
         return False
@@ -137,30 +137,38 @@ class _Frame:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
     def axes(self) -> str:
-        parts = []
+        return "".join([*self._horizontal_lines(), *self._step_labels()])
+
+    def _horizontal_lines(self) -> Iterator[str]:
+        """A grid line for each tick, with its label at the left."""
         labels = tick_labels(self.ticks, percent=self.percent)
         for tick, label in zip(self.ticks, labels, strict=True):
             y = self.y(tick)
-            parts.append(
+            yield (
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             )
-            parts.append(
-                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+            yield (
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
+                f"{label}</text>"
             )
+
+    def _step_labels(self) -> Iterator[str]:
+        """Whole numbers below the chart; the last one ends with the frame where it would be cut."""
         for tick in nice_ticks(self.x_low, self.x_high, 5):
-            if self.x_low <= tick <= self.x_high and tick == round(tick):
-                label, x = f"{tick:g}", self.x(tick)
-                anchor = "end" if x + 3 * len(label) > WIDTH else "middle"
-                x = min(x, WIDTH - 1) if anchor == "middle" else WIDTH - 1
-                parts.append(
-                    f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>'
-                )
-        return "".join(parts)
+            if not self.x_low <= tick <= self.x_high or tick != round(tick):
+                continue
+            label, x = f"{tick:g}", self.x(tick)
+            anchor = "end" if x + 3 * len(label) > WIDTH else "middle"
+            x = min(x, WIDTH - 1) if anchor == "middle" else WIDTH - 1
+            yield (
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">'
+                f"{label}</text>"
+            )
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What is drawn of one line, and what the pointer says of it."""
+    """The drawn part of one line, and what the pointer says of it."""
 
     raw: tuple[Point, ...]
     smooth: tuple[Point, ...]  # () where the raw line is enough
@@ -170,9 +178,10 @@ class _Drawn:
 def smoothed(
     points: Sequence[Point], *, weight: float = 0.8, floor: float | None = None
 ) -> list[Point]:
-    """Exponential moving average with its start corrected, as in Adam; a missing value stays missing and is not averaged.
+    """Return the exponential moving average, with its start corrected as in Adam.
 
-    `floor`: average logarithms, of at least this value: for a logarithmic axis, on which one peak would hide a long stretch.
+    A missing value stays missing and is not averaged. With `floor`, logarithms of at least that
+    value are averaged: for a logarithmic axis, on which one peak would hide a long stretch.
     """
     average, count, result = 0.0, 0, []
     for x, y in points:
@@ -188,32 +197,40 @@ def smoothed(
 
 
 def _drawn(line: Series, frame: _Frame, x_low: float, size: int) -> _Drawn:
-    """`size`: steps of a bucket; 1 draws every point."""
+    """Reduce a line to what is drawn; `size`: steps of a bucket, where 1 draws every point."""
     smooth: tuple[Point, ...] = ()
     if line.smooth and not line.markers and len(line.points) >= FEW_POINTS:
         smooth = tuple(smoothed(line.points, floor=frame.ticks[0] if frame.log else None))
     if size == 1:
         hover = tuple((x, f"{x:g}", y) for x, y in line.points)
         return _Drawn(line.points, smooth, hover)
+
     raw: list[Point] = []
     hover = []
     for middle, name, bucket in _buckets(line.points, x_low, size):
-        finite = [(x, y) for x, y in bucket if math.isfinite(y)]
-        if not finite:
-            raw.append(bucket[0])
-            hover.append((middle, name, math.nan))
-            continue
-        ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])}
-        raw += sorted(ends)
-        hover.append((middle, name, sum(y for _, y in finite) / len(finite)))
+        raw += _extremes(bucket)
+        finite = [y for _, y in bucket if math.isfinite(y)]
+        hover.append((middle, name, sum(finite) / len(finite) if finite else math.nan))
     last = [bucket[-1] for _, _, bucket in _buckets(smooth, x_low, size)]
     return _Drawn(tuple(raw), tuple(last), tuple(hover))
+
+
+def _extremes(bucket: Sequence[Point]) -> list[Point]:
+    """Return the lowest and the highest point in order; one missing point where all are missing."""
+    finite = [(x, y) for x, y in bucket if math.isfinite(y)]
+    if not finite:
+        return [bucket[0]]
+    ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])}
+    return sorted(ends)
 
 
 def _buckets(
     points: Sequence[Point], x_low: float, size: int
 ) -> Iterator[tuple[float, str, list[Point]]]:
-    """Points of `size` steps each on one grid for all lines: the middle, a name such as 101–150, and the points."""
+    """Yield the points of `size` steps each: the middle, a name such as 101–150, and the points.
+
+    The grid is the same for all lines of a chart.
+    """
     grouped: dict[int, list[Point]] = {}
     for x, y in points:
         grouped.setdefault(int((x - x_low) // size), []).append((x, y))
@@ -223,7 +240,7 @@ def _buckets(
 
 
 def _segments(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Runs of finite values: what is missing breaks the line."""
+    """Yield runs of finite values: what is missing breaks the line."""
     run: list[Point] = []
     for x, y in points:
         if math.isfinite(y):
@@ -243,9 +260,10 @@ def line_chart(
     may_be_log: bool = False,
     at: str = "step {}",
 ) -> str:
-    """An SVG of lines over steps, smoothed with the raw values behind; "" where there is nothing to draw. `at` names an x under the pointer.
+    """Return an SVG of lines over steps, smoothed with the raw values behind.
 
-    `may_be_log`: the axis is logarithmic where the values need it; 0 then lies on the lower edge.
+    It is "" where there is nothing to draw. `at` names an x under the pointer. With `may_be_log`
+    the axis is logarithmic where the values need it; 0 then lies on the lower edge.
     """
     lines = [line for line in lines if line.finite]
     if not lines:
@@ -255,22 +273,33 @@ def line_chart(
     log = may_be_log and needs_log(ys)
     frame = _Frame(xs, ys, percent=percent, log=log)
     size = _bucket_size(lines, xs)
+
     body, data, legend = [frame.axes()], [], []
-    for i, line in enumerate(lines):
+    for place, line in enumerate(lines):
         drawn = _drawn(line, frame, min(xs), size)
-        dots = line.markers or len(line.points) < FEW_POINTS
-        below = sum(other.points == line.points for other in lines[:i])
-        # A dot on equal ones is smaller, so that all are seen.
-        radius = (3.2, 2.0, 1.2)[min(below, 2)]
-        body.append(_line_shapes(frame, drawn, i % COLOURS, dots=dots, radius=radius))
-        points = [
-            [round(frame.x(x), 1), name, format_number(y, percent=percent)]
-            for x, name, y in drawn.hover
-        ]
-        data.append({"label": line.label, "points": points})
-        legend.append(_line_key(i, line, lines[:i], percent=percent))
+        body.append(_line_shapes(frame, drawn, place % COLOURS, _dot_radius(lines, place)))
+        data.append(_hover_data(frame, line.label, drawn))
+        legend.append(_line_key(place, line, lines[:place], percent=percent))
     name = title + (" (log scale)" if log else "")
     return _figure(name, "".join(legend), "".join(body), data, at)
+
+
+def _dot_radius(lines: Sequence[Series], place: int) -> float:
+    """Return the radius of a line's dots, 0 for none; on an equal line they are smaller."""
+    line = lines[place]
+    if not line.markers and len(line.points) >= FEW_POINTS:
+        return 0.0
+    below = sum(other.points == line.points for other in lines[:place])
+    return (DOT, 2.0, 1.2)[min(below, 2)]
+
+
+def _hover_data(frame: _Frame, label: str, drawn: _Drawn) -> dict[str, Any]:
+    """Return what the page shows under the pointer: position, name of the step, value."""
+    points = [
+        [round(frame.x(x), 1), name, format_number(y, percent=frame.percent)]
+        for x, name, y in drawn.hover
+    ]
+    return {"label": label, "points": points}
 
 
 def _bucket_size(lines: Sequence[Series], xs: Sequence[float]) -> int:
@@ -279,31 +308,34 @@ def _bucket_size(lines: Sequence[Series], xs: Sequence[float]) -> int:
     return math.ceil((max(xs) - min(xs) + 1) / BUCKETS)
 
 
-def _line_shapes(frame: _Frame, drawn: _Drawn, colour: int, *, dots: bool, radius: float) -> str:
+def _line_shapes(frame: _Frame, drawn: _Drawn, colour: int, radius: float) -> str:
+    """Draw one line; a run of a single point is a dot, since a line of one point is invisible."""
     parts = []
-    main = drawn.smooth or drawn.raw
     if drawn.smooth:
         parts += [
             f'<polyline class="raw c{colour}" points="{frame.path(run)}"/>'
             for run in _segments(drawn.raw)
         ]
-    for run in _segments(main):
+    for run in _segments(drawn.smooth or drawn.raw):
         parts.append(f'<polyline class="line c{colour}" points="{frame.path(run)}"/>')
-        if dots or len(run) == 1:
-            parts += [
-                f'<circle class="dot c{colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"/>'
-                for x, y in run
-            ]
+        if radius or len(run) == 1:
+            parts += [_dot(frame, point, colour, radius or DOT) for point in run]
     parts += [
-        f'<text class="missing" x="{frame.x(x):.1f}" y="{HEIGHT - BOTTOM - 2}" text-anchor="middle">×</text>'
+        f'<text class="missing" x="{frame.x(x):.1f}" y="{HEIGHT - BOTTOM - 2}" '
+        'text-anchor="middle">×</text>'
         for x, y in drawn.raw
         if not math.isfinite(y)
     ]
     return "".join(parts)
 
 
+def _dot(frame: _Frame, point: Point, colour: int, radius: float) -> str:
+    x, y = frame.x(point[0]), frame.y(point[1])
+    return f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+
+
 def _line_key(place: int, line: Series, before: Sequence[Series], *, percent: bool) -> str:
-    """Colour and dashes, name, last value, and what a reader could miss."""
+    """Return colour and dashes, name, last value, and what a reader could miss."""
     same = next((other.label for other in before if other.points == line.points), None)
     missing = len(line.points) - len(line.finite)
     remarks = [
@@ -311,86 +343,118 @@ def _line_key(place: int, line: Series, before: Sequence[Series], *, percent: bo
         *([f"× not finite at {missing} of {len(line.points)}"] if missing else []),
     ]
     last = format_number(line.finite[-1][1], percent=percent)
+    remark = f" <i>({html.escape(', '.join(remarks))})</i>" if remarks else ""
     return (
-        f'<span class="key"><svg class="sample" viewBox="0 0 26 8"><path class="line c{place % COLOURS}" d="M0 4H26"/></svg>'
-        f"{html.escape(line.label)} <b>{last}</b>"
-        + (f" <i>({html.escape(', '.join(remarks))})</i>" if remarks else "")
-        + "</span>"
+        '<span class="key"><svg class="sample" viewBox="0 0 26 8">'
+        f'<path class="line c{place % COLOURS}" d="M0 4H26"/></svg>'
+        f"{html.escape(line.label)} <b>{last}</b>{remark}</span>"
     )
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """One bar: the mean of one step or of several."""
+
+    start: int
+    label: str  # 7, or 101–110
+    parts: tuple[float, ...]
+
+    @property
+    def height(self) -> float:
+        return sum(self.parts)
 
 
 def stacked_bars(
     title: str, names: Sequence[str], steps: Sequence[tuple[int, Sequence[float]]], unit: str
 ) -> str:
-    """Parts of a whole: a bar for each (step, values), or for several steps, averaged, where there are many.
+    """Return an SVG of parts of a whole, a bar for each (step, values).
 
-    A bar more than three times the median is cut off at the frame, with a sign on it and its height in the legend.
+    Many steps share bars, which show their means. A bar more than three times the median is cut
+    off at the frame, with a sign on it and its height in the legend.
     """
     if not steps:
         return ""
     size = math.ceil(len(steps) / BARS)
-    buckets = [steps[i : i + size] for i in range(0, len(steps), size)]
-    heights = [
-        [sum(part) / len(bucket) for part in zip(*(v for _, v in bucket), strict=True)]
-        for bucket in buckets
-    ]
-    starts = [bucket[0][0] for bucket in buckets]
-    labels = [
-        f"{bucket[0][0]}" if len(bucket) == 1 else f"{bucket[0][0]}–{bucket[-1][0]}"
-        for bucket in buckets
-    ]
-    wholes = [sum(parts) for parts in heights]
-    limit = TALL * sorted(wholes)[len(wholes) // 2]
-    top = max((whole for whole in wholes if whole <= limit), default=max(wholes))
-    frame = _Frame([starts[0], max(starts[-1] + size, starts[0] + 2)], [0.0, top])
-    width = max(1.0, (frame.x(starts[0] + size) - frame.x(starts[0])) * 0.86)
-    body = [frame.axes()]
-    for start, parts in zip(starts, heights, strict=True):
-        body.append(_bar(frame, frame.x(start), width, parts))
+    bars = [_bar(steps[first : first + size]) for first in range(0, len(steps), size)]
+    first, last = bars[0].start, bars[-1].start
+    frame = _Frame([first, max(last + size, first + 2)], [0.0, _highest_drawn(bars)])
+    width = max(1.0, (frame.x(first + size) - frame.x(first)) * 0.86)
+
+    body = frame.axes() + "".join(_bar_shapes(frame, bar, width) for bar in bars)
     data = [
         {
             "label": name,
             "points": [
-                [round(frame.x(x) + width / 2, 1), label, f"{parts[i]:.2f} {unit}"]
-                for x, label, parts in zip(starts, labels, heights, strict=True)
+                [round(frame.x(bar.start) + width / 2, 1), bar.label, f"{bar.parts[i]:.2f} {unit}"]
+                for bar in bars
             ],
         }
         for i, name in enumerate(names)
     ]
-    cut = [
-        f"step {label}: {whole:.1f} {unit}"
-        for label, whole in zip(labels, wholes, strict=True)
-        if whole > frame.y_high
-    ]
-    legend = "".join(
-        f'<span class="key"><svg class="sample square" viewBox="0 0 10 10"><rect class="bar c{i % COLOURS}" width="10" height="10"/></svg>'
+    return _figure(title, _bar_keys(names) + _cut_off(frame, bars, unit), body, data)
+
+
+def _bar(steps: Sequence[tuple[int, Sequence[float]]]) -> _Bar:
+    first, last = steps[0][0], steps[-1][0]
+    sums = (sum(part) for part in zip(*(values for _, values in steps), strict=True))
+    return _Bar(
+        start=first,
+        label=f"{first}" if len(steps) == 1 else f"{first}–{last}",
+        parts=tuple(part / len(steps) for part in sums),
+    )
+
+
+def _highest_drawn(bars: Sequence[_Bar]) -> float:
+    """Return the height of the highest bar that is not cut off."""
+    heights = sorted(bar.height for bar in bars)
+    limit = TALL * heights[len(heights) // 2]
+    return max((height for height in heights if height <= limit), default=heights[-1])
+
+
+def _bar_keys(names: Sequence[str]) -> str:
+    return "".join(
+        '<span class="key"><svg class="sample square" viewBox="0 0 10 10">'
+        f'<rect class="bar c{i % COLOURS}" width="10" height="10"/></svg>'
         f"{html.escape(name)}</span>"
         for i, name in enumerate(names)
     )
-    if cut:
-        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
-        legend += f'<span class="key cut">▲ cut off: {html.escape(", ".join(cut[:3]))}{more}</span>'
-    return _figure(title, legend, "".join(body), data)
 
 
-def _bar(frame: _Frame, x: float, width: float, parts: Sequence[float]) -> str:
-    """One bar, with a sign where it leaves the frame."""
+def _cut_off(frame: _Frame, bars: Sequence[_Bar], unit: str) -> str:
+    """Name the bars that leave the frame, in the legend."""
+    cut = [
+        f"step {bar.label}: {bar.height:.1f} {unit}" for bar in bars if bar.height > frame.y_high
+    ]
+    if not cut:
+        return ""
+    more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
+    return f'<span class="key cut">▲ cut off: {html.escape(", ".join(cut[:3]))}{more}</span>'
+
+
+def _bar_shapes(frame: _Frame, bar: _Bar, width: float) -> str:
+    """Draw one bar, with a sign where it leaves the frame."""
+    x = frame.x(bar.start)
     shapes, base = [], 0.0
-    for i, value in enumerate(parts):
+    for i, value in enumerate(bar.parts):
         top = min(base + value, frame.y_high)
         if top > base:
+            height = frame.y(base) - frame.y(top)
             shapes.append(
-                f'<rect class="bar c{i % COLOURS}" x="{x:.1f}" width="{width:.1f}" y="{frame.y(top):.1f}" '
-                f'height="{frame.y(base) - frame.y(top):.1f}"/>'
+                f'<rect class="bar c{i % COLOURS}" x="{x:.1f}" width="{width:.1f}" '
+                f'y="{frame.y(top):.1f}" height="{height:.1f}"/>'
             )
         base = top
-    if sum(parts) > frame.y_high:
-        edge = frame.y(frame.y_high)
-        zigzag = f"M{x - 2:.1f} {edge + 12:.1f}l{(width + 4) / 2:.1f} -4l{(width + 4) / 2:.1f} 4"
-        shapes.append(f'<path class="break" d="{zigzag}"/>')
-        middle = x + width / 2
-        shapes.append(f'<path class="cut" d="M{middle - 5:.1f} {edge - 2:.1f}h10l-5 -8z"/>')
+    if bar.height > frame.y_high:
+        shapes.append(_break_sign(frame, x, width))
     return "".join(shapes)
+
+
+def _break_sign(frame: _Frame, x: float, width: float) -> str:
+    """Draw a zigzag through the top of a bar, and an arrow above it."""
+    edge, middle, half = frame.y(frame.y_high), x + width / 2, (width + 4) / 2
+    zigzag = f"M{x - 2:.1f} {edge + 12:.1f}l{half:.1f} -4l{half:.1f} 4"
+    arrow = f"M{middle - 5:.1f} {edge - 2:.1f}h10l-5 -8z"
+    return f'<path class="break" d="{zigzag}"/><path class="cut" d="{arrow}"/>'
 
 
 def _figure(
@@ -398,9 +462,11 @@ def _figure(
 ) -> str:
     points = html.escape(json.dumps(data, allow_nan=False), quote=True)
     name = html.escape(title)
+    cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
     return (
-        f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" '
-        f'data-at="{html.escape(at)}" data-series="{points}">{body}'
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
-        f'<div class="legend">{legend}</div><div class="readout" aria-live="polite"></div></figure>'
+        f"<figure><figcaption>{name}</figcaption>"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" '
+        f'data-at="{html.escape(at)}" data-series="{points}">{body}{cursor}</svg>'
+        f'<div class="legend">{legend}</div>'
+        '<div class="readout" aria-live="polite"></div></figure>'
     )

@@ -1,12 +1,12 @@
-"""What a person sees while a run goes on: a small live panel on a terminal, plain lines elsewhere."""
+"""A run on the console: a live panel on a terminal, plain lines elsewhere, and its summary."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -14,18 +14,10 @@ from rich.text import Text
 
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import MetricsRecord
-from rlsys.run.observers.observer import PHASES, Outcome
+from rlsys.run.observers.observer import PHASES, Observer, Outcome
 from rlsys.run.observers.run_status import read_status
-from rlsys.run.observers.run_summary import (
-    counted_notes,
-    first_to_last,
-    numbers,
-    sampled_tokens,
-    share,
-    trained_differs,
-)
+from rlsys.run.observers.run_summary import TrainingSummary, run_summary
 from rlsys.run.observers.step_notes import step_notes
-from rlsys.run.reward_failures import total_failures
 
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -42,7 +34,7 @@ CELL = 8  # characters of a number
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 m 20 s, 1 h 05 m."""
+    """Return seconds as 42 s, 3 m 20 s, 1 h 05 m."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -51,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def cell(values: Mapping[str, float], name: str, form: str) -> str:
-    """A metric in at most `CELL` characters; "-" where it is absent or not finite."""
+    """Return a metric in at most `CELL` characters; "-" where it is absent or not finite."""
     value = values.get(name, math.nan)
     if not math.isfinite(value):
         return "-"
@@ -60,7 +52,7 @@ def cell(values: Mapping[str, float], name: str, form: str) -> str:
 
 
 def phase_line(values: Mapping[str, float]) -> str:
-    """Time by phase of one step: "generate 1.2 s (40 %), update ..."."""
+    """Return the time by phase of one step: "generate 1.2 s (40 %), update ..."."""
     total = values.get("time/step") or 1.0
     parts = [(name, values.get(f"time/{name}", 0.0)) for name in PHASES]
     return ", ".join(
@@ -70,8 +62,8 @@ def phase_line(values: Mapping[str, float]) -> str:
     )
 
 
-class Progress:
-    """Observer for the console."""
+class Progress(Observer):
+    """Shows a run on the console."""
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self._console = console
@@ -107,16 +99,17 @@ class Progress:
         self._show()
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        self._evaluations.append((step, values["eval/accuracy"]))
-        others = ", ".join(
+        accuracy = values["eval/accuracy"]
+        self._evaluations.append((step, accuracy))
+        sampled = [
             f"{name.removeprefix('eval/')} {value:.1%}"
             for name, value in values.items()
             if name.startswith(("eval/mean@", "eval/pass@"))
-        )
-        self._print(
-            f"held-out accuracy after {step} steps: {values['eval/accuracy']:.1%}"
-            + (f" ({others})" if others else "")
-        )
+        ]
+        line = f"held-out accuracy after {step} steps: {accuracy:.1%}"
+        if sampled:
+            line += f" ({', '.join(sampled)})"
+        self._print(line)
 
     def on_checkpoint(self, step: int, path: str) -> None:
         self._print(f"checkpoint {path}")
@@ -124,15 +117,15 @@ class Progress:
     def on_end(self, outcome: Outcome, message: str) -> None:
         if self._live:
             self._live.stop()
-        if outcome == "failed":  # the command prints the reason
-            self._print(f"run failed after {self._step} steps")
-        elif outcome != "finished":
-            self._print(
-                f"run {outcome} after {self._step} steps" + (f": {message}" if message else "")
-            )
+        if outcome == "finished":
+            return
+        line = f"run {outcome} after {self._step} steps"
+        if message and outcome != "failed":  # of a failure the command prints the reason
+            line += f": {message}"
+        self._print(line)
 
     def notice(self, text: str) -> None:
-        """Something that a person must see, now."""
+        """Print something that a person must see now."""
         self._print(text)
 
     def _print(self, line: str) -> None:
@@ -146,22 +139,18 @@ class Progress:
 
     def _print_row(self, step: int, values: Mapping[str, float]) -> None:
         if self._rows % HEADER_EVERY == 0:
-            self._print(
-                "    step "
-                + "".join(f"{name:>9}" for name, _, _ in COLUMNS)
-                + "       ETA  time by phase"
-            )
+            names = "".join(f"{name:>9}" for name, _, _ in COLUMNS)
+            self._print(f"    step {names}       ETA  time by phase")
         self._rows += 1
-        cells = [cell(values, name, form) for _, name, form in COLUMNS]
+        cells = "".join(f"{cell(values, name, form):>9}" for _, name, form in COLUMNS)
         phases = " ".join(f"{name[:3]} {values.get(f'time/{name}', 0.0):.1f}" for name in PHASES)
-        self._print(
-            f"{step:>4}/{self._total:<4}"
-            + "".join(f"{cell:>9}" for cell in cells)
-            + f"{self._eta():>10}  {phases}"
-        )
+        self._print(f"{step:>4}/{self._total:<4}{cells}{self._eta():>10}  {phases}")
 
     def _print_notes(self, step: int, values: Mapping[str, float]) -> None:
-        """What the numbers of a row do not say, below it. The live display shows those of its step; a warning that is new stays above it."""
+        """Print below a row what its numbers do not say.
+
+        The live display shows the notes of its step; a warning that is new stays above it.
+        """
         notes = step_notes(values)
         for note in notes:
             if self._live is None:
@@ -171,8 +160,11 @@ class Progress:
         self._warned = {note.kind for note in notes}
 
     def _show(self) -> None:
-        if self._live is None:
-            return
+        if self._live is not None:
+            self._live.update(Group(*self._panel()))
+
+    def _panel(self) -> Iterator[RenderableType]:
+        """Yield the lines of the live display."""
         head = Table.grid(padding=(0, 2))
         head.add_row(
             f"step {self._step}/{self._total}",
@@ -180,98 +172,92 @@ class Progress:
             f"ETA {self._eta()}",
             Text(self._phase, style="dim"),
         )
-        lines: list = [head, *self._figures()]
+        yield head
+        yield from self._figures()
         if self._values:
-            lines.append(Text(phase_line(self._values), style="dim"))
-            lines += [
-                Text(note.text, style="yellow" if note.warning else "dim")
-                for note in step_notes(self._values)
-            ]
+            yield Text(phase_line(self._values), style="dim")
+            for note in step_notes(self._values):
+                yield Text(note.text, style="yellow" if note.warning else "dim")
         if self._evaluations:
-            curve = "  ".join(
-                f"{step}: {accuracy:.1%}" for step, accuracy in self._evaluations[-8:]
-            )
-            lines.append(Text(f"held-out accuracy  {curve}"))
-        self._live.update(Group(*lines))
+            newest = self._evaluations[-8:]
+            curve = "  ".join(f"{step}: {accuracy:.1%}" for step, accuracy in newest)
+            yield Text(f"held-out accuracy  {curve}")
 
-    def _figures(self) -> list[Table]:
-        """The columns of a row, in as many lines as a narrow terminal needs."""
+    def _figures(self) -> Iterator[Table]:
+        """Yield the columns of a row, in as many lines as a narrow terminal needs."""
         shown = [
             (name, cell(self._values, key, form))
             for name, key, form in COLUMNS
             if key in self._values
         ]
         per_line = max(1, self._console.width // (CELL + 1))
-        tables = []
         for first in range(0, len(shown), per_line):
-            part, table = shown[first : first + per_line], Table.grid(padding=(0, 2))
+            part = shown[first : first + per_line]
+            table = Table.grid(padding=(0, 2))
             table.add_row(*(Text(name, style="dim") for name, _ in part))
             table.add_row(*(value for _, value in part))
-            tables.append(table)
-        return tables
+            yield table
 
 
 def print_summary(
-    console: Console, records: list[MetricsRecord], directory: RunDirectory, seconds: float
+    console: Console, records: Sequence[MetricsRecord], directory: RunDirectory, seconds: float
 ) -> None:
-    """The table at the end of a run, and what it wrote."""
-    train = [record for record in records if record.kind == "train"]
-    evaluations = [record for record in records if record.kind == "eval"]
+    """Print the table at the end of a run, and what it wrote."""
+    summary = run_summary(records)
     table = Table(title="summary", show_header=False, title_justify="left")
     status = read_status(directory)
     if status and status.state != "finished":
         table.add_row("run", f"{status.state} after {status.step} of {status.steps} steps")
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
+    if summary.accuracy and summary.evaluated_steps:
+        first, last = summary.evaluated_steps
         table.add_row(
-            "held-out accuracy",
-            f"{first.values['eval/accuracy']:.1%} -> {last.values['eval/accuracy']:.1%} (steps {first.step} -> {last.step})",
+            "held-out accuracy", f"{summary.accuracy.text('{:.1%}')} (steps {first} -> {last})"
         )
-    if train:
-        tenth = max(1, len(train) // 10)
-        table.add_row(
-            "reward",
-            f"{first_to_last(train, 'reward/mean', tenth)} (mean of the first and last {tenth} steps)",
-        )
-        if failures := total_failures(record.values for record in train):
-            table.add_row("failed rewards", failures)
-        if trained_differs(train):
-            table.add_row(
-                "trained on",
-                f"{share(train, 'trained/responses', 'rollout/responses'):.1%} of the responses, their reward "
-                f"{first_to_last(train, 'trained/reward_mean', tenth)}",
-            )
-        totals = {
-            name: sum(numbers(train, f"time/{name}")) / len(train) for name in (*PHASES, "step")
-        }
-        table.add_row("steps", f"{train[-1].step}, {totals['step']:.2f} s each")
-        table.add_row(
-            "time by phase", phase_line({f"time/{name}": value for name, value in totals.items()})
-        )
-        tokens, generating = sampled_tokens(train), sum(numbers(train, "time/generate"))
-        table.add_row(
-            "sampled tokens",
-            f"{tokens:,.0f}, {tokens / max(generating, 1e-9):.0f} a second while generating",
-        )
-        memory = {
-            name.removeprefix("memory/"): max(numbers(train, name))
-            for name in train[-1].values
-            if name.startswith("memory/")
-        }
-        table.add_row(
-            "peak memory",
-            ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items()) or "-",
-        )
-        for kind, (text, steps) in counted_notes(train).items():
-            table.add_row(Text(kind, style="yellow"), f"{steps} (last: {text})")
+    if summary.training:
+        for label, text in _training_rows(summary.training):
+            table.add_row(label, text)
+        for warnings in summary.training.warnings:
+            label = Text(warnings.kind, style="yellow")
+            table.add_row(label, f"{warnings.steps} (last: {warnings.last})")
     table.add_row("wall time", duration(seconds))
     console.print(table)
-    for what, path in (
-        ("report", directory.report),
-        ("metrics", directory.metrics),
-        ("rollouts", directory.rollouts),
-        ("checkpoints", directory.checkpoints),
-        ("log", directory.log),
-    ):
+    _print_paths(console, directory)
+
+
+def _training_rows(training: TrainingSummary) -> Iterator[tuple[str, str]]:
+    """Yield label and text of the rows about the training steps."""
+    steps = training.averaged_steps
+    yield (
+        "reward",
+        f"{training.reward.text('{:.3f}')} (mean of the first and last {steps} steps)",
+    )
+    if training.failed_rewards:
+        yield "failed rewards", training.failed_rewards
+    if training.trained:
+        yield (
+            "trained on",
+            f"{training.trained.fraction:.1%} of the responses, "
+            f"their reward {training.trained.reward.text('{:.3f}')}",
+        )
+    yield "steps", f"{training.last_step}, {training.seconds['time/step']:.2f} s each"
+    yield "time by phase", phase_line(training.seconds)
+    yield (
+        "sampled tokens",
+        f"{training.sampled_tokens:,.0f}, "
+        f"{training.tokens_per_second:.0f} a second while generating",
+    )
+    memory = [f"{name} {gib:.2f} GiB" for name, gib in training.peak_memory_gib.items()]
+    yield "peak memory", ", ".join(memory) or "-"
+
+
+def _print_paths(console: Console, directory: RunDirectory) -> None:
+    written = {
+        "report": directory.report,
+        "metrics": directory.metrics,
+        "rollouts": directory.rollouts,
+        "checkpoints": directory.checkpoints,
+        "log": directory.log,
+    }
+    for label, path in written.items():
         if path.exists():
-            console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
+            console.print(f"{label:<12} {path}", highlight=False, soft_wrap=True)

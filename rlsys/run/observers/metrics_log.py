@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Literal, TextIO
 
 from tensorboardX import SummaryWriter
 
-from rlsys.run.directory import RunDirectory
-from rlsys.run.observers.observer import Outcome
+from rlsys.run.directory import RunDirectory, write_whole
+from rlsys.run.observers.observer import Observer, Outcome
 from rlsys.run.observers.step_notes import step_notes
 
 Kind = Literal["train", "eval"]
@@ -32,7 +31,7 @@ class MetricsRecord:
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
-    """All complete records; a last line that was cut off by a crash is left out."""
+    """Return all complete records; a last line that was cut off by a crash is left out."""
     if not path.exists():
         return []
     records = []
@@ -56,42 +55,41 @@ def read_metrics(path: Path) -> list[MetricsRecord]:
     return records
 
 
-class MetricsLog:
-    """Observer that appends to metrics.jsonl, flushed line by line, and to TensorBoard."""
+class MetricsLog(Observer):
+    """Appends to metrics.jsonl, flushed line by line, and to TensorBoard.
 
-    def __init__(self, directory: RunDirectory, *, keep_lines: int | None = None) -> None:
-        """Nothing is written before the loop starts, so that a refused resume leaves every file as it was.
+    Nothing is written before the loop starts, so that a refused resume leaves every file as it was.
+    """
 
-        `keep_lines`: on a resume, the lines that the checkpoint knew; what a crashed run wrote after them is dropped.
-        """
+    def __init__(self, directory: RunDirectory) -> None:
         self._path = directory.metrics
         self._tensorboard = directory.tensorboard
-        self._keep_lines = keep_lines
-        known = len(read_metrics(self._path))
-        self._lines = known if keep_lines is None else min(known, keep_lines)
+        self._lines = 0
         self._file: TextIO | None = None
         self._events: SummaryWriter | None = None
 
+    def state(self) -> int:
+        """Return the number of lines written so far."""
+        return self._lines
+
+    def load_state(self, lines: int) -> None:
+        """Go on behind the lines that a checkpoint knew."""
+        self._lines = min(lines, len(read_metrics(self._path)))
+
     def _opened(self) -> tuple[TextIO, SummaryWriter]:
-        """The open files; opened, and the old one cut, on first use."""
+        """Return the open files; they are opened on first use, and the old lines cut then."""
         if self._file is None or self._events is None:
-            if self._keep_lines is not None:
-                self._truncate(self._keep_lines)
+            self._truncate()
             self._file = self._path.open("a")
             self._events = SummaryWriter(str(self._tensorboard))
         return self._file, self._events
 
-    def _truncate(self, lines: int) -> None:
-        kept = (
-            self._path.read_text().splitlines(keepends=True)[:lines] if self._path.exists() else []
-        )
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
-
-    def position(self) -> int:
-        """Lines written so far: what a checkpoint remembers."""
-        return self._lines
+    def _truncate(self) -> None:
+        """Drop what a run that crashed wrote after its checkpoint."""
+        if not self._path.exists():
+            return
+        kept = self._path.read_text().splitlines(keepends=True)[: self._lines]
+        write_whole(self._path, "".join(kept))
 
     def _write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
@@ -113,15 +111,11 @@ class MetricsLog:
     def on_start(self, first_step: int, total_steps: int) -> None:
         self._opened()
 
-    def on_phase(self, step: int, phase: str) -> None: ...
-
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         self._write("train", step, values)
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self._write("eval", step, values)
-
-    def on_checkpoint(self, step: int, path: str) -> None: ...
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         for stream in (self._file, self._events):

@@ -1,71 +1,37 @@
-"""What the loop tells those who watch it: the display, the metrics log, the report."""
+"""What a training session tells those who watch it: the display, the metrics log, the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Literal
 
 Outcome = Literal["finished", "interrupted", "failed"]
 
-# What a step's time is made of, in this order: each is reported as time/<phase>, and together they are time/step.
+# A step's time, in this order: each is reported as time/<phase>, and together they are time/step.
 # reward: waiting for rewards that were not ready when generation and log-probabilities were done.
 PHASES = ("generate", "logprobs", "reward", "advantages", "update", "sync", "other")
 
 
-class Observer(Protocol):
-    """Each method is called in the driver's event loop and returns soon."""
+class Observer:
+    """Watches a run. Each method does nothing here; a subclass overrides those that it needs.
+
+    They are called in the driver's event loop and return soon.
+    """
 
     def on_start(self, first_step: int, total_steps: int) -> None:
         """The loop begins; `first_step` is above 1 after a resume."""
-        ...
 
     def on_phase(self, step: int, phase: str) -> None:
         """A phase begins: one of `PHASES` (but "other"), "evaluate" or "checkpoint"."""
-        ...
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """A training step is complete. Steps count from 1."""
-        ...
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Held-out results after `step` steps (0: before training)."""
-        ...
+        """Held-out results are there after `step` steps (0: before training)."""
 
     def on_checkpoint(self, step: int, path: str) -> None:
         """A checkpoint is complete."""
-        ...
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         """The loop is over; `message` says why where it failed."""
-        ...
-
-
-class Observers:
-    """Several observers as one."""
-
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = observers
-
-    def on_start(self, first_step: int, total_steps: int) -> None:
-        for observer in self._observers:
-            observer.on_start(first_step, total_steps)
-
-    def on_phase(self, step: int, phase: str) -> None:
-        for observer in self._observers:
-            observer.on_phase(step, phase)
-
-    def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        for observer in self._observers:
-            observer.on_step(step, values)
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        for observer in self._observers:
-            observer.on_evaluation(step, values)
-
-    def on_checkpoint(self, step: int, path: str) -> None:
-        for observer in self._observers:
-            observer.on_checkpoint(step, path)
-
-    def on_end(self, outcome: Outcome, message: str) -> None:
-        for observer in self._observers:
-            observer.on_end(outcome, message)

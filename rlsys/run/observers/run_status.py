@@ -1,7 +1,7 @@
 """status.json: what a run is doing, or how it ended.
 
-A run that is killed writes nothing any more: its file still says "running", but the process that it names is gone. Whoever looks calls
-`read_status`, which then says "died".
+A run that is killed writes nothing any more: its file still says "running", but the process that
+it names is gone. Whoever looks calls `read_status`, which then says "died".
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from rlsys.run.directory import RunDirectory
-from rlsys.run.observers.observer import Outcome
+from rlsys.run.directory import RunDirectory, write_whole
+from rlsys.run.observers.observer import Observer, Outcome
 
 State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
 
@@ -43,7 +42,10 @@ class RunStatus:
 
 
 def read_status(directory: RunDirectory) -> RunStatus | None:
-    """The status of a run; "died" where it should be running and its process, on this machine, is gone. None: there is none to read."""
+    """Return the status of a run, or None where there is none to read.
+
+    It is "died" where the run should be running and its process, on this machine, is gone.
+    """
     try:
         status = RunStatus(**json.loads(directory.status.read_text()))
     except (OSError, ValueError, TypeError):
@@ -53,7 +55,9 @@ def read_status(directory: RunDirectory) -> RunStatus | None:
     return replace(
         status,
         state="died",
-        message="its process is gone and said nothing; run.log may know more. Continue with --resume.",
+        message=(
+            "its process is gone and said nothing; run.log may know more. Continue with --resume."
+        ),
     )
 
 
@@ -66,11 +70,15 @@ def _is_alive(status: RunStatus) -> bool:
         return False
 
 
-class StatusWriter:
-    """Observer that keeps status.json, from before the actors start until the end."""
+class StatusWriter(Observer):
+    """Keeps status.json, from before the actors start until the end."""
 
     def __init__(self, directory: RunDirectory, *, held: bool = False) -> None:
-        """`held`: nothing is written before the loop starts or the start fails, so that a refused resume leaves the file as it was."""
+        """Write the status of a run that starts.
+
+        While it is `held`, nothing is written before the loop starts or the start fails, so that a
+        refused resume leaves the file as it was.
+        """
         self._path = directory.status
         self._status = RunStatus(
             state="starting",
@@ -84,16 +92,17 @@ class StatusWriter:
             self._write()
 
     def fail(self, message: str) -> None:
-        """The run failed. Where the loop has said so already, this changes nothing."""
+        """Say that the run failed; where the loop has said so already, this changes nothing."""
         if not self._status.is_over:
             self._change(state="failed", message=message)
 
     def _change(self, **fields: object) -> None:
-        self._status = replace(self._status, time=time.time(), **fields)  # pyright: ignore[reportArgumentType]
+        changed = {"time": time.time(), **fields}
+        self._status = replace(self._status, **changed)  # pyright: ignore[reportArgumentType]
         self._write()
 
     def _write(self) -> None:
-        _write_whole(self._path, json.dumps(asdict(self._status)))
+        write_whole(self._path, json.dumps(asdict(self._status)))
 
     def on_start(self, first_step: int, total_steps: int) -> None:
         self._change(state="running", step=first_step - 1, steps=total_steps)
@@ -104,16 +113,5 @@ class StatusWriter:
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         self._change(step=step)
 
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def on_checkpoint(self, step: int, path: str) -> None: ...
-
     def on_end(self, outcome: Outcome, message: str) -> None:
         self._change(state=outcome, message=message)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees the old text or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

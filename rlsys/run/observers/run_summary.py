@@ -1,55 +1,161 @@
-"""Figures over the steps of a run, for its summary on the console and its report."""
+"""Figures over all steps of a run: for the console at the end, and for the top of the report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from rlsys.run.observers.metrics_log import MetricsRecord
+from rlsys.run.observers.observer import PHASES
 from rlsys.run.observers.step_notes import step_notes
+from rlsys.run.reward_failures import total_failures
 
 
-def numbers(records: Iterable[MetricsRecord], name: str) -> list[float]:
-    """The finite values of one metric."""
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A metric at the beginning and at the end of a run; NaN where it has no value."""
+
+    first: float
+    last: float
+
+    def text(self, form: str, arrow: str = "->") -> str:
+        """Return both in one format, such as "{:.3f}"; "-" where there is no value."""
+        ends = [form.format(end) if math.isfinite(end) else "-" for end in (self.first, self.last)]
+        return f" {arrow} ".join(ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPart:
+    """The responses that entered the loss, where those are not all."""
+
+    fraction: float  # of the sampled ones
+    reward: Change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warnings:
+    """All warnings of one kind."""
+
+    kind: str
+    steps: str  # "3 steps, 5 to 9"
+    last: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """Figures over the training steps."""
+
+    last_step: int
+    averaged_steps: int  # a `Change` compares the means of so many first and last steps
+    reward: Change
+    failed_rewards: str  # each function that failed, with how often; "" where none did
+    trained: TrainedPart | None  # None: all responses
+    seconds: Mapping[str, float]  # time/<phase> and time/step, means per step
+    sampled_tokens: float
+    tokens_per_second: float  # while generating
+    peak_memory_gib: Mapping[str, float]  # by worker
+    warnings: Sequence[Warnings]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Figures over a run; a part that has none is None."""
+
+    accuracy: Change | None  # held out, of the first and the last evaluation
+    evaluated_steps: tuple[int, int] | None  # after which those two were made
+    training: TrainingSummary | None
+
+
+def run_summary(records: Iterable[MetricsRecord]) -> RunSummary:
+    """Summarize the records of a run, or of as much as there is of it."""
+    train = []
+    evaluations = []
+    for record in records:
+        (train if record.kind == "train" else evaluations).append(record)
+    training = _training_summary(train) if train else None
+    if not evaluations:
+        return RunSummary(accuracy=None, evaluated_steps=None, training=training)
+    first, last = evaluations[0], evaluations[-1]
+    return RunSummary(
+        accuracy=Change(first=first.values["eval/accuracy"], last=last.values["eval/accuracy"]),
+        evaluated_steps=(first.step, last.step),
+        training=training,
+    )
+
+
+def finite_values(records: Iterable[MetricsRecord], name: str) -> list[float]:
+    """Return the finite values of one metric."""
     found = (record.values.get(name, math.nan) for record in records)
     return [value for value in found if math.isfinite(value)]
 
 
-def sampled_tokens(records: Sequence[MetricsRecord]) -> float:
-    """All tokens that the engines sampled for training."""
-    return sum(numbers(records, "rollout/tokens")) + sum(numbers(records, "rollout/greedy_tokens"))
-
-
-def share(records: Sequence[MetricsRecord], part: str, whole: str) -> float:
-    """One metric over another, both added up."""
-    return sum(numbers(records, part)) / max(sum(numbers(records, whole)), 1e-9)
-
-
-def trained_differs(records: Iterable[MetricsRecord]) -> bool:
-    """Whether some responses that were sampled were not trained."""
-    return any(
-        record.values.get("trained/responses", math.nan)
-        < record.values.get("rollout/responses", math.nan)
-        for record in records
+def _training_summary(train: Sequence[MetricsRecord]) -> TrainingSummary:
+    tenth = max(1, len(train) // 10)
+    tokens = _sum(train, "rollout/tokens") + _sum(train, "rollout/greedy_tokens")
+    times = [f"time/{name}" for name in (*PHASES, "step")]
+    return TrainingSummary(
+        last_step=train[-1].step,
+        averaged_steps=tenth,
+        reward=_change(train, "reward/mean", tenth),
+        failed_rewards=total_failures(record.values for record in train),
+        trained=_trained_part(train, tenth),
+        seconds={name: _sum(train, name) / len(train) for name in times},
+        sampled_tokens=tokens,
+        tokens_per_second=tokens / max(_sum(train, "time/generate"), 1e-9),
+        peak_memory_gib=_peak_memory(train),
+        warnings=_counted_warnings(train),
     )
 
 
-def first_to_last(records: Sequence[MetricsRecord], name: str, steps: int) -> str:
-    """Means of a metric over the first and the last so many steps; "-" where it has no value."""
-    ends = [numbers(part, name) for part in (records[:steps], records[-steps:])]
-    return " -> ".join(f"{sum(end) / len(end):.3f}" if end else "-" for end in ends)
+def _sum(records: Iterable[MetricsRecord], name: str) -> float:
+    return sum(finite_values(records, name))
 
 
-def counted_notes(records: Iterable[MetricsRecord]) -> dict[str, tuple[str, str]]:
-    """Of each kind of warning the newest text, and how many steps had one: "3 steps, 5 to 9"."""
+def _change(train: Sequence[MetricsRecord], name: str, steps: int) -> Change:
+    """Compare the means over the first and the last `steps` steps."""
+    return Change(first=_mean(train[:steps], name), last=_mean(train[-steps:], name))
+
+
+def _mean(records: Sequence[MetricsRecord], name: str) -> float:
+    found = finite_values(records, name)
+    return sum(found) / len(found) if found else math.nan
+
+
+def _trained_part(train: Sequence[MetricsRecord], averaged_steps: int) -> TrainedPart | None:
+    trained, sampled = "trained/responses", "rollout/responses"
+    differs = any(
+        record.values.get(trained, math.nan) < record.values.get(sampled, math.nan)
+        for record in train
+    )
+    if not differs:
+        return None
+    return TrainedPart(
+        fraction=_sum(train, trained) / max(_sum(train, sampled), 1e-9),
+        reward=_change(train, "trained/reward_mean", averaged_steps),
+    )
+
+
+def _peak_memory(train: Sequence[MetricsRecord]) -> dict[str, float]:
+    """Return the highest memory of each worker that the last step still reports."""
+    names = [name for name in train[-1].values if name.startswith("memory/")]
+    peaks = {name: finite_values(train, name) for name in names}
+    return {name.removeprefix("memory/"): max(found) for name, found in peaks.items() if found}
+
+
+def _counted_warnings(train: Iterable[MetricsRecord]) -> list[Warnings]:
+    """Collect the warnings of each kind, with their steps and the newest text."""
     steps: dict[str, list[int]] = {}
     texts: dict[str, str] = {}
-    for record in records:
+    for record in train:
         for note in step_notes(record.values):
             if note.warning:
                 steps.setdefault(note.kind, []).append(record.step)
                 texts[note.kind] = note.text
-    return {kind: (texts[kind], _step_range(found)) for kind, found in steps.items()}
+    return [
+        Warnings(kind=kind, steps=_step_range(found), last=texts[kind])
+        for kind, found in steps.items()
+    ]
 
 
 def _step_range(steps: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
-"""What a person should be told about a step, made from its metrics: on the console, in metrics.jsonl and in the report.
+"""Remarks on a step, made from its metrics: for the console, metrics.jsonl and the report.
 
-Each rule is a function of the step's numbers. To have something said, report a metric and add a rule.
+Each rule is a function of the step's numbers. For a new remark, report a metric and add a rule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Note:
-    """One remark on a step. `kind` is the same for all remarks of a rule, so that they can be counted."""
+    """One remark on a step; its `kind` is that of its rule, so that remarks can be counted."""
 
     kind: str
     text: str
@@ -24,13 +24,13 @@ class Note:
 
 
 def step_notes(values: Numbers) -> list[Note]:
-    """All remarks on a step with these metrics; warnings first."""
+    """Return all remarks on a step with these metrics, warnings first."""
     found = [note for rule in RULES if (note := rule(values)) is not None]
     return sorted(found, key=lambda note: not note.warning)
 
 
 def _number(values: Numbers, name: str) -> float:
-    """A metric; 0 where it is absent or not finite."""
+    """Return a metric, or 0 where it is absent or not finite."""
     value = values.get(name, 0.0)
     return value if math.isfinite(value) else 0.0
 
@@ -68,7 +68,8 @@ def _missing_groups(values: Numbers) -> Note | None:
     rounds = _number(values, "sampling/rounds")
     return Note(
         "groups missing",
-        f"groups of equal rewards that fill the batch, after {rounds:.0f} rounds of sampling: {missing:.0f}",
+        "groups of equal rewards that fill the batch, "
+        f"after {rounds:.0f} rounds of sampling: {missing:.0f}",
     )
 
 
@@ -99,7 +100,10 @@ def _failed_rewards(values: Numbers) -> Note | None:
 
 
 def _is_broken(name: str, value: float) -> bool:
-    """Not finite, and not by its nature: a diagnostic may be infinite, such as the condition number of equal layers."""
+    """Return whether a value is not finite and should be.
+
+    A diagnostic may be infinite, such as the condition number of equal layers.
+    """
     return math.isnan(value) or (math.isinf(value) and not name.startswith("advantage/"))
 
 
@@ -115,10 +119,12 @@ def _trained_share(values: Numbers) -> Note | None:
     trained, sampled = values.get("trained/responses"), values.get("rollout/responses")
     if not trained or trained == sampled:
         return None
+    reward = _number(values, "trained/reward_mean")
+    correct = _number(values, "trained/accuracy")
     return Note(
         "trained on a part",
-        f"trained on {trained:.0f} of {sampled:.0f} responses: reward {_number(values, 'trained/reward_mean'):.3f}, "
-        f"correct {_number(values, 'trained/accuracy'):.1%}",
+        f"trained on {trained:.0f} of {sampled:.0f} responses: "
+        f"reward {reward:.3f}, correct {correct:.1%}",
         warning=False,
     )
 

@@ -11,6 +11,7 @@ import pytest
 
 from rlsys.config import EvaluationConfig, GenerationConfig, RunConfig, TrainerConfig
 from rlsys.driver.evaluation import EVALUATION_SEED, Evaluator, pass_at_k
+from rlsys.driver.sampling import Sampler
 from rlsys.metrics import values as metric_values
 from tests.support.in_process_fakes import (
     PROBLEMS,
@@ -54,11 +55,20 @@ def test_pass_at_k_refuses_what_has_no_meaning(n: int, c: int, k: int) -> None:
 
 
 def make(
-    samples: int, pass_at: tuple[int, ...], *, temperature: float = 1.0
+    samples: int,
+    pass_at: tuple[int, ...],
+    *,
+    temperature: float = 1.0,
+    scorer: type[FirstTokenScorer] = FirstTokenScorer,
 ) -> tuple[Stage, TableGenerator, Evaluator]:
     config = RunConfig(
         generation=GenerationConfig(
-            temperature=0.7, top_k=5, top_p=0.9, min_tokens=0, max_tokens=2
+            temperature=0.7,
+            top_k=5,
+            top_p=0.9,
+            min_tokens=0,
+            max_tokens=2,
+            stop=("</answer>",),
         ),
         trainer=TrainerConfig(
             evaluation=EvaluationConfig(
@@ -72,9 +82,7 @@ def make(
     return (
         stage,
         generator,
-        Evaluator(
-            config, held_out_prompts(), generator, FirstTokenScorer(stage), stop=("</answer>",)
-        ),
+        Evaluator(config, held_out_prompts(), Sampler(config, generator, scorer(stage))),
     )
 
 
@@ -138,9 +146,8 @@ async def test_right_means_the_same_in_training_and_in_evaluation() -> None:
             graded = np.where(np.arange(len(rewards)) % 2 == 0, 0.2, 0.6).astype(np.float32)
             return replace(rewards, rewards=graded, accuracies=graded)
 
-    stage, generator, evaluator = make(8, (1,))
+    stage, generator, evaluator = make(8, (1,), scorer=HalfScorer)
     scorer = HalfScorer(stage)
-    evaluator._scorer = scorer
     values = await evaluator.evaluate()
     assert values["eval/mean@8"] == 0.5
     config = RunConfig(

@@ -88,9 +88,28 @@ def test_metrics_are_untouched_until_the_loop_starts(tmp_path: Path):
         log.on_step(step, {"reward/mean": 0.5})
     log.on_end("failed", "")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    resumed = MetricsLog(run, keep_lines=2)
-    assert resumed.position() == 2
+    resumed = MetricsLog(run)
+    resumed.load_state(2)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     resumed.on_start(3, 3)
     assert [record.step for record in read_metrics(run.metrics)] == [1, 2]
     resumed.on_end("finished", "")
+
+
+def test_run_directory_refuses_to_overwrite_and_to_resume_nothing(
+    directory: RunDirectory, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"run\.directory: .* exists already\. Add --resume"):
+        directory.check(resume=False)
+    directory.check(resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        RunDirectory(tmp_path / "none").check(resume=True)
+    (tmp_path / "empty").mkdir()
+    RunDirectory(tmp_path / "empty").check(resume=False)
+
+
+def test_run_directory_names(tmp_path: Path):
+    assert RunDirectory.named_by(RunConfig(run=RunSection(directory="runs/mine"))).path == Path(
+        "runs/mine"
+    )
+    assert RunDirectory.named_by(RunConfig(recipe="dapo_math")).path.name.startswith("dapo_math-")

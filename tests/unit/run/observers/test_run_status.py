@@ -5,21 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from rlsys.config import RunConfig
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.html_report import main, write_report
 from rlsys.run.observers.run_status import RunStatus, StatusWriter, read_status
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    made = RunDirectory(tmp_path / "run")
-    made.create(RunConfig())
-    return made
 
 
 def read(directory: RunDirectory) -> RunStatus:

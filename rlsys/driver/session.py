@@ -1,0 +1,294 @@
+"""All that a training loop needs beside its step: clock, observers, evaluation, checkpoints, stop.
+
+A loop registers what a checkpoint must hold, and lets the session run it:
+
+    session.register("prompts", stream)       # anything with state() and load_state()
+    session.register_model(policy)            # anything with save(directory) and load(directory)
+    outcome = await session.run(train)
+
+    async def train():
+        while session.goes_on():
+            session.begin_step()
+            with session.phase("update"):
+                metrics = await policy.update(...)
+            await session.end_step(values(metrics) | session.measurements())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rlsys.config import RunConfig
+from rlsys.metrics import peak_memory_gib
+from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+from rlsys.run.observers.observer import Observer, Outcome
+from rlsys.run.resume import check_resumable, describe_origin, differences, registered_states
+
+T = TypeVar("T")
+
+OWN_STATE = ("step", "evaluated_step", "config", "versions")  # what `Session.save` adds itself
+
+logger = logging.getLogger(__name__)
+
+
+class HasState(Protocol):
+    """A part of a run with a small state; both methods may be coroutines."""
+
+    def state(self) -> Any:
+        """Return what the part goes on from, ready for JSON."""
+        ...
+
+    def load_state(self, state: Any, /) -> Any:
+        """Continue from what `state` returned."""
+        ...
+
+
+class HasFiles(Protocol):
+    """A part of a run whose state is large: a model with its optimizer."""
+
+    async def save(self, directory: Path) -> None: ...
+
+    async def load(self, directory: Path) -> None: ...
+
+
+class HeldOutEvaluation(Protocol):
+    """Anything that measures the present weights on held-out data."""
+
+    async def evaluate(self) -> Mapping[str, float]: ...
+
+
+class PhaseClock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def values(self) -> dict[str, float]:
+        """Return time/<phase>, time/other and time/step."""
+        total = time.perf_counter() - self._start
+        phases = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        return phases | {"time/other": total - sum(self.seconds.values()), "time/step": total}
+
+
+class Session:
+    """The state of one run that does not depend on how a step is made."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        checkpoints: CheckpointStore,
+        observers: Sequence[Observer] = (),
+        evaluator: HeldOutEvaluation | None = None,
+    ) -> None:
+        self._config = config
+        self._checkpoints = checkpoints
+        self._observers = observers
+        self._evaluator = evaluator
+        self._parts: dict[str, HasState] = {}
+        self._models: dict[str, HasFiles] = {}
+        self._stop_requested = asyncio.Event()
+        self.step = 0  # completed steps, which is also the version of the policy's weights
+        self._current_step = 0  # the one in progress; between two steps the completed one
+        self._saved_step = 0
+        self._evaluated_step = -1
+        self._save_time: dict[str, float] = {}  # goes with the next step, beyond its time/step
+        self._place = "start"
+        self._clock = PhaseClock()
+
+    # What belongs to a checkpoint
+
+    def register(self, name: str, part: HasState) -> None:
+        """Keep the state of `part` in every checkpoint, under `name`."""
+        assert name not in self._parts, f"{name!r} is registered already"
+        assert name not in OWN_STATE, f"{name!r} is the session's own"
+        self._parts[name] = part
+
+    def register_model(self, model: HasFiles, directory: str = "") -> None:
+        """Keep the files of `model` in every checkpoint, in `directory` of it.
+
+        The policy's lie at the top, so that the checkpoint itself is a Hugging Face model.
+        """
+        assert directory not in self._models, f"{directory!r} is registered already"
+        self._models[directory] = model
+
+    async def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was written; call it before `run`.
+
+        What has changed since then is named in the log.
+
+        Raises:
+            ValueError: the checkpoint is of another model, sharding, data or kind of run.
+        """
+        check_resumable(checkpoint, self._config)
+        for change in differences(checkpoint, self._config):
+            logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
+        states = registered_states(checkpoint, self._config, self._parts)
+        for name, part in self._parts.items():
+            await _settled(part.load_state(states[name]))
+        for directory, model in self._models.items():
+            await model.load(checkpoint.path / directory)
+        self.step = self._current_step = self._saved_step = checkpoint.step
+        self._evaluated_step = checkpoint.state["evaluated_step"]
+
+    async def save(self) -> None:
+        """Write a checkpoint of the completed steps."""
+        self._enter("checkpoint")
+        start = time.perf_counter()
+        state: dict[str, Any] = {"step": self.step, "evaluated_step": self._evaluated_step}
+        for name, part in self._parts.items():
+            state[name] = await _settled(part.state())
+        state |= describe_origin(self._config)
+        path = await self._checkpoints.save(self.step, self._write_models, state)
+        self._saved_step = self.step
+        self._save_time = {"time/checkpoint": time.perf_counter() - start}
+        self._tell(lambda observer: observer.on_checkpoint(self.step, str(path)))
+
+    async def _write_models(self, checkpoint: Path) -> None:
+        for directory, model in self._models.items():
+            target = checkpoint / directory
+            target.mkdir(parents=True, exist_ok=True)
+            await model.save(target)
+
+    # The whole run
+
+    async def run(self, train: Callable[[], Awaitable[None]]) -> Outcome:
+        """Await `train`, until the last step or until a stop is requested, and save what results.
+
+        Raises:
+            Whatever a worker raised, with a note that says in which phase of which step, and from
+            where to resume.
+        """
+        first_step, steps = self.step + 1, self._config.trainer.steps
+        self._tell(lambda observer: observer.on_start(first_step, steps))
+        try:
+            await train()
+            if self._saved_step < self.step:
+                await self.save()
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            self._end("interrupted", f"left during {self._place}; {self._newest_checkpoint()}")
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            error.add_note(f"This happened during {self._place}; {self._newest_checkpoint()}.")
+            self._end("failed", f"{self._place}: {type(error).__name__}: {reason}")
+            raise
+        complete = self.step >= steps and not self._evaluation_is_due()
+        return self._end("finished" if complete else "interrupted", "")
+
+    def request_stop(self) -> None:
+        """End after the step in progress, with a checkpoint; a running evaluation is abandoned.
+
+        Called from a signal handler.
+        """
+        self._stop_requested.set()
+
+    def goes_on(self) -> bool:
+        """Return whether there is a further step to take."""
+        return self.step < self._config.trainer.steps and not self._stop_requested.is_set()
+
+    def _end(self, outcome: Outcome, message: str) -> Outcome:
+        self._tell(lambda observer: observer.on_end(outcome, message))
+        return outcome
+
+    def _newest_checkpoint(self) -> str:
+        if not self._saved_step:
+            return "there is no checkpoint yet"
+        return (
+            f"the newest checkpoint is that of step {self._saved_step}, "
+            "from which --resume continues"
+        )
+
+    # One step
+
+    def begin_step(self) -> int:
+        """Start the clock of the next step, and return its number."""
+        self._current_step = self.step + 1
+        self._clock = PhaseClock()
+        return self._current_step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell the observers that a phase of the step begins, and time it."""
+        self._enter(name)
+        with self._clock.phase(name):
+            yield
+
+    def measurements(self) -> dict[str, float]:
+        """Return the times of the step so far, and the driver's peak memory.
+
+        The memory must not grow with the batch: what is large stays in the object store.
+        """
+        return self._clock.values() | {"memory/driver": peak_memory_gib()}
+
+    async def end_step(self, values: Mapping[str, float]) -> None:
+        """Count the step, tell its numbers, evaluate and save where that is due."""
+        self.step = self._current_step
+        reported = {**values, **self._save_time}
+        self._save_time = {}
+        self._tell(lambda observer: observer.on_step(self.step, reported))
+        await self.evaluate_if_due()
+        every = self._config.trainer.checkpoints.every
+        if every and self.step % every == 0:
+            await self.save()
+
+    async def evaluate_if_due(self) -> None:
+        """Evaluate the present weights, unless that was done or a stop is requested."""
+        if self._evaluator is None or not self._evaluation_is_due():
+            return
+        if self._stop_requested.is_set():
+            return
+        self._enter("evaluate")
+        start = time.perf_counter()
+        report = await _unless_stopped(self._evaluator.evaluate(), self._stop_requested)
+        if report is None:
+            return
+        values = {**report, "time/evaluate": time.perf_counter() - start}
+        self._tell(lambda observer: observer.on_evaluation(self.step, values))
+        self._evaluated_step = self.step
+
+    def _evaluation_is_due(self) -> bool:
+        trainer = self._config.trainer
+        return self._evaluator is not None and trainer.evaluation_is_due(
+            self.step, self._evaluated_step
+        )
+
+    def _enter(self, phase: str) -> None:
+        step = self._current_step
+        self._place = f"{phase} of step {step}"
+        self._tell(lambda observer: observer.on_phase(step, phase))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        for observer in self._observers:
+            event(observer)
+
+
+async def _settled(result: Any) -> Any:
+    """Return the result of a method that may be a coroutine."""
+    return await result if inspect.isawaitable(result) else result
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+    """Return the result of `work`, or None when `stop` was set first; then `work` is cancelled."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        stopped.cancel()

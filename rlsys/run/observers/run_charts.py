@@ -1,0 +1,193 @@
+"""The charts of a run's report: which metrics stand together, and under which title."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rlsys.run.observers.charts import Series, line_chart, stacked_bars
+from rlsys.run.observers.metrics_log import MetricsRecord
+from rlsys.run.observers.observer import PHASES
+from rlsys.run.observers.run_summary import finite_values
+
+COMPONENTS = "reward/component/"
+EFFECTIVE_SAMPLE_SIZE = "advantage/effective_share/at_"
+
+
+@dataclass(frozen=True)
+class ChartSpec:
+    """A chart: its title and the metrics it draws, as (label, metric name, "train" or "eval")."""
+
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    percent: bool = False
+    may_be_log: bool = False
+    unless_equal: tuple[tuple[str, str, str], ...] = ()  # drawn where they differ from the first
+    unless_zero: bool = False  # a chart of failures: not drawn where there are none
+
+
+CHARTS = (
+    ChartSpec(
+        "Reward of all samples",
+        (("mean", "reward/mean", "train"), ("standard deviation", "reward/std", "train")),
+        unless_equal=(("mean of those trained on", "trained/reward_mean", "train"),),
+    ),
+    ChartSpec(
+        "Accuracy",
+        (("training samples", "reward/accuracy", "train"), ("held out", "eval/accuracy", "eval")),
+        percent=True,
+        unless_equal=(("those trained on", "trained/accuracy", "train"),),
+    ),
+    ChartSpec("Response length (tokens)", (("mean", "rollout/response_length", "train"),)),
+    ChartSpec("Entropy (nats a token)", (("policy", "policy/entropy", "train"),)),
+    ChartSpec(
+        "KL to the reference (nats a token)",
+        (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
+        may_be_log=True,
+    ),
+    ChartSpec("Loss", (("mean of the mini-batches", "policy/loss", "train"),)),
+    ChartSpec(
+        "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
+    ),
+    ChartSpec(
+        "Log-probability gap, engine and trainer",
+        (
+            ("sampled tokens", "policy/logprob_gap_mean", "train"),
+            ("probe after sync", "sync/logprob_gap_mean", "train"),
+            ("drift since sampling", "policy/drift_mean", "train"),
+        ),
+        may_be_log=True,
+    ),
+    ChartSpec(
+        "Share of groups and responses",
+        (
+            ("groups of equal rewards", "rollout/equal_reward_groups", "train"),
+            ("truncated responses", "rollout/truncated_share", "train"),
+            ("clipped tokens", "policy/clipped_share", "train"),
+        ),
+        percent=True,
+    ),
+    ChartSpec(
+        "Failures a step",
+        (
+            ("reward errors", "reward/errors", "train"),
+            ("reward timeouts", "reward/timeouts", "train"),
+            ("reward crashes", "reward/crashes", "train"),
+            ("updates skipped", "policy/skipped_updates", "train"),
+        ),
+        may_be_log=True,
+        unless_zero=True,
+    ),
+    ChartSpec(
+        "Gradient second moment over that of the leave-one-out mean",
+        (
+            ("in use", "advantage/variance_ratio/used", "train"),
+            ("group mean", "advantage/variance_ratio/group_mean", "train"),
+            ("OPO", "advantage/variance_ratio/opo", "train"),
+        ),
+        may_be_log=True,
+    ),
+    ChartSpec(
+        "True gradient variance over that of the leave-one-out mean",
+        (
+            ("in use", "gradient/variance_ratio/used", "train"),
+            ("in use, as the proxy has it", "gradient/proxy_ratio/used", "train"),
+            ("group mean", "gradient/variance_ratio/group_mean", "train"),
+        ),
+        may_be_log=True,
+    ),
+    ChartSpec(
+        "Share of the gradient's second moment between different positions",
+        (
+            ("in use", "gradient/cross_position_share/used", "train"),
+            ("leave-one-out mean", "gradient/cross_position_share/leave_one_out", "train"),
+        ),
+    ),
+    ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),
+)
+
+
+def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
+    """Return every chart that has something to draw, as SVG."""
+    first, *others = (_chart(spec, records) for spec in CHARTS)
+    charts = [
+        first,
+        _reward_components(records),
+        *others,
+        _effective_sample_size(records),
+        _time_by_phase(records),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _chart(spec: ChartSpec, records: Sequence[MetricsRecord]) -> str:
+    lines = [series_of(records, *line) for line in spec.lines]
+    extra = [series_of(records, *line) for line in spec.unless_equal]
+    lines += [line for line in extra if line.points != lines[0].points]
+    if spec.unless_zero:
+        lines = [replace(line, smooth=False) for line in lines if any(y for _, y in line.points)]
+    return line_chart(spec.title, lines, percent=spec.percent, may_be_log=spec.may_be_log)
+
+
+def _reward_components(records: Sequence[MetricsRecord]) -> str:
+    """Draw each reward function, where there are several."""
+    names = {name for record in records for name in record.values if name.startswith(COMPONENTS)}
+    if len(names) < 2:
+        return ""
+    lines = [
+        series_of(records, name.removeprefix(COMPONENTS), name, "train") for name in sorted(names)
+    ]
+    return line_chart("Reward by function (unweighted mean)", lines)
+
+
+def _effective_sample_size(records: Sequence[MetricsRecord]) -> str:
+    lines = series_over_position(records, EFFECTIVE_SAMPLE_SIZE)
+    title = "Effective sample size of the ratios over position (% of the longest response)"
+    return line_chart(title, lines, percent=True, at="{} % of the longest response")
+
+
+def _time_by_phase(records: Sequence[MetricsRecord]) -> str:
+    steps = [
+        (record.step, [_seconds(record, phase) for phase in PHASES])
+        for record in records
+        if record.kind == "train"
+    ]
+    return stacked_bars("Time by phase (seconds a step)", PHASES, steps, "s")
+
+
+def _seconds(record: MetricsRecord, phase: str) -> float:
+    return sum(finite_values([record], f"time/{phase}"))
+
+
+def series_of(records: Sequence[MetricsRecord], label: str, name: str, kind: str) -> Series:
+    """Return one metric over the steps that have it."""
+    points = tuple(
+        (record.step, record.values[name])
+        for record in records
+        if record.kind == kind and name in record.values
+    )
+    return Series(label, points, markers=kind == "eval")
+
+
+def series_over_position(records: Sequence[MetricsRecord], prefix: str) -> list[Series]:
+    """Return metrics `<prefix><percent of the longest response>` over that percentage.
+
+    One line each for the first, the middle and the last step that have any.
+    """
+    found = [(record.step, tuple(_by_position(record, prefix))) for record in records]
+    steps = [(step, points) for step, points in found if points]
+    if not steps:
+        return []
+    shown = sorted({0, len(steps) // 2, len(steps) - 1})
+    lines = [steps[place] for place in shown]
+    return [
+        Series(f"step {step}", tuple(p for p in points if math.isfinite(p[1])), markers=True)
+        for step, points in lines
+    ]
+
+
+def _by_position(record: MetricsRecord, prefix: str) -> Iterator[tuple[float, float]]:
+    for name, value in sorted(record.values.items()):
+        if name.startswith(prefix):
+            yield float(name.removeprefix(prefix)), value

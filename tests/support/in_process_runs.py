@@ -1,0 +1,223 @@
+"""Whole runs of the synchronous loop against the in-process fakes, and what tests ask of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from rlsys.config import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    DynamicSamplingConfig,
+    EntropyConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    KLConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from rlsys.config.algorithm import GroupFilter
+from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
+from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.ports import Handle, Workers
+from rlsys.driver.sampling import Sampler
+from rlsys.driver.session import Session
+from rlsys.driver.synchronous_loop import SynchronousLoop
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.metrics_log import MetricsLog, MetricsRecord, read_metrics
+from rlsys.run.observers.observer import Observer, Outcome
+from tests.support.in_process_fakes import (
+    FirstTokenScorer,
+    InProcessAdvantages,
+    Stage,
+    TableGenerator,
+    TablePolicy,
+    held_out_prompts,
+    in_process_workers,
+    make_prompts,
+)
+
+DEADLOCK_S = 20  # a test that waits for an overlap which never comes fails after this
+
+
+def make_config(
+    *,
+    steps: int = 6,
+    evaluate: int = 0,
+    save: int = 0,
+    kl: float = 0.0,
+    placement: Literal["loss", "reward", "advantage"] = "loss",
+    temperature: float = 0.0,
+    estimator: str = "grpo",
+    sampling_rounds: int = 1,
+    by: GroupFilter = "accuracy",
+    mini_batches: int = 1,
+    seed: int = 3,
+    pass_at: int = 1,
+) -> RunConfig:
+    return RunConfig(
+        generation=GenerationConfig(
+            samples_per_prompt=8, min_tokens=0, max_tokens=2, stop=("</answer>",)
+        ),
+        policy=PolicyConfig(mini_batches=mini_batches),
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(name=estimator),
+            kl=KLConfig(coefficient=kl, placement=placement),
+            entropy=EntropyConfig(temperature=temperature),
+            dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds, by=by),
+        ),
+        trainer=TrainerConfig(
+            steps=steps,
+            prompts_per_step=4,
+            seed=seed,
+            evaluation=EvaluationConfig(
+                every=evaluate, samples_per_prompt=4 if pass_at > 1 else 1, pass_at=(pass_at,)
+            ),
+            checkpoints=CheckpointConfig(every=save, keep=2),
+        ),
+    )
+
+
+@dataclass
+class Recorder(Observer):
+    """Writes everything down; `react` is called at each phase."""
+
+    journal: list[str]
+    react: Callable[[int, str], None] = lambda step, phase: None
+    at_step: Callable[[], None] = lambda: None
+    steps: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    evaluations: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    ends: list[tuple[Outcome, str]] = field(default_factory=list)
+    first_step: int = 0
+
+    def on_start(self, first_step: int, total_steps: int) -> None:
+        self.first_step = first_step
+
+    def on_phase(self, step: int, phase: str) -> None:
+        self.journal.append(f"phase:{phase}")
+        self.react(step, phase)
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, values))
+        self.at_step()
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self.evaluations.append((step, values))
+
+    def on_checkpoint(self, step: int, path: str) -> None:
+        assert Path(path).is_dir()
+        self.checkpoints.append(step)
+
+    def on_end(self, outcome: Outcome, message: str) -> None:
+        self.ends.append((outcome, message))
+
+
+@dataclass
+class Run:
+    stage: Stage
+    workers: Workers
+    recorder: Recorder
+    store: CheckpointStore
+    directory: RunDirectory
+    session: Session
+    loop: SynchronousLoop
+
+    async def finish(self) -> Outcome:
+        return await asyncio.wait_for(self.loop.run(), DEADLOCK_S)
+
+    @property
+    def generator(self) -> TableGenerator:
+        assert isinstance(self.workers.generator, TableGenerator)
+        return self.workers.generator
+
+    @property
+    def policy(self) -> TablePolicy:
+        assert isinstance(self.workers.policy, TablePolicy)
+        return self.workers.policy
+
+    @property
+    def batches(self) -> list[Mapping]:
+        assert isinstance(self.workers.advantages, InProcessAdvantages)
+        return self.workers.advantages.batches
+
+
+async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
+    """A run with new workers, as a new process would make them; with `resume`, restored from the newest checkpoint."""
+    stage = Stage()
+    workers, directory = in_process_workers(stage, config), RunDirectory(path)
+    directory.create(config)
+    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
+    checkpoint = store.latest() if resume else None
+    log, recorder = MetricsLog(directory), Recorder(stage.journal)
+    sampler = Sampler(config, workers.generator, workers.scorer)
+    evaluator = Evaluator(config, held_out_prompts(), sampler)
+    session = Session(
+        config, store, [log, recorder], None if config.data.eval == "off" else evaluator
+    )
+    session.register("metrics_position", log)
+    loop = SynchronousLoop(
+        config, workers, make_prompts(config), sampler, session, directory.rollouts
+    )
+    if checkpoint:
+        await session.restore(checkpoint)
+    return Run(stage, workers, recorder, store, directory, session, loop)
+
+
+def without_times(records: list[MetricsRecord]) -> list[tuple]:
+    """What must be equal between two runs of one configuration."""
+    measured = ("time/", "throughput/", "memory/")
+    return [
+        (
+            record.kind,
+            record.step,
+            {name: value for name, value in record.values.items() if not name.startswith(measured)},
+        )
+        for record in records
+    ]
+
+
+def assert_same_metrics(left: Path, right: Path) -> None:
+    first, second = (
+        without_times(read_metrics(RunDirectory(path).metrics)) for path in (left, right)
+    )
+    assert [record[:2] for record in first] == [record[:2] for record in second]
+    for (_, _, expected), (_, _, found) in zip(first, second, strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+async def wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def break_rewards(run: Run, fails: Callable[[int], bool], *, drop: bool = False) -> None:
+    """The scorer's function fails on the responses of a part for which `fails` says so."""
+    scorer = run.workers.scorer
+    assert isinstance(scorer, FirstTokenScorer)
+    score = scorer._score
+
+    async def broken(rollouts: Handle[RolloutBatch]) -> RewardBatch:
+        batch = await score(rollouts)
+        failed = np.array([fails(row) for row in range(len(batch))])
+        components = np.where(failed, np.float32(np.nan), batch.rewards)
+        return replace(
+            batch,
+            rewards=components if drop else np.nan_to_num(components),
+            accuracies=components,
+            components={"first_token": components},
+            failures=tuple(
+                RewardFailure(row=int(row), function="first_token", kind="error", message="no")
+                for row in np.flatnonzero(failed)
+            ),
+        )
+
+    scorer._score = broken

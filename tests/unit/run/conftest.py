@@ -1,0 +1,17 @@
+"""A run's directory, for tests of what is written there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlsys.config import RunConfig
+from rlsys.run.directory import RunDirectory
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory(tmp_path / "run")
+    made.create(RunConfig())
+    return made
