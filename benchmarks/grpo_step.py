@@ -4,7 +4,8 @@
     python -m benchmarks.grpo_step --cases tiny,float32,0                             the control plane alone
 
 Each step samples 4 prompts x 8 responses, every response forced to 32 new tokens, and makes one update. The first two steps warm up and are not
-counted; the figures are medians over the others. Results are recorded in docs/measurements.md.
+counted; the figures are medians over the others. Results are recorded in docs/measurements.md and
+docs/measurements_log.md.
 """
 
 from __future__ import annotations

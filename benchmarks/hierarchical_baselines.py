@@ -5,7 +5,8 @@
     python -m benchmarks.hierarchical_baselines --case group,blocks,16
 
 The plain version forms and solves one least-squares problem a group and position with `torch.linalg.lstsq`, in sample, with neither
-leave-one-out nor strengths: less work by far. It is timed on a few positions and scaled to all. Results are recorded in docs/hierarchical_baselines.md.
+leave-one-out nor strengths: less work by far. It is timed on a few positions and scaled to all. Results are recorded in
+docs/hierarchical_log.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Variance of the true policy gradient under each baseline, on a language model whose policy is 0 to 8 updates ahead of its sampler.
 
     python -m recipes.grpo_math --trainer.steps 12 --run.directory runs/warm
-    python -m benchmarks.hierarchical_real_model --model runs/warm/checkpoints/step_000012           the table of docs/hierarchical_baselines.md
+    python -m benchmarks.hierarchical_real_model --model runs/warm/checkpoints/step_000012
+
+The results are in docs/hierarchical_log.md.
 
 Real engine, real FSDP2 policy, in one process. For each of P prompts the sampler draws R groups of G responses. The policy then makes updates of
 `recipes.hierarchical_math` on other samples of the same sampler. After some of them the gradient of each group is taken, by the last layer's down

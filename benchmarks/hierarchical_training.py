@@ -1,7 +1,9 @@
 """GRPO, RLOO and hierarchical baselines trained on the embedded problems: same problems, same number of samples and of updates, several seeds.
 
     python -m recipes.grpo_math --trainer.steps 12 --run.directory runs/warm
-    python -m benchmarks.hierarchical_training runs/compare --model runs/warm/checkpoints/step_000012       as in docs/hierarchical_baselines.md
+    python -m benchmarks.hierarchical_training runs/compare --model runs/warm/checkpoints/step_000012
+
+The results are in docs/hierarchical_log.md.
 
 Four updates a rollout batch in every run, so that the policy is up to three updates ahead of its sampler. From a policy that is right now and then:
 from one that is hardly ever right, four updates on the first few rewards decide whether a run learns at all, whatever the baseline. Runs that are

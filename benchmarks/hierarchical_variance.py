@@ -1,6 +1,6 @@
 """Variance and bias of the policy gradient under each baseline, by Monte Carlo on policies whose gradient is known exactly.
 
-    python -m benchmarks.hierarchical_variance                        both tables and the figure of docs/hierarchical_baselines.md, five minutes
+    python -m benchmarks.hierarchical_variance                        tables and figure of docs/hierarchical_log.md, 5 min
     python -m benchmarks.hierarchical_variance --repeats 0.1          a rough look
     python -m benchmarks.hierarchical_variance --drift 0.7            the table by group size at another drift, alone
     python -m benchmarks.hierarchical_variance --drift 0.3 --groups 16 --policies 512       fewer rows, smaller errors
