@@ -22,14 +22,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rlsys.config.run import RunConfig
+from rlsys.config.errors import ConfigError
+from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Invocation:
     """What the user asked for."""
 
-    config: RunConfig
+    config: RunConfig  # its fields may contradict each other: `rlsys.run.preflight` says so
     dry_run: bool
     resume: bool
     explicit: frozenset[str]  # dotted names that flags and files set to something of their own
@@ -38,10 +39,6 @@ class Invocation:
 
 class HelpRequested(Exception):  # noqa: N818  (no error)
     """--help was given; the text is the argument."""
-
-
-class ConfigError(ValueError):
-    """One or more mistakes in a configuration, a line each."""
 
 
 SWITCHES = {
@@ -118,8 +115,9 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     tree = recipe.model_dump(mode="json")
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*from_files, *from_flags])
+    config = _validated(tree, context=CONTRADICTIONS_LATER)
     return Invocation(
-        config=_validated(tree), dry_run="--dry-run" in switches, resume=False, explicit=explicit
+        config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
 
 
@@ -145,7 +143,7 @@ def _resumed(
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*changes, ("run.directory", directory)])
     try:
-        config = _validated(tree)
+        config = _validated(tree, context=CONTRADICTIONS_LATER)
     except ConfigError as error:
         raise ConfigError(
             "\n".join(
@@ -372,9 +370,9 @@ def _read_yaml(file: str | None, field: str) -> dict[str, Any]:
     return content
 
 
-def _validated(tree: Mapping[str, Any]) -> RunConfig:
+def _validated(tree: Mapping[str, Any], *, context: str | None = None) -> RunConfig:
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree, context=context)
     except ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
         raise ConfigError(
@@ -393,6 +391,8 @@ def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> boo
 
 def _message(problem: Any) -> str:
     """One line for one pydantic error: field, value, expectation, and where to look."""
+    if problem["type"] == "contradiction":
+        return problem["msg"]  # names its fields itself
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":

@@ -1,10 +1,13 @@
 """The whole configuration of a run."""
 
 import os
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlsys.config.algorithm import AlgorithmConfig
+from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.data import DataConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
@@ -13,6 +16,9 @@ from rlsys.config.policy import PolicyConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.section import Section
 from rlsys.config.trainer import TrainerConfig
+
+# The validation context of the command line, which reports contradictions with all other mistakes.
+CONTRADICTIONS_LATER = "contradictions are reported later"
 
 
 class RunSection(Section):
@@ -72,3 +78,11 @@ class RunConfig(Section):
     )
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
+
+    @model_validator(mode="after")
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        """Refuse fields that contradict each other: all contradictions in one error, a line each."""
+        lines = [] if info.context == CONTRADICTIONS_LATER else contradictions(self)
+        if lines:
+            raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
+        return self

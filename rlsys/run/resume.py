@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import flat
 from rlsys.config.resume_rules import rule_of
 from rlsys.run.checkpoints import Checkpoint
@@ -39,16 +39,16 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Refuse to continue where `RULES` (rlsys.config.resume_rules) say that the checkpoint does not fit.
 
     Raises:
-        ValueError: naming each field, both values, the reason and the remedy, a line each.
+        ConfigError: naming each field, both values, the reason and the remedy, a line each.
     """
-    problems = [
+    mistakes = [
         f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. {rule_of(name).reason} Resume with "
         f"--{name} {before}, or start a new run with --model.path {checkpoint.path}."
         for name, before, after in _changes(checkpoint.state["config"], config)
         if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
     ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

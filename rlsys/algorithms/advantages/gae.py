@@ -19,7 +19,14 @@ from rlsys.algorithms.advantages.returns import (
 )
 
 
-@register_advantage_estimator("gae")
+def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
+    check_eps(eps)
+
+
+@register_advantage_estimator("gae", validate=_validate)
 def gae_advantages(
     inputs: AdvantageInputs,
     *,
@@ -48,10 +55,7 @@ def gae_advantages(
     Raises:
         ValueError: gamma or lam outside [0, 1], or a negative eps.
     """
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
-    check_eps(eps)
+    _validate(gamma=gamma, lam=lam, eps=eps)
     mask = inputs.response_mask
     rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
     values = (

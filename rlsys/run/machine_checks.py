@@ -1,7 +1,4 @@
-"""Fields whose values do not fit each other, this machine or what is installed on it, found before Ray starts.
-
-What concerns the mathematics of an update is checked in `rlsys.run.preflight`.
-"""
+"""Fields whose values do not fit this machine, or what is installed on it."""
 
 from __future__ import annotations
 
@@ -15,61 +12,24 @@ from rlsys.config import RunConfig
 from rlsys.config.hardware import Hardware
 
 GPU_KERNELS = ("flash_attention_2", "flex_attention")
-LONGEST_TIMEOUT_S = 86_400.0
-LARGEST_MEMORY_GIB = 1e6
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def field_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
-    """Yield what is wrong, a line each: field, value and remedy."""
-    yield from _optimizer_problems(config)
-    yield from _batch_problems(config)
-    if config.cluster.joined_address is None:  # another machine may have other things
-        yield from _thread_problems(config, hardware)
-        yield from _attention_problems(config, hardware)
-        yield from _engine_problems(config, hardware)
-        yield from _memory_problems(config, hardware)
+def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """Yield what this machine cannot do, a line each: field, value and remedy.
+
+    Nothing where the run joins a cluster: its machines may have other things.
+    """
+    if config.cluster.joined_address is not None:
+        return
+    yield from _threads(config, hardware)
+    yield from _attention(config, hardware)
+    yield from _engine(config, hardware)
+    yield from _memory(config, hardware)
+    yield from _actors(config, hardware)
 
 
-def field_warnings(config: RunConfig) -> Iterator[str]:
-    """Yield what is computed as configured, and easily not meant."""
-    optimizer, steps = config.policy.optimizer, config.trainer.steps
-    if optimizer.warmup_steps > steps:
-        yield (
-            f"policy.optimizer.warmup_steps: {optimizer.warmup_steps} is above trainer.steps {steps}, so the learning rate ends at "
-            f"{optimizer.learning_rate * steps / optimizer.warmup_steps:.3g} and never reaches policy.optimizer.learning_rate "
-            f"{optimizer.learning_rate:g}. Lower it, or train longer."
-        )
-
-
-def _optimizer_problems(config: RunConfig) -> Iterator[str]:
-    optimizer = config.policy.optimizer
-    shrinkage = optimizer.learning_rate * optimizer.weight_decay
-    if shrinkage >= 1:
-        yield (
-            f"policy.optimizer.weight_decay: {optimizer.weight_decay:g} times policy.optimizer.learning_rate {optimizer.learning_rate:g} is "
-            f"{shrinkage:g}; at 1 or more each step erases the weights. Lower one of them."
-        )
-
-
-def _batch_problems(config: RunConfig) -> Iterator[str]:
-    prompts, workers = config.trainer.prompts_per_step, config.generation.workers
-    if workers > prompts:
-        yield (
-            f"generation.workers: {workers} workers share the {prompts} prompts of a step (trainer.prompts_per_step), so some would never "
-            "sample. Lower it, or raise trainer.prompts_per_step."
-        )
-    reward = config.reward
-    if reward.timeout_s > LONGEST_TIMEOUT_S:
-        yield f"reward.timeout_s: {reward.timeout_s:g} is more than a day. Lower it."
-    if reward.memory_gb > LARGEST_MEMORY_GIB:
-        yield f"reward.memory_gb: {reward.memory_gb:g} is no limit that a process can have. Lower it, or set it to 0 for none."
-    functions = reward.functions
-    if all(function.weight == 0 for function in functions):
-        yield "reward.functions: every weight is 0, so every reward would be 0. Give one function a weight."
-
-
-def _thread_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     threads = config.policy.threads_per_rank
     if threads > hardware.cpus:
         yield (
@@ -78,7 +38,7 @@ def _thread_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         )
 
 
-def _attention_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def _attention(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     kernel = config.model.attention
     on_gpu = hardware.gpus > 0 and config.policy.gpus_per_rank > 0
     if kernel in GPU_KERNELS and not on_gpu:
@@ -88,7 +48,7 @@ def _attention_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         yield "model.attention: 'flash_attention_2' needs the package flash-attn, which is not installed. Install it, or choose sdpa or auto."
 
 
-def _engine_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     generation = config.generation
     if generation.engine != "vllm":
         return
@@ -117,7 +77,7 @@ def _engine_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         )
 
 
-def _memory_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """Reservations that are larger than the memory of the whole machine."""
     generation, memory = config.generation, hardware.memory_gib
     cache = generation.kv_cache_gib * generation.workers
@@ -130,6 +90,26 @@ def _memory_problems(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         yield (
             f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the {memory:.0f} GiB of memory of this machine. "
             "Lower it."
+        )
+
+
+def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """More actors than a Ray that is started on this machine could place."""
+    policy, generation = config.policy, config.generation
+    cpus = policy.ranks * policy.cpus_per_rank + generation.workers * generation.cpus_per_worker
+    if cpus > hardware.cpus:
+        yield (
+            f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} workers need {cpus} CPUs, this machine has "
+            f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
+        )
+    gpus = (
+        policy.ranks * policy.gpus_per_rank
+        + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
+    )
+    if hardware.gpus and gpus > hardware.gpus:
+        yield (
+            f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has {hardware.gpus}. Lower them, share a GPU with "
+            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster with cluster.address."
         )
 
 
