@@ -1,9 +1,9 @@
 """From a recipe, a YAML file and flags to one validated `RunConfig`.
 
-    python -m recipes.grpo_math --config run.yaml --trainer.steps 50 --algorithm.advantage.parameters.std_ddof 1
+    python -m recipes.grpo_math --preset gspo --config run.yaml --trainer.steps 50
 
-Later wins: recipe, then the file, then flags in their order. Every field is a flag; values are YAML. With `--resume` the run's own
-`config.yaml` stands in the place of the recipe.
+Later wins: recipe, preset, file, other flags in their order. Every field is a flag; values are YAML.
+With `--resume` the run's own `config.yaml` stands in the place of the recipe.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rlsys.config.errors import ConfigError
+from rlsys.config.presets import PRESETS, preset_called
 from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
 
@@ -84,6 +85,7 @@ def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         ConfigError: unknown field or unfit value.
     """
     tree = config.model_dump(mode="json")
+    _start_from_preset(tree, changes)
     _lay_over(tree, list(changes.items()))
     return _validated(tree)
 
@@ -113,6 +115,7 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     if "--resume" in switches:
         return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
     tree = recipe.model_dump(mode="json")
+    _start_from_preset(tree, dict([*from_files, *from_flags]))
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*from_files, *from_flags])
     config = _validated(tree, context=CONTRADICTIONS_LATER)
@@ -140,6 +143,7 @@ def _resumed(
             f"recipe: this is {name}, but the run in {directory!r} was started by {saved['recipe']}. Resume it with that recipe's command, "
             f"or add --recipe {saved['recipe']}: its own configuration is used either way."
         )
+    _start_from_preset(tree, given)
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*changes, ("run.directory", directory)])
     try:
@@ -311,6 +315,20 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[last] = value
 
 
+def _start_from_preset(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put the preset that the changes name, if any, into the tree: they are laid over it."""
+    name = changes.get("preset")
+    if not name or not isinstance(name, str):
+        return  # what is no text is refused with the other values
+    try:
+        preset = preset_called(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tree["preset"] = name
+    tree["algorithm"] = preset.algorithm.model_dump(mode="json")
+    _put(tree, "policy.mini_batches", preset.mini_batches)
+
+
 def _lay_over(tree: dict[str, Any], changes: Sequence[Change]) -> None:
     """Put changes into the tree in their order; parameters of a function that another one replaces are dropped first."""
     last, before = dict(changes), flat(tree)
@@ -391,8 +409,8 @@ def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> boo
 
 def _message(problem: Any) -> str:
     """One line for one pydantic error: field, value, expectation, and where to look."""
-    if problem["type"] == "contradiction":
-        return problem["msg"]  # names its fields itself
+    if problem["type"] == "mistakes":
+        return problem["msg"]  # whole lines, which name their fields
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -469,7 +487,21 @@ def help_text(recipe: RunConfig) -> str:
         lines += _entry(
             f"--{name} {type_name(field.annotation)}", f"{field.description} [{shown}]", width
         )
+        if name == "preset":
+            lines += _preset_entries(width)
     return "\n".join(lines)
+
+
+def _preset_entries(width: int) -> list[str]:
+    """A line or two for each preset, its name in a column of its own."""
+    column = max(map(len, PRESETS)) + 10
+    lines: list[str] = []
+    for name, preset in PRESETS.items():
+        head = f"{'':8}{name}".ljust(column)
+        lines += textwrap.wrap(
+            preset.description, width, initial_indent=head, subsequent_indent=" " * column
+        )
+    return lines
 
 
 def _entry(head: str, doc: str, width: int) -> list[str]:

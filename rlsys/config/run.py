@@ -1,7 +1,7 @@
 """The whole configuration of a run."""
 
 import os
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,7 @@ from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
 from rlsys.config.policy import PolicyConfig
+from rlsys.config.presets import preset_called
 from rlsys.config.reward import RewardConfig
 from rlsys.config.section import Section
 from rlsys.config.trainer import TrainerConfig
@@ -56,6 +57,11 @@ class RunConfig(Section):
         default="grpo_math",
         description="Name of the recipe, for the run's directory and its records.",
     )
+    preset: str | None = Field(
+        default=None,
+        description="Published algorithm to start from, before --config and the other flags: it "
+        "replaces the section algorithm, and policy.mini_batches. null: the recipe's own.",
+    )
     plugins: tuple[str, ...] = Field(
         default=(),
         description="Importable modules that register estimators, objectives or rewards; loaded in every process.",
@@ -79,10 +85,24 @@ class RunConfig(Section):
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_from_preset(cls, data: Any) -> Any:
+        """Fill what the preset decides and the caller does not give; a whole configuration stays."""
+        name = data.get("preset") if isinstance(data, dict) else None
+        if not name or not isinstance(name, str):
+            return data
+        try:
+            preset = preset_called(name)
+        except ValueError as error:
+            raise PydanticCustomError("mistakes", "{lines}", {"lines": str(error)}) from None
+        policy = PolicyConfig(mini_batches=preset.mini_batches)
+        return {"algorithm": preset.algorithm, "policy": policy} | data
+
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:
         """Refuse fields that contradict each other: all contradictions in one error, a line each."""
         lines = [] if info.context == CONTRADICTIONS_LATER else contradictions(self)
         if lines:
-            raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
+            raise PydanticCustomError("mistakes", "{lines}", {"lines": "\n".join(lines)})
         return self

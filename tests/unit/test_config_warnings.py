@@ -24,7 +24,7 @@ def config(preset: str, **policy: Any) -> RunConfig:
     default = grpo_math(Hardware(gpus=0, gpu_memory_gib=0, cpus=2, memory_gib=8))
     return default.model_copy(
         update={
-            "algorithm": PRESETS[preset],
+            "algorithm": PRESETS[preset].algorithm,
             "policy": default.policy.model_copy(update={"epochs": 1, "mini_batches": 1} | policy),
         }
     )

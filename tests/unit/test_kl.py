@@ -317,7 +317,7 @@ def test_response_level_k3_golden():
 
 def test_response_level_grpo_is_its_equation():
     """Guo et al. 2025, equations 1 to 3, differentiated as they stand: (1/G) sum_i min(r_i A_i, clip(r_i) A_i) - beta k3_i, r_i of whole responses."""
-    preset, case = PRESETS["grpo_response"], Case.random(seed=4)
+    preset, case = PRESETS["grpo_response"].algorithm, Case.random(seed=4)
     space, beta = case.space, preset.kl.coefficient
     advantages = torch.linspace(-1, 1, len(space.tokens), dtype=torch.float64)
     old, ref = space.logprobs(case.old), space.logprobs(case.ref)
