@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from rlsys.config.errors import ConfigError
 from rlsys.config.presets import PRESETS, preset_called
+from rlsys.config.renamed_fields import refuse_old_names, translated
 from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
 
@@ -84,6 +85,7 @@ def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: unknown field or unfit value.
     """
+    refuse_old_names(changes)
     tree = config.model_dump(mode="json")
     _start_from_preset(tree, changes)
     _lay_over(tree, list(changes.items()))
@@ -105,7 +107,7 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
         change
         for name, file in options
         if name == "--config"
-        for change in _leaves(_read_yaml(file, "--config"))
+        for change in _leaves(_with_present_names(_read_yaml(file, "--config")))
     ]
     from_flags = [
         (_normal(name), _parse_value(_normal(name), value))
@@ -169,13 +171,18 @@ def saved_configuration(directory: str) -> dict[str, Any]:
         raise ConfigError(
             f"run.directory: {directory!r} holds no run to resume. Name the directory of an earlier run."
         )
-    tree = _read_yaml(str(file), "run.directory")
+    tree = translated(_read_yaml(str(file), "run.directory"))
     unknown = [name for name, _ in _leaves(tree) if _field_at(name) is None]
     if unknown:
         raise ConfigError(
             f"run.directory: {str(file)!r} was written by another version of rlsys, with {', '.join(unknown)}, which this one does not have. "
             "Resume with that version, or start a new run from a checkpoint with --model.path."
         )
+    return tree
+
+
+def _with_present_names(tree: dict[str, Any]) -> dict[str, Any]:
+    refuse_old_names(flat(tree))
     return tree
 
 
@@ -208,6 +215,7 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
                 f"{word!r}: expected a flag such as --trainer.steps 50. Quote values that contain spaces."
             )
         name, equals, value = word.partition("=")
+        refuse_old_names([_normal(name)], flag="--")
         if (
             name == "--plugins"
             or name in SWITCHES
@@ -443,7 +451,7 @@ def load_yaml(path: Path) -> RunConfig:
     Raises:
         ConfigError: unreadable, or not a configuration.
     """
-    return _validated(_read_yaml(str(path), str(path)))
+    return _validated(_with_present_names(_read_yaml(str(path), str(path))))
 
 
 def type_name(annotation: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import flat
+from rlsys.config.renamed_fields import translated
 from rlsys.config.resume_rules import rule_of
 from rlsys.run.checkpoints import Checkpoint
 
@@ -35,6 +36,11 @@ def _installed() -> Iterator[tuple[str, str]]:
             continue
 
 
+def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a checkpoint, with the names that fields have now."""
+    return translated(checkpoint.state["config"])
+
+
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Refuse to continue where `RULES` (rlsys.config.resume_rules) say that the checkpoint does not fit.
 
@@ -44,7 +50,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     mistakes = [
         f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. {rule_of(name).reason} Resume with "
         f"--{name} {before}, or start a new run with --model.path {checkpoint.path}."
-        for name, before, after in _changes(checkpoint.state["config"], config)
+        for name, before, after in _changes(saved_config(checkpoint), config)
         if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
     ]
     if mistakes:
@@ -59,7 +65,7 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    return changes(checkpoint.state["config"], config) + libraries
+    return changes(saved_config(checkpoint), config) + libraries
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -82,14 +88,14 @@ def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The position in the data; a checkpoint that counted batches tells how many prompts each had."""
     state = dict(checkpoint.state["prompts"])
     if "prompts_taken" not in state:
-        size = checkpoint.state["config"]["trainer"]["prompts_per_step"]
+        size = saved_config(checkpoint)["trainer"]["prompts_per_step"]
         state["prompts_taken"] = state["batches_taken"] * size
     return state
 
 
 def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
     """What the advantage controller goes on with: without what a change of the configuration is to replace."""
-    changed = {name for name, _, _ in _changes(checkpoint.state["config"], config)}
+    changed = {name for name, _, _ in _changes(saved_config(checkpoint), config)}
     return {
         name: value
         for name, value in checkpoint.state["advantages"].items()
