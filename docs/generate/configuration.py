@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from pydantic_core import PydanticUndefined
 
-from rlsys.config.command_line import SWITCHES, all_fields, type_name
+from rlsys.config.command_line import SWITCHES
+from rlsys.config.fields import all_fields, type_name
 from rlsys.config.presets import PRESETS
 from rlsys.config.resume_rules import VERDICTS, resume_table
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
-import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from rlsys.config.errors import ConfigError
-from rlsys.config.presets import PRESETS, preset_called
+from rlsys.config.fields import all_fields, field_at
+from rlsys.config.help_text import help_text
+from rlsys.config.presets import preset_called
 from rlsys.config.renamed_fields import refuse_old_names, translated
 from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
@@ -48,7 +47,7 @@ SWITCHES = {
     "--dry-run": "Check everything, print the configuration and the plan, start nothing.",
     "--resume": "Continue the run in run.directory from its newest complete checkpoint, with its own configuration. "
     "--config and flags change fields of that.",
-    "--help": "Show this text.",
+    "--help": "Show this text, with the parameters of the functions that the other flags choose.",
 }
 
 
@@ -100,7 +99,7 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
         HelpRequested: --help.
     """
     if "--help" in arguments or "-h" in arguments:
-        raise HelpRequested(help_text(recipe))
+        raise HelpRequested(help_text(_chosen(recipe, arguments), SWITCHES))
     options = list(_options(arguments))
     switches = {name for name, _ in options}
     from_files = [
@@ -124,6 +123,15 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     return Invocation(
         config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
+
+
+def _chosen(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Return the configuration that the other arguments ask for, or the recipe's where they are wrong."""
+    others = [word for word in arguments if word not in ("--help", "-h")]
+    try:
+        return parse(recipe, others).config
+    except ConfigError:
+        return recipe
 
 
 def _resumed(
@@ -172,7 +180,7 @@ def saved_configuration(directory: str) -> dict[str, Any]:
             f"run.directory: {directory!r} holds no run to resume. Name the directory of an earlier run."
         )
     tree = translated(_read_yaml(str(file), "run.directory"))
-    unknown = [name for name, _ in _leaves(tree) if _field_at(name) is None]
+    unknown = [name for name, _ in _leaves(tree) if field_at(name) is None]
     if unknown:
         raise ConfigError(
             f"run.directory: {str(file)!r} was written by another version of rlsys, with {', '.join(unknown)}, which this one does not have. "
@@ -216,11 +224,7 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             )
         name, equals, value = word.partition("=")
         refuse_old_names([_normal(name)], flag="--")
-        if (
-            name == "--plugins"
-            or name in SWITCHES
-            or _field_at(name.removeprefix("--")) is not None
-        ):
+        if name == "--plugins" or name in SWITCHES or field_at(name.removeprefix("--")) is not None:
             takes_value = name not in ("--dry-run", "--resume")
             if equals and not takes_value:
                 raise ConfigError(f"{word}: {name} takes no value. Write {name}, or leave it out.")
@@ -244,14 +248,14 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _parse_value(name: str, text: str | None) -> Any:
     if text is None:
-        annotation = getattr(_field_at(name), "annotation", None)
+        annotation = getattr(field_at(name), "annotation", None)
         if annotation is bool:
             return True
         raise ConfigError(f"{name}: a value is missing. Write --{name} VALUE.")
     if not text.strip():
         raise ConfigError(f"{name}: the value is empty. Write --{name} VALUE.")
     value = _yaml_value(name, text)
-    field = _field_at(name)
+    field = field_at(name)
     if (
         field is not None
         and _is_tuple(field.annotation)
@@ -283,35 +287,6 @@ def _is_tuple(annotation: Any) -> bool:
     if get_origin(annotation) in (Union, types.UnionType):
         return any(_is_tuple(part) for part in get_args(annotation))
     return get_origin(annotation) is tuple
-
-
-def _field_at(name: str) -> FieldInfo | None:
-    """The field that a dotted name leads to; a name below a dict of parameters leads to that dict."""
-    model: type[BaseModel] = RunConfig
-    field: FieldInfo | None = None
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        field = model.model_fields.get(part.replace("-", "_"))
-        if field is None:
-            return None
-        if get_origin(field.annotation) is dict:
-            return field if i == len(parts) - 1 else FieldInfo(annotation=Any)  # pyright: ignore[reportArgumentType]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        elif i < len(parts) - 1:
-            return None
-    return field
-
-
-def all_fields(
-    model: type[BaseModel] = RunConfig, prefix: str = ""
-) -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, in the order of the models."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from all_fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -351,7 +326,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[Change]:
     """The fields of nested mappings by dotted name; free dicts (parameters) are one field each."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        field = _field_at(name)
+        field = field_at(name)
         is_section = (
             field is not None
             and isinstance(field.annotation, type)
@@ -432,7 +407,7 @@ def _message(problem: Any) -> str:
             f" Did you mean {' or '.join(near)}?" if near else " See --help."
         )
     field = next(
-        filter(None, (_field_at(".".join(location[:n])) for n in range(len(location), 0, -1))), None
+        filter(None, (field_at(".".join(location[:n])) for n in range(len(location), 0, -1))), None
     )
     remedy = f" ({field.description})" if field is not None and field.description else ""
     return f"{name}: {problem['input']!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}.{remedy}"
@@ -452,68 +427,3 @@ def load_yaml(path: Path) -> RunConfig:
         ConfigError: unreadable, or not a configuration.
     """
     return _validated(_with_present_names(_read_yaml(str(path), str(path))))
-
-
-def type_name(annotation: Any) -> str:
-    """An annotation as people write it: int, text, a|b, list of int, ..."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if annotation is type(None):
-        return "null"
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(type_name(part) for part in parts)
-    if origin is tuple:
-        return f"list of {type_name(parts[0])}"
-    if origin is dict:
-        return "mapping"
-    if parts and origin is not None:  # Literal
-        return "|".join(map(str, parts))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "mapping"
-    return {str: "text", bool: "true|false"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
-
-
-def help_text(recipe: RunConfig) -> str:
-    """All flags with type, default of this recipe, and documentation."""
-    width = min(110, shutil.get_terminal_size((100, 24)).columns)
-    tree = recipe.model_dump(mode="json")
-    lines = [f"Recipe {recipe.recipe}. Flags (values are YAML; lists may be written a,b):", ""]
-    for flag, doc in SWITCHES.items():
-        lines += _entry(flag, doc, width)
-    section = None
-    for name, field in all_fields():
-        if name.split(".")[0] != section:
-            section = name.split(".")[0]
-            lines += ["", f"{section}:"]
-        value: Any = tree
-        for part in name.split("."):
-            value = value[part]
-        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
-        lines += _entry(
-            f"--{name} {type_name(field.annotation)}", f"{field.description} [{shown}]", width
-        )
-        if name == "preset":
-            lines += _preset_entries(width)
-    return "\n".join(lines)
-
-
-def _preset_entries(width: int) -> list[str]:
-    """A line or two for each preset, its name in a column of its own."""
-    column = max(map(len, PRESETS)) + 10
-    lines: list[str] = []
-    for name, preset in PRESETS.items():
-        head = f"{'':8}{name}".ljust(column)
-        lines += textwrap.wrap(
-            preset.description, width, initial_indent=head, subsequent_indent=" " * column
-        )
-    return lines
-
-
-def _entry(head: str, doc: str, width: int) -> list[str]:
-    return [
-        f"  {head}",
-        *textwrap.wrap(doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
-    ]

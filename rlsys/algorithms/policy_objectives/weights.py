@@ -197,6 +197,8 @@ def ppo_clip_weight(
 ) -> Surrogate:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): no gradient once the ratio has gone far enough in A's direction.
 
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1.
+
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025, Clip-Higher (arXiv:2503.14476).
     """
     _validate_clip(clip_low=clip_low, clip_high=clip_high)
@@ -218,6 +220,9 @@ def dual_clip_weight(
 ) -> Surrogate:
     """ppo_clip, bounded below by c A for negative advantages, so that a ratio far above 1 cannot make the loss explode.
 
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1. `clip_c` is the largest ratio
+    with a gradient where A is negative.
+
     Source: Ye et al. 2020, equation 5 (arXiv:1912.09729).
 
     Raises:
@@ -237,6 +242,8 @@ def dual_clip_weight(
 def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate:
     """stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped whatever the sign of A; every token keeps a gradient.
 
+    Conventions: `clip_high` is how far the weight may rise above 1.
+
     Biased where the cap binds, and unlike ppo_clip also on the pessimistic side, where ratios are largest.
 
     Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO, upper clipping; Ionides 2008 (truncated
@@ -255,6 +262,8 @@ def _validate_power(*, q: float) -> None:
 )
 def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
     """stop(rho^q) log pi A: between no correction (q = 0: biased, least variance) and the full one (q = 1: unbiased, most variance).
+
+    Conventions: `q` is the exponent, from 0 to 1.
 
     Source: Bai and Zhang 2026, the power family.
     """
@@ -318,7 +327,8 @@ def adaptive_power_weight(
     sampled (full correction, no bias), falling as it moves away. This answers the open question of the source, which asks for a
     correction that moves between the two by itself.
 
-    Conventions: `q` None takes it from these tokens; the trainer passes that of the whole mini-batch.
+    Conventions: `target_ess` is the share of the samples that must be left, from 0 to 1. `q` None takes it from these tokens; the trainer
+    passes that of the whole mini-batch.
 
     Source: the power family of Bai and Zhang 2026; the criterion is Kish's effective sample size.
     """
@@ -340,6 +350,8 @@ def _validate_temperatures(*, tau_pos: float, tau_neg: float) -> None:
 @register_weight("sapo", validate=_validate_temperatures, one_at_ratio_one=True)
 def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
     """4/tau sigmoid(tau (rho - 1)) A, tau = tau_pos where A > 0 and tau_neg elsewhere: a trust region without an edge.
+
+    Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
     Source: Gao et al. 2025, Soft Adaptive Policy Optimization, equations 5 to 8 (arXiv:2511.20347).
 
@@ -365,6 +377,8 @@ def sapo_sequence_weight(
 
     What the average of `sapo`'s token gates becomes while steps are small and the tokens of a response drift alike: the gate
     sech^2(tau/2 log s) before grad s, with s the geometric mean of the token ratios.
+
+    Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
     Source: Gao et al. 2025, Soft Adaptive Policy Optimization, the sequence-level reduction (arXiv:2511.20347).
 
@@ -416,6 +430,8 @@ def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
 )
 def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
     """stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.
+
+    Conventions: `clip_low` is how far the weight may fall below 1. `clip_high` is how far it may rise above 1.
 
     Source: MiniMax 2025, MiniMax-M1, section 3.1 (arXiv:2506.13585).
     """
