@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Raise the ValueError of a reader or check as a ConfigError: for code that only looks at input."""
+    """Raise a ValueError as a ConfigError: for code that only looks at input."""
     try:
         yield
     except ConfigError:

@@ -1,7 +1,8 @@
 """The keyword parameters of registered functions, read from their source: for --help.
 
-An estimator, weight or reward needs torch, which takes seconds to import. Its signature and docstring
-are text, so nothing is imported here: neither the library's modules nor those of a plug-in.
+An estimator, weight or reward needs torch, which takes seconds to import. Its signature and
+docstring are text, so nothing is imported here: neither the library's modules nor those of a
+plug-in.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
 
 `--preset NAME` starts any recipe from one, and so does a recipe itself:
 `evolve(grpo_math(hardware), {"preset": "dapo"})`. It replaces the section `algorithm` and
-`policy.mini_batches`, the number of updates per batch, because a correction by the ratio does nothing
-in a single update and a plain score function does not correct a second one. Group size, epochs and
-learning rate belong to the recipe. Imports neither torch nor NumPy, as all of `rlsys.config`.
+`policy.mini_batches`, the number of updates per batch, because a correction by the ratio does
+nothing in a single update and a plain score function does not correct a second one. Group size,
+epochs and learning rate belong to the recipe. Imports neither torch nor NumPy, as all of
+`rlsys.config`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _preset(
 
 
 def _kl(coefficient: float, placement: Literal["loss", "reward", "advantage"]) -> KLConfig:
-    """Return a KL with the estimator that is right there: k1 in reward and advantage, k3 in the loss."""
+    """Return a KL with the estimator that is right there: k3 in the loss, else k1."""
     return KLConfig(coefficient=coefficient, placement=placement)
 
 

@@ -1,7 +1,7 @@
-"""Fields that have another name than in an earlier version: one table, for flags, files and saved runs.
+"""Fields that have another name than in an earlier version: one table for all who read names.
 
-Whoever writes an old name is told the new one. The configuration that a run wrote down is translated,
-so that runs of an earlier version resume.
+An old name in a flag, a file or a recipe is refused with the new one. The configuration that a run
+wrote down is translated, so that runs of an earlier version resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _lines(names: Iterable[str], flag: str) -> Iterator[str]:
 
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with the names that fields have now; a new name that is there already wins."""
+    """Return nested values under present names; where both are given the new one wins."""
     result = copy.deepcopy(dict(tree))
     for old, new in RENAMED_FIELDS.items():
         value = _taken(result, old.split("."))

@@ -33,7 +33,8 @@ def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     threads = config.policy.threads_per_rank
     if threads > hardware.cpus:
         yield (
-            f"policy.threads_per_rank: {threads} threads for the {hardware.cpus} CPUs of this machine. Lower it, or leave it at 0, which shares "
+            f"policy.threads_per_rank: {threads} threads for the {hardware.cpus} CPUs of this "
+            "machine. Lower it, or leave it at 0, which shares "
             "them among the ranks."
         )
 
@@ -45,7 +46,10 @@ def _attention(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         where = "policy.gpus_per_rank is 0" if hardware.gpus else "this machine has no GPU"
         yield f"model.attention: {kernel!r} needs a GPU, and {where}. Choose sdpa or auto."
     elif kernel == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        yield "model.attention: 'flash_attention_2' needs the package flash-attn, which is not installed. Install it, or choose sdpa or auto."
+        yield (
+            "model.attention: 'flash_attention_2' needs the package flash-attn, which is not "
+            "installed. Install it, or choose sdpa or auto."
+        )
 
 
 def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
@@ -57,22 +61,26 @@ def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     tensor_parallel = generation.tensor_parallel
     if tensor_parallel > 1 and not hardware.gpus:
         yield (
-            f"generation.tensor_parallel: {tensor_parallel} splits a model over GPUs, and this machine has none. Set it to 1; "
+            f"generation.tensor_parallel: {tensor_parallel} splits a model over GPUs, and this "
+            "machine has none. Set it to 1; "
             "generation.workers adds engines."
         )
     elif tensor_parallel > 1 and generation.gpus_per_worker != 1:
         yield (
-            f"generation.gpus_per_worker: {generation.gpus_per_worker:g} with generation.tensor_parallel {tensor_parallel}: each part of the "
+            f"generation.gpus_per_worker: {generation.gpus_per_worker:g} with "
+            f"generation.tensor_parallel {tensor_parallel}: each part of the "
             "model needs a GPU of its own. Set it to 1."
         )
     if generation.compile and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
         yield (
-            f"generation.compile: true needs a C++ compiler ({', '.join(COMPILERS)}), and none is on the PATH. Install one, or set it to "
+            f"generation.compile: true needs a C++ compiler ({', '.join(COMPILERS)}), and none is "
+            "on the PATH. Install one, or set it to "
             "false."
         )
     if not hardware.gpus and generation.kv_cache_gib != round(generation.kv_cache_gib):
         yield (
-            f"generation.kv_cache_gib: vLLM takes whole GiB on a CPU, not {generation.kv_cache_gib:g}. Give "
+            "generation.kv_cache_gib: vLLM takes whole GiB on a CPU, not "
+            f"{generation.kv_cache_gib:g}. Give "
             f"{max(1, round(generation.kv_cache_gib))}."
         )
 
@@ -83,12 +91,14 @@ def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     cache = generation.kv_cache_gib * generation.workers
     if generation.engine == "vllm" and not hardware.gpus and cache > memory:
         yield (
-            f"generation.kv_cache_gib: {generation.kv_cache_gib:g} for each of {generation.workers} workers, and this machine has "
+            f"generation.kv_cache_gib: {generation.kv_cache_gib:g} for each of "
+            f"{generation.workers} workers, and this machine has "
             f"{memory:.0f} GiB of memory. Lower it."
         )
     if config.cluster.object_store_gib > memory:
         yield (
-            f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the {memory:.0f} GiB of memory of this machine. "
+            f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the "
+            f"{memory:.0f} GiB of memory of this machine. "
             "Lower it."
         )
 
@@ -99,7 +109,8 @@ def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     cpus = policy.ranks * policy.cpus_per_rank + generation.workers * generation.cpus_per_worker
     if cpus > hardware.cpus:
         yield (
-            f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} workers need {cpus} CPUs, this machine has "
+            f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} "
+            f"workers need {cpus} CPUs, this machine has "
             f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
         )
     gpus = (
@@ -108,8 +119,10 @@ def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     )
     if hardware.gpus and gpus > hardware.gpus:
         yield (
-            f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has {hardware.gpus}. Lower them, share a GPU with "
-            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster with cluster.address."
+            f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has "
+            f"{hardware.gpus}. Lower them, share a GPU with "
+            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster "
+            "with cluster.address."
         )
 
 

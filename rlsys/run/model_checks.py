@@ -21,8 +21,9 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
     """Refuse models that the run cannot train, sample from or compare.
 
     Raises:
-        ConfigError: an architecture that cannot be trained, a model whose responses could not end, prompt and
-            response do not fit the model's positions, its heads cannot be split, or the reference has other tokens.
+        ConfigError: an architecture that cannot be trained, a model whose responses could not end,
+            prompt and response do not fit the model's positions, its heads cannot be split, or the
+            reference has other tokens.
     """
     model = _model_config(model_directory, "model.path", config.model.path)
     _check_architectures(config, model_directory, reference_directory)
@@ -32,8 +33,10 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
         reference = _model_config(reference_directory, "model.reference_path", path)
         if reference.get("vocab_size") != model.get("vocab_size"):
             raise ConfigError(
-                f"model.reference_path: {path!r} has {reference.get('vocab_size')} tokens and model.path {config.model.path!r} has "
-                f"{model.get('vocab_size')}, so they cannot be compared token by token. Give a model with the same tokenizer."
+                f"model.reference_path: {path!r} has {reference.get('vocab_size')} tokens and "
+                f"model.path {config.model.path!r} has "
+                f"{model.get('vocab_size')}, so they cannot be compared token by token. Give a "
+                "model with the same tokenizer."
             )
     _check_ends(config, model_directory)
     limit = context_length(model_directory)
@@ -43,7 +46,8 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
     )
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + generation.max_tokens {config.generation.max_tokens} "
+            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + "
+            f"generation.max_tokens {config.generation.max_tokens} "
             f"exceed the model's {limit} positions. Lower one of them."
         )
 
@@ -53,8 +57,10 @@ def _check_ends(config: RunConfig, model_directory: Path) -> None:
     stop = stop_strings(config.data.template, config.generation.stop)
     if not stop and not end_token_ids(model_directory, tokenizer):
         raise ConfigError(
-            f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} names an end token, so every response would be cut off at "
-            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set generation.stop."
+            f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} "
+            "names an end token, so every response would be cut off at "
+            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set "
+            "generation.stop."
         )
 
 
@@ -81,11 +87,13 @@ def _model_config(directory: Path, field: str, path: str) -> dict[str, Any]:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{field}: config.json of {path!r} cannot be read ({' '.join(str(error).split())}). Save the model again."
+            f"{field}: config.json of {path!r} cannot be read ({' '.join(str(error).split())}). "
+            "Save the model again."
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(
-            f"{field}: config.json of {path!r} holds a {type(config).__name__}, not fields. Save the model again."
+            f"{field}: config.json of {path!r} holds a {type(config).__name__}, not fields. Save "
+            "the model again."
         )
     return {**config, **(config.get("text_config") or {})}
 
@@ -94,5 +102,6 @@ def _check_heads(config: RunConfig, model: Mapping[str, Any]) -> None:
     heads, parts = model.get("num_attention_heads"), config.generation.tensor_parallel
     if config.generation.engine == "vllm" and isinstance(heads, int) and heads % parts:
         raise ConfigError(
-            f"generation.tensor_parallel: {parts} does not divide the {heads} attention heads of {config.model.path!r}. Choose a divisor."
+            f"generation.tensor_parallel: {parts} does not divide the {heads} attention heads of "
+            f"{config.model.path!r}. Choose a divisor."
         )

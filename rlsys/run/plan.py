@@ -21,10 +21,11 @@ def describe_plan(
     model_directory: Path,
     directory: RunDirectory,
 ) -> str:
-    """What a run would start, and roughly how much memory it would take. Nothing is started.
+    """Return what a run would start, and roughly how much memory it would take. Nothing is started.
 
-    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes a parameter over the ranks, compute-dtype weights beside them where that
-    is bfloat16. Of an engine: its weights and the KV cache. Activations come on top and grow with policy.microbatch_tokens.
+    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes per parameter over the ranks,
+    compute-dtype weights beside them where that is bfloat16. Of an engine: its weights and the KV
+    cache. Activations come on top and grow with policy.microbatch_tokens.
     """
     parameters = parameter_count(model_directory)
     policy, generation, trainer = config.policy, config.generation, config.trainer
@@ -48,19 +49,23 @@ def describe_plan(
         + f" each; {engine_gib:.2f} GiB weights ({generation.dtype}), {cache}",
         f"policy       {policy.ranks} x {policy.strategy}, {policy.cpus_per_rank} CPU"
         + (f" + {policy.gpus_per_rank:g} GPU" if on_gpu else "")
-        + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations",
+        + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), "
+        "and activations",
         "reference    "
         + (
             f"{policy.ranks} ranks beside the policy"
             if config.algorithm.kl.coefficient
             else "none (algorithm.kl.coefficient is 0)"
         ),
-        f"rewards      {config.reward.processes} processes: {', '.join(f'{f.name}{shown_parameters(f.parameters)}' for f in rewards)}",
-        f"advantages   {config.algorithm.advantage.name}{shown_parameters(estimator_parameters(config))}, "
+        f"rewards      {config.reward.processes} processes: "
+        f"{', '.join(f'{f.name}{shown_parameters(f.parameters)}' for f in rewards)}",
+        "advantages   "
+        f"{config.algorithm.advantage.name}{shown_parameters(estimator_parameters(config))}, "
         f"objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
         f"{config.algorithm.aggregation}",
         f"data         {problems.describe()}, template {config.data.template}",
-        f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} samples = {samples} responses of at most "
+        f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} "
+        f"samples = {samples} responses of at most "
         f"{generation.max_tokens} tokens; {policy.epochs * policy.mini_batches} optimizer steps",
         f"run          {trainer.steps} steps into {directory.path}",
     ]

@@ -120,8 +120,10 @@ def _check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
     check_reward_function(function.name, parameters)
     if parameters.get("max_tokens", 0) > token_limit:
         raise ValueError(
-            f"reward.functions.parameters.max_tokens: {parameters['max_tokens']} of {function.name!r} is above generation.max_tokens "
-            f"{token_limit}, which no response reaches. Leave it null, which follows generation.max_tokens."
+            f"reward.functions.parameters.max_tokens: {parameters['max_tokens']} of "
+            f"{function.name!r} is above generation.max_tokens "
+            f"{token_limit}, which no response reaches. Leave it null, which follows "
+            "generation.max_tokens."
         )
 
 
@@ -215,7 +217,7 @@ def _network_contradictions(config: RunConfig, name: str) -> Iterator[str]:
 
 
 def _check_address(config: RunConfig) -> None:
-    """Knock at the door of a named cluster, so that Ray does not wait half a minute to say the same less clearly."""
+    """Refuse a cluster that nothing answers for, which Ray would say after half a minute."""
     address = config.cluster.joined_address
     if address is None or address == "auto":
         return
@@ -223,11 +225,13 @@ def _check_address(config: RunConfig) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= LAST_PORT:
         raise ValueError(
-            f"{field}: {address!r} is not host:port, ray://host:port, auto or local. Give the address that `ray start --head` prints."
+            f"{field}: {address!r} is not host:port, ray://host:port, auto or local. Give the "
+            "address that `ray start --head` prints."
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_LIMIT_S).close()
     except (OSError, UnicodeError) as error:  # the latter where no host can be called that
         raise ValueError(
-            f"{field}: nothing answers at {address!r} ({error}). Start the head node with `ray start --head`, or leave it out to start Ray here."
+            f"{field}: nothing answers at {address!r} ({error}). Start the head node with `ray "
+            "start --head`, or leave it out to start Ray here."
         ) from error
