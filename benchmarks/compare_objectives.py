@@ -34,11 +34,11 @@ from rlsys.algorithms.policy_objectives import (
     gradient_coefficient,
     log_ratios,
 )
-from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.ratios import importance_variances
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.algorithms.token_logprobs import token_logprobs
 from rlsys.config import AlgorithmConfig
+from rlsys.config.presets import PRESETS
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = {name: compare(batch, preset) for name, preset in PRESETS.items()}
+    rows = {name: compare(batch, preset.algorithm) for name, preset in PRESETS.items()}
     output = parsed.output or parsed.rollouts.parent
     output.mkdir(parents=True, exist_ok=True)
     print(table(rows))

@@ -30,7 +30,15 @@ from rlsys.run.observers.metrics_log import MetricsRecord, read_metrics
 ARMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("grpo_math", "--policy.mini_batches", "4"),
     "rloo": (
-        *("rloo_math", "--policy.mini_batches", "4", "--algorithm.kl.coefficient", "0"),
+        *(
+            "grpo_math",
+            "--preset",
+            "rloo",
+            "--policy.mini_batches",
+            "4",
+            "--algorithm.kl.coefficient",
+            "0",
+        ),
         *("--algorithm.objective.weight", "importance", "--algorithm.objective.ratio", "product"),
     ),
     "hierarchical": ("hierarchical_math",),

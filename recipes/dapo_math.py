@@ -2,34 +2,34 @@
 
     python -m recipes.dapo_math
 
-Source: Yu et al. 2025 (arXiv:2503.14476). No KL term. Everything else is that of `recipes.grpo_math`. Two mini-batches a rollout batch, so that the
-second meets ratios other than 1.
+Source: Yu et al. 2025 (arXiv:2503.14476). The preset `dapo` on `recipes.grpo_math`, and the paper's
+length punishment. No KL term. Two mini-batches per batch, so that the second meets ratios other than 1.
 
-The paper's rewards are +1 and -1, less a punishment of at most 1 for length. Here they are 1 and 0, less half of the punishment: half of the paper's
-reward plus 1/2, from which the division by the standard deviation makes the same advantages.
+The paper's rewards are +1 and -1, less a punishment of at most 1 for length. Here they are 1 and 0,
+less half of the punishment: half of the paper's reward plus 1/2, from which the division by the
+standard deviation makes the same advantages.
 """
 
 from recipes.grpo_math import grpo_math
-from rlsys.config import RewardConfig, RewardFunctionConfig, RunConfig
+from rlsys.config import RunConfig
+from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
-from rlsys.config.presets import PRESETS
 
 
 def dapo_math(hardware: Hardware) -> RunConfig:
     """The default of this machine; the punishment grows over the last quarter of `generation.max_tokens`."""
-    default = grpo_math(hardware)
-    overlong = RewardFunctionConfig(
-        name="soft_overlong",
-        weight=0.5,
-        parameters={"max_tokens": None, "buffer_tokens": None},
-    )
-    return default.model_copy(
-        update={
+    overlong = {
+        "name": "soft_overlong",
+        "weight": 0.5,
+        "parameters": {"max_tokens": None, "buffer_tokens": None},
+    }
+    return evolve(
+        grpo_math(hardware),
+        {
             "recipe": "dapo_math",
-            "algorithm": PRESETS["dapo"],
-            "reward": RewardConfig(functions=(RewardFunctionConfig(name="math"), overlong)),
-            "policy": default.policy.model_copy(update={"mini_batches": 2}),
-        }
+            "preset": "dapo",
+            "reward.functions": [{"name": "math"}, overlong],
+        },
     )
 
 

@@ -2,6 +2,10 @@
 
     python -m recipes.grpo_math                                      the embedded problems, on whatever this machine has
     python -m recipes.grpo_math --data.train train.parquet --data.eval test.parquet --data.template chat_boxed
+    python -m recipes.grpo_math --preset gspo                        another published algorithm; --help lists them
+
+Differs from the preset `grpo`, the algorithm as published: the loss is the mean over all tokens, so
+that long responses count by their length (DAPO), and there is no KL, so no reference model runs.
 
 On a CPU: SmolLM2-135M learns to answer one-digit sums and differences told in symbols and in words. On a GPU: Qwen2.5-Math-1.5B.
 """

@@ -9,20 +9,13 @@ sampled, less a baseline for each layer of that correction; the loss is the plai
 
 from recipes.grpo_math import grpo_math
 from rlsys.config import RunConfig
+from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
-from rlsys.config.presets import PRESETS
 
 
 def hierarchical_math(hardware: Hardware) -> RunConfig:
     """The default of this machine."""
-    default = grpo_math(hardware)
-    return default.model_copy(
-        update={
-            "recipe": "hierarchical_math",
-            "algorithm": PRESETS["hierarchical"],
-            "policy": default.policy.model_copy(update={"mini_batches": 4}),
-        }
-    )
+    return evolve(grpo_math(hardware), {"recipe": "hierarchical_math", "preset": "hierarchical"})
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import HelpRequested, Invocation, dump_yaml, parse
+from rlsys.config.errors import Mistakes, as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.run_log import HeldLog, log_to
 
@@ -53,7 +54,7 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoRetu
             file=sys.stderr,
         )
         code = 130
-    except ValueError as error:
+    except ConfigError as error:
         lines = str(error).splitlines()
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         code = 2
@@ -65,7 +66,8 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     from rich.console import Console
 
     console = Console()
-    prepared = _prepare(invocation, hardware, console)
+    with as_config_error():  # nothing but input is looked at
+        prepared = _prepare(invocation, hardware, console)
     if prepared is None:
         return 0
     if invocation.dry_run:
@@ -77,7 +79,7 @@ def _run(invocation: Invocation, hardware: Hardware) -> int:
     _say(prepared, console)
     try:
         return asyncio.run(_train(prepared, log, console))
-    except ValueError:  # refused at set-up: as if it had never been started
+    except ConfigError:  # refused at set-up: as if it had never been started
         if not prepared.resume:
             prepared.directory.discard()
         raise
@@ -105,21 +107,18 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     """Check everything that can be known before Ray starts; no file is changed. None where a resumed run has nothing left to do.
 
     Raises:
-        ValueError: what is wrong, a line each.
+        ValueError: what is wrong, a line each; `as_config_error` makes it a ConfigError.
     """
-    from rlsys.data.prompt_stream import load_prompts
+    from rlsys.data.prompt_stream import load_problems, load_prompts
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
     from rlsys.run.checkpoints import CheckpointStore
+    from rlsys.run.config_warnings import config_warnings, reward_notices
     from rlsys.run.directory import RunDirectory
     from rlsys.run.ineffective_options import ineffective_options
-    from rlsys.run.preflight import (
-        check_config,
-        check_model,
-        config_warnings,
-        describe_plan,
-        reward_notices,
-    )
+    from rlsys.run.model_checks import check_model
+    from rlsys.run.plan import describe_plan
+    from rlsys.run.preflight import config_mistakes
     from rlsys.run.resume import (
         already_complete,
         changes,
@@ -130,7 +129,13 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
 
     config = invocation.config
     directory = RunDirectory.named_by(config)
-    problems = check_config(config, directory, hardware, resume=invocation.resume)
+
+    mistakes = Mistakes()
+    mistakes.lines += config_mistakes(config, directory, hardware, resume=invocation.resume)
+    problems = mistakes.attempt("data.train", lambda: load_problems(config))
+    mistakes.refuse()
+    assert problems is not None, "what was not read is a mistake"
+
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
     checkpoint = store.latest() if invocation.resume else None
     if checkpoint:
@@ -224,8 +229,6 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
 
 async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     """Start everything and train. Until the loop runs, a resume changes no file."""
-    from ray.exceptions import RayError
-
     from rlsys.run.observers.console import print_summary
     from rlsys.run.observers.metrics_log import read_metrics
     from rlsys.run.observers.run_status import StatusWriter
@@ -242,7 +245,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     status = StatusWriter(directory, held=prepared.resume)
     # This blocks: Ray sets its signal handlers in the main thread only.
     cluster = Cluster.connect(config)
-    training, reward_output = False, RewardOutput()
+    reward_output = RewardOutput()
     try:
         workers = await _start_workers(prepared, cluster, console)
         reward_output.follow(cluster.actors["reward-0"])
@@ -253,13 +256,10 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
             directory.create(config)
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
-        training = True
         outcome = await loop.run()
+    except ConfigError:
+        raise
     except Exception as error:
-        # Until here a ValueError is about the input, unless it comes from an actor: Ray gives an
-        # actor's error the type that it had there.
-        if isinstance(error, ValueError) and not isinstance(error, RayError) and not training:
-            raise
         status.fail(f"{type(error).__name__}: {error}")
         log.end_hold()
         _report_failure(error, directory, console)

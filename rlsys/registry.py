@@ -125,6 +125,15 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
     }
 
 
+def default_parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of the keyword parameters of a registered function."""
+    return {
+        name: parameter.default
+        for name, parameter in keyword_parameters(function).items()
+        if parameter.default is not parameter.empty
+    }
+
+
 def follow_token_limit(
     function: Callable[..., Any], parameters: Mapping[str, Any], limit: int
 ) -> dict[str, Any]:
@@ -183,6 +192,37 @@ def check_parameters(
         raise ValueError(
             f"{field}.{missing[0]}: {short_name(function)} needs this parameter and has no default. Set it."
         )
+
+
+Validate = Callable[..., None]  # called with keyword parameters; raises ValueError
+
+
+def check_values(
+    name: str,
+    function: Callable[..., Any],
+    validate: Validate | None,
+    parameters: Mapping[str, Any],
+    *,
+    field: str,
+) -> None:
+    """Refuse parameters that `function`, registered as `name`, does not take, or whose values its `validate` refuses.
+
+    `validate` is called with all keyword parameters of the function, defaults included. The
+    function itself is not called.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    check_parameters(function, parameters, field=field)
+    if validate is None:
+        return
+
+    try:
+        validate(**(default_parameters(function) | dict(parameters)))
+    except Exception as error:  # a plug-in's code may raise anything
+        message = " ".join(str(error).split()) or type(error).__name__
+        known = message.startswith(field)
+        raise ValueError(message if known else f"{field} of {name!r}: {message}") from error
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:

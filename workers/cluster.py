@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from workers.local_ray import LocalRay, interrupt_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Cluster:
         """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, and reserve the run's resources.
 
         Raises:
-            ValueError: the cluster has too few CPUs or GPUs.
+            ConfigError: the cluster has too few CPUs or GPUs.
         """
         started, local = ray.is_initialized(), LocalRay()
         leave_ray = (
@@ -108,7 +108,7 @@ class Cluster:
             reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
             if not reservation.wait(RESERVATION_TIMEOUT_S):
                 remove_placement_group(reservation)
-                raise ValueError(
+                raise ConfigError(
                     f"policy.ranks, generation.workers: the cluster did not free {_total(bundles)} within "
                     f"{RESERVATION_TIMEOUT_S:.0f} s. Other jobs hold its resources: wait for them, or ask for less."
                 )
@@ -200,7 +200,7 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             ray.init(address=address, **settings)
         except ConnectionError as error:
             field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-            raise ValueError(
+            raise ConfigError(
                 f"{field}: no cluster answers at {address!r}. Start the head node with `ray start --head`, or leave it out to start Ray here."
             ) from error
         interrupt_on_sigterm()
@@ -226,7 +226,7 @@ def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float])
         ("GPU", sum(b.gpus for b in bundles)),
     ):
         if wanted > available.get(resource, 0):
-            raise ValueError(
+            raise ConfigError(
                 f"policy.ranks, generation.workers: the run needs {wanted:g} {resource}s, the cluster has "
                 f"{available.get(resource, 0):g}. Lower policy.ranks, generation.workers or their {resource.lower()}s each, "
                 "or use a larger cluster."

@@ -15,19 +15,10 @@ import annotated_types
 import yaml
 
 from rlsys.config.command_line import all_fields
+from rlsys.config.presets import PRESETS
 
 Expectation = Literal["accepted", "refused", "either", "told", "seen"]
-RECIPES = (
-    "grpo_math",
-    "dapo_math",
-    "dr_grpo_math",
-    "gspo_math",
-    "hierarchical_math",
-    "reinforce_math",
-    "rloo_math",
-    "sapo_math",
-    "token_kl_grpo_math",
-)
+RECIPES = ("grpo_math", "dapo_math", "hierarchical_math")
 # A run of seconds on a CPU.
 TINY = (
     *("--model.path", "tiny", "--generation.engine", "transformers"),
@@ -223,6 +214,8 @@ def edge_trials() -> Iterator[Trial]:
     )
     for recipe in RECIPES:
         yield Trial(kind="edge", recipe=recipe, arguments=(), expect="accepted")
+    for preset in PRESETS:
+        yield Trial(kind="edge", arguments=("--preset", preset), expect="accepted")
 
 
 def parameter_trials() -> Iterator[Trial]:

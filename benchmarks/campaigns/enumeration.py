@@ -40,9 +40,10 @@ from benchmarks.campaigns.enumeration_cases import MACHINE, Case, random_case, s
 from benchmarks.campaigns.enumeration_pipeline import World, expected_gradient
 from benchmarks.campaigns.enumeration_statements import Stated, has_statement, true_gradient
 from recipes.grpo_math import grpo_math
+from rlsys.config import ConfigError
 from rlsys.config.command_line import evolve
 from rlsys.run.directory import RunDirectory
-from rlsys.run.preflight import check_config
+from rlsys.run.preflight import config_mistakes
 
 EXACT = 1e-9
 # Where advantages are estimated again, live log-probabilities travel between ranks in float32.
@@ -132,12 +133,11 @@ def refusal(case: Case) -> str | None:
 def _refusal(flags: str) -> str | None:
     directory = RunDirectory(Path("runs") / "never-made")
     try:
-        check_config(
-            evolve(grpo_math(MACHINE), json.loads(flags)), directory, MACHINE, resume=False
-        )
-    except ValueError as error:  # ConfigError and PreflightError are
+        config = evolve(grpo_math(MACHINE), json.loads(flags))
+    except ConfigError as error:
         return str(error).splitlines()[0]
-    return None
+    mistakes = config_mistakes(config, directory, MACHINE, resume=False)
+    return mistakes[0] if mistakes else None
 
 
 def cases(seed: int, *, small: bool) -> list[Case]:

@@ -88,7 +88,7 @@ class Case:
             "data.synthetic.eval_size": 4,
         }
         if self.preset:
-            preset = PRESETS[self.preset].model_dump(mode="json")
+            preset = PRESETS[self.preset].algorithm.model_dump(mode="json")
             return changes | {f"algorithm.{name}": value for name, value in preset.items()}
         return (
             changes
@@ -143,7 +143,7 @@ class Case:
         """The case with the preset's fields in place of its name, for statements about it."""
         if not self.preset:
             return self
-        preset = PRESETS[self.preset]
+        preset = PRESETS[self.preset].algorithm
         kl, entropy = preset.kl, "none"
         if preset.entropy.bonus or preset.entropy.temperature:
             entropy = "bonus" if preset.entropy.bonus else "temperature"
@@ -170,13 +170,15 @@ class Case:
     @property
     def resamples(self) -> bool:
         """Whether groups that teach nothing are sampled again, and left out of the loss where they could not be replaced."""
-        return bool(self.preset) and PRESETS[self.preset].dynamic_sampling.max_rounds > 1
+        if not self.preset:
+            return False
+        return PRESETS[self.preset].algorithm.dynamic_sampling.max_rounds > 1
 
     @property
     def kl_coefficient(self) -> float:
         """beta."""
         if self.preset:
-            return PRESETS[self.preset].kl.coefficient
+            return PRESETS[self.preset].algorithm.kl.coefficient
         return 0.0 if self.kl_placement == "none" else KL
 
 

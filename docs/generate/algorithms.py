@@ -34,10 +34,10 @@ from rlsys.algorithms.policy_objectives import (
     levels_of,
     rollout_correction,
 )
-from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, importance_variances
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.config import AlgorithmConfig
+from rlsys.config.presets import PRESETS
 from rlsys.registry import keyword_parameters
 
 INTRODUCTION = """# Algorithms
@@ -224,7 +224,7 @@ def _section(
 
 
 def _used_by(part: Callable[[AlgorithmConfig], str], name: str) -> list[str]:
-    return [preset for preset, settings in PRESETS.items() if part(settings) == name]
+    return [preset for preset, settings in PRESETS.items() if part(settings.algorithm) == name]
 
 
 def _users(names: Iterable[str]) -> str:
@@ -234,7 +234,8 @@ def _users(names: Iterable[str]) -> str:
 def _presets() -> Iterator[str]:
     yield "| preset | estimator | ratio | weight | aggregation | KL | more |"
     yield "|---|---|---|---|---|---|---|"
-    for name, preset in PRESETS.items():
+    for name, published in PRESETS.items():
+        preset = published.algorithm
         kl = (
             f"{preset.kl.coefficient:g} {preset.kl.estimator} in the {preset.kl.placement}"
             + (", whole responses" if preset.kl.level == "sequence" else "")

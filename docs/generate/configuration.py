@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from pydantic_core import PydanticUndefined
 
-from rlsys.config.command_line import SWITCHES, all_fields, type_name
+from rlsys.config.command_line import SWITCHES
+from rlsys.config.fields import all_fields, type_name
+from rlsys.config.presets import PRESETS
 from rlsys.config.resume_rules import VERDICTS, resume_table
 
 INTRODUCTION = """# Configuration
 
 Generated from the models in `rlsys/config` by `make docs`; a test keeps it current. Each field is a flag (`--trainer.steps 50`) and a place in a
 YAML file (`trainer: {steps: 50}`, given with `--config`). A recipe sets its own values; the defaults here hold where it does not. Later wins:
-recipe, file, flags.
+recipe, preset, file, other flags.
 
 Values are YAML; lists may be written `a,b`. Parameters of estimators, objectives and rewards are set one by one,
 `--algorithm.advantage.parameters.std_ddof 1`, and checked against the function's signature before anything starts.
+"""
+
+
+PRESETS_OF = """
+## Presets
+
+`--preset NAME` starts any recipe from a published algorithm: it replaces the section `algorithm`, and
+`policy.mini_batches`, the number of updates per batch. `--config` and the other flags change fields of
+it. Their settings side by side are in docs/algorithms.md.
+
+| preset | updates per batch | algorithm |
+|---|---|---|
 """
 
 
@@ -49,9 +64,16 @@ def reference() -> str:
         lines.append(
             f"| `{name}` | {type_name(field.annotation).replace('|', ', ')} | `{shown}` | {(field.description or '').replace('|', ', ')} |"
         )
+    lines += [PRESETS_OF + "\n".join(_preset_rows())]
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _preset_rows() -> Iterator[str]:
+    for name, preset in PRESETS.items():
+        description = preset.description.replace("|", "\\|")
+        yield f"| `{name}` | {preset.mini_batches} | {description} |"
 
 
 def _plain(value: object) -> str:

@@ -15,6 +15,7 @@ from rlsys.config.algorithm import (
 )
 from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
+from rlsys.config.errors import ConfigError
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import Dtype, ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ColumnNames",
+    "ConfigError",
     "DataConfig",
     "DiagnosticsConfig",
     "Dtype",

@@ -1,35 +1,37 @@
 """From a recipe, a YAML file and flags to one validated `RunConfig`.
 
-    python -m recipes.grpo_math --config run.yaml --trainer.steps 50 --algorithm.advantage.parameters.std_ddof 1
+    python -m recipes.grpo_math --preset gspo --config run.yaml --trainer.steps 50
 
-Later wins: recipe, then the file, then flags in their order. Every field is a flag; values are YAML. With `--resume` the run's own
-`config.yaml` stands in the place of the recipe.
+Later wins: recipe, preset, file, other flags in their order. Every field is a flag; values are YAML.
+With `--resume` the run's own `config.yaml` stands in the place of the recipe.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-import shutil
-import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from rlsys.config.run import RunConfig
+from rlsys.config.errors import ConfigError
+from rlsys.config.fields import all_fields, field_at
+from rlsys.config.help_text import help_text
+from rlsys.config.presets import preset_called
+from rlsys.config.renamed_fields import refuse_old_names, translated
+from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Invocation:
     """What the user asked for."""
 
-    config: RunConfig
+    config: RunConfig  # its fields may contradict each other: `rlsys.run.preflight` says so
     dry_run: bool
     resume: bool
     explicit: frozenset[str]  # dotted names that flags and files set to something of their own
@@ -40,16 +42,12 @@ class HelpRequested(Exception):  # noqa: N818  (no error)
     """--help was given; the text is the argument."""
 
 
-class ConfigError(ValueError):
-    """One or more mistakes in a configuration, a line each."""
-
-
 SWITCHES = {
     "--config": "YAML file with any of the fields below, nested as they are.",
     "--dry-run": "Check everything, print the configuration and the plan, start nothing.",
     "--resume": "Continue the run in run.directory from its newest complete checkpoint, with its own configuration. "
     "--config and flags change fields of that.",
-    "--help": "Show this text.",
+    "--help": "Show this text, with the parameters of the functions that the other flags choose.",
 }
 
 
@@ -86,7 +84,9 @@ def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: unknown field or unfit value.
     """
+    refuse_old_names(changes)
     tree = config.model_dump(mode="json")
+    _start_from_preset(tree, changes)
     _lay_over(tree, list(changes.items()))
     return _validated(tree)
 
@@ -99,14 +99,14 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
         HelpRequested: --help.
     """
     if "--help" in arguments or "-h" in arguments:
-        raise HelpRequested(help_text(recipe))
+        raise HelpRequested(help_text(_chosen(recipe, arguments), SWITCHES))
     options = list(_options(arguments))
     switches = {name for name, _ in options}
     from_files = [
         change
         for name, file in options
         if name == "--config"
-        for change in _leaves(_read_yaml(file, "--config"))
+        for change in _leaves(_with_present_names(_read_yaml(file, "--config")))
     ]
     from_flags = [
         (_normal(name), _parse_value(_normal(name), value))
@@ -116,11 +116,22 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     if "--resume" in switches:
         return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
     tree = recipe.model_dump(mode="json")
+    _start_from_preset(tree, dict([*from_files, *from_flags]))
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*from_files, *from_flags])
+    config = _validated(tree, context=CONTRADICTIONS_LATER)
     return Invocation(
-        config=_validated(tree), dry_run="--dry-run" in switches, resume=False, explicit=explicit
+        config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
+
+
+def _chosen(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Return the configuration that the other arguments ask for, or the recipe's where they are wrong."""
+    others = [word for word in arguments if word not in ("--help", "-h")]
+    try:
+        return parse(recipe, others).config
+    except ConfigError:
+        return recipe
 
 
 def _resumed(
@@ -142,10 +153,11 @@ def _resumed(
             f"recipe: this is {name}, but the run in {directory!r} was started by {saved['recipe']}. Resume it with that recipe's command, "
             f"or add --recipe {saved['recipe']}: its own configuration is used either way."
         )
+    _start_from_preset(tree, given)
     explicit = _explicit(tree, from_files, from_flags)
     _lay_over(tree, [*changes, ("run.directory", directory)])
     try:
-        config = _validated(tree)
+        config = _validated(tree, context=CONTRADICTIONS_LATER)
     except ConfigError as error:
         raise ConfigError(
             "\n".join(
@@ -167,13 +179,18 @@ def saved_configuration(directory: str) -> dict[str, Any]:
         raise ConfigError(
             f"run.directory: {directory!r} holds no run to resume. Name the directory of an earlier run."
         )
-    tree = _read_yaml(str(file), "run.directory")
-    unknown = [name for name, _ in _leaves(tree) if _field_at(name) is None]
+    tree = translated(_read_yaml(str(file), "run.directory"))
+    unknown = [name for name, _ in _leaves(tree) if field_at(name) is None]
     if unknown:
         raise ConfigError(
             f"run.directory: {str(file)!r} was written by another version of rlsys, with {', '.join(unknown)}, which this one does not have. "
             "Resume with that version, or start a new run from a checkpoint with --model.path."
         )
+    return tree
+
+
+def _with_present_names(tree: dict[str, Any]) -> dict[str, Any]:
+    refuse_old_names(flat(tree))
     return tree
 
 
@@ -206,11 +223,8 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
                 f"{word!r}: expected a flag such as --trainer.steps 50. Quote values that contain spaces."
             )
         name, equals, value = word.partition("=")
-        if (
-            name == "--plugins"
-            or name in SWITCHES
-            or _field_at(name.removeprefix("--")) is not None
-        ):
+        refuse_old_names([_normal(name)], flag="--")
+        if name == "--plugins" or name in SWITCHES or field_at(name.removeprefix("--")) is not None:
             takes_value = name not in ("--dry-run", "--resume")
             if equals and not takes_value:
                 raise ConfigError(f"{word}: {name} takes no value. Write {name}, or leave it out.")
@@ -234,14 +248,14 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _parse_value(name: str, text: str | None) -> Any:
     if text is None:
-        annotation = getattr(_field_at(name), "annotation", None)
+        annotation = getattr(field_at(name), "annotation", None)
         if annotation is bool:
             return True
         raise ConfigError(f"{name}: a value is missing. Write --{name} VALUE.")
     if not text.strip():
         raise ConfigError(f"{name}: the value is empty. Write --{name} VALUE.")
     value = _yaml_value(name, text)
-    field = _field_at(name)
+    field = field_at(name)
     if (
         field is not None
         and _is_tuple(field.annotation)
@@ -275,35 +289,6 @@ def _is_tuple(annotation: Any) -> bool:
     return get_origin(annotation) is tuple
 
 
-def _field_at(name: str) -> FieldInfo | None:
-    """The field that a dotted name leads to; a name below a dict of parameters leads to that dict."""
-    model: type[BaseModel] = RunConfig
-    field: FieldInfo | None = None
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        field = model.model_fields.get(part.replace("-", "_"))
-        if field is None:
-            return None
-        if get_origin(field.annotation) is dict:
-            return field if i == len(parts) - 1 else FieldInfo(annotation=Any)  # pyright: ignore[reportArgumentType]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        elif i < len(parts) - 1:
-            return None
-    return field
-
-
-def all_fields(
-    model: type[BaseModel] = RunConfig, prefix: str = ""
-) -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, in the order of the models."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from all_fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     *path, last = name.replace("-", "_").split(".")
     for part in path:
@@ -311,6 +296,20 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{name}: {part} holds a value, not fields")
     tree[last] = value
+
+
+def _start_from_preset(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put the preset that the changes name, if any, into the tree: they are laid over it."""
+    name = changes.get("preset")
+    if not name or not isinstance(name, str):
+        return  # what is no text is refused with the other values
+    try:
+        preset = preset_called(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tree["preset"] = name
+    tree["algorithm"] = preset.algorithm.model_dump(mode="json")
+    _put(tree, "policy.mini_batches", preset.mini_batches)
 
 
 def _lay_over(tree: dict[str, Any], changes: Sequence[Change]) -> None:
@@ -327,7 +326,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[Change]:
     """The fields of nested mappings by dotted name; free dicts (parameters) are one field each."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        field = _field_at(name)
+        field = field_at(name)
         is_section = (
             field is not None
             and isinstance(field.annotation, type)
@@ -372,9 +371,9 @@ def _read_yaml(file: str | None, field: str) -> dict[str, Any]:
     return content
 
 
-def _validated(tree: Mapping[str, Any]) -> RunConfig:
+def _validated(tree: Mapping[str, Any], *, context: str | None = None) -> RunConfig:
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree, context=context)
     except ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
         raise ConfigError(
@@ -393,6 +392,8 @@ def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> boo
 
 def _message(problem: Any) -> str:
     """One line for one pydantic error: field, value, expectation, and where to look."""
+    if problem["type"] == "mistakes":
+        return problem["msg"]  # whole lines, which name their fields
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -406,7 +407,7 @@ def _message(problem: Any) -> str:
             f" Did you mean {' or '.join(near)}?" if near else " See --help."
         )
     field = next(
-        filter(None, (_field_at(".".join(location[:n])) for n in range(len(location), 0, -1))), None
+        filter(None, (field_at(".".join(location[:n])) for n in range(len(location), 0, -1))), None
     )
     remedy = f" ({field.description})" if field is not None and field.description else ""
     return f"{name}: {problem['input']!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}.{remedy}"
@@ -425,55 +426,4 @@ def load_yaml(path: Path) -> RunConfig:
     Raises:
         ConfigError: unreadable, or not a configuration.
     """
-    return _validated(_read_yaml(str(path), str(path)))
-
-
-def type_name(annotation: Any) -> str:
-    """An annotation as people write it: int, text, a|b, list of int, ..."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if annotation is type(None):
-        return "null"
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(type_name(part) for part in parts)
-    if origin is tuple:
-        return f"list of {type_name(parts[0])}"
-    if origin is dict:
-        return "mapping"
-    if parts and origin is not None:  # Literal
-        return "|".join(map(str, parts))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "mapping"
-    return {str: "text", bool: "true|false"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
-
-
-def help_text(recipe: RunConfig) -> str:
-    """All flags with type, default of this recipe, and documentation."""
-    width = min(110, shutil.get_terminal_size((100, 24)).columns)
-    tree = recipe.model_dump(mode="json")
-    lines = [f"Recipe {recipe.recipe}. Flags (values are YAML; lists may be written a,b):", ""]
-    for flag, doc in SWITCHES.items():
-        lines += _entry(flag, doc, width)
-    section = None
-    for name, field in all_fields():
-        if name.split(".")[0] != section:
-            section = name.split(".")[0]
-            lines += ["", f"{section}:"]
-        value: Any = tree
-        for part in name.split("."):
-            value = value[part]
-        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
-        lines += _entry(
-            f"--{name} {type_name(field.annotation)}", f"{field.description} [{shown}]", width
-        )
-    return "\n".join(lines)
-
-
-def _entry(head: str, doc: str, width: int) -> list[str]:
-    return [
-        f"  {head}",
-        *textwrap.wrap(doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
-    ]
+    return _validated(_with_present_names(_read_yaml(str(path), str(path))))

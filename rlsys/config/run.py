@@ -1,19 +1,26 @@
 """The whole configuration of a run."""
 
 import os
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlsys.config.algorithm import AlgorithmConfig
+from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.data import DataConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig
 from rlsys.config.policy import PolicyConfig
+from rlsys.config.presets import preset_called
 from rlsys.config.reward import RewardConfig
 from rlsys.config.section import Section
 from rlsys.config.trainer import TrainerConfig
+
+# The validation context of the command line, which reports contradictions with all other mistakes.
+CONTRADICTIONS_LATER = "contradictions are reported later"
 
 
 class RunSection(Section):
@@ -51,6 +58,11 @@ class RunConfig(Section):
         default="grpo_math",
         description="Name of the recipe, for the run's directory and its records.",
     )
+    preset: str | None = Field(
+        default=None,
+        description="Published algorithm to start from, before --config and the other flags: it "
+        "replaces the section algorithm, and policy.mini_batches. null: the recipe's own.",
+    )
     plugins: tuple[str, ...] = Field(
         default=(),
         description="Importable modules that register estimators, objectives or rewards; loaded in every process.",
@@ -80,3 +92,25 @@ class RunConfig(Section):
         own = self.reference.model_dump(exclude={"path"}, exclude_none=True)
         common = self.policy.model_dump(include=set(ModelRoleConfig.model_fields))
         return ModelRoleConfig.model_validate(common | own)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_from_preset(cls, data: Any) -> Any:
+        """Fill what the preset decides and the caller does not give; a whole configuration stays."""
+        name = data.get("preset") if isinstance(data, dict) else None
+        if not name or not isinstance(name, str):
+            return data
+        try:
+            preset = preset_called(name)
+        except ValueError as error:
+            raise PydanticCustomError("mistakes", "{lines}", {"lines": str(error)}) from None
+        policy = PolicyConfig(mini_batches=preset.mini_batches)
+        return {"algorithm": preset.algorithm, "policy": policy} | data
+
+    @model_validator(mode="after")
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        """Refuse fields that contradict each other: all contradictions in one error, a line each."""
+        lines = [] if info.context == CONTRADICTIONS_LATER else contradictions(self)
+        if lines:
+            raise PydanticCustomError("mistakes", "{lines}", {"lines": "\n".join(lines)})
+        return self

@@ -7,8 +7,7 @@ out, it follows `generation.max_tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from rlsys.math_verifier import has_one_filled_box, reads_ground_truth, verify_math
 from rlsys.rewards.registry import register_reward_function
@@ -47,7 +46,7 @@ def format_r1_zero_reward(completion: str, ground_truth: str) -> float:
     return float(rest.startswith("<answer>") and rest.endswith("</answer>"))
 
 
-def _buffer_of_soft_overlong(max_tokens: int | None, buffer_tokens: int | None) -> int:
+def _buffer_of_soft_overlong(*, max_tokens: int | None, buffer_tokens: int | None) -> int:
     if max_tokens is None:
         raise ValueError(
             "reward.functions.parameters.max_tokens: null follows generation.max_tokens in a run only. Give the token limit."
@@ -60,11 +59,11 @@ def _buffer_of_soft_overlong(max_tokens: int | None, buffer_tokens: int | None) 
     return buffer
 
 
-def _check_soft_overlong(parameters: Mapping[str, Any]) -> None:
-    _buffer_of_soft_overlong(parameters["max_tokens"], parameters["buffer_tokens"])
+def _validate_soft_overlong(*, max_tokens: int | None, buffer_tokens: int | None) -> None:
+    _buffer_of_soft_overlong(max_tokens=max_tokens, buffer_tokens=buffer_tokens)
 
 
-@register_reward_function("soft_overlong", validate=_check_soft_overlong)
+@register_reward_function("soft_overlong", validate=_validate_soft_overlong)
 def soft_overlong_reward(
     completion: str,
     ground_truth: str,
@@ -86,20 +85,18 @@ def soft_overlong_reward(
 
     Example: with max_tokens 100 and buffer_tokens 20, 80 tokens give 0, 90 give -0.5, 100 give -1.
     """
-    buffer = _buffer_of_soft_overlong(max_tokens, buffer_tokens)
+    buffer = _buffer_of_soft_overlong(max_tokens=max_tokens, buffer_tokens=buffer_tokens)
     assert max_tokens is not None, "checked above"
     over = completion_tokens - (max_tokens - buffer)
     return -min(max(over / buffer, 0.0), 1.0)
 
 
-def _check_repetition(parameters: Mapping[str, Any]) -> None:
-    if parameters["ngram"] < 1:
-        raise ValueError(
-            f"reward.functions.parameters.ngram: {parameters['ngram']} must be at least 1."
-        )
+def _validate_repetition(*, ngram: int, **_: object) -> None:
+    if ngram < 1:
+        raise ValueError(f"reward.functions.parameters.ngram: {ngram} must be at least 1.")
 
 
-@register_reward_function("repetition", validate=_check_repetition)
+@register_reward_function("repetition", validate=_validate_repetition)
 def repetition_reward(
     completion: str, ground_truth: str, *, ngram: int = 4, scale: float = 1.0
 ) -> float:
@@ -113,7 +110,7 @@ def repetition_reward(
 
     Example: "a b a b a b" with ngram 2 has five bigrams, two of them distinct: -0.6.
     """
-    _check_repetition({"ngram": ngram})
+    _validate_repetition(ngram=ngram)
     words = completion.split()
     total = len(words) - ngram + 1
     if total < 1:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from rlsys.config import RewardFunctionConfig
 from rlsys.registry import (
     Registry,
-    check_parameters,
+    Validate,
+    check_values,
     follow_token_limit,
     full_name,
     plain_function,
@@ -48,12 +49,13 @@ class Verdict(Protocol):
 class RewardHooks:
     """What may be declared beside a reward function.
 
-    validate: called before a run starts with all its parameters, defaults included; raises ValueError for values that it cannot take.
+    validate: called before a run starts as `validate(**parameters)`, with all keyword parameters, defaults included; raises a ValueError, with the
+        remedy, for values that the function cannot take.
     reads_ground_truth: whether the function can do anything with a ground truth; counted over the data before a run starts.
     verdict: called as the function is, and instead of it, where the reason of a score and the extracted answer are wanted as well.
     """
 
-    validate: Callable[[Mapping[str, Any]], None] | None = None
+    validate: Validate | None = None
     reads_ground_truth: Callable[[str], bool] | None = None
     verdict: Callable[..., Verdict] | None = None
 
@@ -61,7 +63,7 @@ class RewardHooks:
 def register_reward_function(
     name: str,
     *,
-    validate: Callable[[Mapping[str, Any]], None] | None = None,
+    validate: Validate | None = None,
     reads_ground_truth: Callable[[str], bool] | None = None,
     verdict: Callable[..., Verdict] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
@@ -143,26 +145,8 @@ def check_reward_function(name: str, parameters: Mapping[str, Any]) -> None:
     function = get_reward_function(name)
     _check_kind(name, function)
     _check_arguments(name, function)
-    check_parameters(function, parameters, field="reward.functions.parameters")
     validate = reward_hooks(name).validate
-    if validate is None:
-        return
-    try:
-        validate(_defaults(function) | dict(parameters))
-    except Exception as error:  # a user's code may raise anything
-        message = " ".join(str(error).split()) or type(error).__name__
-        prefix = "reward.functions.parameters"
-        raise ValueError(
-            message if message.startswith(prefix) else f"{prefix} of {name!r}: {message}"
-        ) from error
-
-
-def _defaults(function: RewardFunction) -> dict[str, Any]:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
+    check_values(name, function, validate, parameters, field="reward.functions.parameters")
 
 
 def _check_kind(name: str, function: RewardFunction) -> None:

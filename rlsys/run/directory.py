@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import CONFIG_FILE, dump_yaml
 
 
@@ -66,21 +66,21 @@ class RunDirectory:
         """Refuse to overwrite a run, to resume one that is not there, and to start where nothing can be written. Leaves no trace.
 
         Raises:
-            ValueError: naming run.directory.
+            ConfigError: naming run.directory.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
+            raise ConfigError(
                 f"run.directory: {str(self.path)!r} is a file. Name a directory, existing or not."
             )
         if resume and not self.config.is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of an earlier run."
             )
         if not resume and self.is_given and self.path.exists() and any(self.path.iterdir()):
             raise self._exists_already()
         existing = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not existing.is_dir():
-            raise ValueError(
+            raise ConfigError(
                 f"run.directory: {str(self.path)!r} cannot be made below the file {existing}. Name another directory."
             )
         places = [existing, *self._existing_parts()] if resume else [existing]
@@ -102,13 +102,13 @@ class RunDirectory:
         except OSError as error:
             raise self._cannot_be_written(place, error) from error
 
-    def _cannot_be_written(self, place: Path, error: OSError) -> ValueError:
-        return ValueError(
+    def _cannot_be_written(self, place: Path, error: OSError) -> ConfigError:
+        return ConfigError(
             f"run.directory: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). Name a directory where you may write."
         )
 
-    def _exists_already(self) -> ValueError:
-        return ValueError(
+    def _exists_already(self) -> ConfigError:
+        return ConfigError(
             f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or name another directory."
         )
 
@@ -116,7 +116,7 @@ class RunDirectory:
         """Make the directory of a new run, which no other process can get too; beside another run of the same second it has a suffix.
 
         Raises:
-            ValueError: another run has taken the name that the user gave, or nothing can be written there.
+            ConfigError: another run has taken the name that the user gave, or nothing can be written there.
         """
         try:
             if self.is_given:

@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from rlsys.algorithms.policy_objectives import (
-    gradient_coefficient,
-    ignores_ratio,
-)
+from rlsys.algorithms.policy_objectives import ignores_ratio, is_one_at_ratio_one
 from rlsys.config import RunConfig
 from rlsys.config.command_line import flat
 from rlsys.config.hardware import Hardware
@@ -72,9 +67,7 @@ def _ratio_is_one(setting: Setting) -> bool:
         return False  # nobody who chose such a weight expects it to act on the ratio
     if config.policy.epochs * config.policy.mini_batches > 1:
         return False
-    signs = torch.tensor([1.0, -1.0])
-    at_one = gradient_coefficient(objective.weight, torch.zeros(2), signs, **objective.parameters)
-    return bool(torch.allclose(at_one, torch.ones(2)))
+    return is_one_at_ratio_one(objective.weight, objective.parameters)
 
 
 _SINGLE_UPDATE = (
@@ -110,14 +103,6 @@ TABLE: tuple[Ineffective, ...] = (
         "reference.microbatch_tokens",
         when=lambda s: s.config.algorithm.kl.coefficient == 0,
         because="algorithm.kl.coefficient is 0",
-    ),
-    _row(
-        "algorithm.kl.level",
-        "algorithm.kl.importance_ratio",
-        when=lambda s: (
-            s.config.algorithm.kl.coefficient > 0 and s.config.algorithm.kl.placement != "loss"
-        ),
-        because="it is of the KL in the loss, and algorithm.kl.placement is another",
     ),
     _row(
         "algorithm.kl.kind",

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import flat
+from rlsys.config.renamed_fields import translated
 from rlsys.config.resume_rules import rule_of
 from rlsys.run.checkpoints import Checkpoint
 
@@ -35,21 +36,26 @@ def _installed() -> Iterator[tuple[str, str]]:
             continue
 
 
+def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a checkpoint, with the names that fields have now."""
+    return translated(checkpoint.state["config"])
+
+
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Refuse to continue where the rules of rlsys.config.resume_rules say that nothing fits.
 
     Raises:
-        ValueError: naming each field, both values, the reason and the remedy, a line each.
+        ConfigError: naming each field, both values, the reason and the remedy, a line each.
     """
-    problems = [
+    mistakes = [
         f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. "
         f"{rule_of(name).reason} Resume with --{name} {before}, "
         f"or start a new run with --model.path {checkpoint.path}."
-        for name, before, after in _changes(checkpoint.state["config"], config)
+        for name, before, after in _changes(saved_config(checkpoint), config)
         if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
     ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
@@ -63,7 +69,7 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    return changes(checkpoint.state["config"], config) + libraries
+    return changes(saved_config(checkpoint), config) + libraries
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
@@ -111,7 +117,7 @@ def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the position in the data; earlier checkpoints counted batches instead of prompts."""
     state = dict(checkpoint.state["prompts"])
     if "prompts_taken" not in state:
-        size = checkpoint.state["config"]["trainer"]["prompts_per_step"]
+        size = saved_config(checkpoint)["trainer"]["prompts_per_step"]
         state["prompts_taken"] = state["batches_taken"] * size
     return state
 
@@ -121,7 +127,7 @@ def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]
 
     What a change of the configuration is to replace is left out.
     """
-    changed = {name for name, _, _ in _changes(checkpoint.state["config"], config)}
+    changed = {name for name, _, _ in _changes(saved_config(checkpoint), config)}
     return {
         name: value
         for name, value in checkpoint.state["advantages"].items()

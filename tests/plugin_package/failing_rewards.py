@@ -7,7 +7,6 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from rlsys.rewards import register_reward_function
@@ -117,9 +116,9 @@ def takes_tokens_by_keyword(completion: str, ground_truth: str, *, completion_to
     return 1.0
 
 
-def _check_length(parameters: Mapping[str, Any]) -> None:
-    if parameters["shortest"] >= parameters["longest"]:
-        raise ValueError(f"shortest {parameters['shortest']} is not below longest.")
+def _check_length(*, shortest: int, longest: int) -> None:
+    if shortest >= longest:
+        raise ValueError(f"shortest {shortest} is not below longest.")
 
 
 @register_reward_function("has_length", validate=_check_length)

@@ -54,7 +54,7 @@ def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
                 "mini_batches": 2,
                 "optimizer": {"learning_rate": 1e-3},
             },
-            "algorithm": PRESETS[name].model_dump(),
+            "algorithm": PRESETS[name].algorithm.model_dump(),
             "reward": {"functions": [{"name": "example_digits"}]},
             "trainer": {
                 "steps": STEPS,

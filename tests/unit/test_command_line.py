@@ -19,6 +19,7 @@ from rlsys.config.command_line import (
     parse,
 )
 from rlsys.config.hardware import Hardware
+from rlsys.config.presets import PRESETS
 
 CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 RECIPE = grpo_math(CPU)
@@ -293,3 +294,75 @@ def test_a_resume_without_a_run(tmp_path: Path):
         parse(RECIPE, ["--resume"])
     with pytest.raises(ConfigError, match="holds no run to resume"):
         resumed(tmp_path)
+
+
+GSPO = PRESETS["gspo"].algorithm
+TWO_STEPS = ("--trainer.steps", "2")
+
+
+def test_a_preset_replaces_the_algorithm_and_what_goes_with_it():
+    invocation = parse(RECIPE, ["--preset", "gspo", *TWO_STEPS])
+    assert invocation.config.algorithm == GSPO
+    assert invocation.config.policy == RECIPE.policy.model_copy(update={"mini_batches": 2})
+    assert invocation.config.preset == "gspo"
+    assert invocation.explicit == {"preset", "trainer.steps"}
+    assert evolve(RECIPE, {"preset": "gspo"}) == parse(RECIPE, ["--preset=gspo"]).config
+
+
+def test_the_file_and_flags_win_over_the_preset_wherever_it_stands(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm: {kl: {coefficient: 0.5}, objective: {parameters: {clip_low: 0.1}}}")
+    flags = ["--policy.mini_batches", "4", "--config", str(file), "--preset", "gspo"]
+    config = parsed(*flags)
+    assert config.policy.mini_batches == 4
+    assert config.algorithm.kl.coefficient == 0.5
+    assert config.algorithm.objective.parameters == {"clip_low": 0.1}
+    assert config.algorithm.objective.ratio == "sequence"
+
+
+def test_a_preset_may_stand_in_a_file_and_a_flag_replaces_it(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: sapo\n")
+    assert parsed("--config", str(file)).algorithm == PRESETS["sapo"].algorithm
+    assert parsed("--config", str(file), "--preset", "gspo").algorithm == GSPO
+
+
+def test_a_whole_configuration_with_a_preset_comes_back_as_it_was(tmp_path: Path):
+    config = evolve(RECIPE, {"preset": "gspo", "algorithm.objective.weight": "sapo"})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(config))
+    assert parsed("--config", str(file)) == config
+    assert load_yaml(file) == config
+
+
+@pytest.mark.parametrize("name", ["gsop", "GRPO"])
+def test_an_unknown_preset_is_refused_with_the_nearest(name: str):
+    with pytest.raises(ConfigError, match=f"^preset: unknown preset '{name}'"):
+        parsed("--preset", name)
+    with pytest.raises(ConfigError, match="Did you mean gspo"):
+        evolve(RECIPE, {"preset": "gsop"})
+    with pytest.raises(ValueError, match="Did you mean gspo"):
+        RunConfig(preset="gsop")
+
+
+def test_a_configuration_that_names_a_preset_has_its_algorithm():
+    assert RunConfig(preset="gspo").algorithm == GSPO
+    assert RunConfig(preset="gspo").policy.mini_batches == 2
+
+
+def test_help_lists_every_preset():
+    with pytest.raises(HelpRequested) as request:
+        parse(RECIPE, ["--help"])
+    text = " ".join(str(request.value).split())
+    for name, preset in PRESETS.items():
+        assert f" {name} {' '.join(preset.description.split())}" in text
+
+
+def test_a_resumed_run_may_take_another_preset(run: Path):
+    own = load_yaml(run / "config.yaml")
+    invocation = resumed(run, "--preset", "gspo", "--algorithm.kl.coefficient", "0.1")
+    assert invocation.config.algorithm.objective == GSPO.objective
+    assert invocation.config.algorithm.kl.coefficient == 0.1
+    assert invocation.config.generation == own.generation
+    assert invocation.explicit == {"preset", "algorithm.kl.coefficient", "run.directory"}
+    assert resumed(run).config.algorithm == own.algorithm

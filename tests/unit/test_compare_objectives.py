@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare_objectives
-from rlsys.algorithms.policy_objectives.presets import PRESETS
+from rlsys.config.presets import PRESETS
 from rlsys.data.batches import TrainBatch
 from rlsys.data.rollout_files import write_rollouts
 from tests.support.rollout_examples import random_rollouts, rewards_of
@@ -38,7 +38,10 @@ def test_every_preset_has_its_row_and_the_figure_is_drawn(
 
 def test_rows_say_what_the_weights_do(stored: Path):
     batch = compare_objectives.load(stored, "tiny", 1.0)
-    rows = {name: compare_objectives.compare(batch, preset) for name, preset in PRESETS.items()}
+    rows = {
+        name: compare_objectives.compare(batch, preset.algorithm)
+        for name, preset in PRESETS.items()
+    }
     assert rows["rloo"]["mean w"] == pytest.approx(1.0)  # no weight
     assert rows["rloo"]["ESS"] == pytest.approx(1.0)
     assert rows["grpo"]["no gradient"] > 0.1  # clipped

@@ -3,21 +3,28 @@
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
-from rlsys.algorithms.policy_objectives import available_weights, ignores_ratio
+from rlsys.algorithms.policy_objectives import (
+    available_weights,
+    gradient_coefficient,
+    ignores_ratio,
+    is_one_at_ratio_one,
+)
 from rlsys.config import KLConfig, RunConfig
+from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
-from rlsys.run.preflight import config_warnings
+from rlsys.run.config_warnings import config_warnings
 
 
 def config(preset: str, **policy: Any) -> RunConfig:
     default = grpo_math(Hardware(gpus=0, gpu_memory_gib=0, cpus=2, memory_gib=8))
     return default.model_copy(
         update={
-            "algorithm": PRESETS[preset],
+            "algorithm": PRESETS[preset].algorithm,
             "policy": default.policy.model_copy(update={"epochs": 1, "mini_batches": 1} | policy),
         }
     )
@@ -56,6 +63,38 @@ def test_weights_that_ignore_the_ratio():
     assert ignores_ratio("cispo", {"clip_low": 0.0, "clip_high": 0.0})
 
 
+@pytest.mark.parametrize(
+    ("weight", "parameters"),
+    [
+        *((weight, {}) for weight in available_weights()),
+        ("power", {"q": 0.0}),
+        ("power", {"q": 1.0}),
+        ("cispo", {"clip_low": 0.0, "clip_high": 0.0}),
+        ("cispo", {"clip_low": 0.0, "clip_high": 0.1}),
+        ("ppo_clip", {"clip_low": 0.0, "clip_high": 0.0}),
+        ("adaptive_power", {"target_ess": 1.0}),
+        ("adaptive_power", {"q": 0.0}),
+        ("adaptive_power", {"target_ess": 1.0, "q": 0.5}),
+        ("minimum", {"functions": [{"kind": "power", "q": 0.5}, {"kind": "ratio"}]}),
+        ("minimum", {"functions": [{"kind": "clip"}, {"kind": "ratio"}]}),
+    ],
+)
+def test_what_a_weight_declares_of_the_ratio_is_what_its_gradient_does(
+    weight: str, parameters: dict[str, Any]
+):
+    logs = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
+    coefficients = torch.stack(
+        [
+            gradient_coefficient(weight, logs, torch.full_like(logs, sign), **parameters)
+            for sign in (1.0, -1.0)
+        ]
+    )
+    constant = bool((coefficients == coefficients[:, :1]).all())
+    assert ignores_ratio(weight, parameters) == constant
+    at_one = gradient_coefficient(weight, torch.zeros(2), torch.tensor([1.0, -1.0]), **parameters)
+    assert is_one_at_ratio_one(weight, parameters) == torch.allclose(at_one, torch.ones(2))
+
+
 def test_a_dry_run_shows_the_warnings(capsys: pytest.CaptureFixture[str]):
     flags = [
         "--model.path",
@@ -71,3 +110,14 @@ def test_a_dry_run_shows_the_warnings(capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert exit_.value.code == 0
     assert "warning: algorithm.objective.weight: 'none' does not correct" in out
+
+
+def test_a_warm_up_that_never_ends_is_a_warning():
+    cpu = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
+    made = evolve(grpo_math(cpu), {"policy.optimizer.warmup_steps": 120})
+    (warning,) = config_warnings(made)
+    assert warning.startswith(
+        "policy.optimizer.warmup_steps: 120 is above trainer.steps 60, so the learning rate ends at "
+    )
+    assert "5e-06" in warning
+    assert not list(config_warnings(evolve(made, {"trainer.steps": 120})))

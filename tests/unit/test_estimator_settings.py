@@ -15,6 +15,7 @@ from recipes.run_recipe import run_recipe
 from rlsys.algorithms.advantages import (
     AdvantageInputs,
     AdvantageOutput,
+    check_advantage_estimator,
     contract,
     grpo_advantages,
     register_advantage_estimator,
@@ -187,48 +188,92 @@ def test_what_goes_together_is_accepted(
     assert (code, error) == (0, "")
 
 
-BROKEN = "broken_for_a_test"
+MINE = "registered_for_a_test"
+
+
+def _validate(*, eps: float, scale: float) -> None:
+    if scale < eps:
+        raise ValueError(f"scale {scale:g} is below eps {eps:g}. Raise it.")
 
 
 @pytest.fixture
-def broken() -> Iterator[Callable[[Any], None]]:
-    """Registers an estimator that returns, or raises, what it is given."""
+def mine() -> Iterator[None]:
+    """An estimator with a `validate`, which fails wherever it is called."""
 
-    def register(value: Any) -> None:
-        @register_advantage_estimator(BROKEN)
-        def estimator(inputs: AdvantageInputs) -> Any:
-            if isinstance(value, Exception):
-                raise value
-            return value
+    @register_advantage_estimator(MINE, validate=_validate)
+    def estimator(
+        inputs: AdvantageInputs, *, eps: float = 1e-6, scale: float = 1.0
+    ) -> AdvantageOutput:
+        raise KeyError("rewards")
 
-    yield register
-    contract._SPECS.pop(BROKEN)
-    contract._ESTIMATORS._functions.pop(BROKEN)
+    yield
+    contract._SPECS.pop(MINE)
+    contract._ESTIMATORS._functions.pop(MINE)
+
+
+@pytest.mark.usefixtures("mine")
+def test_an_estimator_is_not_called_before_the_run(capsys: pytest.CaptureFixture[str]):
+    code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE)
+    assert (code, error) == (0, "")
+
+
+@pytest.mark.usefixtures("mine")
+def test_its_validate_refuses_values_and_sees_the_defaults(capsys: pytest.CaptureFixture[str]):
+    flags = ("--algorithm.advantage.name", MINE, "--algorithm.advantage.parameters.scale", "1e-9")
+    code, _, error = dry_run(capsys, grpo_math, *flags)
+    assert code == 2
+    assert error == (
+        f"error: algorithm.advantage.parameters of {MINE!r}: scale 1e-09 is below eps 1e-06. "
+        "Raise it.\n"
+    )
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("name", "parameters", "message"),
     [
-        (
-            torch.zeros(2, 3),
-            "returned a tensor of torch.float32 and shape [2, 3]. Return an AdvantageOutput",
-        ),
-        (
-            AdvantageOutput(advantages=torch.zeros(2)),
-            "returned advantages of shape [2]. Return the shape",
-        ),
-        (
-            AdvantageOutput(advantages=torch.full((2, 3), torch.nan)),
-            "returned advantages of which 5 of 5",
-        ),
-        (KeyError("rewards"), "failed on an example of two responses (KeyError: 'rewards')"),
+        ("grpo", {"eps": -1.0}, "eps: -1.0 is negative"),
+        ("grpo", {"std_ddof": 2}, "std_ddof: 2 is neither 0"),
+        ("grpo_process", {"std_ddof": 2}, "std_ddof: 2 is neither 0"),
+        ("token_kl_grpo", {"eps": -1.0}, "eps: -1.0 is negative"),
+        ("token_kl_grpo", {"max_tokens": 0}, "max_tokens: 0 must be at least 1"),
+        ("gae", {"lam": 1.5}, "lam: 1.5 is outside"),
+        ("gae", {"eps": -1.0}, "eps: -1.0 is negative"),
+        ("reinforce_plus_plus", {"eps": -1.0}, "eps: -1.0 is negative"),
+        ("reinforce_baseline", {"baseline": "median"}, "baseline: unknown 'median'"),
+        ("reinforce_baseline", {"decay": 1.0}, "decay: 1.0 is outside"),
+        ("optimal_baseline", {"scope": "word"}, "scope: unknown 'word'"),
+        ("hierarchical", {"layers": "some"}, "layers: 'some' is none of"),
+        ("hierarchical", {"layers": "blocks", "block_size": 0}, "block_size: 0 must be"),
+        ("hierarchical", {"layers": "all", "max_tokens": 1000}, "layers: 'all' takes at most"),
+        ("hierarchical", {"scope": "some"}, "scope: 'some' is none of"),
+        ("hierarchical", {"ridge": -1.0}, "ridge: -1.0 must be finite"),
+        ("hierarchical", {"log_ratio_clip": 0.0}, "log_ratio_clip: 0.0 must be positive"),
     ],
 )
-def test_a_broken_estimator_of_a_plug_in_is_refused(
-    capsys: pytest.CaptureFixture[str], broken: Callable[[Any], None], value: Any, message: str
+def test_values_that_no_signature_refuses(name: str, parameters: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^algorithm.advantage.parameters.{message}"):
+        check_advantage_estimator(name, parameters)
+
+
+def test_an_estimator_that_reads_the_reference_carries_no_kl_unless_it_says_so(
+    capsys: pytest.CaptureFixture[str],
 ):
-    broken(value)
-    code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", BROKEN)
-    assert code == 2
-    assert f"error: algorithm.advantage.name: '{BROKEN}' {message}" in error
-    assert error.count("\n") == 1
+    @register_advantage_estimator(MINE, needs=("ref_logprobs",))
+    def estimator(inputs: AdvantageInputs) -> AdvantageOutput:
+        return AdvantageOutput(advantages=torch.zeros_like(inputs.response_mask, dtype=torch.float))
+
+    def error(*flags: str) -> str:
+        return dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE, *flags)[2]
+
+    try:
+        kl = ("--algorithm.kl.coefficient", "0.1")
+        assert error(*kl) == ""
+        assert error().startswith("error: algorithm.kl.coefficient: 0 starts no reference")
+        inside = error(*kl, "--algorithm.kl.placement", "advantage")
+        assert (
+            "needs an estimator that carries the KL, and 'registered_for_a_test' does not" in inside
+        )
+        assert "Choose token_kl_grpo, or" in inside
+    finally:
+        contract._SPECS.pop(MINE)
+        contract._ESTIMATORS._functions.pop(MINE)

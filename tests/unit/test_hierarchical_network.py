@@ -26,6 +26,7 @@ from rlsys.config import (
     AlgorithmConfig,
     BaselineNetworkConfig,
     GenerationConfig,
+    ObjectiveConfig,
     RunConfig,
 )
 from rlsys.data.packing import pack_rows
@@ -268,9 +269,8 @@ def run_config(width: int = 8) -> RunConfig:
         recompute=True,
         network=BaselineNetworkConfig(width=width, learning_rate=0.02),
     )
-    return RunConfig(
-        algorithm=AlgorithmConfig(advantage=advantage), generation=GenerationConfig(max_tokens=16)
-    )
+    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"))
+    return RunConfig(algorithm=algorithm, generation=GenerationConfig(max_tokens=16))
 
 
 @pytest.mark.usefixtures("one_rank")

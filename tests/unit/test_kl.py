@@ -30,7 +30,7 @@ from rlsys.config import KLConfig, OldKLConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 from rlsys.run.directory import RunDirectory
-from rlsys.run.preflight import PreflightError, check_config
+from rlsys.run.preflight import config_mistakes
 from tests.support.enumerable_policy import ResponseSpace
 
 EXACT = 1e-12
@@ -317,7 +317,7 @@ def test_response_level_k3_golden():
 
 def test_response_level_grpo_is_its_equation():
     """Guo et al. 2025, equations 1 to 3, differentiated as they stand: (1/G) sum_i min(r_i A_i, clip(r_i) A_i) - beta k3_i, r_i of whole responses."""
-    preset, case = PRESETS["grpo_response"], Case.random(seed=4)
+    preset, case = PRESETS["grpo_response"].algorithm, Case.random(seed=4)
     space, beta = case.space, preset.kl.coefficient
     advantages = torch.linspace(-1, 1, len(space.tokens), dtype=torch.float64)
     old, ref = space.logprobs(case.old), space.logprobs(case.ref)
@@ -456,11 +456,7 @@ def configured(tmp_path: Path, **algorithm: Any) -> list[str]:
             "model": default.model.model_copy(update={"path": "tiny"}),
         }
     )
-    try:
-        check_config(config, RunDirectory(tmp_path / "run"), HARDWARE, resume=False)
-    except PreflightError as refused:
-        return str(refused).splitlines()
-    return []
+    return config_mistakes(config, RunDirectory(tmp_path / "run"), HARDWARE, resume=False)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +537,9 @@ def test_the_default_kind_is_the_right_one_for_the_placement():
 
 def test_a_penalty_to_the_old_policy_needs_an_old_policy(tmp_path: Path):
     (line,) = configured(tmp_path, kl_old=OldKLConfig(coefficient=1.0))
-    assert line.startswith("algorithm.kl_old.coefficient: 1 does nothing in the one update a batch")
+    assert line.startswith(
+        "algorithm.kl_old.coefficient: 1 does nothing in the one update per batch"
+    )
     assert configured(tmp_path, kl_old=OldKLConfig(coefficient=1.0), mini_batches=2) == []
     (line,) = configured(tmp_path, kl_old=OldKLConfig(target=0.01), mini_batches=2)
     assert "Set algorithm.kl_old.coefficient" in line

@@ -22,8 +22,8 @@ from rlsys.algorithms.policy_objectives import (
     policy_objective,
     rollout_correction,
 )
-from rlsys.algorithms.policy_objectives.presets import PRESETS
 from rlsys.algorithms.policy_objectives.weights import adaptive_power_of
+from rlsys.config.presets import PRESETS
 from rlsys.registry import check_parameters
 
 # Every weight with every ratio level that it is defined for.
@@ -360,7 +360,7 @@ def test_rollout_correction_refuses_nonsense():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_what_exists(name: str):
-    preset = PRESETS[name]
+    preset = PRESETS[name].algorithm
     check_objective(preset.objective.ratio, preset.objective.weight, preset.objective.parameters)
     check_parameters(
         get_advantage_estimator(preset.advantage.name), preset.advantage.parameters, field=""

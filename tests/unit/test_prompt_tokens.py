@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rlsys.config import DataConfig, GenerationConfig, ModelConfig, RunConfig
+from rlsys.config import (
+    ConfigError,
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    RunConfig,
+)
 from rlsys.data.problems import Problem
 from rlsys.data.prompt_templates import PromptRenderer, beginning_tokens
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
-from rlsys.run.preflight import PreflightError, check_model
+from rlsys.run.model_checks import check_model
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5", level=1, subject="x")
@@ -93,7 +99,7 @@ def test_a_model_without_an_end_token_needs_a_stop_string(tmp_path: Path):
 
     file = tmp_path / "mine.jinja"
     file.write_text("{{ problem }}")
-    with pytest.raises(PreflightError, match=r"^model\.path: .* names an end token.*stop"):
+    with pytest.raises(ConfigError, match=r"^model\.path: .* names an end token.*stop"):
         check_model(config(str(file)), directory, directory)
     check_model(config(str(file), "\n"), directory, directory)
     check_model(config("few_shot"), directory, directory)  # it has stop strings of its own

@@ -22,6 +22,7 @@ from rlsys.config import (
     AlgorithmConfig,
     GenerationConfig,
     KLConfig,
+    ObjectiveConfig,
     RewardConfig,
     RewardFunctionConfig,
     RunConfig,
@@ -630,7 +631,10 @@ def test_a_dropped_response_is_as_if_it_had_not_been_sampled(estimator: str):
 
 def test_recomputed_advantages_leave_dropped_responses_out_too():
     config = RunConfig(
-        algorithm=AlgorithmConfig(advantage=AdvantageConfig(name="rloo", recompute=True))
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(name="rloo", recompute=True),
+            objective=ObjectiveConfig(weight="none"),
+        )
     )
     made = groups()
     rewards = plain_rewards([1.0, math.nan, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])

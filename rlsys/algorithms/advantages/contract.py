@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.hierarchical.baseline_network import BaselineRegression
-from rlsys.registry import Registry
+from rlsys.registry import Registry, Validate, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,8 @@ class EstimatorSpec:
     needs: frozenset[Need]
     compares_group: Declared
     importance_corrected: Declared
+    carries_kl: bool
+    validate: Validate | None
 
 
 _ESTIMATORS: Registry[AdvantageEstimator] = Registry("advantage estimator")
@@ -130,6 +132,8 @@ def register_advantage_estimator(
     needs: Iterable[Need] = (),
     compares_group: Declared = False,
     importance_corrected: Declared = False,
+    carries_kl: bool = False,
+    validate: Validate | None = None,
 ) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
     """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`.
 
@@ -138,6 +142,11 @@ def register_advantage_estimator(
     `compares_group` says that a response without another to the same prompt gets 0: a run that samples one response a prompt is refused.
     `importance_corrected` says that the result is the whole weight of the score, with the ratio old / rollout in it: only such an estimator may
     estimate again before each mini-batch (`algorithm.advantage.recompute`). Both may be functions of the keyword parameters.
+
+    `carries_kl` says that its advantages contain the KL to the reference, with the weight `inputs.kl_coefficient`: it goes with
+    `algorithm.kl.placement: advantage`, and only such an estimator does.
+    `validate(**parameters)` is called before a run starts with all keyword parameters, defaults included; it raises a ValueError, with the
+    remedy, for values that the signature cannot refuse. The estimator itself is not called before it meets its first batch.
 
     A keyword called `max_tokens` is the token limit of the run: null or left out, it follows `generation.max_tokens`.
     """
@@ -149,6 +158,8 @@ def register_advantage_estimator(
             needs=frozenset(needs),
             compares_group=compares_group,
             importance_corrected=importance_corrected,
+            carries_kl=carries_kl,
+            validate=validate,
         )
         return estimator
 
@@ -185,6 +196,23 @@ def is_importance_corrected(name: str, parameters: Mapping[str, Any] | None = No
     """Whether what the estimator `name` returns is the whole weight of the score, with the ratio old / rollout in it."""
     get_advantage_estimator(name)
     return _holds(_SPECS[name].importance_corrected, parameters)
+
+
+def carries_kl(name: str) -> bool:
+    """Return whether the advantages of the estimator `name` contain the KL to the reference."""
+    get_advantage_estimator(name)
+    return _SPECS[name].carries_kl
+
+
+def check_advantage_estimator(name: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse keyword parameters that the estimator `name` does not take, without calling it.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    estimator = get_advantage_estimator(name)
+    field = "algorithm.advantage.parameters"
+    check_values(name, estimator, _SPECS[name].validate, parameters, field=field)
 
 
 def _holds(declared: Declared, parameters: Mapping[str, Any] | None) -> bool:

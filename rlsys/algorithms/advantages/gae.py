@@ -19,7 +19,14 @@ from rlsys.algorithms.advantages.returns import (
 )
 
 
-@register_advantage_estimator("gae")
+def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
+    check_eps(eps)
+
+
+@register_advantage_estimator("gae", validate=_validate)
 def gae_advantages(
     inputs: AdvantageInputs,
     *,
@@ -36,11 +43,12 @@ def gae_advantages(
 
     Shapes: rewards [B], token_rewards and values [B, T], truncated [B] -> advantages and returns [B, T].
 
-    Conventions: V_t is the value before token t; the outcome is the reward of the last token. After the last token the value is 0,
-    except for truncated responses: they would have gone on, so V of the last token stands in for the unknown one after it. t runs
-    over the mask: tool tokens in between are skipped and take no discount. Without a critic (`values` None) V is 0, and gamma = lam
-    = 1 gives the reward-to-go. `whiten` normalises the advantages over the batch's tokens (ddof 0, eps added to std); returns are
-    not whitened.
+    Conventions: `gamma` is the discount per token. `lam` is the weight of longer returns, lambda. V_t is
+    the value before token t; the outcome is the reward of the last token. After the last token the value
+    is 0, except for truncated responses: they would have gone on, so V of the last token stands in for
+    the unknown one after it. t runs over the mask: tool tokens in between are skipped and take no
+    discount. Without a critic (`values` None) V is 0, and gamma = lam = 1 gives the reward-to-go. `whiten`
+    normalises the advantages over the batch's tokens (ddof 0, eps added to std); returns are not whitened.
 
     Example: rewards at two tokens (0, 1), values (0.5, 0.5), gamma = 1, lam = 0.5: delta = (0, 0.5), A = (0.25, 0.5), returns
     (0.75, 1).
@@ -48,10 +56,7 @@ def gae_advantages(
     Raises:
         ValueError: gamma or lam outside [0, 1], or a negative eps.
     """
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"algorithm.advantage.parameters.{name}: {value} is outside [0, 1]")
-    check_eps(eps)
+    _validate(gamma=gamma, lam=lam, eps=eps)
     mask = inputs.response_mask
     rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
     values = (

@@ -10,10 +10,15 @@ from rlsys.algorithms.advantages.contract import (
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
-from rlsys.algorithms.advantages.returns import check_eps
+from rlsys.algorithms.advantages.returns import check_eps, check_std_ddof
 
 
-@register_advantage_estimator("grpo", compares_group=True)
+def _validate(*, std_ddof: int, eps: float, **_: object) -> None:
+    check_std_ddof(std_ddof)
+    check_eps(eps)
+
+
+@register_advantage_estimator("grpo", compares_group=True, validate=_validate)
 def grpo_advantages(
     inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6, divide_by_std: bool = True
 ) -> AdvantageOutput:
@@ -35,11 +40,7 @@ def grpo_advantages(
     Raises:
         ValueError: `std_ddof` is neither 0 nor 1, or `eps` is negative.
     """
-    check_eps(eps)
-    if std_ddof not in (0, 1):
-        raise ValueError(
-            f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 (divide by G) nor 1 (divide by G - 1)"
-        )
+    _validate(std_ddof=std_ddof, eps=eps)
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids)
     centred = rewards - groups.spread(groups.total(rewards) / groups.counts)

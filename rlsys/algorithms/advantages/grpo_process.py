@@ -11,10 +11,21 @@ from rlsys.algorithms.advantages.contract import (
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.grouping import Groups
-from rlsys.algorithms.advantages.returns import check_eps, last_tokens, step_rewards, suffix_sum
+from rlsys.algorithms.advantages.returns import (
+    check_eps,
+    check_std_ddof,
+    last_tokens,
+    step_rewards,
+    suffix_sum,
+)
 
 
-@register_advantage_estimator("grpo_process", compares_group=True)
+def _validate(*, std_ddof: int, eps: float) -> None:
+    check_std_ddof(std_ddof)
+    check_eps(eps)
+
+
+@register_advantage_estimator("grpo_process", compares_group=True, validate=_validate)
 def grpo_process_advantages(
     inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6
 ) -> AdvantageOutput:
@@ -38,9 +49,7 @@ def grpo_process_advantages(
     Raises:
         ValueError: `std_ddof` is neither 0 nor 1, or `eps` is negative.
     """
-    check_eps(eps)
-    if std_ddof not in (0, 1):
-        raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
+    _validate(std_ddof=std_ddof, eps=eps)
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     ends = inputs.step_ends
     if ends is None:

@@ -26,8 +26,19 @@ def _within_group(parameters: Mapping[str, Any]) -> bool:
     return parameters.get("scope", "group") == "group"
 
 
+def _validate(*, scope: str, **_: object) -> None:
+    if scope not in SCOPES:
+        raise ValueError(
+            f"algorithm.advantage.parameters.scope: unknown {scope!r}. Choose from "
+            f"{', '.join(SCOPES)}."
+        )
+
+
 @register_advantage_estimator(
-    "optimal_baseline", needs=("score_norms",), compares_group=_within_group
+    "optimal_baseline",
+    needs=("score_norms",),
+    compares_group=_within_group,
+    validate=_validate,
 )
 def optimal_baseline_advantages(
     inputs: AdvantageInputs, *, leave_one_out: bool = False, scope: str = "group"
@@ -53,10 +64,7 @@ def optimal_baseline_advantages(
     Raises:
         ValueError: unknown scope, or score_norms that are missing or not finite.
     """
-    if scope not in SCOPES:
-        raise ValueError(
-            f"algorithm.advantage.parameters.scope: unknown {scope!r}. Choose from {', '.join(SCOPES)}."
-        )
+    _validate(scope=scope)
     norms = inputs.require(
         "score_norms",
         estimator="optimal_baseline",

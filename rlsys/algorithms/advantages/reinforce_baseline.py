@@ -15,7 +15,17 @@ from rlsys.algorithms.advantages.returns import reward_to_go
 BASELINES = ("batch_mean", "moving_average")
 
 
-@register_advantage_estimator("reinforce_baseline")
+def _validate(*, baseline: str, decay: float) -> None:
+    if baseline not in BASELINES:
+        raise ValueError(
+            f"algorithm.advantage.parameters.baseline: unknown {baseline!r}. Choose from "
+            f"{', '.join(BASELINES)}."
+        )
+    if not 0 <= decay < 1:
+        raise ValueError(f"algorithm.advantage.parameters.decay: {decay} is outside [0, 1)")
+
+
+@register_advantage_estimator("reinforce_baseline", validate=_validate)
 def reinforce_baseline_advantages(
     inputs: AdvantageInputs, *, baseline: str = "batch_mean", decay: float = 0.9
 ) -> AdvantageOutput:
@@ -37,12 +47,7 @@ def reinforce_baseline_advantages(
     Raises:
         ValueError: unknown baseline, or a decay outside [0, 1).
     """
-    if baseline not in BASELINES:
-        raise ValueError(
-            f"algorithm.advantage.parameters.baseline: unknown {baseline!r}. Choose from {', '.join(BASELINES)}."
-        )
-    if not 0 <= decay < 1:
-        raise ValueError(f"algorithm.advantage.parameters.decay: {decay} is outside [0, 1)")
+    _validate(baseline=baseline, decay=decay)
     mean = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).mean()
     returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     if baseline == "batch_mean":

@@ -11,14 +11,20 @@ from rlsys.algorithms.advantages.contract import (
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
-from rlsys.algorithms.advantages.returns import reward_to_go, whitened
+from rlsys.algorithms.advantages.returns import check_eps, reward_to_go, whitened
 
 
 def _subtracts_group_mean(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters.get("group_baseline", False))
 
 
-@register_advantage_estimator("reinforce_plus_plus", compares_group=_subtracts_group_mean)
+def _validate(*, eps: float, **_: object) -> None:
+    check_eps(eps)
+
+
+@register_advantage_estimator(
+    "reinforce_plus_plus", compares_group=_subtracts_group_mean, validate=_validate
+)
 def reinforce_plus_plus_advantages(
     inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-8
 ) -> AdvantageOutput:

@@ -59,6 +59,19 @@ def check_eps(eps: float) -> None:
         )
 
 
+def check_std_ddof(std_ddof: int) -> None:
+    """Refuse degrees of freedom that no convention takes off a standard deviation.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    if std_ddof not in (0, 1):
+        raise ValueError(
+            f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 (divide by G) nor 1 "
+            "(divide by G - 1)"
+        )
+
+
 def whitened(values: Tensor, response_mask: Tensor, eps: float) -> Tensor:
     """[B, T] (x - mean) / (std + eps) over the tokens of the batch; exactly 0 where all are equal, and outside the mask.
 

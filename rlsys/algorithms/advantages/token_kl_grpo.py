@@ -11,7 +11,7 @@ from rlsys.algorithms.advantages.contract import (
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.grouping import Groups, outcome_rewards
-from rlsys.algorithms.advantages.returns import check_eps, suffix_sum
+from rlsys.algorithms.advantages.returns import check_eps, check_std_ddof, suffix_sum
 from rlsys.algorithms.kl import token_log_ratios
 
 
@@ -39,8 +39,21 @@ def token_kl_returns(
     return torch.where(response_mask, returns, 0.0)
 
 
+def _validate(*, std_ddof: int, eps: float, max_tokens: int | None) -> None:
+    check_std_ddof(std_ddof)
+    check_eps(eps)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(
+            f"algorithm.advantage.parameters.max_tokens: {max_tokens} must be at least 1"
+        )
+
+
 @register_advantage_estimator(
-    "token_kl_grpo", needs=("old_logprobs", "ref_logprobs"), compares_group=True
+    "token_kl_grpo",
+    needs=("old_logprobs", "ref_logprobs"),
+    compares_group=True,
+    carries_kl=True,
+    validate=_validate,
 )
 def token_kl_grpo_advantages(
     inputs: AdvantageInputs,
@@ -73,13 +86,7 @@ def token_kl_grpo_advantages(
     Raises:
         ValueError: no old or ref log-probabilities, `std_ddof` neither 0 nor 1, a negative `eps`, or `max_tokens` not positive.
     """
-    check_eps(eps)
-    if std_ddof not in (0, 1):
-        raise ValueError(f"algorithm.advantage.parameters.std_ddof: {std_ddof} is neither 0 nor 1")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(
-            f"algorithm.advantage.parameters.max_tokens: {max_tokens} must be at least 1"
-        )
+    _validate(std_ddof=std_ddof, eps=eps, max_tokens=max_tokens)
     old = inputs.require(
         "old_logprobs",
         estimator="token_kl_grpo",

@@ -18,13 +18,14 @@ from rlsys.algorithms.policy_objectives.weights import (
     Surrogate,
     TokenTerms,
     batch_parameters_of,
+    check_weight,
     effective_sample_size,
     gradient_coefficient,
     ignores_ratio,
+    is_one_at_ratio_one,
     levels_of,
     register_weight,
 )
-from rlsys.registry import check_parameters
 
 __all__ = [
     "PolicyObjectiveInputs",
@@ -38,6 +39,7 @@ __all__ = [
     "effective_sample_size",
     "gradient_coefficient",
     "ignores_ratio",
+    "is_one_at_ratio_one",
     "levels_of",
     "log_ratios",
     "policy_objective",
@@ -77,19 +79,13 @@ def available_weights() -> tuple[str, ...]:
 
 
 def check_objective(ratio: str, weight: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse unknown names, parameters and values.
+    """Refuse unknown names, parameters and values. Neither function is called.
 
     Raises:
         ValueError: naming the config field.
     """
     RATIOS.get(ratio, field="algorithm.objective.ratio")
-    check_parameters(
-        WEIGHTS.get(weight, field="algorithm.objective.weight"),
-        parameters,
-        field="algorithm.objective.parameters",
-    )
-    # Refuses values that the signature cannot.
-    gradient_coefficient(weight, torch.zeros(1), torch.ones(1), **parameters)
+    check_weight(weight, parameters)
     _check_level(ratio, weight)
 
 

@@ -73,7 +73,18 @@ def table_curve(ratios: Tensor, *, ratios_at: list, values: list) -> RatioCurve:
     return RatioCurve(y[index - 1] + slope * (inside - x[index - 1]), outside | (slope == 0))
 
 
-@register_weight("minimum")
+def _validate(*, functions: list | None) -> None:
+    """Refuse a family that is none, by the values of its functions of one ratio on a grid."""
+    _check_functions(list(DEFAULT_FUNCTIONS) if functions is None else functions)
+
+
+def _starts_with_slope_one(*, functions: list | None) -> bool:
+    """At rho = 1 all are equal and the first one counts: w(1, A) is its slope there."""
+    first = (functions or DEFAULT_FUNCTIONS)[0]
+    return first["kind"] in ("ratio", "clip")
+
+
+@register_weight("minimum", validate=_validate, one_at_ratio_one=_starts_with_slope_one)
 def minimum_weight(terms: TokenTerms, *, functions: list | None = None) -> Surrogate:
     """min_k f_k(rho) A over functions f_k that do not fall and lie between min(rho, 1) and max(rho, 1): the general family of corrections.
 

@@ -18,13 +18,14 @@ cispo            stop(clip(rho, 1-low, 1+high)) log pi A      clip(rho, 1-low, 1
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlsys.algorithms.bounded_ratio import bounded_ratio
-from rlsys.registry import Registry
+from rlsys.registry import Registry, Validate, check_values, default_parameters
 
 
 class TokenTerms(NamedTuple):
@@ -51,9 +52,22 @@ class Surrogate(NamedTuple):
 WeightFunction = Callable[..., Surrogate]
 # From a whole mini-batch's log-ratios [n] (and the weight's own parameters) to the parameters that stay fixed while its parts are trained on.
 BatchParameters = Callable[..., Mapping[str, Any]]
+Declared = bool | Callable[..., bool]  # perhaps a function of the keyword parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """What a weight says of itself when it is registered."""
+
+    batch_parameters: BatchParameters | None
+    levels: tuple[str, ...] | None
+    validate: Validate | None
+    ignores_ratio: Declared
+    one_at_ratio_one: Declared
+
+
 WEIGHTS: Registry[WeightFunction] = Registry("weight")
-_BATCH_PARAMETERS: dict[str, BatchParameters] = {}
-_LEVELS: dict[str, tuple[str, ...]] = {}
+_SPECS: dict[str, WeightSpec] = {}
 
 
 def register_weight(
@@ -61,28 +75,86 @@ def register_weight(
     *,
     batch_parameters: BatchParameters | None = None,
     levels: tuple[str, ...] | None = None,
+    validate: Validate | None = None,
+    ignores_ratio: Declared = False,
+    one_at_ratio_one: Declared = False,
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Decorator: `function(terms: TokenTerms, *, keywords...) -> Surrogate`, as `algorithm.objective.weight`.
 
     `batch_parameters(log_ratios, **parameters)` is for weights with a statistic over the batch: the trainer calls it with the
     log-ratios of a whole mini-batch before its update, so that the loss does not depend on how the mini-batch is cut into forward
     passes. `levels` are the ratio levels that it is defined for; None: all.
+    `validate(**parameters)` is called before a run starts with all keyword parameters, defaults included; it raises a ValueError, with
+    the remedy, for values that the signature cannot refuse. The weight itself is not called before its first batch.
+    `ignores_ratio` says that w(rho, A) is the same at every ratio: a run is warned of several updates per batch, which it does not
+    correct. `one_at_ratio_one` says that w(1, A) = 1: in one update per batch it does what `none` does, and a run that chose it is told
+    so. Both may be functions of the keyword parameters, called as `validate` is.
     """
-    if batch_parameters:
-        _BATCH_PARAMETERS[name] = batch_parameters
-    if levels:
-        _LEVELS[name] = levels
-    return WEIGHTS.register(name)
+    register = WEIGHTS.register(name)
+
+    def decorator(function: WeightFunction) -> WeightFunction:
+        register(function)
+        _SPECS[name] = WeightSpec(
+            batch_parameters=batch_parameters,
+            levels=levels,
+            validate=validate,
+            ignores_ratio=ignores_ratio,
+            one_at_ratio_one=one_at_ratio_one,
+        )
+        return function
+
+    return decorator
 
 
 def batch_parameters_of(name: str) -> BatchParameters | None:
     """The batch statistic of a weight; None for most."""
-    return _BATCH_PARAMETERS.get(name)
+    return _spec(name).batch_parameters
 
 
 def levels_of(name: str) -> tuple[str, ...] | None:
     """The ratio levels that a weight is defined for; None: all."""
-    return _LEVELS.get(name)
+    return _spec(name).levels
+
+
+def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether w(rho, A) is declared to be the same at every ratio: it does not correct for a policy that has moved.
+
+    Raises:
+        ValueError: unknown weight.
+    """
+    return _holds(_spec(weight).ignores_ratio, weight, parameters)
+
+
+def is_one_at_ratio_one(weight: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether w(1, A) is declared to be 1: on the old policy's own samples the weight changes nothing.
+
+    Raises:
+        ValueError: unknown weight.
+    """
+    return _holds(_spec(weight).one_at_ratio_one, weight, parameters)
+
+
+def check_weight(name: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse keyword parameters that the weight `name` does not take, without calling it.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    validate = _spec(name).validate
+    check_values(
+        name, WEIGHTS.get(name), validate, parameters, field="algorithm.objective.parameters"
+    )
+
+
+def _spec(name: str) -> WeightSpec:
+    WEIGHTS.get(name, field="algorithm.objective.weight")
+    return _SPECS[name]
+
+
+def _holds(declared: Declared, weight: str, parameters: Mapping[str, Any]) -> bool:
+    if not callable(declared):
+        return declared
+    return declared(**(default_parameters(WEIGHTS.get(weight)) | dict(parameters)))
 
 
 def _uncut(values: Tensor) -> Surrogate:
@@ -94,6 +166,11 @@ def _score(weight: Tensor, terms: TokenTerms) -> Surrogate:
     return _uncut(weight.detach() * terms.logprobs * terms.advantages)
 
 
+def _validate_clip(*, clip_low: float = 0.0, clip_high: float = 0.0, **_: object) -> None:
+    _check_width("clip_low", clip_low, 1.0)
+    _check_width("clip_high", clip_high)
+
+
 def _check_width(name: str, value: float, highest: float = float("inf")) -> None:
     if not 0 <= value <= highest:
         bound = f"[0, {highest:g}]" if highest < float("inf") else "[0, inf)"
@@ -102,47 +179,56 @@ def _check_width(name: str, value: float, highest: float = float("inf")) -> None
         )
 
 
-@register_weight("none")
+@register_weight("none", ignores_ratio=True, one_at_ratio_one=True)
 def no_weight(terms: TokenTerms) -> Surrogate:
     """log pi A: the score-function estimator, whatever the ratio."""
     return _score(torch.ones_like(terms.advantages), terms)
 
 
-@register_weight("importance")
+@register_weight("importance", one_at_ratio_one=True)
 def importance_weight(terms: TokenTerms) -> Surrogate:
     """rho A: importance sampling without a trust region."""
     return _uncut(terms.ratios * terms.advantages)
 
 
-@register_weight("ppo_clip")
+@register_weight("ppo_clip", validate=_validate_clip, one_at_ratio_one=True)
 def ppo_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Surrogate:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): no gradient once the ratio has gone far enough in A's direction.
 
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1.
+
     Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025, Clip-Higher (arXiv:2503.14476).
     """
-    _check_width("clip_low", clip_low, 1.0)
-    _check_width("clip_high", clip_high)
+    _validate_clip(clip_low=clip_low, clip_high=clip_high)
     ratio, advantages = terms.ratios, terms.advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     cut = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
     return Surrogate(torch.minimum(ratio * advantages, clipped * advantages), cut)
 
 
-@register_weight("dual_clip")
+def _validate_dual_clip(*, clip_c: float, **widths: float) -> None:
+    if clip_c <= 1:
+        raise ValueError(f"algorithm.objective.parameters.clip_c: {clip_c} must be above 1")
+    _validate_clip(**widths)
+
+
+@register_weight("dual_clip", validate=_validate_dual_clip, one_at_ratio_one=True)
 def dual_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0
 ) -> Surrogate:
     """ppo_clip, bounded below by c A for negative advantages, so that a ratio far above 1 cannot make the loss explode.
+
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1. `clip_c` is the largest ratio
+    with a gradient where A is negative.
 
     Source: Ye et al. 2020, equation 5 (arXiv:1912.09729).
 
     Raises:
         ValueError: clip_c is at most 1.
     """
-    if clip_c <= 1:
-        raise ValueError(f"algorithm.objective.parameters.clip_c: {clip_c} must be above 1")
+    _validate_dual_clip(clip_c=clip_c)
     surrogate, cut = ppo_clip_weight(terms, clip_low=clip_low, clip_high=clip_high)
     floor = clip_c * terms.advantages
     negative = terms.advantages < 0
@@ -152,26 +238,36 @@ def dual_clip_weight(
     )
 
 
-@register_weight("upper_clip")
+@register_weight("upper_clip", validate=_validate_clip, one_at_ratio_one=True)
 def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate:
     """stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped whatever the sign of A; every token keeps a gradient.
+
+    Conventions: `clip_high` is how far the weight may rise above 1.
 
     Biased where the cap binds, and unlike ppo_clip also on the pessimistic side, where ratios are largest.
 
     Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO, upper clipping; Ionides 2008 (truncated
     importance sampling).
     """
-    _check_width("clip_high", clip_high)
+    _validate_clip(clip_high=clip_high)
     return _score(terms.ratios.clamp(max=1 + clip_high), terms)
 
 
-@register_weight("power")
+def _validate_power(*, q: float) -> None:
+    _check_width("q", q, 1.0)
+
+
+@register_weight(
+    "power", validate=_validate_power, ignores_ratio=lambda q: q == 0, one_at_ratio_one=True
+)
 def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
     """stop(rho^q) log pi A: between no correction (q = 0: biased, least variance) and the full one (q = 1: unbiased, most variance).
 
+    Conventions: `q` is the exponent, from 0 to 1.
+
     Source: Bai and Zhang 2026, the power family.
     """
-    _check_width("q", q, 1.0)
+    _validate_power(q=q)
     return _score(bounded_ratio(q * terms.log_ratios), terms)
 
 
@@ -208,7 +304,20 @@ def adaptive_power_of(
     return {"q": low}
 
 
-@register_weight("adaptive_power", batch_parameters=adaptive_power_of)
+def _validate_adaptive_power(*, target_ess: float, q: float | None) -> None:
+    _check_width("target_ess", target_ess, 1.0)
+    if q is not None:
+        _validate_power(q=q)
+
+
+@register_weight(
+    "adaptive_power",
+    batch_parameters=adaptive_power_of,
+    validate=_validate_adaptive_power,
+    # Only equal weights keep the whole sample size.
+    ignores_ratio=lambda target_ess, q: q == 0 or (q is None and target_ess == 1),
+    one_at_ratio_one=True,
+)
 def adaptive_power_weight(
     terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None
 ) -> Surrogate:
@@ -218,7 +327,8 @@ def adaptive_power_weight(
     sampled (full correction, no bias), falling as it moves away. This answers the open question of the source, which asks for a
     correction that moves between the two by itself.
 
-    Conventions: `q` None takes it from these tokens; the trainer passes that of the whole mini-batch.
+    Conventions: `target_ess` is the share of the samples that must be left, from 0 to 1. `q` None takes it from these tokens; the trainer
+    passes that of the whole mini-batch.
 
     Source: the power family of Bai and Zhang 2026; the criterion is Kish's effective sample size.
     """
@@ -228,9 +338,20 @@ def adaptive_power_weight(
     )
 
 
-@register_weight("sapo")
+def _validate_temperatures(*, tau_pos: float, tau_neg: float) -> None:
+    for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
+        if not value > 0:
+            raise ValueError(
+                f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the "
+                "narrower the gate"
+            )
+
+
+@register_weight("sapo", validate=_validate_temperatures, one_at_ratio_one=True)
 def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
     """4/tau sigmoid(tau (rho - 1)) A, tau = tau_pos where A > 0 and tau_neg elsewhere: a trust region without an edge.
+
+    Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
     Source: Gao et al. 2025, Soft Adaptive Policy Optimization, equations 5 to 8 (arXiv:2511.20347).
 
@@ -242,17 +363,13 @@ def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.0
 
 
 def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
-    for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
-        if not value > 0:
-            raise ValueError(
-                f"algorithm.objective.parameters.{name}: {value} must be above 0; the larger, the narrower the gate"
-            )
+    _validate_temperatures(tau_pos=tau_pos, tau_neg=tau_neg)
     return torch.where(
         advantages > 0, advantages.new_tensor(tau_pos), advantages.new_tensor(tau_neg)
     )
 
 
-@register_weight("sapo_sequence")
+@register_weight("sapo_sequence", validate=_validate_temperatures, one_at_ratio_one=True)
 def sapo_sequence_weight(
     terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05
 ) -> Surrogate:
@@ -260,6 +377,8 @@ def sapo_sequence_weight(
 
     What the average of `sapo`'s token gates becomes while steps are small and the tokens of a response drift alike: the gate
     sech^2(tau/2 log s) before grad s, with s the geometric mean of the token ratios.
+
+    Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
     Source: Gao et al. 2025, Soft Adaptive Policy Optimization, the sequence-level reduction (arXiv:2511.20347).
 
@@ -271,7 +390,7 @@ def sapo_sequence_weight(
     return _score(terms.ratios * gate, terms)
 
 
-@register_weight("reward_time", levels=("prefix",))
+@register_weight("reward_time", levels=("prefix",), one_at_ratio_one=True)
 def reward_time_weight(terms: TokenTerms) -> Surrogate:
     """stop(C_t) log pi, C_t = sum_{s>=t} rho_{<=s} (A_s - A_{s+1}): each reward is weighed by the product of ratios up to its own time.
 
@@ -303,14 +422,20 @@ def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
     return padded.gather(1, after)
 
 
-@register_weight("cispo")
+@register_weight(
+    "cispo",
+    validate=_validate_clip,
+    ignores_ratio=lambda clip_low, clip_high: clip_low == clip_high == 0,
+    one_at_ratio_one=True,
+)
 def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
     """stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.
 
+    Conventions: `clip_low` is how far the weight may fall below 1. `clip_high` is how far it may rise above 1.
+
     Source: MiniMax 2025, MiniMax-M1, section 3.1 (arXiv:2506.13585).
     """
-    _check_width("clip_low", clip_low, 1.0)
-    _check_width("clip_high", clip_high)
+    _validate_clip(clip_low=clip_low, clip_high=clip_high)
     return _score(terms.ratios.clamp(1 - clip_low, 1 + clip_high), terms)
 
 
@@ -337,19 +462,3 @@ def gradient_coefficient(
         terms = TokenTerms(logs + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool))
         (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
     return (gradient * sign).reshape(log_ratios.shape)
-
-
-def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
-    """Return whether w(rho, A) is the same at every ratio, for both signs of A: such a weight does not correct for a policy that has moved.
-
-    Conventions: tried at log-ratios from -2 to 2.
-
-    Raises:
-        ValueError: unknown weight or parameter value.
-    """
-    logs = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
-    coefficients = [
-        gradient_coefficient(weight, logs, torch.full_like(logs, sign), **parameters)
-        for sign in (1.0, -1.0)
-    ]
-    return all(bool((values == values[0]).all()) for values in coefficients)

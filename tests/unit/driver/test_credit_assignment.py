@@ -17,6 +17,7 @@ from rlsys.config import (
     EntropyConfig,
     GenerationConfig,
     KLConfig,
+    ObjectiveConfig,
     OverlongConfig,
     PolicyConfig,
     RunConfig,
@@ -38,6 +39,8 @@ def make_config(
     recompute: bool = False,
     **algorithm: Any,
 ) -> RunConfig:
+    if recompute:
+        algorithm["objective"] = ObjectiveConfig(weight="none")
     return RunConfig(
         generation=GenerationConfig(max_tokens=4, min_tokens=0),
         policy=PolicyConfig(mini_batches=mini_batches),

@@ -36,6 +36,8 @@ from rlsys.algorithms.advantages.hierarchical.group_regression import (
 from rlsys.algorithms.advantages.hierarchical.horizons import (
     FIELD,
     Layers,
+    check_bounds,
+    check_layers,
     log_prefix_ratios,
     prefix_ratios,
     self_normalised,
@@ -66,11 +68,48 @@ def _is_whole_weight(parameters: Mapping[str, Any]) -> bool:
     return parameters.get("output", "score_weight") == "score_weight"
 
 
+def _validate(
+    *,
+    layers: str,
+    block_size: int,
+    ridge: float | None,
+    centre: bool,
+    max_tokens: int | None,
+    log_ratio_clip: float | None,
+    ratio_truncation: float | None,
+    **more: Any,
+) -> None:
+    check_layers(layers, max_tokens or 1, block_size)
+    check_bounds(log_ratio_clip, ratio_truncation)
+    chosen = {name: more[name] for name in CHOICES}
+    moving = max_tokens is None and layers in ("blocks", "all")
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{FIELD}.{name}: {value!r} is none of {', '.join(CHOICES[name])}")
+    if ridge is not None and not (ridge >= 0 and math.isfinite(ridge)):
+        raise ValueError(
+            f"{FIELD}.ridge: {ridge} must be finite and at least 0, or null for automatic"
+        )
+    if ridge is None and not (centre and chosen["cross_fit"] == "leave_one_out"):
+        raise ValueError(
+            f"{FIELD}.ridge: automatic shrinkage is towards the leave-one-out mean. With centre false or cross_fit none, set a ridge, e.g. 1.0"
+        )
+    if moving and chosen["solver"] == "network":
+        raise ValueError(
+            f"{FIELD}.max_tokens: a network has one output a layer, so their number must not follow the batch. Set max_tokens."
+        )
+    if chosen["solver"] == "network" and not (ridge is None and centre):
+        raise ValueError(
+            f"{FIELD}.solver: 'network' fits no ridge and compares with the others' mean. Leave ridge null and centre true."
+        )
+
+
 @register_advantage_estimator(
     "hierarchical",
     needs=("rollout_logprobs", "old_logprobs", "score_norms"),
     compares_group=True,
     importance_corrected=_is_whole_weight,
+    validate=_validate,
 )
 def hierarchical_advantages(
     inputs: AdvantageInputs,
@@ -139,7 +178,9 @@ def hierarchical_advantages(
     Raises:
         ValueError: rollout or old log-probabilities missing or not finite, ratios that overflow, an unknown choice or a number out of range.
     """
-    _check(
+    _validate(
+        layers=layers,
+        block_size=block_size,
         output=output,
         solver=solver,
         weights=weights,
@@ -147,9 +188,11 @@ def hierarchical_advantages(
         scope=scope,
         ridge=ridge,
         centre=centre,
-        moving=max_tokens is None and layers in ("blocks", "all"),
-        inputs=inputs,
+        max_tokens=max_tokens,
+        log_ratio_clip=log_ratio_clip,
+        ratio_truncation=ratio_truncation,
     )
+    _check_inputs(inputs, weights)
     bounds = Bounds(log_ratio_clip, ratio_truncation)
     dtype = at_least_float32(inputs.rewards).dtype
     full, inputs = inputs.response_mask, _trimmed(inputs)
@@ -229,33 +272,12 @@ def _learnt(
     return torch.where(present[..., None], regression.corrections(baselines).double()[places], 0.0)
 
 
-def _check(
-    *, ridge: float | None, centre: bool, moving: bool, inputs: AdvantageInputs, **chosen: str
-) -> None:
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{FIELD}.{name}: {value!r} is none of {', '.join(CHOICES[name])}")
-    if ridge is not None and not (ridge >= 0 and math.isfinite(ridge)):
-        raise ValueError(
-            f"{FIELD}.ridge: {ridge} must be finite and at least 0, or null for automatic"
-        )
-    if ridge is None and not (centre and chosen["cross_fit"] == "leave_one_out"):
-        raise ValueError(
-            f"{FIELD}.ridge: automatic shrinkage is towards the leave-one-out mean. With centre false or cross_fit none, set a ridge, e.g. 1.0"
-        )
-    if moving and chosen["solver"] == "network":
-        raise ValueError(
-            f"{FIELD}.max_tokens: a network has one output a layer, so their number must not follow the batch. Set max_tokens."
-        )
-    if chosen["solver"] == "network" and not (ridge is None and centre):
-        raise ValueError(
-            f"{FIELD}.solver: 'network' fits no ridge and compares with the others' mean. Leave ridge null and centre true."
-        )
+def _check_inputs(inputs: AdvantageInputs, weights: str) -> None:
     if not torch.isfinite(inputs.rewards).all():
         raise ValueError("rewards: not all are finite")
     norms = inputs.score_norms
     if norms is None:
-        if chosen["weights"] == "score":
+        if weights == "score":
             raise ValueError(
                 f"{FIELD}.weights: 'score' needs score_norms, which this batch does not have. Use 'ratio_squared'."
             )

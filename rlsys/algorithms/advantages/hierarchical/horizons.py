@@ -15,6 +15,36 @@ LONGEST_FOR_ALL = 512  # `all` has a layer a token, so its cost grows with the c
 FIELD = "algorithm.advantage.parameters"
 
 
+def check_layers(name: str, length: int, block_size: int) -> None:
+    """Refuse a layer set that is not known, or not for responses of so many tokens.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    if name not in LAYER_SETS:
+        raise ValueError(f"{FIELD}.layers: {name!r} is none of {', '.join(LAYER_SETS)}")
+    if name == "blocks" and block_size < 1:
+        raise ValueError(f"{FIELD}.block_size: {block_size} must be at least 1 token")
+    if name == "all" and length > LONGEST_FOR_ALL:
+        raise ValueError(
+            f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. "
+            "Use 'blocks'."
+        )
+
+
+def check_bounds(log_ratio_clip: float | None, ratio_truncation: float | None) -> None:
+    """Refuse bounds of the ratio that are not positive numbers.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
+        if bound is not None and not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(
+                f"{FIELD}.{name}: {bound} must be positive and finite, or null for none"
+            )
+
+
 @dataclass(frozen=True)
 class Layers:
     """The layers of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
@@ -33,15 +63,8 @@ class Layers:
         Raises:
             ValueError: unknown name, a block size out of range, or `all` for long responses.
         """
+        check_layers(name, length, block_size)
         last = length - 1
-        if name not in LAYER_SETS:
-            raise ValueError(f"{FIELD}.layers: {name!r} is none of {', '.join(LAYER_SETS)}")
-        if name == "blocks" and block_size < 1:
-            raise ValueError(f"{FIELD}.block_size: {block_size} must be at least 1 token")
-        if name == "all" and length > LONGEST_FOR_ALL:
-            raise ValueError(
-                f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. Use 'blocks'."
-            )
         base = {
             "current": [],
             "all": list(range(length)),
@@ -136,11 +159,7 @@ def prefix_ratios(
     Raises:
         ValueError: log-probabilities are missing or not finite, a bound is out of range, or a ratio overflows.
     """
-    for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
-        if bound is not None and not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(
-                f"{FIELD}.{name}: {bound} must be positive and finite, or null for none"
-            )
+    check_bounds(log_ratio_clip, ratio_truncation)
     cumulative = log_prefix_ratios(rollout_logprobs, old_logprobs, response_mask)
     if log_ratio_clip is not None:
         cumulative = cumulative.clamp(-log_ratio_clip, log_ratio_clip)

@@ -1,0 +1,227 @@
+"""Rules about fields that only make sense together, as far as the configuration alone can tell.
+
+`RunConfig` refuses what they find when it is built. What needs plug-ins, files or the machine is
+checked before a run starts (`rlsys.run.preflight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlsys.config.run import RunConfig
+
+LONGEST_TIMEOUT_S = 86_400.0
+LARGEST_MEMORY_GIB = 1e6
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Return what does not fit together, a line each: field, value and remedy."""
+    return [line for rule in RULES for line in rule(config)]
+
+
+def _batches(config: RunConfig) -> Iterator[str]:
+    policy, prompts = config.policy, config.trainer.prompts_per_step
+    workers, samples = config.generation.workers, config.generation.samples_per_prompt
+
+    if prompts % policy.mini_batches:
+        yield (
+            f"policy.mini_batches: {policy.mini_batches} does not divide trainer.prompts_per_step "
+            f"{prompts}. Whole groups stay together: choose a divisor."
+        )
+    if prompts * samples < policy.ranks:
+        yield (
+            f"policy.ranks: {policy.ranks} ranks for fewer responses per step. Raise "
+            "trainer.prompts_per_step or lower policy.ranks."
+        )
+    if workers > prompts:
+        yield (
+            f"generation.workers: {workers} workers share the {prompts} prompts of a step "
+            "(trainer.prompts_per_step), so some would never sample. Lower it, or raise "
+            "trainer.prompts_per_step."
+        )
+
+
+def _lengths(config: RunConfig) -> Iterator[str]:
+    generation = config.generation
+    longest = config.data.max_prompt_tokens + generation.max_tokens
+
+    if generation.min_tokens > generation.max_tokens:
+        yield (
+            f"generation.min_tokens: {generation.min_tokens} is above generation.max_tokens "
+            f"{generation.max_tokens}. Lower it."
+        )
+    if generation.max_model_tokens is not None and generation.max_model_tokens < longest:
+        yield (
+            f"generation.max_model_tokens: {generation.max_model_tokens} is less than "
+            f"data.max_prompt_tokens + generation.max_tokens = {longest}. Raise it, or leave it "
+            "null."
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    evaluation = config.trainer.evaluation
+    too_large = [k for k in evaluation.pass_at if k > evaluation.samples_per_prompt]
+    if too_large:
+        yield (
+            f"trainer.evaluation.pass_at: pass@{too_large[0]} needs as many samples, and "
+            f"trainer.evaluation.samples_per_prompt is {evaluation.samples_per_prompt}. Raise the "
+            "samples or drop that k."
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.policy.optimizer
+    shrinkage = optimizer.learning_rate * optimizer.weight_decay
+    if shrinkage >= 1:
+        yield (
+            f"policy.optimizer.weight_decay: {optimizer.weight_decay:g} times "
+            f"policy.optimizer.learning_rate {optimizer.learning_rate:g} is {shrinkage:g}; at 1 or "
+            "more each step erases the weights. Lower one of them."
+        )
+
+
+def _rewards(config: RunConfig) -> Iterator[str]:
+    reward = config.reward
+    names = [function.name for function in reward.functions]
+
+    if len(set(names)) < len(names):
+        yield (
+            f"reward.functions: {', '.join(names)} names a function twice. Name each once, with "
+            "one weight."
+        )
+    if all(function.weight == 0 for function in reward.functions):
+        yield (
+            "reward.functions: every weight is 0, so every reward would be 0. Give one function a "
+            "weight."
+        )
+    if reward.timeout_s > LONGEST_TIMEOUT_S:
+        yield f"reward.timeout_s: {reward.timeout_s:g} is more than a day. Lower it."
+    if reward.memory_gb > LARGEST_MEMORY_GIB:
+        yield (
+            f"reward.memory_gb: {reward.memory_gb:g} is more than a process can have. Lower it, "
+            "or set it to 0 for no limit."
+        )
+
+
+def _kl(config: RunConfig) -> Iterator[str]:
+    kl, aggregation = config.algorithm.kl, config.algorithm.aggregation
+
+    if kl.target is not None and kl.coefficient == 0:
+        yield (
+            f"algorithm.kl.target: {kl.target:g} can only be reached from a coefficient above 0. "
+            "Set algorithm.kl.coefficient."
+        )
+    if kl.coefficient == 0:
+        return
+
+    if kl.kind == "exact":
+        yield (
+            "algorithm.kl.kind: 'exact' sums over the vocabulary and needs the reference's logits "
+            "beside the policy's, but the reference runs in actors of its own and sends "
+            "log-probabilities of sampled tokens alone. Leave kind null."
+        )
+    if kl.placement != "loss":
+        yield from _kl_outside_the_loss(config)
+    elif kl.level == "sequence" and aggregation not in ("sequence_sum", "constant"):
+        yield (
+            f"algorithm.aggregation: {aggregation!r} with algorithm.kl.level 'sequence' divides "
+            "the one term of a response by its length, or by that of all. Choose sequence_sum or "
+            "constant, or level token."
+        )
+
+
+def _kl_outside_the_loss(config: RunConfig) -> Iterator[str]:
+    kl = config.algorithm.kl
+    for field, value, default in (
+        ("level", kl.level, "token"),
+        ("importance_ratio", kl.importance_ratio, "none"),
+    ):
+        if value != default:
+            yield (
+                f"algorithm.kl.{field}: {value!r} is for the KL in the loss, and "
+                f"algorithm.kl.placement is {kl.placement!r}. Set {default}, or placement loss."
+            )
+
+
+def _kl_to_the_old_policy(config: RunConfig) -> Iterator[str]:
+    kl_old, policy = config.algorithm.kl_old, config.policy
+
+    if kl_old.target is not None and kl_old.coefficient == 0:
+        yield (
+            f"algorithm.kl_old.target: {kl_old.target:g} can only be reached from a coefficient "
+            "above 0. Set algorithm.kl_old.coefficient."
+        )
+    if kl_old.coefficient == 0:
+        return
+
+    if config.algorithm.advantage.recompute:
+        yield (
+            f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} with "
+            "algorithm.advantage.recompute compares the live policy with itself, so it does "
+            "nothing. Set it to 0, or recompute to false."
+        )
+    elif policy.epochs * policy.mini_batches == 1:
+        yield (
+            f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} does nothing in the one update "
+            "per batch (policy.epochs 1, policy.mini_batches 1), where the live policy is the old "
+            "one. Raise one of them, or set the coefficient to 0."
+        )
+
+
+def _recomputed_advantages(config: RunConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    kl, weight = algorithm.kl, algorithm.objective.weight
+    if not algorithm.advantage.recompute:
+        return
+
+    if kl.importance_ratio != "none":
+        yield (
+            f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with "
+            "algorithm.advantage.recompute compares the live policy with itself, so it corrects "
+            "nothing. Set it to none, or recompute to false."
+        )
+    if weight != "none":
+        yield (
+            f"algorithm.objective.weight: {weight!r} acts on a ratio that "
+            "algorithm.advantage.recompute keeps at 1. Set it to none."
+        )
+    if (kl.placement != "loss" and kl.coefficient > 0) or algorithm.entropy.temperature > 0:
+        yield (
+            "algorithm.advantage.recompute: true estimates again from outcome rewards alone. "
+            "Leave it false with a KL or entropy in the reward or the advantage."
+        )
+
+
+def _entropy(config: RunConfig) -> Iterator[str]:
+    entropy = config.algorithm.entropy
+    if entropy.target is not None and entropy.temperature == 0:
+        yield (
+            f"algorithm.entropy.target: {entropy.target:g} can only be reached from a temperature "
+            "above 0. Set algorithm.entropy.temperature."
+        )
+
+
+def _rollout_correction(config: RunConfig) -> Iterator[str]:
+    correction = config.algorithm.rollout_correction
+    low, high = correction.mask_below, correction.mask_above
+    if low is not None and high is not None and low >= high:
+        yield (
+            f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. "
+            "Every token would be dropped."
+        )
+
+
+RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _batches,
+    _lengths,
+    _evaluation,
+    _optimizer,
+    _rewards,
+    _kl,
+    _kl_to_the_old_policy,
+    _recomputed_advantages,
+    _entropy,
+    _rollout_correction,
+)

@@ -1,0 +1,83 @@
+"""Fields that have another name than in an earlier version: one table for all who read names.
+
+An old name in a flag, a file or a recipe is refused with the new one. The configuration that a run
+wrote down is translated, so that runs of an earlier version resume.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rlsys.config.errors import ConfigError
+
+# Old dotted name: new one. Both may be fields, sections, or keyword parameters below `parameters`.
+RENAMED_FIELDS: dict[str, str] = {
+    "model.reference_path": "reference.path",
+    "policy.strategy": "policy.backend",
+}
+
+_MISSING = object()
+
+
+def new_name(name: str) -> str | None:
+    """Return what a dotted name is called now, or None where it was not renamed."""
+    for old, new in RENAMED_FIELDS.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return None
+
+
+def refuse_old_names(names: Iterable[str], *, flag: str = "") -> None:
+    """Refuse names of an earlier version; `flag` is what stands before a name, as "--".
+
+    Raises:
+        ConfigError: a line for each, with the new name.
+    """
+    lines = list(_lines(names, flag))
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _lines(names: Iterable[str], flag: str) -> Iterator[str]:
+    for name in names:
+        new = new_name(name)
+        if new is not None:
+            yield f"{flag}{name}: this field is now called {new}. Write {flag}{new}."
+
+
+def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values under present names; where both are given the new one wins."""
+    result = copy.deepcopy(dict(tree))
+    for old, new in RENAMED_FIELDS.items():
+        value = _taken(result, old.split("."))
+        if value is not _MISSING:
+            _put(result, new.split("."), value)
+    return result
+
+
+def _taken(tree: dict[str, Any], path: list[str]) -> Any:
+    """Remove and return the value at a path, with the sections that are empty without it."""
+    first, *rest = path
+    if not rest:
+        return tree.pop(first, _MISSING)
+
+    section = tree.get(first)
+    if not isinstance(section, dict):
+        return _MISSING
+    value = _taken(section, rest)
+    if value is not _MISSING and not section:
+        del tree[first]
+    return value
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, last = path
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    present = tree.get(last, _MISSING)
+    if isinstance(present, dict) and isinstance(value, dict):
+        tree[last] = value | present
+    elif present is _MISSING:
+        tree[last] = value

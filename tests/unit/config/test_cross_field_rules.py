@@ -1,0 +1,80 @@
+"""Fields that contradict each other: refused when a configuration is built, all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from recipes.grpo_math import grpo_math
+from rlsys.config import ConfigError, GenerationConfig, PolicyConfig, RunConfig, TrainerConfig
+from rlsys.config.command_line import evolve, parse
+from rlsys.config.cross_field_rules import contradictions
+from rlsys.config.hardware import Hardware
+
+CPU = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
+GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)
+RECIPE = grpo_math(CPU)
+RECOMPUTE = {"algorithm.advantage.recompute": True, "algorithm.objective.weight": "none"}
+MASK = "algorithm.rollout_correction.mask_"
+KL = {"algorithm.kl.coefficient": 0.1}
+
+
+@pytest.mark.parametrize("hardware", [CPU, GPU])
+def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
+    assert contradictions(grpo_math(hardware)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy.mini_batches": 3}, "policy.mini_batches: 3 does not divide trainer.prompts_per_step 8."),
+        ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
+        ({"generation.workers": 9}, "generation.workers: 9 workers share the 8 prompts"),
+        ({"generation.min_tokens": 17}, "generation.min_tokens: 17 is above generation.max_tokens 16. Lower it"),
+        ({"generation.max_model_tokens": 100}, "generation.max_model_tokens: 100 is less than data.max_prompt_tokens + generation.max_tokens = 176"),
+        ({"trainer.evaluation.pass_at": [1, 8]}, "trainer.evaluation.pass_at: pass@8 needs as many samples"),
+        ({"policy.optimizer.learning_rate": 0.5, "policy.optimizer.weight_decay": 2.0}, "policy.optimizer.weight_decay: 2 times"),
+        ({"reward.functions": [{"name": "math", "weight": 0.0}]}, "reward.functions: every weight is 0"),
+        ({"reward.functions": [{"name": "math"}, {"name": "math"}]}, "reward.functions: math, math names a function twice"),
+        ({"reward.timeout_s": 1e20}, "reward.timeout_s: 1e+20 is more than a day"),
+        ({"reward.memory_gb": 1e20}, "reward.memory_gb: 1e+20 is more than a process can have"),
+        ({"algorithm.kl.target": 0.1}, "algorithm.kl.target: 0.1 can only be reached from a coefficient above 0"),
+        ({**KL, "algorithm.kl.kind": "exact"}, "algorithm.kl.kind: 'exact' sums over the vocabulary"),
+        ({**KL, "algorithm.kl.level": "sequence"}, "algorithm.aggregation: 'token_mean' with algorithm.kl.level 'sequence'"),
+        ({**KL, "algorithm.kl.placement": "reward", "algorithm.kl.level": "sequence"}, "algorithm.kl.level: 'sequence' is for the KL in the loss"),
+        ({"algorithm.kl_old.target": 0.01}, "algorithm.kl_old.target: 0.01 can only be reached from"),
+        ({"algorithm.kl_old.coefficient": 1.0}, "algorithm.kl_old.coefficient: 1 does nothing in the one update per batch"),
+        ({**RECOMPUTE, "algorithm.kl_old.coefficient": 1.0}, "algorithm.kl_old.coefficient: 1 with algorithm.advantage.recompute"),
+        ({"algorithm.advantage.recompute": True}, "algorithm.objective.weight: 'ppo_clip' acts on a ratio"),
+        ({**RECOMPUTE, "algorithm.kl.importance_ratio": "token"}, "algorithm.kl.importance_ratio: 'token' with algorithm.advantage.recompute"),
+        ({**RECOMPUTE, **KL, "algorithm.kl.placement": "reward"}, "algorithm.advantage.recompute: true estimates again"),
+        ({**RECOMPUTE, "algorithm.entropy.temperature": 0.1}, "algorithm.advantage.recompute: true estimates again"),
+        ({"algorithm.entropy.target": 1.0}, "algorithm.entropy.target: 1 can only be reached from a temperature"),
+        ({MASK + "below": 2.0, MASK + "above": 1.0}, "algorithm.rollout_correction.mask_below: 2 is not below mask_above 1"),
+    ],
+)  # fmt: skip
+def test_one_message_with_field_value_and_remedy(changes: Mapping[str, Any], message: str):
+    with pytest.raises(ConfigError) as error:
+        evolve(RECIPE, changes)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(message)
+
+
+def test_a_configuration_that_is_built_in_python_names_all_contradictions():
+    with pytest.raises(ValidationError) as error:
+        RunConfig(
+            policy=PolicyConfig(mini_batches=3),
+            generation=GenerationConfig(min_tokens=5000),
+            trainer=TrainerConfig(prompts_per_step=8),
+        )
+    assert "policy.mini_batches: 3 does not divide" in str(error.value)
+    assert "generation.min_tokens: 5000 is above" in str(error.value)
+
+
+def test_the_command_line_leaves_them_to_be_reported_with_the_other_mistakes():
+    config = parse(RECIPE, ["--policy.mini_batches", "3"]).config
+    (line,) = contradictions(config)
+    assert line.startswith("policy.mini_batches: 3 does not divide")
