@@ -37,6 +37,7 @@ from rlsys.driver.ports import (
     PromptSource,
     RewardScorer,
     RolloutPart,
+    StepHandles,
     WeightSync,
 )
 from rlsys.metrics import Metric, MetricMap, combine, maximum, total, values
@@ -239,13 +240,15 @@ class SynchronousLoop:
             self._reward_failures.check(scored, "training")
         with self._timed(clock, step, "advantages"):
             credited = await workers.advantages.credit(
-                rollouts,
-                rewards,
-                old,
-                ref,
-                greedy,
-                [group.part.rollouts for group in sampled.dropped],
-                [group.rewards for group in sampled.dropped],
+                StepHandles(
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    old=old,
+                    ref=ref,
+                    greedy=greedy,
+                    dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
+                    dropped_rewards=[group.rewards for group in sampled.dropped],
+                )
             )
         with self._timed(clock, step, "update"):
             update = await self._update(step, credited)

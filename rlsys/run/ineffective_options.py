@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlsys.algorithms.advantages import trains_auxiliary
 from rlsys.algorithms.policy_objectives import (
     gradient_coefficient,
     ignores_ratio,
@@ -145,9 +146,13 @@ TABLE: tuple[Ineffective, ...] = (
         because="algorithm.rollout_correction.level is none",
     ),
     _row(
-        "algorithm.advantage.network.",
-        when=lambda s: s.config.algorithm.advantage.parameters.get("solver") != "network",
-        because="algorithm.advantage.parameters.solver is not network",
+        "algorithm.advantage.auxiliary.",
+        when=lambda s: (
+            not trains_auxiliary(
+                s.config.algorithm.advantage.name, s.config.algorithm.advantage.parameters
+            )
+        ),
+        because="the estimator (algorithm.advantage) has no network with these parameters",
     ),
     # The engines.
     _row(

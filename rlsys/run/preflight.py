@@ -16,6 +16,7 @@ from rlsys.algorithms.advantages import (
     available_advantage_estimators,
     compares_group,
     estimator_needs,
+    estimator_spec,
     get_advantage_estimator,
     is_importance_corrected,
     run_estimator,
@@ -256,7 +257,7 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
         algorithm.advantage.name in available_advantage_estimators()
     )  # an unknown one is refused elsewhere
     if known:
-        in_advantage = "ref_logprobs" in estimator_needs(algorithm.advantage.name)
+        in_advantage = estimator_spec(algorithm.advantage.name).carries_kl
         if in_advantage and (kl.placement != "advantage" or kl.coefficient == 0):
             yield (
                 f"algorithm.kl: the estimator {algorithm.advantage.name!r} carries the KL itself, but placement is {kl.placement!r} and coefficient "
@@ -279,22 +280,9 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
             "algorithm.advantage.recompute: true estimates again from outcome rewards alone. Leave it false with a KL or entropy in the reward, with "
             "token_kl_grpo and with remax."
         )
-    if (
-        algorithm.advantage.name == "hierarchical"
-        and algorithm.advantage.parameters.get("solver") == "network"
-    ):
-        if not algorithm.advantage.recompute:
-            yield (
-                "algorithm.advantage.parameters.solver: 'network' is evaluated and trained by the policy's ranks, before each mini-batch. Set "
-                "algorithm.advantage.recompute true."
-            )
-        if config.policy.epochs > 1:
-            yield (
-                f"policy.epochs: in the second of {config.policy.epochs} epochs the baseline network would have seen the responses it is used on, which "
-                "is biased. Set it to 1, or another algorithm.advantage.parameters.solver."
-            )
     if known:
         yield from _importance_contradictions(config)
+        yield from estimator_spec(algorithm.advantage.name).check(config)
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."

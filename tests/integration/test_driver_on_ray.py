@@ -23,7 +23,7 @@ from rlsys.data.batches import (
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.ports import CreditedBatch
+from rlsys.driver.ports import CreditedBatch, StepHandles
 from rlsys.driver.synchronous_loop import SynchronousLoop, Workers
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
@@ -181,17 +181,8 @@ class TrainerClient:
     def score(self, rollouts: Any) -> Any:
         return self._actor.score.remote(rollouts)
 
-    async def credit(
-        self,
-        rollouts: Any,
-        rewards: Any,
-        old_logprobs: Any,
-        ref_logprobs: Any,
-        greedy_rewards: Any = (),
-        dropped_rollouts: Any = (),
-        dropped_rewards: Any = (),
-    ) -> CreditedBatch:
-        (batch,) = await self._actor.credit.remote(*rollouts, *rewards)
+    async def credit(self, step: StepHandles) -> CreditedBatch:
+        (batch,) = await self._actor.credit.remote(*step.rollouts, *step.rewards)
         return CreditedBatch(batch=batch)
 
     async def update(self, batch: Any) -> dict:

@@ -4,14 +4,18 @@ from rlsys.algorithms.advantages.contract import (
     AdvantageEstimator,
     AdvantageInputs,
     AdvantageOutput,
+    EstimatorSpec,
     Need,
+    TokenAuxiliary,
     available_advantage_estimators,
     compares_group,
     estimator_needs,
+    estimator_spec,
     get_advantage_estimator,
     is_importance_corrected,
     register_advantage_estimator,
     run_estimator,
+    trains_auxiliary,
 )
 from rlsys.algorithms.advantages.gae import gae_advantages
 from rlsys.algorithms.advantages.gpg import gpg_advantages
@@ -32,10 +36,13 @@ __all__ = [
     "AdvantageEstimator",
     "AdvantageInputs",
     "AdvantageOutput",
+    "EstimatorSpec",
     "Need",
+    "TokenAuxiliary",
     "available_advantage_estimators",
     "compares_group",
     "estimator_needs",
+    "estimator_spec",
     "gae_advantages",
     "get_advantage_estimator",
     "gpg_advantages",
@@ -54,4 +61,5 @@ __all__ = [
     "rloo_advantages",
     "run_estimator",
     "token_kl_grpo_advantages",
+    "trains_auxiliary",
 ]
