@@ -45,7 +45,7 @@ from rlsys.rewards import (
 )
 from rlsys.run.config_checks import field_problems, field_warnings
 from rlsys.run.directory import RunDirectory
-from rlsys.run.required_inputs import estimator_parameters
+from rlsys.run.required_inputs import estimator_parameters, missing_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,9 @@ def _example_inputs(token_limit: int) -> AdvantageInputs:
         ref_logprobs=zeros,
         score_norms=zeros + 1,
         greedy_rewards=zeros[:, 0],
+        token_rewards=zeros,
+        values=zeros,
+        step_ends=zeros > 0,
         truncated=torch.tensor([False, False]),
     )
 
@@ -283,6 +286,11 @@ def _algorithm_contradictions(config: RunConfig) -> Iterator[str]:
     if known:
         yield from _importance_contradictions(config)
         yield from estimator_spec(algorithm.advantage.name).check(config)
+        for need in sorted(missing_inputs(config)):
+            yield (
+                f"algorithm.advantage.name: {algorithm.advantage.name!r} needs {need}, which no part "
+                "of this run computes. Choose another estimator."
+            )
     low, high = algorithm.rollout_correction.mask_below, algorithm.rollout_correction.mask_above
     if low is not None and high is not None and low >= high:
         yield f"algorithm.rollout_correction.mask_below: {low:g} is not below mask_above {high:g}. Every token would be dropped."

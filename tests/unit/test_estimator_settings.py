@@ -225,3 +225,37 @@ def test_a_broken_estimator_of_a_plug_in_is_refused(
     assert code == 2
     assert f"error: algorithm.advantage.name: '{BROKEN}' {message}" in error
     assert error.count("\n") == 1
+
+
+def test_an_estimator_that_needs_what_no_run_has_is_refused(capsys: pytest.CaptureFixture[str]):
+    @register_advantage_estimator(BROKEN, needs=("values", "token_rewards"))
+    def estimator(inputs: AdvantageInputs) -> AdvantageOutput:
+        return AdvantageOutput(advantages=torch.zeros(inputs.response_mask.shape))
+
+    try:
+        code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", BROKEN)
+        assert code == 2
+        assert f"'{BROKEN}' needs values, which no part of this run computes" in error
+        entropy = ("--algorithm.entropy.temperature", "0.1")
+        _, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", BROKEN, *entropy)
+        assert "needs values" in error
+        assert "needs token_rewards" not in error
+    finally:
+        contract._ESTIMATORS._entries.pop(BROKEN)
+
+
+def test_an_estimator_may_read_the_reference_beside_a_kl_in_the_loss(
+    capsys: pytest.CaptureFixture[str],
+):
+    """That it reads it does not say that it carries the KL."""
+
+    @register_advantage_estimator(BROKEN, needs=("ref_logprobs",))
+    def estimator(inputs: AdvantageInputs) -> AdvantageOutput:
+        return AdvantageOutput(advantages=torch.zeros(inputs.response_mask.shape))
+
+    try:
+        flags = ("--algorithm.advantage.name", BROKEN, "--algorithm.kl.coefficient", "0.1")
+        code, _, error = dry_run(capsys, grpo_math, *flags)
+        assert (code, error) == (0, "")
+    finally:
+        contract._ESTIMATORS._entries.pop(BROKEN)
