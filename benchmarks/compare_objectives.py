@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageInputs, get_advantage_estimator
-from rlsys.algorithms.kl import kl_rewards
+from rlsys.algorithms.advantages import AdvantageInputs
 from rlsys.algorithms.policy_objectives import (
     effective_sample_size,
     gradient_coefficient,
@@ -37,9 +38,18 @@ from rlsys.algorithms.policy_objectives import (
 from rlsys.algorithms.policy_objectives.ratios import importance_variances
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.algorithms.token_logprobs import token_logprobs
-from rlsys.config import AlgorithmConfig
+from rlsys.config import AlgorithmConfig, GenerationConfig, RunConfig
 from rlsys.config.presets import PRESETS
+from rlsys.data.batches import PromptBatch, RewardBatch, RolloutBatch, StopReason
+from rlsys.data.padding import ResponsePadding
 from rlsys.data.rollout_files import read_rollouts
+from rlsys.driver.advantage_estimation import (
+    EstimatorContext,
+    TokenArrays,
+    TokenCosts,
+    advantage_inputs,
+    estimate_advantages,
+)
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm
 
@@ -48,21 +58,28 @@ matplotlib.use("Agg")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBatch:
-    """A rollout batch and the policy that has moved since, padded [B, T]."""
+    """A rollout batch and the policy that has moved since."""
 
-    inputs: AdvantageInputs
-    live_logprobs: Tensor
+    rollouts: RolloutBatch
+    rewards: RewardBatch
+    arrays: TokenArrays  # [N]
+    live: NDArray[np.float32]  # [N] log-probabilities
 
-    @property
-    def mask(self) -> Tensor:
-        return self.inputs.response_mask
+    def inputs(self, algorithm: AlgorithmConfig) -> AdvantageInputs:
+        """Return what an estimator sees of the batch in a run with that configuration."""
+        costs = TokenCosts(
+            kl_coefficient=algorithm.kl.coefficient,
+            entropy_temperature=algorithm.entropy.temperature,
+        )
+        context = EstimatorContext(costs=costs)
+        return advantage_inputs(algorithm, self.rollouts, self.rewards, self.arrays, context)
 
 
 def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
-    """The responses of a rollout file under the model's policy.
+    """Return the responses of a rollout file under the model's policy.
 
     Raises:
-        ValueError: the file is no rollout file, or holds no response.
+        ValueError: the file is not a rollout file, or holds no response.
     """
     if not path.is_file():
         raise ValueError(
@@ -74,37 +91,69 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
     model = load_causal_lm(
         resolve_model(model_path), dtype=torch.float32, attention="sdpa", trust_remote_code=False
     )
-    width = max(len(row["token_ids"]) - row["prompt_length"] for row in rows)
-    arrays = {
-        name: torch.zeros(len(rows), width) for name in ("old", "rollout", "ref", "live", "norms")
-    }
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start, length = row["prompt_length"], len(row["token_ids"]) - row["prompt_length"]
-        live, norms = _score(model, row["token_ids"], start, temperature)
-        old = row["old_logprobs"] or row["rollout_logprobs"]
-        values = {"old": old, "rollout": row["rollout_logprobs"], "ref": row["ref_logprobs"] or old}
-        for name, value in values.items():
-            arrays[name][i, :length] = torch.tensor(value[start:])
-        arrays["live"][i, :length], arrays["norms"][i, :length] = live, norms
-        mask[i, :length] = torch.tensor(row["response_mask"][start:])
-    inputs = AdvantageInputs(
-        rewards=torch.tensor([row["reward"] for row in rows]),
-        response_mask=mask,
-        group_ids=torch.tensor([row["group_id"] for row in rows]),
-        rollout_logprobs=arrays["rollout"],
-        old_logprobs=arrays["old"],
-        ref_logprobs=arrays["ref"],
-        score_norms=arrays["norms"],
+
+    old = [row["old_logprobs"] or row["rollout_logprobs"] for row in rows]
+    ref = [row["ref_logprobs"] or own for row, own in zip(rows, old, strict=True)]
+    scores = [_score(model, row["token_ids"], row["prompt_length"], temperature) for row in rows]
+    rollouts = _rollouts(rows, temperature)
+    live = _joined([logprobs for logprobs, _ in scores], np.float32)
+    arrays = TokenArrays(
+        old=_joined(old, np.float32),
+        ref=_joined(ref, np.float32),
+        score_norms=_joined([norms for _, norms in scores], np.float32),
     )
-    return StoredBatch(inputs=inputs, live_logprobs=torch.where(mask, arrays["live"], 0.0))
+    return StoredBatch(
+        rollouts=rollouts,
+        rewards=_rewards(rows),
+        arrays=arrays,
+        live=np.where(rollouts.response_mask, live, np.float32(0)),
+    )
+
+
+def _joined(parts: Sequence[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """Return [N] the values of all responses, one after the other."""
+    return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+
+
+def _rollouts(rows: Sequence[Mapping[str, Any]], temperature: float) -> RolloutBatch:
+    count = len(rows)
+    versions = np.asarray([row["weight_version"] for row in rows], dtype=np.int32)
+    reasons = [StopReason[row["stop_reason"].upper()] for row in rows]
+    nothing = PromptBatch(batch_id=0, prompts=(), group_ids=np.zeros(0, dtype=np.int64))
+    lengths = [len(row["token_ids"]) for row in rows]
+    return RolloutBatch(
+        prompts=nothing,
+        token_ids=_joined([row["token_ids"] for row in rows], np.int32),
+        sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        prompt_lengths=np.asarray([row["prompt_length"] for row in rows], dtype=np.int32),
+        response_mask=_joined([row["response_mask"] for row in rows], np.bool_),
+        rollout_logprobs=_joined([row["rollout_logprobs"] for row in rows], np.float32),
+        group_ids=np.asarray([row["group_id"] for row in rows], dtype=np.int64),
+        oldest_weight_version=versions,
+        newest_weight_version=versions,
+        stop_reasons=np.asarray(reasons, dtype=np.int8),
+        response_texts=("",) * count,
+        temperature=temperature,
+    )
+
+
+def _rewards(rows: Sequence[Mapping[str, Any]]) -> RewardBatch:
+    count = len(rows)
+    return RewardBatch(
+        batch_id=0,
+        rewards=np.asarray([row["reward"] for row in rows], dtype=np.float32),
+        accuracies=np.asarray([row["accuracy"] for row in rows], dtype=np.float32),
+        components={},
+        reasons=("",) * count,
+        extracted_answers=("",) * count,
+    )
 
 
 @torch.no_grad()
 def _score(
     model: Any, token_ids: Sequence[int], start: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and score norms of the tokens from `start` on."""
+    """Return log-probabilities and score norms of the sequence, 0 before `start`."""
     tokens = torch.tensor(token_ids)
     hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
     result = token_logprobs(
@@ -114,17 +163,24 @@ def _score(
         temperature=temperature,
         chunk_tokens=256,
     )
-    return result.logprobs, result.score_norms
+    before = torch.zeros(start)
+    return torch.cat([before, result.logprobs]), torch.cat([before, result.score_norms])
 
 
 def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
-    """The row of one preset."""
-    mask, inputs = batch.mask, batch.inputs
-    advantages = _advantages(batch, preset)
+    """Return the row of one preset."""
+    inputs = batch.inputs(preset)
+    mask = inputs.response_mask
+    longest = GenerationConfig(max_tokens=mask.shape[1], min_tokens=0)
+    advantages = estimate_advantages(
+        RunConfig(algorithm=preset, generation=longest), inputs
+    ).advantages
+
     assert inputs.old_logprobs is not None
     assert inputs.score_norms is not None
-    ratios = log_ratios(preset.objective.ratio, batch.live_logprobs, inputs.old_logprobs, mask)
-    token = log_ratios("token", batch.live_logprobs, inputs.old_logprobs, mask).exp()[mask]
+    live = ResponsePadding.of(batch.rollouts).pad(batch.live)
+    ratios = log_ratios(preset.objective.ratio, live, inputs.old_logprobs, mask)
+    token = log_ratios("token", live, inputs.old_logprobs, mask).exp()[mask]
     weights = gradient_coefficient(
         preset.objective.weight, ratios[mask], advantages[mask], **preset.objective.parameters
     )
@@ -144,27 +200,6 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
         if total
         else math.nan,
     }
-
-
-def _advantages(batch: StoredBatch, preset: AlgorithmConfig) -> Tensor:
-    inputs, kl = batch.inputs, preset.kl
-    token_rewards = None
-    if kl.placement == "reward" and kl.coefficient:
-        assert inputs.old_logprobs is not None
-        assert inputs.ref_logprobs is not None
-        token_rewards = kl_rewards(
-            inputs.old_logprobs, inputs.ref_logprobs, batch.mask, kl.coefficient
-        )
-    changed = AdvantageInputs(
-        **{
-            **vars(inputs),
-            "token_rewards": token_rewards,
-            "kl_coefficient": kl.coefficient if kl.placement == "advantage" else 0.0,
-        }
-    )
-    return get_advantage_estimator(preset.advantage.name)(
-        changed, **preset.advantage.parameters
-    ).advantages
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -44,7 +44,7 @@ from rlsys.data.batches import (
     RewardBatch,
     RolloutBatch,
     SamplingParameters,
-    TrainBatch,
+    ScoredBatch,
 )
 from rlsys.data.padding import ResponsePadding
 from rlsys.data.prompt_stream import load_prompts
@@ -207,9 +207,7 @@ class Experiment:
         rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
         chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
         rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
-        self.policy.update_on(
-            TrainBatch(rollouts=rollouts, rewards=rewards, advantages=None), rows, rows
-        )
+        self.policy.update_on(ScoredBatch(rollouts=rollouts, rewards=rewards), rows, rows)
         self.updates += 1
 
     def inputs(self) -> AdvantageInputs:

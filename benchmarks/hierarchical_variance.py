@@ -25,7 +25,6 @@ from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
 from rlsys.algorithms.advantages.hierarchical.diagnostics import plain_baseline
-from rlsys.algorithms.advantages.hierarchical.group_regression import GroupedBatch
 from rlsys.algorithms.advantages.hierarchical.horizons import Layers
 from tests.support.enumerable_policy import ResponseSpace
 
@@ -89,25 +88,13 @@ def plain(name: str) -> Weights:
         assert batch.old_logprobs is not None
         assert batch.rollout_logprobs is not None
         assert batch.score_norms is not None
-        ratios = (
-            (batch.old_logprobs - batch.rollout_logprobs).cumsum(1).exp().unflatten(0, (groups, -1))
-        )
+        logs = (batch.old_logprobs - batch.rollout_logprobs).sum(1)
+        final = logs.exp().unflatten(0, (groups, -1))
         rewards = batch.rewards.unflatten(0, (groups, -1))
+        norms = batch.score_norms.unflatten(0, (groups, -1))
         present = torch.ones_like(rewards, dtype=torch.bool)
-        grouped = GroupedBatch(
-            ratios,
-            rewards,
-            rewards,
-            present,
-            ratios,
-            Layers.of("final", ratios.shape[2], 1, ratios.device),
-        )
-        return (
-            plain_baseline(
-                name, grouped, batch.score_norms.unflatten(0, (groups, -1)), rewards
-            ).flatten(0, 1)
-            * batch.response_mask
-        )
+        found = plain_baseline(name, rewards, final, norms, present)
+        return found.flatten(0, 1) * batch.response_mask
 
     return weights
 

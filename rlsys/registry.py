@@ -10,38 +10,61 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-F = TypeVar("F", bound=Callable[..., Any])
+E = TypeVar("E")
 
 
-class Registry(Generic[F]):
-    """Functions of one kind by name."""
+def _itself(entry: Any) -> Callable[..., Any]:
+    return entry
 
-    def __init__(self, kind: str) -> None:
+
+class Registry(Generic[E]):
+    """Entries of one kind by name: functions, or records that hold a function and what it declares."""
+
+    def __init__(
+        self, kind: str, *, function_of: Callable[[E], Callable[..., Any]] = _itself
+    ) -> None:
         self._kind = kind
-        self._functions: dict[str, F] = {}
+        self._function_of = function_of
+        self._entries: dict[str, E] = {}
 
-    def register(self, name: str) -> Callable[[F], F]:
-        """Decorator that makes a function available as `name`. A module may be imported twice; two functions may not share a name.
+    def register(self, name: str) -> Callable[[E], E]:
+        """Decorator that makes a function available as `name`; see `add`."""
+        self.check_name(name)
+
+        def decorator(entry: E) -> E:
+            self.add(name, entry)
+            return entry
+
+        return decorator
+
+    def check_name(self, name: object) -> None:
+        """Refuse what is not a name, as when the decorator was written without parentheses.
 
         Raises:
-            ValueError: no name, something that cannot be called, a class, or a name that is taken.
+            ValueError: no name.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(
-                f"{self._kind}: {name!r} is not a name. Register with the name in parentheses, as in @register...('my_name')."
+                f"{self._kind}: {name!r} is not a name. Register with the name in parentheses, "
+                "as in @register...('my_name')."
             )
 
-        def decorator(function: F) -> F:
-            self._check_callable(name, function)
-            known = self._functions.get(name)
-            if known is not None and not _same_definition(known, function):
-                raise ValueError(
-                    f"{self._kind} {name!r} is already registered by {full_name(known)}: choose another name"
-                )
-            self._functions[name] = function
-            return function
+    def add(self, name: str, entry: E) -> None:
+        """Make `entry` available as `name`. A module may be imported twice; two functions may not share a name.
 
-        return decorator
+        Raises:
+            ValueError: something that cannot be called, a class, or a name that is taken.
+        """
+        function = self._function_of(entry)
+        self._check_callable(name, function)
+        if name in self._entries:
+            known = self._function_of(self._entries[name])
+            if not _same_definition(known, function):
+                raise ValueError(
+                    f"{self._kind} {name!r} is already registered by {full_name(known)}: "
+                    "choose another name"
+                )
+        self._entries[name] = entry
 
     def _check_callable(self, name: str, function: object) -> None:
         if inspect.isclass(function):
@@ -56,16 +79,16 @@ class Registry(Generic[F]):
 
     def names(self) -> tuple[str, ...]:
         """All registered names, sorted."""
-        return tuple(sorted(self._functions))
+        return tuple(sorted(self._entries))
 
-    def get(self, name: str, *, field: str | None = None) -> F:
-        """The function called `name`.
+    def get(self, name: str, *, field: str | None = None) -> E:
+        """Return the entry called `name`.
 
         Raises:
             ValueError: no such name; the message has the nearest ones. `field` is the config field that held it.
         """
-        if name not in self._functions:
-            near = difflib.get_close_matches(name, self._functions, n=3)
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3)
             hint = (
                 f"Did you mean {' or '.join(near)}?"
                 if near
@@ -74,7 +97,7 @@ class Registry(Generic[F]):
             raise ValueError(
                 f"{field or self._kind}: unknown {self._kind} {name!r}. {hint} A plug-in's names need its module in `plugins`."
             )
-        return self._functions[name]
+        return self._entries[name]
 
 
 def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,11 @@ import ray
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, ScoredBatch, TrainBatch
+from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import write_rollouts
-from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner
-from rlsys.driver.ports import CreditedBatch, Handle
-from rlsys.metrics import Metric, MetricMap, maximum, peak_memory_gib
+from rlsys.driver.ports import CreditedBatch, Handle, StepHandles
+from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
 
 
@@ -28,32 +25,15 @@ class AdvantageController:
         load_plugins(config.plugins)
         self._assigner = CreditAssigner(config)
 
-    def credit(
-        self, num_parts: int, num_dropped: int, num_old: int, num_ref: int, *records: Any
-    ) -> tuple[Any, Any, MetricMap]:
-        """`records`: `num_parts` RolloutBatches, as many RewardBatches, `num_dropped` of both that were not kept, the LogprobBatches of old and of
-        ref, RewardBatches of greedy responses.
-
-        Returns:
-            A reference to the TrainBatch; one to the ScoredBatch of what was not kept, or None; and the metrics of samples and advantages.
-        """
-        remaining = iter(records)
-
-        def take(count: int) -> list[Any]:
-            return list(itertools.islice(remaining, count))
-
-        rollouts, rewards = (
-            RolloutBatch.concatenate(take(num_parts)),
-            RewardBatch.concatenate(take(num_parts)),
-        )
-        dropped = joined(take(num_dropped), take(num_dropped))
-        old, ref, parts = take(num_old), take(num_ref), list(remaining)
-        greedy = RewardBatch.concatenate(parts) if parts else None
-        batch, metrics = self._assigner.assign(rollouts, rewards, old, ref, greedy)
-        return (
-            ray.put(batch),
-            None if dropped is None else ray.put(dropped),
-            batch_metrics(batch, dropped, greedy) | metrics,
+    def credit(self, step: StepHandles) -> CreditedBatch:
+        """See `ports.AdvantageComputer`; the handles are object references."""
+        references: list[Any] = step.all()
+        records = dict(zip(references, ray.get(references), strict=True))
+        credited = self._assigner.credit(step.opened(records))
+        return CreditedBatch(
+            batch=ray.put(credited.batch),
+            dropped=None if credited.dropped is None else ray.put(credited.dropped),
+            metrics=credited.metrics,
         )
 
     def state(self) -> dict[str, Any]:
@@ -66,7 +46,7 @@ class AdvantageController:
 
     def write_rollouts(
         self,
-        batch: TrainBatch,
+        batch: ScoredBatch,
         path: str,
         dropped: ScoredBatch | None,
         advantages: NDArray[np.float32] | None,
@@ -79,41 +59,15 @@ class AdvantageController:
         return {"memory/advantage": maximum(peak_memory_gib())}
 
 
-def joined(rollouts: Sequence[RolloutBatch], rewards: Sequence[RewardBatch]) -> ScoredBatch | None:
-    """Parts as one batch; None where there is none."""
-    if not rollouts:
-        return None
-    return ScoredBatch(
-        rollouts=RolloutBatch.concatenate(rollouts), rewards=RewardBatch.concatenate(rewards)
-    )
-
-
 class AdvantageControllerClient:
     """Implements `ports.AdvantageComputer` over the actor."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def credit(
-        self,
-        rollouts: Sequence[Handle[RolloutBatch]],
-        rewards: Sequence[Handle[RewardBatch]],
-        old_logprobs: Sequence[Handle[LogprobBatch]],
-        ref_logprobs: Sequence[Handle[LogprobBatch]],
-        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
-        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
-        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
-    ) -> CreditedBatch:
+    async def credit(self, step: StepHandles) -> CreditedBatch:
         """See `ports.AdvantageComputer`."""
-        kept, dropped = (*rollouts, *rewards), (*dropped_rollouts, *dropped_rewards)
-        batch, dropped_batch, metrics = await self._actor.credit.remote(
-            len(rollouts),
-            len(dropped_rollouts),
-            len(old_logprobs),
-            len(ref_logprobs),
-            *(*kept, *dropped, *old_logprobs, *ref_logprobs, *greedy_rewards),
-        )
-        return CreditedBatch(batch=batch, dropped=dropped_batch, metrics=metrics)
+        return await self._actor.credit.remote(step)
 
     async def state(self) -> dict[str, Any]:
         """See `ports.AdvantageComputer`."""
@@ -125,7 +79,7 @@ class AdvantageControllerClient:
 
     async def write_rollouts(
         self,
-        batch: Handle[TrainBatch],
+        batch: Handle[ScoredBatch],
         path: Path,
         *,
         dropped: Handle[ScoredBatch] | None = None,

@@ -285,7 +285,7 @@ def silent_trials() -> Iterator[Trial]:
         ("trainer.evaluation.temperature", ("--trainer.evaluation.temperature=0.7",)),
         ("algorithm.rollout_correction.cap", ("--algorithm.rollout_correction.cap=3",)),
         ("algorithm.entropy.learning_rate", ("--algorithm.entropy.learning_rate=0.2",)),
-        ("algorithm.advantage.network.width", ("--algorithm.advantage.network.width=16",)),
+        ("algorithm.advantage.auxiliary.width", ("--algorithm.advantage.auxiliary.width=16",)),
         (
             "algorithm.objective.weight",
             ("--algorithm.objective.weight=none", "--policy.epochs=2"),

@@ -65,7 +65,7 @@ def _weighted_baseline(case: Case) -> bool:
         "optimal_baseline",
         "optimal_token_baseline",
     )  # as published
-    return (weighted and not _has(case, "leave_one_out")) or _has(case, "cross_fit", "none")
+    return weighted and not _has(case, "leave_one_out")
 
 
 def _discounts(case: Case) -> bool:
@@ -151,22 +151,16 @@ BIASES: tuple[Bias, ...] = (
         "`token_kl_grpo` divides by the deviation of those still alive at the position",
     ),
     Bias(
-        "self-normalised ratios",
-        lambda case: _has(case, "self_normalise"),
+        "clipped log-ratios",
+        lambda case: _has(case, "log_ratio_clip"),
         HIERARCHICAL,
-        "Stabilisers, off by default, each biased",
+        "biased towards the sampler's policy",
     ),
     Bias(
         "layers laid over the longest response",
         lambda case: _has(case, "layers", "all") and "max_tokens" not in dict(case.parameters),
         HIERARCHICAL,
         "Exactly unbiased only with a number.",
-    ),
-    Bias(
-        "residual as advantage",
-        lambda case: _has(case, "output", "residual") and (case.moved or case.gap),
-        HIERARCHICAL,
-        "lacks rho_{<=t} of old / rollout and is not, once they differ",
     ),
     Bias(
         "gpg: alpha of the batch",

@@ -217,14 +217,12 @@ ESTIMATORS: tuple[tuple[str, Parameters], ...] = (
     ("reinforce_plus_plus", _p(group_baseline=True)),
     ("token_kl_grpo", ()),
     ("hierarchical", ()),
-    ("hierarchical", _p(output="residual")),
     ("hierarchical", _p(layers="all")),
     ("hierarchical", _p(layers="all", max_tokens=4)),
     ("hierarchical", _p(max_tokens=4)),
     ("hierarchical", _p(layers="final", ridge=1.0)),
-    ("hierarchical", _p(cross_fit="none", ridge=1.0)),
     ("hierarchical", _p(scope="batch", ridge=0.5, layers="current")),
-    ("hierarchical", _p(self_normalise=True)),
+    ("hierarchical", _p(log_ratio_clip=0.1)),
 )
 RATIOS = ("token", "sequence", "future", "prefix", "product")
 WEIGHTS: tuple[tuple[str, Parameters], ...] = (

@@ -54,9 +54,8 @@ row of settings and nothing else.
 What no recipe provides yet: a critic (`gae` runs with V = 0 unless `values` are given) and process rewards from a model
 (`token_rewards` come from a KL or an entropy in the reward; `step_ends` from a caller of the library).
 
-Where the evidence is: golden numbers, slow twins and traps in `tests/unit/test_advantages.py` and
-`tests/unit/test_policy_objectives.py`; exact expectations over policies whose responses can be listed in `tests/unit/test_kl.py` and
-`tests/unit/test_enumerable_policies.py`.
+Where the evidence is: `tests/unit/algorithms/` has golden numbers, slow twins and traps of each module in a file of its name, and
+exact expectations over policies whose responses can be listed in `test_kl.py` and `test_enumerable_policies.py`.
 """
 
 SCHULMAN = """### Schulman's experiment

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical.group_regression import others_mean
+from rlsys.algorithms.advantages.grouping import others_mean
 
 BASELINES = ("none", "group_mean", "leave_one_out", "used")
 REFERENCE = "leave_one_out"
@@ -85,7 +85,7 @@ def gradient_diagnostics(groups: Sequence[Tensor]) -> dict[str, float]:
         proxy_ratio/<b>             the same of the proxy sum_i sum_t n_it W_it^2, over the same responses
         cross_position_share/<b>    1 - sum_i sum_t ||W_it score_it||^2 / sum_i ||g_i||^2: what assumption A neglects
 
-    Source: references/hierarchical_token_baselines.md, (Vexpand), (Vsum) and assumption A.
+    Source: docs/hierarchical_derivation.md, section 5.
 
     Conventions: groups of one say nothing of a variance and are left out; with none left, or a reference of 0, nothing is reported. What responses of
     a group share through their baselines, a covariance of order 1/G^2, is not in V. The share is of second moments: negative where positions

@@ -10,11 +10,13 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 GroupFilter = Literal["accuracy", "reward"]
 
 
-class BaselineNetworkConfig(Section):
-    """The network of `hierarchical` with `solver: network`."""
+class AuxiliaryConfig(Section):
+    """The small network on the policy's hidden states that some estimators read and teach."""
 
-    width: int = Field(default=64, ge=1, description="Units of its one hidden layer.")
-    learning_rate: float = Field(default=3e-3, gt=0, description="Of Adam; one step a mini-batch.")
+    width: int = Field(default=64, ge=1, description="Units of its hidden layer.")
+    learning_rate: float = Field(
+        default=3e-3, gt=0, description="Of its optimizer; one step per mini-batch."
+    )
 
 
 class AdvantageConfig(Section):
@@ -26,11 +28,11 @@ class AdvantageConfig(Section):
     recompute: bool = Field(
         default=False,
         description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: only for "
-        "estimators that correct for the policy having moved since sampling (hierarchical), with objective.weight none.",
+        "estimators that correct for the policy having moved since sampling, with objective.weight none.",
     )
-    network: BaselineNetworkConfig = Field(
-        default=BaselineNetworkConfig(),
-        description="The network of `hierarchical` with `solver: network`.",
+    auxiliary: AuxiliaryConfig = Field(
+        default=AuxiliaryConfig(),
+        description="The network beside the policy, of estimators that have one.",
     )
 
 

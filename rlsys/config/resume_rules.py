@@ -52,7 +52,9 @@ RULES: tuple[ResumeRule, ...] = (
         "It decides which problems there are, and the position in the data belongs to them.",
     ),
     _rule(
-        "algorithm.advantage.network.width", "refused", "The checkpoint holds a network that wide."
+        "algorithm.advantage.auxiliary.width",
+        "refused",
+        "The checkpoint holds a network that wide.",
     ),
     _rule(
         "algorithm.",

@@ -1,7 +1,7 @@
 """The records that travel between the stages of a step.
 
     PromptBatch -> RolloutBatch -> RewardBatch ---+
-                        +--------> LogprobBatch --+--> TrainBatch
+                        +--------> LogprobBatch --+--> ScoredBatch -> TrainBatch
 
 Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat: the tokens of all responses lie one after the
 other, and `sequence_offsets` says where each begins. Nothing is padded here and no mask is inferred from a pad id.
@@ -12,7 +12,7 @@ B responses, P prompts, N tokens. A sequence is a prompt followed by its respons
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -265,20 +265,6 @@ class RewardBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredBatch:
-    """Responses with their rewards, and no advantages: what dynamic sampling drew and did not keep."""
-
-    rollouts: RolloutBatch
-    rewards: RewardBatch
-
-    def __post_init__(self) -> None:
-        assert len(self.rewards) == len(self.rollouts)
-
-    def __len__(self) -> int:
-        return len(self.rollouts)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LogprobBatch:
     """Log-probabilities of some rows of a batch under one policy: what one rank returns.
 
@@ -315,27 +301,54 @@ class LogprobBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBatch:
-    """Everything that an update needs. Flat arrays are aligned with `rollouts.token_ids` and 0 outside the mask."""
+class ScoredBatch:
+    """Responses with their rewards and what else an update needs, but no advantages.
+
+    What dynamic sampling did not keep stays one; so does a batch whose advantages the policy's ranks
+    estimate before each mini-batch (`advantage.recompute`). Flat arrays are aligned with
+    `rollouts.token_ids` and 0 outside the mask.
+    """
 
     rollouts: RolloutBatch
     rewards: RewardBatch
-    advantages: (
-        NDArray[np.float32] | None
-    )  # [N]; None: estimated from the live policy before each mini-batch (advantage.recompute)
-    old_logprobs: NDArray[np.float32] | None = (
-        None  # [N]; None: one update a batch, so old = live at that update
-    )
+    # [N]; None: one update per batch, so old = live at that update
+    old_logprobs: NDArray[np.float32] | None = None
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
-    returns: NDArray[np.float32] | None = None  # [N] critic targets
     kl_coefficient: float = 0.0  # of the KL term in the loss
     trained: NDArray[np.bool_] | None = None  # [B] responses that enter the loss; None: all
 
     def __post_init__(self) -> None:
         assert len(self.rewards) == len(self.rollouts)
         assert self.trained is None or self.trained.shape == (len(self.rollouts),)
-        assert self.advantages is None or self.advantages.shape == self.rollouts.token_ids.shape
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
 
     @property
     def batch_id(self) -> int:
         return self.rollouts.batch_id
+
+    def credited(
+        self,
+        advantages: NDArray[np.float32],
+        *,
+        returns: NDArray[np.float32] | None = None,
+        old_logprobs: NDArray[np.float32] | None = None,
+    ) -> TrainBatch:
+        """Return the batch with its advantages, perhaps those of another `old` policy."""
+        known = {field.name: getattr(self, field.name) for field in fields(ScoredBatch)}
+        if old_logprobs is not None:
+            known["old_logprobs"] = old_logprobs
+        return TrainBatch(**known, advantages=advantages, returns=returns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch(ScoredBatch):
+    """Everything that an update needs."""
+
+    advantages: NDArray[np.float32]  # [N]
+    returns: NDArray[np.float32] | None = None  # [N] critic targets
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.advantages.shape == self.rollouts.token_ids.shape

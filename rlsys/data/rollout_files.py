@@ -17,7 +17,7 @@ from rlsys.data.batches import RewardBatch, ScoredBatch, StopReason, TrainBatch
 
 
 def write_rollouts(
-    batch: TrainBatch,
+    batch: ScoredBatch,
     path: Path,
     *,
     dropped: ScoredBatch | None = None,
@@ -25,18 +25,19 @@ def write_rollouts(
 ) -> None:
     """Write a row for each response: texts, tokens, log-probabilities, rewards, advantages. Token arrays cover prompt and response.
 
-    `dropped` are responses that were sampled and not kept. `advantages` `[N]` are those that the update estimated itself, NaN where it estimated
-    none: they take the place of the batch's, which then has none.
+    `dropped` are responses that were sampled and not kept. `advantages` `[N]` are those that the update
+    estimated itself, NaN where it estimated none, of a batch that has none.
     """
     trained = (
         np.ones(len(batch.rollouts), dtype=np.bool_) if batch.trained is None else batch.trained
     )
-    used = batch.advantages if advantages is None else advantages
-    kept = _sample_columns(ScoredBatch(rollouts=batch.rollouts, rewards=batch.rewards)) | {
+    if advantages is None and isinstance(batch, TrainBatch):
+        advantages = batch.advantages
+    kept = _sample_columns(batch) | {
         "trained": pa.array(trained),
         "old_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.old_logprobs),
         "ref_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.ref_logprobs),
-        "advantages": _ragged(batch.rollouts.sequence_offsets, used, trained),
+        "advantages": _ragged(batch.rollouts.sequence_offsets, advantages, trained),
     }
     tables = [pa.table(kept)]
     if dropped is not None:

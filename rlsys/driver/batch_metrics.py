@@ -15,20 +15,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReason, TrainBatch
+from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReason
 from rlsys.metrics import Metric, maximum, mean, total
 from rlsys.run.reward_failures import failure_counts
 
 
 def batch_metrics(
-    batch: TrainBatch, dropped: ScoredBatch | None = None, greedy: RewardBatch | None = None
+    batch: ScoredBatch, dropped: ScoredBatch | None = None, greedy: RewardBatch | None = None
 ) -> dict[str, Metric]:
     """`reward/*` and `rollout/*` over everything that was sampled, `trained/*` over what enters the loss.
 
     `greedy` are the greedy responses that an estimator compares with: they count among the failures and nowhere else.
     """
-    kept = ScoredBatch(rollouts=batch.rollouts, rewards=batch.rewards)
-    sampled = [kept] if dropped is None else [kept, dropped]
+    sampled = [batch] if dropped is None else [batch, dropped]
     everything = _Columns.of(sampled)
     scored = [part.rewards for part in sampled] + ([] if greedy is None else [greedy])
     failures = {f"reward/{name}": total(n) for name, n in failure_counts(scored).items()}
@@ -36,7 +35,7 @@ def batch_metrics(
         _sampled_metrics(everything)
         | _reward_details(sampled)
         | failures
-        | _trained_metrics(_Columns.of([kept]).where(batch.trained))
+        | _trained_metrics(_Columns.of([batch]).where(batch.trained))
     )
 
 

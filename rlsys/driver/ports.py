@@ -7,8 +7,8 @@ and return a handle return at once; methods that are awaited come back when the 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,6 @@ from rlsys.data.batches import (
     RolloutBatch,
     SamplingParameters,
     ScoredBatch,
-    TrainBatch,
 )
 from rlsys.metrics import MetricMap
 
@@ -45,10 +44,54 @@ class RolloutPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditedBatch:
-    """A train batch in the object store, with the metrics of everything that was sampled, of what is trained, and of the advantages."""
+class StepHandles:
+    """Everything that the workers made of the samples of one step; groups in prompt order.
 
-    batch: Handle[TrainBatch]
+    An empty sequence of log-probabilities means that there are none. Dropped parts were sampled and not
+    kept: they are counted in the metrics and get no advantages.
+    """
+
+    rollouts: Sequence[Handle[RolloutBatch]]
+    rewards: Sequence[Handle[RewardBatch]]
+    old: Sequence[Handle[LogprobBatch]] = ()  # one per rank
+    ref: Sequence[Handle[LogprobBatch]] = ()
+    greedy: Sequence[Handle[RewardBatch]] = ()  # of one greedy response per prompt
+    dropped_rollouts: Sequence[Handle[RolloutBatch]] = ()
+    dropped_rewards: Sequence[Handle[RewardBatch]] = ()
+
+    def all(self) -> list[Handle[Any]]:
+        """Return every handle."""
+        return [handle for field in fields(self) for handle in getattr(self, field.name)]
+
+    def opened(self, records: Mapping[Handle[Any], Any]) -> StepRecords:
+        """Return the records, given that of each handle."""
+        return StepRecords(
+            **{
+                field.name: [records[handle] for handle in getattr(self, field.name)]
+                for field in fields(self)
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecords:
+    """The records behind `StepHandles`, where they are used."""
+
+    rollouts: Sequence[RolloutBatch]
+    rewards: Sequence[RewardBatch]
+    old: Sequence[LogprobBatch] = ()
+    ref: Sequence[LogprobBatch] = ()
+    greedy: Sequence[RewardBatch] = ()
+    dropped_rollouts: Sequence[RolloutBatch] = ()
+    dropped_rewards: Sequence[RewardBatch] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditedBatch:
+    """A batch in the object store, with the metrics of everything that was sampled, of what is trained, and of the advantages."""
+
+    # A `TrainBatch`; a `ScoredBatch` where the policy's ranks estimate the advantages.
+    batch: Handle[ScoredBatch]
     dropped: Handle[ScoredBatch] | None = None  # sampled and not kept; None: everything was kept
     metrics: MetricMap = field(default_factory=dict)
 
@@ -90,8 +133,11 @@ class LogprobSource(Protocol):
 class Policy(LogprobSource, Protocol):
     """The actor group."""
 
-    async def update(self, batch: Handle[TrainBatch]) -> MetricMap:
-        """All epochs and mini-batches on one train batch. Metrics are merged over ranks."""
+    async def update(self, batch: Handle[ScoredBatch]) -> MetricMap:
+        """All epochs and mini-batches on one batch. Metrics are merged over ranks.
+
+        A `TrainBatch`; with `advantage.recompute` a `ScoredBatch`, whose advantages the ranks estimate.
+        """
         ...
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
@@ -113,21 +159,8 @@ class Policy(LogprobSource, Protocol):
 class AdvantageComputer(Protocol):
     """The advantage controller."""
 
-    async def credit(
-        self,
-        rollouts: Sequence[Handle[RolloutBatch]],
-        rewards: Sequence[Handle[RewardBatch]],
-        old_logprobs: Sequence[Handle[LogprobBatch]],
-        ref_logprobs: Sequence[Handle[LogprobBatch]],
-        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
-        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
-        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
-    ) -> CreditedBatch:
-        """Join a batch's parts (prompt order), compute advantages, leave the result in the object store.
-
-        An empty sequence of log-probability handles means that there are none. `greedy_rewards` are those of one greedy response a prompt.
-        Dropped parts were sampled and not kept: they are counted in the metrics and get no advantages.
-        """
+    async def credit(self, step: StepHandles) -> CreditedBatch:
+        """Join a step's parts, compute advantages, leave the result in the object store."""
         ...
 
     async def state(self) -> dict[str, Any]:
@@ -140,13 +173,13 @@ class AdvantageComputer(Protocol):
 
     async def write_rollouts(
         self,
-        batch: Handle[TrainBatch],
+        batch: Handle[ScoredBatch],
         path: Path,
         *,
         dropped: Handle[ScoredBatch] | None = None,
         advantages: Handle[NDArray[np.float32]] | None = None,
     ) -> None:
-        """Write everything that was sampled in one step as Parquet. `advantages` are `Policy.estimated_advantages`, in place of the batch's."""
+        """Write everything that was sampled in one step as Parquet. `advantages` are `Policy.estimated_advantages`, of a batch that has none."""
         ...
 
     async def metrics(self) -> MetricMap:

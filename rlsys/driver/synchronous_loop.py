@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch
-from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, Workers
+from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
 from rlsys.metrics import MetricMap, combine, values
@@ -83,13 +83,15 @@ class SynchronousLoop:
             await self._sampler.rewards([*groups, *greedy], "training")
         with session.phase("advantages"):
             credited = await workers.advantages.credit(
-                rollouts,
-                rewards,
-                old,
-                ref,
-                [group.rewards for group in greedy],
-                [group.part.rollouts for group in sampled.dropped],
-                [group.rewards for group in sampled.dropped],
+                StepHandles(
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    old=old,
+                    ref=ref,
+                    greedy=[group.rewards for group in greedy],
+                    dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
+                    dropped_rewards=[group.rewards for group in sampled.dropped],
+                )
             )
         with session.phase("update"):
             update = await self._update(step, credited)

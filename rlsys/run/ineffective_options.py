@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.algorithms.advantages import trains_auxiliary
 from rlsys.algorithms.policy_objectives import ignores_ratio, is_one_at_ratio_one
 from rlsys.config import RunConfig
 from rlsys.config.command_line import flat
@@ -133,9 +134,13 @@ TABLE: tuple[Ineffective, ...] = (
         because="algorithm.rollout_correction.level is none",
     ),
     _row(
-        "algorithm.advantage.network.",
-        when=lambda s: s.config.algorithm.advantage.parameters.get("solver") != "network",
-        because="algorithm.advantage.parameters.solver is not network",
+        "algorithm.advantage.auxiliary.",
+        when=lambda s: (
+            not trains_auxiliary(
+                s.config.algorithm.advantage.name, s.config.algorithm.advantage.parameters
+            )
+        ),
+        because="the estimator (algorithm.advantage) has no network with these parameters",
     ),
     # The engines.
     _row(

@@ -11,6 +11,7 @@ from rlsys.algorithms.advantages import (
     check_advantage_estimator,
     compares_group,
     estimator_needs,
+    estimator_spec,
     get_advantage_estimator,
     is_importance_corrected,
 )
@@ -28,7 +29,7 @@ from rlsys.rewards import check_reward_function, get_reward_function
 from rlsys.run.directory import RunDirectory
 from rlsys.run.machine_checks import machine_mistakes
 from rlsys.run.plan import shown_parameters
-from rlsys.run.required_inputs import estimator_parameters
+from rlsys.run.required_inputs import estimator_parameters, missing_inputs
 
 CONNECT_LIMIT_S = 3.0
 LAST_PORT = 65535
@@ -135,7 +136,12 @@ def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
     yield from _group_contradictions(config, name)
     yield from _kl_contradictions(config, name)
     yield from _recompute_contradictions(config, name)
-    yield from _network_contradictions(config, name)
+    yield from estimator_spec(name).check(config)
+    for need in sorted(missing_inputs(config)):
+        yield (
+            f"algorithm.advantage.name: {name!r} needs {need}, which no part of this run computes. "
+            "Choose another estimator."
+        )
 
 
 def _group_contradictions(config: RunConfig, name: str) -> Iterator[str]:
@@ -196,23 +202,6 @@ def _recompute_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             f"always 1, and neither the objective nor {name!r}{shown_parameters(parameters)} "
             "corrects for the policy having moved. Set it to false; it is for "
             f"{', '.join(others)}, as whole weights of the score."
-        )
-
-
-def _network_contradictions(config: RunConfig, name: str) -> Iterator[str]:
-    advantage = config.algorithm.advantage
-    if name != "hierarchical" or advantage.parameters.get("solver") != "network":
-        return
-    if not advantage.recompute:
-        yield (
-            "algorithm.advantage.parameters.solver: 'network' is evaluated and trained by the "
-            "policy's ranks, before each mini-batch. Set algorithm.advantage.recompute true."
-        )
-    if config.policy.epochs > 1:
-        yield (
-            f"policy.epochs: in the second of {config.policy.epochs} epochs the baseline network "
-            "would have seen the responses it is used on, which is biased. Set it to 1, or another "
-            "algorithm.advantage.parameters.solver."
         )
 
 

@@ -20,12 +20,42 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
     several_updates = (
         config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
     )
-    in_rewards = (
-        algorithm.kl.coefficient > 0 and algorithm.kl.placement == "reward"
-    ) or algorithm.entropy.temperature > 0
-    if several_updates or in_rewards or algorithm.kl.target is not None or "score_norms" in needs:
+    if (
+        several_updates
+        or charges_tokens(config)
+        or algorithm.kl.target is not None
+        or "score_norms" in needs
+    ):
         needs.add("old_logprobs")
     return frozenset(needs)
+
+
+# What a run has for an estimator, besides the rewards of tokens: no critic, and no steps of a response.
+PROVIDED: frozenset[Need] = frozenset(
+    (
+        "rollout_logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+        "score_norms",
+        "greedy_rewards",
+        "truncated",
+    )
+)
+
+
+def missing_inputs(config: RunConfig) -> frozenset[Need]:
+    """Return what the configured estimator needs and no part of the run computes."""
+    algorithm = config.algorithm
+    provided = set(PROVIDED)
+    if charges_tokens(config):
+        provided.add("token_rewards")
+    return estimator_needs(algorithm.advantage.name) - provided
+
+
+def charges_tokens(config: RunConfig) -> bool:
+    """Return whether a KL or an entropy is part of the reward of each token."""
+    kl, entropy = config.algorithm.kl, config.algorithm.entropy
+    return (kl.coefficient > 0 and kl.placement == "reward") or entropy.temperature > 0
 
 
 def estimator_parameters(config: RunConfig) -> dict[str, Any]:

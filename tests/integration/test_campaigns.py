@@ -18,7 +18,7 @@ from rlsys.algorithms.policy_objectives import weights
 def squared(terms):
     return weights._uncut(terms.ratios**2 * terms.advantages)
 
-weights.WEIGHTS._functions["importance"] = squared
+weights.WEIGHTS._entries["importance"] = squared
 from benchmarks.campaigns.enumeration import main
 sys.exit(main())
 """

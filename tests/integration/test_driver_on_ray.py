@@ -22,7 +22,7 @@ from rlsys.data.batches import (
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.ports import CreditedBatch, Workers
+from rlsys.driver.ports import CreditedBatch, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
 from rlsys.driver.synchronous_loop import SynchronousLoop
@@ -170,17 +170,8 @@ class TrainerClient:
     def score(self, rollouts: Any) -> Any:
         return self._actor.score.remote(rollouts)
 
-    async def credit(
-        self,
-        rollouts: Any,
-        rewards: Any,
-        old_logprobs: Any,
-        ref_logprobs: Any,
-        greedy_rewards: Any = (),
-        dropped_rollouts: Any = (),
-        dropped_rewards: Any = (),
-    ) -> CreditedBatch:
-        (batch,) = await self._actor.credit.remote(*rollouts, *rewards)
+    async def credit(self, step: StepHandles) -> CreditedBatch:
+        (batch,) = await self._actor.credit.remote(*step.rollouts, *step.rewards)
         return CreditedBatch(batch=batch)
 
     async def update(self, batch: Any) -> dict:

@@ -32,11 +32,9 @@ from rlsys.data.batches import (
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
-from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
-from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart, Workers
+from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart, StepHandles, Workers
 from rlsys.metrics import Metric, maximum, mean, total
-from workers.advantage_controller import joined
 
 T = TypeVar("T")
 PROBLEMS, VOCABULARY = 6, 8
@@ -137,29 +135,31 @@ class TablePolicy:
     ) -> Sequence[Handle[LogprobBatch]]:
         await self._stage.enter(f"logprobs:{self._word}")
         batch = RolloutBatch.concatenate(await _open_all(rollouts))
-        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
-        problems, positions, tokens = _coordinates(batch)
-        flat[batch.response_mask] = _log_softmax(self.logits)[problems, positions, tokens]
+        flat, norms = self._flat_logprobs(batch)
         return [
             self._stage.put(
                 LogprobBatch(
                     batch_id=batch.batch_id,
                     rows=rows,
-                    logprobs=np.concatenate(
-                        [
-                            flat[batch.sequence_offsets[r] : batch.sequence_offsets[r + 1]]
-                            for r in rows
-                        ]
-                    ),
+                    logprobs=_rows_of(flat, rows, batch),
+                    score_norms=_rows_of(norms, rows, batch),
                 )
             )
-            for rows in (
-                np.arange(0, len(batch), 2),
-                np.arange(1, len(batch), 2),
-            )  # as two ranks would
+            # as two ranks would
+            for rows in (np.arange(0, len(batch), 2), np.arange(1, len(batch), 2))
         ]
 
-    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+    def _flat_logprobs(self, batch: RolloutBatch) -> NDArray[np.float32]:
+        """[2, N] log-probabilities and score norms under the table as it is."""
+        problems, positions, tokens = _coordinates(batch)
+        logprobs = _log_softmax(self.logits)[problems, positions]
+        chosen = logprobs[np.arange(len(tokens)), tokens]
+        norms = 1 - 2 * np.exp(chosen) + np.exp(2 * logprobs).sum(axis=-1)
+        flat = np.zeros((2, len(batch.token_ids)), dtype=np.float32)
+        flat[:, batch.response_mask] = chosen, norms
+        return flat
+
+    async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
         await self._stage.enter("update")
         (train,) = await _open_all([batch])
         advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)
@@ -188,21 +188,15 @@ class TablePolicy:
             "policy/skipped_updates": total(0),
         }
 
-    def _advantages(self, train: TrainBatch) -> NDArray[np.float32]:
+    def _advantages(self, train: ScoredBatch) -> NDArray[np.float32]:
         """Those of the batch; estimated here where it has none, as `algorithm.advantage.recompute` asks."""
         self._estimated = None
-        if train.advantages is not None:
+        if isinstance(train, TrainBatch):
             return train.advantages
         rollouts = train.rollouts
-        problems, positions, tokens = _coordinates(rollouts)
-        logprobs = _log_softmax(self.logits)[problems, positions]
-        chosen = logprobs[np.arange(len(tokens)), tokens]
-        norms = 1 - 2 * np.exp(chosen) + np.exp(2 * logprobs).sum(axis=-1)
-        flat = np.zeros((2, len(rollouts.token_ids)), dtype=np.float32)
-        flat[:, rollouts.response_mask] = chosen, norms
-        live = LiveLogprobs(logprobs=flat[0], score_norms=flat[1])
+        flat, norms = self._flat_logprobs(rollouts)
+        live = LiveLogprobs(logprobs=flat, score_norms=norms)
         made = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
-        assert made.batch.advantages is not None
         self._estimated = made.batch.advantages
         return self._estimated
 
@@ -219,6 +213,13 @@ class TablePolicy:
         with np.load(directory / "policy.npz") as saved:
             self.logits, self.momentum = saved["logits"], saved["momentum"]
         self.updates = json.loads((directory / "policy_state.json").read_text())["updates"]
+
+
+def _rows_of(
+    flat: NDArray[np.float32], rows: NDArray[np.int64], batch: RolloutBatch
+) -> NDArray[np.float32]:
+    offsets = batch.sequence_offsets
+    return np.concatenate([flat[offsets[row] : offsets[row + 1]] for row in rows])
 
 
 def _coordinates(
@@ -346,28 +347,12 @@ class InProcessAdvantages:
         self._assigner = CreditAssigner(config)
         self.batches: list[Mapping[str, Any]] = []  # a few facts about each train batch
 
-    async def credit(
-        self,
-        rollouts: Sequence[Handle[RolloutBatch]],
-        rewards: Sequence[Handle[RewardBatch]],
-        old_logprobs: Sequence[Handle[LogprobBatch]],
-        ref_logprobs: Sequence[Handle[LogprobBatch]],
-        greedy_rewards: Sequence[Handle[RewardBatch]] = (),
-        dropped_rollouts: Sequence[Handle[RolloutBatch]] = (),
-        dropped_rewards: Sequence[Handle[RewardBatch]] = (),
-    ) -> CreditedBatch:
+    async def credit(self, step: StepHandles) -> CreditedBatch:
         await self._stage.enter("credit")
-        greedy = (
-            RewardBatch.concatenate(await _open_all(greedy_rewards)) if greedy_rewards else None
-        )
-        dropped = joined(await _open_all(dropped_rollouts), await _open_all(dropped_rewards))
-        train, diagnostics = self._assigner.assign(
-            RolloutBatch.concatenate(await _open_all(rollouts)),
-            RewardBatch.concatenate(await _open_all(rewards)),
-            await _open_all(old_logprobs),
-            await _open_all(ref_logprobs),
-            greedy,
-        )
+        handles = step.all()
+        records = dict(zip(handles, await _open_all(handles), strict=True))
+        credited = self._assigner.credit(step.opened(records))
+        train, dropped = credited.batch, credited.dropped
         mask = train.rollouts.response_mask
         self.batches.append(
             {
@@ -380,7 +365,7 @@ class InProcessAdvantages:
         return CreditedBatch(
             batch=self._stage.put(train),
             dropped=None if dropped is None else self._stage.put(dropped),
-            metrics=batch_metrics(train, dropped, greedy) | diagnostics,
+            metrics=credited.metrics,
         )
 
     async def state(self) -> dict[str, Any]:
@@ -391,7 +376,7 @@ class InProcessAdvantages:
 
     async def write_rollouts(
         self,
-        batch: Handle[TrainBatch],
+        batch: Handle[ScoredBatch],
         path: Path,
         *,
         dropped: Handle[ScoredBatch] | None = None,

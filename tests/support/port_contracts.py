@@ -23,7 +23,7 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.data.rollout_files import read_rollouts
-from rlsys.driver.ports import Handle, RolloutPart, Workers
+from rlsys.driver.ports import Handle, RolloutPart, StepHandles, Workers
 from rlsys.metrics import values
 
 
@@ -66,11 +66,12 @@ class System:
             [await self.open(rank) for rank in ranks], rollouts.sequence_offsets
         )
 
-    async def train_batch(self) -> Handle[TrainBatch]:
+    async def train_batch(self) -> Handle[ScoredBatch]:
         parts = await self.parts()
         handles = [part.rollouts for part in parts]
         rewards = [self.workers.scorer.score(handle) for handle in handles]
-        return (await self.workers.advantages.credit(handles, rewards, (), ())).batch
+        step = StepHandles(rollouts=handles, rewards=rewards)
+        return (await self.workers.advantages.credit(step)).batch
 
 
 async def generator_answers_each_prompt_once(system: System) -> None:
@@ -188,10 +189,10 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     old, ref = await asyncio.gather(
         workers.policy.logprobs(handles), workers.reference.logprobs(handles)
     )
-    credited = await workers.advantages.credit(handles, rewards, old, ref)
+    step = StepHandles(rollouts=handles, rewards=rewards, old=old, ref=ref)
+    credited = await workers.advantages.credit(step)
     train: TrainBatch = await system.open(credited.batch)
     assert train.batch_id == system.prompts.batch_id
-    assert train.advantages is not None
     assert (train.advantages[~train.rollouts.response_mask] == 0).all()
     np.testing.assert_array_equal(train.rollouts.prompts.group_ids, system.prompts.group_ids)
     expected = RewardBatch.concatenate([await reward for reward in rewards])
@@ -214,9 +215,13 @@ async def dropped_parts_are_counted_and_written(system: System, directory: Path)
     workers = system.workers
     handles = [part.rollouts for part in await system.parts()]
     rewards = [workers.scorer.score(handle) for handle in handles]
-    credited = await workers.advantages.credit(
-        handles[:-1], rewards[:-1], (), (), (), handles[-1:], rewards[-1:]
+    step = StepHandles(
+        rollouts=handles[:-1],
+        rewards=rewards[:-1],
+        dropped_rollouts=handles[-1:],
+        dropped_rewards=rewards[-1:],
     )
+    credited = await workers.advantages.credit(step)
     train: TrainBatch = await system.open(credited.batch)
     assert credited.dropped is not None
     dropped: ScoredBatch = await system.open(credited.dropped)

@@ -140,12 +140,6 @@ def test_a_dry_run_shows_what_follows_the_token_limit(capsys: pytest.CaptureFixt
             "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor 'grpo'",
         ),
         (
-            hierarchical_math,
-            ("--algorithm.advantage.parameters.output", "residual"),
-            "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor "
-            "'hierarchical' (output=residual) corrects",
-        ),
-        (
             grpo_math,
             (*HIERARCHICAL, *RECOMPUTE),
             "algorithm.objective.weight: 'ppo_clip' acts on a ratio that algorithm.advantage.recompute keeps at 1",
@@ -207,8 +201,7 @@ def mine() -> Iterator[None]:
         raise KeyError("rewards")
 
     yield
-    contract._SPECS.pop(MINE)
-    contract._ESTIMATORS._functions.pop(MINE)
+    contract._ESTIMATORS._entries.pop(MINE)
 
 
 @pytest.mark.usefixtures("mine")
@@ -275,5 +268,21 @@ def test_an_estimator_that_reads_the_reference_carries_no_kl_unless_it_says_so(
         )
         assert "Choose token_kl_grpo, or" in inside
     finally:
-        contract._SPECS.pop(MINE)
-        contract._ESTIMATORS._functions.pop(MINE)
+        contract._ESTIMATORS._entries.pop(MINE)
+
+
+def test_an_estimator_that_needs_what_no_run_has_is_refused(capsys: pytest.CaptureFixture[str]):
+    @register_advantage_estimator(MINE, needs=("values", "token_rewards"))
+    def estimator(inputs: AdvantageInputs) -> AdvantageOutput:
+        return AdvantageOutput(advantages=torch.zeros(inputs.response_mask.shape))
+
+    try:
+        code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE)
+        assert code == 2
+        assert f"'{MINE}' needs values, which no part of this run computes" in error
+        entropy = ("--algorithm.entropy.temperature", "0.1")
+        _, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE, *entropy)
+        assert "needs values" in error
+        assert "needs token_rewards" not in error
+    finally:
+        contract._ESTIMATORS._entries.pop(MINE)

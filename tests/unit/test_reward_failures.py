@@ -28,7 +28,13 @@ from rlsys.config import (
     RunConfig,
 )
 from rlsys.config.command_line import ConfigError, parse
-from rlsys.data.batches import LogprobBatch, RewardBatch, RewardFailure, RolloutBatch
+from rlsys.data.batches import (
+    LogprobBatch,
+    RewardBatch,
+    RewardFailure,
+    RolloutBatch,
+    TrainBatch,
+)
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
@@ -616,8 +622,8 @@ def test_a_dropped_response_is_as_if_it_had_not_been_sampled(estimator: str):
 
     whole, train, metrics = assigned(np.arange(8), numbers)
     less, expected, _ = assigned(KEPT, [number for number in numbers if number == number])
-    assert train.advantages is not None
-    assert expected.advantages is not None
+    assert isinstance(train, TrainBatch)
+    assert isinstance(expected, TrainBatch)
     found = responses(whole, train.advantages)
     for row, advantages in zip(KEPT, responses(less, expected.advantages), strict=True):
         assert found[row] == pytest.approx(advantages, abs=1e-6), row
@@ -639,13 +645,12 @@ def test_recomputed_advantages_leave_dropped_responses_out_too():
     made = groups()
     rewards = plain_rewards([1.0, math.nan, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     train, _ = CreditAssigner(config).assign(made, rewards, [], [])
-    assert train.advantages is None
+    assert not isinstance(train, TrainBatch)
     assert train.trained is not None
     assert not train.trained[1]
     zeros = np.zeros(len(made.token_ids), dtype=np.float32)
     live = LiveLogprobs(logprobs=zeros, score_norms=zeros)
     made_again = recomputed(config, train, np.arange(4), live, {})
-    assert made_again.batch.advantages is not None
     found = responses(made, made_again.batch.advantages)
     assert [row[0] for row in found[:4]] == [1.0, 0.0, -0.5, -0.5]  # of three, not of four
 
@@ -656,14 +661,14 @@ def test_a_group_without_the_greedy_reward_that_it_is_compared_with_is_dropped()
     train, _ = CreditAssigner(config).assign(groups(), rewards, [], [], greedy)
     assert train.trained is not None
     assert train.trained.tolist() == [False] * 4 + [True] * 4
-    assert train.advantages is not None
+    assert isinstance(train, TrainBatch)
     assert [row[0] for row in responses(groups(), train.advantages)] == [0] * 4 + [0.75, -0.25] * 2
 
 
 def test_a_batch_without_any_reward_trains_nothing():
     config = RunConfig(algorithm=AlgorithmConfig(advantage=AdvantageConfig(name="grpo")))
     train, metrics = CreditAssigner(config).assign(groups(), plain_rewards([math.nan] * 8), [], [])
-    assert train.advantages is not None
+    assert isinstance(train, TrainBatch)
     assert not train.advantages.any()
     assert train.trained is not None
     assert not train.trained.any()

@@ -38,7 +38,6 @@ def test_the_file_of_a_step_holds_everything_that_was_sampled_and_says_what_was_
         *batch.rollouts.response_texts,
         *rest.response_texts,
     ]
-    assert batch.advantages is not None
     split = np.split(batch.advantages, batch.rollouts.sequence_offsets[1:-1])
     for row, own in zip(rows, [*split, *[None] * len(rest)], strict=True):
         expected = own.tolist() if row["trained"] and own is not None else None
@@ -48,7 +47,8 @@ def test_the_file_of_a_step_holds_everything_that_was_sampled_and_says_what_was_
 
 
 def test_advantages_that_the_update_estimated_take_their_place(directory: RunDirectory):
-    batch = replace(train_batch(random_rollouts(4), 4), advantages=None)
+    rollouts = random_rollouts(4)
+    batch = ScoredBatch(rollouts=rollouts, rewards=rewards_of(rollouts))
     path = directory.rollouts / "step_000001.parquet"
     estimated = np.arange(len(batch.rollouts.token_ids), dtype=np.float32)
     write_rollouts(batch, path, advantages=estimated)

@@ -125,7 +125,8 @@ def gradient_metrics(
 ) -> dict[str, Metric]:
     """`gradient/<name>` of `gradient_diagnostics` for the responses `rows` under the live policy. All ranks must be asked.
 
-    `used` are the batch's advantages as they stand: with `hierarchical` and output `score_weight`, what the update weights scores by.
+    `used` are the batch's advantages as they stand: with an importance-corrected estimator, what the update
+    weights scores by.
     """
     groups = []
     ids = batch.rollouts.group_ids[rows]
@@ -146,7 +147,6 @@ def _group_moments(
     device: torch.device,
 ) -> GroupMoments:
     """Over all ranks. A response's scores are used as soon as they are there; its weights need the rewards of the whole group only."""
-    assert batch.advantages is not None, "an update has advantages"
     rewards = torch.from_numpy(batch.rewards.rewards[members].astype(np.float64)).to(device)
     plain = plain_weights(rewards, torch.ones_like(rewards))  # [3, G]
     place = {int(row): i for i, row in enumerate(members)}

@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from rlsys.algorithms.advantages.hierarchical.baseline_network import BaselineRegression
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
-from rlsys.data.batches import RolloutBatch, TrainBatch
+from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
@@ -26,7 +25,7 @@ from rlsys.models.checkpoint_names import names_without_mapping
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.run.required_inputs import required_inputs
-from workers.training.baseline_network import BaselineLearner, wants_network
+from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.training.learning_rate import learning_rate
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
@@ -52,15 +51,14 @@ class PolicyWorker(CausalLMWorker):
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
         # Between the mini-batches of `algorithm.advantage.recompute`.
         self.estimator_state: Mapping[str, Any] = {}
-        self.baselines: BaselineLearner | None = None
+        self.auxiliary: AuxiliaryLearner | None = None
 
     def setup(self, address: str) -> tuple[str, ...]:
         """See `RankWorker.setup`."""
         notes = super().setup(address)
         self._check_export()
-        if wants_network(self.config):
-            hidden_size = self.backend.module.hidden_size
-            self.baselines = BaselineLearner(self.config, hidden_size, self.backend.device)
+        hidden_size = self.backend.module.hidden_size
+        self.auxiliary = AuxiliaryLearner.of(self.config, hidden_size, self.backend.device)
         if self.config.diagnostics.gradient:
             check_diagnosable(self.backend.module)
         return notes
@@ -83,7 +81,7 @@ class PolicyWorker(CausalLMWorker):
                 "mapping back to the weights of the checkpoint. Use --generation.engine transformers."
             )
 
-    def update(self, batch: TrainBatch) -> dict[str, Metric]:
+    def update(self, batch: ScoredBatch) -> dict[str, Metric]:
         """Train all epochs and mini-batches on one batch; every rank gets the whole batch and trains on its part."""
         policy = self.config.policy
         mini_batches = list(
@@ -116,20 +114,20 @@ class PolicyWorker(CausalLMWorker):
         return learning_rate(self.config.policy.optimizer, self.steps, self.config.trainer.steps)
 
     def update_on(
-        self, batch: TrainBatch, rows: NDArray[np.int64], among: NDArray[np.int64]
+        self, scored: ScoredBatch, rows: NDArray[np.int64], among: NDArray[np.int64]
     ) -> dict[str, Metric]:
         """Take one optimizer step on `rows`.
 
         Advantages that are estimated again are estimated over `among`, of which `rows` are a part.
         """
-        lengths = batch.rollouts.response_lengths[rows]
+        lengths = scored.rollouts.response_lengths[rows]
         sizes = Denominators(
             num_tokens=max(1, int(lengths.sum())),
             num_sequences=len(rows),
             max_tokens=self.config.generation.max_tokens,
         )
-        packs = self.packs_of(batch.rollouts, rows)
-        batch, diagnostics, regression = self._recomputed(batch, among)
+        packs = self.packs_of(scored.rollouts, rows)
+        batch, diagnostics, targets = self._credited(scored, among)
         diagnostics |= self._gradient_metrics(batch, rows)
         drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
         parameters = self._objective_parameters(batch, packs)
@@ -148,10 +146,10 @@ class PolicyWorker(CausalLMWorker):
         ):
             losses.append(made)
             tokens += len(pack.targets)
-            if self.baselines and regression:
-                self.baselines.learn(result, pack, regression)
-        if self.baselines:
-            diagnostics |= self.baselines.step()
+            if self.auxiliary and targets is not None:
+                self.auxiliary.accumulate(result, pack, targets)
+        if self.auxiliary:
+            diagnostics |= self.auxiliary.step()
 
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
         return measured | diagnostics | self._chosen(parameters) | self._optimizer_step()
@@ -172,7 +170,7 @@ class PolicyWorker(CausalLMWorker):
         return {"policy/grad_norm": mean(norm)} if finite else {}
 
     @torch.no_grad()
-    def _adapt_old_kl(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
+    def _adapt_old_kl(self, batch: ScoredBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
         """Report the coefficient of KL(old || live), and adapt it to what the updates on `rows` did.
 
         Every rank does the same.
@@ -195,24 +193,24 @@ class PolicyWorker(CausalLMWorker):
         return None if self.estimated is None else ray.put(self.estimated)
 
     @torch.no_grad()
-    def _recomputed(
-        self, batch: TrainBatch, rows: NDArray[np.int64]
-    ) -> tuple[TrainBatch, dict[str, Metric], BaselineRegression | None]:
-        """Return the batch as the live policy sees it, where `algorithm.advantage.recompute` asks for it.
+    def _credited(
+        self, batch: ScoredBatch, rows: NDArray[np.int64]
+    ) -> tuple[TrainBatch, dict[str, Metric], NDArray[np.float32] | None]:
+        """Return the batch as it came, or (`algorithm.advantage.recompute`) with what the live policy makes of its advantages.
 
-        Every rank estimates the same.
+        Every rank estimates the same. Also returned are metrics, and what an auxiliary network is to learn.
         """
         if not self.config.algorithm.advantage.recompute:
+            assert isinstance(batch, TrainBatch), "advantages are estimated before the update"
             return batch, {}, None
         live = self.live(batch.rollouts, self.packs_of(batch.rollouts, rows))
         made = recomputed(self.config, batch, rows, live, self.estimator_state)
         self.estimator_state = made.state
         self._keep_estimated(made.batch, _trained_rows(batch, rows))
-        return made.batch, made.metrics, made.regression
+        return made.batch, made.metrics, made.auxiliary_targets
 
     def _keep_estimated(self, batch: TrainBatch, rows: NDArray[np.int64]) -> None:
         """Remember the advantages of `rows`, for the file of the step's rollouts."""
-        assert batch.advantages is not None
         if self.estimated is None or self.estimated.shape != batch.advantages.shape:
             self.estimated = np.full_like(batch.advantages, np.nan)
         tokens = _tokens_of(batch.rollouts, rows)
@@ -221,15 +219,15 @@ class PolicyWorker(CausalLMWorker):
     @torch.no_grad()
     def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
         """Return what the policy as it is says of `packs`; collective, and every rank gets the values of all."""
-        learner = self.baselines
-        width = 2 + (learner.layers if learner else 0)
+        learner = self.auxiliary
+        width = 2 + (learner.width if learner else 0)
         flat = np.zeros((len(rollouts.token_ids), width), dtype=np.float32)
         for pack in packs:
             result = self.run(pack, rollouts.temperature)
             if not pack.is_filler:
                 columns = torch.stack([result.logprobs, result.score_norms], dim=1)
                 if learner:
-                    columns = torch.cat([columns, learner.baselines(result, pack)], dim=1)
+                    columns = torch.cat([columns, learner.outputs(result, pack)], dim=1)
                 flat[pack.flat_positions] = columns.cpu().numpy()
 
         everyone = torch.from_numpy(flat).to(self.backend.device)
@@ -238,7 +236,7 @@ class PolicyWorker(CausalLMWorker):
         return LiveLogprobs(
             logprobs=np.ascontiguousarray(flat[:, 0]),
             score_norms=np.ascontiguousarray(flat[:, 1]),
-            layer_baselines=flat[:, 2:] if learner else None,
+            auxiliary=flat[:, 2:] if learner else None,
         )
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
@@ -318,8 +316,8 @@ class PolicyWorker(CausalLMWorker):
             "old_kl_start": self.config.algorithm.kl_old.coefficient,
         }
         (path / STATE_FILE).write_text(json.dumps(facts))
-        if self.baselines:
-            self.baselines.save(path)
+        if self.auxiliary:
+            self.auxiliary.save(path)
 
     def load(self, directory: str) -> None:
         """Continue from what `save` wrote; collective.
@@ -345,11 +343,11 @@ class PolicyWorker(CausalLMWorker):
         if kl_old.target is not None and started_from == kl_old.coefficient:
             # A coefficient that was changed for the resume replaces the adapted one.
             self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
-        if self.baselines:
-            self.baselines.load(path)
+        if self.auxiliary:
+            self.auxiliary.load(path)
 
 
-def _trained_rows(batch: TrainBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _trained_rows(batch: ScoredBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return those of `rows` that enter the loss."""
     return rows if batch.trained is None else rows[batch.trained[rows]]
 

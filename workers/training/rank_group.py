@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
-from rlsys.data.batches import LogprobBatch, RolloutBatch, TrainBatch
+from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError
@@ -66,7 +66,7 @@ class CausalLMGroup(RankGroup):
 class PolicyGroup(CausalLMGroup):
     """The policy."""
 
-    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+    async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
         """See `ports.Policy`. The effective sample size, (sum rho)^2 / (n sum rho^2), is made here from the ranks' sums."""
         metrics = combine(
             await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))

@@ -1,17 +1,47 @@
-"""What advantage estimators take and give, and how they are registered."""
+"""What advantage estimators take and give, what they declare, and how they are registered.
+
+This module knows no estimator. Whatever one of them needs of a run is said here in general terms:
+the inputs it reads, the settings it does not go with, a small network that it trains.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical.baseline_network import BaselineRegression
-from rlsys.registry import Registry, Validate, check_values
+from rlsys.config import RunConfig
+from rlsys.registry import Registry, check_values
+
+# What `AdvantageInputs` may leave out, so that it is computed only for the estimators that need it.
+Need = Literal[
+    "token_rewards",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "score_norms",
+    "greedy_rewards",
+    "truncated",
+    "step_ends",
+]
+
+# How a batch comes to have them; part of the message that it has not.
+REMEDIES: Mapping[Need, str] = {
+    "token_rewards": "They come from a KL or an entropy in the reward.",
+    "rollout_logprobs": "The engine must return the log-probability of each sampled token.",
+    "old_logprobs": "The policy computes them before the update.",
+    "ref_logprobs": "Set algorithm.kl.coefficient above 0: the reference runs then.",
+    "values": "They are those of a critic.",
+    "score_norms": "The policy computes them with old_logprobs.",
+    "greedy_rewards": "The driver samples and scores one greedy response a prompt.",
+    "truncated": "Say of each response whether it was cut off at the token limit.",
+    "step_ends": "Say where each step of a response ends.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +56,17 @@ class AdvantageInputs:
     old_logprobs: Tensor | None = None  # [B, T]
     ref_logprobs: Tensor | None = None  # [B, T]
     values: Tensor | None = None  # [B, T] critic
-    score_norms: Tensor | None = (
-        None  # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
-    )
+    # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
+    score_norms: Tensor | None = None
     greedy_rewards: Tensor | None = None  # [B] reward of the greedy response to the same prompt
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
-    step_ends: Tensor | None = (
-        None  # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
-    )
+    # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
+    step_ends: Tensor | None = None
+    # [B, T, p] of the estimator's `TokenAuxiliary`, which has not seen the batch; None: there is none
+    auxiliary: Tensor | None = None
     kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
-    layer_baselines: Tensor | None = (
-        None  # [B, T, p] of a network that has not seen the batch; None: all 0
-    )
-    state: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what the estimator returned as its state for the batch before
+    # What the estimator returned as its state for the batch before.
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mask = self.response_mask
@@ -66,28 +92,13 @@ class AdvantageInputs:
             array = getattr(self, name)
             if array is not None and array.shape != mask.shape:
                 raise ValueError(
-                    f"{name} must have the shape of response_mask, {tuple(mask.shape)}, not {tuple(array.shape)}"
+                    f"{name} must have the shape of response_mask, {tuple(mask.shape)}, "
+                    f"not {tuple(array.shape)}"
                 )
-
-    def require(self, name: str, *, estimator: str, remedy: str, finite: bool = False) -> Tensor:
-        """The array `name`, which `estimator` cannot do without.
-
-        Raises:
-            ValueError: it is None, and the message says how to get it; or, where it must be `finite`, it is not.
-        """
-        array = getattr(self, name)
-        if array is None:
+        if self.auxiliary is not None and self.auxiliary.shape[:-1] != mask.shape:
             raise ValueError(
-                f"algorithm.advantage.name: {estimator!r} needs {name}, which this batch does not have. {remedy}"
+                f"auxiliary must have shape {[*mask.shape, 'p']}, not {tuple(self.auxiliary.shape)}"
             )
-        read = array[self.response_mask] if array.ndim == 2 else array
-        broken = int((~torch.isfinite(read)).sum())
-        if finite and broken:
-            raise ValueError(
-                f"algorithm.advantage.name: {estimator!r} needs {name}, of which {broken} of {read.numel()} are not finite. Look at the policy's "
-                "weights and at the batch: nothing that follows would mean anything."
-            )
-        return array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,34 +107,89 @@ class AdvantageOutput:
 
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
-    regression: BaselineRegression | None = (
-        None  # what a network of layer baselines is to learn from this batch
-    )
-    state: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # ready for JSON: comes back with the next batch; saved in checkpoints
+    # [B, T, q] what the estimator's `TokenAuxiliary` is to learn at each token of this batch
+    auxiliary_targets: Tensor | None = None
+    # Ready for JSON: comes back with the next batch; saved in checkpoints.
+    state: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
+class TokenAuxiliary(Protocol):
+    """A small network on the policy's hidden states that an estimator reads and teaches.
+
+    outputs (before the update) -> AdvantageInputs.auxiliary
+    AdvantageOutput.auxiliary_targets -> accumulate (for each pack of the update) -> step
+
+    Every rank of the policy has the whole network, built alike; before `step` the arrays of `sums`
+    are added up over the ranks. h is the last hidden state at the position that predicts a token: it
+    has seen the prompt and the tokens before, and carries no gradient to the policy.
+    """
+
+    width: int  # p, numbers for each token
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to `device`; before the first use."""
+        ...
+
+    def outputs(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return [m, p] of hidden states [m, d] and positions [m] within the response, without gradient."""
+        ...
+
+    def accumulate(self, hidden: Tensor, positions: Tensor, targets: Tensor) -> None:
+        """Add what m tokens with the targets [m, q] teach."""
+        ...
+
+    def sums(self) -> Sequence[Tensor]:
+        """Return the arrays that the ranks add up, in place, before `step`."""
+        ...
+
+    def step(self) -> Mapping[str, float]:
+        """Learn from what was accumulated on all ranks, and forget it; return metrics advantage/<name>."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            RuntimeError: it was of a network of another size.
+        """
+        ...
+
+
 AdvantageEstimator = Callable[..., AdvantageOutput]
-# What costs something to provide, so that it is made only for the estimators that say they read it; and what decides which settings go together.
-Need = Literal["rollout_logprobs", "old_logprobs", "ref_logprobs", "score_norms", "greedy_rewards"]
-Declared = bool | Callable[[Mapping[str, Any]], bool]  # perhaps a function of the parameters
+# Perhaps a function of the keyword parameters.
+Declared = bool | Callable[[Mapping[str, Any]], bool]
+# From the configuration and the width of a hidden state.
+BuildAuxiliary = Callable[[RunConfig, int], TokenAuxiliary]
+
+
+def _no_check(config: RunConfig) -> Iterator[str]:
+    yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorSpec:
-    """What an estimator says of itself when it is registered."""
+    """An estimator and what it declares of itself; see `register_advantage_estimator`."""
 
+    name: str
+    function: AdvantageEstimator
     needs: frozenset[Need]
-    compares_group: Declared
-    importance_corrected: Declared
-    carries_kl: bool
-    validate: Validate | None
+    compares_group: Declared = False
+    importance_corrected: Declared = False
+    carries_kl: bool = False
+    check: Callable[[RunConfig], Iterator[str]] = _no_check
+    validate: Callable[..., None] | None = None
+    auxiliary: BuildAuxiliary | None = None
+    uses_auxiliary: Declared = True
 
 
-_ESTIMATORS: Registry[AdvantageEstimator] = Registry("advantage estimator")
-_SPECS: dict[str, EstimatorSpec] = {}
+_ESTIMATORS: Registry[EstimatorSpec] = Registry(
+    "advantage estimator", function_of=lambda spec: spec.function
+)
 
 
 def register_advantage_estimator(
@@ -133,46 +199,72 @@ def register_advantage_estimator(
     compares_group: Declared = False,
     importance_corrected: Declared = False,
     carries_kl: bool = False,
-    validate: Validate | None = None,
+    check: Callable[[RunConfig], Iterator[str]] = _no_check,
+    validate: Callable[..., None] | None = None,
+    auxiliary: BuildAuxiliary | None = None,
+    uses_auxiliary: Declared = True,
 ) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
     """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`.
 
-    `needs` names the optional inputs that the estimator reads: the driver has them computed, and they are not None then. One that reads
-    `rollout_logprobs` corrects for the policy having moved since sampling: a second correction (`algorithm.rollout_correction`) is refused.
-    `compares_group` says that a response without another to the same prompt gets 0: a run that samples one response a prompt is refused.
-    `importance_corrected` says that the result is the whole weight of the score, with the ratio old / rollout in it: only such an estimator may
-    estimate again before each mini-batch (`algorithm.advantage.recompute`). Both may be functions of the keyword parameters.
+    needs: the optional inputs that it cannot do without. The driver has them computed, and a batch
+        without one is refused before the estimator is called. One that needs `rollout_logprobs`
+        corrects for the policy having moved since sampling: a second correction
+        (`algorithm.rollout_correction`) is refused.
+    compares_group: a response without another to the same prompt gets 0, so a run that samples one
+        response per prompt is refused.
+    importance_corrected: the result is the whole weight of the score, with the ratio old / rollout
+        in it. Only such an estimator may estimate again before each mini-batch
+        (`algorithm.advantage.recompute`).
+    carries_kl: the advantages contain the KL to the reference, with the weight `kl_coefficient`. It
+        goes with `algorithm.kl.placement: advantage`, and nothing else does.
+    check: yields, before a run starts, what else of the configuration it does not go with.
+    validate: called before a run starts with all keyword parameters, defaults included; raises a
+        ValueError for values that the signature cannot refuse.
+    auxiliary: builds the small network that it reads and teaches (`algorithm.advantage.auxiliary`),
+        with the parameters for which `uses_auxiliary` holds. The policy's ranks train it, so it needs
+        `algorithm.advantage.recompute`.
 
-    `carries_kl` says that its advantages contain the KL to the reference, with the weight `inputs.kl_coefficient`: it goes with
-    `algorithm.kl.placement: advantage`, and only such an estimator does.
-    `validate(**parameters)` is called before a run starts with all keyword parameters, defaults included; it raises a ValueError, with the
-    remedy, for values that the signature cannot refuse. The estimator itself is not called before it meets its first batch.
-
-    A keyword called `max_tokens` is the token limit of the run: null or left out, it follows `generation.max_tokens`.
+    `compares_group`, `importance_corrected` and `uses_auxiliary` may be functions of the keyword
+    parameters. A keyword called `max_tokens` is the token limit of the run: null or left out, it
+    follows `generation.max_tokens`.
     """
-    register = _ESTIMATORS.register(name)
+    _ESTIMATORS.check_name(name)
 
     def decorator(estimator: AdvantageEstimator) -> AdvantageEstimator:
-        register(estimator)
-        _SPECS[name] = EstimatorSpec(
+        spec = EstimatorSpec(
+            name=name,
+            function=estimator,
             needs=frozenset(needs),
             compares_group=compares_group,
             importance_corrected=importance_corrected,
             carries_kl=carries_kl,
+            check=check,
             validate=validate,
+            auxiliary=auxiliary,
+            uses_auxiliary=uses_auxiliary,
         )
+        _ESTIMATORS.add(name, spec)
         return estimator
 
     return decorator
 
 
-def get_advantage_estimator(name: str) -> AdvantageEstimator:
-    """The estimator called `name`.
+def estimator_spec(name: str) -> EstimatorSpec:
+    """Return the estimator called `name` with what it declares.
 
     Raises:
         ValueError: unknown name, with the nearest ones.
     """
     return _ESTIMATORS.get(name, field="algorithm.advantage.name")
+
+
+def get_advantage_estimator(name: str) -> AdvantageEstimator:
+    """Return the function of the estimator called `name`.
+
+    Raises:
+        ValueError: unknown name, with the nearest ones.
+    """
+    return estimator_spec(name).function
 
 
 def available_advantage_estimators() -> tuple[str, ...]:
@@ -181,27 +273,29 @@ def available_advantage_estimators() -> tuple[str, ...]:
 
 
 def estimator_needs(name: str) -> frozenset[Need]:
-    """The optional inputs that the estimator `name` reads."""
-    get_advantage_estimator(name)
-    return _SPECS[name].needs
+    """Return the optional inputs that the estimator `name` cannot do without."""
+    return estimator_spec(name).needs
 
 
 def compares_group(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
-    """Whether the estimator `name` gives 0 to a response without another to the same prompt, with those keyword parameters."""
-    get_advantage_estimator(name)
-    return _holds(_SPECS[name].compares_group, parameters)
+    """Return whether the estimator `name`, with those parameters, gives 0 to a response that is alone in its group."""
+    return _holds(estimator_spec(name).compares_group, parameters)
 
 
 def is_importance_corrected(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
-    """Whether what the estimator `name` returns is the whole weight of the score, with the ratio old / rollout in it."""
-    get_advantage_estimator(name)
-    return _holds(_SPECS[name].importance_corrected, parameters)
+    """Return whether the result of the estimator `name` is the whole weight of the score, with the ratio old / rollout in it."""
+    return _holds(estimator_spec(name).importance_corrected, parameters)
+
+
+def trains_auxiliary(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the estimator `name`, with those parameters, has a network beside the policy."""
+    spec = estimator_spec(name)
+    return spec.auxiliary is not None and _holds(spec.uses_auxiliary, parameters)
 
 
 def carries_kl(name: str) -> bool:
     """Return whether the advantages of the estimator `name` contain the KL to the reference."""
-    get_advantage_estimator(name)
-    return _SPECS[name].carries_kl
+    return estimator_spec(name).carries_kl
 
 
 def check_advantage_estimator(name: str, parameters: Mapping[str, Any]) -> None:
@@ -210,9 +304,9 @@ def check_advantage_estimator(name: str, parameters: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names field, value and remedy.
     """
-    estimator = get_advantage_estimator(name)
+    spec = estimator_spec(name)
     field = "algorithm.advantage.parameters"
-    check_values(name, estimator, _SPECS[name].validate, parameters, field=field)
+    check_values(name, spec.function, spec.validate, parameters, field=field)
 
 
 def _holds(declared: Declared, parameters: Mapping[str, Any] | None) -> bool:
@@ -222,24 +316,92 @@ def _holds(declared: Declared, parameters: Mapping[str, Any] | None) -> bool:
 def run_estimator(
     name: str, inputs: AdvantageInputs, parameters: Mapping[str, Any]
 ) -> AdvantageOutput:
-    """What the estimator `name` makes of `inputs`, checked; detached, and 0 outside the mask whatever the estimator left there.
+    """Return what the estimator `name` makes of `inputs`, checked; detached, and 0 outside the mask whatever it left there.
 
     Raises:
-        ValueError: the result has another type or shape than `AdvantageOutput` says, or values inside the mask that are not finite.
+        ValueError: the batch lacks an input that the estimator needs; or the result has another type
+            or shape than `AdvantageOutput` says, or values inside the mask that are not finite.
     """
-    output = get_advantage_estimator(name)(inputs, **parameters)
+    spec = estimator_spec(name)
+    _check_needs(spec, inputs)
+    output = spec.function(inputs, **parameters)
+
     mask, problem = inputs.response_mask, f"algorithm.advantage.name: {name!r} returned"
     if not isinstance(output, AdvantageOutput):
         raise ValueError(
-            f"{problem} {_described(output)}. Return an AdvantageOutput, with advantages of shape {list(mask.shape)}."
+            f"{problem} {_described(output)}. Return an AdvantageOutput, with advantages of shape "
+            f"{list(mask.shape)}."
         )
     advantages = _checked_array(output.advantages, mask, f"{problem} advantages")
     returns = output.returns
     if returns is not None:
         returns = _checked_array(returns, mask, f"{problem} returns")
+    _check_targets(output.auxiliary_targets, mask, problem)
+    _check_numbers(output, problem)
+    return replace(output, advantages=advantages, returns=returns)
+
+
+def _check_needs(spec: EstimatorSpec, inputs: AdvantageInputs) -> None:
+    """Refuse a batch without an input that the estimator needs, or with score norms that are not finite."""
+    for name in sorted(spec.needs):
+        array = getattr(inputs, name)
+        if array is None:
+            raise ValueError(
+                f"algorithm.advantage.name: {spec.name!r} needs {name}, which this batch does not "
+                f"have. {REMEDIES[name]}"
+            )
+        # Others may be infinite with a meaning: a log-probability of a word that a model rules out.
+        if name == "score_norms":
+            _check_finite(array[inputs.response_mask], spec.name, name)
+
+
+def _check_finite(values: Tensor, estimator: str, name: str) -> None:
+    broken = int((~torch.isfinite(values)).sum())
+    if broken:
+        raise ValueError(
+            f"algorithm.advantage.name: {estimator!r} needs {name}, of which {broken} of "
+            f"{values.numel()} are not finite. Look at the policy's weights and at the batch: "
+            "nothing that follows would mean anything."
+        )
+
+
+def _checked_array(array: object, mask: Tensor, problem: str) -> Tensor:
+    if not isinstance(array, Tensor) or not array.is_floating_point():
+        raise ValueError(
+            f"{problem} as {_described(array)}. Return a floating-point tensor of shape "
+            f"{list(mask.shape)} (responses, tokens)."
+        )
+    if array.shape != mask.shape:
+        raise ValueError(
+            f"{problem} of shape {list(array.shape)}. Return the shape of response_mask, "
+            f"{list(mask.shape)} (responses, tokens)."
+        )
+    broken = int((mask & ~torch.isfinite(array)).sum())
+    if broken:
+        raise ValueError(
+            f"{problem} of which {broken} of {int(mask.sum())} inside the response mask are not "
+            "finite. Look for a division by 0, and at the rewards and log-probabilities that it was "
+            "given."
+        )
+    return torch.where(mask, array.detach(), 0.0)
+
+
+def _check_targets(targets: object, mask: Tensor, problem: str) -> None:
+    if targets is None:
+        return
+    if not isinstance(targets, Tensor) or targets.ndim != 3 or targets.shape[:2] != mask.shape:
+        raise ValueError(
+            f"{problem} auxiliary_targets as {_described(targets)}. Return a tensor of shape "
+            f"{[*mask.shape, 'q']} (responses, tokens, numbers for each)."
+        )
+
+
+def _check_numbers(output: AdvantageOutput, problem: str) -> None:
+    """Refuse diagnostics that are not numbers, and a state that is not JSON."""
     if not isinstance(output.diagnostics, Mapping):
         raise ValueError(
-            f"{problem} diagnostics as {_described(output.diagnostics)}. Return a mapping of names to numbers."
+            f"{problem} diagnostics as {_described(output.diagnostics)}. Return a mapping of names "
+            "to numbers."
         )
     for key, value in output.diagnostics.items():
         if not isinstance(value, int | float):
@@ -250,27 +412,9 @@ def run_estimator(
         json.dumps(dict(output.state))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{problem} a state that cannot be saved as JSON ({error}). Return a mapping of numbers, text and lists."
+            f"{problem} a state that cannot be saved as JSON ({error}). Return a mapping of "
+            "numbers, text and lists."
         ) from error
-    return replace(output, advantages=advantages, returns=returns)
-
-
-def _checked_array(array: object, mask: Tensor, problem: str) -> Tensor:
-    if not isinstance(array, Tensor) or not array.is_floating_point():
-        raise ValueError(
-            f"{problem} as {_described(array)}. Return a floating-point tensor of shape {list(mask.shape)} (responses, tokens)."
-        )
-    if array.shape != mask.shape:
-        raise ValueError(
-            f"{problem} of shape {list(array.shape)}. Return the shape of response_mask, {list(mask.shape)} (responses, tokens)."
-        )
-    broken = int((mask & ~torch.isfinite(array)).sum())
-    if broken:
-        raise ValueError(
-            f"{problem} of which {broken} of {int(mask.sum())} inside the response mask are not finite. "
-            "Look for a division by 0, and at the rewards and log-probabilities that it was given."
-        )
-    return torch.where(mask, array.detach(), 0.0)
 
 
 def _described(value: object) -> str:

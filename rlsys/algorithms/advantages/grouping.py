@@ -58,6 +58,19 @@ class Groups:
         return self.spread(self.extreme(values, "amax") == self.extreme(values, "amin"))
 
 
+def others_mean(rewards: Tensor, present: Tensor) -> Tensor:
+    """Return [K, G] the mean reward of the others of the group; its own reward for a response that is alone, so that it gets exactly 0.
+
+    For groups padded to one size; `present` [K, G] says where there is a response, and rewards are 0
+    elsewhere.
+    """
+    others = present.sum(dim=1, keepdim=True) - 1
+    mean = (rewards.sum(dim=1, keepdim=True) - rewards) / others.clamp(min=1)
+    # Whatever rounding does to the mean of equal numbers.
+    equal = ((rewards == rewards[:, :1]) | ~present).all(dim=1, keepdim=True)
+    return torch.where(equal | (others < 1), rewards, mean)
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """`values` in float32, or in float64 where they are that already."""
     return values if values.dtype == torch.float64 else values.float()

@@ -62,15 +62,11 @@ def optimal_baseline_advantages(
     Example: rewards (1, 0), g^2 (3, 1): b = 3/4, advantages (1/4, -3/4). Leave-one-out: b = (0, 1), advantages (1, -1).
 
     Raises:
-        ValueError: unknown scope, or score_norms that are missing or not finite.
+        ValueError: unknown scope.
     """
     _validate(scope=scope)
-    norms = inputs.require(
-        "score_norms",
-        estimator="optimal_baseline",
-        remedy="The policy computes them with old_logprobs.",
-        finite=True,
-    )
+    norms = inputs.score_norms
+    assert norms is not None, "score_norms are declared in `needs`"
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids if scope == "group" else torch.zeros_like(inputs.group_ids))
     weights = torch.where(inputs.response_mask, at_least_float32(norms), 0.0).sum(1)

@@ -38,16 +38,9 @@ def optimal_token_baseline_advantages(
 
     Example: a group of rewards (1, 0), score_norms ((1, 1), (1, 3)): W = ((1, 2), (1, 4)), b = (1/2, 1/3), A = ((1/2, 2/3), (-1/2,
     -1/3)). A third token of the first response alone: b = 0, the return of the other, and A = 1.
-
-    Raises:
-        ValueError: score_norms that are missing or not finite.
     """
-    norms = inputs.require(
-        "score_norms",
-        estimator="optimal_token_baseline",
-        remedy="The policy computes them with old_logprobs.",
-        finite=True,
-    )
+    norms = inputs.score_norms
+    assert norms is not None, "score_norms are declared in `needs`"
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     returns = _returns(inputs)
     energy = torch.where(mask, norms, 0.0).double().cumsum(1)

@@ -28,15 +28,9 @@ def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     Conventions: no scaling. Process rewards of the greedy response are not known and count as 0.
 
     Example: reward 1, greedy reward 0.25: advantage 0.75 at every token.
-
-    Raises:
-        ValueError: no greedy_rewards.
     """
-    greedy = inputs.require(
-        "greedy_rewards",
-        estimator="remax",
-        remedy="The driver samples and scores one greedy response a prompt.",
-    )
+    greedy = inputs.greedy_rewards
+    assert greedy is not None, "greedy_rewards are declared in `needs`"
     returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     return AdvantageOutput(
         advantages=torch.where(

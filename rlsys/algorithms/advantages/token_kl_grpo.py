@@ -84,19 +84,12 @@ def token_kl_grpo_advantages(
     (-1, 1).
 
     Raises:
-        ValueError: no old or ref log-probabilities, `std_ddof` neither 0 nor 1, a negative `eps`, or `max_tokens` not positive.
+        ValueError: `std_ddof` neither 0 nor 1, a negative `eps`, or `max_tokens` not positive.
     """
     _validate(std_ddof=std_ddof, eps=eps, max_tokens=max_tokens)
-    old = inputs.require(
-        "old_logprobs",
-        estimator="token_kl_grpo",
-        remedy="The policy computes them before the update.",
-    )
-    ref = inputs.require(
-        "ref_logprobs",
-        estimator="token_kl_grpo",
-        remedy="Set algorithm.kl.coefficient above 0: the reference runs then.",
-    )
+    old, ref = inputs.old_logprobs, inputs.ref_logprobs
+    assert old is not None, "old_logprobs are declared in `needs`"
+    assert ref is not None, "ref_logprobs are declared in `needs`"
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, mask)
     returns = token_kl_returns(rewards, old, ref, mask, inputs.kl_coefficient, horizon=max_tokens)

@@ -11,6 +11,7 @@ import pytest
 
 from rlsys.config import EvaluationConfig, GenerationConfig, RunConfig, TrainerConfig
 from rlsys.driver.evaluation import EVALUATION_SEED, Evaluator, pass_at_k
+from rlsys.driver.ports import StepHandles
 from rlsys.driver.sampling import Sampler
 from rlsys.metrics import values as metric_values
 from tests.support.in_process_fakes import (
@@ -156,7 +157,8 @@ async def test_right_means_the_same_in_training_and_in_evaluation() -> None:
     parts = [part async for part in generator.generate(held_out_prompts(), generator.requests[-1])]
     advantages = InProcessAdvantages(stage, config)
     rollouts = [part.rollouts for part in parts]
-    credited = await advantages.credit(rollouts, [scorer.score(part) for part in rollouts], (), ())
+    rewards = [scorer.score(part) for part in rollouts]
+    credited = await advantages.credit(StepHandles(rollouts=rollouts, rewards=rewards))
     trained = metric_values(credited.metrics)
     assert trained["reward/accuracy"] == 0.5
     assert trained["reward/mean"] == pytest.approx(0.4)

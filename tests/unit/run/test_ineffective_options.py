@@ -15,6 +15,10 @@ from rlsys.run.ineffective_options import TABLE, ineffective_options
 
 CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)
+NETWORK = {
+    "algorithm.advantage.name": "hierarchical",
+    "algorithm.advantage.parameters": {"solver": "network"},
+}
 KL = {"algorithm.kl.coefficient": 0.1}
 SEVERAL = {"policy.mini_batches": 2}
 VLLM = {"generation.engine": "vllm"}
@@ -42,8 +46,8 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("algorithm.rollout_correction.cap", 3.0, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
     ("algorithm.rollout_correction.mask_below", 0.5, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
     ("algorithm.rollout_correction.mask_above", 2.0, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
-    ("algorithm.advantage.network.width", 8, {}, {"algorithm.advantage.parameters": {"solver": "network"}}, CPU),
-    ("algorithm.advantage.network.learning_rate", 0.1, {}, {"algorithm.advantage.parameters": {"solver": "network"}}, CPU),
+    ("algorithm.advantage.auxiliary.width", 8, {}, NETWORK, CPU),
+    ("algorithm.advantage.auxiliary.learning_rate", 0.1, {}, NETWORK, CPU),
     ("generation.kv_cache_gib", 2.0, {"generation.engine": "transformers"}, VLLM, CPU),
     ("generation.kv_cache_gib", 2.0, VLLM, {"cluster.address": "auto"}, GPU),
     ("generation.gpu_memory_utilization", 0.3, {"generation.engine": "transformers"}, VLLM, GPU),

@@ -91,7 +91,7 @@ def test_another_model_or_sharding_is_refused_with_reason_and_remedy() -> None:
     [
         ("trainer.seed", 5),
         ("data.shuffle", False),
-        ("algorithm.advantage.network.width", 8),
+        ("algorithm.advantage.auxiliary.width", 8),
     ],
 )
 def test_what_would_make_the_result_meaningless_is_refused(name: str, value: Any) -> None:

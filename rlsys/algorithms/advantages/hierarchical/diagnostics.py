@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.hierarchical.group_regression import (
-    TINY,
-    GroupedBatch,
-    others_mean,
-)
+from rlsys.algorithms.advantages.grouping import others_mean
+from rlsys.algorithms.advantages.hierarchical.grouped_batch import TINY, GroupedBatch
 
 ONE_A_RESPONSE = ("none", "group_mean", "leave_one_out", "opo", "optimal_token")
 
@@ -22,7 +19,7 @@ def second_moment(weight: Tensor, norms: Tensor) -> float:
 
         E || sum_t W_t score_t ||^2 ~ sum_t E[ W_t^2 ||score_t||^2 ]
 
-    Source: references/hierarchical_token_baselines.md, (secondmoment) and assumption A of section 6.1.
+    Source: docs/hierarchical_derivation.md, section 5, equation (14).
 
     Shapes: weight and norms [K, G, t]; norms is a proxy of ||score_t||^2, or 1 at each token, and 0 where there is none.
 
@@ -32,8 +29,10 @@ def second_moment(weight: Tensor, norms: Tensor) -> float:
     return float((norms * weight.square()).sum() / (norms > 0).any(dim=2).sum().clamp(min=1))
 
 
-def plain_baseline(name: str, batch: GroupedBatch, norms: Tensor, rewards: Tensor) -> Tensor:
-    """[K, G, t] policy-gradient weight rho_{<=L} (R - b) under a baseline that the ratio of the whole response multiplies.
+def plain_baseline(
+    name: str, rewards: Tensor, final: Tensor, norms: Tensor, present: Tensor
+) -> Tensor:
+    """Return [K, G, t] the policy-gradient weight rho_{<=L} (R - b) under a baseline that the ratio of the whole response multiplies.
 
         none           b = 0
         group_mean     b = mean of the group, the response included (biased by 1/G)
@@ -44,17 +43,16 @@ def plain_baseline(name: str, batch: GroupedBatch, norms: Tensor, rewards: Tenso
     Source: Hao et al. 2025, On-Policy RL with Optimal Reward Baseline (arXiv:2505.23585) for `opo`; `optimal_token` weights by the squared norm
     of the score of the response so far, with the square of its ratio since it was sampled by another policy.
 
-    Shapes: norms [K, G, t] at the positions that are looked at, rewards [K, G].
+    Shapes: rewards, final (ratios of whole responses) and present [K, G], norms [K, G, t] at the
+    positions that are looked at.
 
     Conventions: all but `group_mean` leave the response out. With fewer than all positions, the sums over u and the lengths are over those.
     """
-    present, final = batch.present, batch.final
     if name == "none":
         baseline = torch.zeros_like(rewards)[..., None]
     elif name == "group_mean":
-        baseline = (
-            (rewards * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
-        ).expand_as(rewards)[..., None]
+        mean = (rewards * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        baseline = mean.expand_as(rewards)[..., None]
     elif name == "leave_one_out":
         baseline = others_mean(rewards * present, present)[..., None]
     elif name == "opo":

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages.grouping import Groups
-
 LAYER_SETS = ("final", "current", "current_and_final", "blocks", "all")
-LONGEST_FOR_ALL = 512  # `all` has a layer a token, so its cost grows with the cube of the length
+LONGEST_FOR_ALL = 512  # `all` has a layer per token, so its cost grows with the cube of the length
+LARGEST_LOG_RATIO = 80.0  # its exponential still fits float32, and products of four of them float64
 FIELD = "algorithm.advantage.parameters"
 
 
 def check_layers(name: str, length: int, block_size: int) -> None:
-    """Refuse a layer set that is not known, or not for responses of so many tokens.
+    """Refuse a layer set that there is not, or that responses of `length` tokens cannot have.
 
     Raises:
-        ValueError: names field, value and remedy.
+        ValueError: unknown name, a block size out of range, or `all` for long responses.
     """
     if name not in LAYER_SETS:
         raise ValueError(f"{FIELD}.layers: {name!r} is none of {', '.join(LAYER_SETS)}")
@@ -32,36 +31,37 @@ def check_layers(name: str, length: int, block_size: int) -> None:
         )
 
 
-def check_bounds(log_ratio_clip: float | None, ratio_truncation: float | None) -> None:
-    """Refuse bounds of the ratio that are not positive numbers.
+def check_log_ratio_clip(bound: float | None) -> None:
+    """Refuse a bound that would leave nothing.
 
     Raises:
-        ValueError: names field, value and remedy.
+        ValueError: it is not positive and finite.
     """
-    for name, bound in (("log_ratio_clip", log_ratio_clip), ("ratio_truncation", ratio_truncation)):
-        if bound is not None and not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(
-                f"{FIELD}.{name}: {bound} must be positive and finite, or null for none"
-            )
+    if bound is not None and not (bound > 0 and math.isfinite(bound)):
+        raise ValueError(
+            f"{FIELD}.log_ratio_clip: {bound} must be positive and finite, or null for none"
+        )
 
 
 @dataclass(frozen=True)
 class Layers:
     """The layers of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
 
-    base: Tensor  # [S] int64, ascending; may lie behind the last column of the ratios, which is constant from there on
+    # [S] int64, ascending; may lie behind the last column of the ratios, which are constant from there on
+    base: Tensor
     current: bool
     span: int  # positions that the layers are laid over
 
     @staticmethod
     def of(name: str, length: int, block_size: int, device: torch.device | None = None) -> Layers:
-        """The layer set called `name` for responses of at most `length` tokens; `device` is that of the ratios it will meet (None: the CPU).
+        """Return the layer set called `name` for responses of at most `length` tokens; `device` is that of the ratios.
 
-        Conventions: positions count from 0. `final` is the last position: the cumulative log-ratio is constant after a response's end, so the
-        ratio there is that of the whole response, whatever its length. `blocks` ends a layer after every `block_size` tokens.
+        Conventions: positions count from 0. `final` is the last position: the cumulative log-ratio is
+        constant after a response's end, so the ratio there is that of the whole response, whatever its
+        length. `blocks` ends a layer after every `block_size` tokens.
 
         Raises:
-            ValueError: unknown name, a block size out of range, or `all` for long responses.
+            ValueError: see `check_layers`.
         """
         check_layers(name, length, block_size)
         last = length - 1
@@ -82,24 +82,23 @@ class Layers:
         return len(self.base) + self.current
 
     def count(self, positions: Tensor) -> Tensor:
-        """[t] number of layers at each position, at least 1."""
-        return (len(self.base) - torch.searchsorted(self.base, positions) + self.current).clamp(
-            min=1
-        )
+        """Return [t] the number of layers at each position, at least 1."""
+        fixed = len(self.base) - torch.searchsorted(self.base, positions)
+        return (fixed + self.current).clamp(min=1)
 
     def fixed(self, ratios: Tensor) -> Tensor:
         """[K, G, T] -> [K, G, S] ratios up to the fixed layers."""
         return ratios[:, :, self.base.clamp(max=ratios.shape[2] - 1)]
 
     def held(self, positions: Tensor) -> Tensor:
-        """[t, S] float64, 1 where a fixed layer is one of the position's, that is not before it."""
+        """Return [t, S] float64, 1 where a fixed layer is one of the position's, that is not before it."""
         return (self.base >= positions[:, None]).double()
 
     def features(self, ratios: Tensor, positions: Tensor) -> Tensor:
         """[K, G, T] prefix ratios -> [K, t, G, p] those of each position's layers over sqrt(number of layers), 0 for layers before it.
 
-        Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer set: one ridge then shrinks all
-        layer sets alike.
+        Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer
+        set: one ridge then shrinks all layer sets alike.
         """
         parts = [self.fixed(ratios)[:, None] * self.held(positions)[None, :, None, :]]
         if self.current:
@@ -107,122 +106,87 @@ class Layers:
         return torch.cat(parts, dim=3) / self.count(positions).sqrt()[None, :, None, None]
 
     def kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
-        """[K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G]: without forming the features."""
-        total = self.fixed_kernel(ratios, positions, roots)
-        if self.current:
-            now = (
-                ratios[:, :, positions].transpose(1, 2)
-                * roots
-                / self.count(positions).sqrt()[:, None]
-            )
-            total.addcmul_(now[..., :, None], now[..., None, :])
-        return total
+        """Return [K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G].
 
-    def fixed_kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
-        """[K, t, G, G] that of the fixed layers alone.
-
-        The fixed layers of t are a trailing part of those of position 0, so the products of all t are the cumulative sums, from the last layer
-        backwards, of one sequence of rank-one terms.
+        The features are never formed. The fixed layers of t are a trailing part of those of position 0,
+        so the products of all t are the cumulative sums, from the last layer backwards, of one sequence
+        of rank-one terms.
         """
         fixed = self.fixed(ratios).movedim(2, 0)  # [S, K, G]
         terms = fixed[:, :, :, None] * fixed[:, :, None, :]
-        trailing = torch.cat(
-            [terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])]
-        )
-        total = trailing[torch.searchsorted(self.base, positions)].transpose(
-            0, 1
-        )  # a copy: changed in place
+        nothing = terms.new_zeros(1, *fixed.shape[1:], fixed.shape[2])
+        trailing = torch.cat([terms.flip(0).cumsum(0).flip(0), nothing])
+
+        # Indexing copies, so the sums may be scaled in place.
+        total = trailing[torch.searchsorted(self.base, positions)].transpose(0, 1)
         scaled = roots / self.count(positions).sqrt()[:, None]
-        return total.mul_(scaled[..., :, None]).mul_(scaled[..., None, :])
+        total.mul_(scaled[..., :, None]).mul_(scaled[..., None, :])
+
+        if self.current:
+            now = ratios[:, :, positions].transpose(1, 2) * scaled
+            total.addcmul_(now[..., :, None], now[..., None, :])
+        return total
 
 
 def prefix_ratios(
-    rollout_logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor,
+    old_logprobs: Tensor,
     response_mask: Tensor,
     *,
     log_ratio_clip: float | None = None,
-    ratio_truncation: float | None = None,
-) -> Tensor:
-    """[B, T] float64 ratio of each response up to and with each token: how much likelier the trainer's policy makes it than the sampler's.
+) -> tuple[Tensor, float]:
+    """Return [B, T] float64 ratios up to and with each token, and the share of tokens whose ratio was clipped.
 
         rho_{<=t} = exp(D_t),   D_t = sum_{u <= t, u in mask} old_u - rollout_u
 
-    Source: references/hierarchical_token_baselines.md, section 8.3.
+    how much likelier the trainer's policy makes the response than the sampler's.
+
+    Source: docs/hierarchical_derivation.md, equation (3).
 
     Shapes: all [B, T].
 
-    Conventions: tokens outside the mask (padding, tool output) do not count, so D is constant over them and after the end.
-    `log_ratio_clip` c bounds D to [-c, c], `ratio_truncation` m bounds rho from above by m. Both bias the gradient towards that of the
-    rollout policy's own distribution; neither is on by default.
+    Conventions: tokens outside the mask (padding, tool output) do not count, so D is constant over them
+    and after the end. `log_ratio_clip` c bounds D to [-c, c], which biases the gradient towards that of
+    the rollout policy's own distribution; off by default.
 
     Raises:
-        ValueError: log-probabilities are missing or not finite, a bound is out of range, or a ratio overflows.
+        ValueError: log-probabilities inside the mask that are not finite, or a ratio that overflows.
     """
-    check_bounds(log_ratio_clip, ratio_truncation)
-    cumulative = log_prefix_ratios(rollout_logprobs, old_logprobs, response_mask)
+    cumulative = _log_prefix_ratios(rollout_logprobs, old_logprobs, response_mask)
+    clipped = 0.0
     if log_ratio_clip is not None:
-        cumulative = cumulative.clamp(-log_ratio_clip, log_ratio_clip)
-    if ratio_truncation is not None:
-        cumulative = cumulative.clamp(max=math.log(ratio_truncation))
+        bounded = cumulative.clamp(-log_ratio_clip, log_ratio_clip)
+        changed = cumulative.exp() != bounded.exp()
+        if response_mask.any():
+            clipped = float(changed[response_mask].double().mean())
+        cumulative = bounded
+
     too_far = cumulative.abs() > LARGEST_LOG_RATIO
     if too_far.any():
         row, column = _first(too_far)
         raise ValueError(
-            f"the log-ratio of response {row} reaches {float(cumulative[row, column]):.1f} at token {column}: exp of it leaves nothing finite. "
-            f"The policies are too far apart (or their tokens do not match); set {FIELD}.log_ratio_clip to bound it."
+            f"the log-ratio of response {row} reaches {float(cumulative[row, column]):.1f} at token "
+            f"{column}: exp of it leaves nothing finite. The policies are too far apart (or their "
+            f"tokens do not match); set {FIELD}.log_ratio_clip to bound it."
         )
-    return cumulative.exp()
+    return cumulative.exp(), clipped
 
 
-LARGEST_LOG_RATIO = 80.0  # its exponential still fits float32, and products of four of them float64
-
-
-def log_prefix_ratios(
-    rollout_logprobs: Tensor | None, old_logprobs: Tensor | None, response_mask: Tensor
+def _log_prefix_ratios(
+    rollout_logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor
 ) -> Tensor:
-    """[B, T] float64 D_t of `prefix_ratios`, before any bound.
-
-    Raises:
-        ValueError: log-probabilities are missing, or not finite inside the mask.
-    """
-    for name, array, remedy in (
-        (
-            "rollout_logprobs",
-            rollout_logprobs,
-            "The engine must return the log-probability of each sampled token.",
-        ),
-        (
-            "old_logprobs",
-            old_logprobs,
-            "Compute the policy's log-probabilities of the batch before the update, as the driver does for this estimator.",
-        ),
-    ):
-        if array is None:
-            raise ValueError(
-                f"hierarchical baselines need {name}, which this batch does not have. {remedy}"
-            )
+    """Return [B, T] float64 D_t of `prefix_ratios`, before any bound."""
+    for name, array in (("rollout_logprobs", rollout_logprobs), ("old_logprobs", old_logprobs)):
         broken = ~torch.isfinite(array) & response_mask
         if broken.any():
             raise ValueError(
-                f"{name}: {int(broken.sum())} values inside the response mask are not finite, first at {_first(broken)}"
+                f"{name}: {int(broken.sum())} values inside the response mask are not finite, "
+                f"first at {_first(broken)}"
             )
-    assert rollout_logprobs is not None
-    assert old_logprobs is not None
-    return torch.where(
-        response_mask, old_logprobs.double() - rollout_logprobs.double(), 0.0
-    ).cumsum(dim=1)
+    differences = old_logprobs.double() - rollout_logprobs.double()
+    return torch.where(response_mask, differences, 0.0).cumsum(dim=1)
 
 
 def _first(where: Tensor) -> tuple[int, int]:
     row, column = where.nonzero()[0].tolist()
     return row, column
-
-
-def self_normalised(ratios: Tensor, groups: Groups) -> Tensor:
-    """[B, T] ratios over their group's mean at the same token, so that each group's ratios average to 1.
-
-    Biased by O(1/G): a response's weight then depends on its own ratio twice. Bounds every ratio by the size of its group.
-    """
-    sums = ratios.new_zeros(len(groups.counts), ratios.shape[1]).index_add_(0, groups.index, ratios)
-    return ratios / (sums / groups.counts[:, None])[groups.index]

@@ -1,46 +1,43 @@
 """The regression over groups: what the groups of other folds say about a group's best baselines.
 
-Its features are those of `Layers` times the variance v_i of the rewards of the others of i's group. The distance from the mean reward to the
-best baseline is a covariance of reward and ratio. After steps along the policy gradient it grows with the variance of the group's rewards, and
-where all others agree there is nothing to expect: 0.
+Its features are those of `Layers` times the variance v_i of the rewards of the others of i's group. The
+distance from the mean reward to the best baseline is a covariance of reward and ratio. After steps along
+the policy gradient it grows with the variance of the group's rewards, and where all others agree there is
+nothing to expect: 0.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.hierarchical.group_regression import (
-    GroupedBatch,
-    Solve,
     chunks,
-    others_variance,
     power_of_two,
     ridged,
 )
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.grouped_batch import GroupedBatch, others_variance
 
 FOLDS = 8
 
 
 def fold_of_group(groups: int, device: torch.device) -> Tensor:
-    """[K] fold of each group: dealt in turn, as many folds as groups up to FOLDS."""
+    """Return [K] the fold of each group: assigned in turn, as many folds as groups up to FOLDS."""
     return torch.arange(groups, device=device) % min(FOLDS, groups)
 
 
 def folds_of(batch: GroupedBatch) -> list[GroupedBatch]:
-    """The groups of each fold."""
+    """Return the groups of each fold."""
     fold = fold_of_group(len(batch.rewards), batch.rewards.device)
     return [batch.groups(fold == f) for f in range(int(fold.max()) + 1)]
 
 
 @dataclass(frozen=True)
 class FoldSums:
-    """Normal equations of the pooled regression at some positions, one set a fold."""
+    """Normal equations of the pooled regression at some positions, one set per fold."""
 
     gram: Tensor  # [F, t, p, p] sum of n x x^T
     moment: Tensor  # [F, t, p] sum of n x y, y the weight under the centre
@@ -49,30 +46,27 @@ class FoldSums:
 
     @staticmethod
     def of(folds: list[GroupedBatch], positions: Tensor) -> FoldSums:
-        return FoldSums(
-            *(
-                torch.stack(arrays)
-                for arrays in zip(*(_sums(fold, positions) for fold in folds), strict=True)
-            )
-        )
+        """Return the sums of all folds."""
+        sums = [_sums(fold, positions) for fold in folds]
+        return FoldSums(*(torch.stack(arrays) for arrays in zip(*sums, strict=True)))
 
-    def coefficients(
-        self, left_out: tuple[int, ...], ridge: float, solve: Solve, start: Tensor | None = None
-    ) -> Tensor:
-        """[t, p] fitted on all folds but those, by iteration from `start`; 0 where they have no spread of rewards to learn from."""
+    def coefficients(self, left_out: tuple[int, ...], ridge: float) -> Tensor:
+        """Return [t, p] fitted on all folds but those; 0 where they have no spread of rewards to learn from."""
         kept = [f for f in range(len(self.gram)) if f not in left_out]
         gram, moment, scale, mass = (
-            sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass)
+            _sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass)
         )
         squares, responses = scale
         if not squares > 0:
             return torch.zeros_like(moment)
-        # what counts as one response with all ratios 1 is scaled like the features
-        return solve(ridged(gram, ridge * power_of_two(mass) * squares / responses), moment, start)
+
+        # What counts as one response with all ratios 1 is scaled like the features.
+        system = ridged(gram, ridge * power_of_two(mass) * squares / responses)
+        return torch.cholesky_solve(moment[..., None], torch.linalg.cholesky(system))[..., 0]
 
 
-def sum_of(array: Tensor, kept: list[int]) -> Tensor:
-    """Sum of those entries of the first dimension, without copying them."""
+def _sum_of(array: Tensor, kept: list[int]) -> Tensor:
+    """Return the sum of those entries of the first dimension, without copying them."""
     total = torch.zeros_like(array[0])
     for f in kept:
         total += array[f]
@@ -80,119 +74,92 @@ def sum_of(array: Tensor, kept: list[int]) -> Tensor:
 
 
 def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[t, p, p], [t, p], [2], [2] of one fold. The fixed layers are the same at every t, so all t take their products from one matrix."""
+    """Return [t, p, p], [t, p], [2], [2] of one fold.
+
+    The fixed layers are the same at every t, so all t take their products from one matrix.
+    """
     layers = part.layers
     v = others_variance(part.rewards, part.present).flatten()
     fixed = layers.fixed(part.ratios).flatten(0, 1)  # [B, S]
-    n = (
-        part.weights[:, :, positions].flatten(0, 1) * v[:, None]
-    )  # [B, t] once for each of the two factors x and y
-    nx = n * v[:, None]
     held = layers.held(positions)  # [t, S]
+    # [B, t] once for each of the two factors x and y
+    n = part.weights[:, :, positions].flatten(0, 1) * v[:, None]
+    nx = n * v[:, None]
+
     products = (fixed[:, :, None] * fixed[:, None, :]).flatten(1)
-    gram = (
-        (nx.T @ products).unflatten(1, (fixed.shape[1],) * 2) * held[:, :, None] * held[:, None, :]
-    )
+    gram = (nx.T @ products).unflatten(1, (fixed.shape[1],) * 2)
+    gram = gram * held[:, :, None] * held[:, None, :]
     target = part.base.flatten()
     moment = (n * target[:, None]).T @ fixed * held
+
     if layers.current:
         now = part.ratios[:, :, positions].flatten(0, 1)  # [B, t]
         cross = (nx * now).T @ fixed * held
-        gram = torch.cat(
-            [
-                torch.cat([gram, cross[:, :, None]], 2),
-                torch.cat([cross, (nx * now**2).sum(0)[:, None]], 1)[:, None],
-            ],
-            1,
-        )
+        corner = (nx * now**2).sum(0)[:, None]
+        upper = torch.cat([gram, cross[:, :, None]], 2)
+        lower = torch.cat([cross, corner], 1)[:, None]
+        gram = torch.cat([upper, lower], 1)
         moment = torch.cat([moment, (n * now * target[:, None]).sum(0)[:, None]], 1)
+
     count = layers.count(positions)
     scale = torch.stack([v.square().sum(), part.present.sum().double()])
-    mass = scale.new_ones(2) if part.mass is None else part.mass.sum(dim=(0, 1))
+    mass = part.mass.sum(dim=(0, 1))
     return gram / count[:, None, None], moment / count.sqrt()[:, None], scale, mass
 
 
 def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
-    """[K, G, t] features times coefficients [t, p]."""
+    """Return [K, G, t] features times coefficients [t, p]."""
     layers = part.layers
     scaled = beta / layers.count(positions).sqrt()[:, None]
     number = len(layers.base)
     fitted = layers.fixed(part.ratios) @ (scaled[:, :number] * layers.held(positions)).T
     if layers.current:
         fitted = fitted + part.ratios[:, :, positions] * scaled[:, number]
-    return torch.where(
-        part.weights[:, :, positions] > 0,
-        fitted * others_variance(part.rewards, part.present)[..., None],
-        0.0,
-    )
+    v = others_variance(part.rewards, part.present)[..., None]
+    return torch.where(part.weights[:, :, positions] > 0, fitted * v, 0.0)
 
 
-def held_out_predictions(
-    batch: GroupedBatch, positions: Tensor, ridge: float, solve: Solve
-) -> Tensor:
-    """[F, K, G, t] for each fold to be left unseen: predictions for the groups of every other, by the fit that saw neither; 0 for its own."""
+def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
+    """Return [F, K, G, t] for each fold to be left unseen: predictions for the groups of every other, by the fit that saw neither.
+
+    0 for its own groups.
+    """
     fold = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
     sums = FoldSums.of(folds, positions)
     predicted = batch.ratios.new_zeros(len(folds), *batch.rewards.shape, len(positions))
     for f, g in itertools.combinations(range(len(folds)), 2):
-        beta = sums.coefficients((f, g), ridge, solve)
+        beta = sums.coefficients((f, g), ridge)
         predicted[f, fold == g] = _predicted(folds[g], positions, beta)
         predicted[g, fold == f] = _predicted(folds[f], positions, beta)
     return predicted
 
 
 def pooled_corrections(
-    batch: GroupedBatch,
-    positions: Tensor,
-    ridge: float,
-    solve: Solve,
-    *,
-    left_out: bool = True,
-    strengths: Tensor | None = None,
-    start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """[K, G, t] what the layers fitted on the other folds add to the centre, and the mean coefficients [t, p] of the folds.
+    batch: GroupedBatch, positions: Tensor, ridge: float, strengths: Tensor | None = None
+) -> Tensor:
+    """Return [K, G, t] what the layers fitted on the other folds add to the centre.
 
         f_i(t) = v_i sum_s rho_{<=s, i} beta_{t, -fold(i)}^(s),   v_i the variance of the rewards of the others of i's group
 
-    Source: references/hierarchical_token_baselines.md, section 7, with cross-fitting over groups.
+    Source: docs/hierarchical_derivation.md, section 8.
 
-    Conventions: `strengths` [F] multiplies the corrections of each fold's groups; folds at 0 are not solved. `left_out=False` fits on all
-    folds, which is biased. With a single fold there is nothing to learn from: 0. `start` [t, p]: where an iterative `solve` starts in every fold;
-    for instance the mean coefficients of another batch.
+    Conventions: `strengths` [F] multiplies the corrections of each fold's groups; folds at 0 are not
+    solved. None: 1 for all. With a single fold there is nothing to learn from: 0.
     """
     members = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
-    strengths = (
-        torch.ones(len(folds), dtype=torch.float64, device=positions.device)
-        if strengths is None
-        else strengths
-    )
+    if strengths is None:
+        strengths = torch.ones(len(folds), dtype=torch.float64, device=positions.device)
+
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
     solved = strengths.nonzero()[:, 0].tolist()
-    average = corrections.new_zeros(len(positions), batch.layers.most)
-    for part in chunks(
-        torch.arange(len(positions), device=positions.device),
-        len(folds) * (batch.layers.most + 1) ** 2,
-    ):
-        sums = FoldSums.of(folds, positions[part])
+    start = 0
+    for part in chunks(positions, len(folds) * (batch.layers.most + 1) ** 2):
+        sums = FoldSums.of(folds, part)
+        end = start + len(part)
         for f in solved:
-            beta = sums.coefficients(
-                (f,) if left_out else (), ridge, solve, None if start is None else start[part]
-            )
-            average[part] += beta / len(solved)
-            predicted = _predicted(folds[f], positions[part], beta)
-            corrections[members == f, :, part[0] : part[-1] + 1] = strengths[f] * predicted
-    return corrections, average
-
-
-def start_from(before: Sequence[Sequence[float]], length: int, layers: Layers) -> Tensor | None:
-    """[T, p] coefficients to start a batch of T tokens from, of the last batch's [T', p]; None (0) if that had other layers or there was none.
-
-    Conventions: positions that the last batch did not have start as its last position.
-    """
-    if not before or len(before[0]) != layers.most:
-        return None
-    known = torch.tensor(before, dtype=torch.float64, device=layers.base.device)
-    return known[torch.arange(length, device=known.device).clamp(max=len(known) - 1)]
+            predicted = _predicted(folds[f], part, sums.coefficients((f,), ridge))
+            corrections[members == f, :, start:end] = strengths[f] * predicted
+        start = end
+    return corrections

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.html_report import write_report
 from rlsys.run.observers.metrics_log import MetricsLog
-from tests.support.rollout_examples import random_rollouts, train_batch
+from tests.support.rollout_examples import random_rollouts, rewards_of
 from tests.support.step_values import STEP
 
 
@@ -35,9 +34,11 @@ def test_the_report_shows_samples_with_the_advantage_that_their_file_holds(
     directory: RunDirectory, advantages: bool, shown: str
 ):
     """Where each mini-batch estimates its own, there is none."""
-    batch = train_batch(random_rollouts(4), 4)
-    flat = np.zeros(len(batch.rollouts.token_ids), dtype=np.float32) if advantages else None
-    write_rollouts(replace(batch, advantages=flat), directory.rollouts / "step_000001.parquet")
+    rollouts = random_rollouts(4)
+    batch = ScoredBatch(rollouts=rollouts, rewards=rewards_of(rollouts))
+    if advantages:
+        batch = batch.credited(np.zeros(len(rollouts.token_ids), dtype=np.float32))
+    write_rollouts(batch, directory.rollouts / "step_000001.parquet")
     write_report(directory)
     assert f'<td class="num">{shown}</td>' in directory.report.read_text()
 

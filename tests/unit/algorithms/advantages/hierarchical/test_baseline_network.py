@@ -1,16 +1,13 @@
-"""The baseline network: unbiased while it has not seen the batch, worth having once it has learnt, the same after a resume."""
+"""The baseline network: unbiased while it has not seen the batch, worth having once it has learned."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
@@ -18,22 +15,9 @@ from rlsys.algorithms.advantages.hierarchical.baseline_network import (
     BaselineNetwork,
     BaselineRegression,
     HeldOutGain,
-    network_layers,
-    regression_loss,
 )
-from rlsys.config import (
-    AdvantageConfig,
-    AlgorithmConfig,
-    BaselineNetworkConfig,
-    GenerationConfig,
-    ObjectiveConfig,
-    RunConfig,
-)
-from rlsys.data.packing import pack_rows
+from rlsys.algorithms.advantages.hierarchical.horizons import Layers
 from tests.support.enumerable_policy import Enumerated
-from tests.support.rollout_examples import random_rollouts
-from workers.training.baseline_network import FILE, BaselineLearner
-from workers.training.packed_model import PackResult
 
 LAYERS = ("final", "current", "current_and_final", "blocks", "all")
 
@@ -56,9 +40,8 @@ class Informed:
         self.states = torch.randn(self.made.space.num_rows, 5, generator=generator)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network = BaselineNetwork(
-                5, network_layers(layers, 2, self.span), width=16, span=self.span
-            )
+            number = Layers.of(layers, self.span, 2).most
+            self.network = BaselineNetwork(5, number, width=16, span=self.span)
         if trained:  # anything but 0
             self.network.outward.weight.data.normal_(generator=generator)
 
@@ -72,7 +55,7 @@ class Informed:
         made = self.made
         ids = torch.arange(groups).repeat_interleave(len(drawn) // groups)
         plain = made.space.inputs(drawn, made.rewards, made.rollout, made.old, ids)
-        return replace(plain, layer_baselines=self.outputs(drawn, shift).detach())
+        return replace(plain, auxiliary=self.outputs(drawn, shift).detach())
 
     def expectation(self, size: int, shift: int = 0) -> Tensor:
         """[P] exact expectation of the estimated gradient: every group of `size` that can be drawn, in every order."""
@@ -118,17 +101,15 @@ def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
     off = hierarchical_advantages(
         drawn, scope="group", ridge=1e12
     ).advantages  # a ridge that leaves nothing of the layers
-    for none in (None, torch.zeros_like(drawn.layer_baselines)):  # type: ignore[arg-type]
+    for none in (None, torch.zeros_like(drawn.auxiliary)):  # type: ignore[arg-type]
         out = hierarchical_advantages(
-            replace(drawn, layer_baselines=none), **informed.parameters
+            replace(drawn, auxiliary=none), **informed.parameters
         ).advantages
         assert torch.allclose(out, off, atol=1e-5)
     same = replace(drawn, rollout_logprobs=drawn.old_logprobs)
     assert torch.equal(
         hierarchical_advantages(same, **informed.parameters).advantages,
-        hierarchical_advantages(
-            replace(same, layer_baselines=None), **informed.parameters
-        ).advantages,
+        hierarchical_advantages(replace(same, auxiliary=None), **informed.parameters).advantages,
     )
     assert not torch.allclose(
         hierarchical_advantages(drawn, **informed.parameters).advantages, off, atol=1e-2
@@ -138,12 +119,10 @@ def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("weights", ["ratio_squared", "score"])
-def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str, weights: str):
+def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str):
     informed = Informed(6, layers, (3, 4))
-    order = torch.randperm(
-        20, generator=informed.made.generator
-    )  # responses of a group need not be adjacent
+    # responses of a group need not be adjacent
+    order = torch.randperm(20, generator=informed.made.generator)
     plain = informed.inputs(informed.draw(20), groups=4)
     names = (
         "rewards",
@@ -152,34 +131,24 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str, 
         "rollout_logprobs",
         "old_logprobs",
         "score_norms",
-        "layer_baselines",
+        "auxiliary",
     )
     drawn = replace(plain, **{name: getattr(plain, name)[order] for name in names})
-    out = hierarchical_advantages(drawn, weights=weights, **informed.parameters)
-    regression = out.regression
-    assert regression is not None
-    assert drawn.layer_baselines is not None
-    assert drawn.score_norms is not None
-    width = regression.base.shape[1]
+    out = hierarchical_advantages(drawn, **informed.parameters)
+    assert out.auxiliary_targets is not None
+    assert drawn.auxiliary is not None
+    regression = BaselineRegression.of_columns(out.auxiliary_targets)
+
     direct = torch.where(
-        drawn.response_mask[:, :width],
-        regression.base - regression.corrections(drawn.layer_baselines[:, :width]),
-        0,
+        drawn.response_mask, regression.base - regression.corrections(drawn.auxiliary), 0
     )
-    assert torch.allclose(direct, out.advantages[:, :width].float(), atol=1e-5)
-    norms = drawn.score_norms if weights == "score" else drawn.response_mask.double()
-    flat = (
-        a.flatten(0, 1)
-        for a in (
-            drawn.layer_baselines[:, :width],
-            regression.features,
-            regression.base,
-            regression.weights,
-        )
-    )
-    assert float(regression_loss(*flat)) == pytest.approx(
-        float((norms * out.advantages.double() ** 2).sum()), rel=1e-5
-    )
+    assert torch.allclose(direct, out.advantages.float(), atol=1e-5)
+    # n_t: the norm at t and the average norm of the response
+    norms = torch.where(drawn.response_mask, drawn.score_norms, 0.0)  # type: ignore[arg-type]
+    means = norms.sum(1, keepdim=True) / drawn.response_mask.sum(1, keepdim=True).clamp(min=1)
+    smoothed = torch.where(drawn.response_mask, (norms + means) / 2, 0.0)
+    expected = float((smoothed * out.advantages.double() ** 2).sum())
+    assert float(regression.loss(drawn.auxiliary)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out_mean():
@@ -189,24 +158,18 @@ def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out
     optimizer = torch.optim.Adam(informed.network.parameters(), lr=1e-2)
     for _ in range(150):
         drawn = informed.draw(256)
-        regression = hierarchical_advantages(
+        targets = hierarchical_advantages(
             informed.inputs(drawn, groups=32), diagnostics=False, **informed.parameters
-        ).regression
-        assert regression is not None
-        outputs = informed.outputs(drawn)[:, : regression.base.shape[1]]
-        loss = regression_loss(
-            *(
-                a.flatten(0, 1)
-                for a in (outputs, regression.features, regression.base, regression.weights)
-            )
-        )
+        ).auxiliary_targets
+        assert targets is not None
+        loss = BaselineRegression.of_columns(targets).loss(informed.outputs(drawn))
         (loss / len(drawn)).backward()
         optimizer.step()
         optimizer.zero_grad()
     drawn = informed.draw(16000)
     with_network = informed.inputs(drawn, groups=2000)
     errors = []
-    for inputs in (with_network, replace(with_network, layer_baselines=None)):
+    for inputs in (with_network, replace(with_network, auxiliary=None)):
         weight = hierarchical_advantages(
             inputs, diagnostics=False, **informed.parameters
         ).advantages.double()
@@ -233,15 +196,15 @@ def test_strength_is_earned_on_unseen_batches():
     ("change", "parameters", "message"),
     [
         (
-            {"layer_baselines": torch.zeros(6, 3, 5)},
+            {"auxiliary": torch.zeros(6, 3, 5)},
             {},
-            "layer_baselines: .* Build the network for the same",
+            "auxiliary: .* Build the network for the same",
         ),
         ({}, {"ridge": 1.0}, "solver: 'network' fits no ridge"),
         (
             {},
             {"layers": "blocks", "max_tokens": None},
-            "max_tokens: a network has one output a layer",
+            "max_tokens: a network has one output per layer",
         ),
     ],
 )
@@ -250,67 +213,3 @@ def test_bad_input(change: dict[str, Any], parameters: dict[str, Any], message: 
     drawn = replace(informed.inputs(informed.draw(6)), **change)
     with pytest.raises(ValueError, match=message):
         hierarchical_advantages(drawn, **(informed.parameters | parameters))
-
-
-# In the policy's ranks
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def run_config(width: int = 8) -> RunConfig:
-    advantage = AdvantageConfig(
-        name="hierarchical",
-        parameters={"solver": "network"},
-        recompute=True,
-        network=BaselineNetworkConfig(width=width, learning_rate=0.02),
-    )
-    algorithm = AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none"))
-    return RunConfig(algorithm=algorithm, generation=GenerationConfig(max_tokens=16))
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
-    """Each mini-batch is answered by the network of the mini-batches before, at the strength those earned."""
-    rollouts = random_rollouts(0, groups=4, samples=4)
-    (pack,) = pack_rows(
-        rollouts, torch.arange(16).numpy(), budget=10**6, rank=0, ranks=1, share_prompts=True
-    )
-    tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
-    features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])
-    regression = BaselineRegression(features, features @ truth, torch.ones(tokens))
-    m = len(pack.targets)
-    result = PackResult(*torch.zeros(3, m), hidden=torch.randn(m, 6, generator=generator))
-
-    def train(learner: BaselineLearner, steps: int) -> list[Tensor]:
-        answers = []
-        for _ in range(steps):
-            answers.append(learner.baselines(result, pack))
-            learner.learn(result, pack, regression)
-            learner.step()
-        return answers
-
-    def make(width: int) -> BaselineLearner:
-        return BaselineLearner(run_config(width), 6, torch.device("cpu"))
-
-    learner = make(8)
-    answers = train(learner, 60)
-    assert (answers[0] == 0).all()  # nothing learnt
-    assert (answers[1] == 0).all()  # learnt, but no answer of it has been held against a batch yet
-    assert (answers[2] != 0).any()
-    assert learner.gain.strength > 0.9
-    assert (answers[-1] * features[torch.from_numpy(pack.flat_positions)]).sum(1).sub(
-        regression.base[torch.from_numpy(pack.flat_positions)]
-    ).abs().mean() < 0.05
-    learner.save(tmp_path)
-    resumed = make(8)
-    resumed.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(train(learner, 3), train(resumed, 3), strict=True))
-    with pytest.raises(ValueError, match="has other layers or another width"):
-        make(9).load(tmp_path)
-    (tmp_path / FILE).unlink()
-    make(8).load(tmp_path)  # a checkpoint of a run without a network

@@ -1,0 +1,107 @@
+"""Batches for tests of advantage estimators."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsys.algorithms.advantages import (
+    AdvantageInputs,
+)
+
+
+def inputs(
+    rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Any
+) -> AdvantageInputs:
+    lengths = lengths or [2] * len(rewards)
+    mask = torch.arange(max(max(lengths), 1))[None, :] < torch.tensor(lengths)[:, None]
+    return AdvantageInputs(
+        rewards=torch.tensor(rewards), response_mask=mask, group_ids=torch.tensor(groups), **more
+    )
+
+
+def full_inputs(
+    rewards: list[float],
+    groups: list[int],
+    mask: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> AdvantageInputs:
+    """Every optional array filled with noise, also outside the mask: an estimator must not look there."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> Tensor:
+        return torch.randn(mask.shape, generator=generator).to(dtype)
+
+    return AdvantageInputs(
+        rewards=torch.tensor(rewards, dtype=dtype),
+        response_mask=mask,
+        group_ids=torch.tensor(groups),
+        token_rewards=noise(),
+        rollout_logprobs=noise(),
+        old_logprobs=noise(),
+        ref_logprobs=noise(),
+        values=noise(),
+        score_norms=noise().abs(),
+        greedy_rewards=torch.ones(len(rewards), dtype=dtype) / 4,
+        truncated=torch.arange(len(rewards)) % 2 == 0,
+        kl_coefficient=0.5,
+    )
+
+
+def padded(made: AdvantageInputs, columns: int) -> AdvantageInputs:
+    """The same batch with `columns` more, masked out and full of large numbers."""
+
+    def wider(values: Tensor | None, fill: float) -> Tensor | None:
+        return (
+            None
+            if values is None
+            else torch.cat(
+                [values, torch.full((len(values), columns), fill).to(values.dtype)], dim=1
+            )
+        )
+
+    arrays = {name: wider(getattr(made, name), 1e4) for name in TOKEN_ARRAYS}
+    mask = wider(made.response_mask, 0.0)
+    assert mask is not None
+    return dataclasses.replace(made, response_mask=mask, **arrays)
+
+
+TOKEN_ARRAYS = (
+    "token_rewards",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "score_norms",
+)
+
+
+RAGGED = torch.tensor(
+    [
+        [True, True, True, True],
+        [True, False, True, False],
+        [True, False, False, False],
+        [False] * 4,
+        [True, True, False, False],
+    ]
+)  # a full response, a hole, a response of one token, an empty one, and one that is alone in its group
+
+
+RAGGED_REWARDS, RAGGED_GROUPS = [1.0, 0.0, 0.5, 0.25, 1.0], [3, 3, 3, 3, 9]
+
+
+RESPONSE_ARRAYS = ("rewards", "response_mask", "group_ids", "greedy_rewards", "truncated")
+
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def made() -> AdvantageInputs:
+    return AdvantageInputs(
+        rewards=torch.tensor([1.0, 0.0]), response_mask=MASK, group_ids=torch.tensor([0, 0])
+    )

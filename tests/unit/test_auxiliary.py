@@ -1,0 +1,92 @@
+"""The learner of an estimator's network: answers before it learns, and goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlsys.algorithms.advantages.hierarchical.baseline_network import (
+    BaselineRegression,
+    LearnedBaselines,
+)
+from rlsys.config import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    AuxiliaryConfig,
+    GenerationConfig,
+    RunConfig,
+)
+from rlsys.data.packing import pack_rows
+from tests.support.rollout_examples import random_rollouts
+from workers.training.auxiliary import FILE, AuxiliaryLearner
+from workers.training.packed_model import PackResult
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def run_config(width: int = 8) -> RunConfig:
+    advantage = AdvantageConfig(
+        name="hierarchical",
+        parameters={"solver": "network"},
+        recompute=True,
+        auxiliary=AuxiliaryConfig(width=width, learning_rate=0.02),
+    )
+    return RunConfig(
+        algorithm=AlgorithmConfig(advantage=advantage), generation=GenerationConfig(max_tokens=16)
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
+    """Each mini-batch is answered by the network of the mini-batches before, at the strength those earned."""
+    rollouts = random_rollouts(0, groups=4, samples=4)
+    (pack,) = pack_rows(
+        rollouts, torch.arange(16).numpy(), budget=10**6, rank=0, ranks=1, share_prompts=True
+    )
+    tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
+    features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])
+    regression = BaselineRegression(features, features @ truth, torch.ones(tokens))
+    m = len(pack.targets)
+    result = PackResult(*torch.zeros(3, m), hidden=torch.randn(m, 6, generator=generator))
+
+    def train(learner: AuxiliaryLearner, steps: int) -> list[Tensor]:
+        answers = []
+        for _ in range(steps):
+            answers.append(learner.outputs(result, pack))
+            learner.accumulate(result, pack, regression.columns().numpy())
+            learner.step()
+        return answers
+
+    def make(width: int) -> AuxiliaryLearner:
+        made = AuxiliaryLearner.of(run_config(width), 6, torch.device("cpu"))
+        assert made is not None
+        return made
+
+    learner = make(8)
+    answers = train(learner, 60)
+    assert (answers[0] == 0).all()  # nothing learnt
+    assert (answers[1] == 0).all()  # learnt, but no answer of it has been held against a batch yet
+    assert (answers[2] != 0).any()
+    assert isinstance(learner.auxiliary, LearnedBaselines)
+    assert learner.auxiliary.gain.strength > 0.9
+    assert (answers[-1] * features[torch.from_numpy(pack.flat_positions)]).sum(1).sub(
+        regression.base[torch.from_numpy(pack.flat_positions)]
+    ).abs().mean() < 0.05
+    learner.save(tmp_path)
+    resumed = make(8)
+    resumed.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(train(learner, 3), train(resumed, 3), strict=True))
+    with pytest.raises(ValueError, match=r"the auxiliary network in .* has another size"):
+        make(9).load(tmp_path)
+    (tmp_path / FILE).unlink()
+    make(8).load(tmp_path)  # a checkpoint of a run without a network
