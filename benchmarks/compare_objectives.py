@@ -38,7 +38,7 @@ from rlsys.algorithms.policy_objectives import (
 from rlsys.algorithms.policy_objectives.ratios import importance_variances
 from rlsys.algorithms.policy_objectives.weights import WEIGHTS
 from rlsys.algorithms.token_logprobs import token_logprobs
-from rlsys.config import AlgorithmConfig, GenerationConfig, RunConfig
+from rlsys.config import AlgorithmConfig, GenerationConfig, PolicyConfig, RunConfig
 from rlsys.config.presets import PRESETS
 from rlsys.data.batches import PromptBatch, RewardBatch, RolloutBatch, StopReason
 from rlsys.data.padding import ResponsePadding
@@ -172,9 +172,9 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     inputs = batch.inputs(preset)
     mask = inputs.response_mask
     longest = GenerationConfig(max_tokens=mask.shape[1], min_tokens=0)
-    advantages = estimate_advantages(
-        RunConfig(algorithm=preset, generation=longest), inputs
-    ).advantages
+    # Some presets are refused where a batch has one update: live and old policy are the same then.
+    config = RunConfig(algorithm=preset, generation=longest, policy=PolicyConfig(mini_batches=2))
+    advantages = estimate_advantages(config, inputs).advantages
 
     assert inputs.old_logprobs is not None
     assert inputs.score_norms is not None

@@ -19,6 +19,7 @@ from rlsys.config import (
     AlgorithmConfig,
     AuxiliaryConfig,
     GenerationConfig,
+    ObjectiveConfig,
     RunConfig,
 )
 from rlsys.data.packing import pack_rows
@@ -42,7 +43,8 @@ def run_config(width: int = 8) -> RunConfig:
         auxiliary=AuxiliaryConfig(width=width, learning_rate=0.02),
     )
     return RunConfig(
-        algorithm=AlgorithmConfig(advantage=advantage), generation=GenerationConfig(max_tokens=16)
+        algorithm=AlgorithmConfig(advantage=advantage, objective=ObjectiveConfig(weight="none")),
+        generation=GenerationConfig(max_tokens=16),
     )
 
 
