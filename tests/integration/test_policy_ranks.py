@@ -50,7 +50,7 @@ def config(ranks: int, **policy: object) -> RunConfig:
         model=ModelConfig(path="tiny"),
         policy=PolicyConfig.model_validate(settings),
         algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.05), entropy=EntropyConfig(bonus=0.01)),
-        trainer=TrainerConfig(steps=10),
+        trainer=TrainerConfig(steps=10, prompts_per_step=12),
     )
 
 
