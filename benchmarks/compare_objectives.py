@@ -43,6 +43,7 @@ from rlsys.config.presets import PRESETS
 from rlsys.data.batches import PromptBatch, RewardBatch, RolloutBatch, StopReason
 from rlsys.data.padding import ResponsePadding
 from rlsys.data.rollout_files import read_rollouts
+from rlsys.data.sequences import TokenSequences
 from rlsys.driver.advantage_estimation import (
     EstimatorContext,
     TokenArrays,
@@ -123,12 +124,14 @@ def _rollouts(rows: Sequence[Mapping[str, Any]], temperature: float) -> RolloutB
     lengths = [len(row["token_ids"]) for row in rows]
     return RolloutBatch(
         prompts=nothing,
-        token_ids=_joined([row["token_ids"] for row in rows], np.int32),
-        sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        prompt_lengths=np.asarray([row["prompt_length"] for row in rows], dtype=np.int32),
-        response_mask=_joined([row["response_mask"] for row in rows], np.bool_),
+        sequences=TokenSequences(
+            token_ids=_joined([row["token_ids"] for row in rows], np.int32),
+            offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            prompt_lengths=np.asarray([row["prompt_length"] for row in rows], dtype=np.int32),
+            loss_mask=_joined([row["response_mask"] for row in rows], np.bool_),
+            group_ids=np.asarray([row["group_id"] for row in rows], dtype=np.int64),
+        ),
         rollout_logprobs=_joined([row["rollout_logprobs"] for row in rows], np.float32),
-        group_ids=np.asarray([row["group_id"] for row in rows], dtype=np.int64),
         oldest_weight_version=versions,
         newest_weight_version=versions,
         stop_reasons=np.asarray(reasons, dtype=np.int8),
@@ -178,7 +181,7 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
 
     assert inputs.old_logprobs is not None
     assert inputs.score_norms is not None
-    live = ResponsePadding.of(batch.rollouts).pad(batch.live)
+    live = ResponsePadding.of(batch.rollouts.sequences).pad(batch.live)
     ratios = log_ratios(preset.objective.ratio, live, inputs.old_logprobs, mask)
     token = log_ratios("token", live, inputs.old_logprobs, mask).exp()[mask]
     weights = gradient_coefficient(

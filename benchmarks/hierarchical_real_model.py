@@ -212,7 +212,10 @@ class Experiment:
 
     def inputs(self) -> AdvantageInputs:
         """What the estimators see of the responses that are looked at, under the policy as it is."""
-        rollouts, padding = self.looked_at.rollouts, ResponsePadding.of(self.looked_at.rollouts)
+        rollouts, padding = (
+            self.looked_at.rollouts,
+            ResponsePadding.of(self.looked_at.rollouts.sequences),
+        )
         live = self.policy.live(rollouts, self.policy.packs_of(rollouts, np.arange(len(rollouts))))
         return AdvantageInputs(
             rewards=torch.from_numpy(self.looked_at.rewards.rewards),

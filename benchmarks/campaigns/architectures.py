@@ -34,8 +34,9 @@ import transformers
 from torch import Tensor
 
 from rlsys.config import DataConfig, GenerationConfig, ModelConfig, PolicyConfig, RunConfig
-from rlsys.data.batches import Prompt, RolloutBatch, SamplingParameters
+from rlsys.data.batches import Prompt, SamplingParameters
 from rlsys.data.packing import pack_rows
+from rlsys.data.sequences import TokenSequences
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from tests.support.architectures import (
     ARCHITECTURES,
@@ -170,14 +171,14 @@ def _config(folder: str) -> RunConfig:
     )
 
 
-def _own_logprobs(model: torch.nn.Module, batch: RolloutBatch) -> Tensor:
+def _own_logprobs(model: torch.nn.Module, batch: TokenSequences) -> Tensor:
     """Return [N] log-probabilities, each sequence by itself, all logits, the shift written out."""
     parts = []
-    for start, end in zip(batch.sequence_offsets[:-1], batch.sequence_offsets[1:], strict=True):
+    for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True):
         tokens = torch.from_numpy(batch.token_ids[start:end]).long()
         logs = model(input_ids=tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
         chosen = logs[:-1].gather(1, tokens[1:, None])[:, 0]
-        sampled = torch.from_numpy(batch.response_mask[start + 1 : end])
+        sampled = torch.from_numpy(batch.loss_mask[start + 1 : end])
         parts.append(torch.cat([torch.zeros(1), chosen * sampled]))
     return torch.cat(parts)
 

@@ -31,6 +31,7 @@ from rlsys.data.batches import (
     RolloutBatch,
     StopReason,
 )
+from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.run.required_inputs import required_inputs
 from tests.support.enumerable_policy import ResponseSpace
@@ -256,11 +257,9 @@ def _flat(world: World, drawn: NDArray[np.int64], per_response: Tensor) -> NDArr
 def _rollouts(world: World, drawn: NDArray[np.int64]) -> RolloutBatch:
     rows = drawn.reshape(-1)
     lengths = world.lengths[rows]
-    tokens = [
-        np.concatenate([[PROMPT_TOKEN], world.space.tokens[row].numpy()[:length]])
-        for row, length in zip(rows, lengths, strict=True)
+    responses = [
+        world.space.tokens[row].numpy()[:length] for row, length in zip(rows, lengths, strict=True)
     ]
-    mask = np.concatenate([[False, *[True] * int(length)] for length in lengths])
     prompts = tuple(
         Prompt(problem_id=str(p), token_ids=(PROMPT_TOKEN,), text="", problem="", ground_truth="")
         for p in range(len(drawn))
@@ -268,12 +267,10 @@ def _rollouts(world: World, drawn: NDArray[np.int64]) -> RolloutBatch:
     groups = np.arange(len(drawn), dtype=np.int64)
     return RolloutBatch(
         prompts=PromptBatch(batch_id=0, prompts=prompts, group_ids=groups),
-        token_ids=np.concatenate(tokens).astype(np.int32),
-        sequence_offsets=np.cumsum([0, *(lengths + 1)]).astype(np.int64),
-        prompt_lengths=np.ones(len(rows), dtype=np.int32),
-        response_mask=mask,
+        sequences=TokenSequences.of(
+            [(PROMPT_TOKEN,)] * len(rows), responses, group_ids=np.repeat(groups, drawn.shape[1])
+        ),
         rollout_logprobs=_flat(world, drawn, world.space.logprobs(world.rollout)),  # pyright: ignore[reportArgumentType]
-        group_ids=np.repeat(groups, drawn.shape[1]),
         oldest_weight_version=np.zeros(len(rows), dtype=np.int32),
         newest_weight_version=np.zeros(len(rows), dtype=np.int32),
         stop_reasons=np.where(world.ended[rows], StopReason.END, StopReason.LENGTH).astype(np.int8),

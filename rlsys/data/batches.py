@@ -3,8 +3,8 @@
     PromptBatch -> RolloutBatch -> RewardBatch ---+
                         +--------> LogprobBatch --+--> ScoredBatch -> TrainBatch
 
-Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat: the tokens of all responses lie one after the
-other, and `sequence_offsets` says where each begins. Nothing is padded here and no mask is inferred from a pad id.
+Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat, as in `TokenSequences`,
+which a `RolloutBatch` contains. Nothing is padded here and no mask is inferred from a pad id.
 
 B responses, P prompts, N tokens. A sequence is a prompt followed by its response.
 """
@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlsys.data.sequences import TokenSequences
 
 
 class StopReason(IntEnum):
@@ -72,12 +74,8 @@ class RolloutBatch:
     """B sampled responses, whole groups only, the responses of a group adjacent and in the order of `prompts`."""
 
     prompts: PromptBatch
-    token_ids: NDArray[np.int32]  # [N] exactly as sampled
-    sequence_offsets: NDArray[np.int64]  # [B + 1]
-    prompt_lengths: NDArray[np.int32]  # [B]
-    response_mask: NDArray[np.bool_]  # [N] True where the policy sampled the token
+    sequences: TokenSequences  # the loss mask is True where the policy sampled the token
     rollout_logprobs: NDArray[np.float32]  # [N] 0 outside the mask
-    group_ids: NDArray[np.int64]  # [B]
     oldest_weight_version: NDArray[np.int32]  # [B]
     newest_weight_version: NDArray[np.int32]  # [B]
     stop_reasons: NDArray[np.int8]  # [B] StopReason
@@ -87,62 +85,56 @@ class RolloutBatch:
     )
 
     def __post_init__(self) -> None:
-        tokens, responses = len(self.token_ids), len(self.response_texts)
-        assert self.sequence_offsets.shape == (responses + 1,)
-        assert self.sequence_offsets[-1] == tokens
-        assert self.response_mask.shape == self.rollout_logprobs.shape == (tokens,)
-        assert (
-            self.group_ids.shape
-            == self.prompt_lengths.shape
-            == self.stop_reasons.shape
-            == (responses,)
-        )
+        responses = len(self.sequences)
+        assert self.rollout_logprobs.shape == self.sequences.token_ids.shape
+        assert self.stop_reasons.shape == (responses,)
+        assert len(self.response_texts) == responses
 
     def __len__(self) -> int:
-        return len(self.response_texts)
+        return len(self.sequences)
 
     @property
     def batch_id(self) -> int:
         return self.prompts.batch_id
 
     @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[N] of prompts and responses."""
+        return self.sequences.token_ids
+
+    @property
+    def sequence_offsets(self) -> NDArray[np.int64]:
+        """[B + 1] where each sequence begins in the flat arrays."""
+        return self.sequences.offsets
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """[B] tokens of the prompt."""
+        return self.sequences.prompt_lengths
+
+    @property
+    def response_mask(self) -> NDArray[np.bool_]:
+        """[N] True where the policy sampled the token."""
+        return self.sequences.loss_mask
+
+    @property
+    def group_ids(self) -> NDArray[np.int64]:
+        """[B] equal iff two responses answer the same prompt."""
+        return self.sequences.group_ids
+
+    @property
     def sequence_lengths(self) -> NDArray[np.int64]:
         """[B] tokens of prompt and response."""
-        return np.diff(self.sequence_offsets)
+        return self.sequences.lengths
 
     @property
     def response_lengths(self) -> NDArray[np.int64]:
         """[B] sampled tokens."""
-        counts = np.concatenate([[0], np.cumsum(self.response_mask, dtype=np.int64)])
-        return np.diff(counts[self.sequence_offsets])
+        return self.sequences.loss_lengths
 
     @property
     def num_response_tokens(self) -> int:
-        return int(self.response_mask.sum())
-
-    @staticmethod
-    def from_sequences(
-        sequences: Sequence[NDArray[np.int32]], *, temperature: float
-    ) -> RolloutBatch:
-        """Plain sequences of any lengths as a batch in which every token but the first counts as sampled: for probes."""
-        count = len(sequences)
-        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        mask = np.ones(offsets[-1], dtype=np.bool_)
-        mask[offsets[:-1]] = False
-        return RolloutBatch(
-            prompts=PromptBatch(batch_id=-1, prompts=(), group_ids=np.zeros(0, dtype=np.int64)),
-            token_ids=np.concatenate(list(sequences)).astype(np.int32),
-            sequence_offsets=offsets,
-            prompt_lengths=np.ones(count, dtype=np.int32),
-            response_mask=mask,
-            rollout_logprobs=np.zeros(offsets[-1], dtype=np.float32),
-            group_ids=np.arange(count, dtype=np.int64),
-            oldest_weight_version=np.zeros(count, dtype=np.int32),
-            newest_weight_version=np.zeros(count, dtype=np.int32),
-            stop_reasons=np.zeros(count, dtype=np.int8),
-            response_texts=("",) * count,
-            temperature=temperature,
-        )
+        return self.sequences.num_loss_tokens
 
     @staticmethod
     def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -151,27 +143,14 @@ class RolloutBatch:
         if len(batches) == 1:
             return batches[0]
         assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
-        starts = np.cumsum([0] + [len(batch.token_ids) for batch in batches])
         return RolloutBatch(
             prompts=PromptBatch(
                 batch_id=batches[0].batch_id,
                 prompts=tuple(prompt for batch in batches for prompt in batch.prompts.prompts),
                 group_ids=np.concatenate([batch.prompts.group_ids for batch in batches]),
             ),
-            token_ids=np.concatenate([batch.token_ids for batch in batches]),
-            sequence_offsets=np.concatenate(
-                [
-                    [0],
-                    *(
-                        batch.sequence_offsets[1:] + start
-                        for batch, start in zip(batches, starts[:-1], strict=True)
-                    ),
-                ]
-            ).astype(np.int64),
-            prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
-            response_mask=np.concatenate([batch.response_mask for batch in batches]),
+            sequences=TokenSequences.concatenate([batch.sequences for batch in batches]),
             rollout_logprobs=np.concatenate([batch.rollout_logprobs for batch in batches]),
-            group_ids=np.concatenate([batch.group_ids for batch in batches]),
             oldest_weight_version=np.concatenate(
                 [batch.oldest_weight_version for batch in batches]
             ),

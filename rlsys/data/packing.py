@@ -1,4 +1,4 @@
-"""From ragged rollouts to packed forward passes.
+"""From ragged sequences to packed forward passes.
 
 A `Segment group` is a prompt followed by some of its responses; responses see the prompt and themselves, never one another:
 
@@ -7,8 +7,8 @@ A `Segment group` is a prompt followed by some of its responses; responses see t
     predicts             a0 -> a1     b0 -> b1 ...       and p2 -> a0, b0 and c0 at once
 
 The prompt is computed once for all its responses (`share_prompts`), or once for each. A response's last token predicts nothing and is left out.
-**The next-token shift happens here and nowhere else**: `predict_positions[k]` is the packed position whose hidden state predicts the sampled token
-`targets[k]`, which lies at `flat_positions[k]` of the rollout batch.
+**The next-token shift happens here and nowhere else**: `predict_positions[k]` is the packed position whose hidden state predicts the token
+`targets[k]`, which lies at `flat_positions[k]` of the sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.data.batches import RolloutBatch
+from rlsys.data.sequences import TokenSequences
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Pack:
     groups: tuple[SegmentGroup, ...]
     predict_positions: NDArray[np.int64]  # [m] into the packed tokens
     targets: NDArray[np.int64]  # [m] token ids
-    flat_positions: NDArray[np.int64]  # [m] into RolloutBatch.token_ids
-    rows: NDArray[np.int64]  # [b] into the batch's responses
+    flat_positions: NDArray[np.int64]  # [m] into TokenSequences.token_ids
+    rows: NDArray[np.int64]  # [b] into the batch's sequences
     response_index: NDArray[np.int64]  # [m] which of the b responses
     response_positions: NDArray[np.int64]  # [m] index within the response's span
     is_filler: bool = (
@@ -66,16 +66,16 @@ class _Unit:
 
 
 def _units(
-    rollouts: RolloutBatch, rows: NDArray[np.int64], budget: int, share_prompts: bool
+    sequences: TokenSequences, rows: NDArray[np.int64], budget: int, share_prompts: bool
 ) -> list[_Unit]:
     """Whole groups where they fit the budget, parts of them where not, single responses without sharing."""
-    lengths = rollouts.sequence_lengths
+    lengths = sequences.lengths
     units: list[_Unit] = []
     members: dict[int, list[int]] = {}
     for row in rows:
-        members.setdefault(int(rollouts.group_ids[row]), []).append(int(row))
+        members.setdefault(int(sequences.group_ids[row]), []).append(int(row))
     for group_rows in members.values():
-        prompt = int(rollouts.prompt_lengths[group_rows[0]])
+        prompt = int(sequences.prompt_lengths[group_rows[0]])
         current: list[int] = []
         size = prompt
         for row in group_rows:
@@ -118,7 +118,7 @@ def _bins(units: Sequence[_Unit], budget: int, *, padded: bool) -> list[list[_Un
 
 
 def pack_rows(
-    rollouts: RolloutBatch,
+    sequences: TokenSequences,
     rows: NDArray[np.int64],
     *,
     budget: int,
@@ -133,15 +133,15 @@ def pack_rows(
     `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared then.
     """
     assert not (padded and share_prompts), "a padded row has a prompt of its own"
-    shares = _balance(_units(rollouts, rows, budget, share_prompts), ranks)
+    shares = _balance(_units(sequences, rows, budget, share_prompts), ranks)
     bins = [_bins(share, budget, padded=padded) for share in shares]
     passes = max(map(len, bins))
-    packs = [_pack(rollouts, content, is_filler=False) for content in bins[rank]]
+    packs = [_pack(sequences, content, is_filler=False) for content in bins[rank]]
     smallest = min((unit for share in shares for unit in share), key=lambda unit: unit.num_tokens)
-    return packs + [_pack(rollouts, [smallest], is_filler=True)] * (passes - len(packs))
+    return packs + [_pack(sequences, [smallest], is_filler=True)] * (passes - len(packs))
 
 
-def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) -> Pack:
+def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_filler: bool) -> Pack:
     tokens: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
     groups: list[SegmentGroup] = []
@@ -152,21 +152,21 @@ def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) ->
     rows = [row for unit in units for row in unit.rows]
     start = 0
     for unit in units:
-        prompt = int(rollouts.prompt_lengths[unit.rows[0]])
-        first = int(rollouts.sequence_offsets[unit.rows[0]])
-        tokens.append(rollouts.token_ids[first : first + prompt])
+        prompt = int(sequences.prompt_lengths[unit.rows[0]])
+        first = int(sequences.offsets[unit.rows[0]])
+        tokens.append(sequences.token_ids[first : first + prompt])
         positions.append(np.arange(prompt))
         lengths = []
         place = start + prompt
         for row in unit.rows:
             begin, end = (
-                int(rollouts.sequence_offsets[row]) + prompt,
-                int(rollouts.sequence_offsets[row + 1]),
+                int(sequences.offsets[row]) + prompt,
+                int(sequences.offsets[row + 1]),
             )
             span = np.arange(end - begin)
-            sampled = span[rollouts.response_mask[begin:end]]
+            sampled = span[sequences.loss_mask[begin:end]]
             packed = max(end - begin - 1, 0)
-            tokens.append(rollouts.token_ids[begin : begin + packed])
+            tokens.append(sequences.token_ids[begin : begin + packed])
             positions.append(prompt + span[:packed])
             # Token s of the response is predicted by its predecessor: the prompt's last token for s = 0.
             predict.append(np.where(sampled == 0, start + prompt - 1, place + sampled - 1))
@@ -183,7 +183,7 @@ def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) ->
         position_ids=np.concatenate(positions),
         groups=tuple(groups),
         predict_positions=np.concatenate(predict),
-        targets=rollouts.token_ids[flat_positions].astype(np.int64),
+        targets=sequences.token_ids[flat_positions].astype(np.int64),
         flat_positions=flat_positions,
         rows=np.asarray(rows, dtype=np.int64),
         response_index=np.concatenate(index),
@@ -193,14 +193,14 @@ def _pack(rollouts: RolloutBatch, units: Sequence[_Unit], *, is_filler: bool) ->
 
 
 def mini_batch_rows(
-    rollouts: RolloutBatch, *, mini_batches: int, epochs: int, seed: int
+    sequences: TokenSequences, *, mini_batches: int, epochs: int, seed: int, batch_id: int
 ) -> Iterator[NDArray[np.int64]]:
     """The rows of each mini-batch of each epoch: whole groups, equally many in each, in an order given by (seed, batch, epoch).
 
     Raises:
         ValueError: the groups cannot be split evenly.
     """
-    groups = np.unique(rollouts.group_ids)
+    groups = np.unique(sequences.group_ids)
     if len(groups) % mini_batches:
         raise ValueError(
             f"policy.mini_batches: {mini_batches} does not divide the {len(groups)} groups of a batch. Choose a divisor of trainer.prompts_per_step."
@@ -208,8 +208,6 @@ def mini_batch_rows(
     for epoch in range(epochs):
         order = groups
         if mini_batches > 1:
-            order = np.random.default_rng(
-                [seed, rollouts.batch_id & 0x7FFFFFFF, epoch]
-            ).permutation(groups)
+            order = np.random.default_rng([seed, batch_id & 0x7FFFFFFF, epoch]).permutation(groups)
         for chosen in np.split(order, mini_batches):
-            yield np.flatnonzero(np.isin(rollouts.group_ids, chosen))
+            yield np.flatnonzero(np.isin(sequences.group_ids, chosen))

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from rlsys.data.batches import RolloutBatch
+from rlsys.data.sequences import TokenSequences
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class ResponsePadding:
     shape: tuple[int, int]
 
     @staticmethod
-    def of(rollouts: RolloutBatch) -> ResponsePadding:
-        """Of all responses of a batch."""
-        starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
-        lengths = rollouts.sequence_offsets[1:] - starts
+    def of(sequences: TokenSequences) -> ResponsePadding:
+        """Return the padding of all responses of a batch."""
+        starts = sequences.offsets[:-1] + sequences.prompt_lengths
+        lengths = sequences.offsets[1:] - starts
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return ResponsePadding(

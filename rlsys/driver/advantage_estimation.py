@@ -87,7 +87,7 @@ def advantage_inputs(
         ValueError: `algorithm.kl` charges tokens for an estimate of the KL that has no right gradient
             there.
     """
-    padding = ResponsePadding.of(rollouts)
+    padding = ResponsePadding.of(rollouts.sequences)
     index = torch.arange(len(rollouts)) if rows is None else torch.from_numpy(rows)
 
     def padded(values: NDArray | None) -> Tensor | None:

@@ -271,7 +271,7 @@ def _flat(
     rollouts: RolloutBatch, values: Tensor, rows: NDArray[np.int64], precision: DTypeLike
 ) -> NDArray[Any]:
     """[b, T, ...] of the responses `rows` -> [N, ...], 0 at the others."""
-    padding = ResponsePadding.of(rollouts)
+    padding = ResponsePadding.of(rollouts.sequences)
     whole = torch.zeros(*padding.shape, *values.shape[2:], dtype=values.dtype)
     whole[torch.from_numpy(rows)] = values
     return padding.unpad(whole, len(rollouts.token_ids), precision)

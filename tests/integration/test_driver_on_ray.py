@@ -21,6 +21,7 @@ from rlsys.data.batches import (
     TrainBatch,
 )
 from rlsys.data.prompt_stream import PromptStream
+from rlsys.data.sequences import TokenSequences
 from rlsys.driver.evaluation import Evaluator
 from rlsys.driver.ports import CreditedBatch, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
@@ -125,7 +126,16 @@ class LargeRollouts:
         self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
     ) -> Any:
         sequences = np.ones((2, sampling.max_tokens // 2), dtype=np.int32)
-        batch = RolloutBatch.from_sequences(list(sequences), temperature=1.0)
+        batch = RolloutBatch(
+            prompts=prompts,
+            sequences=TokenSequences.of_texts(list(sequences)),
+            rollout_logprobs=np.zeros(sequences.size, dtype=np.float32),
+            oldest_weight_version=np.zeros(2, dtype=np.int32),
+            newest_weight_version=np.zeros(2, dtype=np.int32),
+            stop_reasons=np.zeros(2, dtype=np.int8),
+            response_texts=("",) * 2,
+            temperature=1.0,
+        )
         yield (first_prompt, batch.num_response_tokens)
         yield batch
 

@@ -32,6 +32,7 @@ from rlsys.data.batches import (
 )
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
+from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
 from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart, StepHandles, Workers
 from rlsys.metrics import Metric, maximum, mean, total
@@ -263,30 +264,30 @@ class TableGenerator:
             )
 
     def _sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
-        tokens: list[int] = []
+        responses: list[list[int]] = []
         logprobs: list[float] = []
         texts: list[str] = []
         temperature = sampling.temperature or 1.0
-        length = sampling.max_tokens
+        length, samples = sampling.max_tokens, sampling.samples_per_prompt
         for prompt, group in zip(prompts.prompts, prompts.group_ids, strict=True):
             generator = np.random.default_rng([sampling.seed, int(group)])
             table = _log_softmax(self.logits[prompt.token_ids[0]] / temperature)
-            for _ in range(sampling.samples_per_prompt):
+            for _ in range(samples):
                 greedy = sampling.temperature == 0
                 noise = 0.0 if greedy else generator.gumbel(size=table.shape)
                 response = (table + noise).argmax(axis=-1)
-                tokens += [*prompt.token_ids, *response.tolist()]
+                responses.append(response.tolist())
                 logprobs += [0.0, *table[np.arange(length), response].tolist()]
                 texts.append(" ".join(map(str, response)))
         count = len(texts)
         return RolloutBatch(
             prompts=prompts,
-            token_ids=np.asarray(tokens, dtype=np.int32),
-            sequence_offsets=np.arange(count + 1, dtype=np.int64) * (1 + length),
-            prompt_lengths=np.ones(count, dtype=np.int32),
-            response_mask=np.tile(np.arange(1 + length) > 0, count),
+            sequences=TokenSequences.of(
+                [prompt.token_ids for prompt in prompts.prompts for _ in range(samples)],
+                responses,
+                group_ids=np.repeat(prompts.group_ids, samples),
+            ),
             rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
-            group_ids=np.repeat(prompts.group_ids, sampling.samples_per_prompt),
             oldest_weight_version=np.full(count, self.version, dtype=np.int32),
             newest_weight_version=np.full(count, self.version, dtype=np.int32),
             stop_reasons=np.full(count, StopReason.LENGTH, dtype=np.int8),

@@ -1,8 +1,11 @@
 """Small rollout batches for tests."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from rlsys.data.batches import Prompt, PromptBatch, RewardBatch, RolloutBatch, TrainBatch
+from rlsys.data.sequences import TokenSequences
 
 
 def rollouts(
@@ -29,24 +32,20 @@ def rollouts(
         for (prompt, responses), group in zip(groups, ids, strict=True)
         for response in responses
     ]
-    mask = []
-    for row, (prompt, response, _) in enumerate(rows):
-        sampled = np.ones(len(response), dtype=np.bool_)
-        sampled[(holes or {}).get(row, [])] = False
-        mask.append(np.concatenate([np.zeros(len(prompt), dtype=np.bool_), sampled]))
-    tokens = np.concatenate(
-        [np.asarray(prompt + response, dtype=np.int32) for prompt, response, _ in rows]
+    sequences = TokenSequences.of(
+        [prompt for prompt, _, _ in rows],
+        [response for _, response, _ in rows],
+        group_ids=[group for _, _, group in rows],
     )
-    response_mask = np.concatenate(mask)
-    rng = np.random.default_rng(0)
+    sampled = sequences.loss_mask.copy()
+    for row, columns in (holes or {}).items():
+        start = sequences.offsets[row] + sequences.prompt_lengths[row]
+        sampled[start + np.asarray(columns)] = False
+    noise = -np.random.default_rng(0).random(len(sampled))
     return RolloutBatch(
         prompts=PromptBatch(batch_id=batch_id, prompts=prompts, group_ids=ids),
-        token_ids=tokens,
-        sequence_offsets=np.cumsum([0] + [len(p) + len(r) for p, r, _ in rows]).astype(np.int64),
-        prompt_lengths=np.asarray([len(p) for p, _, _ in rows], dtype=np.int32),
-        response_mask=response_mask,
-        rollout_logprobs=np.where(response_mask, -rng.random(len(tokens)), 0.0).astype(np.float32),
-        group_ids=np.asarray([g for _, _, g in rows], dtype=np.int64),
+        sequences=replace(sequences, loss_mask=sampled),
+        rollout_logprobs=np.where(sampled, noise, 0.0).astype(np.float32),
         oldest_weight_version=np.zeros(len(rows), dtype=np.int32),
         newest_weight_version=np.zeros(len(rows), dtype=np.int32),
         stop_reasons=np.zeros(len(rows), dtype=np.int8),

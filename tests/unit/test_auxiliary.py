@@ -53,7 +53,12 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
     """Each mini-batch is answered by the network of the mini-batches before, at the strength those earned."""
     rollouts = random_rollouts(0, groups=4, samples=4)
     (pack,) = pack_rows(
-        rollouts, torch.arange(16).numpy(), budget=10**6, rank=0, ranks=1, share_prompts=True
+        rollouts.sequences,
+        torch.arange(16).numpy(),
+        budget=10**6,
+        rank=0,
+        ranks=1,
+        share_prompts=True,
     )
     tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
     features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])

@@ -53,7 +53,7 @@ def test_scatter_puts_rows_of_two_ranks_in_order():
 
 def test_padding_round_trip():
     batch = random_rollouts(1)
-    padding = ResponsePadding.of(batch)
+    padding = ResponsePadding.of(batch.sequences)
     mask = padding.pad(batch.response_mask)
     assert mask.dtype == torch.bool
     assert mask.sum(1).tolist() == batch.response_lengths.tolist()

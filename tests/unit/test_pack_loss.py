@@ -46,7 +46,7 @@ def losses_of(
     sizes = Denominators(num_tokens=9, num_sequences=4, max_tokens=4)
     total, sums = live.new_zeros(()), {}
     for pack in pack_rows(
-        batch.rollouts, np.arange(4), budget=budget, rank=0, ranks=1, share_prompts=True
+        batch.rollouts.sequences, np.arange(4), budget=budget, rank=0, ranks=1, share_prompts=True
     ):
         logprobs = live[torch.from_numpy(pack.flat_positions)]
         zeros = torch.zeros_like(logprobs)
@@ -73,7 +73,7 @@ def test_kl_terms_do_not_depend_on_the_packing(name: str, budget: int):
     loss, sums = losses_of(batch, live, algorithm, budget, penalty=0.5)
     (found,) = torch.autograd.grad(loss, live)
 
-    padding = ResponsePadding.of(batch.rollouts)
+    padding = ResponsePadding.of(batch.rollouts.sequences)
     assert batch.old_logprobs is not None
     assert batch.ref_logprobs is not None
     mask, old, ref, advantages = (

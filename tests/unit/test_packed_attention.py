@@ -54,7 +54,7 @@ def packed_logprobs(
     packed = PackedCausalLM(model, chunk_tokens=5)
     flat = torch.zeros(len(batch.token_ids))
     for pack in pack_rows(
-        batch, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share
+        batch.sequences, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share
     ):
         flat[torch.from_numpy(pack.flat_positions)] = packed(
             PackTensors.of(pack, torch.device("cpu"))

@@ -11,7 +11,9 @@ from tests.support.rollout_examples import random_rollouts, rollouts
 
 def test_golden_shared_prompt():
     batch = rollouts([([10, 11, 12], [[20, 21, 22], [30]])])
-    (pack,) = pack_rows(batch, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True)
+    (pack,) = pack_rows(
+        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True
+    )
     # the prompt once, then the responses without their last tokens: 20 21 of the first, nothing of the second
     assert pack.token_ids.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 4]
@@ -33,7 +35,9 @@ def test_golden_shared_prompt():
 
 def test_golden_two_groups_and_a_hole():
     batch = rollouts([([1], [[2, 3, 4]]), ([5, 6], [[7, 8]])], holes={0: [1]})
-    (pack,) = pack_rows(batch, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True)
+    (pack,) = pack_rows(
+        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True
+    )
     # longest unit first, then by row: the groups have 3 packed tokens each
     assert pack.token_ids.tolist() == [1, 2, 3, 5, 6, 7]
     assert pack.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
@@ -50,7 +54,12 @@ def test_every_sampled_token_is_predicted_exactly_once(
     batch = random_rollouts(seed)
     packs = [
         pack_rows(
-            batch, np.arange(len(batch)), budget=budget, rank=r, ranks=ranks, share_prompts=share
+            batch.sequences,
+            np.arange(len(batch)),
+            budget=budget,
+            rank=r,
+            ranks=ranks,
+            share_prompts=share,
         )
         for r in range(ranks)
     ]
@@ -75,7 +84,12 @@ def test_balance_over_ranks():
     loads = []
     for rank in range(2):
         packs = pack_rows(
-            batch, np.arange(len(batch)), budget=64, rank=rank, ranks=2, share_prompts=False
+            batch.sequences,
+            np.arange(len(batch)),
+            budget=64,
+            rank=rank,
+            ranks=2,
+            share_prompts=False,
         )
         loads.append(sum(pack.num_tokens for pack in packs if not pack.is_filler))
     assert abs(loads[0] - loads[1]) <= max(
@@ -85,27 +99,28 @@ def test_balance_over_ranks():
 
 def test_mini_batches_are_whole_groups_and_cover_each_epoch():
     batch = random_rollouts(0, groups=6)
-    epochs = list(mini_batch_rows(batch, mini_batches=3, epochs=2, seed=5))
+    epochs = list(mini_batch_rows(batch.sequences, mini_batches=3, epochs=2, seed=5, batch_id=0))
     assert len(epochs) == 6
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(len(batch)))
         for rows in epoch:
             assert len(rows) == 6  # two groups of three
             assert len(set(batch.group_ids[rows])) == 2
-    again = list(mini_batch_rows(batch, mini_batches=3, epochs=2, seed=5))
+    again = list(mini_batch_rows(batch.sequences, mini_batches=3, epochs=2, seed=5, batch_id=0))
     assert all((a == b).all() for a, b in zip(epochs, again, strict=True))
 
 
 def test_mini_batches_must_divide_the_groups():
+    batch = random_rollouts(0, groups=6).sequences
     with pytest.raises(ValueError, match=r"policy\.mini_batches: 4 does not divide the 6 groups"):
-        list(mini_batch_rows(random_rollouts(0, groups=6), mini_batches=4, epochs=1, seed=0))
+        list(mini_batch_rows(batch, mini_batches=4, epochs=1, seed=0, batch_id=0))
 
 
 def test_a_padded_pack_counts_its_padding():
     lengths = [10, 9, 4, 3, 3]
     batch = rollouts([([1, 2], [list(range(5, 5 + length - 1))]) for length in lengths])
     packs = pack_rows(
-        batch, np.arange(5), budget=24, rank=0, ranks=1, share_prompts=False, padded=True
+        batch.sequences, np.arange(5), budget=24, rank=0, ranks=1, share_prompts=False, padded=True
     )
     rectangles = [len(pack.rows) * max(group.length for group in pack.groups) for pack in packs]
     assert max(rectangles) <= 24

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from rlsys.data.batches import RolloutBatch
 from rlsys.data.probe import BEYOND_WINDOW, probe_sequences
 
 
@@ -37,12 +36,3 @@ def test_few_or_long_prompts():
     assert cut.tolist() == [5, 6, 7, 8]
     with pytest.raises(ValueError, match=r"data\.eval: no prompt"):
         probe_sequences([], limit=9, window=None)
-
-
-def test_a_batch_of_ragged_sequences():
-    batch = RolloutBatch.from_sequences(
-        [np.arange(3, dtype=np.int32), np.arange(5, 10, dtype=np.int32)], temperature=1.0
-    )
-    assert batch.token_ids.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert batch.sequence_lengths.tolist() == [3, 5]
-    assert batch.response_mask.tolist() == [False, True, True, False, True, True, True, True]

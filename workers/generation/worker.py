@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
+from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.models.weights import WeightManifest
 from workers.generation.engines.engine import RolloutEngine, SampledGroup
@@ -86,30 +87,18 @@ def build_rollouts(
         for prompt, group_id, group in zip(chosen, ids, groups, strict=True)
         for response in group.responses
     ]
-    lengths = np.array(
-        [(len(prompt.token_ids), len(response.token_ids)) for prompt, _, response in rows],
-        dtype=np.int64,
+    sequences = TokenSequences.of(
+        [prompt.token_ids for prompt, _, _ in rows],
+        [response.token_ids for _, _, response in rows],
+        group_ids=[group_id for _, group_id, _ in rows],
     )
-    total = int(lengths.sum())
-    tokens = np.empty(total, dtype=np.int32)
-    mask = np.zeros(total, dtype=np.bool_)
-    logprobs = np.zeros(total, dtype=np.float32)
-    offsets = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))]).astype(np.int64)
-    for (prompt, _, response), start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
-        middle = start + len(prompt.token_ids)
-        tokens[start:middle] = prompt.token_ids
-        tokens[middle:end] = response.token_ids
-        logprobs[middle:end] = response.logprobs
-        mask[middle:end] = True
+    logprobs = np.zeros(len(sequences.token_ids), dtype=np.float32)
+    logprobs[sequences.loss_mask] = np.concatenate([response.logprobs for _, _, response in rows])
     versions = np.full(len(rows), version, dtype=np.int32)
     return RolloutBatch(
         prompts=PromptBatch(batch_id=prompts.batch_id, prompts=tuple(chosen), group_ids=ids),
-        token_ids=tokens,
-        sequence_offsets=offsets,
-        prompt_lengths=lengths[:, 0].astype(np.int32),
-        response_mask=mask,
+        sequences=sequences,
         rollout_logprobs=logprobs,
-        group_ids=np.array([group_id for _, group_id, _ in rows], dtype=np.int64),
         oldest_weight_version=versions,
         newest_weight_version=versions,
         stop_reasons=np.array([response.stop_reason for _, _, response in rows], dtype=np.int8),

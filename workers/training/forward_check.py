@@ -23,7 +23,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsys.data.batches import PromptBatch, RolloutBatch
 from rlsys.data.packing import pack_rows
+from rlsys.data.sequences import TokenSequences
 from rlsys.models.catalogue import cache_directory
 from rlsys.models.loading import UnsupportedModelError
 from workers.training.packed_attention import SHARING_KERNELS, register_packed_attention
@@ -132,7 +132,7 @@ def try_forward(
     return ForwardCheck(packing=False, error=error, reason=reason)
 
 
-def check_batch(lengths: Lengths, *, vocabulary: int) -> RolloutBatch:
+def check_batch(lengths: Lengths, *, vocabulary: int) -> TokenSequences:
     """Return random tokens: a longest prompt with a longest response and the first half of it, and a short group.
 
     The second response is a beginning of the first, so that a model which looks ahead is found out.
@@ -152,43 +152,28 @@ def check_batch(lengths: Lengths, *, vocabulary: int) -> RolloutBatch:
         (short_prompt, tokens(min(7, lengths.response)), 1),
         (short_prompt, tokens(1), 1),
     ]
-    return _rollouts(sequences)
-
-
-def _rollouts(
-    sequences: list[tuple[NDArray[np.int32], NDArray[np.int32], int]],
-) -> RolloutBatch:
-    masks = []
-    for prompt, response, _ in sequences:
-        sampled = np.zeros(len(response), dtype=np.bool_)
-        stride = -(-len(response) // CHECKED_TOKENS)
-        sampled[::stride] = True
-        sampled[-1] = True
-        masks.append(np.concatenate([np.zeros(len(prompt), dtype=np.bool_), sampled]))
-
-    count = len(sequences)
-    total = sum(map(len, masks))
-    ends = np.cumsum([len(mask) for mask in masks])
-    return RolloutBatch(
-        prompts=PromptBatch(batch_id=-1, prompts=(), group_ids=np.zeros(0, dtype=np.int64)),
-        token_ids=np.concatenate([np.concatenate([p, r]) for p, r, _ in sequences]),
-        sequence_offsets=np.concatenate([[0], ends]).astype(np.int64),
-        prompt_lengths=np.asarray([len(p) for p, _, _ in sequences], dtype=np.int32),
-        response_mask=np.concatenate(masks),
-        rollout_logprobs=np.zeros(total, dtype=np.float32),
-        group_ids=np.asarray([group for _, _, group in sequences], dtype=np.int64),
-        oldest_weight_version=np.zeros(count, dtype=np.int32),
-        newest_weight_version=np.zeros(count, dtype=np.int32),
-        stop_reasons=np.zeros(count, dtype=np.int8),
-        response_texts=("",) * count,
-        temperature=1.0,
+    batch = TokenSequences.of(
+        [prompt for prompt, _, _ in sequences],
+        [response for _, response, _ in sequences],
+        group_ids=[group for _, _, group in sequences],
     )
+    masks = [_checked(len(prompt), len(response)) for prompt, response, _ in sequences]
+    return replace(batch, loss_mask=np.concatenate(masks))
+
+
+def _checked(prompt: int, response: int) -> NDArray[np.bool_]:
+    """Return which tokens of a sequence are compared, evenly spaced over its response."""
+    checked = np.zeros(response, dtype=np.bool_)
+    stride = -(-response // CHECKED_TOKENS)
+    checked[::stride] = True
+    checked[-1] = True
+    return np.concatenate([np.zeros(prompt, dtype=np.bool_), checked])
 
 
 @torch.no_grad()
 def _logprobs(
     model: PreTrainedModel,
-    batch: RolloutBatch,
+    batch: TokenSequences,
     *,
     packing: bool,
     together: bool,
@@ -202,13 +187,13 @@ def _logprobs(
     for part in [rows] if together else np.split(rows, len(rows)):
         packs = pack_rows(batch, part, budget=1 << 40, rank=0, ranks=1, share_prompts=share_prompts)
         for pack in packs:
-            result = forward(PackTensors.of(pack, device, batch.temperature))
+            result = forward(PackTensors.of(pack, device))
             flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
     return flat
 
 
 def _own_logprobs(
-    model: PreTrainedModel, batch: RolloutBatch, *, together: bool, device: torch.device
+    model: PreTrainedModel, batch: TokenSequences, *, together: bool, device: torch.device
 ) -> Tensor:
     """Return [N] log-probabilities of the model's own forward pass.
 
@@ -229,7 +214,7 @@ def _own_logprobs(
 def _try_packed(
     model: PreTrainedModel,
     kernel: str,
-    batch: RolloutBatch,
+    batch: TokenSequences,
     alone: Tensor,
     tolerance: _Tolerance,
     device: torch.device,
@@ -323,13 +308,13 @@ def _largest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def _check_causal(name: str, batch: RolloutBatch, alone: Tensor) -> None:
+def _check_causal(name: str, batch: TokenSequences, alone: Tensor) -> None:
     """Refuse a model whose log-probability of a token depends on later tokens.
 
     Raises:
         UnsupportedModelError: row 1 is a beginning of row 0 and has other log-probabilities.
     """
-    first, second, third = batch.sequence_offsets[:3]
+    first, second, third = batch.offsets[:3]
     common = int(third - second)
     whole, beginning = alone[first : first + common], alone[second:third]
     both = (whole != 0) & (beginning != 0)

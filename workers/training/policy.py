@@ -19,6 +19,7 @@ from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
+from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.checkpoint_names import names_without_mapping
@@ -86,10 +87,11 @@ class PolicyWorker(CausalLMWorker):
         policy = self.config.policy
         mini_batches = list(
             mini_batch_rows(
-                batch.rollouts,
+                batch.rollouts.sequences,
                 mini_batches=policy.mini_batches,
                 epochs=policy.epochs,
                 seed=self.config.trainer.seed,
+                batch_id=batch.batch_id,
             )
         )
         kept = [_trained_rows(batch, rows) for rows in mini_batches]
@@ -288,7 +290,7 @@ class PolicyWorker(CausalLMWorker):
 
         Collective; every rank computes the same.
         """
-        batch = RolloutBatch.from_sequences(sequences, temperature=temperature)
+        batch = TokenSequences.of_texts(sequences)
         packs = pack_rows(
             batch,
             np.arange(len(batch)),
@@ -300,7 +302,7 @@ class PolicyWorker(CausalLMWorker):
         flat = np.zeros(len(batch.token_ids), dtype=np.float32)
         for pack in packs:
             flat[pack.flat_positions] = self.run(pack, temperature).logprobs.cpu().numpy()
-        return [row[1:] for row in np.split(flat, batch.sequence_offsets[1:-1])]
+        return [row[1:] for row in np.split(flat, batch.offsets[1:-1])]
 
     def save(self, directory: str) -> None:
         """Write the model in Hugging Face layout, optimizer state, and what else the policy remembers; collective."""

@@ -91,7 +91,7 @@ class RankWorker:
     ) -> list[Pack]:
         """Return this rank's part of those rows, each with its own prompt where `may_share` is False."""
         return pack_rows(
-            rollouts,
+            rollouts.sequences,
             rows,
             budget=self.settings.microbatch_tokens,
             rank=self.rank,

@@ -59,7 +59,9 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     batch = replace(batch, rollouts=replace(batch.rollouts, rollout_logprobs=near))
 
     def plan(rows: np.ndarray) -> list:
-        return pack_rows(batch.rollouts, rows, budget=budget, rank=0, ranks=1, share_prompts=False)
+        return pack_rows(
+            batch.rollouts.sequences, rows, budget=budget, rank=0, ranks=1, share_prompts=False
+        )
 
     got = values(gradient_metrics(tiny, batch, np.arange(12), plan, CPU))
 
@@ -67,7 +69,9 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     groups = []
     for rows in np.split(np.arange(12), 3):
         gradients, same, proxy = torch.zeros(4, 4, weight.numel()), torch.zeros(4), torch.zeros(4)
-        (pack,) = pack_rows(batch.rollouts, rows, budget=10**6, rank=0, ranks=1, share_prompts=True)
+        (pack,) = pack_rows(
+            batch.rollouts.sequences, rows, budget=10**6, rank=0, ranks=1, share_prompts=True
+        )
         result = tiny(PackTensors.of(pack, CPU))
         scores = torch.stack(
             [
