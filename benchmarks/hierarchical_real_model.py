@@ -52,8 +52,9 @@ from rlsys.data.prompt_templates import stop_strings
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from rlsys.rewards.scoring import score_completion
+from workers.generation.engines import make_engine
 from workers.generation.engines.engine import RolloutEngine
-from workers.generation.worker import build_rollouts, make_engine
+from workers.generation.worker import build_rollouts
 from workers.training.gradient_diagnostics import scores_of_responses
 from workers.training.policy import PolicyWorker
 

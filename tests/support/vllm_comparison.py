@@ -35,7 +35,7 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
     Raises:
         ValueError: what a run would say and stop: no way back to the names of the checkpoint, or a probe beyond the tolerance.
     """
-    from workers.generation.worker import make_engine
+    from workers.generation.engines import make_engine
 
     config = RunConfig(
         data=DataConfig(max_prompt_tokens=100),

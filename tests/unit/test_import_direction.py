@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.config.engines import ENGINES
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rlsys", "workers", "recipes")
 LIBRARY = (
@@ -93,8 +95,9 @@ def test_a_module_imports_downward_only(name: str, file: Path):
         assert not {"ray", "vllm", "deepspeed"} & {module.split(".")[0] for module in used}
     if within(name, "rlsys.config"):
         assert not {"torch", "numpy"} & {module.split(".")[0] for module in used}
-    if "vllm" in {module.split(".")[0] for module in used}:
-        assert name == "workers.generation.engines.vllm"
+    for engine, traits in ENGINES.items():
+        if {module.split(".")[0] for module in used} & set(traits.packages):
+            assert name == f"workers.generation.engines.{engine}"
     part = next((part for part in PARTS if within(name, part)), None)
     if part:
         others = [

@@ -13,18 +13,8 @@ from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
 from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.models.weights import WeightManifest
-from workers.generation.engines.engine import RolloutEngine, SampledGroup
-
-
-def make_engine(config: RunConfig, model_directory: str) -> RolloutEngine:
-    """The engine that `generation.engine` names."""
-    if config.generation.engine == "vllm":
-        from workers.generation.engines.vllm import VLLMEngine
-
-        return VLLMEngine(config, model_directory)
-    from workers.generation.engines.transformers import TransformersEngine
-
-    return TransformersEngine(config, model_directory)
+from workers.generation.engines import make_engine
+from workers.generation.engines.engine import SampledGroup
 
 
 class GenerationWorker:
@@ -65,9 +55,9 @@ class GenerationWorker:
         """See `RolloutEngine`."""
         return self._engine.probe_logprobs(sequences)
 
-    def weight_checksums(self) -> dict[str, float]:
+    def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
         """See `RolloutEngine`."""
-        return self._engine.weight_checksums()
+        return self._engine.weight_checksums(names)
 
     def metrics(self) -> dict[str, Metric]:
         """Peak memory of this process, or of its GPU."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
+from rlsys.config.engines import ENGINES
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
 from rlsys.data.sequences import TokenSequences
@@ -71,7 +72,7 @@ class PolicyWorker(CausalLMWorker):
             UnsupportedModelError: transformers stacks weights that its files hold apart, and knows no way back.
         """
         engine = self.config.generation.engine
-        if engine == "transformers":  # loads what it holds itself
+        if not ENGINES[engine].takes_checkpoint_names:
             return
         model = self.backend.module.model
         names = names_without_mapping(model, self.model_directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,8 +79,9 @@ class ObjectStoreWeightSync:
         means = [float(gap.mean()) for gap in gaps]
         worst = int(np.argmax(means))
         if not means[worst] <= self._tolerance:  # also catches NaN
-            checksums = await self._workers[worst].weight_checksums.remote()
-            different = differing_groups(manifest, [await shard for shard in shards], checksums)
+            names = [entry.name for entry in manifest.entries]
+            held = await self._workers[worst].weight_checksums.remote(names)
+            different = differing_groups(manifest, [await shard for shard in shards], held)
             raise WeightSyncError(
                 f"after the sync of weights version {manifest.version}, generation worker {worst} and the trainer differ by {means[worst]:.4f} "
                 f"in mean log-probability (generation.logprob_gap_tolerance is {self._tolerance}). Parameter groups that differ: "
@@ -92,35 +93,24 @@ class ObjectStoreWeightSync:
         }
 
 
-# Engines fuse projections; what they hold under one name is several tensors of the manifest.
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
-
-
-def _fused_name(name: str) -> str:
-    return ".".join(FUSED.get(part, part) for part in name.split("."))
-
-
 def differing_groups(
     manifest: WeightManifest,
     shards: Sequence[NDArray[np.uint8]],
-    engine: dict[str, float],
+    held: Mapping[tuple[str, ...], float],
     *,
     tolerance: float = 1e-3,
 ) -> list[str]:
-    """Names of the parameters whose sums of squares differ between what was sent and what the engine holds, relatively by `tolerance`."""
-    plain = all(entry.name in engine for entry in manifest.entries)
-    sent: dict[str, float] = {}
-    for name, tensor in unpack_weights(manifest, shards):
-        key = name if plain else _fused_name(name)
-        sent[key] = sent.get(key, 0.0) + float(tensor.float().square().sum())
-    return [
-        name
-        for name, value in sent.items()
-        if name in engine and abs(engine[name] - value) > tolerance * max(value, 1e-12)
-    ]
+    """Return the weights whose sums of squares differ from what was sent, relatively by `tolerance`.
+
+    `held` has the sum of each parameter of the engine by the names of the weights it is made of.
+    """
+    sent = {
+        name: float(tensor.float().square().sum())
+        for name, tensor in unpack_weights(manifest, shards)
+    }
+    different = []
+    for names, value in held.items():
+        expected = sum(sent[name] for name in names)
+        if abs(value - expected) > tolerance * max(expected, 1e-12):
+            different.append(" + ".join(names))
+    return different

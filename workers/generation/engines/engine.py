@@ -66,6 +66,10 @@ class RolloutEngine(Protocol):
         """Sequences of any lengths L -> [L - 1] log-probabilities at temperature 1 of each token but the first."""
         ...
 
-    def weight_checksums(self) -> dict[str, float]:
-        """Sum of squares of each parameter as the engine holds it, by the engine's own names: to find out which differ."""
+    def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
+        """Return the sum of squares of each parameter that the engine holds, to find out which differ.
+
+        The key has those of `names`, of the weights as they were sent, that the parameter is made
+        of: several where the engine fuses them. Parameters made of none of them are left out.
+        """
         ...

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
-from rlsys.models.checkpoint_names import from_checkpoint
+from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
 from rlsys.models.loading import end_token_ids, load_causal_lm, load_tokenizer
 from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engines.engine import SampledGroup, SampledResponse
@@ -201,11 +201,13 @@ class TransformersEngine:
         logprobs = self._model(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, tokens[1:, None])[:, 0].cpu().numpy()
 
-    def weight_checksums(self) -> dict[str, float]:
+    def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
         """See `RolloutEngine`."""
+        held = to_checkpoint(self._model, dict(self._model.named_parameters()))
         return {
-            name: float(parameter.detach().float().square().sum())
-            for name, parameter in self._model.named_parameters()
+            (name,): float(tensor.detach().float().square().sum())
+            for name, tensor in held.items()
+            if name in names
         }
 
 
@@ -224,3 +226,6 @@ def _choose(
             for row, generator in zip(log_distribution, generators, strict=True)
         ]
     )
+
+
+ENGINE = TransformersEngine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,14 @@ from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engines.engine import SampledGroup, SampledResponse
 
 GREEDY_TEMPERATURE = 1e-5  # below it vLLM takes the likeliest token
+# Projections that vLLM keeps in one parameter, and its name.
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 CPU_BLOCK_TOKENS = 32  # vLLM's own 128 would cache no prefix of a shorter prompt
 
 
@@ -179,9 +187,21 @@ class VLLMEngine:
                 rows[output.request_id] = [choices[token].logprob for choices, token in pairs]
         return [np.asarray(rows[name], dtype=np.float32) for name in names]
 
-    def weight_checksums(self) -> dict[str, float]:
-        """See `RolloutEngine`. Names are vLLM's: qkv_proj, gate_up_proj and so on are fused."""
-        return self._engine.apply_model(_sums_of_squares)[0]
+    def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
+        """See `RolloutEngine`."""
+        held = self._engine.apply_model(_sums_of_squares)[0]
+        return {parts: held[name] for name, parts in parts_of(names, held).items() if name in held}
+
+
+def parts_of(names: Sequence[str], held: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the names of a checkpoint by the name under which vLLM holds them, several where fused."""
+    parts: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        own = name
+        if own not in held:
+            own = ".".join(FUSED.get(part, part) for part in name.split("."))
+        parts[own] = (*parts.get(own, ()), name)
+    return parts
 
 
 def _as_transformers_reads(config: Any) -> Any:
@@ -291,3 +311,6 @@ def _sums_of_squares(model: torch.nn.Module) -> dict[str, float]:
         for name, parameter in parameters
         if parameter.numel()
     }
+
+
+ENGINE = VLLMEngine

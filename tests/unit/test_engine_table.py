@@ -1,0 +1,43 @@
+"""The table of engines: each name has a module, options that exist, and traits that are asked for."""
+
+import importlib
+
+import pytest
+
+from rlsys.config import GenerationConfig, RunConfig
+from rlsys.config.engines import ENGINES
+from workers.generation.engines import make_engine
+from workers.generation.engines.engine import RolloutEngine
+from workers.generation.engines.vllm import parts_of
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_name_has_a_module_with_an_engine(name: str):
+    engine = importlib.import_module(f"workers.generation.engines.{name}").ENGINE
+    methods = {name for name in vars(RolloutEngine) if not name.startswith("_")}
+    assert methods <= set(dir(engine))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_options_of_engines_are_fields(name: str):
+    assert ENGINES[name].options <= set(GenerationConfig.model_fields)
+
+
+def test_an_entry_and_a_module_are_all_that_an_engine_needs(monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple] = []
+    module = type("Module", (), {"ENGINE": lambda *given: made.append(given)})
+    monkeypatch.setitem(ENGINES, "toy", ENGINES["transformers"])  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(importlib, "import_module", {"workers.generation.engines.toy": module}.get)
+    config = RunConfig(generation=GenerationConfig(engine="toy"))
+    make_engine(config, "model")
+    assert made == [(config, "model")]
+
+
+def test_fused_parameters_are_made_of_several_weights():
+    sent = ["0.q_proj.weight", "0.k_proj.weight", "0.o_proj.weight", "1.q_proj.weight"]
+    held = ["0.qkv_proj.weight", "0.o_proj.weight", "1.q_proj.weight"]  # 1 is not fused
+    assert parts_of(sent, held) == {
+        "0.qkv_proj.weight": ("0.q_proj.weight", "0.k_proj.weight"),
+        "0.o_proj.weight": ("0.o_proj.weight",),
+        "1.q_proj.weight": ("1.q_proj.weight",),
+    }
