@@ -363,7 +363,7 @@ def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
     )
     levels = [row | {"level": 3.0} for row in rows]
     third = ("--data.eval", str(jsonl("third", [_row(100 + i) | {"level": 3.0} for i in range(4)])))
-    yield trial(jsonl("levels", levels), "accepted", *third, "--data.levels=3", problems=count)
+    yield trial(jsonl("levels", levels), "accepted", *third, "--data.where.level=3", problems=count)
     gsm = [row | {"answer": f"1 + 1 = 2, so\n#### {row['answer']}"} for row in rows]
     yield trial(jsonl("gsm8k", gsm), "accepted", *off, problems=count)
     yield trial(jsonl("extra", changed(extra={"a": [1]})), "accepted", *off, problems=count)

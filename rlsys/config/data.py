@@ -1,10 +1,13 @@
 """Where prompts come from and how they are worded."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from rlsys.config.section import Section
+
+FilterValue = str | bool | int | FiniteFloat
 
 
 class ColumnNames(Section):
@@ -22,12 +25,21 @@ class ColumnNames(Section):
         default="id",
         description="Column of a unique id. null, or absent from the file: the row number.",
     )
-    level: str | None = Field(
-        default="level", description="Column of the difficulty level, for filters. null: none."
-    )
-    subject: str | None = Field(
-        default="subject", description="Column of the subject, for filters. null: none."
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_filters(cls, value: Any) -> Any:
+        """Refuse the columns of former filters; their former defaults, in old files, say nothing."""
+        if isinstance(value, dict):
+            value = dict(value)
+            for role in ("level", "subject"):
+                name = value.pop(role, None)
+                if name not in (None, role):
+                    raise ValueError(
+                        f"{role} is no longer a role: data.where names the column itself. Write "
+                        f'--data.where "{{{name}: [...]}}"'
+                    )
+        return value
 
 
 class SyntheticConfig(Section):
@@ -79,11 +91,11 @@ class DataConfig(Section):
         "chat (the chat template alone), "
         "r1_zero (<think> and <answer> tags), few_shot (worked examples), or the path of a Jinja file that uses {{ problem }}.",
     )
-    levels: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="Keep rows of these levels only. null: all."
-    )
-    subjects: tuple[str, ...] | None = Field(
-        default=None, min_length=1, description="Keep rows of these subjects only. null: all."
+    where: dict[str, tuple[FilterValue, ...]] = Field(
+        default={},
+        description="Keep the rows of train and eval whose columns have one of these values: "
+        '{level: [1, 2], subject: Algebra}. Numbers are equal by value (3, 3.0, "3"). '
+        "null: the column is not looked at.",
     )
     blank_rows: Literal["drop", "refuse"] = Field(
         default="drop",
@@ -110,3 +122,35 @@ class DataConfig(Section):
     def _off(cls, value: Any) -> Any:
         """YAML reads off as false."""
         return "off" if value is None or value is False else value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _lists_of_values(cls, value: Any) -> Any:
+        """One value is a list of one; columns inside an object may be nested."""
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: wanted if isinstance(wanted, list | tuple) else (wanted,)
+            for name, wanted in _dotted(value)
+            if wanted is not None
+        }
+
+    @field_validator("where")
+    @classmethod
+    def _some_value(
+        cls, value: dict[str, tuple[FilterValue, ...]]
+    ) -> dict[str, tuple[FilterValue, ...]]:
+        for name, wanted in value.items():
+            if not wanted:
+                raise ValueError(f"{name} has an empty list, which no row fits: name some values")
+        return value
+
+
+def _dotted(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -24,7 +24,7 @@ def all_fields(
 
 
 def field_at(name: str) -> FieldInfo | None:
-    """Return the field that a dotted name leads to; below a dict of parameters, one of any type."""
+    """Return the field that a dotted name leads to; below a mapping, a value of it."""
     model: type[BaseModel] = RunConfig
     field: FieldInfo | None = None
     parts = name.split(".")
@@ -33,12 +33,17 @@ def field_at(name: str) -> FieldInfo | None:
         if field is None:
             return None
         if get_origin(field.annotation) is dict:
-            return field if i == len(parts) - 1 else FieldInfo(annotation=Any)  # pyright: ignore[reportArgumentType]
+            return field if i == len(parts) - 1 else _value_of(field)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             model = field.annotation
         elif i < len(parts) - 1:
             return None
     return field
+
+
+def _value_of(field: FieldInfo) -> FieldInfo:
+    """Return a value of a mapping as a field of its own."""
+    return FieldInfo(annotation=get_args(field.annotation)[1])
 
 
 def type_name(annotation: Any) -> str:

@@ -16,6 +16,8 @@ from rlsys.config.errors import ConfigError
 RENAMED_FIELDS: dict[str, str] = {
     "model.reference_path": "reference.path",
     "policy.strategy": "policy.backend",
+    "data.levels": "data.where.level",
+    "data.subjects": "data.where.subject",
 }
 
 _MISSING = object()

@@ -12,9 +12,9 @@ B responses, P prompts, N tokens. A sequence is a prompt followed by its respons
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class Prompt:
     text: str  # the rendered prompt, for people
     problem: str
     ground_truth: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # for rewards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ class PromptStream:
             "batches_taken": self._batches_taken,
             "prompts_taken": self._prompts_taken,
             "prompts": len(self._prompts),
-            "digest": self._digest,
+            "problems_digest": self._digest,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -97,7 +97,8 @@ class PromptStream:
                 f"data.train: the checkpoint was written with {state['prompts']} prompts, now there are {len(self._prompts)}. Resume with "
                 "the same data and filters."
             )
-        digest = state.get("digest")  # a checkpoint from before it was kept has none
+        # An earlier version kept none, or one of other fields under another name.
+        digest = state.get("problems_digest")
         if digest is not None and self._digest is not None and digest != self._digest:
             raise ValueError(
                 f"data.train: the {len(self._prompts)} prompts are not those that the checkpoint was written with, or in another order. Resume "
@@ -142,8 +143,8 @@ class LoadedPrompts:
         return self.evaluation.prompts or self.train.prompts
 
 
-def load_problems(config: RunConfig) -> LoadedProblems:
-    """Read or generate the problems.
+def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblems:
+    """Read or generate the problems, with the other columns of the data where `metadata` is set.
 
     Raises:
         ValueError: see `read_problems`, `generate_problems` and `hold_out`; conversations under a
@@ -155,7 +156,7 @@ def load_problems(config: RunConfig) -> LoadedProblems:
     if data.train == "synthetic":
         train, held_out = _synthetic(config)
     else:
-        train, held_out = _read(data, data.train, "data.train", notices), []
+        train, held_out = _read(data, data.train, "data.train", notices, metadata), []
 
     if data.eval == "off":
         evaluation, origin = [], "data.eval is off"
@@ -167,7 +168,7 @@ def load_problems(config: RunConfig) -> LoadedProblems:
         origin = "held out of data.train by a hash of their text, and not trained on"
         notices += _copies_notices(split.copies)
     else:
-        evaluation, origin = _read(data, data.eval, "data.eval", notices), data.eval
+        evaluation, origin = _read(data, data.eval, "data.eval", notices, metadata), data.eval
     evaluation = evaluation[: data.eval_limit or None]
     notices += _shared_notices(train, evaluation)
 
@@ -186,13 +187,12 @@ def _check_sources(data: DataConfig) -> None:
             f"data.eval: 'synthetic' problems say nothing of data.train {data.train!r}. Set it to "
             "auto to hold problems out of data.train, to a file, or to off."
         )
-    if data.train == "synthetic" and data.eval in ("auto", "off", "synthetic"):
-        for filter_, values in (("levels", data.levels), ("subjects", data.subjects)):
-            if values is not None:
-                raise ValueError(
-                    f"data.{filter_}: {list(values)} filters the rows of files, and data.train is "
-                    "synthetic. Choose its levels with data.synthetic.levels."
-                )
+    reads_no_file = data.train == "synthetic" and data.eval in ("auto", "off", "synthetic")
+    if reads_no_file and data.where:
+        raise ValueError(
+            f"data.where: {', '.join(data.where)} filters the rows of files, and data.train is "
+            "synthetic. Choose its levels with data.synthetic.levels."
+        )
 
 
 def _synthetic(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
@@ -205,13 +205,15 @@ def _synthetic(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def _read(data: DataConfig, source: str, field: str, notices: list[str]) -> list[Problem]:
+def _read(
+    data: DataConfig, source: str, field: str, notices: list[str], metadata: bool
+) -> list[Problem]:
     return read_problems(
         source,
         columns=data.columns,
         field=field,
-        levels=data.levels,
-        subjects=data.subjects,
+        where=data.where,
+        metadata=metadata,
         on_dropped=notices.append if data.blank_rows == "drop" else None,
     )
 

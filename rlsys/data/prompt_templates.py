@@ -123,6 +123,7 @@ class PromptRenderer:
             text=text,
             problem=problem.problem,
             ground_truth=problem.answer,
+            metadata=problem.metadata,
         )
 
     def _conversation(self, problem: Problem, last: str) -> str:

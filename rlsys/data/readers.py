@@ -13,16 +13,16 @@ from rlsys.data.row_values import (
     Blank,
     Unfit,
     answer_text,
+    filter_key,
     id_text,
-    level_number,
     lookup,
+    metadata_value,
     prompt_parts,
-    subject_text,
 )
 
 T = TypeVar("T")
 EXAMPLES = 5  # unfit rows that a message shows
-SHOWN_NAMES = 20  # columns, levels or subjects that a message lists
+SHOWN_NAMES = 20  # columns or values that a message lists
 
 
 def read_problems(
@@ -30,14 +30,16 @@ def read_problems(
     *,
     columns: ColumnNames,
     field: str,
-    levels: Sequence[int] | None = None,
-    subjects: Sequence[str] | None = None,
+    where: Mapping[str, Sequence[Any]] | None = None,
+    metadata: bool = False,
     on_dropped: Callable[[str], None] | None = None,
 ) -> list[Problem]:
-    """The problems of a file or a hub data set (`id` or `id:split`), filtered.
+    """Return the problems of a file or a hub data set (`id` or `id:split`), filtered.
 
     Args:
         field: name of the config field that holds `source`, for messages.
+        where: values by column, as in `data.where`.
+        metadata: give each problem the columns that are not its text, answer or id.
         on_dropped: drops rows without a problem or an answer, and is told which. None: such rows
             are refused like all others that cannot be used.
 
@@ -45,13 +47,13 @@ def read_problems(
         ValueError: the source is missing or unreadable, lacks a column, has rows that cannot be
             used, or holds nothing after the filters.
     """
-    names = [columns.problem, columns.answer, columns.id, columns.level, columns.subject]
-    table = read_table(source, needed=[name for name in names if name], field=field)
-    filters = _Filters(levels, subjects)
+    filters = _Filters.of(where or {})
+    used = [columns.problem, columns.answer, *([columns.id] if columns.id else []), *filters.wanted]
+    table = read_table(source, needed=None if metadata else used, field=field)
     _check_columns(table, columns, filters, source, field)
 
-    problems, unfit = _problems(table, columns, filters)
-    refused = [row for row in unfit if not (on_dropped and problems and row.blank)]
+    rows, unfit = _problems(table, columns, filters, metadata=metadata)
+    refused = [row for row in unfit if not (on_dropped and rows and row.blank)]
     if refused:
         raise ValueError(
             f"{field}: {len(refused)} of {len(table.rows)} rows of {source!r} cannot be used: "
@@ -62,35 +64,53 @@ def read_problems(
             f"{field}: {len(unfit)} of {len(table.rows)} rows of {source!r} lack a problem or an "
             f"answer and were dropped: {_examples(unfit)}"
         )
-    kept = [problem for problem in problems if filters.keep(problem)]
+    kept = [problem for problem, keys in rows if filters.keep(keys)]
     if not kept:
         raise ValueError(
-            f"{field}: no problem of {source!r} is left ({len(problems)} rows read, filters "
-            f"{filters}; the file has levels [{_found(problem.level for problem in problems)}] and "
-            f"subjects [{_found(problem.subject for problem in problems)}]). Drop or widen the filters."
+            f"data.where: {filters} leaves no problem of {field} {source!r} ({len(rows)} rows read; "
+            f"{filters.found([keys for _, keys in rows])}). Drop or widen the filters."
         )
     return kept
 
 
 @dataclass(frozen=True)
 class _Filters:
-    """data.levels and data.subjects; None keeps all."""
+    """`data.where`: the keys to keep (see `filter_key`) and the values as they were given."""
 
-    levels: Sequence[int] | None
-    subjects: Sequence[str] | None
+    wanted: Mapping[str, frozenset[str | None]]
+    given: Mapping[str, Sequence[Any]]
 
-    def keep(self, problem: Problem) -> bool:
-        return (self.levels is None or problem.level in self.levels) and (
-            self.subjects is None or problem.subject in self.subjects
-        )
+    @staticmethod
+    def of(where: Mapping[str, Sequence[Any]]) -> _Filters:
+        keys = {name: frozenset(map(filter_key, values)) for name, values in where.items()}
+        return _Filters(keys, where)
+
+    def keys_of(self, row: Mapping[str, Any]) -> tuple[str | None, ...]:
+        """Return what the row has in each column of the filters.
+
+        Raises:
+            Unfit: a value that cannot be compared.
+        """
+        return tuple(_optional(row, name, filter_key) for name in self.wanted)
+
+    def keep(self, keys: Sequence[str | None]) -> bool:
+        """Return whether a row passes all filters; one without a value passes none."""
+        columns = zip(keys, self.wanted.values(), strict=True)
+        return all(key is not None and key in wanted for key, wanted in columns)
+
+    def found(self, rows: Sequence[Sequence[str | None]]) -> str:
+        """Say which values the columns of the filters hold."""
+        columns = zip(self.wanted, zip(*rows, strict=True), strict=True)
+        return "; ".join(f"{name} holds {_distinct(keys)}" for name, keys in columns)
 
     def __str__(self) -> str:
-        named = {"data.levels": self.levels, "data.subjects": self.subjects}
-        return ", ".join(f"{name}={list(v)}" for name, v in named.items() if v is not None)
+        columns = (f"{name}: [{_listed([*map(str, v)])}]" for name, v in self.given.items())
+        return f"{{{', '.join(columns)}}}"
 
 
-def _found(values: Iterable[Any]) -> str:
-    return _listed(list(map(repr, sorted({value for value in values if value is not None}))))
+def _distinct(keys: Iterable[str | None]) -> str:
+    found = sorted({key for key in keys if key is not None}, key=lambda key: (len(key), key))
+    return _listed(found) if found else "nothing"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -103,34 +123,26 @@ def _check_columns(
 ) -> None:
     """Refuse a mapping to columns that no row has.
 
-    The default names of id, level and subject may be absent, unless a filter needs them.
+    The default name of id may be absent.
     """
     if not table.columns:
         return  # every row is defective, which is said with the rows
-    defaults = ColumnNames()
     required = {
-        "problem": True,
-        "answer": True,
-        "id": columns.id != defaults.id,
-        "level": columns.level != defaults.level or filters.levels is not None,
-        "subject": columns.subject != defaults.subject or filters.subjects is not None,
+        "data.columns.problem": columns.problem,
+        "data.columns.answer": columns.answer,
+        "data.columns.id": columns.id if columns.id != ColumnNames().id else None,
     }
-    for filter_, values, name in (
-        ("levels", filters.levels, columns.level),
-        ("subjects", filters.subjects, columns.subject),
-    ):
-        if values is not None and name is None:
-            role = filter_.removesuffix("s")
-            raise ValueError(
-                f"data.columns.{role}: null leaves data.{filter_} nothing to look at. Name the "
-                "column, or drop the filter."
-            )
-    for role, is_required in required.items():
-        name = getattr(columns, role)
-        if is_required and name and not _has_column(table, name):
+    for role, name in required.items():
+        if name and not _has_column(table, name):
             raise ValueError(
                 f"{field}: {source!r} has no column {name!r}. Its columns are "
-                f"{_columns(table.columns)}; name the right one in data.columns.{role}."
+                f"{_columns(table.columns)}; name the right one in {role}."
+            )
+    for name in filters.wanted:
+        if not _has_column(table, name):
+            raise ValueError(
+                f"data.where: {field} {source!r} has no column {name!r}. Its columns are "
+                f"{_columns(table.columns)}."
             )
 
 
@@ -160,14 +172,15 @@ class _UnfitRow:
 
 
 def _problems(
-    table: Table, columns: ColumnNames, filters: _Filters
-) -> tuple[list[Problem], list[_UnfitRow]]:
-    """One problem a row, and the rows that are none."""
-    problems: list[Problem] = []
+    table: Table, columns: ColumnNames, filters: _Filters, *, metadata: bool
+) -> tuple[list[tuple[Problem, tuple[str | None, ...]]], list[_UnfitRow]]:
+    """Return a problem a row with its values in the filters' columns, and the rows that are none."""
+    problems: list[tuple[Problem, tuple[str | None, ...]]] = []
     unfit: list[_UnfitRow] = []
     for number, row in enumerate(table.rows):
         try:
-            problems.append(_problem(row, columns, filters, number))
+            problem = _problem(row, columns, number, metadata=metadata)
+            problems.append((problem, filters.keys_of(row.values)))
         except Unfit as error:
             unfit.append(_UnfitRow(row.place, error))
     return problems, unfit
@@ -184,7 +197,7 @@ def _remedies(unfit: Sequence[_UnfitRow]) -> str:
     return " ".join(dict.fromkeys(row.error.remedy for row in unfit[:EXAMPLES]))
 
 
-def _problem(row: Row, columns: ColumnNames, filters: _Filters, number: int) -> Problem:
+def _problem(row: Row, columns: ColumnNames, number: int, *, metadata: bool) -> Problem:
     if row.defect is not None:
         raise Unfit(row.defect, "Mend or drop the rows.")
     text, messages = _cell(row.values, columns.problem, prompt_parts)
@@ -192,10 +205,15 @@ def _problem(row: Row, columns: ColumnNames, filters: _Filters, number: int) -> 
         problem_id=_optional(row.values, columns.id, lambda value: id_text(value, number)),
         problem=text,
         answer=_cell(row.values, columns.answer, answer_text),
-        level=_filtered(row.values, columns.level, level_number, filters.levels),
-        subject=_filtered(row.values, columns.subject, subject_text, filters.subjects),
         messages=messages,
+        metadata=_metadata(row.values, columns) if metadata else {},
     )
+
+
+def _metadata(row: Mapping[str, Any], columns: ColumnNames) -> dict[str, Any]:
+    """Return the columns that have no role, and those of which a role reads one field."""
+    roles = {columns.problem, columns.answer, columns.id}
+    return {name: metadata_value(value) for name, value in row.items() if name not in roles}
 
 
 def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
@@ -223,19 +241,4 @@ def _optional(row: Mapping[str, Any], name: str | None, convert: Callable[[Any],
         return convert(value)
     except Unfit as error:
         error.column = name
-        raise
-
-
-def _filtered(
-    row: Mapping[str, Any],
-    name: str | None,
-    convert: Callable[[Any], T | None],
-    wanted: Sequence[Any] | None,
-) -> T | None:
-    """A value that serves a filter only: without the filter an unfit one is as good as none."""
-    try:
-        return _optional(row, name, convert)
-    except Unfit:
-        if wanted is None:
-            return None
         raise

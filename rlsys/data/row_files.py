@@ -48,11 +48,11 @@ class Table:
     columns: tuple[str, ...]  # of all rows, in the order of their first appearance
 
 
-def read_table(source: str, *, needed: Sequence[str], field: str) -> Table:
+def read_table(source: str, *, needed: Sequence[str] | None, field: str) -> Table:
     """Read a file, or a data set of the hub (`id` or `id:split`).
 
     Args:
-        needed: columns that will be used; Parquet files are not read beyond them.
+        needed: columns that will be used; Parquet files are not read beyond them. None: all.
         field: name of the config field that holds `source`, for messages.
 
     Raises:
@@ -156,7 +156,7 @@ def _json_error(error: Exception) -> str:
     return str(error)
 
 
-def _read_jsonl(path: Path, needed: Sequence[str], field: str) -> Table:
+def _read_jsonl(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     text = _read_text(path, field)
     table = _parse_jsonl(text)
     if text.lstrip().startswith("[") and all(row.defect for row in table.rows):
@@ -195,7 +195,7 @@ def json_kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _read_json(path: Path, needed: Sequence[str], field: str) -> Table:
+def _read_json(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     """One array of objects; a file with one object a line is read as JSONL."""
     text = _read_text(path, field)
     try:
@@ -218,11 +218,11 @@ def _read_json(path: Path, needed: Sequence[str], field: str) -> Table:
     return Table(rows=rows, columns=_all_columns(row.values for row in rows))
 
 
-def _read_csv(path: Path, needed: Sequence[str], field: str) -> Table:
+def _read_csv(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     return _parse_csv(_read_text(path, field), ",", path, field)
 
 
-def _read_tsv(path: Path, needed: Sequence[str], field: str) -> Table:
+def _read_tsv(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     return _parse_csv(_read_text(path, field), "\t", path, field)
 
 
@@ -260,7 +260,7 @@ def _csv_row(cells: Sequence[str], header: Sequence[str], place: str) -> Row:
 # Arrow
 
 
-def _read_parquet(path: Path, needed: Sequence[str], field: str) -> Table:
+def _read_parquet(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -277,11 +277,13 @@ def _read_parquet(path: Path, needed: Sequence[str], field: str) -> Table:
     return Table(rows=list(_arrow_rows(table)), columns=tuple(names))
 
 
-def _used_columns(names: Sequence[str], needed: Iterable[str]) -> list[str]:
+def _used_columns(names: Sequence[str], needed: Iterable[str] | None) -> list[str]:
     """The columns to read: of `reward_model.ground_truth` that is `reward_model`.
 
     If the source has none of them the first one, so that its rows are counted.
     """
+    if needed is None:
+        return list(names)
     wanted = {part for name in needed for part in (name, name.split(".")[0])}
     return [name for name in names if name in wanted] or list(names)[:1]
 
@@ -316,7 +318,7 @@ def _shortest(value: Any, kind: pyarrow.DataType) -> Any:
     return value
 
 
-def _read_hub(source: str, needed: Sequence[str], field: str) -> Table:
+def _read_hub(source: str, needed: Sequence[str] | None, field: str) -> Table:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
@@ -335,7 +337,7 @@ def _read_hub(source: str, needed: Sequence[str], field: str) -> Table:
     return Table(rows=rows, columns=tuple(names))
 
 
-READERS: Mapping[str, Callable[[Path, Sequence[str], str], Table]] = {
+READERS: Mapping[str, Callable[[Path, Sequence[str] | None, str], Table]] = {
     ".parquet": _read_parquet,
     ".jsonl": _read_jsonl,
     ".json": _read_json,

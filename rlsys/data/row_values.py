@@ -1,4 +1,4 @@
-"""What a value of a row means in each role: prompt, answer, id, level, subject.
+"""What a value of a row means in each role: prompt, answer, id, filter, metadata.
 
 Text is taken as it is. A number becomes text without an exponent and without trailing zeros, so that
 4, 4.0 and 4.00 are all "4", and 0.5 is "0.5". Whatever has no one right text is unfit, and says so.
@@ -18,8 +18,7 @@ from rlsys.data.problems import ChatMessage
 ROLES = ("system", "developer", "user", "assistant")
 MAX_NUMBER_DIGITS = 1000  # of a number that is written out without an exponent
 SHOWN_CHARACTERS = 60  # of a value in a message
-LEVEL = re.compile(r"(?:level)?\s*([+-]?\d{1,9})(?:\.0*)?", re.IGNORECASE)
-NO_LEVEL = re.compile(r"(?:level)?\s*\??", re.IGNORECASE)
+PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,99})(?:\.\d{1,99})?")  # no code with leading zeros
 
 
 class Unfit(ValueError):  # noqa: N818  (one row's defect, gathered by the reader)
@@ -244,35 +243,37 @@ def id_text(value: Any, number: int) -> str:
     raise Unfit(f"is {describe(value)}", "Name a column of text or numbers in data.columns.id.")
 
 
-def level_number(value: Any) -> int | None:
-    """A level as a whole number: of 3, 3.0, "3" and "Level 3"; None of null, blank and "Level ?".
+def filter_key(value: Any) -> str | None:
+    """Return what `data.where` compares; equal keys are equal values. None where there is no value.
+
+    Numbers are equal by value, also as text: 3, 3.0, "3" and "3.0", but not "03", which may be a
+    code. True and false are equal to the texts, in any case. Other text is compared as it is,
+    without the white space around it.
 
     Raises:
-        Unfit: anything else.
+        Unfit: a list, an object, or anything else that is not one value.
     """
     if is_missing(value):
         return None
-    if isinstance(value, str):
-        text = value.strip()
-        if NO_LEVEL.fullmatch(text):
-            return None
-        if match := LEVEL.fullmatch(text):
-            return int(match[1])
-    elif _is_number(value) and abs(value) < 10**9 and value == int(value):
-        return int(value)
-    raise Unfit(f"is {describe(value)}", 'Levels are whole numbers such as 3 or "Level 3".')
-
-
-def subject_text(value: Any) -> str | None:
-    """A subject as text; None where there is none.
-
-    Raises:
-        Unfit: neither text nor a number.
-    """
-    if is_missing(value):
-        return None
-    if isinstance(value, str):
-        return _encodable(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     if _is_number(value):
         return number_text(value)
-    raise Unfit(f"is {describe(value)}", "Name a column of text in data.columns.subject.")
+    if isinstance(value, str):
+        text = value.strip()
+        if PLAIN_NUMBER.fullmatch(text):
+            return number_text(Decimal(text))
+        return text.lower() if text.lower() in ("true", "false") else text or None
+    raise Unfit(f"is {describe(value)}", "Filters compare text, numbers, true and false.")
+
+
+def metadata_value(value: Any) -> Any:
+    """Return a value as rewards get it: plain Python, with numbers that compute as int or float."""
+    value = _plain(value)
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): metadata_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [metadata_value(item) for item in value]
+    return value

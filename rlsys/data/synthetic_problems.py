@@ -111,7 +111,12 @@ def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[P
     texts = [text for text in turns if text is not None]
     key = f"synthetic-{level}-{expression.symbols.replace(' ', '')}"
     return [
-        Problem(problem_id=f"{key}-{i}", problem=text, answer=str(expression.answer), level=level)
+        Problem(
+            problem_id=f"{key}-{i}",
+            problem=text,
+            answer=str(expression.answer),
+            metadata={"level": level},
+        )
         for i, text in enumerate(texts)
     ]
 

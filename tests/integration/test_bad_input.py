@@ -99,7 +99,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--data.train", "/no/such.parquet"], "data.train", "Give the path"),
         (["--data.train", "{files}/columns.jsonl"], "data.train", "data.columns.problem"),
         (
-            ["--data.train", "{files}/good.jsonl", "--data.levels", "5"],
+            ["--data.train", "{files}/good.jsonl", "--data.where", "{level: 5}"],
             "data.train",
             "widen the filters",
         ),
@@ -120,7 +120,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data.max_prompt_tokens",
             "Raise the limit",
         ),
-        (["--data.levels", "2"], "data.levels", "data.synthetic.levels"),
+        (["--data.where.level", "2"], "data.where", "data.synthetic.levels"),
         (["--algorithm.advantage.name", "grop"], "algorithm.advantage.name", "Did you mean grpo"),
         (
             ["--algorithm.objective.weight", "ppo_clipp"],
@@ -222,7 +222,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "finite",
         ),
         (["--reward.functions", "[]"], "reward.functions", "Reward functions"),
-        (["--data.levels", "[]"], "data.levels", "Keep rows of these levels only"),
+        (["--data.where", "{level: []}"], "data.where", "Keep the rows of train and eval"),
         (["--run.directory", "{files}/good.jsonl"], "run.directory", "is a file"),
         (["--run.directory", "{files}/good.jsonl/below"], "run.directory", "another directory"),
         (["--run.directory", "/proc/runs/a"], "run.directory", "where you may write"),

@@ -49,9 +49,12 @@ def test_flags_win_over_the_file_which_wins_over_the_recipe(tmp_path: Path):
         (["--trainer.steps=12"], "trainer.steps", 12),
         (["--policy.share_prompts", "false"], "policy.share_prompts", False),
         (["--policy.gradient_checkpointing"], "policy.gradient_checkpointing", True),
-        (["--data.levels", "1,2"], "data.levels", (1, 2)),
-        (["--data.levels", "[4]"], "data.levels", (4,)),
-        (["--data.levels", "null"], "data.levels", None),
+        (["--data.where", "{level: [1, 2]}"], "data.where", {"level": (1, 2)}),
+        (["--data.where", "{level: 4, a.b: x}"], "data.where", {"level": (4,), "a.b": ("x",)}),
+        (["--data.where.level", "1,2"], "data.where", {"level": (1, 2)}),
+        (["--data.where.subject", "Number Theory"], "data.where", {"subject": ("Number Theory",)}),
+        (["--data.where", "null"], "data.where", {}),
+        (["--data.synthetic.levels", "[4]"], "data.synthetic.levels", (4,)),
         (["--plugins", "a,b.c"], "plugins", ("a", "b.c")),
         (["--generation.stop", "</answer>"], "generation.stop", ("</answer>",)),
         (
@@ -137,7 +140,11 @@ def test_help_shows_every_field_with_its_documentation_and_the_recipes_default()
 def test_yaml_round_trip(tmp_path: Path):
     config = evolve(
         RECIPE,
-        {"data.levels": [1, 5], "algorithm.advantage.parameters": {"eps": 1e-4}, "plugins": ["x"]},
+        {
+            "data.where": {"level": [1, 5]},
+            "algorithm.advantage.parameters": {"eps": 1e-4},
+            "plugins": ["x"],
+        },
     )
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert load_yaml(tmp_path / "config.yaml") == config
@@ -191,7 +198,7 @@ def test_another_function_drops_the_parameters_of_the_one_before():
     ("arguments", "message"),
     [
         (["--resume=false"], r"--resume=false: --resume takes no value"),
-        (["--data.levels", "1,{"], r"data\.levels: '\{' is no YAML value"),
+        (["--data.synthetic.levels", "1,{"], r"data\.synthetic\.levels: '\{' is no YAML value"),
         (["--policy.optimizer.betas", "1.5,0.9"], r"betas\.0: 1\.5 does not fit.*decay rates"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_number_without_bounds_is_no_oversight():
         for name in {*fields_of(int), *fields_of(float)}
         if not _bounds(dict(all_fields())[name])
     ]
-    assert sorted(unbounded) == ["data.levels"]  # names of levels, whatever the file calls them
+    assert sorted(unbounded) == []
 
 
 def _bounds(field: Any) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 import pandas
 import pytest
 
-from rlsys.config import ColumnNames, DataConfig, RunConfig, TrainerConfig
+from rlsys.config import ColumnNames, ConfigError, DataConfig, RunConfig, TrainerConfig
+from rlsys.config.command_line import parse
+from rlsys.config.renamed_fields import translated
 from rlsys.data.problems import ChatMessage, Problem
 from rlsys.data.prompt_stream import PromptStream, load_problems, load_prompts
 from rlsys.data.prompt_templates import PromptRenderer, stop_strings, template_source
@@ -66,9 +68,12 @@ def test_jsonl_with_a_column_mapping_and_filters(tmp_path: Path):
     source = jsonl(tmp_path / "x.jsonl", rows)
     columns = ColumnNames(problem="q", answer="a")
     problems = read_problems(
-        source, columns=columns, field="data.train", levels=(1, 2, 3), subjects=("Algebra",)
+        source,
+        columns=columns,
+        field="data.train",
+        where={"level": ("Level 1", "Level 2", "Level 3"), "subject": ("Algebra",)},
     )
-    assert [(p.problem, p.answer, p.level) for p in problems] == [("q1", "1", 1), ("q3", "3", 3)]
+    assert [(p.problem, p.answer) for p in problems] == [("q1", "1"), ("q3", "3")]
     assert problems[0].problem_id == "1"  # no id column: the row number
 
 
@@ -101,14 +106,14 @@ def test_unusable_files_get_one_clear_message(tmp_path: Path, source: str, messa
 
 
 def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
-    source = jsonl(
-        tmp_path / "x.jsonl", [{"problem": "1", "answer": "1", "level": 2, "subject": "Algebra"}]
-    )
+    rows = [{"problem": "1", "answer": "1", "level": level} for level in (2, 10.0, None)]
+    source = jsonl(tmp_path / "x.jsonl", rows)
     with pytest.raises(
         ValueError,
-        match=r"1 rows read, filters data\.levels=\[5\]; the file has levels \[2\] and subjects \['Algebra'\]",
+        match=r"data\.where: \{level: \[5, x\]\} leaves no problem of data\.train .*"
+        r"\(3 rows read; level holds 2, 10\)",
     ):
-        read_problems(source, columns=COLUMNS, field="data.train", levels=(5,))
+        read_problems(source, columns=COLUMNS, field="data.train", where={"level": (5, "x")})
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -199,7 +204,7 @@ def test_all_kinds_of_files_give_the_same_problems(tmp_path: Path, suffix: str):
     write_rows(tmp_path / f"x.{suffix}", rows)
     problems = read_problems(str(tmp_path / f"x.{suffix}"), columns=COLUMNS, field="data.train")
     assert problems == [
-        Problem(problem_id="x", problem=rows[0]["problem"], answer="\\frac{1}{2}", level=3),
+        Problem(problem_id="x", problem=rows[0]["problem"], answer="\\frac{1}{2}"),
         Problem(problem_id="y", problem="é", answer="-4"),
     ]
 
@@ -209,9 +214,56 @@ def test_numbers_with_gaps_as_pandas_writes_them_are_the_numbers_that_they_were(
     rows = [{"problem": "p", "answer": 4, "level": 3}, {"problem": "q", "answer": None}]
     write_rows(tmp_path / "x.parquet", rows)
     (problem,) = read_problems(
-        str(tmp_path / "x.parquet"), columns=COLUMNS, field="f", on_dropped=lambda notice: None
+        str(tmp_path / "x.parquet"),
+        columns=COLUMNS,
+        field="f",
+        where={"level": (3,)},
+        on_dropped=lambda notice: None,
     )
-    assert (problem.answer, problem.level) == ("4", 3)
+    assert problem.answer == "4"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv", "tsv"])
+def test_filters_find_the_same_rows_in_all_kinds_of_files(tmp_path: Path, suffix: str):
+    rows = [
+        {"problem": f"p{i}", "answer": "1", "level": level, "kind": kind, "hard": i % 2 == 0}
+        for i, (level, kind) in enumerate([(1, "a"), (2, "b"), (3, None), (3, "b"), (None, "c")])
+    ]
+    write_rows(tmp_path / f"x.{suffix}", rows)
+
+    def kept(**where: tuple) -> list[str]:
+        source = str(tmp_path / f"x.{suffix}")
+        found = read_problems(source, columns=COLUMNS, field="f", where=where)
+        return [problem.problem for problem in found]
+
+    assert kept(level=(3,)) == kept(level=("3",)) == kept(level=(3.0,)) == ["p2", "p3"]
+    assert kept(level=(1, 3), kind=("a", "b")) == ["p0", "p3"]  # no kind: left out
+    assert kept(hard=(True,)) == ["p0", "p2", "p4"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_metadata_are_the_other_columns_as_plain_values(tmp_path: Path, suffix: str):
+    rows = [
+        {
+            "problem": "p",
+            "truth": {"value": "4", "style": "rule"},
+            "tests": [1, 2],
+            "weight": 0.5,
+            "level": 3,
+        }
+    ]
+    write_rows(tmp_path / f"x.{suffix}", rows)
+    options = {"columns": ColumnNames(answer="truth.value"), "field": "f"}
+    (problem,) = read_problems(str(tmp_path / f"x.{suffix}"), metadata=True, **options)
+    assert problem.metadata == {
+        "truth": {"value": "4", "style": "rule"},  # of which the answer is one field
+        "tests": [1, 2],
+        "weight": 0.5,
+        "level": 3,
+    }
+    assert isinstance(problem.metadata["weight"], float)
+    (without,) = read_problems(str(tmp_path / f"x.{suffix}"), **options)
+    assert without.metadata == {}
 
 
 def test_columns_of_verl_with_chat_messages_and_a_field_inside_an_object(tmp_path: Path):
@@ -236,7 +288,7 @@ def test_columns_of_verl_with_chat_messages_and_a_field_inside_an_object(tmp_pat
     )
 
 
-@pytest.mark.parametrize("role", ["id", "level", "subject"])
+@pytest.mark.parametrize("role", ["problem", "id"])
 def test_a_column_that_the_user_names_must_be_there(tmp_path: Path, role: str):
     path = tmp_path / "x.jsonl"
     jsonl(path, [{"problem": "p", "answer": "1"}])
@@ -245,17 +297,46 @@ def test_a_column_that_the_user_names_must_be_there(tmp_path: Path, role: str):
     assert f"data.columns.{role}" in message
 
 
-def test_filters_need_their_column_and_readable_values(tmp_path: Path):
+def test_filters_need_their_column_and_single_values(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     jsonl(path, [{"problem": "p", "answer": "1"}])
-    assert "has no column 'level'" in refusal(path, levels=(1,))
-    assert refusal(path, levels=(1,), columns=ColumnNames(level=None)).startswith(
-        "data.columns.level: null leaves data.levels nothing to look at. Name the column"
+    assert refusal(path, where={"level": (1,)}).endswith(
+        "has no column 'level'. Its columns are answer, problem."
     )
-    jsonl(path, [{"problem": "p", "answer": "1", "level": "hard", "subject": ["a"]}])
-    assert read_problems(str(path), columns=COLUMNS, field="f")[0].level is None
-    assert "line 1: 'level' is text ('hard')" in refusal(path, levels=(1,))
-    assert "line 1: 'subject' is a list (['a'])" in refusal(path, subjects=("a",))
+    jsonl(path, [{"problem": "p", "answer": "1", "level": {"of": 3}, "subject": ["a"]}])
+    assert len(read_problems(str(path), columns=COLUMNS, field="f", where={"level.of": (3,)})) == 1
+    assert "line 1: 'level' is an object" in refusal(path, where={"level": (3,)})
+    assert "line 1: 'subject' is a list (['a'])" in refusal(path, where={"subject": ("a",)})
+
+
+def test_filters_are_checked_and_written_as_lists():
+    assert config(where={"level": 3, "kind": ["a", "b"], "off": None}).data.where == {
+        "level": (3,),
+        "kind": ("a", "b"),
+    }
+    assert config(where={"a": {"b": True}}).data.where == {"a.b": (True,)}
+    assert config(where=None).data.where == {}
+    for wrong in ({"level": []}, {"level": [[1]]}, {"level": float("nan")}, [1]):
+        with pytest.raises(ValueError, match="where"):
+            config(where=wrong)
+
+
+def test_former_columns_of_filters_are_refused_with_the_new_form():
+    with pytest.raises(ValueError, match=r'--data\.where "\{hardness: \[...\]\}"'):
+        config(columns={"level": "hardness"})
+
+
+def test_former_filters_are_told_the_new_name():
+    now = r"^--data\.levels: this field is now called data\.where\.level"
+    with pytest.raises(ConfigError, match=now):
+        parse(RunConfig(), ["--data.levels", "1,2"])
+    former = {"data": {"levels": [1, 2], "subjects": None}}
+    config = RunConfig.model_validate(translated(former))
+    assert config.data.where == {"level": (1, 2)}  # of a run that is resumed
+
+
+def test_former_columns_that_no_filter_used_are_read():
+    assert config(columns={"level": "level", "subject": None}).data.columns == COLUMNS
 
 
 @pytest.mark.skipif(not MATH.exists(), reason="the MATH files are not beside the project")
@@ -267,10 +348,14 @@ def test_math_files_work_without_options():
     assert len(train) == 7498
     assert "row 5341: 'answer' is blank; row 5343: 'answer' is blank" in notices[0]
     hard = read_problems(
-        str(MATH / "math500.parquet"), columns=COLUMNS, field="data.eval", levels=(5,)
+        str(MATH / "math500.parquet"),
+        columns=COLUMNS,
+        field="data.eval",
+        where={"level": (5,)},
+        metadata=True,
     )
     assert 0 < len(hard) < 500
-    assert {p.level for p in hard} == {5}
+    assert {p.metadata["level"] for p in hard} == {5}
 
 
 def test_few_shot_golden(tokenizer):
@@ -542,10 +627,9 @@ def test_off_as_yaml_writes_it(value: object):
         ),
         ({"train": "off"}, r"data\.train: 'off' is a value of data\.eval"),
         (
-            {"train": "synthetic", "levels": (2,)},
-            r"data\.levels: \[2\] filters .*data\.synthetic\.levels",
+            {"train": "synthetic", "where": {"level": 2}},
+            r"data\.where: level filters .*data\.synthetic\.levels",
         ),
-        ({"train": "synthetic", "subjects": ("a",)}, r"data\.subjects: \['a'\] filters the rows"),
     ],
 )
 def test_sources_that_contradict_each_other(tmp_path: Path, data: dict, message: str):

@@ -21,7 +21,7 @@ from rlsys.models.loading import load_tokenizer
 from rlsys.run.model_checks import check_model
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
-PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5", level=1, subject="x")
+PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5")
 
 
 def tokenizer_that_adds(pattern: str) -> Any:

@@ -14,12 +14,12 @@ from rlsys.data.row_values import (
     Blank,
     Unfit,
     answer_text,
+    filter_key,
     id_text,
-    level_number,
     lookup,
+    metadata_value,
     number_text,
     prompt_parts,
-    subject_text,
 )
 
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d*[1-9])?")
@@ -162,39 +162,45 @@ def test_unfit_prompts(value: Any, message: str):
 
 
 @pytest.mark.parametrize(
-    ("value", "level"),
+    ("value", "key"),
     [
-        (3, 3),
-        (3.0, 3),
-        (Decimal("3.0"), 3),
-        ("3", 3),
-        ("3.0", 3),
-        ("Level 3", 3),
-        ("level 3 ", 3),
-        (-1, -1),
-        ("-1", -1),
-        (10, 10),
-        (0, 0),
+        (3, "3"),
+        (3.0, "3"),
+        ("3", "3"),
+        (" 3.0 ", "3"),
+        (Decimal("0.50"), "0.5"),
+        (-1, "-1"),
+        ("03", "03"),  # may be a code
+        ("3e2", "3e2"),
+        ("Level 3", "Level 3"),
+        (" Algebra ", "Algebra"),
+        ("algebra", "algebra"),
+        (True, "true"),
+        ("True", "true"),
+        (1, "1"),
         (None, None),
         (float("nan"), None),
-        ("", None),
-        ("?", None),
-        ("Level ?", None),
+        (" ", None),
     ],
 )
-def test_levels(value: Any, level: int | None):
-    assert level_number(value) == level
+def test_what_filters_compare(value: Any, key: str | None):
+    assert filter_key(value) == key
 
 
-@pytest.mark.parametrize(
-    "value", [3.5, "3.5", "hard", "Level 3 to 5", True, [3], float("inf"), "3e2"]
-)
-def test_unfit_levels(value: Any):
+@pytest.mark.parametrize("value", [[3], {"a": 1}, float("inf"), b"x"])
+def test_what_filters_cannot_compare(value: Any):
     with pytest.raises(Unfit, match=r"^is "):
-        level_number(value)
+        filter_key(value)
 
 
-def test_ids_and_subjects():
+def test_metadata_compute_as_plain_numbers():
+    value = {"a": Decimal("0.5"), "b": [np.float32(0.1), np.int64(2)], "c": None, "d": "x"}
+    plain = metadata_value(value)
+    assert plain == {"a": 0.5, "b": [0.1, 2], "c": None, "d": "x"}
+    assert [type(item) for item in plain["b"]] == [float, int]
+
+
+def test_ids():
     assert [id_text(value, 9) for value in ("a", 3, 3.0, None, float("nan"))] == [
         "a",
         "3",
@@ -202,9 +208,6 @@ def test_ids_and_subjects():
         "9",
         "9",
     ]
-    assert [subject_text(value) for value in ("Algebra", 3, None)] == ["Algebra", "3", None]
     for value in (["a"], {"a": 1}, True, "\ud800"):
         with pytest.raises(Unfit):
             id_text(value, 9)
-        with pytest.raises(Unfit):
-            subject_text(value)

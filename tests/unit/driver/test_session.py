@@ -267,7 +267,7 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
         "batches_taken": 2,
         "prompts_taken": taken,
         "prompts": PROBLEMS,
-        "digest": None,  # the stream of these fakes was not made of problems
+        "problems_digest": None,  # the stream of these fakes was not made of problems
     }
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
     assert state["config"]["trainer"]["steps"] == 3

@@ -66,7 +66,7 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("data.synthetic.train_size", 9, {"data.train": "a.jsonl"}, {}, CPU),
     ("data.synthetic.eval_size", 9, {"data.train": "a.jsonl"}, {}, CPU),
     ("data.columns.problem", "question", {}, {"data.train": "a.jsonl"}, CPU),
-    ("data.columns.level", "hardness", {}, {"data.eval": "a.jsonl"}, CPU),
+    ("data.columns.id", "number", {}, {"data.eval": "a.jsonl"}, CPU),
     ("data.blank_rows", "refuse", {}, {"data.train": "a.jsonl"}, CPU),
     ("data.held_out", 0.2, {}, {"data.train": "a.jsonl"}, CPU),
     ("data.held_out", 0.2, {"data.train": "a.jsonl", "data.eval": "b.jsonl"}, {"data.train": "a.jsonl"}, CPU),

@@ -149,7 +149,7 @@ def test_the_position_in_the_data_of_a_checkpoint_that_counted_batches() -> None
         config(trainer={"prompts_per_step": 12}), prompts={"batches_taken": 5, "prompts": 99}
     )
     assert prompt_state(old) == {"batches_taken": 5, "prompts": 99, "prompts_taken": 60}
-    new = {"batches_taken": 5, "prompts_taken": 7, "prompts": 99, "digest": "x"}
+    new = {"batches_taken": 5, "prompts_taken": 7, "prompts": 99, "problems_digest": "x"}
     assert prompt_state(checkpoint_of(config(), prompts=new)) == new
 
 
