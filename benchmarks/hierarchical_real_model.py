@@ -51,6 +51,7 @@ from rlsys.data.prompt_stream import load_prompts
 from rlsys.data.prompt_templates import stop_strings
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.rewards import RewardInput
 from rlsys.rewards.scoring import score_completion
 from workers.generation.engines import make_engine
 from workers.generation.engines.engine import RolloutEngine
@@ -107,7 +108,10 @@ def sample(
         for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
     }
     scores = [
-        score_completion(config.reward.functions, text, truths[int(group)])
+        score_completion(
+            config.reward.functions,
+            RewardInput(completion=text, ground_truth=truths[int(group)]),
+        )
         for text, group in zip(rollouts.response_texts, rollouts.group_ids, strict=True)
     ]
     rewards = np.asarray([score.components[0] for score in scores], dtype=np.float32)

@@ -166,17 +166,21 @@ def throughput(repeats: int = 5) -> None:
 def pool_throughput(most: int) -> None:
     """Verdicts a second through the reward pool."""
     from rlsys.config import RewardConfig
+    from rlsys.rewards import RewardInput
     from rlsys.rewards.pool import RewardPool
 
-    cases = load_cases() * 2
+    inputs = [
+        RewardInput(completion=case["completion"], ground_truth=case["ground_truth"])
+        for case in load_cases() * 2
+    ]
     for processes in range(1, most + 1):
         pool = RewardPool(RewardConfig(processes=processes), ())
         pool.warm_up()
         start = time.perf_counter()
-        for future in [pool.submit(case["completion"], case["ground_truth"]) for case in cases]:
+        for future in [pool.submit(one) for one in inputs]:
             future.result()
         print(
-            f"pool of {processes}: {len(cases) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set"
+            f"pool of {processes}: {len(inputs) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set"
         )
         pool.shutdown()
 

@@ -112,6 +112,7 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     from rlsys.data.prompt_stream import load_problems, load_prompts
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
+    from rlsys.rewards import reads_metadata
     from rlsys.run.checkpoints import CheckpointStore
     from rlsys.run.config_warnings import config_warnings, reward_notices
     from rlsys.run.directory import RunDirectory
@@ -132,7 +133,8 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
 
     mistakes = Mistakes()
     mistakes.lines += config_mistakes(config, directory, hardware, resume=invocation.resume)
-    problems = mistakes.attempt("data.train", lambda: load_problems(config))
+    metadata = reads_metadata(config.reward.functions)
+    problems = mistakes.attempt("data.train", lambda: load_problems(config, metadata=metadata))
     mistakes.refuse()
     assert problems is not None, "what was not read is a mistake"
 

@@ -179,7 +179,7 @@ def check_parameters(
         ValueError: names field, value and what is accepted.
     """
     accepted = keyword_parameters(function)
-    hints = _type_hints(function)
+    hints = type_hints(function)
     for name, value in parameters.items():
         if name not in accepted:
             near = difflib.get_close_matches(name, accepted, n=2)
@@ -248,8 +248,8 @@ def check_values(
         raise ValueError(message if known else f"{field} of {name!r}: {message}") from error
 
 
-def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations; none where they name what only a type checker imports."""
+def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations; none where they name what only a type checker imports."""
     try:
         return get_type_hints(plain_function(function))
     except (NameError, TypeError):

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ import psutil
 from ray.exceptions import RayError
 
 from rlsys.config import RewardConfig, RunConfig
-from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
+from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch, StopReason
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
-from rlsys.rewards import with_token_limit
+from rlsys.rewards import RewardInput, with_token_limit
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.scoring import FunctionFailure, Score
 
@@ -40,18 +41,8 @@ class RewardWorker:
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:
         """Rewards of one part, in its order."""
-        truths = dict(
-            zip(
-                rollouts.prompts.group_ids.tolist(),
-                (p.ground_truth for p in rollouts.prompts.prompts),
-                strict=True,
-            )
-        )
         futures = [
-            asyncio.wrap_future(self._pool.submit(text, truths[int(group)], int(tokens)))
-            for text, group, tokens in zip(
-                rollouts.response_texts, rollouts.group_ids, rollouts.response_lengths, strict=True
-            )
+            asyncio.wrap_future(self._pool.submit(inputs)) for inputs in reward_inputs(rollouts)
         ]
         return reward_batch(rollouts.batch_id, self._config, await asyncio.gather(*futures))
 
@@ -74,6 +65,28 @@ class RewardWorker:
     async def shutdown(self) -> None:
         """Kill the pool."""
         self._pool.shutdown()
+
+
+def reward_inputs(rollouts: RolloutBatch) -> Iterator[RewardInput]:
+    """Yield what reward functions may know of each response, as plain values that pickle fast."""
+    prompts = dict(zip(rollouts.prompts.group_ids.tolist(), rollouts.prompts.prompts, strict=True))
+    starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
+    lengths = rollouts.response_lengths
+    for row, (text, group) in enumerate(
+        zip(rollouts.response_texts, rollouts.group_ids.tolist(), strict=True)
+    ):
+        prompt = prompts[group]
+        tokens = rollouts.token_ids[starts[row] : rollouts.sequence_offsets[row + 1]]
+        yield RewardInput(
+            completion=text,
+            ground_truth=prompt.ground_truth,
+            prompt=prompt.text,
+            problem=prompt.problem,
+            metadata=prompt.metadata,
+            token_ids=array("i", tokens.tobytes()),  # no NumPy in the processes
+            num_tokens=int(lengths[row]),
+            truncated=bool(rollouts.stop_reasons[row] == StopReason.LENGTH),
+        )
 
 
 def reward_batch(batch_id: int, config: RewardConfig, scores: Sequence[Score]) -> RewardBatch:

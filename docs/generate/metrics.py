@@ -50,6 +50,7 @@ FILES = """
 | column | |
 |---|---|
 | `trained` | whether the response entered the loss |
+| `metadata` | the other columns of the data as JSON, where a reward function takes a `RewardInput` |
 | `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | what the reward functions said |
 | `advantages` | as the update used them; null where the response was not trained. With `algorithm.advantage.recompute` \
 those that the ranks estimated, of the last epoch |

@@ -6,6 +6,7 @@ not those that are masked out. Only trained responses have advantages; what was 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "prompt": pa.array([prompt.text for prompt in prompts]),
         "response": pa.array(rollouts.response_texts),
         "ground_truth": pa.array([prompt.ground_truth for prompt in prompts]),
+        "metadata": pa.array([json.dumps(prompt.metadata, default=str) for prompt in prompts]),
         "extracted_answer": pa.array(rewards.extracted_answers),
         "reward": pa.array(rewards.rewards),
         "accuracy": pa.array(rewards.accuracies),

@@ -1,4 +1,4 @@
-"""Rewards: registered functions from a completion and a ground truth to a number."""
+"""Rewards: registered functions from a response to a number, or to a result with its reason."""
 
 from rlsys.math_verifier import MathVerdict, verify_math
 from rlsys.rewards.functions import (
@@ -9,18 +9,20 @@ from rlsys.rewards.functions import (
     soft_overlong_reward,
 )
 from rlsys.rewards.ground_truths import ground_truth_notices
+from rlsys.rewards.records import RewardInput, RewardResult
 from rlsys.rewards.registry import (
-    Verdict,
     available_reward_functions,
     check_reward_function,
     get_reward_function,
+    reads_metadata,
     register_reward_function,
     with_token_limit,
 )
 
 __all__ = [
     "MathVerdict",
-    "Verdict",
+    "RewardInput",
+    "RewardResult",
     "available_reward_functions",
     "check_reward_function",
     "format_boxed_reward",
@@ -28,6 +30,7 @@ __all__ = [
     "get_reward_function",
     "ground_truth_notices",
     "math_reward",
+    "reads_metadata",
     "register_reward_function",
     "repetition_reward",
     "soft_overlong_reward",

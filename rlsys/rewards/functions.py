@@ -1,8 +1,9 @@
 """The rewards that come with rlsys.
 
-A reward function takes `(completion, ground_truth)`, and a third argument where it is called `completion_tokens`: the number of tokens that the
-policy sampled. Its keyword-only parameters are set in the config (`reward.functions`). One called `max_tokens` is the token limit of the run: null or left
-out, it follows `generation.max_tokens`.
+A reward function takes one `RewardInput`, or `(completion, ground_truth)` and a third argument where
+it is called `completion_tokens`: the number of tokens that the policy sampled. Its keyword-only
+parameters are set in the config (`reward.functions`). One called `max_tokens` is the token limit of
+the run: null or left out, it follows `generation.max_tokens`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from __future__ import annotations
 from typing import Literal
 
 from rlsys.math_verifier import has_one_filled_box, reads_ground_truth, verify_math
+from rlsys.rewards.records import RewardResult
 from rlsys.rewards.registry import register_reward_function
 
 
-@register_reward_function("math", verdict=verify_math, reads_ground_truth=reads_ground_truth)
+def _warm_up_math() -> None:
+    """Import what the first expression would otherwise wait for."""
+    verify_math("\\boxed{x^2 + 1}", "1 + x^2")
+
+
+@register_reward_function("math", reads_ground_truth=reads_ground_truth, warm_up=_warm_up_math)
 def math_reward(
     completion: str,
     ground_truth: str,
     *,
     extraction: Literal["boxed", "answer_tag", "after_hashes", "lenient"] = "boxed",
-) -> float:
+) -> RewardResult:
     """1 where the completion's answer equals the ground truth, else 0. See `verify_math`."""
-    return verify_math(completion, ground_truth, extraction=extraction).score
+    verdict = verify_math(completion, ground_truth, extraction=extraction)
+    return RewardResult(verdict.score, reason=verdict.reason, answer=verdict.answer)
 
 
 @register_reward_function("format_boxed")

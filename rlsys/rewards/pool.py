@@ -21,24 +21,32 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rlsys.config import RewardConfig, RewardFunctionConfig
 from rlsys.plugins import load_plugins
-from rlsys.rewards.registry import reward_hooks
+from rlsys.rewards.records import RewardInput
+from rlsys.rewards.registry import reads_metadata, reward_hooks
 from rlsys.rewards.scoring import FunctionFailure, FunctionScore, Outcome, Score, run_function
 
 START_LIMIT_S = 120.0  # importing the plug-ins
 FIRST_CALL_S = 10.0  # more for a function's first answer in a process, which may import modules
 END_LIMIT_S = 1.0  # for a process to end that has closed its connection
-READY = b"ready"
 KEPT_LINES = 1000  # of output that nobody has taken
 MAX_LINE_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200  # of a completion on which a function failed
 # A function that fails this often and never succeeds is not asked again: with timeouts, a batch would take hours to say the same.
 HOPELESS_AFTER = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A process's first word: it can score, and whether a function reads more than two texts."""
+
+    reads_all: bool
 
 
 class Output:
@@ -115,26 +123,24 @@ class RewardPool:
         if errors:
             raise (told or errors)[0]
 
-    def submit(
-        self, completion: str, ground_truth: str, completion_tokens: int = 0
-    ) -> Future[Score]:
-        """Score one completion of so many sampled tokens. The future never fails: what goes wrong becomes an outcome of the score."""
-        return self._threads.submit(self._score, completion, ground_truth, completion_tokens)
+    def submit(self, inputs: RewardInput) -> Future[Score]:
+        """Score one completion. The future never fails: what goes wrong becomes an outcome of the score."""
+        return self._threads.submit(self._score, inputs)
 
-    def _score(self, completion: str, ground_truth: str, completion_tokens: int) -> Score:
+    def _score(self, inputs: RewardInput) -> Score:
         functions = range(len(self._config.functions))
         outcomes: dict[int, Outcome] = {
             i: self._hopeless() for i in functions if self._is_hopeless(i)
         }
         pending = [i for i in functions if i not in outcomes]
         while pending:
-            answered = self._ask(pending, (completion, ground_truth, completion_tokens))
+            answered = self._ask(pending, inputs)
             outcomes.update(zip(pending, answered, strict=False))
-            self._count(pending, answered, completion)
+            self._count(pending, answered, inputs.completion)
             pending = pending[len(answered) :]
         return Score(outcomes=tuple(outcomes[i] for i in functions))
 
-    def _ask(self, functions: Sequence[int], answer: tuple[str, str, int]) -> list[Outcome]:
+    def _ask(self, functions: Sequence[int], inputs: RewardInput) -> list[Outcome]:
         """Outcomes of the first of `functions`, at least one: up to and with the one that costs the process."""
         try:
             process = self._process()
@@ -143,7 +149,9 @@ class RewardPool:
             return [FunctionFailure(kind="crash", message=message)] * len(functions)
         outcomes: list[Outcome] = []
         try:
-            process.send((list(functions), answer))
+            # What no function reads does not travel: most rewards read two texts.
+            question = inputs if process.reads_all else _texts_of(inputs)
+            process.send((list(functions), tuple(question)))
             for function in functions:
                 outcomes.append(process.receive(self._limit_s(process, function)))
                 process.answered.add(function)
@@ -207,6 +215,10 @@ class RewardPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
+def _texts_of(inputs: RewardInput) -> RewardInput:
+    return RewardInput(inputs.completion, inputs.ground_truth, num_tokens=inputs.num_tokens)
+
+
 class _Process:
     """This side of one scoring process."""
 
@@ -238,6 +250,7 @@ class _Process:
         output.follow(self._popen.stdout)
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
+        self.reads_all = False  # of what is known of a response
         self.answered: set[int] = set()  # functions that have given an answer here
         try:
             self._start(config, plugins)
@@ -253,8 +266,9 @@ class _Process:
             if isinstance(error, TimeoutError):
                 raise
             raise RuntimeError(f"a reward process could not start: {self.ending()}") from error
-        if answer != READY:
+        if not isinstance(answer, Ready):
             raise RuntimeError(f"a reward process could not start: {answer}")
+        self.reads_all = answer.reads_all
 
     def send(self, question: object) -> None:
         """Ask.
@@ -264,7 +278,7 @@ class _Process:
         """
         self._connection.send_bytes(pickle.dumps(question))
 
-    def receive(self, limit_s: float) -> Outcome:
+    def receive(self, limit_s: float) -> Any:
         """The process's next answer.
 
         Raises:
@@ -310,11 +324,11 @@ def _limit_memory(memory_gb: float) -> None:
 
 
 def _warm_up(functions: Sequence[RewardFunctionConfig]) -> None:
-    """Import what the first answer would otherwise wait for. Only rlsys' own verdicts are asked: a user's function sees nothing invented."""
+    """Do what the first answer would otherwise wait for, where a function has declared it."""
     for function in functions:
-        verdict = reward_hooks(function.name).verdict
-        if verdict is not None and verdict.__module__.startswith("rlsys."):
-            verdict("\\boxed{x^2 + 1}", "1 + x^2", **function.parameters)
+        warm_up = reward_hooks(function.name).warm_up
+        if warm_up is not None:
+            warm_up()
 
 
 def _serve(connection: Connection) -> None:
@@ -327,11 +341,12 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(pickle.dumps(str(error)))
         return
     _limit_memory(memory_gb)
-    connection.send_bytes(pickle.dumps(READY))
+    connection.send_bytes(pickle.dumps(Ready(reads_all=reads_metadata(functions))))
     while True:
-        chosen, answer = pickle.loads(connection.recv_bytes())
+        chosen, values = pickle.loads(connection.recv_bytes())
+        inputs = RewardInput(*values)
         for i in chosen:
-            outcome = run_function(functions[i], *answer, terms=len(functions))
+            outcome = run_function(functions[i], inputs, terms=len(functions))
             connection.send_bytes(pickle.dumps(outcome))
 
 

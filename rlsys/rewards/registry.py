@@ -1,11 +1,13 @@
-"""Reward functions by name: text in, number out."""
+"""Reward functions by name: how each is called, and the checks before a run."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from enum import Enum
+from typing import Any, TypeVar
 
 from rlsys.config import RewardFunctionConfig
 from rlsys.registry import (
@@ -15,34 +17,30 @@ from rlsys.registry import (
     follow_token_limit,
     full_name,
     plain_function,
+    type_hints,
 )
+from rlsys.rewards.records import RewardInput, RewardResult
 
-RewardFunction = Callable[..., float]
+RewardFunction = Callable[..., float | RewardResult]
+F = TypeVar("F", bound=RewardFunction)
 _REWARDS: Registry[RewardFunction] = Registry("reward function")
 _HOOKS: dict[str, RewardHooks] = {}
 
 CONVENTION = (
-    "A reward function is called with (completion, ground_truth), or (completion, ground_truth, completion_tokens) where its third "
-    "argument has that name; its parameters are keyword-only"
+    "A reward function takes (completion, ground_truth), or (completion, ground_truth, "
+    "completion_tokens) where its third argument has that name, or one RewardInput; its parameters "
+    "are keyword-only"
 )
 BATCH_ARGUMENTS = ("prompts", "completions", "responses", "solutions")
+TEXT_ARGUMENTS = ("completion", "response", "solution", "text", "ground_truth")
 
 
-class Verdict(Protocol):
-    """A score with its explanation: `rlsys.rewards.MathVerdict` is one."""
+class Call(Enum):
+    """The arguments that a reward function takes."""
 
-    @property
-    def score(self) -> float: ...
-
-    @property
-    def answer(self) -> str | None:
-        """The answer that was found in the completion."""
-        ...
-
-    @property
-    def reason(self) -> str:
-        """Why it got this score: one word, which is counted in the metrics."""
-        ...
+    INPUT = "one RewardInput"
+    TEXTS = "completion and ground_truth"
+    TEXTS_AND_TOKENS = "completion, ground_truth and completion_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +50,12 @@ class RewardHooks:
     validate: called before a run starts as `validate(**parameters)`, with all keyword parameters, defaults included; raises a ValueError, with the
         remedy, for values that the function cannot take.
     reads_ground_truth: whether the function can do anything with a ground truth; counted over the data before a run starts.
-    verdict: called as the function is, and instead of it, where the reason of a score and the extracted answer are wanted as well.
+    warm_up: called once in each process of the pool before the first answer, where time and memory have no limit yet.
     """
 
     validate: Validate | None = None
     reads_ground_truth: Callable[[str], bool] | None = None
-    verdict: Callable[..., Verdict] | None = None
+    warm_up: Callable[[], object] | None = None
 
 
 def register_reward_function(
@@ -65,11 +63,12 @@ def register_reward_function(
     *,
     validate: Validate | None = None,
     reads_ground_truth: Callable[[str], bool] | None = None,
-    verdict: Callable[..., Verdict] | None = None,
-) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator: make `function(completion, ground_truth, *, keywords...) -> float` available in `reward.functions`.
+    warm_up: Callable[[], object] | None = None,
+) -> Callable[[F], F]:
+    """Decorator: make `function(inputs: RewardInput, *, keywords...)` available in `reward.functions`.
 
-    A function that needs the number of sampled tokens takes it third: `function(completion, ground_truth, completion_tokens, *, keywords...)`.
+    It returns a number or a `RewardResult`. A function may also take `(completion, ground_truth)`, or
+    `(completion, ground_truth, completion_tokens)` with the number of sampled tokens.
     A `functools.partial` and an object with `__call__` are registered by a call: `register_reward_function("mine")(Mine())`. The keywords are
     explained at `RewardHooks`.
 
@@ -77,12 +76,13 @@ def register_reward_function(
         ValueError: the name is taken, or the thing cannot be called as a function.
     """
     register = _REWARDS.register(name)
-    hooks = RewardHooks(validate=validate, reads_ground_truth=reads_ground_truth, verdict=verdict)
+    hooks = RewardHooks(validate=validate, reads_ground_truth=reads_ground_truth, warm_up=warm_up)
 
-    def decorator(function: RewardFunction) -> RewardFunction:
-        registered = register(function)
+    def decorator(function: F) -> F:
+        register(function)
         _HOOKS[name] = hooks
-        return registered
+        call_of.cache_clear()  # in a notebook a later cell may replace the function
+        return function
 
     return decorator
 
@@ -126,9 +126,49 @@ def reward_hooks(name: str) -> RewardHooks:
     return _HOOKS[name]
 
 
-def takes_completion_tokens(function: RewardFunction) -> bool:
-    """Whether a reward function asks for the number of sampled tokens."""
-    return "completion_tokens" in inspect.signature(function).parameters
+@functools.cache
+def call_of(name: str) -> Call:
+    """Return how the function called `name` is to be called.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return _call(get_reward_function(name))
+
+
+def _call(function: RewardFunction) -> Call:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # refused before a run
+        return Call.TEXTS
+    if _takes_input(function, signature):
+        return Call.INPUT
+    if "completion_tokens" in signature.parameters:
+        return Call.TEXTS_AND_TOKENS
+    return Call.TEXTS
+
+
+def _takes_input(function: RewardFunction, signature: inspect.Signature) -> bool:
+    """Return whether the first argument is annotated so, or is the only one and not that of a text."""
+    positional = _positional(signature)
+    if not positional:
+        return False
+    first = positional[0]
+    declared = type_hints(function).get(first.name, first.annotation)
+    if declared is RewardInput or str(declared).rsplit(".")[-1] == RewardInput.__name__:
+        return True
+    is_untyped = declared is first.empty
+    is_text = first.name in (*TEXT_ARGUMENTS, *BATCH_ARGUMENTS)
+    return len(positional) == 1 and is_untyped and not is_text
+
+
+def reads_metadata(functions: Sequence[RewardFunctionConfig]) -> bool:
+    """Return whether a function takes a `RewardInput`, and so may read other columns of the data.
+
+    Unknown names do not; they are refused elsewhere.
+    """
+    names = {function.name for function in functions} & set(available_reward_functions())
+    return any(call_of(name) is Call.INPUT for name in names)
 
 
 def available_reward_functions() -> tuple[str, ...]:
@@ -167,6 +207,14 @@ def _check_arguments(name: str, function: RewardFunction) -> None:
             f"reward.functions.name: {name!r} has no signature that Python can tell. Wrap it in a def. {CONVENTION}."
         ) from error
     who = f"reward.functions.name: {name!r} ({full_name(function)}{signature})"
+    required = {
+        parameter: None
+        for parameter, declared in signature.parameters.items()
+        if declared.kind is declared.KEYWORD_ONLY
+    }
+    if _takes_input(function, signature):
+        _check_binding(who, signature, (None,), required)
+        return
     first, second = _names_of_two_arguments(signature)
     if first in BATCH_ARGUMENTS:
         raise ValueError(
@@ -182,23 +230,28 @@ def _check_arguments(name: str, function: RewardFunction) -> None:
             f"{who} takes completion_tokens by keyword only. Put it third, before the *."
         )
     arguments = (None,) * (3 if tokens is not None else 2)
-    required = {
-        parameter: None
-        for parameter, declared in signature.parameters.items()
-        if declared.kind is declared.KEYWORD_ONLY
-    }
-    try:
-        bound = signature.bind(*arguments, **required)
-    except TypeError as error:
-        raise ValueError(f"{who} cannot be called: {error}. {CONVENTION}.") from error
+    bound = _check_binding(who, signature, arguments, required)
     if tokens is not None and list(bound.arguments).index("completion_tokens") != 2:
         raise ValueError(f"{who} must take completion_tokens third. {CONVENTION}.")
 
 
+def _check_binding(
+    who: str, signature: inspect.Signature, arguments: tuple[None, ...], required: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    try:
+        return signature.bind(*arguments, **required)
+    except TypeError as error:
+        raise ValueError(f"{who} cannot be called: {error}. {CONVENTION}.") from error
+
+
 def _names_of_two_arguments(signature: inspect.Signature) -> tuple[str, str]:
-    names = [
-        name
-        for name, parameter in signature.parameters.items()
+    names = [parameter.name for parameter in _positional(signature)]
+    return (names[0] if names else "", names[1] if len(names) > 1 else "")
+
+
+def _positional(signature: inspect.Signature) -> list[inspect.Parameter]:
+    return [
+        parameter
+        for parameter in signature.parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return (names[0] if names else "", names[1] if len(names) > 1 else "")

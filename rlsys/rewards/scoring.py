@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config import RewardFunctionConfig
-from rlsys.rewards.registry import get_reward_function, reward_hooks, takes_completion_tokens
+from rlsys.rewards.records import RewardInput, RewardResult
+from rlsys.rewards.registry import Call, call_of, get_reward_function
 
 if TYPE_CHECKING:  # the pool's processes need no NumPy
     from rlsys.data.batches import FailureKind
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # the pool's processes need no NumPy
 LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # of float32
 MAX_TRACEBACK_CHARACTERS = 4000
 MAX_MESSAGE_CHARACTERS = 500
+REASON = re.compile(r"[\w.:-]{1,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,34 +74,22 @@ class Score:
         return first.answer if isinstance(first, FunctionScore) else ""
 
 
-def score_completion(
-    functions: Sequence[RewardFunctionConfig],
-    completion: str,
-    ground_truth: str,
-    completion_tokens: int = 0,
-) -> Score:
-    """Run all functions on one completion of so many sampled tokens."""
+def score_completion(functions: Sequence[RewardFunctionConfig], inputs: RewardInput) -> Score:
+    """Run all functions on one completion."""
     return Score(
         outcomes=tuple(
-            run_function(
-                function, completion, ground_truth, completion_tokens, terms=len(functions)
-            )
-            for function in functions
+            run_function(function, inputs, terms=len(functions)) for function in functions
         )
     )
 
 
-def run_function(
-    function: RewardFunctionConfig,
-    completion: str,
-    ground_truth: str,
-    completion_tokens: int,
-    *,
-    terms: int,
-) -> Outcome:
-    """What one function makes of one completion; nothing that it raises gets out. `terms`: how many functions are summed."""
+def run_function(function: RewardFunctionConfig, inputs: RewardInput, *, terms: int) -> Outcome:
+    """Return what one function makes of one completion; nothing that it raises gets out.
+
+    `terms`: how many functions are summed.
+    """
     try:
-        return _score(function, completion, ground_truth, completion_tokens, terms)
+        return _score(function, inputs, terms)
     except SystemExit as error:
         return _failure(error, f"it called sys.exit({error.code!r})")
     except MemoryError as error:
@@ -120,26 +111,42 @@ def _failure(error: BaseException, message: str) -> FunctionFailure:
     )
 
 
-def _score(
-    function: RewardFunctionConfig,
-    completion: str,
-    ground_truth: str,
-    completion_tokens: int,
-    terms: int,
-) -> FunctionScore:
-    verdict = reward_hooks(function.name).verdict
-    if verdict is not None:
-        result = verdict(completion, ground_truth, **function.parameters)
-        value = _number(result.score)
-        _check_size(value, function.weight, terms)
-        return FunctionScore(score=value, reason=result.reason, answer=result.answer or "")
+def _score(function: RewardFunctionConfig, inputs: RewardInput, terms: int) -> FunctionScore:
     reward = get_reward_function(function.name)
-    arguments = (completion, ground_truth)
-    if takes_completion_tokens(reward):
-        arguments += (completion_tokens,)
-    value = _number(reward(*arguments, **function.parameters))
+    result = reward(*_arguments(call_of(function.name), inputs), **function.parameters)
+    if not isinstance(result, RewardResult):
+        result = RewardResult(result)
+
+    value = _number(result.score)
     _check_size(value, function.weight, terms)
-    return FunctionScore(score=value)
+    return FunctionScore(score=value, reason=_reason(result.reason), answer=_answer(result.answer))
+
+
+def _arguments(call: Call, inputs: RewardInput) -> tuple[Any, ...]:
+    if call is Call.INPUT:
+        return (inputs,)
+    texts = (inputs.completion, inputs.ground_truth)
+    return (*texts, inputs.num_tokens) if call is Call.TEXTS_AND_TOKENS else texts
+
+
+def _reason(value: Any) -> str:
+    """Return a reason that can name a metric.
+
+    Raises:
+        TypeError: it is not one word.
+    """
+    if not isinstance(value, str) or not REASON.fullmatch(value):
+        raise TypeError(
+            f"its reason is {_shown(value)}; a reason is one word of at most 40 letters, digits "
+            "and _.:-"
+        )
+    return value
+
+
+def _answer(value: Any) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"its answer is {_shown(value)}; an answer is text or None")
+    return value or ""
 
 
 def _number(value: Any) -> float:

@@ -23,6 +23,7 @@ def rollouts(
             text=f"prompt {i}",
             problem=f"problem {i}",
             ground_truth=str(i),
+            metadata={"of": i},
         )
         for i, (prompt, _) in enumerate(groups)
     )

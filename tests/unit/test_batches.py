@@ -74,5 +74,6 @@ def test_rollouts_file_is_readable_with_pandas(tmp_path: Path):
     )
     assert table["reward"].tolist() == batch.rewards.rewards.tolist()
     assert table["ground_truth"].tolist() == ["0", "0", "1", "1"]
+    assert table["metadata"].tolist() == ['{"of": 0}'] * 2 + ['{"of": 1}'] * 2
     assert read_rollouts(path)[0]["old_logprobs"] is None
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # nothing partial stays

@@ -42,6 +42,7 @@ from rlsys.math_verifier import ground_truth_answer, reads_ground_truth
 from rlsys.metrics import values
 from rlsys.plugins import load_plugins
 from rlsys.rewards import (
+    RewardInput,
     check_reward_function,
     ground_truth_notices,
     register_reward_function,
@@ -104,7 +105,10 @@ def pools() -> Iterator[list[RewardPool]]:
     ],
 )
 def test_each_function_counts_for_itself(name: str, message: str):
-    score = score_completion(configured("math", name, "counts_a").functions, r"a \boxed{1}", "1")
+    score = score_completion(
+        configured("math", name, "counts_a").functions,
+        RewardInput(completion=r"a \boxed{1}", ground_truth="1"),
+    )
     assert score.components[0] == score.components[2] == 1.0
     assert math.isnan(score.components[1])
     failure = score.outcomes[1]
@@ -113,7 +117,9 @@ def test_each_function_counts_for_itself(name: str, message: str):
 
 
 def test_the_traceback_begins_in_the_function():
-    (failure,) = score_completion(configured("raises").functions, "x", "1").outcomes
+    (failure,) = score_completion(
+        configured("raises").functions, RewardInput(completion="x", ground_truth="1")
+    ).outcomes
     assert isinstance(failure, FunctionFailure)
     lines = failure.traceback.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
@@ -125,7 +131,9 @@ def test_the_traceback_begins_in_the_function():
 @pytest.mark.parametrize("value", [True, 1, np.float32(1), np.int64(1), np.array(1.0)])
 def test_what_counts_as_a_number(value: Any):
     register_reward_function("number_for_test")(lambda completion, ground_truth: value)
-    assert score_completion(configured("number_for_test").functions, "", "").components == (1.0,)
+    assert score_completion(
+        configured("number_for_test").functions, RewardInput(completion="", ground_truth="")
+    ).components == (1.0,)
 
 
 def test_a_sum_that_float32_cannot_hold_is_a_failure_of_its_largest_term():
@@ -135,7 +143,7 @@ def test_a_sum_that_float32_cannot_hold_is_a_failure_of_its_largest_term():
             RewardFunctionConfig(name="counts_a", weight=weight, parameters={"scale": 1e38})
             for _ in range(times)
         )
-        scores = [score_completion(functions, "a", "")]
+        scores = [score_completion(functions, RewardInput(completion="a", ground_truth=""))]
         batch = reward_batch(0, RewardConfig(functions=functions), scores)
         assert np.isfinite(batch.rewards).all()
         assert len(batch.failures) == times
@@ -149,7 +157,9 @@ def test_objects_and_partials_are_reward_functions():
     )
     for function in functions:
         check_reward_function(function.name, function.parameters)
-    assert score_completion(functions, "banana", "").components == (6.0, 0.0)
+    assert score_completion(
+        functions, RewardInput(completion="banana", ground_truth="")
+    ).components == (6.0, 0.0)
     with pytest.raises(ValueError, match=r"scal: CountsLetter has no such parameter.*scale"):
         check_reward_function("counts_a", {"scal": 2.0})
 
@@ -162,7 +172,7 @@ def test_objects_and_partials_are_reward_functions():
     [
         ("is_async", "is an async function. Write it as a plain function"),
         ("is_generator", "is a generator. Write it as a plain function"),
-        ("takes_one", "cannot be called: too many positional arguments. A reward function is"),
+        ("takes_one", "cannot be called: too many positional arguments. A reward function takes"),
         ("takes_swapped", "takes ground_truth and completion in the wrong order"),
         ("takes_batch", "takes a batch; here a reward function gets one completion"),
         ("takes_tokens_by_keyword", "takes completion_tokens by keyword only. Put it third"),
@@ -385,7 +395,9 @@ def test_a_function_that_ends_or_hangs_its_process_costs_its_own_score_alone(
     )
     pool = RewardPool(configured(*names, timeout_s=0.5), (PLUGIN,))
     pools.append(pool)
-    outcomes = pool.submit(r"a \boxed{1}", "1").result().outcomes
+    outcomes = (
+        pool.submit(RewardInput(completion=r"a \boxed{1}", ground_truth="1")).result().outcomes
+    )
     told = [
         outcome.score if isinstance(outcome, FunctionScore) else (outcome.kind, outcome.message)
         for outcome in outcomes
@@ -407,14 +419,17 @@ def test_a_function_that_ends_or_hangs_its_process_costs_its_own_score_alone(
 def test_a_first_answer_may_take_longer_for_what_it_imports(pools: list[RewardPool]):
     pool = RewardPool(configured("imports_late", timeout_s=0.1), (PLUGIN,))
     pools.append(pool)
-    assert [pool.submit("a", "").result().components for _ in range(2)] == [(1.0,), (1.0,)]
+    assert [
+        pool.submit(RewardInput(completion="a", ground_truth="")).result().components
+        for _ in range(2)
+    ] == [(1.0,), (1.0,)]
 
 
 def test_what_a_function_prints_is_kept_until_it_is_taken(pools: list[RewardPool]):
     pool = RewardPool(configured("gives_none"), (PLUGIN,))
     pools.append(pool)
     for _ in range(3):
-        pool.submit("12345", "").result()
+        pool.submit(RewardInput(completion="12345", ground_truth="")).result()
     lines: list[str] = []
     for _ in range(100):  # the lines come by a pipe of their own
         lines += pool.output.take()
@@ -429,7 +444,10 @@ def test_a_function_that_never_succeeds_is_not_asked_for_ever(pools: list[Reward
     """With a timeout of two seconds and a batch of a thousand, the first batch would take half an hour."""
     pool = RewardPool(configured("raises", "counts_a"), (PLUGIN,))
     pools.append(pool)
-    scores = [pool.submit("a", "").result() for _ in range(HOPELESS_AFTER + 2)]
+    scores = [
+        pool.submit(RewardInput(completion="a", ground_truth="")).result()
+        for _ in range(HOPELESS_AFTER + 2)
+    ]
     messages = [score.outcomes[0].message for score in scores]  # pyright: ignore[reportAttributeAccessIssue]
     assert len(set(messages[:HOPELESS_AFTER])) == 1
     assert set(messages[HOPELESS_AFTER:]) == {

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rlsys.config import RewardConfig, RewardFunctionConfig
 from rlsys.registry import Registry, check_parameters
 from rlsys.rewards import (
+    RewardInput,
     available_reward_functions,
     format_boxed_reward,
     format_r1_zero_reward,
@@ -121,7 +122,7 @@ def test_ground_truths_of_math_equal_themselves():
     import pyarrow.parquet
 
     answers = pyarrow.parquet.read_table(MATH / "math500.parquet")["answer"].to_pylist()
-    assert [a for a in answers if math_reward(f"\\boxed{{{a}}}", a) != 1.0] == []
+    assert [a for a in answers if math_reward(f"\\boxed{{{a}}}", a).score != 1.0] == []
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,10 @@ def test_scoring_hands_out_token_counts_and_parameters():
         ),
         RewardFunctionConfig(name="repetition", parameters={"ngram": 1}),
     )
-    score = score_completion(functions, "\\boxed{1} <answer> 2 </answer>", "2", 90)
+    score = score_completion(
+        functions,
+        RewardInput(completion="\\boxed{1} <answer> 2 </answer>", ground_truth="2", num_tokens=90),
+    )
     assert score.components == (1.0, -0.5, 0.0)
     assert (score.reason, score.answer) == ("correct", "2")
 
@@ -265,7 +269,9 @@ def test_a_process_of_the_pool_may_not_grow_without_end(
         RewardConfig(functions=(RewardFunctionConfig(name="greedy"),), memory_gb=0.5),
         ("greedy_reward",),
     )
-    assert [pool.submit(str(size), "").result().reason for size in (1000, 2 * 1024**3, 1000)] == [
+    sizes = (1000, 2 * 1024**3, 1000)
+    asked = [RewardInput(completion=str(size), ground_truth="") for size in sizes]
+    assert [pool.submit(inputs).result().reason for inputs in asked] == [
         "ok",
         "error",
         "ok",
