@@ -91,6 +91,11 @@ class DataConfig(Section):
         "chat (the chat template alone), "
         "r1_zero (<think> and <answer> tags), few_shot (worked examples), or the path of a Jinja file that uses {{ problem }}.",
     )
+    chat: bool | None = Field(
+        default=None,
+        description="Wrap prompts in the model's chat template. null: as the template declares "
+        "(chat and chat_boxed do).",
+    )
     where: dict[str, tuple[FilterValue, ...]] = Field(
         default={},
         description="Keep the rows of train and eval whose columns have one of these values: "

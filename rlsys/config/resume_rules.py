@@ -45,6 +45,7 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("data.shuffle", "refused", _SAME_ORDER),
     _rule("data.train", "same problems", "The file may move; what it holds may not change."),
     _rule("data.template", "same problems", "Wording may change which prompts are too long."),
+    _rule("data.chat", "same problems", "Wording may change which prompts are too long."),
     _rule("data.eval", "same problems", "What is held out of the file is not trained on."),
     _rule(
         "data.",

@@ -172,8 +172,8 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
     evaluation = evaluation[: data.eval_limit or None]
     notices += _shared_notices(train, evaluation)
 
-    check_template_takes(train, data.template, "data.train")
-    check_template_takes(evaluation, data.template, "data.eval")
+    check_template_takes(train, data, "data.train")
+    check_template_takes(evaluation, data, "data.eval")
     return LoadedProblems(train=train, evaluation=evaluation, origin=origin, notices=tuple(notices))
 
 
@@ -244,7 +244,7 @@ def load_prompts(
         ValueError: as `load_problems`; prompts beyond `data.max_prompt_tokens` where those are refused, or all of them.
     """
     problems = problems or load_problems(config)
-    renderer = PromptRenderer(config.data.template, tokenizer)
+    renderer = PromptRenderer(config.data.template, tokenizer, chat=config.data.chat)
     train = _encode(problems.train, renderer, config.data, "data.train")
     evaluation = _encode(
         problems.evaluation, renderer, config.data, f"data.eval ({problems.origin})"

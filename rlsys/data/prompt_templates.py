@@ -6,8 +6,12 @@
     r1_zero      <think> reasoning </think> <answer> answer </answer>; the prompt opens the first tag
     a path       a Jinja file of the user's, with {{ problem }}
 
-A problem that is a conversation keeps its turns under chat and chat_boxed, which adds its instruction
-to the last one; the other templates have no place for turns and refuse it.
+A template is a Jinja file, here in `templates/` or the user's own. Front matter between two lines of
+--- declares what else belongs to it: `chat: true` wraps the prompt in the model's chat template, and
+`stop: [...]` names the strings that end a response.
+
+A problem that is a conversation keeps its turns where the prompt is wrapped in the chat template; the
+template words the last one. Elsewhere there is no place for turns, and conversations are refused.
 
 Tokens are made here, once. Nobody tokenizes a prompt's text again. A prompt begins with what the tokenizer puts before every text (BOS, where it has
 one), once, also where the template writes it; it never ends with what the tokenizer puts behind (EOS), since the response is to follow.
@@ -16,96 +20,156 @@ one), once, also where the template writes it; it never ends with what the token
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import yaml
 from transformers import PreTrainedTokenizerBase
 
+from rlsys.config import DataConfig
 from rlsys.data.batches import Prompt
 from rlsys.data.problems import Problem
 
-TEMPLATE_NAMES = ("few_shot", "chat_boxed", "chat", "r1_zero")
-CHAT_TEMPLATES = ("chat_boxed", "chat")
-# What ends a response under each template, beside the end-of-sequence token. A box that has closed says all there is to say.
-STOP_STRINGS = {
-    "few_shot": ("\n\n", "}\n"),
-    "chat_boxed": (),
-    "chat": (),
-    "r1_zero": ("</answer>",),
-}
 _DIRECTORY = Path(__file__).parent / "templates"
+TEMPLATE_NAMES = tuple(sorted(path.stem for path in _DIRECTORY.glob("*.jinja")))
+FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 
 
-def template_source(template: str) -> str:
-    """The Jinja text of a template name or file.
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """How a problem becomes a prompt, and what the template's front matter declares beside it."""
+
+    source: str  # Jinja, with {{ problem }}
+    chat: bool = False  # the model's chat template goes around it
+    stop: tuple[str, ...] = ()  # what ends a response, beside the end-of-sequence token
+
+
+def load_template(template: str) -> PromptTemplate:
+    """Return the template of a name or file.
 
     Raises:
-        ValueError: no such name or file, or the text does not use `problem` or is no Jinja.
+        ValueError: no such name or file, its front matter declares something else, or its text does
+            not use `problem` or is not valid Jinja.
     """
+    declared, source = _parts(template, _text(template))
+    _check_source(template, source)
+    return PromptTemplate(source=source, **declared)
+
+
+def _text(template: str) -> str:
     path = Path(template).expanduser()
     if template in TEMPLATE_NAMES:
-        source = (_DIRECTORY / f"{template}.jinja").read_text()
-    elif path.is_file():
-        source = path.read_text()
-    else:
-        near = difflib.get_close_matches(template, TEMPLATE_NAMES, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"data.template: {template!r} is neither one of {', '.join(TEMPLATE_NAMES)} nor an existing Jinja file.{hint}"
-        )
+        return (_DIRECTORY / f"{template}.jinja").read_text()
+    if path.is_file():
+        return path.read_text()
+    near = difflib.get_close_matches(template, TEMPLATE_NAMES, n=2)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"data.template: {template!r} is neither one of {', '.join(TEMPLATE_NAMES)} nor an existing "
+        f"Jinja file.{hint}"
+    )
+
+
+def _parts(template: str, text: str) -> tuple[dict[str, Any], str]:
+    """Return the declarations of the front matter, between two lines of ---, and the rest."""
+    front = FRONT_MATTER.match(text)
+    if front is None:
+        return {}, text
     try:
-        text = (
-            jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-            .from_string(source)
-            .render(problem="PROBLEM")
+        declared = yaml.safe_load(front[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"data.template: the front matter of {template!r} is not valid YAML "
+            f"({' '.join(str(error).split())}). Write `chat: true` or `stop: [...]`."
+        ) from error
+
+    if not isinstance(declared, dict) or not declared.keys() <= {"chat", "stop"}:
+        raise ValueError(
+            f"data.template: the front matter of {template!r} declares {declared!r}. It may hold "
+            "chat (true or false) and stop (strings that end a response)."
         )
+    chat, stop = declared.get("chat", False), declared.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(chat, bool):
+        raise ValueError(f"data.template: chat of {template!r} is {chat!r}. Write true or false.")
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(
+            f'data.template: stop of {template!r} is {stop!r}. Write strings, as in ["</answer>"].'
+        )
+    return {"chat": chat, "stop": tuple(stop)}, text[front.end() :]
+
+
+def _check_source(template: str, source: str) -> None:
+    try:
+        text = _compiled(source).render(problem="PROBLEM")
     except jinja2.TemplateError as error:
         raise ValueError(
-            f"data.template: {template!r} is no usable Jinja template ({error}). Use {{{{ problem }}}} and nothing else."
+            f"data.template: {template!r} is no usable Jinja template ({error}). Use {{{{ problem "
+            "}}}} and nothing else."
         ) from error
     if "PROBLEM" not in text:
         raise ValueError(
-            f"data.template: {template!r} never uses {{{{ problem }}}}. Put it where the problem's text belongs."
+            f"data.template: {template!r} never uses {{{{ problem }}}}. Put it where the problem's "
+            "text belongs."
         )
-    return source
+
+
+def _compiled(source: str) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(source)
 
 
 def stop_strings(template: str, configured: tuple[str, ...]) -> tuple[str, ...]:
-    """What ends a response: the user's `generation.stop`, else the template's own."""
-    return configured or STOP_STRINGS.get(template, ())
+    """Return what ends a response: the user's `generation.stop`, else the template's own."""
+    return configured or load_template(template).stop
 
 
-def check_template_takes(problems: Sequence[Problem], template: str, field: str) -> None:
-    """Refuse conversations under a template that has no place for turns.
+def uses_chat_template(data: DataConfig) -> bool:
+    """Return whether prompts are wrapped in the model's chat template."""
+    return load_template(data.template).chat if data.chat is None else data.chat
+
+
+def check_template_takes(problems: Sequence[Problem], data: DataConfig, field: str) -> None:
+    """Refuse conversations where the prompt has no place for turns.
 
     Raises:
         ValueError: naming the first of them.
     """
     conversations = [problem for problem in problems if problem.messages]
-    if conversations and template not in CHAT_TEMPLATES:
+    if conversations and not uses_chat_template(data):
         raise ValueError(
-            f"data.template: {template!r} cannot word chat messages, and {len(conversations)} of "
-            f"{len(problems)} problems of {field} are (the first is {conversations[0].problem_id!r}). "
-            "Use chat, or chat_boxed for a boxed-answer instruction after the last message."
+            f"data.template: {data.template!r} without the model's chat template cannot word chat "
+            f"messages, and {len(conversations)} of {len(problems)} problems of {field} are (the "
+            f"first is {conversations[0].problem_id!r}). Use chat, or chat_boxed for a boxed-answer "
+            "instruction after the last message, or set data.chat to true."
         )
 
 
 class PromptRenderer:
     """Turns problems into prompts with one template and one tokenizer."""
 
-    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        environment = jinja2.Environment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-        )
-        self._template = environment.from_string(template_source(template))
-        self._chat = template in CHAT_TEMPLATES
+    def __init__(
+        self, template: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None
+    ) -> None:
+        """`chat` wraps prompts in the model's chat template; None: where the template declares it.
+
+        Raises:
+            ValueError: see `load_template`; a chat template that the tokenizer does not have.
+        """
+        loaded = load_template(template)
+        self._template = _compiled(loaded.source)
+        self._chat = loaded.chat if chat is None else chat
         self._tokenizer = tokenizer
         self._beginning = beginning_tokens(tokenizer)
         if self._chat and not tokenizer.chat_template:
+            cause = f"data.template: {template!r}" if chat is None else "data.chat: true"
             raise ValueError(
-                f"data.template: {template!r} needs a chat template, and this model's tokenizer has none. Use few_shot, r1_zero, or a "
-                "Jinja file of your own."
+                f"{cause} needs a chat template, and this model's tokenizer has none. Use few_shot, "
+                "r1_zero or a Jinja file of your own, and leave data.chat at null."
             )
 
     def encode(self, problem: Problem) -> Prompt:

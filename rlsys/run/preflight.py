@@ -21,7 +21,7 @@ from rlsys.config import RewardFunctionConfig, RunConfig
 from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware
-from rlsys.data.prompt_templates import template_source
+from rlsys.data.prompt_templates import load_template
 from rlsys.models import check_model_path
 from rlsys.plugins import load_plugins
 from rlsys.registry import follow_token_limit
@@ -65,7 +65,7 @@ def _checks(
     yield "run.directory", lambda: directory.check(resume=resume)
     yield "model.path", lambda: check_model_path(config.model.path)
     yield "reference.path", lambda: _check_reference_path(config)
-    yield "data.template", lambda: template_source(config.data.template)
+    yield "data.template", lambda: load_template(config.data.template)
     yield "algorithm.advantage", lambda: _check_estimator(config)
     yield (
         "algorithm.objective",

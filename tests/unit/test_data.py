@@ -12,7 +12,7 @@ from rlsys.config.command_line import parse
 from rlsys.config.renamed_fields import translated
 from rlsys.data.problems import ChatMessage, Problem
 from rlsys.data.prompt_stream import PromptStream, load_problems, load_prompts
-from rlsys.data.prompt_templates import PromptRenderer, stop_strings, template_source
+from rlsys.data.prompt_templates import PromptRenderer, load_template, stop_strings
 from rlsys.data.readers import read_problems
 from rlsys.data.synthetic_problems import generate_problems
 from rlsys.models import resolve_model
@@ -457,10 +457,14 @@ def test_other_templates_refuse_conversations(tmp_path: Path):
     rows = [{"problem": [{"role": "user", "content": f"p{i}"}], "answer": "1"} for i in range(9)]
     source = jsonl(tmp_path / "x.jsonl", rows)
     message = (
-        r"data\.template: 'few_shot' cannot word chat messages, and 8 of 8 problems of data\.train"
+        r"data\.template: 'few_shot' without the model's chat template cannot word chat messages, "
+        r"and 8 of 8 problems of data\.train"
     )
     with pytest.raises(ValueError, match=message):
         load_problems(config(train=source, template="few_shot"))
+    assert len(load_problems(config(train=source, template="few_shot", chat=True)).train) == 8
+    with pytest.raises(ValueError, match="'chat' without the model's chat template"):
+        load_problems(config(train=source, template="chat", chat=False))
     assert len(load_problems(config(train=source, template="chat")).train) == 8
 
 
@@ -482,9 +486,47 @@ def test_a_users_template_file(tmp_path: Path, tokenizer):
     assert prompt.text == "Q: x\nA:\n"
 
 
+MINE = Problem(problem_id="1", problem="1 + 1?", answer="2")
+
+
+def test_a_users_template_declares_its_stop_strings_and_the_chat_template(
+    tmp_path: Path, tokenizer
+):
+    path = tmp_path / "mine.jinja"
+    path.write_text('---\nchat: true\nstop: ["</done>", "\\n\\n"]\n---\nSolve: {{ problem }}')
+    assert stop_strings(str(path), ()) == ("</done>", "\n\n")
+    turns = [{"role": "user", "content": "Solve: 1 + 1?"}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert list(PromptRenderer(str(path), tokenizer).encode(MINE).token_ids) == expected
+    assert PromptRenderer(str(path), tokenizer, chat=False).encode(MINE).text == "Solve: 1 + 1?"
+
+
+def test_any_template_can_be_wrapped_in_the_chat_template(tokenizer):
+    plain = PromptRenderer("few_shot", tokenizer).encode(MINE).text
+    turns = [{"role": "user", "content": plain}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert list(PromptRenderer("few_shot", tokenizer, chat=True).encode(MINE).token_ids) == expected
+    tokenizer = load_tokenizer(resolve_model("tiny"))
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"data\.chat: true needs a chat template"):
+        PromptRenderer("few_shot", tokenizer, chat=True)
+
+
+def test_lines_of_dashes_elsewhere_are_text(tmp_path: Path, tokenizer):
+    path = tmp_path / "mine.jinja"
+    path.write_text("Rules\n---\n{{ problem }}\n---\n")
+    assert PromptRenderer(str(path), tokenizer).encode(MINE).text == "Rules\n---\n1 + 1?\n---\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("---\nstops: [a]\n---\n{{ problem }}", r"declares \{'stops': \['a'\]\}\. It may hold"),
+        ("---\nchat: 3\n---\n{{ problem }}", r"chat of .* is 3\. Write true or false"),
+        ("---\nstop: [1]\n---\n{{ problem }}", r"stop of .* is \[1\]\. Write strings"),
+        ("---\nstop: ['']\n---\n{{ problem }}", r"stop of .* is \[''\]\. Write strings"),
+        ("---\nstop: [\n---\n{{ problem }}", "is not valid YAML"),
+        ("---\nchat: true\n---\nno variable", "never uses"),
         ("no variable", "never uses"),
         ("{{ problem }} {{ other }}", "no usable Jinja template"),
         ("{{ problem", "no usable Jinja template"),
@@ -493,14 +535,14 @@ def test_a_users_template_file(tmp_path: Path, tokenizer):
 def test_unusable_templates(tmp_path: Path, text: str, message: str):
     (tmp_path / "t.jinja").write_text(text)
     with pytest.raises(ValueError, match=message):
-        template_source(str(tmp_path / "t.jinja"))
+        load_template(str(tmp_path / "t.jinja"))
 
 
 def test_unknown_template_offers_the_nearest():
     with pytest.raises(
         ValueError, match=r"data\.template: 'few_shots' is neither .*Did you mean few_shot\?"
     ):
-        template_source("few_shots")
+        load_template("few_shots")
 
 
 def config(**data: object) -> RunConfig:
