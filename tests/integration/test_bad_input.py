@@ -100,7 +100,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--data.train", "{files}/columns.jsonl"], "data.train", "data.columns.problem"),
         (
             ["--data.train", "{files}/good.jsonl", "--data.where", "{level: 5}"],
-            "data.train",
+            "data.where",
             "widen the filters",
         ),
         (["--data.train", "{files}/lists.jsonl"], "data.train", "Write one answer as text"),
@@ -141,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--plugins", "failing_rewards", "--reward.functions", "takes_one"],
             "reward.functions.name: 'takes_one'",
-            "called with (completion, ground_truth)",
+            "takes (completion, ground_truth)",
         ),
         (
             ["--reward.functions", "[{name: repetition, parameters: {ngram: 0}}]"],
