@@ -35,6 +35,11 @@ def _batches(config: RunConfig) -> Iterator[str]:
             f"policy.ranks: {policy.ranks} ranks for fewer responses per step. Raise "
             "trainer.prompts_per_step or lower policy.ranks."
         )
+    if (config.reference.ranks or 0) > policy.ranks:
+        yield (
+            f"reference.ranks: {config.reference.ranks} is above policy.ranks {policy.ranks}, and "
+            "each rank of the reference runs beside one of the policy. Lower it, or leave it null."
+        )
     if workers > prompts:
         yield (
             f"generation.workers: {workers} workers share the {prompts} prompts of a step "

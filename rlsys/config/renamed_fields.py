@@ -1,7 +1,7 @@
-"""Fields that have another name than in an earlier version: one table for all who read names.
+"""Fields that an earlier version had under another name, or had and this one has not.
 
-An old name in a flag, a file or a recipe is refused with the new one. The configuration that a run
-wrote down is translated, so that runs of an earlier version resume.
+An old name in a flag, a file or a recipe is refused with what to write instead. The configuration
+that a run wrote down is translated, so that runs of an earlier version resume.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ RENAMED_FIELDS: dict[str, str] = {
     "policy.strategy": "policy.backend",
     "data.levels": "data.where.level",
     "data.subjects": "data.where.subject",
+    "algorithm.advantage.network": "algorithm.advantage.auxiliary",
+}
+
+# Old dotted name: its default, which a saved configuration loses nothing with, and what replaces it.
+REMOVED_FIELDS: dict[str, tuple[Any, str]] = {
+    "data.columns.level": ("level", "data.where, which names the column itself"),
+    "data.columns.subject": ("subject", "data.where, which names the column itself"),
 }
 
 _MISSING = object()
@@ -47,11 +54,23 @@ def _lines(names: Iterable[str], flag: str) -> Iterator[str]:
         new = new_name(name)
         if new is not None:
             yield f"{flag}{name}: this field is now called {new}. Write {flag}{new}."
+        if name in REMOVED_FIELDS:
+            _, instead = REMOVED_FIELDS[name]
+            yield f"{flag}{name}: this field is gone. Use {instead}."
 
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values under present names; where both are given the new one wins."""
+    """Return nested values under present names; where both are given the new one wins.
+
+    A field that is gone stays where it had another value than its default, to be refused.
+    """
     result = copy.deepcopy(dict(tree))
+    for old, (default, _) in REMOVED_FIELDS.items():
+        path = old.split(".")
+        value = _taken(result, path)
+        if value is not _MISSING and value != default:
+            _put(result, path, value)
+
     for old, new in RENAMED_FIELDS.items():
         value = _taken(result, old.split("."))
         if value is not _MISSING:

@@ -53,7 +53,7 @@ def describe_plan(
         "and activations",
         "reference    "
         + (
-            f"{policy.ranks} ranks beside the policy"
+            f"{config.reference_role().ranks} ranks beside the policy"
             if config.algorithm.kl.coefficient
             else "none (algorithm.kl.coefficient is 0)"
         ),

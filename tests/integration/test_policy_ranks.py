@@ -24,6 +24,7 @@ from rlsys.config import (
     OldKLConfig,
     OptimizerConfig,
     PolicyConfig,
+    ReferenceConfig,
     RolloutCorrectionConfig,
     RunConfig,
     TrainerConfig,
@@ -65,7 +66,7 @@ def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
 async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
     """A group with processes of its own."""
     remote_class: Any = ray.remote(ReferenceWorker)
-    model, count = str(resolve_model("tiny")), config.policy.ranks
+    model, count = str(resolve_model("tiny")), config.reference_role().ranks
     actors = [
         remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)
     ]
@@ -381,11 +382,13 @@ async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference(ranks:
         async with ranks.group(plan) as group:
             found.append(await logprobs_of(group, batch))
             probes.append(await group.probe_logprobs(tokens, 1.0))
-    async with reference_group(config(2)) as reference:
-        found.append(await logprobs_of(reference, batch))
-    a, b, c = found
-    assert np.allclose(a, b, atol=1e-5)
-    assert np.allclose(a, c, atol=1e-5)
+    alone = config(2).model_copy(update={"reference": ReferenceConfig(ranks=1)})
+    for plan in (config(2), alone):
+        async with reference_group(plan) as reference:
+            found.append(await logprobs_of(reference, batch))
+    a, *others = found
+    for other in others:
+        assert np.allclose(a, other, atol=1e-5)
     for one, two, sequence in zip(*probes, tokens, strict=True):
         assert one.shape == two.shape == (len(sequence) - 1,)
         assert np.allclose(one, two, atol=1e-5)

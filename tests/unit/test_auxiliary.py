@@ -24,8 +24,14 @@ from rlsys.config import (
 )
 from rlsys.data.packing import pack_rows
 from tests.support.rollout_examples import random_rollouts
-from workers.training.auxiliary import FILE, AuxiliaryLearner
+from workers.training.auxiliary import FILE, FORMER_FILE, AuxiliaryLearner
 from workers.training.packed_model import PackResult
+
+
+class Model:
+    """A model with hidden states of width 6."""
+
+    hidden_size = 6
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
         return answers
 
     def make(width: int) -> AuxiliaryLearner:
-        made = AuxiliaryLearner.of(run_config(width), 6, torch.device("cpu"))
+        made = AuxiliaryLearner.of(run_config(width), Model(), torch.device("cpu"))
         assert made is not None
         return made
 
@@ -95,5 +101,19 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(train(learner, 3), train(resumed, 3), strict=True))
     with pytest.raises(ValueError, match=r"the auxiliary network in .* has another size"):
         make(9).load(tmp_path)
-    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).rename(tmp_path / FORMER_FILE)
+    with pytest.raises(ValueError, match="an earlier version wrote the network"):
+        make(8).load(tmp_path)
+    (tmp_path / FORMER_FILE).unlink()
     make(8).load(tmp_path)  # a checkpoint of a run without a network
+
+
+def test_a_model_is_not_asked_for_its_width_without_a_network():
+    """Some models that run padded have an LM head of another kind, and no width to tell."""
+
+    class Headless:
+        @property
+        def hidden_size(self) -> int:
+            raise AssertionError("it has no linear LM head")
+
+    assert AuxiliaryLearner.of(RunConfig(), Headless(), torch.device("cpu")) is None

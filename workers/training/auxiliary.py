@@ -8,6 +8,7 @@ What `outputs` gives for a mini-batch comes from a network that has not seen it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,16 @@ from rlsys.metrics import Metric, mean
 from workers.training.packed_model import PackResult
 
 FILE = "auxiliary.pt"
+FORMER_FILE = "baseline_network.pt"  # of an earlier version, with another layout
+
+
+class HasHiddenSize(Protocol):
+    """A model whose hidden states a network reads."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state; asked only where there is a network."""
+        ...
 
 
 class AuxiliaryLearner:
@@ -33,13 +44,15 @@ class AuxiliaryLearner:
         self._device = device
 
     @staticmethod
-    def of(config: RunConfig, hidden_size: int, device: torch.device) -> AuxiliaryLearner | None:
-        """Return that of the configured estimator; None where it has no network."""
+    def of(
+        config: RunConfig, model: HasHiddenSize, device: torch.device
+    ) -> AuxiliaryLearner | None:
+        """Return that of the configured estimator on `model`; None where it has no network."""
         advantage = config.algorithm.advantage
         build = estimator_spec(advantage.name).auxiliary
         if build is None or not trains_auxiliary(advantage.name, advantage.parameters):
             return None
-        return AuxiliaryLearner(build(config, hidden_size), device)
+        return AuxiliaryLearner(build(config, model.hidden_size), device)
 
     def outputs(self, result: PackResult, pack: Pack) -> Tensor:
         """Return [m, p] at the pack's tokens."""
@@ -68,8 +81,13 @@ class AuxiliaryLearner:
         """Continue from what `save` wrote; a checkpoint of a run without a network leaves it at its start.
 
         Raises:
-            ValueError: it was another network.
+            ValueError: it was another network, or an earlier version wrote it.
         """
+        if (directory / FORMER_FILE).exists():
+            raise ValueError(
+                f"algorithm.advantage: an earlier version wrote the network in {directory}. Resume "
+                f"with that version, or start a new run with --model.path {directory}."
+            )
         if not (directory / FILE).exists():
             return
         state = torch.load(directory / FILE, map_location=self._device, weights_only=True)

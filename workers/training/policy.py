@@ -59,8 +59,7 @@ class PolicyWorker(CausalLMWorker):
         """See `RankWorker.setup`."""
         notes = super().setup(address)
         self._check_export()
-        hidden_size = self.backend.module.hidden_size
-        self.auxiliary = AuxiliaryLearner.of(self.config, hidden_size, self.backend.device)
+        self.auxiliary = AuxiliaryLearner.of(self.config, self.backend.module, self.backend.device)
         if self.config.diagnostics.gradient:
             check_diagnosable(self.backend.module)
         return notes

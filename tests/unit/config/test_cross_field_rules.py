@@ -32,6 +32,7 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
     [
         ({"policy.mini_batches": 3}, "policy.mini_batches: 3 does not divide trainer.prompts_per_step 8."),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
+        ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
         ({"generation.workers": 9}, "generation.workers: 9 workers share the 8 prompts"),
         ({"generation.min_tokens": 17}, "generation.min_tokens: 17 is above generation.max_tokens 16. Lower it"),
         ({"generation.max_model_tokens": 100}, "generation.max_model_tokens: 100 is less than data.max_prompt_tokens + generation.max_tokens = 176"),

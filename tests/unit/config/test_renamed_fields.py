@@ -110,3 +110,32 @@ def test_a_section_that_is_left_empty_goes_and_a_new_name_wins():
     assert merged == {"trainer": {"checkpoints": {"keep": 3, "every": 9}}}
     untouched = {"policy": {"ranks": 2}}
     assert translated(untouched) == untouched
+
+
+def test_a_field_that_is_gone_is_refused_with_what_replaces_it(tmp_path: Path):
+    expected = (
+        "data.columns.level: this field is gone. Use data.where, which names the column itself."
+    )
+    with pytest.raises(ConfigError) as error:
+        parse(RECIPE, ["--data.columns.level", "grade"])
+    assert str(error.value) == f"--{expected}"
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {columns: {level: grade}}\n")
+    with pytest.raises(ConfigError) as error:
+        parse(RECIPE, ["--config", str(file)])
+    assert str(error.value) == expected
+
+
+def test_a_saved_run_loses_a_field_that_is_gone_only_where_it_said_nothing(tmp_path: Path):
+    saved = yaml.safe_load(dump_yaml(RECIPE))
+    saved["data"]["columns"] |= {"level": "level", "subject": "subject"}
+    saved["algorithm"]["advantage"]["network"] = saved["algorithm"]["advantage"].pop("auxiliary")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(saved))
+    arguments = ["--resume", "--run.directory", str(tmp_path)]
+    assert parse(RECIPE, arguments).config == evolve(RECIPE, {"run.directory": str(tmp_path)})
+
+    saved["data"]["columns"]["level"] = "grade"
+    file.write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"another version of rlsys, with data\.columns\.level,"):
+        parse(RECIPE, arguments)
