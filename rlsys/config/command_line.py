@@ -23,7 +23,7 @@ from rlsys.config.errors import ConfigError
 from rlsys.config.fields import all_fields, field_at
 from rlsys.config.help_text import help_text
 from rlsys.config.presets import preset_called
-from rlsys.config.renamed_fields import refuse_old_names, translated
+from rlsys.config.renamed_fields import REMOVED_FIELDS, refuse_old_names, translated
 from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
 
 
@@ -180,7 +180,8 @@ def saved_configuration(directory: str) -> dict[str, Any]:
             f"run.directory: {directory!r} holds no run to resume. Name the directory of an earlier run."
         )
     tree = translated(_read_yaml(str(file), "run.directory"))
-    unknown = [name for name, _ in _leaves(tree) if field_at(name) is None]
+    names = [name for name, _ in _leaves(tree)]
+    unknown = [n for n in names if field_at(n) is None and n not in REMOVED_FIELDS]
     if unknown:
         raise ConfigError(
             f"run.directory: {str(file)!r} was written by another version of rlsys, with {', '.join(unknown)}, which this one does not have. "

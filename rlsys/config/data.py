@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, field_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from rlsys.config.section import Section
 
@@ -25,6 +25,21 @@ class ColumnNames(Section):
         default="id",
         description="Column of a unique id. null, or absent from the file: the row number.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_filters(cls, value: Any) -> Any:
+        """Refuse the columns of former filters; their former defaults, in old files, say nothing."""
+        if isinstance(value, dict):
+            value = dict(value)
+            for role in ("level", "subject"):
+                name = value.pop(role, None)
+                if name not in (None, role):
+                    raise ValueError(
+                        f"{role} is no longer a role: data.where names the column itself. Write "
+                        f'--data.where "{{{name}: [...]}}"'
+                    )
+        return value
 
 
 class SyntheticConfig(Section):

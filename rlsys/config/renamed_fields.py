@@ -21,10 +21,11 @@ RENAMED_FIELDS: dict[str, str] = {
     "algorithm.advantage.network": "algorithm.advantage.auxiliary",
 }
 
-# Old dotted name: its default, which a saved configuration loses nothing with, and what replaces it.
-REMOVED_FIELDS: dict[str, tuple[Any, str]] = {
-    "data.columns.level": ("level", "data.where, which names the column itself"),
-    "data.columns.subject": ("subject", "data.where, which names the column itself"),
+# Old dotted name: what replaces it. The section that had the field decides which of its values a
+# saved configuration may still hold.
+REMOVED_FIELDS: dict[str, str] = {
+    "data.columns.level": "data.where, which names the column itself",
+    "data.columns.subject": "data.where, which names the column itself",
 }
 
 _MISSING = object()
@@ -55,22 +56,12 @@ def _lines(names: Iterable[str], flag: str) -> Iterator[str]:
         if new is not None:
             yield f"{flag}{name}: this field is now called {new}. Write {flag}{new}."
         if name in REMOVED_FIELDS:
-            _, instead = REMOVED_FIELDS[name]
-            yield f"{flag}{name}: this field is gone. Use {instead}."
+            yield f"{flag}{name}: this field is gone. Use {REMOVED_FIELDS[name]}."
 
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values under present names; where both are given the new one wins.
-
-    A field that is gone stays where it had another value than its default, to be refused.
-    """
+    """Return nested values under present names; where both are given the new one wins."""
     result = copy.deepcopy(dict(tree))
-    for old, (default, _) in REMOVED_FIELDS.items():
-        path = old.split(".")
-        value = _taken(result, path)
-        if value is not _MISSING and value != default:
-            _put(result, path, value)
-
     for old, new in RENAMED_FIELDS.items():
         value = _taken(result, old.split("."))
         if value is not _MISSING:

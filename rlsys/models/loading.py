@@ -18,8 +18,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rlsys.config import ConfigError
 
-class UnsupportedModelError(ValueError):
+
+class UnsupportedModelError(ConfigError):
     """A model that cannot be trained right, found out when it was loaded or tried."""
 
 

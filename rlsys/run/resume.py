@@ -98,12 +98,12 @@ def registered_states(
     States that an earlier version wrote are brought up to date.
 
     Raises:
-        ValueError: the checkpoint holds no state of a part.
+        ConfigError: the checkpoint holds no state of a part.
     """
     names = tuple(names)
     missing = [name for name in names if name not in checkpoint.state]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "
             f"run wrote it. Start a new run with --model.path {checkpoint.path}."
         )

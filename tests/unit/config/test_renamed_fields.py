@@ -137,5 +137,7 @@ def test_a_saved_run_loses_a_field_that_is_gone_only_where_it_said_nothing(tmp_p
 
     saved["data"]["columns"]["level"] = "grade"
     file.write_text(yaml.safe_dump(saved))
-    with pytest.raises(ConfigError, match=r"another version of rlsys, with data\.columns\.level,"):
+    with pytest.raises(
+        ConfigError, match=r"level is no longer a role: data\.where names the column itself"
+    ):
         parse(RECIPE, arguments)
