@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from rlsys.data.prompt_stream import LoadedPrompts
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+    from rlsys.run.compute_dtype import ProductSpeed
     from rlsys.run.directory import RunDirectory
+    from rlsys.run.step_time import StepEstimate
 
 Recipe = Callable[[Hardware], RunConfig]
 
@@ -92,7 +94,10 @@ class Prepared:
     directory: RunDirectory
     plan: str  # what would be started, for a dry run
     changes: tuple[str, ...]  # of a resumed run's configuration
-    notices: tuple[str, ...]  # of the data
+    notices: tuple[str, ...]  # of the data, the precision and the time of a step
+    reasons: tuple[str, ...]  # of what the configuration left to the machine, for config.yaml
+    speed: ProductSpeed | None  # of matrix products on this machine
+    estimate: StepEstimate | None  # of a step's time
     warnings: tuple[str, ...]
 
 
@@ -104,8 +109,9 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     """
     from rlsys.data.prompt_stream import load_prompts
     from rlsys.models import resolve_model
-    from rlsys.models.loading import load_tokenizer
+    from rlsys.models.loading import load_tokenizer, parameter_count
     from rlsys.run.checkpoints import CheckpointStore
+    from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.directory import RunDirectory
     from rlsys.run.ineffective_options import ineffective_options
     from rlsys.run.preflight import (
@@ -122,6 +128,7 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
         differences,
         prompt_state,
     )
+    from rlsys.run.step_time import describe_estimate, estimate_step
 
     config = invocation.config
     directory = RunDirectory.named_by(config)
@@ -143,10 +150,19 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     reference = config.model.reference_path
     reference_directory = resolve_model(reference) if reference else model_directory
     check_model(config, model_directory, reference_directory)
+    choice = choose_dtypes(config, hardware, model_directory)
+    config = choice.config
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
     if checkpoint:
         prompts.train.load_state(prompt_state(checkpoint))  # refuses other data
+    estimate = estimate_step(
+        config,
+        hardware,
+        parameters=parameter_count(model_directory),
+        prompt_tokens=prompts.train.mean_tokens,
+        speed=choice.speed,
+    )
     plan = describe_plan(config, hardware, problems, model_directory, directory)
     return Prepared(
         config=config,
@@ -165,8 +181,18 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
             if invocation.resume
             else ()
         ),
-        notices=(f"data: {problems.describe()}", *prompts.notices),
+        notices=(
+            *([config.run.note] if config.run.note else []),
+            *choice.reasons,
+            describe_estimate(estimate, config),
+            f"data: {problems.describe()}",
+            *prompts.notices,
+        ),
+        reasons=choice.reasons,
+        speed=choice.speed,
+        estimate=estimate,
         warnings=(
+            *choice.warnings,
             *config_warnings(config),
             *reward_notices(config, problems),
             *ineffective_options(config, invocation.explicit, hardware),
@@ -181,7 +207,7 @@ def _claim(prepared: Prepared) -> Prepared:
     if prepared.resume:
         return prepared
     directory = prepared.directory.claim()
-    directory.create(prepared.config)
+    directory.create(prepared.config, prepared.reasons)
     keep = prepared.config.trainer.checkpoints.keep
     return replace(
         prepared, directory=directory, store=CheckpointStore(directory.checkpoints, keep=keep)
@@ -259,6 +285,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     from rlsys.run.observers.observer import Observers
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.reward_failures import RewardFailureWatch
+    from rlsys.run.step_time import StepTimeWatch, likely_causes
     from workers.cluster import Cluster
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardOutput
@@ -293,7 +320,12 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
             else None,
         )
         progress = Progress(console, live=config.run.progress)
-        observers = Observers([metrics, status, progress, ReportWriter(directory)])
+        slowness = StepTimeWatch(
+            prepared.estimate,
+            lambda: likely_causes(config, detect_hardware(), prepared.speed),
+            progress.notice,
+        )
+        observers = Observers([metrics, status, progress, ReportWriter(directory), slowness])
         failures = RewardFailureWatch(progress.notice)
         evaluator = None  # data.eval is off
         if len(prompts.evaluation):
@@ -315,7 +347,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         if checkpoint:
             await loop.restore(checkpoint)
         if prepared.resume:
-            directory.create(config)
+            directory.create(config, prepared.reasons)
         log.end_hold()
         _stop_on_signals(loop.request_stop, console)
         training = True

@@ -63,8 +63,9 @@ class PolicyConfig(Section):
         description="Torch threads of each rank on a CPU. 0: all cores over all ranks of a node.",
     )
     compute_dtype: Dtype = Field(
-        default="float32",
-        description="Precision of forward and backward; master weights and gradient reduction are always float32.",
+        default="auto",
+        description="Precision of forward and backward, of the policy and of the reference; master weights and "
+        "gradient reduction are always float32. auto: as generation.dtype.",
     )
     optimizer: OptimizerConfig = Field(
         default=OptimizerConfig(), description="AdamW and its schedule."

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,10 +149,24 @@ class RunDirectory:
             else:
                 part.unlink()
 
-    def create(self, config: RunConfig) -> None:
-        """Make the directories and write the resolved configuration."""
+    def create(self, config: RunConfig, reasons: Sequence[str] = ()) -> None:
+        """Make the directories and write the resolved configuration.
+
+        Args:
+            reasons: what the configuration left to the machine, and why it was chosen; comments at the top of
+                the file. Those of an earlier start of the same run stay.
+        """
         for directory in (self.rollouts, self.checkpoints, self.tensorboard):
             directory.mkdir(parents=True, exist_ok=True)
         partial = self.config.with_suffix(".partial")
-        partial.write_text(dump_yaml(config), encoding="utf-8")
+        comments = self._comments()
+        comments += [f"# {time.strftime('%Y-%m-%d')} {reason}" for reason in reasons]
+        partial.write_text("\n".join([*comments, dump_yaml(config)]), encoding="utf-8")
         os.replace(partial, self.config)
+
+    def _comments(self) -> list[str]:
+        """Return the lines at the top of the configuration that are comments."""
+        if not self.config.is_file():
+            return []
+        lines = self.config.read_text(encoding="utf-8").splitlines()
+        return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
