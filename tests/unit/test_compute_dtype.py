@@ -96,6 +96,7 @@ def test_the_measurement_is_cached_by_what_it_depends_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RLSYS_CACHE", str(tmp_path))
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     calls: list[tuple[int, int]] = []
 
     def measure(shape: tuple[int, int]) -> ProductSpeed:
@@ -124,7 +125,7 @@ EMULATED = """
 import json
 from rlsys.config.hardware import detect_hardware
 from rlsys.run.compute_dtype import measure_products
-speed = measure_products((576, 1536))
+speed = measure_products((256, 512))
 print(json.dumps([detect_hardware().bfloat16_instructions, speed.float32, speed.bfloat16]))
 """
 
@@ -183,5 +184,8 @@ def test_the_recipe_takes_fewer_steps_where_a_step_takes_long_and_says_so():
     assert slow.run.note is not None
     assert "24 steps instead of 60" in slow.run.note
     assert fast.run.note is None
+    assert slow.generation.cpus_per_worker == 1
+    # Policy and engine take turns on a single core.
+    assert grpo_math(replace(CPU, cpus=1)).generation.cpus_per_worker == 0
     many = replace(CPU, bfloat16_instructions=(), cpus=16)
     assert grpo_math(many).trainer.steps == 60
