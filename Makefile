@@ -1,6 +1,7 @@
 # make setup   .venv with everything (EXTRA=gpu on a CUDA machine; cpu otherwise)
 # make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
-# make test    unit tests and a few real runs      make test-all   every test, small campaigns included
+# make test    unit tests of every module and one real run, in 3 minutes: proves the installation
+# make test-rest   what `make test` leaves out, small campaigns included     make test-all   both
 # make check   ruff and pyright
 PYTHON ?= python3.11
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -19,7 +20,7 @@ else
 TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
 endif
 
-.PHONY: setup run test test-all check docs clean
+.PHONY: setup run test test-rest test-all check docs clean
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
@@ -37,9 +38,12 @@ $(STAMP): pyproject.toml uv.lock Makefile
 run: setup
 	$(BIN)/python -m recipes.grpo_math $(ARGS)
 
-# ARGS takes the place of the tests that are chosen here: make test ARGS="tests/unit -k grpo"
+# The marker `slow` divides the tests. ARGS instead: make test ARGS="tests/unit -k grpo"
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),tests/unit tests/integration/test_bad_input.py tests/integration/test_architectures.py)
+	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")
+
+test-rest: setup
+	$(BIN)/python -m pytest $(or $(ARGS),-m slow)
 
 test-all: setup
 	$(BIN)/python -m pytest $(ARGS)

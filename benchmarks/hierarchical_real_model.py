@@ -53,6 +53,7 @@ from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from rlsys.rewards import RewardInput
 from rlsys.rewards.scoring import score_completion
+from rlsys.run.compute_dtype import choose_dtypes
 from workers.generation.engines import make_engine
 from workers.generation.engines.engine import RolloutEngine
 from workers.generation.worker import build_rollouts
@@ -330,6 +331,7 @@ def main() -> None:
             **dict(item.split("=", 1) for item in arguments.set),
         },
     )
+    config = choose_dtypes(config, detect_hardware(), resolve_model(config.model.path)).config
     experiment = Experiment(config, arguments.prompts, arguments.replicates, arguments.size)
     rewards = experiment.looked_at.rewards.rewards
     mixed = [

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from rlsys.driver.session import Session
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+    from rlsys.run.compute_dtype import ProductSpeed
     from rlsys.run.directory import RunDirectory
     from rlsys.run.observers.run_status import StatusWriter
+    from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
 Recipe = Callable[[Hardware], RunConfig]
@@ -99,7 +101,10 @@ class Prepared:
     directory: RunDirectory
     plan: str  # what would be started, for a dry run
     changes: tuple[str, ...]  # of a resumed run's configuration
-    notices: tuple[str, ...]  # of the data
+    notices: tuple[str, ...]  # of the data, the precision and the time of a step
+    reasons: tuple[str, ...]  # of what the configuration left to the machine, for config.yaml
+    speed: ProductSpeed | None  # of matrix products on this machine
+    estimate: StepEstimate | None  # of a step's time
     warnings: tuple[str, ...]
 
 
@@ -111,9 +116,10 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     """
     from rlsys.data.prompt_stream import load_problems, load_prompts
     from rlsys.models import resolve_model
-    from rlsys.models.loading import load_tokenizer
+    from rlsys.models.loading import load_tokenizer, parameter_count
     from rlsys.rewards import reads_metadata
     from rlsys.run.checkpoints import CheckpointStore
+    from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.config_warnings import config_warnings, reward_notices
     from rlsys.run.directory import RunDirectory
     from rlsys.run.ineffective_options import ineffective_options
@@ -127,6 +133,7 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
         differences,
         prompt_state,
     )
+    from rlsys.run.step_time import describe_estimate, estimate_step
 
     config = invocation.config
     directory = RunDirectory.named_by(config)
@@ -155,10 +162,19 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     reference = config.reference.path
     reference_directory = resolve_model(reference) if reference else model_directory
     check_model(config, model_directory, reference_directory)
+    choice = choose_dtypes(config, hardware, model_directory)
+    config = choice.config
     tokenizer = load_tokenizer(model_directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config, tokenizer, problems)
     if checkpoint:
         prompts.train.load_state(prompt_state(checkpoint))  # refuses other data
+    estimate = estimate_step(
+        config,
+        hardware,
+        parameters=parameter_count(model_directory),
+        prompt_tokens=prompts.train.mean_tokens,
+        speed=choice.speed,
+    )
     plan = describe_plan(config, hardware, problems, model_directory, directory)
     return Prepared(
         config=config,
@@ -177,8 +193,18 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
             if invocation.resume
             else ()
         ),
-        notices=(f"data: {problems.describe()}", *prompts.notices),
+        notices=(
+            *([config.run.note] if config.run.note else []),
+            *choice.reasons,
+            describe_estimate(estimate, config),
+            f"data: {problems.describe()}",
+            *prompts.notices,
+        ),
+        reasons=choice.reasons,
+        speed=choice.speed,
+        estimate=estimate,
         warnings=(
+            *choice.warnings,
             *config_warnings(config),
             *reward_notices(config, problems),
             *ineffective_options(config, invocation.explicit, hardware),
@@ -193,7 +219,7 @@ def _claim(prepared: Prepared) -> Prepared:
     if prepared.resume:
         return prepared
     directory = prepared.directory.claim()
-    directory.create(prepared.config)
+    directory.create(prepared.config, prepared.reasons)
     keep = prepared.config.trainer.checkpoints.keep
     return replace(
         prepared, directory=directory, store=CheckpointStore(directory.checkpoints, keep=keep)
@@ -255,7 +281,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         if prepared.checkpoint:
             await session.restore(prepared.checkpoint)
         if prepared.resume:
-            directory.create(config)
+            directory.create(config, prepared.reasons)
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
         outcome = await loop.run()
@@ -300,6 +326,7 @@ def _assemble(
     from rlsys.run.observers.console import Progress
     from rlsys.run.observers.html_report import ReportWriter
     from rlsys.run.observers.metrics_log import MetricsLog
+    from rlsys.run.step_time import StepTimeWatch, likely_causes
 
     config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
     progress = Progress(console, live=config.run.progress)
@@ -309,7 +336,12 @@ def _assemble(
         evaluator = Evaluator(config, prompts.evaluation, sampler)
 
     metrics = MetricsLog(directory)
-    observers = [metrics, status, progress, ReportWriter(directory)]
+    slowness = StepTimeWatch(
+        prepared.estimate,
+        lambda: likely_causes(config, detect_hardware(), prepared.speed),
+        progress.notice,
+    )
+    observers = [metrics, status, progress, ReportWriter(directory), slowness]
     session = Session(config, prepared.store, observers, evaluator)
     session.register("metrics_position", metrics)
     loop = SynchronousLoop(config, workers, prompts.train, sampler, session, directory.rollouts)

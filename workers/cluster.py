@@ -25,6 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.config import ConfigError, RunConfig
+from rlsys.config.hardware import detect_hardware
 from workers.local_ray import LocalRay, interrupt_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,12 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
             logging.ERROR
         )
-        local.start(object_store_memory=int(config.cluster.object_store_gib * 1024**3), **settings)
+        hardware = detect_hardware()  # Ray by itself would count the CPUs of a container's host
+        local.start(
+            num_cpus=hardware.cpus,
+            object_store_memory=int(config.cluster.object_store_gib * 1024**3),
+            **settings,
+        )
     logger.info(
         "ray: %s, resources %s", address or "started on this machine", ray.cluster_resources()
     )
@@ -235,7 +241,7 @@ def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float])
 
 def _threads(config: RunConfig) -> dict[str, int]:
     """Torch threads of the actors that compute on a CPU: generation and policy take turns, so each gets all cores."""
-    cores = os.cpu_count() or 1
+    cores = detect_hardware().cpus
     return {
         "policy": config.policy.threads_per_rank or max(1, cores // config.policy.ranks),
         "generation": max(1, cores // config.generation.workers),

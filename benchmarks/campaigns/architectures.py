@@ -167,7 +167,7 @@ def _config(folder: str) -> RunConfig:
         generation=GenerationConfig(
             engine="transformers", dtype="float32", max_tokens=LENGTHS.response
         ),
-        policy=PolicyConfig(gradient_checkpointing=True),
+        policy=PolicyConfig(compute_dtype="float32", gradient_checkpointing=True),
     )
 
 

@@ -31,7 +31,9 @@ class GenerationConfig(Section):
         description="CPU cores that each worker reserves. 0: none, since generation and training take turns on small machines.",
     )
     dtype: Dtype = Field(
-        default="float32", description="Precision of the engine's weights and arithmetic."
+        default="auto",
+        description="Precision of the engine's weights and arithmetic. auto: bfloat16 where the driver's machine "
+        "computes faster in it (GPUs from compute capability 8.0 on; CPUs by a short measurement), else float32.",
     )
     samples_per_prompt: int = Field(
         default=8,

@@ -1,45 +1,197 @@
-"""What this machine has, found without importing torch."""
+"""What this process may use of its machine, found without importing torch.
+
+A container sees the CPUs and the memory of its host. What it may use of them is what the control
+groups (cgroup v2) of the process allow: `cpu.max` and `memory.max` of its own group and of every
+group above.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CPU_INFO = Path("/proc/cpuinfo")
+# CPU flags of instructions that multiply in bfloat16: x86 with AVX-512 or AMX, Arm.
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+# Values of ONEDNN_MAX_CPU_ISA with which torch's library for matrix products uses none of them.
+WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """CPUs, memory and GPUs of the machine on which the driver starts."""
+    """CPUs, memory and GPUs of the driver's machine, as far as this process may use them."""
 
     cpus: int
     memory_gib: float
     gpus: int
     gpu_memory_gib: float  # of one GPU
+    cpu_model: str = "unknown CPU"
+    bfloat16_instructions: tuple[
+        str, ...
+    ] = ()  # of the CPU, and not switched off by ONEDNN_MAX_CPU_ISA
+    compute_capability: tuple[int, int] | None = None  # the lowest of the GPUs; None: not known
 
 
-def detect_hardware() -> Hardware:
-    """CPUs that this process may use, physical memory, and NVIDIA GPUs as nvidia-smi lists them (CUDA_VISIBLE_DEVICES counts)."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
-    sizes = _gpu_memory_gib()
+def detect_hardware(
+    *,
+    cgroup_root: Path = CGROUP_ROOT,
+    own_cgroups: Path = OWN_CGROUPS,
+    cpu_info: Path = CPU_INFO,
+) -> Hardware:
+    """Return what this process may use.
+
+    CPUs: those of its affinity mask, at most its cgroup quota, rounded down (a thread beyond the
+    quota would be paused, and the others wait for it) and at least 1. Memory: physical, at most its
+    cgroup limit. GPUs: NVIDIA's, as nvidia-smi lists them; CUDA_VISIBLE_DEVICES counts.
+    """
+    groups = list(_cgroup_folders(cgroup_root, own_cgroups))
+    affinity = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    gpus = _gpus()
+    model, flags = _cpu_description(cpu_info)
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BFLOAT16:
+        flags = frozenset()
     return Hardware(
-        cpus=len(os.sched_getaffinity(0)),
-        memory_gib=memory,
-        gpus=len(sizes),
-        gpu_memory_gib=min(sizes, default=0.0),
+        cpus=min([affinity, *(quota for group in groups if (quota := _cpu_quota(group)))]),
+        memory_gib=min([memory, *(limit / GIB for limit in map(_memory_limit, groups))]),
+        gpus=len(gpus),
+        gpu_memory_gib=min((gpu.memory_gib for gpu in gpus), default=0.0),
+        cpu_model=model,
+        bfloat16_instructions=tuple(name for name in BFLOAT16_INSTRUCTIONS if name in flags),
+        compute_capability=min((gpu.capability for gpu in gpus if gpu.capability), default=None),
     )
 
 
-def _gpu_memory_gib() -> list[float]:
+def available_memory_fraction(
+    *, cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUPS
+) -> float:
+    """Return the fraction of this process's memory that is free or can be freed at once.
+
+    The least over the machine and the cgroups that limit the process; pages of files count as free.
+    """
+    import psutil
+
+    machine = psutil.virtual_memory()
+    fractions = [machine.available / machine.total]
+    for group in _cgroup_folders(cgroup_root, own_cgroups):
+        limit = _memory_limit(group)
+        if limit < machine.total:
+            used = _integer(group / "memory.current") - _statistic(group, "inactive_file")
+            fractions.append(1 - used / limit)
+    return min(fractions)
+
+
+def _cgroup_folders(root: Path, own_cgroups: Path) -> Iterator[Path]:
+    """Yield the cgroup v2 folder of this process and those above it, the root included.
+
+    Inside a container without a cgroup namespace the path is that of the host, of which only the
+    root is mounted: folders that do not exist are left out.
+    """
+    try:
+        lines = own_cgroups.read_text().splitlines()
+    except OSError:
+        return
+    paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
+    if not paths:
+        return  # cgroup v1 only
+    folder = root / paths[0].lstrip("/")
+    for candidate in (folder, *folder.parents):
+        if candidate.is_dir():
+            yield candidate
+        if candidate == root:
+            return
+
+
+def _cpu_quota(group: Path) -> int | None:
+    """Return the whole CPUs that `cpu.max` ("quota period") allows, at least 1; None: no quota."""
+    quota, _, period = _text(group / "cpu.max").partition(" ")
+    if not quota.isdecimal() or not period.isdecimal():
+        return None  # "max", or the root, which has no such file
+    return max(1, int(quota) // int(period))
+
+
+def _memory_limit(group: Path) -> float:
+    """Return `memory.max` in bytes; infinity without a limit."""
+    limit = _text(group / "memory.max")
+    return int(limit) if limit.isdecimal() else float("inf")
+
+
+def _statistic(group: Path, name: str) -> int:
+    """Return one number of `memory.stat`, in bytes; 0 where it is absent."""
+    for line in _text(group / "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
+
+
+def _integer(file: Path) -> int:
+    text = _text(file)
+    return int(text) if text.isdecimal() else 0
+
+
+def _text(file: Path) -> str:
+    """Return a small file's text without the line end; nothing where it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cpu_description(cpu_info: Path) -> tuple[str, frozenset[str]]:
+    """Return the name of the first CPU and its flags, as the kernel lists them."""
+    fields: dict[str, str] = {}
+    for line in _text(cpu_info).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    arm = [fields[key] for key in ("CPU implementer", "CPU part") if key in fields]
+    model = fields.get("model name") or " ".join([platform.machine(), *arm])
+    flags = fields.get("flags") or fields.get("Features") or ""  # x86; Arm
+    return model, frozenset(flags.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gpu:
+    memory_gib: float
+    capability: tuple[int, int] | None
+
+
+def _gpus() -> list[_Gpu]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "" or shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    # Drivers before 2021 do not know compute_cap, and then answer nothing at all.
+    lines = _nvidia_smi("memory.total,compute_cap") or _nvidia_smi("memory.total")
+    gpus = [gpu for line in lines if (gpu := _read_gpu(line)) is not None]
+    return gpus if visible is None else gpus[: len(visible.split(","))]
+
+
+def _nvidia_smi(fields: str) -> list[str]:
+    """Return one line for each GPU, or nothing where nvidia-smi fails."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(
-            query, capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (subprocess.SubprocessError, OSError):
         return []
-    sizes = [float(line) / 1024 for line in answer.split() if line.replace(".", "").isdigit()]
-    return sizes if visible is None else sizes[: len(visible.split(","))]
+    return answer.stdout.splitlines()
+
+
+def _read_gpu(line: str) -> _Gpu | None:
+    """Return the GPU of a line "81559, 9.0" (MiB, compute capability), or of "81559"."""
+    memory, _, capability = (part.strip() for part in line.partition(","))
+    if not memory.replace(".", "", 1).isdigit():
+        return None
+    major, _, minor = capability.partition(".")
+    known = major.isdecimal() and minor.isdecimal()
+    return _Gpu(
+        memory_gib=float(memory) / 1024,
+        capability=(int(major), int(minor)) if known else None,
+    )

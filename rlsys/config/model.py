@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rlsys.config.section import Section
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(Section):

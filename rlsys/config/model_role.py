@@ -35,9 +35,9 @@ class ModelRoleConfig(Section):
         description="Torch threads of each rank on a CPU. 0: all cores over all ranks of a node.",
     )
     compute_dtype: Dtype = Field(
-        default="float32",
+        default="auto",
         description="Precision of forward and backward; master weights and gradient reduction are "
-        "always float32.",
+        "always float32. auto: as generation.dtype.",
     )
     microbatch_tokens: int = Field(
         default=4096,

@@ -30,6 +30,9 @@ class RunSection(Section):
     progress: bool = Field(
         default=True, description="Live display on a terminal; plain lines elsewhere or when false."
     )
+    note: str | None = Field(
+        default=None, description="A remark that is printed when the run starts. null: none."
+    )
 
 
 class ClusterConfig(Section):

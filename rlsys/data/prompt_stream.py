@@ -53,6 +53,11 @@ class PromptStream:
         """The prompts of an epoch, in the order of the data."""
         return self._prompts
 
+    @property
+    def mean_tokens(self) -> float:
+        """Mean length of a prompt."""
+        return sum(len(prompt.token_ids) for prompt in self._prompts) / len(self._prompts)
+
     def next_batch(self) -> PromptBatch:
         """The next batch; group ids are unique within the run."""
         batch_id = self._batches_taken

@@ -170,6 +170,25 @@ def longest_window(directory: Path | str, *, trust_remote_code: bool = False) ->
     return max((window for window in windows if isinstance(window, int)), default=None)
 
 
+def mlp_shape(directory: Path | str) -> tuple[int, int]:
+    """Return hidden and intermediate size, which most of a model's matrix products have.
+
+    Where config.json does not say: that of a small model, and four times the hidden size.
+    """
+    config = json.loads((Path(directory) / "config.json").read_text())
+    text = {**config, **(config.get("text_config") or {})}
+    hidden_names = ("hidden_size", "n_embd", "d_model")
+    hidden = next((text[name] for name in hidden_names if text.get(name)), 512)
+    inner_names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
+    inner = next((text[name] for name in inner_names if text.get(name)), 4 * hidden)
+    # Some models list the size of each layer.
+    return _largest(hidden), _largest(inner)
+
+
+def _largest(value: int | list[int]) -> int:
+    return max(value) if isinstance(value, list) else value
+
+
 def parameter_count(directory: Path | str) -> int:
     """Parameters by the shapes in the safetensors headers; no weights are read."""
     from safetensors import safe_open

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,11 +149,25 @@ class RunDirectory:
             else:
                 part.unlink()
 
-    def create(self, config: RunConfig) -> None:
-        """Make the directories and write the resolved configuration."""
+    def create(self, config: RunConfig, reasons: Sequence[str] = ()) -> None:
+        """Make the directories and write the resolved configuration.
+
+        Args:
+            reasons: what the configuration left to the machine, and why it was chosen; comments at the top of
+                the file. Those of an earlier start of the same run stay.
+        """
         for directory in (self.rollouts, self.checkpoints, self.tensorboard):
             directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.config, dump_yaml(config))
+        comments = self._comments()
+        comments += [f"# {time.strftime('%Y-%m-%d')} {reason}" for reason in reasons]
+        write_whole(self.config, "\n".join([*comments, dump_yaml(config)]))
+
+    def _comments(self) -> list[str]:
+        """Return the lines at the top of the configuration that are comments."""
+        if not self.config.is_file():
+            return []
+        lines = self.config.read_text(encoding="utf-8").splitlines()
+        return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
 from rlsys.run.resume import describe_origin
 
+pytestmark = pytest.mark.slow  # a hundred command lines
 ROOT = Path(__file__).resolve().parents[2]
 # Fails loudly if Ray is even imported.
 RUNNER = """
@@ -352,6 +353,8 @@ def run(tmp_path: Path) -> RunDirectory:
     config = evolve(
         grpo_math(detect_hardware()),
         {
+            "generation.dtype": "float32",  # a run writes down what it computes in
+            "policy.compute_dtype": "float32",
             "model.path": "tiny",
             "trainer.steps": 20,
             "policy.optimizer.learning_rate": 3e-4,

@@ -18,6 +18,7 @@ from rlsys.config import (
     AuxiliaryConfig,
     DiagnosticsConfig,
     EntropyConfig,
+    GenerationConfig,
     KLConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -44,11 +45,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 def config(ranks: int, **policy: object) -> RunConfig:
     settings = {
         "ranks": ranks,
+        "compute_dtype": "float32",
         "optimizer": OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.5),
         **policy,
     }
     return RunConfig(
         model=ModelConfig(path="tiny"),
+        generation=GenerationConfig(dtype="float32"),
         policy=PolicyConfig.model_validate(settings),
         algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.05), entropy=EntropyConfig(bonus=0.01)),
         trainer=TrainerConfig(steps=10, prompts_per_step=12),

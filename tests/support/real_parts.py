@@ -24,12 +24,14 @@ def make_config(**trainer: object) -> RunConfig:
             "data": {"synthetic": {"train_size": 64, "eval_size": 8}, "max_prompt_tokens": 256},
             "generation": {
                 "engine": "transformers",
+                "dtype": "float32",
                 "workers": 2,
                 "samples_per_prompt": 4,
                 "min_tokens": 0,
                 "max_tokens": 12,
             },
             "policy": {
+                "compute_dtype": "float32",
                 "threads_per_rank": 1,
                 "mini_batches": 2,
                 "optimizer": {"learning_rate": 1e-3},

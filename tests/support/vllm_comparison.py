@@ -39,7 +39,9 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
 
     config = RunConfig(
         data=DataConfig(max_prompt_tokens=100),
-        generation=GenerationConfig.model_validate({"engine": engine, "max_tokens": 28}),
+        generation=GenerationConfig.model_validate(
+            {"engine": engine, "dtype": "float32", "max_tokens": 28}
+        ),
     )
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)

@@ -27,7 +27,13 @@ def tokenizer():
     return load_tokenizer(resolve_model("tiny"))
 
 
-@pytest.mark.parametrize("levels", [(1,), (2,), (3,), (4,), (5,), (1, 3)])
+LARGE = pytest.mark.slow  # tens of thousands of wordings
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [(1,), pytest.param((2,), marks=LARGE), (3,), (4,), pytest.param((5,), marks=LARGE), (1, 3)],
+)
 def test_synthetic_problems_are_right_disjoint_and_reproducible(levels: tuple[int, ...]):
     train, held_out = generate_problems(levels, train_size=200, eval_size=40, seed=3)
     assert (len(train), len(held_out)) == (200, 40)

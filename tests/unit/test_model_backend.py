@@ -55,7 +55,9 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("budget", [24, 1000])
 def test_a_value_model_learns_its_targets(budget: int):
     """Targets 0, 1, 2, 0, ... along the tokens; the squared error falls to less than a tenth in 30 steps."""
-    config = RunConfig.model_validate({"model": {"path": "tiny"}})
+    config = RunConfig.model_validate(
+        {"model": {"path": "tiny"}, "policy": {"compute_dtype": "float32"}}
+    )
     directory = resolve_model("tiny")
     packed, _ = prepare_model(config, config.policy, directory, CPU)
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ from workers.training.policy import PolicyWorker
 def config(directory: Path, engine: str = "vllm") -> RunConfig:
     return RunConfig(
         model=ModelConfig(path=str(directory), attention="sdpa"),
-        generation=GenerationConfig.model_validate({"engine": engine}),
-        policy=PolicyConfig(microbatch_tokens=32),
+        generation=GenerationConfig.model_validate({"engine": engine, "dtype": "float32"}),
+        policy=PolicyConfig(compute_dtype="float32", microbatch_tokens=32),
     )
 
 

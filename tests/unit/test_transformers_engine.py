@@ -33,7 +33,7 @@ def own_logprobs(model: Any, tokens: list[int], temperature: float) -> np.ndarra
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Path):
     build_family(family, tmp_path)
-    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    generation = GenerationConfig.model_validate({"engine": "transformers", "dtype": "float32"})
     engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
     model = load_family(tmp_path, seed=2)
     weights = to_checkpoint(model, model.state_dict())
@@ -60,7 +60,7 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
 def test_without_a_usable_cache_whole_passes_are_decoded(name: str, tmp_path: Path):
     chosen = next(architecture for architecture in ARCHITECTURES if architecture.name == name)
     save_tiny_model(tmp_path, chosen)
-    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    generation = GenerationConfig.model_validate({"engine": "transformers", "dtype": "float32"})
     engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
     model = load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
 
@@ -76,7 +76,7 @@ def test_without_a_usable_cache_whole_passes_are_decoded(name: str, tmp_path: Pa
 def test_responses_of_a_group_end_at_their_own_places(tmp_path: Path):
     """Each response stops by itself: END with its end token, LENGTH after max_tokens, whatever the others do."""
     build_family("llama", tmp_path)
-    generation = GenerationConfig.model_validate({"engine": "transformers"})
+    generation = GenerationConfig.model_validate({"engine": "transformers", "dtype": "float32"})
     engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
     engine._end_ids = frozenset(range(40))  # one in ten tokens ends a response
     sampling = SamplingParameters(

@@ -228,6 +228,7 @@ async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["step_000001"]
 
 
+@pytest.mark.slow
 async def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     """With keep=1 there is never more than one to fall back on. Every file operation of a save is tried as the last one."""
     total = int(save_and_die(tmp_path / "whole", 0).stdout)

@@ -62,6 +62,7 @@ class VLLMEngine:
         from vllm import EngineArgs, LLMEngine
 
         generation = config.generation
+        assert generation.dtype != "auto"  # which to vLLM means the checkpoint's own
         on_gpu = torch.cuda.is_available()
         settings: dict[str, Any] = (
             {"gpu_memory_utilization": generation.gpu_memory_utilization}
