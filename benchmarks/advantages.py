@@ -35,7 +35,7 @@ def make_inputs(responses: int, tokens: int, group: int) -> AdvantageInputs:
         rollout_logprobs=noise,
         old_logprobs=noise,
         ref_logprobs=noise,
-        score_norms=noise.abs(),
+        squared_score_norms=noise.abs(),
         greedy_rewards=torch.zeros(responses),
         kl_coefficient=0.1,
     )

@@ -101,7 +101,7 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
     arrays = TokenArrays(
         old=_joined(old, np.float32),
         ref=_joined(ref, np.float32),
-        score_norms=_joined([norms for _, norms in scores], np.float32),
+        squared_score_norms=_joined([norms for _, norms in scores], np.float32),
     )
     return StoredBatch(
         rollouts=rollouts,
@@ -167,7 +167,7 @@ def _score(
         chunk_tokens=256,
     )
     before = torch.zeros(start)
-    return torch.cat([before, result.logprobs]), torch.cat([before, result.score_norms])
+    return torch.cat([before, result.logprobs]), torch.cat([before, result.squared_score_norms])
 
 
 def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
@@ -176,11 +176,13 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     mask = inputs.response_mask
     longest = GenerationConfig(max_tokens=mask.shape[1], min_tokens=0)
     # Some presets are refused where a batch has one update: live and old policy are the same then.
-    config = RunConfig(algorithm=preset, generation=longest, policy=PolicyConfig(mini_batches=2))
+    config = RunConfig(
+        algorithm=preset, generation=longest, policy=PolicyConfig(num_mini_batches=2)
+    )
     advantages = estimate_advantages(config, inputs).advantages
 
     assert inputs.old_logprobs is not None
-    assert inputs.score_norms is not None
+    assert inputs.squared_score_norms is not None
     live = ResponsePadding.of(batch.rollouts.sequences).pad(batch.live)
     ratios = log_ratios(preset.objective.ratio, live, inputs.old_logprobs, mask)
     token = log_ratios("token", live, inputs.old_logprobs, mask).exp()[mask]
@@ -199,7 +201,8 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
         "bias proxy": float(
             ((weights - token).abs() * sizes).sum() / (token * sizes).sum().clamp(min=1e-30)
         ),
-        "noise": float(len(steps) * (steps.square() * inputs.score_norms[mask]).sum()) / total**2
+        "noise": float(len(steps) * (steps.square() * inputs.squared_score_norms[mask]).sum())
+        / total**2
         if total
         else math.nan,
     }

@@ -5,7 +5,7 @@
     python -m benchmarks.hierarchical_baselines --case group,blocks,16
 
 The plain version forms and solves one least-squares problem a group and position with `torch.linalg.lstsq`, in sample, with neither
-leave-one-out nor strengths: less work by far. It is timed on a few positions and scaled to all. Results are recorded in
+leave-one-out nor shrinkage: less work by far. It is timed on a few positions and scaled to all. Results are recorded in
 docs/hierarchical_log.md.
 """
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
 
 CASES = [
-    f"{scope},{layers},16"
+    f"{scope},{horizons},16"
     for scope in ("auto", "group", "batch")
-    for layers in ("current_and_final", "blocks")
+    for horizons in ("current_and_final", "blocks")
 ]
 CASES += ["auto,current_and_final,64", "auto,blocks,64"]
 PLAIN_POSITIONS = 16
@@ -51,13 +51,14 @@ def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
         ).float(),
         response_mask=mask,
         group_ids=ids,
-        score_norms=entropies[ids] * torch.rand(responses, tokens, generator=generator) ** 4,
+        squared_score_norms=entropies[ids]
+        * torch.rand(responses, tokens, generator=generator) ** 4,
         rollout_logprobs=old - noise,
         old_logprobs=old,
     )
 
 
-def plain_seconds(inputs: AdvantageInputs, layers: str, group: int) -> float:
+def plain_seconds(inputs: AdvantageInputs, horizons: str, group: int) -> float:
     """Seconds of one `lstsq` a group and position, for all positions, from a few."""
     assert inputs.old_logprobs is not None
     assert inputs.rollout_logprobs is not None
@@ -69,7 +70,9 @@ def plain_seconds(inputs: AdvantageInputs, layers: str, group: int) -> float:
         .exp()
     )
     length = ratios.shape[1]
-    boundaries = [*range(255, length - 1, 256), length - 1] if layers == "blocks" else [length - 1]
+    boundaries = (
+        [*range(255, length - 1, 256), length - 1] if horizons == "blocks" else [length - 1]
+    )
     start = time.perf_counter()
     for t in torch.linspace(0, length - 1, PLAIN_POSITIONS).long().tolist():
         for rows in torch.arange(len(ratios)).split(group):
@@ -95,19 +98,19 @@ def _one_plain_fit(
 
 
 def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
-    scope, layers, group = case.split(",")
+    scope, horizons, group = case.split(",")
     inputs = batch_of(responses, tokens, int(group))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    out = hierarchical_advantages(inputs, layers=layers, scope=scope)
+    out = hierarchical_advantages(inputs, horizons=horizons, scope=scope)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    strengths = " ".join(
-        f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("strength")
+    shrinkage = " ".join(
+        f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("shrinkage")
     )
-    naive = f"{plain_seconds(inputs, layers, int(group)):.0f}" if plain else "-"
+    naive = f"{plain_seconds(inputs, horizons, int(group)):.0f}" if plain else "-"
     print(
-        f"| {scope} | {layers} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {strengths} |"
+        f"| {scope} | {horizons} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {shrinkage} |"
     )
 
 
@@ -117,20 +120,20 @@ def main() -> None:
     )
     parser.add_argument("--responses", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--case", help="scope,layers,group size; default: all")
+    parser.add_argument("--case", help="scope,horizons,group size; default: all")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     if given.case:
         return run_case(given.case, given.responses, given.tokens, given.plain)
     header = (
         "scope",
-        "layers",
+        "horizons",
         "group",
         "seconds",
         "peak GiB",
         "of that the call",
         "plain lstsq, seconds",
-        "strengths",
+        "shrinkage",
     )
     print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|", flush=True)
     for case in CASES:

@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.hierarchical_variance import hierarchical, plain
 from recipes.hierarchical_math import hierarchical_math
 from rlsys.algorithms.advantages import AdvantageInputs
-from rlsys.algorithms.advantages.hierarchical.diagnostics import effective_share
+from rlsys.algorithms.advantages.hierarchical.diagnostics import effective_fraction
 from rlsys.algorithms.gradient_variance import GroupMoments
 from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
@@ -138,7 +138,7 @@ def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
         "group_ids",
         "rollout_logprobs",
         "old_logprobs",
-        "score_norms",
+        "squared_score_norms",
     )
 
     def part(k: int) -> AdvantageInputs:
@@ -229,7 +229,7 @@ class Experiment:
             group_ids=torch.from_numpy(rollouts.group_ids),
             rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
             old_logprobs=padding.pad(live.logprobs),
-            score_norms=padding.pad(live.score_norms),
+            squared_score_norms=padding.pad(live.squared_score_norms),
         )
 
     def moments(self, weights: Tensor) -> list[PromptMoments]:
@@ -274,7 +274,7 @@ def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) ->
         .cumsum(1)
         .exp()
     )
-    share = effective_share(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
+    share = effective_fraction(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
     ratio, error = jackknife(torch.stack([each.between for each in moments]))
 
     def summed(name: str) -> Tensor:

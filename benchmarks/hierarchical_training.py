@@ -10,7 +10,7 @@ from one that is hardly ever right, four updates on the first few rewards decide
 already there are read, not made again.
 
     grpo            group's mean and standard deviation, PPO's clip, token mean
-    rloo            leave-one-out mean, the ratio of the whole response: unbiased, as hierarchical at strength 0
+    rloo            leave-one-out mean, the ratio of the whole response: unbiased, as hierarchical at shrinkage 0
     hierarchical    `recipes.hierarchical_math` as it stands
 """
 
@@ -28,13 +28,13 @@ from pathlib import Path
 from rlsys.run.observers.metrics_log import MetricsRecord, read_metrics
 
 ARMS: Mapping[str, tuple[str, ...]] = {
-    "grpo": ("grpo_math", "--policy.mini_batches", "4"),
+    "grpo": ("grpo_math", "--policy.num_mini_batches", "4"),
     "rloo": (
         *(
             "grpo_math",
             "--preset",
             "rloo",
-            "--policy.mini_batches",
+            "--policy.num_mini_batches",
             "4",
             "--algorithm.kl.coefficient",
             "0",

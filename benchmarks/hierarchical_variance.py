@@ -6,7 +6,7 @@
     python -m benchmarks.hierarchical_variance --drift 0.3 --groups 16 --policies 512       fewer rows, smaller errors
 
 A policy over 3 tokens and 5 positions shares its parameters between positions, so that the covariance which the derivation neglects is there. Its
-sampler is another policy. Three settings: `learnt`, the policy is a step along the exact gradient ahead of its sampler and the reward is the share
+sampler is another policy. Three settings: `learned`, the policy is a step along the exact gradient ahead of its sampler and the reward is the share
 of one token; `counted`, the same reward but the two differ at random; `noise`, they differ at random, every response has its own random reward and
 responses end early. What is measured is the error of the gradient averaged over a group, against the exact one: E ||g - exact||^2 over that of the
 leave-one-out mean, and the length of the mean error in units of its standard error, about 1 without bias.
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from rlsys.algorithms.advantages import AdvantageInputs, hierarchical_advantages
 from rlsys.algorithms.advantages.hierarchical.diagnostics import plain_baseline
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 from tests.support.enumerable_policy import ResponseSpace
 
-SETTINGS: tuple[str, ...] = ("learnt", "counted", "noise")
+SETTINGS: tuple[str, ...] = ("learned", "counted", "noise")
 PLAIN = ("none", "group_mean", "opo", "optimal_token")
-LAYERS = ("final", "current", "current_and_final", "all")
+HORIZONS = ("final", "current", "current_and_final", "all")
 FIRST_SEED = 1000  # the constants of the estimator were set on seeds below 200
 GROUPS = (4, 8, 16, 64)
 POLICIES = 64  # in every row: 64 batches of one prompt, or 4 of 16
@@ -54,21 +54,21 @@ class Prompt:
         if setting != "noise":
             rewards = (space.tokens == 1).double().mean(1)
         step = space.random_logits(generator)
-        if setting == "learnt":
+        if setting == "learned":
             step = space.gradient(rollout, rewards).reshape(rollout.shape)
             step = step / step.std()
         return Prompt(space, rollout, rollout + drift * step, rewards)
 
-    def room(self, layers: str = "current_and_final") -> tuple[float, float]:
-        """Exact variance of one response with the best coefficients of those layers, and with the true mean reward."""
+    def room(self, horizons: str = "current_and_final") -> tuple[float, float]:
+        """Exact variance of one response with the best coefficients of those horizons, and with the true mean reward."""
         chance = self.space.probabilities(self.rollout)
         ratios = (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
         scores = self.space.scores(self.old)
         plain = ratios[:, -1] * (self.rewards - chance @ self.rewards)
         positions = torch.arange(ratios.shape[1])
-        x = Layers.of(layers, len(positions), 1, ratios.device).features(ratios[None], positions)[
-            0
-        ]  # [t, S, p]
+        x = Horizons.of(horizons, len(positions), 1, ratios.device).features(
+            ratios[None], positions
+        )[0]  # [t, S, p]
         weighted = (x * (chance * scores.square().sum(2).T)[..., None]).transpose(1, 2)
         beta = torch.linalg.pinv(weighted @ x, hermitian=True) @ (weighted @ plain)[..., None]
         best = plain[:, None] - (x @ beta)[..., 0].T
@@ -87,11 +87,11 @@ def plain(name: str) -> Weights:
         groups = len(batch.group_ids.unique())
         assert batch.old_logprobs is not None
         assert batch.rollout_logprobs is not None
-        assert batch.score_norms is not None
+        assert batch.squared_score_norms is not None
         logs = (batch.old_logprobs - batch.rollout_logprobs).sum(1)
         final = logs.exp().unflatten(0, (groups, -1))
         rewards = batch.rewards.unflatten(0, (groups, -1))
-        norms = batch.score_norms.unflatten(0, (groups, -1))
+        norms = batch.squared_score_norms.unflatten(0, (groups, -1))
         present = torch.ones_like(rewards, dtype=torch.bool)
         found = plain_baseline(name, rewards, final, norms, present)
         return found.flatten(0, 1) * batch.response_mask
@@ -99,9 +99,9 @@ def plain(name: str) -> Weights:
     return weights
 
 
-def hierarchical(layers: str) -> Weights:
+def hierarchical(horizons: str) -> Weights:
     return lambda batch: hierarchical_advantages(
-        batch, layers=layers, diagnostics=False
+        batch, horizons=horizons, diagnostics=False
     ).advantages.double()
 
 
@@ -136,7 +136,7 @@ def errors(
                 [table[1][d] for table, d in zip(tables, drawn, strict=True)]
             ),
             old_logprobs=torch.cat([table[2][d] for table, d in zip(tables, drawn, strict=True)]),
-            score_norms=scores.square().sum(3).flatten(0, 1),
+            squared_score_norms=scores.square().sum(3).flatten(0, 1),
         )
         weights = torch.stack([method(batch) for method in methods]).unflatten(
             1, (len(prompts), size)
@@ -176,21 +176,21 @@ def standardised_bias(error: Tensor) -> Tensor:
 
 
 def room(
-    setting: str, drift: float, layers: str = "current_and_final", policies: int = POLICIES
+    setting: str, drift: float, horizons: str = "current_and_final", policies: int = POLICIES
 ) -> float:
     """`Prompt.room` as a ratio."""
-    both = [Prompt.of(setting, drift, FIRST_SEED + k).room(layers) for k in range(policies)]
+    both = [Prompt.of(setting, drift, FIRST_SEED + k).room(horizons) for k in range(policies)]
     return sum(best for best, _ in both) / sum(mean for _, mean in both)
 
 
 def by_group_size(repeats: float, drift: float, sizes: Sequence[int], policies: int) -> None:
-    methods = [plain("leave_one_out"), *(hierarchical(name) for name in LAYERS)]
+    methods = [plain("leave_one_out"), *(hierarchical(name) for name in HORIZONS)]
     print(
-        f"| setting | prompts | group | {' | '.join(LAYERS)} | largest bias |\n{'|---' * (len(LAYERS) + 4)}|",
+        f"| setting | prompts | group | {' | '.join(HORIZONS)} | largest bias |\n{'|---' * (len(HORIZONS) + 4)}|",
         flush=True,
     )
     for setting in SETTINGS:
-        rooms = " | ".join(f"{room(setting, drift, name, policies):.2f}" for name in LAYERS)
+        rooms = " | ".join(f"{room(setting, drift, name, policies):.2f}" for name in HORIZONS)
         print(f"| {setting} | | room | {rooms} | |", flush=True)
         for prompts in (1, 16):
             for size in sizes:

@@ -3,7 +3,7 @@
     python -m recipes.hierarchical_math
 
 Source: docs/hierarchical_baselines.md. The policy-gradient weight of each token corrects for the policy having moved since it
-sampled, less a baseline for each layer of that correction; the loss is the plain score function. Everything else is that of
+sampled, less a baseline for each horizon of that correction; the loss is the plain score function. Everything else is that of
 `recipes.grpo_math`.
 """
 

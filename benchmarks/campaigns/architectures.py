@@ -137,7 +137,7 @@ def _examine(architecture: Architecture, folder: str, *, sampling: bool) -> Find
         budget=120,
         rank=0,
         ranks=1,
-        share_prompts=verdict.packing,
+        shared_prefix_packing=verdict.packing,
         padded=not verdict.packing,
     )
     for pack in packs:

@@ -308,13 +308,13 @@ def run_problems(trial: Trial, result: Result) -> Iterator[str]:
         if odd:
             yield f"metrics that are not finite in step {record.step}: {', '.join(odd)}"
     policy = config.policy
-    if steps and policy.epochs * policy.mini_batches == 1:
+    if steps and policy.epochs * policy.num_mini_batches == 1:
         first = steps[0].values
         ratio = first.get("policy/ratio_mean", 1.0)
         if abs(ratio - 1) > ROUNDING[policy.compute_dtype]:
             yield f"mean ratio {ratio} in the first update"
-        if first.get("policy/clipped_share", 0.0) > 0:
-            yield f"{first['policy/clipped_share']:.1%} clipped in the first update"
+        if first.get("policy/clip_fraction", 0.0) > 0:
+            yield f"{first['policy/clip_fraction']:.1%} clipped in the first update"
 
 
 def problems_of(trial: Trial, result: Result) -> Iterator[str]:

@@ -157,8 +157,8 @@ BIASES: tuple[Bias, ...] = (
         "biased towards the sampler's policy",
     ),
     Bias(
-        "layers laid over the longest response",
-        lambda case: _has(case, "layers", "all") and "max_tokens" not in dict(case.parameters),
+        "horizons laid over the longest response",
+        lambda case: _has(case, "horizons", "all") and "max_tokens" not in dict(case.parameters),
         HIERARCHICAL,
         "Exactly unbiased only with a number.",
     ),

@@ -217,11 +217,11 @@ ESTIMATORS: tuple[tuple[str, Parameters], ...] = (
     ("reinforce_plus_plus", _p(group_baseline=True)),
     ("token_kl_grpo", ()),
     ("hierarchical", ()),
-    ("hierarchical", _p(layers="all")),
-    ("hierarchical", _p(layers="all", max_tokens=4)),
+    ("hierarchical", _p(horizons="all")),
+    ("hierarchical", _p(horizons="all", max_tokens=4)),
     ("hierarchical", _p(max_tokens=4)),
-    ("hierarchical", _p(layers="final", ridge=1.0)),
-    ("hierarchical", _p(scope="batch", ridge=0.5, layers="current")),
+    ("hierarchical", _p(horizons="final", ridge=1.0)),
+    ("hierarchical", _p(scope="batch", ridge=0.5, horizons="current")),
     ("hierarchical", _p(log_ratio_clip=0.1)),
 )
 RATIOS = ("token", "sequence", "future", "prefix", "product")
@@ -363,7 +363,7 @@ def slices() -> Iterator[Case]:
             kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
             group=3,
         )
-    # Drifted batches of several groups, in which one group's strength may follow from another's lengths.
+    # Drifted batches of several groups, in which one group's shrinkage may follow from another's lengths.
     hierarchical = [parameters for name, parameters in ESTIMATORS if name == "hierarchical"]
     for parameters, (prompts, group), (staleness, recompute), max_tokens in itertools.product(
         hierarchical, ((1, 3), (2, 3)), (("engine_gap", False), ("both", True)), (2, 3)

@@ -144,7 +144,7 @@ class TablePolicy(nn.Module):
         return PackResult(
             logprobs=chosen,
             entropies=-(probabilities * logs).sum(1),
-            score_norms=norms,
+            squared_score_norms=norms,
             hidden=logs.detach(),
         )
 
@@ -195,7 +195,7 @@ class EnumeratedPolicy(PolicyWorker):
         join_alone()
         self.table = TableBackend(TablePolicy(world.space, world.live))
         self.backend = self.table
-        self.share_prompts = self.config.policy.share_prompts
+        self.shared_prefix_packing = self.config.policy.shared_prefix_packing
 
     def ascent(self, batch: Any) -> Tensor:
         """Return minus the gradient of the loss of one update; 0 where the update is skipped."""
@@ -222,7 +222,7 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
     """
     needs = required_inputs(config)
     once = config.model_copy(
-        update={"policy": config.policy.model_copy(update={"epochs": 1, "mini_batches": 1})}
+        update={"policy": config.policy.model_copy(update={"epochs": 1, "num_mini_batches": 1})}
     )
     policy = EnumeratedPolicy(once, "", 0, 1)
     torch.set_num_threads(1)
@@ -232,7 +232,9 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
         rollouts = _rollouts(world, drawn)
         assigner = CreditAssigner(config)
         assigner.load_state({**assigner.state(), "estimator": dict(EARLIER)})
-        old = _logprobs(world, rollouts, drawn, world.old, with_norms="score_norms" in needs)
+        old = _logprobs(
+            world, rollouts, drawn, world.old, with_norms="squared_score_norms" in needs
+        )
         ref = _logprobs(world, rollouts, drawn, world.ref)
         greedy = _greedy(world) if "greedy_rewards" in needs else None
         batch, _ = assigner.assign(
@@ -309,15 +311,15 @@ def _logprobs(
     *,
     with_norms: bool = False,
 ) -> LogprobBatch:
-    norms = score_norms(world.space, logits)
+    norms = squared_score_norms(world.space, logits)
     return LogprobBatch(
         batch_id=0,
         rows=np.arange(len(rollouts)),
         logprobs=_flat(world, drawn, world.space.logprobs(logits)),  # pyright: ignore[reportArgumentType]
-        score_norms=_flat(world, drawn, norms) if with_norms else None,  # pyright: ignore[reportArgumentType]
+        squared_score_norms=_flat(world, drawn, norms) if with_norms else None,  # pyright: ignore[reportArgumentType]
     )
 
 
-def score_norms(space: ResponseSpace, logits: Tensor) -> Tensor:
+def squared_score_norms(space: ResponseSpace, logits: Tensor) -> Tensor:
     """[S, L] squared norm of each token's score with respect to its row of logits."""
     return space.scores(logits).square().sum(dim=2)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.campaigns.enumeration_cases import BONUS, TEMPERATURE, Case
-from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, score_norms
+from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, squared_score_norms
 
 Array = NDArray[np.float64]
 MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
@@ -412,7 +412,7 @@ class Stated:
         }
         # Where advantages are estimated again, the live policy takes the place of `old` in the estimate, and nowhere else.
         self.estimates_with = "live" if case.recompute else "old"
-        self.norms = score_norms(space, getattr(world, self.estimates_with)).numpy()
+        self.norms = squared_score_norms(space, getattr(world, self.estimates_with)).numpy()
         self.scores = space.scores(world.live).numpy()
         self.entropy_slopes = self._entropy_slopes()
         self.costs = self._costs()

@@ -29,7 +29,7 @@ PRESETS_OF = """
 ## Presets
 
 `--preset NAME` starts any recipe from a published algorithm: it replaces the section `algorithm`, and
-`policy.mini_batches`, the number of updates per batch. `--config` and the other flags change fields of
+`policy.num_mini_batches`, the number of updates per batch. `--config` and the other flags change fields of
 it. Their settings side by side are in docs/algorithms.md.
 
 | preset | updates per batch | algorithm |
@@ -73,7 +73,7 @@ def reference() -> str:
 def _preset_rows() -> Iterator[str]:
     for name, preset in PRESETS.items():
         description = preset.description.replace("|", "\\|")
-        yield f"| `{name}` | {preset.mini_batches} | {description} |"
+        yield f"| `{name}` | {preset.num_mini_batches} | {description} |"
 
 
 def _plain(value: object) -> str:

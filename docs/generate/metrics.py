@@ -140,10 +140,10 @@ METRICS = (
     MetricDoc("rollout/response_length", "mean", ALL, "Sampled tokens a response."),
     MetricDoc("rollout/response_length_max", "max", ALL, "Of the longest."),
     MetricDoc(
-        "rollout/truncated_share", "mean", ALL, "Share that ended at `generation.max_tokens`."
+        "rollout/truncated_fraction", "mean", ALL, "Share that ended at `generation.max_tokens`."
     ),
     MetricDoc(
-        "rollout/equal_reward_groups",
+        "rollout/frac_reward_zero_std",
         "mean",
         "groups of all samples",
         "Share of groups whose rewards are all equal.",
@@ -154,9 +154,9 @@ METRICS = (
     MetricDoc("trained/reward_std", "mean", TRAINED, "Its standard deviation."),
     MetricDoc("trained/accuracy", "mean", TRAINED, "Share of correct responses."),
     MetricDoc("trained/response_length", "mean", TRAINED, "Tokens a response."),
-    MetricDoc("trained/truncated_share", "mean", TRAINED, "Share that was truncated."),
+    MetricDoc("trained/truncated_fraction", "mean", TRAINED, "Share that was truncated."),
     MetricDoc(
-        "trained/equal_reward_groups",
+        "trained/frac_reward_zero_std",
         "mean",
         "groups of the trained",
         "Share of groups whose trained responses have equal rewards.",
@@ -199,7 +199,7 @@ METRICS = (
     ),
     MetricDoc("advantage/won", "mean", "mini-batches or the batch", "1 where that is below 1."),
     MetricDoc(
-        "advantage/effective_share/at_<percent>",
+        "advantage/effective_fraction/at_<percent>",
         "mean",
         "mini-batches or the batch",
         "Effective share of the responses' ratios, at a position in percent of the longest response.",
@@ -208,28 +208,28 @@ METRICS = (
         "advantage/condition_number",
         "mean",
         "mini-batches or the batch",
-        "Of the layers; null where two are alike.",
+        "Of the horizons; null where two are alike.",
     ),
     MetricDoc(
-        "advantage/strength_group",
+        "advantage/shrinkage_group",
         "mean",
         "mini-batches or the batch",
-        "Strength of the group's own fit.",
+        "Shrinkage coefficient of the group's own fit.",
     ),
     MetricDoc(
-        "advantage/strength_batch",
+        "advantage/shrinkage_batch",
         "mean",
         "mini-batches or the batch",
-        "Strength of the pooled fit.",
+        "Shrinkage coefficient of the pooled fit.",
     ),
     MetricDoc(
-        "advantage/strength_network",
+        "advantage/shrinkage_network",
         "mean",
         "mini-batches",
-        "Strength of the baseline network that was in use.",
+        "Shrinkage coefficient of the baseline network that was in use.",
     ),
     MetricDoc(
-        "advantage/clipped_share",
+        "advantage/clip_fraction",
         "mean",
         "mini-batches or the batch",
         "Share of log-ratios that were clipped.",
@@ -264,15 +264,15 @@ METRICS = (
         TOKENS,
         "(sum rho)^2 / (n sum rho^2), over all mini-batches together.",
     ),
-    MetricDoc("policy/clipped_share", "mean", TOKENS, "Share whose gradient the clip removed."),
+    MetricDoc("policy/clip_fraction", "mean", TOKENS, "Share whose gradient the clip removed."),
     MetricDoc(
-        "policy/logprob_gap_mean",
+        "policy/logprob_difference_mean",
         "mean",
         TOKENS,
         "|rollout - old|, engine and trainer at the same weights. With `advantage.recompute` from the tokens before the first optimizer step of the "
         "batch alone, for later `old` has moved.",
     ),
-    MetricDoc("policy/logprob_gap_max", "max", TOKENS, "The largest."),
+    MetricDoc("policy/logprob_difference_max", "max", TOKENS, "The largest."),
     MetricDoc(
         "policy/drift_mean",
         "mean",
@@ -288,7 +288,9 @@ METRICS = (
         TOKENS,
         "Weight of `algorithm.rollout_correction`.",
     ),
-    MetricDoc("policy/rollout_masked_share", "mean", TOKENS, "Share that this correction dropped."),
+    MetricDoc(
+        "policy/rollout_masked_fraction", "mean", TOKENS, "Share that this correction dropped."
+    ),
     MetricDoc("policy/q", "mean", "mini-batches", "Exponent of `adaptive_power`."),
     MetricDoc(
         "policy/tokens",
@@ -319,19 +321,19 @@ METRICS = (
     ),
     MetricDoc("gradient/proxy_ratio/<baseline>", "mean", "mini-batches", "The same of the proxy."),
     MetricDoc(
-        "gradient/cross_position_share/<baseline>",
+        "gradient/cross_position_fraction/<baseline>",
         "mean",
         "mini-batches",
         "Share of the second moment between different positions.",
     ),
     MetricDoc("sync/bytes", "sum", STEP, "Size of the weights that were sent."),
     MetricDoc(
-        "sync/logprob_gap_mean",
+        "sync/logprob_difference_mean",
         "mean",
         "tokens of the probe",
         "|engine - trainer| after the sync, over all workers.",
     ),
-    MetricDoc("sync/logprob_gap_max", "max", "tokens of the probe", "The largest."),
+    MetricDoc("sync/logprob_difference_max", "max", "tokens of the probe", "The largest."),
     MetricDoc(
         "time/generate",
         "driver",

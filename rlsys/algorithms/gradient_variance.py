@@ -83,7 +83,7 @@ def gradient_diagnostics(groups: Sequence[Tensor]) -> dict[str, float]:
 
         variance_ratio/<b>          V of b over V of the leave-one-out mean
         proxy_ratio/<b>             the same of the proxy sum_i sum_t n_it W_it^2, over the same responses
-        cross_position_share/<b>    1 - sum_i sum_t ||W_it score_it||^2 / sum_i ||g_i||^2: what assumption A neglects
+        cross_position_fraction/<b>    1 - sum_i sum_t ||W_it score_it||^2 / sum_i ||g_i||^2: what assumption A neglects
 
     Source: docs/hierarchical_derivation.md, section 5.
 
@@ -102,5 +102,5 @@ def gradient_diagnostics(groups: Sequence[Tensor]) -> dict[str, float]:
         measured[f"variance_ratio/{name}"] = float(variance[k] / variance[reference])
         measured[f"proxy_ratio/{name}"] = float(proxy[k] / proxy[reference])
         if squares[k] > 0:
-            measured[f"cross_position_share/{name}"] = float(1 - same[k] / squares[k])
+            measured[f"cross_position_fraction/{name}"] = float(1 - same[k] / squares[k])
     return measured

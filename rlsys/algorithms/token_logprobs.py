@@ -14,7 +14,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropies: Tensor
-    score_norms: Tensor  # without gradient
+    squared_score_norms: Tensor  # without gradient
 
 
 @dataclass(frozen=True)

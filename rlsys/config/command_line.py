@@ -310,7 +310,7 @@ def _start_from_preset(tree: dict[str, Any], changes: Mapping[str, Any]) -> None
         raise ConfigError(str(error)) from None
     tree["preset"] = name
     tree["algorithm"] = preset.algorithm.model_dump(mode="json")
-    _put(tree, "policy.mini_batches", preset.mini_batches)
+    _put(tree, "policy.num_mini_batches", preset.num_mini_batches)
 
 
 def _lay_over(tree: dict[str, Any], changes: Sequence[Change]) -> None:

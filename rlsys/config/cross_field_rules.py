@@ -25,9 +25,9 @@ def _batches(config: RunConfig) -> Iterator[str]:
     policy, prompts = config.policy, config.trainer.prompts_per_step
     workers, samples = config.generation.workers, config.generation.samples_per_prompt
 
-    if prompts % policy.mini_batches:
+    if prompts % policy.num_mini_batches:
         yield (
-            f"policy.mini_batches: {policy.mini_batches} does not divide trainer.prompts_per_step "
+            f"policy.num_mini_batches: {policy.num_mini_batches} does not divide trainer.prompts_per_step "
             f"{prompts}. Whole groups stay together: choose a divisor."
         )
     if prompts * samples < policy.ranks:
@@ -167,10 +167,10 @@ def _kl_to_the_old_policy(config: RunConfig) -> Iterator[str]:
             "algorithm.advantage.recompute compares the live policy with itself, so it does "
             "nothing. Set it to 0, or recompute to false."
         )
-    elif policy.epochs * policy.mini_batches == 1:
+    elif policy.epochs * policy.num_mini_batches == 1:
         yield (
             f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} does nothing in the one update "
-            "per batch (policy.epochs 1, policy.mini_batches 1), where the live policy is the old "
+            "per batch (policy.epochs 1, policy.num_mini_batches 1), where the live policy is the old "
             "one. Raise one of them, or set the coefficient to 0."
         )
 

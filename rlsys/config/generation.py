@@ -91,7 +91,7 @@ class GenerationConfig(Section):
     tensor_parallel: int = Field(
         default=1, ge=1, description="GPUs over which one engine splits its model."
     )
-    logprob_gap_tolerance: float | None = Field(
+    logprob_difference_tolerance: float | None = Field(
         default=None,
         ge=0,
         description="After each weight sync, the largest allowed mean absolute difference in log-probability between engine and "

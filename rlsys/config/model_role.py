@@ -45,7 +45,7 @@ class ModelRoleConfig(Section):
         description="Token budget of one packed forward pass on one rank (tokens, prompts shared in "
         "a group count once).",
     )
-    share_prompts: bool = Field(
+    shared_prefix_packing: bool = Field(
         default=True,
         description="Compute a prompt once for all its responses, where the attention kernel can "
         "(sdpa, flex_attention).",

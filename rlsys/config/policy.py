@@ -9,7 +9,7 @@ class PolicyConfig(TrainableRoleConfig):
     """The model that is trained."""
 
     epochs: int = Field(default=1, ge=1, description="Passes over each rollout batch.")
-    mini_batches: int = Field(
+    num_mini_batches: int = Field(
         default=1,
         ge=1,
         description="Optimizer steps an epoch; prompts_per_step must be divisible by it (whole groups stay together).",

@@ -4,7 +4,7 @@
 
 `--preset NAME` starts any recipe from one, and so does a recipe itself:
 `evolve(grpo_math(hardware), {"preset": "dapo"})`. It replaces the section `algorithm` and
-`policy.mini_batches`, the number of updates per batch, because a correction by the ratio does
+`policy.num_mini_batches`, the number of updates per batch, because a correction by the ratio does
 nothing in a single update and a plain score function does not correct a second one. Group size,
 epochs and learning rate belong to the recipe. Imports neither torch nor NumPy, as all of
 `rlsys.config`.
@@ -35,7 +35,7 @@ class Preset:
 
     description: str  # one line, with the source
     algorithm: AlgorithmConfig
-    mini_batches: int  # updates per batch
+    num_mini_batches: int  # updates per batch
 
 
 def preset_called(name: str) -> Preset:
@@ -57,7 +57,7 @@ def _preset(
     weight: str,
     aggregation: Aggregation,
     *,
-    mini_batches: int,
+    num_mini_batches: int,
     ratio: str = "token",
     estimator_parameters: Mapping[str, Any] | None = None,
     weight_parameters: Mapping[str, Any] | None = None,
@@ -74,7 +74,7 @@ def _preset(
         aggregation=aggregation,
         **more,
     )
-    return Preset(description=description, algorithm=algorithm, mini_batches=mini_batches)
+    return Preset(description=description, algorithm=algorithm, num_mini_batches=num_mini_batches)
 
 
 def _kl(coefficient: float, placement: Literal["loss", "reward", "advantage"]) -> KLConfig:
@@ -89,14 +89,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "reinforce",
             "none",
             "sequence_sum",
-            mini_batches=1,
+            num_mini_batches=1,
         ),
         "reinforce_optimal_baseline": _preset(
             "REINFORCE with the constant baseline of least variance (Greensmith et al. 2004).",
             "optimal_baseline",
             "none",
             "sequence_sum",
-            mini_batches=1,
+            num_mini_batches=1,
             estimator_parameters={"leave_one_out": True},
         ),
         "rloo": _preset(
@@ -104,7 +104,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "rloo",
             "none",
             "sequence_sum",
-            mini_batches=1,
+            num_mini_batches=1,
             kl=_kl(0.01, "reward"),
         ),
         # Without a critic V = 0: whitened returns.
@@ -114,7 +114,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "gae",
             "ppo_clip",
             "token_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             estimator_parameters={"whiten": True},
             kl=_kl(0.01, "reward"),
         ),
@@ -124,7 +124,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "gae",
             "importance",
             "token_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             estimator_parameters={"whiten": True},
             kl=_kl(0.01, "reward"),
             kl_old=OldKLConfig(coefficient=1.0, target=0.01),
@@ -136,7 +136,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "sequence_mean",
-            mini_batches=1,
+            num_mini_batches=1,
             kl=_kl(0.04, "loss"),
         ),
         "grpo_response": _preset(
@@ -145,7 +145,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "sequence_sum",
-            mini_batches=2,
+            num_mini_batches=2,
             ratio="product",
             kl=KLConfig(coefficient=0.001, placement="loss", level="sequence"),
         ),
@@ -156,7 +156,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "sequence_mean",
-            mini_batches=1,
+            num_mini_batches=1,
             kl=_kl(0.01, "reward"),
         ),
         "dr_grpo": _preset(
@@ -165,7 +165,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "constant",
-            mini_batches=2,
+            num_mini_batches=2,
             estimator_parameters={"divide_by_std": False},
         ),
         "gpg": _preset(
@@ -174,7 +174,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "gpg",
             "none",
             "token_mean",
-            mini_batches=1,
+            num_mini_batches=1,
         ),
         # The soft overlong punishment is the reward `soft_overlong`; recipes.dapo_math adds it.
         "dapo": _preset(
@@ -183,7 +183,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "token_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"clip_low": 0.2, "clip_high": 0.28},
             dynamic_sampling=DynamicSamplingConfig(max_rounds=3),
         ),
@@ -193,7 +193,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "ppo_clip",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             ratio="sequence",
             weight_parameters={"clip_low": 3e-4, "clip_high": 4e-4},
         ),
@@ -202,7 +202,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "sapo",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"tau_pos": 1.0, "tau_neg": 1.05},
         ),
         "sapo_sequence": _preset(
@@ -210,7 +210,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "sapo_sequence",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             ratio="sequence",
             weight_parameters={"tau_pos": 1.0, "tau_neg": 1.05},
         ),
@@ -219,7 +219,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "cispo",
             "token_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"clip_low": 1.0, "clip_high": 0.28},
         ),
         "raft": _preset(
@@ -228,14 +228,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "reinforce",
             "none",
             "sequence_mean",
-            mini_batches=1,
+            num_mini_batches=1,
         ),
         "raft_plus_plus": _preset(
             "RAFT with importance sampling and PPO's clip (Xiong et al. 2025).",
             "reinforce",
             "ppo_clip",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
         ),
         # One H, so a sum over tokens and not the mean of each response.
         "token_kl_grpo": _preset(
@@ -243,7 +243,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "token_kl_grpo",
             "ppo_clip",
             "constant",
-            mini_batches=2,
+            num_mini_batches=2,
             ratio="future",
             kl=_kl(0.04, "advantage"),
         ),
@@ -254,7 +254,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "hierarchical",
             "none",
             "sequence_sum",
-            mini_batches=4,
+            num_mini_batches=4,
             recompute=True,
         ),
         "reward_time": _preset(
@@ -262,7 +262,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "gae",
             "reward_time",
             "sequence_sum",
-            mini_batches=2,
+            num_mini_batches=2,
             ratio="prefix",
             kl=_kl(0.01, "reward"),
         ),
@@ -271,7 +271,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "minimum",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"functions": [{"kind": "ratio"}, {"kind": "power", "q": 0.5}]},
         ),
         "power": _preset(
@@ -279,7 +279,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "power",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"q": 0.5},
         ),
         "adaptive_power": _preset(
@@ -287,7 +287,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "grpo",
             "adaptive_power",
             "sequence_mean",
-            mini_batches=2,
+            num_mini_batches=2,
             weight_parameters={"target_ess": 0.9},
         ),
     }

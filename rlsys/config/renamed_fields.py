@@ -19,6 +19,9 @@ RENAMED_FIELDS: dict[str, str] = {
     "data.levels": "data.where.level",
     "data.subjects": "data.where.subject",
     "algorithm.advantage.network": "algorithm.advantage.auxiliary",
+    "policy.mini_batches": "policy.num_mini_batches",
+    "policy.share_prompts": "policy.shared_prefix_packing",
+    "generation.logprob_gap_tolerance": "generation.logprob_difference_tolerance",
 }
 
 # Old dotted name: what replaces it. The section that had the field decides which of its values a

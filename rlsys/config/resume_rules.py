@@ -33,7 +33,9 @@ _SAME_ORDER = "It orders the data: some prompts would come again and others neve
 # The first that fits holds.
 RULES: tuple[ResumeRule, ...] = (
     _rule("recipe", "refused", "It names the run's origin; the run's own configuration is used."),
-    _rule("preset", "accepted", "It replaces the fields of algorithm, and policy.mini_batches."),
+    _rule(
+        "preset", "accepted", "It replaces the fields of algorithm, and policy.num_mini_batches."
+    ),
     _rule("model.path", "refused", "The checkpoint holds the weights of that model."),
     _rule("model.", "accepted", ""),
     _rule("policy.backend", "refused", "The optimizer's state is laid out by it."),

@@ -64,7 +64,7 @@ class RunConfig(Section):
     preset: str | None = Field(
         default=None,
         description="Published algorithm to start from, before --config and the other flags: it "
-        "replaces the section algorithm, and policy.mini_batches. null: the recipe's own.",
+        "replaces the section algorithm, and policy.num_mini_batches. null: the recipe's own.",
     )
     plugins: tuple[str, ...] = Field(
         default=(),
@@ -107,7 +107,7 @@ class RunConfig(Section):
             preset = preset_called(name)
         except ValueError as error:
             raise PydanticCustomError("mistakes", "{lines}", {"lines": str(error)}) from None
-        policy = PolicyConfig(mini_batches=preset.mini_batches)
+        policy = PolicyConfig(num_mini_batches=preset.num_mini_batches)
         return {"algorithm": preset.algorithm, "policy": policy} | data
 
     @model_validator(mode="after")

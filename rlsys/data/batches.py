@@ -254,7 +254,7 @@ class LogprobBatch:
     batch_id: int
     rows: NDArray[np.int64]  # [b] indices into the whole batch
     logprobs: NDArray[np.float32]  # [n]
-    score_norms: NDArray[np.float32] | None = (
+    squared_score_norms: NDArray[np.float32] | None = (
         None  # [n] proxy of ||grad log pi||^2; None: nobody reads them
     )
 
@@ -262,7 +262,7 @@ class LogprobBatch:
     def scatter(
         parts: Sequence[LogprobBatch],
         sequence_offsets: NDArray[np.int64],
-        array: Literal["logprobs", "score_norms"] = "logprobs",
+        array: Literal["logprobs", "squared_score_norms"] = "logprobs",
     ) -> NDArray[np.float32]:
         """Put one array of all ranks' parts in the order of the whole batch: `[N]`, in the precision of the parts. Every row must come exactly once."""
         precision = np.result_type(*(getattr(part, array).dtype for part in parts))

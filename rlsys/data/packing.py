@@ -6,7 +6,7 @@ A `Segment group` is a prompt followed by some of its responses; responses see t
     positions   0  1  2  | 3  4  | 3  4  5  | 3
     predicts             a0 -> a1     b0 -> b1 ...       and p2 -> a0, b0 and c0 at once
 
-The prompt is computed once for all its responses (`share_prompts`), or once for each. A response's last token predicts nothing and is left out.
+The prompt is computed once for all its responses (`shared_prefix_packing`), or once for each. A response's last token predicts nothing and is left out.
 **The next-token shift happens here and nowhere else**: `predict_positions[k]` is the packed position whose hidden state predicts the token
 `targets[k]`, which lies at `flat_positions[k]` of the sequences.
 """
@@ -48,7 +48,7 @@ class Pack:
     rows: NDArray[np.int64]  # [b] into the batch's sequences
     response_index: NDArray[np.int64]  # [m] which of the b responses
     response_positions: NDArray[np.int64]  # [m] index within the response's span
-    is_filler: bool = (
+    is_padding: bool = (
         False  # computed only so that every rank has equally many passes; contributes nothing
     )
 
@@ -66,7 +66,7 @@ class _Unit:
 
 
 def _units(
-    sequences: TokenSequences, rows: NDArray[np.int64], budget: int, share_prompts: bool
+    sequences: TokenSequences, rows: NDArray[np.int64], budget: int, shared_prefix_packing: bool
 ) -> list[_Unit]:
     """Whole groups where they fit the budget, parts of them where not, single responses without sharing."""
     lengths = sequences.lengths
@@ -80,7 +80,7 @@ def _units(
         size = prompt
         for row in group_rows:
             extra = max(int(lengths[row]) - prompt - 1, 0)
-            if current and (not share_prompts or size + extra > budget):
+            if current and (not shared_prefix_packing or size + extra > budget):
                 units.append(_Unit(tuple(current), size))
                 current, size = [], prompt
             current.append(row)
@@ -124,24 +124,24 @@ def pack_rows(
     budget: int,
     rank: int,
     ranks: int,
-    share_prompts: bool,
+    shared_prefix_packing: bool,
     padded: bool = False,
 ) -> list[Pack]:
-    """The packs of one rank for the responses `rows`; every rank gets equally many, the last ones perhaps fillers.
+    """The packs of one rank for the responses `rows`; every rank gets equally many, the last ones perhaps padding packs.
 
     A sequence longer than `budget` tokens travels alone. Every rank computes the same plan from the same batch.
     `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared then.
     """
-    assert not (padded and share_prompts), "a padded row has a prompt of its own"
-    shares = _balance(_units(sequences, rows, budget, share_prompts), ranks)
+    assert not (padded and shared_prefix_packing), "a padded row has a prompt of its own"
+    shares = _balance(_units(sequences, rows, budget, shared_prefix_packing), ranks)
     bins = [_bins(share, budget, padded=padded) for share in shares]
     passes = max(map(len, bins))
-    packs = [_pack(sequences, content, is_filler=False) for content in bins[rank]]
+    packs = [_pack(sequences, content, is_padding=False) for content in bins[rank]]
     smallest = min((unit for share in shares for unit in share), key=lambda unit: unit.num_tokens)
-    return packs + [_pack(sequences, [smallest], is_filler=True)] * (passes - len(packs))
+    return packs + [_pack(sequences, [smallest], is_padding=True)] * (passes - len(packs))
 
 
-def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_filler: bool) -> Pack:
+def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_padding: bool) -> Pack:
     tokens: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
     groups: list[SegmentGroup] = []
@@ -188,12 +188,12 @@ def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_filler: bool)
         rows=np.asarray(rows, dtype=np.int64),
         response_index=np.concatenate(index),
         response_positions=np.concatenate(within),
-        is_filler=is_filler,
+        is_padding=is_padding,
     )
 
 
 def mini_batch_rows(
-    sequences: TokenSequences, *, mini_batches: int, epochs: int, seed: int, batch_id: int
+    sequences: TokenSequences, *, num_mini_batches: int, epochs: int, seed: int, batch_id: int
 ) -> Iterator[NDArray[np.int64]]:
     """The rows of each mini-batch of each epoch: whole groups, equally many in each, in an order given by (seed, batch, epoch).
 
@@ -201,13 +201,14 @@ def mini_batch_rows(
         ValueError: the groups cannot be split evenly.
     """
     groups = np.unique(sequences.group_ids)
-    if len(groups) % mini_batches:
+    if len(groups) % num_mini_batches:
         raise ValueError(
-            f"policy.mini_batches: {mini_batches} does not divide the {len(groups)} groups of a batch. Choose a divisor of trainer.prompts_per_step."
+            f"policy.num_mini_batches: {num_mini_batches} does not divide the {len(groups)} groups "
+            "of a batch. Choose a divisor of trainer.prompts_per_step."
         )
     for epoch in range(epochs):
         order = groups
-        if mini_batches > 1:
+        if num_mini_batches > 1:
             order = np.random.default_rng([seed, batch_id & 0x7FFFFFFF, epoch]).permutation(groups)
-        for chosen in np.split(order, mini_batches):
+        for chosen in np.split(order, num_mini_batches):
             yield np.flatnonzero(np.isin(sequences.group_ids, chosen))

@@ -34,7 +34,7 @@ class TokenArrays:
 
     old: NDArray[np.float32] | None = None  # [N]
     ref: NDArray[np.float32] | None = None  # [N]
-    score_norms: NDArray[np.float32] | None = None  # [N]
+    squared_score_norms: NDArray[np.float32] | None = None  # [N]
     auxiliary: NDArray[np.float32] | None = None  # [N, p] of the estimator's network
 
     @staticmethod
@@ -43,11 +43,13 @@ class TokenArrays:
     ) -> TokenArrays:
         """Return what all ranks' parts say, in the order of the batch."""
         offsets = rollouts.sequence_offsets
-        with_norms = bool(old) and all(part.score_norms is not None for part in old)
+        with_norms = bool(old) and all(part.squared_score_norms is not None for part in old)
         return TokenArrays(
             old=LogprobBatch.scatter(old, offsets) if old else None,
             ref=LogprobBatch.scatter(ref, offsets) if ref else None,
-            score_norms=LogprobBatch.scatter(old, offsets, "score_norms") if with_norms else None,
+            squared_score_norms=LogprobBatch.scatter(old, offsets, "squared_score_norms")
+            if with_norms
+            else None,
         )
 
 
@@ -107,7 +109,7 @@ def advantage_inputs(
         rollout_logprobs=padded(rollouts.rollout_logprobs),
         old_logprobs=old,
         ref_logprobs=ref,
-        score_norms=padded(arrays.score_norms),
+        squared_score_norms=padded(arrays.squared_score_norms),
         greedy_rewards=None if greedy is None else chosen(of_each_response(rollouts, greedy)),
         truncated=chosen(rollouts.stop_reasons == StopReason.LENGTH),
         auxiliary=padded(arrays.auxiliary),

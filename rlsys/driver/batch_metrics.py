@@ -76,7 +76,7 @@ class _Columns:
             self.groups[chosen],
         )
 
-    def equal_reward_groups(self) -> Metric:
+    def frac_reward_zero_std(self) -> Metric:
         """Share of the groups in which no two rewards differ; one that is missing differs from none."""
         ids, index = np.unique(self.groups, return_inverse=True)
         highest, lowest = np.full(len(ids), -np.inf), np.full(len(ids), np.inf)
@@ -105,8 +105,8 @@ def _sampled_metrics(columns: _Columns) -> dict[str, Metric]:
         "rollout/tokens": total(int(columns.lengths.sum())),
         "rollout/response_length": _mean_of(columns.lengths),
         "rollout/response_length_max": maximum(float(columns.lengths.max())),
-        "rollout/truncated_share": _mean_of(columns.truncated),
-        "rollout/equal_reward_groups": columns.equal_reward_groups(),
+        "rollout/truncated_fraction": _mean_of(columns.truncated),
+        "rollout/frac_reward_zero_std": columns.frac_reward_zero_std(),
     }
 
 
@@ -135,6 +135,6 @@ def _trained_metrics(columns: _Columns) -> dict[str, Metric]:
         "trained/reward_std": _std_of(columns.rewards),
         "trained/accuracy": _mean_of(columns.correct),
         "trained/response_length": _mean_of(columns.lengths),
-        "trained/truncated_share": _mean_of(columns.truncated),
-        "trained/equal_reward_groups": columns.equal_reward_groups(),
+        "trained/truncated_fraction": _mean_of(columns.truncated),
+        "trained/frac_reward_zero_std": columns.frac_reward_zero_std(),
     }

@@ -217,7 +217,7 @@ class LiveLogprobs:
     """What the live policy says of a batch, flat."""
 
     logprobs: NDArray[np.float32]  # [N]
-    score_norms: NDArray[np.float32]  # [N]
+    squared_score_norms: NDArray[np.float32]  # [N]
     # [N, p] of the estimator's auxiliary network; None: there is none
     auxiliary: NDArray[np.float32] | None = None
 
@@ -251,7 +251,9 @@ def recomputed(
     """
     rollouts = batch.rollouts
     rows = rows[batch.rewards.scored[rows]]
-    arrays = TokenArrays(old=live.logprobs, score_norms=live.score_norms, auxiliary=live.auxiliary)
+    arrays = TokenArrays(
+        old=live.logprobs, squared_score_norms=live.squared_score_norms, auxiliary=live.auxiliary
+    )
     inputs = advantage_inputs(
         config.algorithm, rollouts, batch.rewards, arrays, EstimatorContext(state=state), rows
     )

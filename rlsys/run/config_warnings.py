@@ -25,14 +25,14 @@ def config_warnings(config: RunConfig) -> Iterator[str]:
 def _objective_warnings(config: RunConfig) -> Iterator[str]:
     algorithm, policy = config.algorithm, config.policy
     weight = algorithm.objective.weight
-    updates = policy.epochs * policy.mini_batches
+    updates = policy.epochs * policy.num_mini_batches
     corrected = algorithm.advantage.recompute  # by the estimator, before each mini-batch
     if updates > 1 and not corrected and ignores_ratio(weight, algorithm.objective.parameters):
         yield (
             f"algorithm.objective.weight: {weight!r} does not correct for the policy having moved, "
             "and "
-            f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.mini_batches "
-            f"{policy.mini_batches}) "
+            f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.num_mini_batches "
+            f"{policy.num_mini_batches}) "
             "make all but the first off-policy. Set both to 1, or choose a weight that uses the "
             "ratio, such as ppo_clip."
         )
@@ -45,12 +45,12 @@ def _kl_warnings(config: RunConfig) -> Iterator[str]:
         kl.coefficient > 0
         and kl.importance_ratio != "none"
         and weighs_only
-        and policy.epochs * policy.mini_batches == 1
+        and policy.epochs * policy.num_mini_batches == 1
     ):
         yield (
             f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with kind {kl.estimator!r} "
             "changes nothing in the one update a batch, where live "
-            "and old policy are the same. Set it to none, or raise policy.mini_batches or "
+            "and old policy are the same. Set it to none, or raise policy.num_mini_batches or "
             "policy.epochs."
         )
 

@@ -71,14 +71,12 @@ def _ratio_is_one(setting: Setting) -> bool:
     config, objective = setting.config, setting.config.algorithm.objective
     if _ignores_ratio(setting):
         return False  # nobody who chose such a weight expects it to act on the ratio
-    if config.policy.epochs * config.policy.mini_batches > 1:
+    if config.policy.epochs * config.policy.num_mini_batches > 1:
         return False
     return is_one_at_ratio_one(objective.weight, objective.parameters)
 
 
-_SINGLE_UPDATE = (
-    "there is one update a batch (policy.epochs x policy.mini_batches is 1), where every ratio is 1"
-)
+_SINGLE_UPDATE = "there is one update a batch (policy.epochs x policy.num_mini_batches is 1), where every ratio is 1"
 
 
 # A row is looked at only where one of its options was set.
@@ -183,12 +181,12 @@ TABLE: tuple[Ineffective, ...] = (
     ),
     # The policy.
     _row(
-        "policy.share_prompts",
+        "policy.shared_prefix_packing",
         when=lambda s: s.config.policy.packing is False,
         because="policy.packing is false, so every sequence is computed for itself",
     ),
     _row(
-        "policy.share_prompts",
+        "policy.shared_prefix_packing",
         when=lambda s: s.config.model.attention == "flash_attention_2",
         because="flash_attention_2 cannot share prompts; sdpa and flex_attention can",
     ),

@@ -66,7 +66,7 @@ def describe_plan(
         f"data         {problems.describe()}, template {config.data.template}",
         f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} "
         f"samples = {samples} responses of at most "
-        f"{generation.max_tokens} tokens; {policy.epochs * policy.mini_batches} optimizer steps",
+        f"{generation.max_tokens} tokens; {policy.epochs * policy.num_mini_batches} optimizer steps",
         f"run          {trainer.steps} steps into {directory.path}",
     ]
     return "\n".join(rows)

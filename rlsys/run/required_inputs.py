@@ -18,13 +18,14 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
     several_updates = (
-        config.policy.epochs * config.policy.mini_batches > 1 and not algorithm.advantage.recompute
+        config.policy.epochs * config.policy.num_mini_batches > 1
+        and not algorithm.advantage.recompute
     )
     if (
         several_updates
         or charges_tokens(config)
         or algorithm.kl.target is not None
-        or "score_norms" in needs
+        or "squared_score_norms" in needs
     ):
         needs.add("old_logprobs")
     return frozenset(needs)
@@ -36,7 +37,7 @@ PROVIDED: frozenset[Need] = frozenset(
         "rollout_logprobs",
         "old_logprobs",
         "ref_logprobs",
-        "score_norms",
+        "squared_score_norms",
         "greedy_rewards",
         "truncated",
     )

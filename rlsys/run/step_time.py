@@ -68,10 +68,10 @@ def estimate_step(
         return None
     prompts = trainer.prompts_per_step
     sampled = prompts * generation.samples_per_prompt * generation.max_tokens
-    copies = 1 if policy.share_prompts else generation.samples_per_prompt
+    copies = 1 if policy.shared_prefix_packing else generation.samples_per_prompt
     trained = prompts * copies * prompt_tokens + sampled
 
-    updates = policy.epochs * policy.mini_batches
+    updates = policy.epochs * policy.num_mini_batches
     forward_passes = (updates > 1) + (config.algorithm.kl.coefficient > 0)  # old; reference
     training = (6 * policy.epochs + 2 * forward_passes) * parameters * trained
     sampling = 2 * parameters * (prompts * prompt_tokens + sampled)

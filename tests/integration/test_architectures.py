@@ -58,7 +58,7 @@ def test_engine_and_trainer_agree_and_a_padded_pass_is_said(
         for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
         if record.kind == "train"
     ]
-    assert step.values["policy/logprob_gap_max"] < 1e-4
+    assert step.values["policy/logprob_difference_max"] < 1e-4
 
 
 def test_a_model_that_is_not_causal_ends_with_one_clear_line(tmp_path: Path):

@@ -176,7 +176,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "algorithm.advantage.parameters.solver",
             "recompute true",
         ),
-        (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
+        (["--policy.num_mini_batches", "3"], "policy.num_mini_batches", "choose a divisor"),
         (["--policy.ranks", "60"], "policy.ranks", "this machine has"),
         (
             ["--generation.samples_per_prompt", "1"],
@@ -282,7 +282,7 @@ def test_several_mistakes_are_reported_together(capsys: pytest.CaptureFixture[st
         capsys,
         "--algorithm.advantage.name",
         "x",
-        "--policy.mini_batches",
+        "--policy.num_mini_batches",
         "3",
         "--data.train",
         "/none.jsonl",
@@ -401,7 +401,7 @@ def files_of(directory: RunDirectory) -> dict[Path, tuple[bytes, int]]:
         (["--data.shuffle", "false"], "data.shuffle", "Resume with --data.shuffle True"),
         (["--data.synthetic.train_size", "51"], "data.train", "the same data and filters"),
         (["--data.synthetic.levels", "2"], "data.train", "are not those"),  # as many as before
-        (["--policy.mini_batches", "3"], "policy.mini_batches", "choose a divisor"),
+        (["--policy.num_mini_batches", "3"], "policy.num_mini_batches", "choose a divisor"),
         (["--trainer.evaluation.pass_at", "0"], "trainer.evaluation.pass_at", "pass@k"),
     ],
 )

@@ -421,7 +421,7 @@ async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
     version = await worker.version.remote() + 1
     good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
     report = await good.sync(version)
-    assert report["sync/logprob_gap_mean"].value < 1e-3
+    assert report["sync/logprob_difference_mean"].value < 1e-3
     bad = ObjectStoreWeightSync(
         TrainerSide(changed(model, 0.5), model), [worker], config("vllm"), probe
     )

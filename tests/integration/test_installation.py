@@ -44,6 +44,6 @@ def test_the_default_engine_trains_syncs_evaluates_and_saves(tmp_path: Path):
     assert [record.step for record in steps] == [1, 2]
     assert [record.step for record in evaluations] == [0, 2]
     # Engine and trainer hold the same weights: bfloat16 rounds to about 0.01 here, float32 to 1e-5.
-    assert all(record.values["sync/logprob_gap_mean"] < 0.05 for record in steps)
+    assert all(record.values["sync/logprob_difference_mean"] < 0.05 for record in steps)
     assert AutoModelForCausalLM.from_pretrained(directory / "checkpoints" / "step_000002")
     assert (directory / "report.html").exists()

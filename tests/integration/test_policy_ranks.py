@@ -124,7 +124,7 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
         report = values(await group.update(ray.put(batch)))
         reference = await weights_of(group)
     plans = [
-        config(1, share_prompts=False, microbatch_tokens=64, logit_chunk_tokens=3),
+        config(1, shared_prefix_packing=False, microbatch_tokens=64, logit_chunk_tokens=3),
         config(2, microbatch_tokens=50, gradient_checkpointing=True),
         config(2, microbatch_tokens=50, packing=False, gradient_checkpointing=True),
     ]
@@ -161,7 +161,7 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
     reports = []
     for plan in (
         config(1),
-        config(1, share_prompts=False, microbatch_tokens=64),
+        config(1, shared_prefix_packing=False, microbatch_tokens=64),
         config(2, microbatch_tokens=50),
     ):
         algorithm = AlgorithmConfig(
@@ -176,14 +176,14 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
     first = reports[0]
     assert 0.01 < first["policy/q"] < 0.99
     assert first["policy/tokens"] == batch.rollouts.response_lengths[trained].sum()
-    assert 0 < first["policy/rollout_masked_share"] < 1
+    assert 0 < first["policy/rollout_masked_fraction"] < 1
     for report in reports[1:]:
         for metric in (
             "policy/q",
             "policy/loss",
             "policy/grad_norm",
             "policy/rollout_correction",
-            "policy/rollout_masked_share",
+            "policy/rollout_masked_fraction",
         ):
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
 
@@ -195,7 +195,7 @@ async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
     batch = example()
     logged: list[dict[str, float]] = []
     for count, target in ((1, 1e-9), (2, 1e-9), (1, 1e9)):
-        plan = config(count, mini_batches=2, microbatch_tokens=4096 if count == 1 else 50)
+        plan = config(count, num_mini_batches=2, microbatch_tokens=4096 if count == 1 else 50)
         algorithm = AlgorithmConfig(
             kl=KLConfig(coefficient=0.05, level="sequence", importance_ratio="product"),
             kl_old=OldKLConfig(coefficient=0.5, target=target),
@@ -250,7 +250,7 @@ async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_
 
 async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProcesses):
     batch = dataclasses.replace(example(), trained=np.zeros(24, dtype=np.bool_))
-    _, report = await updated(ranks, config(2, mini_batches=3, epochs=2), batch)
+    _, report = await updated(ranks, config(2, num_mini_batches=3, epochs=2), batch)
     assert report["policy/skipped_updates"] == 6  # once, and not once a rank
     assert report["policy/updates"] == report["policy/nonfinite_gradients"] == 0
     assert "policy/grad_norm" not in report
@@ -266,7 +266,7 @@ async def test_masked_responses_stay_in_what_is_estimated_again(ranks: RankProce
         objective=ObjectiveConfig(weight="none"),
         aggregation="sequence_sum",
     )
-    names = ("advantage/mean_abs", "advantage/strength_group", "advantage/condition_number")
+    names = ("advantage/mean_abs", "advantage/shrinkage_group", "advantage/condition_number")
     reports = []
     for count, batch in ((1, plain), (1, masked), (2, masked)):
         plan = config(count).model_copy(update={"algorithm": algorithm})
@@ -308,7 +308,7 @@ async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
     still = OptimizerConfig(learning_rate=1e-12)
     reports = {}
     for count, mini_batches, epochs in ((1, 1, 1), (1, 3, 2), (2, 1, 1), (2, 3, 2)):
-        plan = config(count, mini_batches=mini_batches, epochs=epochs, optimizer=still)
+        plan = config(count, num_mini_batches=mini_batches, epochs=epochs, optimizer=still)
         _, reports[count, mini_batches, epochs] = await updated(ranks, plan, batch)
     whole = reports[1, 1, 1]
     assert abs(whole["policy/loss"]) > 1e-3
@@ -335,7 +335,7 @@ async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
     async with ranks.group(config(count).model_copy(update=update)) as group:
         before = await logprobs_of(group, batch)
         once = values(await group.update(ray.put(batch)))
-    plan = config(count, mini_batches=2).model_copy(update=update)
+    plan = config(count, num_mini_batches=2).model_copy(update=update)
     async with ranks.group(plan) as group:
         report = values(await group.update(ray.put(batch)))
         handle = await group.estimated_advantages()
@@ -348,7 +348,7 @@ async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
     np.testing.assert_array_equal(np.isnan(estimated), ~tokens)
     np.testing.assert_allclose(estimated[tokens & mask], rewards[tokens & mask], atol=1e-6)
     gap = np.abs(batch.rollouts.rollout_logprobs - before)[tokens & mask].mean()
-    assert once["policy/logprob_gap_mean"] == pytest.approx(gap, rel=1e-4)
+    assert once["policy/logprob_difference_mean"] == pytest.approx(gap, rel=1e-4)
     assert "policy/drift_mean" not in once
     assert report["policy/drift_mean"] > 0
     assert report["policy/drift_max"] >= report["policy/drift_mean"]
@@ -370,9 +370,9 @@ async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
         )
         async with ranks.group(plan) as group:
             (part,) = [await handle for handle in await group.logprobs([ray.put(batch)])]
-        assert (part.score_norms is not None) == wanted
+        assert (part.squared_score_norms is not None) == wanted
         if wanted:
-            norms = LogprobBatch.scatter([part], batch.sequence_offsets, "score_norms")
+            norms = LogprobBatch.scatter([part], batch.sequence_offsets, "squared_score_norms")
             assert (norms[~batch.response_mask] == 0).all()
             assert ((norms > 0) & (norms < 2))[batch.response_mask].all()
 
@@ -404,7 +404,7 @@ async def test_saved_and_loaded_continues_to_the_same_weights(
     tmp_path: Path, ranks: RankProcesses, count: int
 ):
     optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
-    batch, plan = example(), config(count, epochs=2, mini_batches=2, optimizer=optimizer)
+    batch, plan = example(), config(count, epochs=2, num_mini_batches=2, optimizer=optimizer)
     async with ranks.group(plan) as group:
         await group.update(ray.put(batch))
         await group.save(tmp_path)
@@ -433,7 +433,7 @@ def with_baseline_network(ranks: int) -> RunConfig:
     algorithm = AlgorithmConfig(
         advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
     )
-    plan = config(ranks, mini_batches=3, microbatch_tokens=4096 if ranks == 1 else 50)
+    plan = config(ranks, num_mini_batches=3, microbatch_tokens=4096 if ranks == 1 else 50)
     return plan.model_copy(update={"algorithm": algorithm})
 
 
@@ -454,15 +454,19 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
     async with ranks.group(with_baseline_network(1)) as group:
         await group.load(tmp_path)
         assert (
-            values(await group.update(ray.put(batch)))["advantage/strength_network"]
-            == second["advantage/strength_network"]
+            values(await group.update(ray.put(batch)))["advantage/shrinkage_network"]
+            == second["advantage/shrinkage_network"]
         )
         resumed = await weights_of(group)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
     _, two = await updated(ranks, with_baseline_network(2), batch)
-    for name in ("advantage/strength_network", "advantage/variance_ratio/used", "policy/grad_norm"):
+    for name in (
+        "advantage/shrinkage_network",
+        "advantage/variance_ratio/used",
+        "policy/grad_norm",
+    ):
         assert two[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
-    assert second["advantage/strength_network"] > 0
+    assert second["advantage/shrinkage_network"] > 0
 
 
 async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
@@ -477,7 +481,7 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
     algorithm = AlgorithmConfig(
         advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
     )
-    plan = config(1, mini_batches=3).model_copy(update={"algorithm": algorithm})
+    plan = config(1, num_mini_batches=3).model_copy(update={"algorithm": algorithm})
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
     batch = dataclasses.replace(

@@ -137,7 +137,7 @@ def test_gspo_on_two_ranks_with_vllm(tmp_path: Path):
     """A whole run of the real model with a sharded policy."""
     flags = ("--preset", "gspo", "--policy.ranks", "2")
     steps = train("grpo", tmp_path / "run", *BOXES, *flags)
-    assert steps[2]["sync/logprob_gap_mean"] < 0.15
+    assert steps[2]["sync/logprob_difference_mean"] < 0.15
     assert (
         max(abs(step["policy/ratio_max"] - 1) for step in steps) < 0.5
     )  # the ratio of a response moves less than that of a token
@@ -147,6 +147,6 @@ def test_hierarchical(tmp_path: Path):
     """Four mini-batches, advantages estimated anew before each; the diagnostics arrive."""
     steps = train("hierarchical", tmp_path / "run", *TINY, *DIGITS)
     for step in steps:
-        assert 0 < step["advantage/effective_share/at_100"] <= 1
+        assert 0 < step["advantage/effective_fraction/at_100"] <= 1
         assert step["advantage/variance_ratio/leave_one_out"] == 1.0
     assert "Effective sample size of the ratios" in (tmp_path / "run" / "report.html").read_text()

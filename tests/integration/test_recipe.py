@@ -69,7 +69,7 @@ FULL = [
         "0.5",
     ),
     *(
-        "--policy.mini_batches",
+        "--policy.num_mini_batches",
         "2",
         "--policy.epochs",
         "2",
@@ -167,10 +167,10 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
             "reward/accuracy",
             "reward/format_rate",
             "rollout/response_length",
-            "rollout/truncated_share",
+            "rollout/truncated_fraction",
         ),
         *(
-            "rollout/equal_reward_groups",
+            "rollout/frac_reward_zero_std",
             "policy/entropy",
             "policy/kl_ref_k1",
             "policy/kl_ref_k3",
@@ -178,18 +178,22 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
             "policy/ratio_max",
         ),
         *(
-            "policy/clipped_share",
+            "policy/clip_fraction",
             "policy/effective_sample_size",
             "policy/grad_norm",
             "policy/learning_rate",
-            "policy/logprob_gap_mean",
+            "policy/logprob_difference_mean",
         ),
-        *("policy/logprob_gap_max", "sync/logprob_gap_mean", "advantage/positive_share"),
+        *(
+            "policy/logprob_difference_max",
+            "sync/logprob_difference_mean",
+            "advantage/positive_fraction",
+        ),
     }
     assert wanted <= set(steps[6])
-    written = {name for step in steps.values() for name in step} - {"advantage/positive_share"}
+    written = {name for step in steps.values() for name in step} - {"advantage/positive_fraction"}
     assert [name for name in sorted(written) if documented(name) is None] == []
-    assert steps[1]["policy/logprob_gap_max"] < 1e-3  # engine and trainer agree
+    assert steps[1]["policy/logprob_difference_max"] < 1e-3  # engine and trainer agree
     assert (
         abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6
     )  # several updates a batch: ratios move, while the schedule still lets them

@@ -46,7 +46,7 @@ def full_inputs(
         old_logprobs=noise(),
         ref_logprobs=noise(),
         values=noise(),
-        score_norms=noise().abs(),
+        squared_score_norms=noise().abs(),
         greedy_rewards=torch.ones(len(rewards), dtype=dtype) / 4,
         truncated=torch.arange(len(rewards)) % 2 == 0,
         kl_coefficient=0.5,
@@ -77,7 +77,7 @@ TOKEN_ARRAYS = (
     "old_logprobs",
     "ref_logprobs",
     "values",
-    "score_norms",
+    "squared_score_norms",
 )
 
 

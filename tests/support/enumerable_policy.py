@@ -101,7 +101,7 @@ class ResponseSpace:
             group_ids=group_ids,
             rollout_logprobs=self.logprobs(rollout)[drawn],
             old_logprobs=self.logprobs(old)[drawn],
-            score_norms=self.scores(old).square().sum(dim=2)[drawn],
+            squared_score_norms=self.scores(old).square().sum(dim=2)[drawn],
         )
 
 
@@ -135,7 +135,7 @@ class Enumerated:
         return torch.tensordot(self.probability, values, dims=1)
 
     def token_gradients(self, beta: Tensor) -> Tensor:
-        """[S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L] of (position, layer >= position)."""
+        """[S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L] of (position, horizon >= position)."""
         later = torch.ones(self.space.length, self.space.length, dtype=torch.float64).triu()
         alpha = self.ratios[:, None, :] / self.ratios[:, :, None]  # [S, t, s]
         residual = alpha[:, :, -1] * self.rewards[:, None] - (alpha * beta * later).sum(2)

@@ -51,7 +51,7 @@ def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
             "policy": {
                 "compute_dtype": "float32",
                 "threads_per_rank": 1,
-                "mini_batches": 2,
+                "num_mini_batches": 2,
                 "optimizer": {"learning_rate": 1e-3},
             },
             "algorithm": PRESETS[name].algorithm.model_dump(),

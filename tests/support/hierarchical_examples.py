@@ -12,10 +12,10 @@ from rlsys.algorithms.advantages import (
 )
 from tests.support.enumerable_policy import Enumerated
 
-LAYERS = ("final", "current", "current_and_final", "blocks", "all")
+HORIZONS = ("final", "current", "current_and_final", "blocks", "all")
 
 
-class LearntPrompt(Enumerated):
+class LearnedPrompt(Enumerated):
     """A policy a step of 0.3 along the exact gradient ahead of its sampler; the reward is the share of one token."""
 
     def __init__(self, seed: int):
@@ -35,7 +35,7 @@ class LearntPrompt(Enumerated):
         return torch.multinomial(self.probability, number, replacement=True, generator=generator)
 
 
-def joined(prompts: list[LearntPrompt], drawn: list[Tensor]) -> AdvantageInputs:
+def joined(prompts: list[LearnedPrompt], drawn: list[Tensor]) -> AdvantageInputs:
     """One batch of a group a prompt."""
     parts = [
         p.space.inputs(d, p.rewards, p.rollout, p.old, torch.full((len(d),), k))
@@ -47,7 +47,7 @@ def joined(prompts: list[LearntPrompt], drawn: list[Tensor]) -> AdvantageInputs:
         "group_ids",
         "rollout_logprobs",
         "old_logprobs",
-        "score_norms",
+        "squared_score_norms",
     )
     arrays: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in names

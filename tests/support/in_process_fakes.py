@@ -143,7 +143,7 @@ class TablePolicy:
                     batch_id=batch.batch_id,
                     rows=rows,
                     logprobs=_rows_of(flat, rows, batch),
-                    score_norms=_rows_of(norms, rows, batch),
+                    squared_score_norms=_rows_of(norms, rows, batch),
                 )
             )
             # as two ranks would
@@ -196,7 +196,7 @@ class TablePolicy:
             return train.advantages
         rollouts = train.rollouts
         flat, norms = self._flat_logprobs(rollouts)
-        live = LiveLogprobs(logprobs=flat, score_norms=norms)
+        live = LiveLogprobs(logprobs=flat, squared_score_norms=norms)
         made = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
         self._estimated = made.batch.advantages
         return self._estimated

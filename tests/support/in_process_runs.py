@@ -60,7 +60,7 @@ def make_config(
     estimator: str = "grpo",
     sampling_rounds: int = 1,
     by: GroupFilter = "accuracy",
-    mini_batches: int = 1,
+    num_mini_batches: int = 1,
     seed: int = 3,
     pass_at: int = 1,
 ) -> RunConfig:
@@ -68,7 +68,7 @@ def make_config(
         generation=GenerationConfig(
             samples_per_prompt=8, min_tokens=0, max_tokens=2, stop=("</answer>",)
         ),
-        policy=PolicyConfig(mini_batches=mini_batches),
+        policy=PolicyConfig(num_mini_batches=num_mini_batches),
         algorithm=AlgorithmConfig(
             advantage=AdvantageConfig(name=estimator),
             kl=KLConfig(coefficient=kl, placement=placement),

@@ -33,7 +33,7 @@ def make_config(**trainer: object) -> RunConfig:
             "policy": {
                 "compute_dtype": "float32",
                 "threads_per_rank": 1,
-                "mini_batches": 2,
+                "num_mini_batches": 2,
                 "optimizer": {"learning_rate": 1e-3},
             },
             "algorithm": {"kl": {"coefficient": 0.01}},

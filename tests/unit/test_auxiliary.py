@@ -56,7 +56,7 @@ def run_config(width: int = 8) -> RunConfig:
 
 @pytest.mark.usefixtures("one_rank")
 def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
-    """Each mini-batch is answered by the network of the mini-batches before, at the strength those earned."""
+    """Each mini-batch is answered by the network of the mini-batches before, at the shrinkage those earned."""
     rollouts = random_rollouts(0, groups=4, samples=4)
     (pack,) = pack_rows(
         rollouts.sequences,
@@ -64,7 +64,7 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
         budget=10**6,
         rank=0,
         ranks=1,
-        share_prompts=True,
+        shared_prefix_packing=True,
     )
     tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
     features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])
@@ -87,11 +87,11 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
 
     learner = make(8)
     answers = train(learner, 60)
-    assert (answers[0] == 0).all()  # nothing learnt
-    assert (answers[1] == 0).all()  # learnt, but no answer of it has been held against a batch yet
+    assert (answers[0] == 0).all()  # nothing learned
+    assert (answers[1] == 0).all()  # learned, but no answer of it has been held against a batch yet
     assert (answers[2] != 0).any()
     assert isinstance(learner.auxiliary, LearnedBaselines)
-    assert learner.auxiliary.gain.strength > 0.9
+    assert learner.auxiliary.gain.shrinkage > 0.9
     assert (answers[-1] * features[torch.from_numpy(pack.flat_positions)]).sum(1).sub(
         regression.base[torch.from_numpy(pack.flat_positions)]
     ).abs().mean() < 0.05

@@ -47,7 +47,7 @@ def test_flags_win_over_the_file_which_wins_over_the_recipe(tmp_path: Path):
     [
         (["--policy.optimizer.learning_rate", "1e-5"], "policy.optimizer.learning_rate", 1e-5),
         (["--trainer.steps=12"], "trainer.steps", 12),
-        (["--policy.share_prompts", "false"], "policy.share_prompts", False),
+        (["--policy.shared_prefix_packing", "false"], "policy.shared_prefix_packing", False),
         (["--policy.gradient_checkpointing"], "policy.gradient_checkpointing", True),
         (["--data.where", "{level: [1, 2]}"], "data.where", {"level": (1, 2)}),
         (["--data.where", "{level: 4, a.b: x}"], "data.where", {"level": (4,), "a.b": ("x",)}),
@@ -310,7 +310,7 @@ TWO_STEPS = ("--trainer.steps", "2")
 def test_a_preset_replaces_the_algorithm_and_what_goes_with_it():
     invocation = parse(RECIPE, ["--preset", "gspo", *TWO_STEPS])
     assert invocation.config.algorithm == GSPO
-    assert invocation.config.policy == RECIPE.policy.model_copy(update={"mini_batches": 2})
+    assert invocation.config.policy == RECIPE.policy.model_copy(update={"num_mini_batches": 2})
     assert invocation.config.preset == "gspo"
     assert invocation.explicit == {"preset", "trainer.steps"}
     assert evolve(RECIPE, {"preset": "gspo"}) == parse(RECIPE, ["--preset=gspo"]).config
@@ -319,9 +319,9 @@ def test_a_preset_replaces_the_algorithm_and_what_goes_with_it():
 def test_the_file_and_flags_win_over_the_preset_wherever_it_stands(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("algorithm: {kl: {coefficient: 0.5}, objective: {parameters: {clip_low: 0.1}}}")
-    flags = ["--policy.mini_batches", "4", "--config", str(file), "--preset", "gspo"]
+    flags = ["--policy.num_mini_batches", "4", "--config", str(file), "--preset", "gspo"]
     config = parsed(*flags)
-    assert config.policy.mini_batches == 4
+    assert config.policy.num_mini_batches == 4
     assert config.algorithm.kl.coefficient == 0.5
     assert config.algorithm.objective.parameters == {"clip_low": 0.1}
     assert config.algorithm.objective.ratio == "sequence"
@@ -354,7 +354,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest(name: str):
 
 def test_a_configuration_that_names_a_preset_has_its_algorithm():
     assert RunConfig(preset="gspo").algorithm == GSPO
-    assert RunConfig(preset="gspo").policy.mini_batches == 2
+    assert RunConfig(preset="gspo").policy.num_mini_batches == 2
 
 
 def test_help_lists_every_preset():

@@ -25,12 +25,14 @@ def config(preset: str, **policy: Any) -> RunConfig:
     return default.model_copy(
         update={
             "algorithm": PRESETS[preset].algorithm,
-            "policy": default.policy.model_copy(update={"epochs": 1, "mini_batches": 1} | policy),
+            "policy": default.policy.model_copy(
+                update={"epochs": 1, "num_mini_batches": 1} | policy
+            ),
         }
     )
 
 
-@pytest.mark.parametrize("updates", [{"epochs": 2}, {"mini_batches": 4}])
+@pytest.mark.parametrize("updates", [{"epochs": 2}, {"num_mini_batches": 4}])
 def test_several_updates_without_a_ratio_are_said_to_be_uncorrected(updates: dict[str, int]):
     (warning,) = config_warnings(config("rloo", **updates))
     assert warning.startswith("algorithm.objective.weight: 'none' does not correct")
@@ -39,15 +41,15 @@ def test_several_updates_without_a_ratio_are_said_to_be_uncorrected(updates: dic
 
 def test_no_warning_where_nothing_is_off_policy_or_where_it_is_corrected():
     assert not list(config_warnings(config("rloo")))
-    assert not list(config_warnings(config("grpo", mini_batches=4)))
-    assert not list(config_warnings(config("hierarchical", mini_batches=4)))  # recomputes
+    assert not list(config_warnings(config("grpo", num_mini_batches=4)))
+    assert not list(config_warnings(config("hierarchical", num_mini_batches=4)))  # recomputes
 
 
 def test_a_ratio_that_only_weighs_the_kl_needs_a_second_update():
     kl = KLConfig(coefficient=0.1, kind="k2", importance_ratio="token")
 
-    def warned(mini_batches: int, kl: KLConfig) -> list[str]:
-        made = config("grpo", mini_batches=mini_batches)
+    def warned(num_mini_batches: int, kl: KLConfig) -> list[str]:
+        made = config("grpo", num_mini_batches=num_mini_batches)
         algorithm = made.algorithm.model_copy(update={"kl": kl})
         return list(config_warnings(made.model_copy(update={"algorithm": algorithm})))
 
@@ -101,7 +103,7 @@ def test_a_dry_run_shows_the_warnings(capsys: pytest.CaptureFixture[str]):
         "tiny",
         "--algorithm.objective.weight",
         "none",
-        "--policy.mini_batches",
+        "--policy.num_mini_batches",
         "4",
         "--dry-run",
     ]

@@ -46,7 +46,7 @@ def test_estimators_give_its_token_an_advantage(name: str):
         rollout_logprobs=logprobs,
         old_logprobs=logprobs,
         ref_logprobs=logprobs,
-        score_norms=mask.float(),
+        squared_score_norms=mask.float(),
         greedy_rewards=torch.zeros(3),
         values=torch.zeros(3, 3),
     )

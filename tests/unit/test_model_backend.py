@@ -75,7 +75,9 @@ def test_a_value_model_learns_its_targets(budget: int):
 
     sizes = Denominators(num_tokens=tokens, num_sequences=len(rollouts), max_tokens=tokens)
     rows = np.arange(len(rollouts))
-    packs = pack_rows(rollouts.sequences, rows, budget=budget, rank=0, ranks=1, share_prompts=False)
+    packs = pack_rows(
+        rollouts.sequences, rows, budget=budget, rank=0, ranks=1, shared_prefix_packing=False
+    )
     history: list[float] = []
     for _ in range(30):
         passes = list(backward_passes(backend, packs, squared_error, sizes))

@@ -46,7 +46,12 @@ def losses_of(
     sizes = Denominators(num_tokens=9, num_sequences=4, max_tokens=4)
     total, sums = live.new_zeros(()), {}
     for pack in pack_rows(
-        batch.rollouts.sequences, np.arange(4), budget=budget, rank=0, ranks=1, share_prompts=True
+        batch.rollouts.sequences,
+        np.arange(4),
+        budget=budget,
+        rank=0,
+        ranks=1,
+        shared_prefix_packing=True,
     ):
         logprobs = live[torch.from_numpy(pack.flat_positions)]
         zeros = torch.zeros_like(logprobs)

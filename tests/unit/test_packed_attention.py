@@ -54,7 +54,12 @@ def packed_logprobs(
     packed = PackedCausalLM(model, chunk_tokens=5)
     flat = torch.zeros(len(batch.token_ids))
     for pack in pack_rows(
-        batch.sequences, np.arange(len(batch)), budget=budget, rank=0, ranks=1, share_prompts=share
+        batch.sequences,
+        np.arange(len(batch)),
+        budget=budget,
+        rank=0,
+        ranks=1,
+        shared_prefix_packing=share,
     ):
         flat[torch.from_numpy(pack.flat_positions)] = packed(
             PackTensors.of(pack, torch.device("cpu"))

@@ -12,7 +12,7 @@ from tests.support.rollout_examples import random_rollouts, rollouts
 def test_golden_shared_prompt():
     batch = rollouts([([10, 11, 12], [[20, 21, 22], [30]])])
     (pack,) = pack_rows(
-        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True
+        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, shared_prefix_packing=True
     )
     # the prompt once, then the responses without their last tokens: 20 21 of the first, nothing of the second
     assert pack.token_ids.tolist() == [10, 11, 12, 20, 21]
@@ -36,7 +36,7 @@ def test_golden_shared_prompt():
 def test_golden_two_groups_and_a_hole():
     batch = rollouts([([1], [[2, 3, 4]]), ([5, 6], [[7, 8]])], holes={0: [1]})
     (pack,) = pack_rows(
-        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, share_prompts=True
+        batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, shared_prefix_packing=True
     )
     # longest unit first, then by row: the groups have 3 packed tokens each
     assert pack.token_ids.tolist() == [1, 2, 3, 5, 6, 7]
@@ -59,12 +59,12 @@ def test_every_sampled_token_is_predicted_exactly_once(
             budget=budget,
             rank=r,
             ranks=ranks,
-            share_prompts=share,
+            shared_prefix_packing=share,
         )
         for r in range(ranks)
     ]
     assert len({len(own) for own in packs}) == 1  # equally many passes on every rank
-    real = [pack for own in packs for pack in own if not pack.is_filler]
+    real = [pack for own in packs for pack in own if not pack.is_padding]
     flat = np.concatenate([pack.flat_positions for pack in real])
     assert sorted(flat.tolist()) == np.flatnonzero(batch.response_mask).tolist()
     for pack in real:
@@ -89,9 +89,9 @@ def test_balance_over_ranks():
             budget=64,
             rank=rank,
             ranks=2,
-            share_prompts=False,
+            shared_prefix_packing=False,
         )
-        loads.append(sum(pack.num_tokens for pack in packs if not pack.is_filler))
+        loads.append(sum(pack.num_tokens for pack in packs if not pack.is_padding))
     assert abs(loads[0] - loads[1]) <= max(
         batch.sequence_lengths
     )  # longest first differs by one sequence at most
@@ -99,28 +99,38 @@ def test_balance_over_ranks():
 
 def test_mini_batches_are_whole_groups_and_cover_each_epoch():
     batch = random_rollouts(0, groups=6)
-    epochs = list(mini_batch_rows(batch.sequences, mini_batches=3, epochs=2, seed=5, batch_id=0))
+    epochs = list(
+        mini_batch_rows(batch.sequences, num_mini_batches=3, epochs=2, seed=5, batch_id=0)
+    )
     assert len(epochs) == 6
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(len(batch)))
         for rows in epoch:
             assert len(rows) == 6  # two groups of three
             assert len(set(batch.group_ids[rows])) == 2
-    again = list(mini_batch_rows(batch.sequences, mini_batches=3, epochs=2, seed=5, batch_id=0))
+    again = list(mini_batch_rows(batch.sequences, num_mini_batches=3, epochs=2, seed=5, batch_id=0))
     assert all((a == b).all() for a, b in zip(epochs, again, strict=True))
 
 
 def test_mini_batches_must_divide_the_groups():
     batch = random_rollouts(0, groups=6).sequences
-    with pytest.raises(ValueError, match=r"policy\.mini_batches: 4 does not divide the 6 groups"):
-        list(mini_batch_rows(batch, mini_batches=4, epochs=1, seed=0, batch_id=0))
+    with pytest.raises(
+        ValueError, match=r"policy\.num_mini_batches: 4 does not divide the 6 groups"
+    ):
+        list(mini_batch_rows(batch, num_mini_batches=4, epochs=1, seed=0, batch_id=0))
 
 
 def test_a_padded_pack_counts_its_padding():
     lengths = [10, 9, 4, 3, 3]
     batch = rollouts([([1, 2], [list(range(5, 5 + length - 1))]) for length in lengths])
     packs = pack_rows(
-        batch.sequences, np.arange(5), budget=24, rank=0, ranks=1, share_prompts=False, padded=True
+        batch.sequences,
+        np.arange(5),
+        budget=24,
+        rank=0,
+        ranks=1,
+        shared_prefix_packing=False,
+        padded=True,
     )
     rectangles = [len(pack.rows) * max(group.length for group in pack.groups) for pack in packs]
     assert max(rectangles) <= 24

@@ -609,7 +609,7 @@ def logprobs(made: RolloutBatch, rows: np.ndarray, seed: int) -> list[LogprobBat
             batch_id=0,
             rows=np.arange(len(made)),
             logprobs=noise(made, rows, seed),
-            score_norms=norms.astype(np.float32),
+            squared_score_norms=norms.astype(np.float32),
         )
     ]
 
@@ -667,7 +667,7 @@ def test_recomputed_advantages_leave_dropped_responses_out_too():
     assert train.trained is not None
     assert not train.trained[1]
     zeros = np.zeros(len(made.token_ids), dtype=np.float32)
-    live = LiveLogprobs(logprobs=zeros, score_norms=zeros)
+    live = LiveLogprobs(logprobs=zeros, squared_score_norms=zeros)
     made_again = recomputed(config, train, np.arange(4), live, {})
     found = responses(made, made_again.batch.advantages)
     assert [row[0] for row in found[:4]] == [1.0, 0.0, -0.5, -0.5]  # of three, not of four

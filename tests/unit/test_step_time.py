@@ -40,7 +40,9 @@ def test_the_estimate_counts_the_operations_of_training_and_sampling():
     changed = CONFIG.model_copy(
         update={
             "algorithm": AlgorithmConfig(kl=KLConfig(coefficient=0.1)),
-            "policy": PolicyConfig(compute_dtype="bfloat16", mini_batches=2, share_prompts=False),
+            "policy": PolicyConfig(
+                compute_dtype="bfloat16", num_mini_batches=2, shared_prefix_packing=False
+            ),
         }
     )
     more = estimate_step(changed, CPU, **SIZES, speed=SPEED)

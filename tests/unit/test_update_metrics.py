@@ -9,12 +9,12 @@ from rlsys.metrics import combine, values
 from workers.training.losses import PackLoss
 from workers.training.update_metrics import UpdateCounts, loss_metrics
 
-NAMES = ("entropy", "ratio", "ratio_square", "clipped", "gap")
+NAMES = ("entropy", "ratio", "ratio_square", "clipped", "difference")
 
 
 def pack(loss: float, gap: float = 0.0) -> PackLoss:
-    sums = {**dict.fromkeys(NAMES, 1.0), "gap": gap}
-    return PackLoss(loss=torch.tensor(loss), sums=sums, maxima={"ratio": 1.0, "gap": gap})
+    sums = {**dict.fromkeys(NAMES, 1.0), "difference": gap}
+    return PackLoss(loss=torch.tensor(loss), sums=sums, maxima={"ratio": 1.0, "difference": gap})
 
 
 def test_the_loss_is_the_sum_over_packs_and_ranks_and_the_mean_over_mini_batches():
@@ -39,8 +39,8 @@ def test_a_difference_after_an_update_is_drift():
         loss_metrics([pack(0.0, gap=3.0)], 2, 1, drifted=True),
     ]
     merged = values(combine(reports))
-    assert merged["policy/logprob_gap_mean"] == pytest.approx(0.1)
-    assert merged["policy/logprob_gap_max"] == pytest.approx(0.2)
+    assert merged["policy/logprob_difference_mean"] == pytest.approx(0.1)
+    assert merged["policy/logprob_difference_max"] == pytest.approx(0.2)
     assert merged["policy/drift_mean"] == pytest.approx(1.5)
     assert merged["policy/drift_max"] == 3
 

@@ -178,14 +178,21 @@ def _logprobs(
     packing: bool,
     together: bool,
     device: torch.device,
-    share_prompts: bool = False,
+    shared_prefix_packing: bool = False,
 ) -> Tensor:
     """Return [N] log-probabilities of the sampled tokens, 0 elsewhere."""
     forward = PackedCausalLM(model, chunk_tokens=CHECKED_TOKENS, packing=packing)
     rows = np.arange(len(batch))
     flat = torch.zeros(len(batch.token_ids))
     for part in [rows] if together else np.split(rows, len(rows)):
-        packs = pack_rows(batch, part, budget=1 << 40, rank=0, ranks=1, share_prompts=share_prompts)
+        packs = pack_rows(
+            batch,
+            part,
+            budget=1 << 40,
+            rank=0,
+            ranks=1,
+            shared_prefix_packing=shared_prefix_packing,
+        )
         for pack in packs:
             result = forward(PackTensors.of(pack, device))
             flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
@@ -237,7 +244,7 @@ def _try_packed(
                     packing=True,
                     together=True,
                     device=device,
-                    share_prompts=kernel in SHARING_KERNELS,
+                    shared_prefix_packing=kernel in SHARING_KERNELS,
                 )
                 for _ in range(2)
             ]

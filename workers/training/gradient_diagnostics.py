@@ -89,13 +89,13 @@ class ResponseScores:
     tokens: NDArray[np.int64]  # [m] where they lie in the batch's flat arrays
     positions: NDArray[np.int64]  # [m] in the response
     logprobs: Tensor  # [m] under the live policy
-    score_norms: Tensor  # [m]
+    squared_score_norms: Tensor  # [m]
     outward: Tensor  # [m, d]
     inward: Tensor  # [m, f]
 
     def moments(self, weights: Tensor) -> GroupMoments:
         """With the weights [M, m] of M baselines."""
-        return response_moments(weights, self.outward, self.inward, self.score_norms)
+        return response_moments(weights, self.outward, self.inward, self.squared_score_norms)
 
 
 def scores_of_responses(
@@ -104,10 +104,15 @@ def scores_of_responses(
     """One after the other, so that the scores of a single pack are in memory at a time."""
     for pack in packs:
         result, outward, inward = pack_scores(model, pack, temperature, device)
-        for index, row in enumerate([] if pack.is_filler else pack.rows):
+        for index, row in enumerate([] if pack.is_padding else pack.rows):
             own = pack.response_index == index
             at = torch.from_numpy(own).to(device)
-            arrays = (result.logprobs.detach(), result.score_norms.detach(), outward, inward)
+            arrays = (
+                result.logprobs.detach(),
+                result.squared_score_norms.detach(),
+                outward,
+                inward,
+            )
             yield ResponseScores(
                 int(row),
                 pack.flat_positions[own],

@@ -87,7 +87,7 @@ def backward_passes(
     for pack in packs:
         result = backend.forward(PackTensors.of(pack, backend.device, temperature))
         made = loss(result, PackColumns(pack, backend.device), sizes)
-        if pack.is_filler:
+        if pack.is_padding:
             backend.backward(made.loss * 0.0)
             continue
         backend.backward(made.loss)

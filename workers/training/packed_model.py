@@ -66,7 +66,7 @@ class PackResult(NamedTuple):
 
     logprobs: Tensor  # [m]
     entropies: Tensor  # [m]
-    score_norms: Tensor  # [m] without gradient
+    squared_score_norms: Tensor  # [m] without gradient
     hidden: Tensor  # [m, d] last hidden state at the position that predicts it; without gradient
 
 

@@ -46,7 +46,7 @@ class PolicyWorker(CausalLMWorker):
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.policy, model_directory, rank, world_size)
-        self.returns_score_norms = "score_norms" in required_inputs(config)
+        self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
         self.steps = 0
         self.counts = UpdateCounts()
         self.estimated: NDArray[np.float32] | None = None  # [N] by the last update
@@ -88,7 +88,7 @@ class PolicyWorker(CausalLMWorker):
         mini_batches = list(
             mini_batch_rows(
                 batch.rollouts.sequences,
-                mini_batches=policy.mini_batches,
+                num_mini_batches=policy.num_mini_batches,
                 epochs=policy.epochs,
                 seed=self.config.trainer.seed,
                 batch_id=batch.batch_id,
@@ -226,8 +226,8 @@ class PolicyWorker(CausalLMWorker):
         flat = np.zeros((len(rollouts.token_ids), width), dtype=np.float32)
         for pack in packs:
             result = self.run(pack, rollouts.temperature)
-            if not pack.is_filler:
-                columns = torch.stack([result.logprobs, result.score_norms], dim=1)
+            if not pack.is_padding:
+                columns = torch.stack([result.logprobs, result.squared_score_norms], dim=1)
                 if learner:
                     columns = torch.cat([columns, learner.outputs(result, pack)], dim=1)
                 flat[pack.flat_positions] = columns.cpu().numpy()
@@ -237,7 +237,7 @@ class PolicyWorker(CausalLMWorker):
         flat = everyone.cpu().numpy()
         return LiveLogprobs(
             logprobs=np.ascontiguousarray(flat[:, 0]),
-            score_norms=np.ascontiguousarray(flat[:, 1]),
+            squared_score_norms=np.ascontiguousarray(flat[:, 1]),
             auxiliary=flat[:, 2:] if learner else None,
         )
 
@@ -267,7 +267,7 @@ class PolicyWorker(CausalLMWorker):
         if batch.old_logprobs is not None:
             for pack in packs:
                 result = self.run(pack, batch.rollouts.temperature)
-                if not pack.is_filler:
+                if not pack.is_padding:
                     columns = PackColumns(pack, self.backend.device)
                     own.append(pack_log_ratios(result, columns, batch, objective.ratio).cpu())
         everyone: list[Any] = [None] * self.world_size
@@ -297,7 +297,7 @@ class PolicyWorker(CausalLMWorker):
             budget=self.settings.microbatch_tokens,
             rank=0,
             ranks=1,
-            share_prompts=False,
+            shared_prefix_packing=False,
         )
         flat = np.zeros(len(batch.token_ids), dtype=np.float32)
         for pack in packs:

@@ -52,7 +52,7 @@ class PolicyLoss:
             )
             token_losses = token_losses * correction
             sums["rollout_correction"] = float(correction.sum())
-            sums["rollout_masked_share"] = float((mask & (correction == 0)).sum())
+            sums["rollout_masked_fraction"] = float((mask & (correction == 0)).sum())
 
         if self.batch.ref_logprobs is not None:
             ref = columns.take(self.batch.ref_logprobs)
@@ -87,9 +87,9 @@ class PolicyLoss:
             "ratio": float(ratio.sum()),
             "ratio_square": float((ratio**2).sum()),
             "clipped": float(objective.metrics["clipped"].sum()),
-            "gap": float(difference.sum()),
+            "difference": float(difference.sum()),
         }
-        maxima = {"ratio": float(ratio.max()), "gap": float(difference.max())}
+        maxima = {"ratio": float(ratio.max()), "difference": float(difference.max())}
         return PackLoss(loss=loss, sums=sums, maxima=maxima)
 
     def _objective(

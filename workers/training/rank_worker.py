@@ -41,7 +41,7 @@ class RankWorker:
 
     role: str  # in metrics and notes
     backend: ModelBackend[Any]
-    share_prompts: bool
+    shared_prefix_packing: bool
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class RankWorker:
         device = join_process_group(address, self.rank, self.world_size, self._store)
         self.backend, padded_because = self.build(device)
         kernel = choose_kernel(self.config.model.attention, device)
-        self.share_prompts = (
-            self.settings.share_prompts
+        self.shared_prefix_packing = (
+            self.settings.shared_prefix_packing
             and self.backend.module.packing
             and kernel in SHARING_KERNELS
         )
@@ -96,7 +96,7 @@ class RankWorker:
             budget=self.settings.microbatch_tokens,
             rank=self.rank,
             ranks=self.world_size,
-            share_prompts=self.share_prompts and may_share,
+            shared_prefix_packing=self.shared_prefix_packing and may_share,
             padded=not self.backend.module.packing,
         )
 
@@ -117,7 +117,7 @@ class RankWorker:
 class CausalLMWorker(RankWorker):
     """One rank of a model that answers with log-probabilities."""
 
-    returns_score_norms = False
+    returns_squared_score_norms = False
 
     @torch.no_grad()
     def logprobs(self, *parts: RolloutBatch) -> LogprobBatch:
@@ -128,9 +128,9 @@ class CausalLMWorker(RankWorker):
         rows: list[int] = []
         for pack in packs:
             result = self.run(pack, rollouts.temperature)
-            if not pack.is_filler:
+            if not pack.is_padding:
                 flat[pack.flat_positions] = result.logprobs.cpu().numpy()
-                norms[pack.flat_positions] = result.score_norms.cpu().numpy()
+                norms[pack.flat_positions] = result.squared_score_norms.cpu().numpy()
                 rows += pack.rows.tolist()
 
         own = np.asarray(rows, dtype=np.int64)
@@ -139,7 +139,9 @@ class CausalLMWorker(RankWorker):
             batch_id=rollouts.batch_id,
             rows=own,
             logprobs=_of_rows(flat, own, offsets),
-            score_norms=_of_rows(norms, own, offsets) if self.returns_score_norms else None,
+            squared_score_norms=_of_rows(norms, own, offsets)
+            if self.returns_squared_score_norms
+            else None,
         )
 
     def put_logprobs(self, *parts: RolloutBatch) -> Any:

@@ -47,15 +47,15 @@ def loss_metrics(
     def average(name: str) -> Metric:
         return mean(sum(loss.sums[name] for loss in losses) / max(tokens, 1), tokens)
 
-    difference = "drift" if drifted else "logprob_gap"
+    difference = "drift" if drifted else "logprob_difference"
     metrics = loss | {
         "policy/entropy": average("entropy"),
         "policy/ratio_mean": average("ratio"),
         "policy/ratio_square": average("ratio_square"),
-        "policy/clipped_share": average("clipped"),
-        f"policy/{difference}_mean": average("gap"),
+        "policy/clip_fraction": average("clipped"),
+        f"policy/{difference}_mean": average("difference"),
         "policy/ratio_max": maximum(max(loss.maxima["ratio"] for loss in losses)),
-        f"policy/{difference}_max": maximum(max(loss.maxima["gap"] for loss in losses)),
+        f"policy/{difference}_max": maximum(max(loss.maxima["difference"] for loss in losses)),
         "policy/tokens": total(tokens),
     }
     return metrics | {

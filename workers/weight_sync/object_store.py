@@ -29,10 +29,10 @@ class WeightSource(Protocol):
 DEFAULT_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 
 
-def gap_tolerance(config: RunConfig) -> float:
-    """`generation.logprob_gap_tolerance`, or what rounding alone explains."""
-    if config.generation.logprob_gap_tolerance is not None:
-        return config.generation.logprob_gap_tolerance
+def difference_tolerance(config: RunConfig) -> float:
+    """`generation.logprob_difference_tolerance`, or what rounding alone explains."""
+    if config.generation.logprob_difference_tolerance is not None:
+        return config.generation.logprob_difference_tolerance
     lower = (
         "bfloat16"
         if "bfloat16" in (config.generation.dtype, config.policy.compute_dtype)
@@ -54,7 +54,7 @@ class ObjectStoreWeightSync:
         """`workers` are generation actors; `probe` holds the sequences on which both sides are compared."""
         self._policy = policy
         self._workers = workers
-        self._tolerance = gap_tolerance(config)
+        self._tolerance = difference_tolerance(config)
         self._probe = probe
 
     async def sync(self, version: int) -> dict[str, Metric]:
@@ -84,12 +84,14 @@ class ObjectStoreWeightSync:
             different = differing_groups(manifest, [await shard for shard in shards], held)
             raise WeightSyncError(
                 f"after the sync of weights version {manifest.version}, generation worker {worst} and the trainer differ by {means[worst]:.4f} "
-                f"in mean log-probability (generation.logprob_gap_tolerance is {self._tolerance}). Parameter groups that differ: "
+                f"in mean log-probability (generation.logprob_difference_tolerance is {self._tolerance}). Parameter groups that differ: "
                 f"{', '.join(different) or 'none by their norms, so the engine computes with a stale copy (suspect the LM head of tied embeddings)'}."
             )
         return {
-            "sync/logprob_gap_mean": mean(float(np.mean(means)), sum(gap.size for gap in gaps)),
-            "sync/logprob_gap_max": maximum(max(float(gap.max()) for gap in gaps)),
+            "sync/logprob_difference_mean": mean(
+                float(np.mean(means)), sum(gap.size for gap in gaps)
+            ),
+            "sync/logprob_difference_max": maximum(max(float(gap.max()) for gap in gaps)),
         }
 
 

@@ -24,7 +24,7 @@ Need = Literal[
     "old_logprobs",
     "ref_logprobs",
     "values",
-    "score_norms",
+    "squared_score_norms",
     "greedy_rewards",
     "truncated",
     "step_ends",
@@ -37,7 +37,7 @@ REMEDIES: Mapping[Need, str] = {
     "old_logprobs": "The policy computes them before the update.",
     "ref_logprobs": "Set algorithm.kl.coefficient above 0: the reference runs then.",
     "values": "They are those of a critic.",
-    "score_norms": "The policy computes them with old_logprobs.",
+    "squared_score_norms": "The policy computes them with old_logprobs.",
     "greedy_rewards": "The driver samples and scores one greedy response a prompt.",
     "truncated": "Say of each response whether it was cut off at the token limit.",
     "step_ends": "Say where each step of a response ends.",
@@ -57,7 +57,7 @@ class AdvantageInputs:
     ref_logprobs: Tensor | None = None  # [B, T]
     values: Tensor | None = None  # [B, T] critic
     # [B, T] proxy of ||grad log pi||^2: 1 - 2 pi(a) + sum_k pi_k^2
-    score_norms: Tensor | None = None
+    squared_score_norms: Tensor | None = None
     greedy_rewards: Tensor | None = None  # [B] reward of the greedy response to the same prompt
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
     # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
@@ -86,7 +86,7 @@ class AdvantageInputs:
             "old_logprobs",
             "ref_logprobs",
             "values",
-            "score_norms",
+            "squared_score_norms",
             "step_ends",
         ):
             array = getattr(self, name)
@@ -351,7 +351,7 @@ def _check_needs(spec: EstimatorSpec, inputs: AdvantageInputs) -> None:
                 f"have. {REMEDIES[name]}"
             )
         # Others may be infinite with a meaning: a log-probability of a word that a model rules out.
-        if name == "score_norms":
+        if name == "squared_score_norms":
             _check_finite(array[inputs.response_mask], spec.name, name)
 
 

@@ -36,7 +36,7 @@ def _validate(*, scope: str, **_: object) -> None:
 
 @register_advantage_estimator(
     "optimal_baseline",
-    needs=("score_norms",),
+    needs=("squared_score_norms",),
     compares_group=_within_group,
     validate=_validate,
 )
@@ -47,12 +47,12 @@ def optimal_baseline_advantages(
 
         b = E[g^2 r] / E[g^2],    g_i^2 = sum_t ||grad log pi(y_it)||^2,    A_i = r_i - b
 
-    b minimises E[g^2 (r - b)^2], the variance of the score-function estimator among constant baselines. `score_norms` hold a proxy
+    b minimises E[g^2 (r - b)^2], the variance of the score-function estimator among constant baselines. `squared_score_norms` hold a proxy
     of the squared norms: that of the gradient with respect to the logits, 1 - 2 pi(a) + sum_k pi_k^2.
 
     Source: Greensmith et al. 2004, section 3.2; Peters and Schaal 2008, section 3.2.
 
-    Shapes: rewards [B], score_norms [B, T] -> advantages [B, T].
+    Shapes: rewards [B], squared_score_norms [B, T] -> advantages [B, T].
 
     Conventions: the sum over t leaves out the products between different tokens' gradients. Expectations are over the response's
     group, or over the whole batch. With `leave_one_out` they leave the response itself out, and the gradient is unbiased; without,
@@ -65,8 +65,8 @@ def optimal_baseline_advantages(
         ValueError: unknown scope.
     """
     _validate(scope=scope)
-    norms = inputs.score_norms
-    assert norms is not None, "score_norms are declared in `needs`"
+    norms = inputs.squared_score_norms
+    assert norms is not None, "squared_score_norms are declared in `needs`"
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask)
     groups = Groups.of(inputs.group_ids if scope == "group" else torch.zeros_like(inputs.group_ids))
     weights = torch.where(inputs.response_mask, at_least_float32(norms), 0.0).sum(1)

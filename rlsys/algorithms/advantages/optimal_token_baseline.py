@@ -14,7 +14,9 @@ from rlsys.algorithms.advantages.grouping import Groups, at_least_float32
 from rlsys.algorithms.advantages.returns import suffix_sum
 
 
-@register_advantage_estimator("optimal_token_baseline", needs=("score_norms",), compares_group=True)
+@register_advantage_estimator(
+    "optimal_token_baseline", needs=("squared_score_norms",), compares_group=True
+)
 def optimal_token_baseline_advantages(
     inputs: AdvantageInputs, *, leave_one_out: bool = False
 ) -> AdvantageOutput:
@@ -28,7 +30,7 @@ def optimal_token_baseline_advantages(
     Source: the optimal token baseline of verl (`compute_optimal_token_baseline_advantage`, arXiv:2602.07078); the constant one is
     Greensmith et al. 2004.
 
-    Shapes: rewards [B], token_rewards [B, T] or None, score_norms [B, T] -> advantages [B, T].
+    Shapes: rewards [B], token_rewards [B, T] or None, squared_score_norms [B, T] -> advantages [B, T].
 
     Conventions: sums at t are over the responses of the group that sampled a token at t. b_t contains response i; with `leave_one_out`
     it does not, and the gradient is unbiased. A response that is alone at its position (the tail of the longest one) is always left out:
@@ -36,11 +38,11 @@ def optimal_token_baseline_advantages(
     such a tail 0, or its whole return with `handle_zero_tail`; and to a group of one its return, which gets exactly 0 here, as do equal
     returns. Where all W are 0 the plain mean stands in; verl adds 1e-8 to the sum of W instead.
 
-    Example: a group of rewards (1, 0), score_norms ((1, 1), (1, 3)): W = ((1, 2), (1, 4)), b = (1/2, 1/3), A = ((1/2, 2/3), (-1/2,
+    Example: a group of rewards (1, 0), squared_score_norms ((1, 1), (1, 3)): W = ((1, 2), (1, 4)), b = (1/2, 1/3), A = ((1/2, 2/3), (-1/2,
     -1/3)). A third token of the first response alone: b = 0, the return of the other, and A = 1.
     """
-    norms = inputs.score_norms
-    assert norms is not None, "score_norms are declared in `needs`"
+    norms = inputs.squared_score_norms
+    assert norms is not None, "squared_score_norms are declared in `needs`"
     mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
     returns = _returns(inputs)
     energy = torch.where(mask, norms, 0.0).double().cumsum(1)

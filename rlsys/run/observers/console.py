@@ -25,7 +25,7 @@ COLUMNS = (
     ("length", "rollout/response_length", "{:.1f}"),
     ("entropy", "policy/entropy", "{:.3f}"),
     ("grad", "policy/grad_norm", "{:.2f}"),
-    ("gap", "policy/logprob_gap_mean", "{:.4f}"),
+    ("mismatch", "policy/logprob_difference_mean", "{:.4f}"),
     ("tok/s", "throughput/step", "{:.0f}"),
     ("s/step", "time/step", "{:.1f}"),
 )

@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
+from rlsys.run.observers.renamed_metrics import current_name
 from rlsys.run.observers.step_notes import step_notes
 
 Kind = Literal["train", "eval"]
@@ -31,7 +32,10 @@ class MetricsRecord:
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
-    """Return all complete records; a last line that was cut off by a crash is left out."""
+    """Return all complete records; a last line that was cut off by a crash is left out.
+
+    Metrics of an earlier version come under their present names.
+    """
     if not path.exists():
         return []
     records = []
@@ -41,7 +45,8 @@ def read_metrics(path: Path) -> list[MetricsRecord]:
         except ValueError:
             continue
         numbers = {
-            name: math.nan if value is None else value for name, value in fields["values"].items()
+            current_name(name): math.nan if value is None else value
+            for name, value in fields["values"].items()
         }
         records.append(
             MetricsRecord(

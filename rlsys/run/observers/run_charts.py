@@ -12,7 +12,7 @@ from rlsys.run.observers.observer import PHASES
 from rlsys.run.observers.run_summary import finite_values
 
 COMPONENTS = "reward/component/"
-EFFECTIVE_SAMPLE_SIZE = "advantage/effective_share/at_"
+EFFECTIVE_SAMPLE_SIZE = "advantage/effective_fraction/at_"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ CHARTS = (
     ChartSpec(
         "Log-probability gap, engine and trainer",
         (
-            ("sampled tokens", "policy/logprob_gap_mean", "train"),
-            ("probe after sync", "sync/logprob_gap_mean", "train"),
+            ("sampled tokens", "policy/logprob_difference_mean", "train"),
+            ("probe after sync", "sync/logprob_difference_mean", "train"),
             ("drift since sampling", "policy/drift_mean", "train"),
         ),
         may_be_log=True,
@@ -62,9 +62,9 @@ CHARTS = (
     ChartSpec(
         "Share of groups and responses",
         (
-            ("groups of equal rewards", "rollout/equal_reward_groups", "train"),
-            ("truncated responses", "rollout/truncated_share", "train"),
-            ("clipped tokens", "policy/clipped_share", "train"),
+            ("groups of equal rewards", "rollout/frac_reward_zero_std", "train"),
+            ("truncated responses", "rollout/truncated_fraction", "train"),
+            ("clipped tokens", "policy/clip_fraction", "train"),
         ),
         percent=True,
     ),
@@ -100,8 +100,8 @@ CHARTS = (
     ChartSpec(
         "Share of the gradient's second moment between different positions",
         (
-            ("in use", "gradient/cross_position_share/used", "train"),
-            ("leave-one-out mean", "gradient/cross_position_share/leave_one_out", "train"),
+            ("in use", "gradient/cross_position_fraction/used", "train"),
+            ("leave-one-out mean", "gradient/cross_position_fraction/leave_one_out", "train"),
         ),
     ),
     ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),

@@ -36,7 +36,7 @@ def _number(values: Numbers, name: str) -> float:
 
 
 def _all_truncated(values: Numbers) -> Note | None:
-    if values.get("rollout/truncated_share") != 1:
+    if values.get("rollout/truncated_fraction") != 1:
         return None
     text = "every response was truncated at generation.max_tokens"
     if values.get("trained/responses") == 0:
@@ -45,7 +45,7 @@ def _all_truncated(values: Numbers) -> Note | None:
 
 
 def _nothing_trained(values: Numbers) -> Note | None:
-    if values.get("trained/responses") != 0 or values.get("rollout/truncated_share") == 1:
+    if values.get("trained/responses") != 0 or values.get("rollout/truncated_fraction") == 1:
         return None
     return Note("nothing trained", "no response entered the loss: nothing was trained")
 
@@ -58,7 +58,7 @@ def _nothing_learned(values: Numbers) -> Note | None:
 
 
 def _all_equal(values: Numbers) -> bool:
-    return values.get("trained/equal_reward_groups") == 1
+    return values.get("trained/frac_reward_zero_std") == 1
 
 
 def _missing_groups(values: Numbers) -> Note | None:
@@ -115,7 +115,7 @@ def _not_finite(values: Numbers) -> Note | None:
     return Note("not finite", f"not finite: {', '.join(names[:3])}{more}")
 
 
-def _trained_share(values: Numbers) -> Note | None:
+def _trained_fraction(values: Numbers) -> Note | None:
     trained, sampled = values.get("trained/responses"), values.get("rollout/responses")
     if not trained or trained == sampled:
         return None
@@ -137,5 +137,5 @@ RULES: tuple[Callable[[Numbers], Note | None], ...] = (
     _skipped_updates,
     _failed_rewards,
     _not_finite,
-    _trained_share,
+    _trained_fraction,
 )

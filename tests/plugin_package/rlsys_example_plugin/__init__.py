@@ -23,7 +23,7 @@ def sign_advantages(
     signs = torch.where(inputs.rewards > threshold, scale, -scale)
     advantages = torch.where(inputs.response_mask, signs[:, None], 0.0)
     return AdvantageOutput(
-        advantages=advantages, diagnostics={"positive_share": float((signs > 0).float().mean())}
+        advantages=advantages, diagnostics={"positive_fraction": float((signs > 0).float().mean())}
     )
 
 

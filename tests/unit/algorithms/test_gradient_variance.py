@@ -60,7 +60,12 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
 
     def plan(rows: np.ndarray) -> list:
         return pack_rows(
-            batch.rollouts.sequences, rows, budget=budget, rank=0, ranks=1, share_prompts=False
+            batch.rollouts.sequences,
+            rows,
+            budget=budget,
+            rank=0,
+            ranks=1,
+            shared_prefix_packing=False,
         )
 
     got = values(gradient_metrics(tiny, batch, np.arange(12), plan, CPU))
@@ -70,7 +75,12 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
     for rows in np.split(np.arange(12), 3):
         gradients, same, proxy = torch.zeros(4, 4, weight.numel()), torch.zeros(4), torch.zeros(4)
         (pack,) = pack_rows(
-            batch.rollouts.sequences, rows, budget=10**6, rank=0, ranks=1, share_prompts=True
+            batch.rollouts.sequences,
+            rows,
+            budget=10**6,
+            rank=0,
+            ranks=1,
+            shared_prefix_packing=True,
         )
         result = tiny(PackTensors.of(pack, CPU))
         scores = torch.stack(
@@ -92,11 +102,11 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
                     (ratios[i] * (rewards[i] - baseline)) ** 2 * scores[own].square().sum(1)
                 ).sum()
                 proxy[k] += (
-                    (ratios[i] * (rewards[i] - baseline)) ** 2 * result.score_norms[own]
+                    (ratios[i] * (rewards[i] - baseline)) ** 2 * result.squared_score_norms[own]
                 ).sum()
             gradients[3, i] = (used[:, None] * scores[own]).sum(0)
             same[3] += (used**2 * scores[own].square().sum(1)).sum()
-            proxy[3] += (used**2 * result.score_norms[own]).sum()
+            proxy[3] += (used**2 * result.squared_score_norms[own]).sum()
         variance = 4 * gradients.var(dim=1).sum(1)  # torch's has G - 1
         groups.append(torch.stack([variance, gradients.square().sum((1, 2)), same, proxy]))
     expected = gradient_diagnostics(groups)
@@ -108,7 +118,7 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
         == got["gradient/proxy_ratio/leave_one_out"]
         == 1
     )
-    assert abs(got["gradient/cross_position_share/used"]) > 1e-3
+    assert abs(got["gradient/cross_position_fraction/used"]) > 1e-3
 
 
 def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
@@ -151,8 +161,8 @@ def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
     assert got["variance_ratio/none"] / got["variance_ratio/used"] == pytest.approx(
         variance / at_fixed, rel=0.05
     )
-    assert got["cross_position_share/none"] == pytest.approx(share, abs=0.05)
-    assert got["cross_position_share/used"] == pytest.approx(share_at_fixed, abs=0.05)
+    assert got["cross_position_fraction/none"] == pytest.approx(share, abs=0.05)
+    assert got["cross_position_fraction/used"] == pytest.approx(share_at_fixed, abs=0.05)
 
 
 def test_groups_without_anything_to_compare_are_silent():

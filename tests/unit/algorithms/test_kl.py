@@ -447,7 +447,7 @@ def configured(tmp_path: Path, **algorithm: Any) -> list[str]:
     """The lines with which a run of `grpo_math` with these fields of the algorithm is refused."""
     default = grpo_math(HARDWARE)
     policy = default.policy.model_copy(
-        update={"ranks": 1, "mini_batches": algorithm.pop("mini_batches", 1)}
+        update={"ranks": 1, "num_mini_batches": algorithm.pop("num_mini_batches", 1)}
     )
     config: RunConfig = default.model_copy(
         update={
@@ -540,6 +540,6 @@ def test_a_penalty_to_the_old_policy_needs_an_old_policy(tmp_path: Path):
     assert line.startswith(
         "algorithm.kl_old.coefficient: 1 does nothing in the one update per batch"
     )
-    assert configured(tmp_path, kl_old=OldKLConfig(coefficient=1.0), mini_batches=2) == []
-    (line,) = configured(tmp_path, kl_old=OldKLConfig(target=0.01), mini_batches=2)
+    assert configured(tmp_path, kl_old=OldKLConfig(coefficient=1.0), num_mini_batches=2) == []
+    (line,) = configured(tmp_path, kl_old=OldKLConfig(target=0.01), num_mini_batches=2)
     assert "Set algorithm.kl_old.coefficient" in line

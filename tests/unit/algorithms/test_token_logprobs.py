@@ -30,7 +30,9 @@ def test_golden():
     p = torch.tensor([1.0, 0.0]).softmax(0)
     assert out.logprobs.item() == pytest.approx(p[0].log().item())
     assert out.entropies.item() == pytest.approx(-(p * p.log()).sum().item())
-    assert out.score_norms.item() == pytest.approx((1 - p[0].item()) ** 2 + p[1].item() ** 2)
+    assert out.squared_score_norms.item() == pytest.approx(
+        (1 - p[0].item()) ** 2 + p[1].item() ** 2
+    )
 
 
 def test_score_norms_are_squared_gradients_with_respect_to_the_scaled_logits():
@@ -39,8 +41,8 @@ def test_score_norms_are_squared_gradients_with_respect_to_the_scaled_logits():
     logits = (hidden @ weight.T / 0.7).detach().requires_grad_()
     logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     assert logits.grad is not None
-    assert torch.allclose(out.score_norms, logits.grad.square().sum(1))
-    assert not out.score_norms.requires_grad
+    assert torch.allclose(out.squared_score_norms, logits.grad.square().sum(1))
+    assert not out.squared_score_norms.requires_grad
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -77,8 +79,8 @@ def test_score_norms_of_a_certain_token_are_not_below_zero():
     out = token_logprobs(
         hidden, weight, (hidden @ weight.T).argmax(1), temperature=1.0, chunk_tokens=64
     )
-    assert (out.score_norms >= 0).all()
-    assert (out.score_norms < 1e-6).any()
+    assert (out.squared_score_norms >= 0).all()
+    assert (out.squared_score_norms < 1e-6).any()
 
 
 def test_finite_differences():

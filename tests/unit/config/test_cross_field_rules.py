@@ -30,7 +30,7 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy.mini_batches": 3}, "policy.mini_batches: 3 does not divide trainer.prompts_per_step 8."),
+        ({"policy.num_mini_batches": 3}, "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8."),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
         ({"generation.workers": 9}, "generation.workers: 9 workers share the 8 prompts"),
@@ -67,15 +67,15 @@ def test_one_message_with_field_value_and_remedy(changes: Mapping[str, Any], mes
 def test_a_configuration_that_is_built_in_python_names_all_contradictions():
     with pytest.raises(ValidationError) as error:
         RunConfig(
-            policy=PolicyConfig(mini_batches=3),
+            policy=PolicyConfig(num_mini_batches=3),
             generation=GenerationConfig(min_tokens=5000),
             trainer=TrainerConfig(prompts_per_step=8),
         )
-    assert "policy.mini_batches: 3 does not divide" in str(error.value)
+    assert "policy.num_mini_batches: 3 does not divide" in str(error.value)
     assert "generation.min_tokens: 5000 is above" in str(error.value)
 
 
 def test_the_command_line_leaves_them_to_be_reported_with_the_other_mistakes():
-    config = parse(RECIPE, ["--policy.mini_batches", "3"]).config
+    config = parse(RECIPE, ["--policy.num_mini_batches", "3"]).config
     (line,) = contradictions(config)
-    assert line.startswith("policy.mini_batches: 3 does not divide")
+    assert line.startswith("policy.num_mini_batches: 3 does not divide")

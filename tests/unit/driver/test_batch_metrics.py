@@ -70,16 +70,16 @@ def test_everything_sampled_counts_and_what_was_trained_is_named_so():
         "rollout/tokens": 24,
         "rollout/response_length": 4,
         "rollout/response_length_max": 6,
-        "rollout/truncated_share": 2 / 6,
-        "rollout/equal_reward_groups": 2 / 3,
+        "rollout/truncated_fraction": 2 / 6,
+        "rollout/frac_reward_zero_std": 2 / 3,
         "trained/responses": 2,
         "trained/tokens": 6,
         "trained/reward_mean": 0,
         "trained/reward_std": 1,
         "trained/accuracy": 0.5,
         "trained/response_length": 3,
-        "trained/truncated_share": 0,
-        "trained/equal_reward_groups": 0,
+        "trained/truncated_fraction": 0,
+        "trained/frac_reward_zero_std": 0,
     }
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     assert numbers["reward/std"] == pytest.approx(np.std([1] + [-1] * 5))
@@ -93,7 +93,7 @@ def test_masked_responses_are_sampled_and_not_trained():
     assert numbers["reward/mean"] == 0.75
     assert (numbers["trained/responses"], numbers["trained/tokens"]) == (1, 1)
     assert numbers["trained/reward_mean"] == 1
-    assert numbers["trained/equal_reward_groups"] == 1  # one group with one response left
+    assert numbers["trained/frac_reward_zero_std"] == 1  # one group with one response left
 
 
 def test_with_nothing_trained_there_is_no_mean_of_it():

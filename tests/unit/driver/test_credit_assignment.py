@@ -40,7 +40,7 @@ from tests.support.rollout_examples import rollouts
 def make_config(
     estimator: str = "reinforce",
     *,
-    mini_batches: int = 1,
+    num_mini_batches: int = 1,
     parameters: dict | None = None,
     recompute: bool = False,
     **algorithm: Any,
@@ -49,7 +49,7 @@ def make_config(
         algorithm["objective"] = ObjectiveConfig(weight="none")
     return RunConfig(
         generation=GenerationConfig(max_tokens=4, min_tokens=0),
-        policy=PolicyConfig(mini_batches=mini_batches),
+        policy=PolicyConfig(num_mini_batches=num_mini_batches),
         algorithm=AlgorithmConfig(
             advantage=AdvantageConfig(
                 name=estimator, parameters=parameters or {}, recompute=recompute
@@ -81,7 +81,11 @@ def logprobs(made: RolloutBatch, value: float, *, norm: float | None = None) -> 
     """The same log-probability at every sampled token, from one rank."""
     flat = np.where(made.response_mask, value, 0.0).astype(np.float32)
     norms = None if norm is None else np.where(made.response_mask, norm, 0.0).astype(np.float32)
-    return [LogprobBatch(batch_id=0, rows=np.arange(len(made)), logprobs=flat, score_norms=norms)]
+    return [
+        LogprobBatch(
+            batch_id=0, rows=np.arange(len(made)), logprobs=flat, squared_score_norms=norms
+        )
+    ]
 
 
 def advantages_of(made: RolloutBatch, batch: ScoredBatch) -> list[list[float]]:
@@ -93,16 +97,20 @@ def advantages_of(made: RolloutBatch, batch: ScoredBatch) -> list[list[float]]:
 
 def test_required_inputs():
     assert required_inputs(make_config()) == frozenset()
-    assert required_inputs(make_config(mini_batches=2)) == {"old_logprobs"}
+    assert required_inputs(make_config(num_mini_batches=2)) == {"old_logprobs"}
     assert required_inputs(make_config("opo", kl=KLConfig(coefficient=0.1))) == {"ref_logprobs"}
     assert required_inputs(make_config(kl=KLConfig(coefficient=0.1, target=1.0))) == {
         "ref_logprobs",
         "old_logprobs",
     }
-    assert required_inputs(make_config("optimal_baseline")) == {"score_norms", "old_logprobs"}
+    assert required_inputs(make_config("optimal_baseline")) == {
+        "squared_score_norms",
+        "old_logprobs",
+    }
     assert required_inputs(make_config("remax")) == {"greedy_rewards"}
     assert (
-        required_inputs(make_config("hierarchical", recompute=True, mini_batches=4)) == frozenset()
+        required_inputs(make_config("hierarchical", recompute=True, num_mini_batches=4))
+        == frozenset()
     )  # the ranks ask themselves
 
 
@@ -162,7 +170,11 @@ def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_p
 
     zeros = np.zeros(len(made.token_ids), dtype=np.float32)
     later = recomputed(
-        config, train, np.array([0, 1]), LiveLogprobs(logprobs=zeros - 1, score_norms=zeros), {}
+        config,
+        train,
+        np.array([0, 1]),
+        LiveLogprobs(logprobs=zeros - 1, squared_score_norms=zeros),
+        {},
     )
     assert advantages_of(made, later.batch) == [[1, 1], [-1, -1, -1, -1], [0], [0, 0, 0]]
     assert values(later.metrics)["advantage/mean_abs"] == 1.0
@@ -197,10 +209,14 @@ def test_masking_truncated_responses_leaves_the_statistics_alone():
                 recompute=recompute,
                 overlong=OverlongConfig(mask_truncated=masked),
             )
-            old = [LogprobBatch(batch_id=0, rows=np.arange(4), logprobs=flat, score_norms=norms)]
+            old = [
+                LogprobBatch(
+                    batch_id=0, rows=np.arange(4), logprobs=flat, squared_score_norms=norms
+                )
+            ]
             train, _ = CreditAssigner(config).assign(made, scores, old, [])
             if recompute:
-                live = LiveLogprobs(logprobs=flat, score_norms=norms)
+                live = LiveLogprobs(logprobs=flat, squared_score_norms=norms)
                 train = recomputed(config, train, np.arange(4), live, {}).batch
             found.append(advantages_of(made, train))
     assert found[0] == [[1, 1], [-1, -1, -1, -1], [1], [-1, -1, -1]]
@@ -275,7 +291,7 @@ def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
 
     made = dataclasses.replace(made, rollout_logprobs=flat(rollout))
     part = LogprobBatch(
-        batch_id=0, rows=np.arange(len(made)), logprobs=flat(old), score_norms=flat(norms)
+        batch_id=0, rows=np.arange(len(made)), logprobs=flat(old), squared_score_norms=flat(norms)
     )
     config = make_config("hierarchical", parameters=parameters | {"diagnostics": False})
     generation = config.generation.model_copy(update={"max_tokens": 140})
@@ -286,11 +302,11 @@ def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "parameters", [{}, {"max_tokens": None}, {"layers": "blocks", "block_size": 20}]
+    "parameters", [{}, {"max_tokens": None}, {"horizons": "blocks", "block_size": 20}]
 )
 @pytest.mark.parametrize("seed", [7, 10, 21])
 def test_a_responses_own_length_does_not_move_its_own_baselines(seed: int, parameters: dict):
-    """Layers and strengths are laid over generation.max_tokens, whatever the longest response of the batch is."""
+    """Horizons and shrinkage are laid over generation.max_tokens, whatever the longest response of the batch is."""
     short = own_advantages(seed, longer=False, parameters=parameters)
     long = own_advantages(seed, longer=True, parameters=parameters)
     assert np.abs(short).max() > 0.1

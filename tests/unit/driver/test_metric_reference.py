@@ -44,7 +44,7 @@ def names_in(path: Path) -> Iterator[str]:
 
 def sources() -> list[Path]:
     own = [path for root in ("rlsys", "workers", "recipes") for path in (ROOT / root).rglob("*.py")]
-    return [path for path in own if path.name != "metric_reference.py"]
+    return [path for path in own if path.name != "renamed_metrics.py"]
 
 
 def fits(name: str) -> bool:
@@ -76,7 +76,7 @@ def test_what_estimators_diagnose_is_documented(name: str):
         rollout_logprobs=zeros - 1,
         old_logprobs=zeros - 1 + 0.1 * torch.randn(6, 4, generator=generator),
         ref_logprobs=zeros - 1,
-        score_norms=zeros + 1,
+        squared_score_norms=zeros + 1,
         greedy_rewards=zeros[:, 0],
     )
     for diagnostic in get_advantage_estimator(name)(inputs).diagnostics:
@@ -89,9 +89,9 @@ def test_metrics_add_up_as_documented():
     loss = PackLoss(
         loss=torch.zeros(()),
         sums=dict.fromkeys(
-            ("entropy", "ratio", "ratio_square", "clipped", "gap", "kl_ref_k1"), 1.0
+            ("entropy", "ratio", "ratio_square", "clipped", "difference", "kl_ref_k1"), 1.0
         ),
-        maxima={"ratio": 1.0, "gap": 1.0},
+        maxima={"ratio": 1.0, "difference": 1.0},
     )
     reports = [
         batch_metrics(train_batch(random_rollouts(0))),

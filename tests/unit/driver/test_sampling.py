@@ -81,12 +81,12 @@ async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path)
     await run.finish()
     for _, step in run.recorder.steps:
         missing = step["sampling/missing_groups"]
-        assert step["trained/equal_reward_groups"] * 4 == missing
+        assert step["trained/frac_reward_zero_std"] * 4 == missing
         assert 1 <= step["sampling/rounds"] <= 4
         assert step["sampling/rounds"] == 4 or not missing
     assert sum(step["sampling/replaced_groups"] for _, step in run.recorder.steps) > 0
-    assert sum(step["trained/equal_reward_groups"] for _, step in plain.recorder.steps) > sum(
-        step["trained/equal_reward_groups"] for _, step in run.recorder.steps
+    assert sum(step["trained/frac_reward_zero_std"] for _, step in plain.recorder.steps) > sum(
+        step["trained/frac_reward_zero_std"] for _, step in run.recorder.steps
     )
     seeds = [request.seed for request in run.generator.requests]
     assert len(set(seeds)) == len(seeds)  # a further round is sampled anew
@@ -181,7 +181,7 @@ async def test_dropped_responses_make_no_difference_to_a_group_of_equal_rewards(
     for _, step in run.recorder.steps:
         assert step["reward/dropped"] == 4  # one of each group
         assert step["reward/failed/first_token"] == step["rollout/responses"] / 8
-        assert step["trained/equal_reward_groups"] * 4 == step["sampling/missing_groups"]
+        assert step["trained/frac_reward_zero_std"] * 4 == step["sampling/missing_groups"]
 
 
 async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> None:

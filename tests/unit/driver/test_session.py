@@ -34,7 +34,7 @@ from tests.support.in_process_runs import (
 
 async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """Eight steps at once; and eight with an actor's death in step 6, resumed from step 4: the same lines of metrics, to 1e-6."""
-    config = make_config(steps=8, evaluate=2, save=2, kl=0.05, mini_batches=2, pass_at=2)
+    config = make_config(steps=8, evaluate=2, save=2, kl=0.05, num_mini_batches=2, pass_at=2)
     whole = await start(tmp_path / "whole", config)
     await whole.finish()
 
@@ -98,7 +98,7 @@ async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_pa
 )
 async def test_a_failure_anywhere_ends_the_run(tmp_path: Path, event: str) -> None:
     """Also one in work that nobody waits for at that moment, such as scoring during generation."""
-    run = await start(tmp_path, make_config(steps=2, kl=0.1, mini_batches=2))
+    run = await start(tmp_path, make_config(steps=2, kl=0.1, num_mini_batches=2))
 
     async def fail() -> None:
         raise OSError(f"no {event}")

@@ -41,7 +41,7 @@ async def test_learns(tmp_path: Path) -> None:
 
 
 async def test_order_of_a_step_and_versions(tmp_path: Path) -> None:
-    run = await start(tmp_path, make_config(steps=3, kl=0.1, mini_batches=2))
+    run = await start(tmp_path, make_config(steps=3, kl=0.1, num_mini_batches=2))
     await run.finish()
     step = [event for event in run.stage.journal if not event.startswith(("phase", "part", "scor"))]
     one = ["generate", "logprobs:old", "logprobs:ref", "credit", "update", "write_rollouts", "sync"]
@@ -52,7 +52,7 @@ async def test_order_of_a_step_and_versions(tmp_path: Path) -> None:
 
 async def test_old_and_ref_run_side_by_side_and_beside_rewards(tmp_path: Path) -> None:
     """old waits for ref to begin and ref for old; scoring waits for both."""
-    run = await start(tmp_path, make_config(steps=1, kl=0.1, mini_batches=2))
+    run = await start(tmp_path, make_config(steps=1, kl=0.1, num_mini_batches=2))
     old, ref = asyncio.Event(), asyncio.Event()
 
     async def on_old() -> None:
@@ -95,7 +95,7 @@ async def test_waiting_for_rewards_is_a_phase_of_its_own(tmp_path: Path) -> None
 async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
     cases = {
         "one update, no KL": (make_config(steps=1), set()),
-        "two updates a batch": (make_config(steps=1, mini_batches=2), {"logprobs:old"}),
+        "two updates a batch": (make_config(steps=1, num_mini_batches=2), {"logprobs:old"}),
         "the estimator reads them": (
             make_config(steps=1, kl=0.01, estimator="token_kl_grpo"),
             {"logprobs:old", "logprobs:ref"},
@@ -120,7 +120,7 @@ async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
 
 async def test_old_logprobs_reach_their_rows(tmp_path: Path) -> None:
     """Two ranks return alternate rows; joined, they equal what the engine sampled with, while the reference falls behind."""
-    run = await start(tmp_path, make_config(steps=4, kl=0.01, mini_batches=2))
+    run = await start(tmp_path, make_config(steps=4, kl=0.01, num_mini_batches=2))
     await run.finish()
     assert max(batch["old_gap"] for batch in run.batches) < 1e-6
     assert run.batches[0]["ref_gap"] < 1e-6 < 0.1 < run.batches[3]["ref_gap"]
@@ -128,7 +128,7 @@ async def test_old_logprobs_reach_their_rows(tmp_path: Path) -> None:
 
 async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
     """By reference counts alone: the object store cannot wait for a garbage collection."""
-    run = await start(tmp_path, make_config(steps=4, kl=0.1, mini_batches=2, evaluate=2))
+    run = await start(tmp_path, make_config(steps=4, kl=0.1, num_mini_batches=2, evaluate=2))
     alive: list[int] = []
     run.recorder.at_step = lambda: alive.append(len(run.stage.handles))
     most = 0
@@ -237,7 +237,7 @@ async def test_a_step_in_which_everything_is_masked_is_told(tmp_path: Path) -> N
     ((_, step),) = run.recorder.steps
     assert step["trained/responses"] == step["policy/updates"] == 0
     assert "trained/reward_mean" not in step
-    assert step["rollout/truncated_share"] == 1
+    assert step["rollout/truncated_fraction"] == 1
     (record,) = read_metrics(run.directory.metrics)
     assert record.notes == (
         "every response was truncated at generation.max_tokens and masked out of the loss: nothing was trained",

@@ -20,7 +20,7 @@ NETWORK = {
     "algorithm.advantage.parameters": {"solver": "network"},
 }
 KL = {"algorithm.kl.coefficient": 0.1}
-SEVERAL = {"policy.mini_batches": 2}
+SEVERAL = {"policy.num_mini_batches": 2}
 VLLM = {"generation.engine": "vllm"}
 
 # option, value, a setting in which it does nothing, one in which it does, and the machine.
@@ -59,8 +59,8 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("policy.offload_optimizer", True, {}, {"cluster.address": "auto"}, CPU),
     ("generation.gpus_per_worker", 0.5, {}, {"cluster.address": "auto"}, CPU),
     ("policy.threads_per_rank", 2, {}, {"policy.gpus_per_rank": 0.0}, GPU),
-    ("policy.share_prompts", True, {"policy.packing": False}, {}, CPU),
-    ("policy.share_prompts", True, {"model.attention": "flash_attention_2"}, {}, GPU),
+    ("policy.shared_prefix_packing", True, {"policy.packing": False}, {}, CPU),
+    ("policy.shared_prefix_packing", True, {"model.attention": "flash_attention_2"}, {}, GPU),
     ("policy.optimizer.minimum_ratio", 0.1, {}, {"policy.optimizer.schedule": "cosine"}, CPU),
     ("data.synthetic.levels", [2], {"data.train": "a.jsonl"}, {}, CPU),
     ("data.synthetic.train_size", 9, {"data.train": "a.jsonl"}, {}, CPU),
@@ -130,7 +130,7 @@ def test_a_power_of_zero_ignores_the_ratio_too():
         "algorithm.objective.weight": "power",
         "algorithm.objective.parameters": {"q": 0.0},
         "algorithm.objective.ratio": "prefix",
-        "policy.mini_batches": 2,
+        "policy.num_mini_batches": 2,
     }
     (warning,) = warned(changes, {"algorithm.objective.ratio"}, CPU)
     assert "does not read the ratio" in warning

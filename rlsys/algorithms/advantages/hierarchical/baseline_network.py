@@ -1,4 +1,4 @@
-"""`solver: network`: the layers' baselines from a small network on what the policy knows just before each token.
+"""`solver: network`: the horizons' baselines from a small network on what the policy knows just before each token.
 
 outputs (before an update, of a mini-batch not seen yet) -> baselines -> advantages
 accumulate (each pack of the update) -> step
@@ -18,23 +18,23 @@ from rlsys.algorithms.advantages.hierarchical.grouped_batch import (
     Places,
     others_variance,
 )
-from rlsys.algorithms.advantages.hierarchical.horizons import FIELD, Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import FIELD, Horizons
 from rlsys.config import RunConfig
 
 
 class BaselineNetwork(nn.Module):
-    """b_t = A tanh(B [h_{t-1} / rms(h_{t-1}), t / span, 1]): one output for each of p layers, all 0 until it has learned.
+    """b_t = A tanh(B [h_{t-1} / rms(h_{t-1}), t / span, 1]): one output for each of p horizons, all 0 until it has learned.
 
     h_{t-1} is the policy's last hidden state at the position that predicts token t: it has seen the
     prompt and the tokens before t, and nothing else, so the baselines leave the gradient unbiased
     (docs/hierarchical_derivation.md, section 4).
     """
 
-    def __init__(self, hidden_size: int, layers: int, *, width: int, span: int) -> None:
+    def __init__(self, hidden_size: int, horizons: int, *, width: int, span: int) -> None:
         super().__init__()
         self.span = span
         self.inward = nn.Linear(hidden_size + 1, width)
-        self.outward = nn.Linear(width, layers, bias=False)
+        self.outward = nn.Linear(width, horizons, bias=False)
         nn.init.zeros_(self.outward.weight)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ class BaselineNetwork(nn.Module):
 class BaselineRegression:
     """What a network learns from a batch: W_t = base_t - features_t . b_t should be small.
 
-        sum_t n_t W_t^2,   features_t^(s) = v_i rho_{<=s} / sqrt(number of layers of t),   base = rho_{<=L} (R - c)
+        sum_t n_t W_t^2,   features_t^(s) = v_i rho_{<=s} / sqrt(number of horizons of t),   base = rho_{<=L} (R - c)
 
     v_i is the variance of the rewards of the others of i's group, as in the pooled fit: where they all
     agree there is nothing to expect, and groups of equal rewards keep a weight of exactly 0.
     """
 
-    features: Tensor  # [..., p] 0 for layers before t
+    features: Tensor  # [..., p] 0 for horizons before t
     base: Tensor  # [...]
     weights: Tensor  # [...] n_t, 0 outside the mask
 
@@ -64,7 +64,7 @@ class BaselineRegression:
         """Return that of a batch [B, T] in groups."""
         width = batch.ratios.shape[2]
         positions = torch.arange(width, device=batch.ratios.device)
-        features = batch.layers.features(batch.ratios, positions).transpose(1, 2)  # [K, G, T, p]
+        features = batch.horizons.features(batch.ratios, positions).transpose(1, 2)  # [K, G, T, p]
         features = features * others_variance(batch.rewards, batch.present)[..., None, None]
         base = batch.base[..., None].expand(-1, -1, width)
         arrays = (features, base, batch.weights)
@@ -83,12 +83,12 @@ class BaselineRegression:
         """Return [B, T] features . b of the network's outputs [B, T, p].
 
         Raises:
-            ValueError: they are of other layers.
+            ValueError: they are of other horizons.
         """
         if baselines.shape != self.features.shape:
             raise ValueError(
-                f"auxiliary: {tuple(baselines.shape)}, but these layers have "
-                f"{tuple(self.features.shape)}. Build the network for the same {FIELD}.layers, "
+                f"auxiliary: {tuple(baselines.shape)}, but these horizons have "
+                f"{tuple(self.features.shape)}. Build the network for the same {FIELD}.horizons, "
                 "block_size and max_tokens."
             )
         return (self.features * baselines).sum(dim=-1)
@@ -103,7 +103,7 @@ class BaselineRegression:
 
 @dataclass(frozen=True)
 class HeldOutGain:
-    """How well predictions f = features . b did on batches the network had not seen, with forgetting; sets the strength.
+    """How well predictions f = features . b did on batches the network had not seen, with forgetting; sets the shrinkage.
 
     gamma = sum n base f / sum n f^2,  held within 0 and 1:  minimises sum n (base - gamma f)^2
     """
@@ -112,7 +112,7 @@ class HeldOutGain:
     quadratic: float = 0.0
 
     @property
-    def strength(self) -> float:
+    def shrinkage(self) -> float:
         """0 before the first batch."""
         return min(max(self.linear / self.quadratic, 0.0), 1.0) if self.quadratic > 0 else 0.0
 
@@ -124,7 +124,7 @@ class HeldOutGain:
 
 
 class LearnedBaselines:
-    """A `TokenAuxiliary`: the network with its optimizer, and the strength that it has earned on batches it had not seen."""
+    """A `TokenAuxiliary`: the network with its optimizer, and the shrinkage that it has earned on batches it had not seen."""
 
     def __init__(self, network: BaselineNetwork, learning_rate: float) -> None:
         self.network = network
@@ -137,13 +137,13 @@ class LearnedBaselines:
     def build(config: RunConfig, hidden_size: int) -> LearnedBaselines:
         """Return the network of a run; the same on every rank."""
         advantage, limit = config.algorithm.advantage, config.generation.max_tokens
-        parameters = {"layers": "current_and_final", "block_size": 256} | advantage.parameters
+        parameters = {"horizons": "current_and_final", "block_size": 256} | advantage.parameters
         span = parameters.get("max_tokens") or limit
-        layers = Layers.of(parameters["layers"], span, parameters["block_size"]).most
+        horizons = Horizons.of(parameters["horizons"], span, parameters["block_size"]).most
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
             network = BaselineNetwork(
-                hidden_size, layers, width=advantage.auxiliary.width, span=limit
+                hidden_size, horizons, width=advantage.auxiliary.width, span=limit
             )
         return LearnedBaselines(network, advantage.auxiliary.learning_rate)
 
@@ -154,8 +154,8 @@ class LearnedBaselines:
 
     @torch.no_grad()
     def outputs(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Return [m, p] baselines, with the strength in them."""
-        return self.gain.strength * self.network(hidden, positions)
+        """Return [m, p] baselines, with the shrinkage in them."""
+        return self.gain.shrinkage * self.network(hidden, positions)
 
     def accumulate(self, hidden: Tensor, positions: Tensor, targets: Tensor) -> None:
         """Add the gradient of the regression at m tokens, and what tells how well the network predicted it."""
@@ -187,10 +187,10 @@ class LearnedBaselines:
         return found
 
     def step(self) -> dict[str, float]:
-        """Take one step of Adam on the mean over tokens. The strength that was in use is reported."""
+        """Take one step of Adam on the mean over tokens. The shrinkage that was in use is reported."""
         linear, quadratic, tokens = self._sums.tolist()
         gradients = self._gradients()
-        used = self.gain.strength
+        used = self.gain.shrinkage
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             for gradient in gradients:
                 gradient.div_(max(tokens, 1))
@@ -198,7 +198,7 @@ class LearnedBaselines:
             self.gain = self.gain.after(linear, quadratic)
         self.optimizer.zero_grad()
         self._sums.zero_()
-        return {"strength_network": used}
+        return {"shrinkage_network": used}
 
     def state_dict(self) -> dict[str, Any]:
         """See `TokenAuxiliary`."""

@@ -73,7 +73,7 @@ def _others_weighted_mean(weight: Tensor, rewards: Tensor) -> Tensor:
     )
 
 
-def effective_share(ratios: Tensor, alive: Tensor) -> Tensor:
+def effective_fraction(ratios: Tensor, alive: Tensor) -> Tensor:
     """[t] effective sample size of the prefix ratios over the number of responses with a token there; 1 on-policy, 0 where there is none.
 
         (sum rho)^2 / (number sum rho^2)
@@ -88,8 +88,8 @@ def effective_share(ratios: Tensor, alive: Tensor) -> Tensor:
     )
 
 
-def effective_shares(ratios: Tensor, alive: Tensor) -> dict[str, float]:
-    """`effective_share` at nine evenly spaced positions, named by percent of the longest response: effective_share/at_000, at_012, ... at_100.
+def effective_fractions(ratios: Tensor, alive: Tensor) -> dict[str, float]:
+    """`effective_fraction` at nine evenly spaced positions, named by percent of the longest response: effective_fraction/at_000, at_012, ... at_100.
 
     Shapes: ratios and alive [K, G, T], T the longest response.
 
@@ -98,25 +98,25 @@ def effective_shares(ratios: Tensor, alive: Tensor) -> dict[str, float]:
     eighths = range(9)
     at = [eighth * (ratios.shape[2] - 1) // 8 for eighth in eighths]
     shares, known = (
-        effective_share(ratios[:, :, at], alive[:, :, at]).tolist(),
+        effective_fraction(ratios[:, :, at], alive[:, :, at]).tolist(),
         alive[:, :, at].flatten(0, 1).any(0).tolist(),
     )
-    return {f"effective_share/at_{100 * k // 8:03d}": shares[k] for k in eighths if known[k]}
+    return {f"effective_fraction/at_{100 * k // 8:03d}": shares[k] for k in eighths if known[k]}
 
 
 def condition_numbers(batch: GroupedBatch, positions: Tensor) -> Tensor:
-    """[t] condition number of the weighted products of the layers' features over the whole batch, before any ridge: inf if two are alike."""
+    """[t] condition number of the weighted products of the horizons' features over the whole batch, before any ridge: inf if two are alike."""
     x = (
-        batch.layers.features(batch.ratios, positions).transpose(0, 1).flatten(1, 2)
+        batch.horizons.features(batch.ratios, positions).transpose(0, 1).flatten(1, 2)
     )  # [t, K * G, p]
     n = batch.weights[:, :, positions].movedim(2, 0).flatten(1)
     gram = (x * n[..., None]).transpose(1, 2) @ x
     values = torch.linalg.eigvalsh(gram)
     held = values[:, -1:] > 0
-    number = batch.layers.count(positions)
+    number = batch.horizons.count(positions)
     smallest = values.gather(
         1, (values.shape[1] - number)[:, None]
-    )  # layers before t are 0: theirs are the first eigenvalues
+    )  # horizons before t are 0: theirs are the first eigenvalues
     return torch.where(held, values[:, -1:] / smallest.clamp(min=1e-16 * values[:, -1:]), 1.0)[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Hierarchical token-level baselines: one baseline for each layer of the future importance ratio."""
+"""Hierarchical token-level baselines: one baseline for each horizon of the future importance ratio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlsys.algorithms.advantages.hierarchical.baseline_network import (
 from rlsys.algorithms.advantages.hierarchical.diagnostics import (
     ONE_A_RESPONSE,
     condition_numbers,
-    effective_shares,
+    effective_fractions,
     plain_baseline,
     variance_ratios,
 )
@@ -39,8 +39,8 @@ from rlsys.algorithms.advantages.hierarchical.grouped_batch import (
 )
 from rlsys.algorithms.advantages.hierarchical.horizons import (
     FIELD,
-    Layers,
-    check_layers,
+    Horizons,
+    check_horizons,
     check_log_ratio_clip,
     prefix_ratios,
 )
@@ -49,7 +49,7 @@ from rlsys.algorithms.advantages.hierarchical.shrinkage import (
     fit_automatically,
     fit_with_ridge,
     sampled,
-    tilted_centre,
+    weighted_baseline,
 )
 from rlsys.config import RunConfig
 
@@ -80,7 +80,7 @@ def _check(config: RunConfig) -> Iterator[str]:
 
 def _validate(
     *,
-    layers: str,
+    horizons: str,
     block_size: int,
     solver: str,
     scope: str,
@@ -89,7 +89,7 @@ def _validate(
     log_ratio_clip: float | None,
     **_: object,
 ) -> None:
-    check_layers(layers, max_tokens or 1, block_size)
+    check_horizons(horizons, max_tokens or 1, block_size)
     check_log_ratio_clip(log_ratio_clip)
     for name, value, known in (("solver", solver, SOLVERS), ("scope", scope, SCOPES)):
         if value not in known:
@@ -100,9 +100,9 @@ def _validate(
         )
     if solver != "network":
         return
-    if max_tokens is None and layers in ("blocks", "all"):
+    if max_tokens is None and horizons in ("blocks", "all"):
         raise ValueError(
-            f"{FIELD}.max_tokens: a network has one output per layer, so their number must not "
+            f"{FIELD}.max_tokens: a network has one output per horizon, so their number must not "
             "follow the batch. Set max_tokens."
         )
     if ridge is not None:
@@ -111,7 +111,7 @@ def _validate(
 
 @register_advantage_estimator(
     "hierarchical",
-    needs=("rollout_logprobs", "old_logprobs", "score_norms"),
+    needs=("rollout_logprobs", "old_logprobs", "squared_score_norms"),
     compares_group=True,
     importance_corrected=True,
     check=_check,
@@ -122,7 +122,7 @@ def _validate(
 def hierarchical_advantages(
     inputs: AdvantageInputs,
     *,
-    layers: str = "current_and_final",
+    horizons: str = "current_and_final",
     block_size: int = 256,
     solver: str = "least_squares",
     scope: str = "auto",
@@ -131,40 +131,40 @@ def hierarchical_advantages(
     log_ratio_clip: float | None = None,
     diagnostics: bool = True,
 ) -> AdvantageOutput:
-    """The policy-gradient weight of each token, importance-corrected, less one baseline for each layer of the future ratio.
+    """The policy-gradient weight of each token, importance-corrected, less one baseline for each horizon of the future ratio.
 
-        W_t = rho_{<=t} Delta_t = rho_{<=L} (R - c) - gamma sum_{s in layers(t)} rho_{<=s} beta_t^(s)
-        Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in layers(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
+        W_t = rho_{<=t} Delta_t = rho_{<=L} (R - c) - gamma sum_{s in horizons(t)} rho_{<=s} beta_t^(s)
+        Delta_t = alpha_t^(L) (R - c) - gamma sum_{s in horizons(t)} alpha_t^(s) beta_t^(s),   alpha_t^(s) = rho_{<=s} / rho_{<=t}
 
     c is the mean reward of the others of the group and beta minimises the second moment of W_t score_t,
-    as a weighted regression that has not seen the response. gamma is the strength: 0 gives back
+    as a weighted regression that has not seen the response. gamma is the shrinkage: 0 gives back
     leave-one-out (RLOO) with the ratio of the whole response, 1 the regression. With an automatic ridge c
     is moved towards the others' mean weighted by rho_{<=L}^2 and score norm where their rewards clearly
     follow those weights.
 
     Source: docs/hierarchical_derivation.md; measurements: docs/hierarchical_baselines.md.
 
-    Shapes: rewards [B], rollout_logprobs, old_logprobs, score_norms, response_mask [B, T] -> advantages
+    Shapes: rewards [B], rollout_logprobs, old_logprobs, squared_score_norms, response_mask [B, T] -> advantages
     [B, T].
 
     Conventions:
         The result is the whole weight of the score, for an objective without ratio or clip (weight
             `none`: stop-gradient W_t times log pi), and unbiased.
-        layers: `final` (s = L, Seq-IS), `current` (s = t), `current_and_final`, `blocks` (every
+        horizons: `final` (s = L, Seq-IS), `current` (s = t), `current_and_final`, `blocks` (every
             `block_size` tokens, current and final), `all` (every s >= t; at most 512 tokens). The mean of
-            the others stays in the final layer whatever is chosen.
+            the others stays in the final horizon whatever is chosen.
         scope: `group` fits each group by itself, `batch` all other folds of groups together, `auto` adds
-            both, each with its strength.
-        ridge: None is automatic: ridge 2, strengths from held-out groups. A number is that ridge at
-            strength 1 (`auto` is then `group`). It counts responses with all ratios 1, of a score norm as
+            both, each with its shrinkage.
+        ridge: None is automatic: ridge 2, shrinkage from held-out groups. A number is that ridge at
+            shrinkage 1 (`auto` is then `group`). It counts responses with all ratios 1, of a score norm as
             the others have it on average (to a power of two).
-        max_tokens: the length over which layers and the positions that strengths are read at are laid. A
+        max_tokens: the length over which horizons and the positions that shrinkage are read at are laid. A
             run sets it to `generation.max_tokens` where it is null. None in a call: the length of the
-            longest response, which then has a say in its own layers and strengths.
+            longest response, which then has a say in its own horizons and shrinkage.
             Exactly unbiased only with a number.
         solver: `least_squares` fits the batch. `network` takes b from the estimator's auxiliary network,
             times v, the variance of the others' rewards: a network on the policy's hidden states that has
-            not seen the batch, with its strength in it (`baseline_network`). `scope` then means nothing;
+            not seen the batch, with its shrinkage in it (`baseline_network`). `scope` then means nothing;
             needs `algorithm.advantage.recompute`, since the policy's ranks evaluate and train it.
         log_ratio_clip: bounds log-ratios, for stability; biased towards the sampler's policy. Off by
             default.
@@ -181,7 +181,7 @@ def hierarchical_advantages(
             an unknown choice or a number out of range.
     """
     _validate(
-        layers=layers,
+        horizons=horizons,
         block_size=block_size,
         solver=solver,
         scope=scope,
@@ -189,7 +189,7 @@ def hierarchical_advantages(
         max_tokens=max_tokens,
         log_ratio_clip=log_ratio_clip,
     )
-    prepared = _Prepared.of(inputs, layers, block_size, max_tokens, log_ratio_clip)
+    prepared = _Prepared.of(inputs, horizons, block_size, max_tokens, log_ratio_clip)
     if prepared is None:
         return AdvantageOutput(advantages=_full(None, inputs))
 
@@ -204,7 +204,7 @@ def hierarchical_advantages(
         fitted = fit_with_ridge(batch, scope, ridge)
 
     weight = prepared.weight(fitted.correction)
-    measured = {"clipped_share": prepared.clipped, **fitted.strengths}
+    measured = {"clip_fraction": prepared.clipped, **fitted.shrinkage}
     if diagnostics:
         measured |= _diagnostics(prepared, weight, block_size)
     dtype = at_least_float32(inputs.rewards).dtype
@@ -239,14 +239,14 @@ class _Prepared:
     @staticmethod
     def of(
         inputs: AdvantageInputs,
-        layers: str,
+        horizons: str,
         block_size: int,
         max_tokens: int | None,
         log_ratio_clip: float | None,
     ) -> _Prepared | None:
         """Return the batch up to its last token; None where there is none.
 
-        Columns after the last token of all would add layers and sampled positions that mean nothing.
+        Columns after the last token of all would add horizons and sampled positions that mean nothing.
         """
         columns = inputs.response_mask.any(dim=0).nonzero()
         width = int(columns.max()) + 1 if len(columns) else 0
@@ -262,13 +262,13 @@ class _Prepared:
         process = inputs.token_rewards
         process = None if process is None else process[:, :width]
         rewards = outcome_rewards(inputs.rewards, process, mask).double()
-        chosen = Layers.of(layers, _span(width, max_tokens), block_size, mask.device)
+        chosen = Horizons.of(horizons, _span(width, max_tokens), block_size, mask.device)
         batch = group_batch(ratios, rewards, norms, alive, places, chosen)
         return _Prepared(batch, places, places.spread(rewards), norms, alive, clipped)
 
     def fitted_automatically(self, scope: str) -> Fitted:
-        """Return the corrections with strengths from held-out groups, and the centre moved."""
-        moved = replace(self.batch, centre=tilted_centre(self.batch))
+        """Return the corrections with shrinkage from held-out groups, and the centre moved."""
+        moved = replace(self.batch, centre=weighted_baseline(self.batch))
         positions = torch.arange(moved.ratios.shape[2], device=moved.ratios.device)
         fitted = fit_automatically(moved, self.norms, scope, positions)
         correction = fitted.correction + (self.batch.base - moved.base)[..., None]
@@ -301,15 +301,15 @@ def _checked_arrays(inputs: AdvantageInputs) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: rewards that are not finite, or norms that are no squares.
     """
-    rollout, old, norms = inputs.rollout_logprobs, inputs.old_logprobs, inputs.score_norms
+    rollout, old, norms = inputs.rollout_logprobs, inputs.old_logprobs, inputs.squared_score_norms
     assert rollout is not None, "rollout_logprobs are declared in `needs`"
     assert old is not None, "old_logprobs are declared in `needs`"
-    assert norms is not None, "score_norms are declared in `needs`"
+    assert norms is not None, "squared_score_norms are declared in `needs`"
     if not torch.isfinite(inputs.rewards).all():
         raise ValueError("rewards: not all are finite")
     if not (torch.isfinite(norms) & (norms >= 0))[inputs.response_mask].all():
         raise ValueError(
-            "score_norms: values inside the response mask must be finite and at least 0"
+            "squared_score_norms: values inside the response mask must be finite and at least 0"
         )
     return rollout, old, norms
 
@@ -324,7 +324,7 @@ def _span(longest: int, max_tokens: int | None) -> int:
 
 
 def _diagnostics(prepared: _Prepared, weight: Tensor, block_size: int) -> dict[str, float]:
-    """Return variance ratios to the leave-one-out mean of every baseline and layer set, effective sample size and condition.
+    """Return variance ratios to the leave-one-out mean of every baseline and horizon set, effective sample size and condition.
 
     At a few positions.
     """
@@ -339,16 +339,16 @@ def _diagnostics(prepared: _Prepared, weight: Tensor, block_size: int) -> dict[s
 
     shifted = prepared.rewards - prepared.rewards[:, :1] * batch.present
     centred = replace(batch, rewards=shifted, centre=others_mean(shifted, batch.present))
-    centred = replace(centred, centre=tilted_centre(centred))
+    centred = replace(centred, centre=weighted_baseline(centred))
     for name in ("final", "current", "current_and_final", "blocks"):
-        layers = Layers.of(name, batch.layers.span, block_size, weight.device)
-        other = replace(centred, layers=layers)
+        horizons = Horizons.of(name, batch.horizons.span, block_size, weight.device)
+        other = replace(centred, horizons=horizons)
         fitted = fit_automatically(other, prepared.norms, "auto", at)
         weights[name] = other.base[..., None] - fitted.correction
 
     ratios = variance_ratios(weights, n)
     return {f"variance_ratio/{name}": ratio for name, ratio in ratios.items()} | {
         "won": float(ratios["used"] < 1),
-        **effective_shares(batch.ratios, prepared.alive),
+        **effective_fractions(batch.ratios, prepared.alive),
         "condition_number": float(condition_numbers(batch, at).median()),
     }

@@ -16,7 +16,7 @@ from rlsys.algorithms.advantages.hierarchical.grouped_batch import TINY, Grouped
 
 # Numbers in the largest temporary array: 16 MiB in float64, of which a handful live at once.
 CHUNK = 1 << 21
-JITTER = 1e-12  # of a matrix's mean diagonal, on top of the ridge: two layers may be the same
+JITTER = 1e-12  # of a matrix's mean diagonal, on top of the ridge: two horizons may be the same
 
 
 def power_of_two(mass: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ def chunks(positions: Tensor, numbers_per_position: int) -> Iterator[Tensor]:
 
 
 def group_corrections(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
-    """Return [K, G, t] what the layers fitted within the group add to the centre, for each response without itself.
+    """Return [K, G, t] what the horizons fitted within the group add to the centre, for each response without itself.
 
         f_i(t) = sum_s rho_{<=s, i} beta_{t, -i}^(s)
-        beta_{t, -i} = argmin  sum_{j != i} n_j(t) (rho_j (R_j - c_i) - x_j(t) . beta)^2 + ridge |beta|^2,   x: `Layers.features`
+        beta_{t, -i} = argmin  sum_{j != i} n_j(t) (rho_j (R_j - c_i) - x_j(t) . beta)^2 + ridge |beta|^2,   x: `Horizons.features`
 
     with c_i the centre of i, which has not seen R_i either. Not fitted G times: the residual of a
     left-out response is e_i / (1 - h_ii), and since the target is linear in c, that of the fit centred
@@ -72,7 +72,7 @@ def group_corrections(batch: GroupedBatch, positions: Tensor, ridge: float) -> T
 
 def _fitted(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
     """Return [K, G, t] `group_corrections` with one ridge for all, in numbers."""
-    size, most = batch.rewards.shape[1], batch.layers.most
+    size, most = batch.rewards.shape[1], batch.horizons.most
     fit = _by_features if most < size else _by_products
     width = batch.rewards.numel() * (min(size, most) + 2)
     return torch.cat([fit(batch, part, ridge) for part in chunks(positions, width)], dim=2)
@@ -84,9 +84,9 @@ def _targets(batch: GroupedBatch) -> Tensor:
 
 
 def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
-    """Solve one p x p system per position, for fewer layers than responses."""
+    """Solve one p x p system per position, for fewer horizons than responses."""
     n = batch.weights[:, :, positions].transpose(1, 2)  # [K, t, G]
-    x = batch.layers.features(batch.ratios, positions)  # [K, t, G, p]
+    x = batch.horizons.features(batch.ratios, positions)  # [K, t, G, p]
     y = _targets(batch).expand(*n.shape, 2)
     weighted = (x * n[..., None]).transpose(2, 3)
     factor = torch.linalg.cholesky(ridged(weighted @ x, ridge))
@@ -99,14 +99,14 @@ def _by_features(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor
 
 
 def _by_products(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
-    """Solve one G x G system per position, for as many layers as responses or more.
+    """Solve one G x G system per position, for as many horizons as responses or more.
 
     With K = N^1/2 X X^T N^1/2 the residuals of the weighted fit are (1 - hat) y = ridge (K + ridge)^-1 y,
     and 1 - h_ii is the ridge times the diagonal of that inverse: the ridge cancels in their quotient.
     """
     n = batch.weights[:, :, positions].transpose(1, 2)
     roots = n.sqrt()
-    kernel = batch.layers.kernel(batch.ratios, positions, roots)
+    kernel = batch.horizons.kernel(batch.ratios, positions, roots)
     diagonal = kernel.diagonal(dim1=2, dim2=3)
     diagonal += ridge + JITTER * diagonal.mean(dim=2, keepdim=True) + TINY
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.advantages.grouping import Groups, others_mean
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 
 TINY = 1e-100  # no denominator is 0, and no sum of what there is feels it
 
@@ -19,12 +19,12 @@ class GroupedBatch:
 
     ratios: Tensor  # [K, G, T] float64 rho_{<=t}
     rewards: Tensor  # [K, G] float64
-    centre: Tensor  # [K, G] what the reward is compared with before the layers are fitted
+    centre: Tensor  # [K, G] what the reward is compared with before the horizons are fitted
     present: Tensor  # [K, G] bool
     # [K, G, T] float64 weight of a response in the regression of position t; 0 where it has no token
     weights: Tensor
     mass: Tensor  # [K, G, 2] sum of a response's score norms and their number: a ridge counts in their mean
-    layers: Layers
+    horizons: Horizons
 
     @property
     def final(self) -> Tensor:
@@ -33,7 +33,7 @@ class GroupedBatch:
 
     @property
     def base(self) -> Tensor:
-        """[K, G] policy-gradient weight before any layer: rho_{<=L} (R - centre)."""
+        """[K, G] policy-gradient weight before any horizon: rho_{<=L} (R - centre)."""
         return self.final * (self.rewards - self.centre)
 
     def groups(self, which: Tensor) -> GroupedBatch:
@@ -73,7 +73,12 @@ class Places:
 
 
 def group_batch(
-    ratios: Tensor, rewards: Tensor, norms: Tensor, alive: Tensor, places: Places, layers: Layers
+    ratios: Tensor,
+    rewards: Tensor,
+    norms: Tensor,
+    alive: Tensor,
+    places: Places,
+    horizons: Horizons,
 ) -> GroupedBatch:
     """Return the batch in groups, centred on the mean of the other responses.
 
@@ -96,7 +101,7 @@ def group_batch(
         present=places.present,
         weights=torch.where(alive, smoothed, 0.0),
         mass=mass,
-        layers=layers,
+        horizons=horizons,
     )
 
 

@@ -1,4 +1,4 @@
-"""The features of hierarchical baselines: prefix ratios of a batch, and which of them are the layers of a position."""
+"""The features of hierarchical baselines: prefix ratios of a batch, and which of them are the horizons of a position."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LAYER_SETS = ("final", "current", "current_and_final", "blocks", "all")
-LONGEST_FOR_ALL = 512  # `all` has a layer per token, so its cost grows with the cube of the length
+HORIZON_SETS = ("final", "current", "current_and_final", "blocks", "all")
+LONGEST_FOR_ALL = (
+    512  # `all` has a horizon per token, so its cost grows with the cube of the length
+)
 LARGEST_LOG_RATIO = 80.0  # its exponential still fits float32, and products of four of them float64
 FIELD = "algorithm.advantage.parameters"
 
 
-def check_layers(name: str, length: int, block_size: int) -> None:
-    """Refuse a layer set that there is not, or that responses of `length` tokens cannot have.
+def check_horizons(name: str, length: int, block_size: int) -> None:
+    """Refuse a horizon set that there is not, or that responses of `length` tokens cannot have.
 
     Raises:
         ValueError: unknown name, a block size out of range, or `all` for long responses.
     """
-    if name not in LAYER_SETS:
-        raise ValueError(f"{FIELD}.layers: {name!r} is none of {', '.join(LAYER_SETS)}")
+    if name not in HORIZON_SETS:
+        raise ValueError(f"{FIELD}.horizons: {name!r} is none of {', '.join(HORIZON_SETS)}")
     if name == "blocks" and block_size < 1:
         raise ValueError(f"{FIELD}.block_size: {block_size} must be at least 1 token")
     if name == "all" and length > LONGEST_FOR_ALL:
         raise ValueError(
-            f"{FIELD}.layers: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. "
+            f"{FIELD}.horizons: 'all' takes at most {LONGEST_FOR_ALL} tokens, these are {length}. "
             "Use 'blocks'."
         )
 
@@ -44,33 +46,33 @@ def check_log_ratio_clip(bound: float | None) -> None:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The layers of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
+class Horizons:
+    """The horizons of every position of a batch T tokens wide: the fixed positions s >= t of `base`, and t itself if `current`."""
 
     # [S] int64, ascending; may lie behind the last column of the ratios, which are constant from there on
     base: Tensor
     current: bool
-    span: int  # positions that the layers are laid over
+    span: int  # positions that the horizons are laid over
 
     @staticmethod
-    def of(name: str, length: int, block_size: int, device: torch.device | None = None) -> Layers:
-        """Return the layer set called `name` for responses of at most `length` tokens; `device` is that of the ratios.
+    def of(name: str, length: int, block_size: int, device: torch.device | None = None) -> Horizons:
+        """Return the horizon set called `name` for responses of at most `length` tokens; `device` is that of the ratios.
 
         Conventions: positions count from 0. `final` is the last position: the cumulative log-ratio is
         constant after a response's end, so the ratio there is that of the whole response, whatever its
-        length. `blocks` ends a layer after every `block_size` tokens.
+        length. `blocks` ends a horizon after every `block_size` tokens.
 
         Raises:
-            ValueError: see `check_layers`.
+            ValueError: see `check_horizons`.
         """
-        check_layers(name, length, block_size)
+        check_horizons(name, length, block_size)
         last = length - 1
         base = {
             "current": [],
             "all": list(range(length)),
             "blocks": sorted({*range(block_size - 1, last, max(block_size, 1)), last}),
         }.get(name, [last])
-        return Layers(
+        return Horizons(
             torch.tensor(base, dtype=torch.int64, device=device),
             name in ("current", "current_and_final", "blocks"),
             length,
@@ -78,27 +80,27 @@ class Layers:
 
     @property
     def most(self) -> int:
-        """Layers of the first position, which has the most."""
+        """Horizons of the first position, which has the most."""
         return len(self.base) + self.current
 
     def count(self, positions: Tensor) -> Tensor:
-        """Return [t] the number of layers at each position, at least 1."""
+        """Return [t] the number of horizons at each position, at least 1."""
         fixed = len(self.base) - torch.searchsorted(self.base, positions)
         return (fixed + self.current).clamp(min=1)
 
     def fixed(self, ratios: Tensor) -> Tensor:
-        """[K, G, T] -> [K, G, S] ratios up to the fixed layers."""
+        """[K, G, T] -> [K, G, S] ratios up to the fixed horizons."""
         return ratios[:, :, self.base.clamp(max=ratios.shape[2] - 1)]
 
     def held(self, positions: Tensor) -> Tensor:
-        """Return [t, S] float64, 1 where a fixed layer is one of the position's, that is not before it."""
+        """Return [t, S] float64, 1 where a fixed horizon is one of the position's, that is not before it."""
         return (self.base >= positions[:, None]).double()
 
     def features(self, ratios: Tensor, positions: Tensor) -> Tensor:
-        """[K, G, T] prefix ratios -> [K, t, G, p] those of each position's layers over sqrt(number of layers), 0 for layers before it.
+        """[K, G, T] prefix ratios -> [K, t, G, p] those of each position's horizons over sqrt(number of horizons), 0 for horizons before it.
 
-        Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the layer
-        set: one ridge then shrinks all layer sets alike.
+        Divided so that a response with all ratios 1 has a feature vector of length 1 whatever the horizon
+        set: one ridge then shrinks all horizon sets alike.
         """
         parts = [self.fixed(ratios)[:, None] * self.held(positions)[None, :, None, :]]
         if self.current:
@@ -108,8 +110,8 @@ class Layers:
     def kernel(self, ratios: Tensor, positions: Tensor, roots: Tensor) -> Tensor:
         """Return [K, t, G, G] products of the features of every two responses, each times its `roots` [K, t, G].
 
-        The features are never formed. The fixed layers of t are a trailing part of those of position 0,
-        so the products of all t are the cumulative sums, from the last layer backwards, of one sequence
+        The features are never formed. The fixed horizons of t are a trailing part of those of position 0,
+        so the products of all t are the cumulative sums, from the last horizon backwards, of one sequence
         of rank-one terms.
         """
         fixed = self.fixed(ratios).movedim(2, 0)  # [S, K, G]

@@ -1,6 +1,6 @@
 """The regression over groups: what the groups of other folds say about a group's best baselines.
 
-Its features are those of `Layers` times the variance v_i of the rewards of the others of i's group. The
+Its features are those of `Horizons` times the variance v_i of the rewards of the others of i's group. The
 distance from the mean reward to the best baseline is a covariance of reward and ratio. After steps along
 the policy gradient it grows with the variance of the group's rewards, and where all others agree there is
 nothing to expect: 0.
@@ -76,12 +76,12 @@ def _sum_of(array: Tensor, kept: list[int]) -> Tensor:
 def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return [t, p, p], [t, p], [2], [2] of one fold.
 
-    The fixed layers are the same at every t, so all t take their products from one matrix.
+    The fixed horizons are the same at every t, so all t take their products from one matrix.
     """
-    layers = part.layers
+    horizons = part.horizons
     v = others_variance(part.rewards, part.present).flatten()
-    fixed = layers.fixed(part.ratios).flatten(0, 1)  # [B, S]
-    held = layers.held(positions)  # [t, S]
+    fixed = horizons.fixed(part.ratios).flatten(0, 1)  # [B, S]
+    held = horizons.held(positions)  # [t, S]
     # [B, t] once for each of the two factors x and y
     n = part.weights[:, :, positions].flatten(0, 1) * v[:, None]
     nx = n * v[:, None]
@@ -92,7 +92,7 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
     target = part.base.flatten()
     moment = (n * target[:, None]).T @ fixed * held
 
-    if layers.current:
+    if horizons.current:
         now = part.ratios[:, :, positions].flatten(0, 1)  # [B, t]
         cross = (nx * now).T @ fixed * held
         corner = (nx * now**2).sum(0)[:, None]
@@ -101,7 +101,7 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
         gram = torch.cat([upper, lower], 1)
         moment = torch.cat([moment, (n * now * target[:, None]).sum(0)[:, None]], 1)
 
-    count = layers.count(positions)
+    count = horizons.count(positions)
     scale = torch.stack([v.square().sum(), part.present.sum().double()])
     mass = part.mass.sum(dim=(0, 1))
     return gram / count[:, None, None], moment / count.sqrt()[:, None], scale, mass
@@ -109,11 +109,11 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
     """Return [K, G, t] features times coefficients [t, p]."""
-    layers = part.layers
-    scaled = beta / layers.count(positions).sqrt()[:, None]
-    number = len(layers.base)
-    fitted = layers.fixed(part.ratios) @ (scaled[:, :number] * layers.held(positions)).T
-    if layers.current:
+    horizons = part.horizons
+    scaled = beta / horizons.count(positions).sqrt()[:, None]
+    number = len(horizons.base)
+    fitted = horizons.fixed(part.ratios) @ (scaled[:, :number] * horizons.held(positions)).T
+    if horizons.current:
         fitted = fitted + part.ratios[:, :, positions] * scaled[:, number]
     v = others_variance(part.rewards, part.present)[..., None]
     return torch.where(part.weights[:, :, positions] > 0, fitted * v, 0.0)
@@ -136,30 +136,30 @@ def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float) -
 
 
 def pooled_corrections(
-    batch: GroupedBatch, positions: Tensor, ridge: float, strengths: Tensor | None = None
+    batch: GroupedBatch, positions: Tensor, ridge: float, shrinkage: Tensor | None = None
 ) -> Tensor:
-    """Return [K, G, t] what the layers fitted on the other folds add to the centre.
+    """Return [K, G, t] what the horizons fitted on the other folds add to the centre.
 
         f_i(t) = v_i sum_s rho_{<=s, i} beta_{t, -fold(i)}^(s),   v_i the variance of the rewards of the others of i's group
 
     Source: docs/hierarchical_derivation.md, section 8.
 
-    Conventions: `strengths` [F] multiplies the corrections of each fold's groups; folds at 0 are not
+    Conventions: `shrinkage` [F] multiplies the corrections of each fold's groups; folds at 0 are not
     solved. None: 1 for all. With a single fold there is nothing to learn from: 0.
     """
     members = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
-    if strengths is None:
-        strengths = torch.ones(len(folds), dtype=torch.float64, device=positions.device)
+    if shrinkage is None:
+        shrinkage = torch.ones(len(folds), dtype=torch.float64, device=positions.device)
 
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
-    solved = strengths.nonzero()[:, 0].tolist()
+    solved = shrinkage.nonzero()[:, 0].tolist()
     start = 0
-    for part in chunks(positions, len(folds) * (batch.layers.most + 1) ** 2):
+    for part in chunks(positions, len(folds) * (batch.horizons.most + 1) ** 2):
         sums = FoldSums.of(folds, part)
         end = start + len(part)
         for f in solved:
             predicted = _predicted(folds[f], part, sums.coefficients((f,), ridge))
-            corrections[members == f, :, start:end] = strengths[f] * predicted
+            corrections[members == f, :, start:end] = shrinkage[f] * predicted
         start = end
     return corrections

@@ -1,7 +1,7 @@
-"""How far hierarchical baselines leave the leave-one-out mean: strengths read from responses that they are not used on.
+"""How far hierarchical baselines leave the leave-one-out mean: shrinkage read from responses that they are not used on.
 
-The strength of a fit is a number in [0, 1] that multiplies what it adds to the leave-one-out mean. It starts from what pays on average for
-the size of the group, and leaves that only for a strength that saved clearly more on held-out groups.
+The shrinkage of a fit is a number in [0, 1] that multiplies what it adds to the leave-one-out mean. It starts from what pays on average for
+the size of the group, and leaves that only for a shrinkage that saved clearly more on held-out groups.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rlsys.algorithms.advantages.hierarchical.pooled_regression import (
 
 # The six numbers below were set on random tabular policies and prompts other than those of
 # docs/hierarchical_baselines.md.
-AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the strength
-HALF_STRENGTH = 16.0  # responses of a group with which its own fit starts at strength 1/2
-CAUTION = 1.0  # standard errors by which a gain must exceed that of the starting strength
+AUTOMATIC_RIDGE = 2.0  # responses; the rest of the shrinkage is the shrinkage
+HALF_SHRINKAGE = 16.0  # responses of a group with which its own fit starts at shrinkage 1/2
+CAUTION = 1.0  # standard errors by which a gain must exceed that of the starting shrinkage
 SMALL_SAMPLE = 24.0  # the standard error of n groups is itself unsure: it is widened by 1 + 24 / n
 # Standard errors that the correlation of reward and log-weight must exceed to move the centre.
 CERTAINTY = 4.0
 # Others, after the first three, by which the centre has gone half of its way to their mean by v.
 LEANING = 8.0
 STEPS = 9  # candidates: 0, 1/8, ... 1
-# A strength is one number for all positions: these many, evenly spread, are enough to read it.
+# A shrinkage is one number for all positions: these many, evenly spread, are enough to read it.
 SAMPLED_POSITIONS = 64
 
 
@@ -55,8 +55,8 @@ class Gains:
         )
 
 
-def cautious_strengths(gains: Gains, start: Tensor) -> Tensor:
-    """[m] the strengths whose gain over `start` [m] is largest after CAUTION standard errors over groups are taken off; `start` if none is positive.
+def cautious_shrinkage(gains: Gains, start: Tensor) -> Tensor:
+    """[m] the shrinkage whose gain over `start` [m] is largest after CAUTION standard errors over groups are taken off; `start` if none is positive.
 
     Source: the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3.
     """
@@ -73,7 +73,7 @@ def cautious_strengths(gains: Gains, start: Tensor) -> Tensor:
     return candidates[(gain.mean(dim=0) - CAUTION * error).argmax()]
 
 
-def tilted_centre(batch: GroupedBatch) -> Tensor:
+def weighted_baseline(batch: GroupedBatch) -> Tensor:
     """Return [K, G] the mean reward of the others, moved towards the best single baseline: a little always, and all the way where it is sure.
 
         l_i = c_i + m_i / (m_i + LEANING) (sum_j v_j R_j / sum_j v_j - c_i),   v_j = rho_j^(1/4) sum_t n_jt,   m_i = (n - 3)_+
@@ -146,26 +146,26 @@ class _Others:
         return (self.covariance(values, rewards) / spread).clamp(-1 + 1e-12, 1 - 1e-12)
 
 
-def starting_strength(size: Tensor) -> Tensor:
-    """G / (G + HALF_STRENGTH) for groups of G responses.
+def starting_shrinkage(size: Tensor) -> Tensor:
+    """G / (G + HALF_SHRINKAGE) for groups of G responses.
 
-    Not of fewer effective ones where ratios spread: a group whose strength sinks with its own large ratios sinks it just where there is most to save.
+    Not of fewer effective ones where ratios spread: a group whose shrinkage sinks with its own large ratios sinks it just where there is most to save.
     """
-    return size / (size + HALF_STRENGTH)
+    return size / (size + HALF_SHRINKAGE)
 
 
 def sampled(batch: GroupedBatch) -> Tensor:
-    """At most SAMPLED_POSITIONS positions, evenly over what the layers span, as far as there are responses."""
-    span = batch.layers.span
+    """At most SAMPLED_POSITIONS positions, evenly over what the horizons span, as far as there are responses."""
+    span = batch.horizons.span
     number = min(SAMPLED_POSITIONS, span)
     positions = torch.arange(number, device=batch.ratios.device) * span // number
     return positions[positions < batch.ratios.shape[2]]
 
 
-def fold_strengths(
+def fold_shrinkage(
     batch: GroupedBatch, n: Tensor, ridge: float, *, pooled: bool, own: bool
 ) -> Tensor:
-    """Return [F, 2] strengths of the pooled fit and of the groups' own for the groups of each fold, from the other folds alone.
+    """Return [F, 2] shrinkage of the pooled fit and of the groups' own for the groups of each fold, from the other folds alone.
 
     For fold f, every other fold g is predicted by a pooled fit that saw neither f nor g, and by its
     groups' own leave-one-out fits.
@@ -183,36 +183,36 @@ def fold_strengths(
         shared = held_out_predictions(batch, positions, ridge)
 
     sizes = batch.present.sum(dim=1).double()
-    # What is not in use has equal gains at every strength, so rounding would choose.
+    # What is not in use has equal gains at every shrinkage, so rounding would choose.
     in_use = torch.tensor([pooled, own], dtype=torch.float64, device=n.device)
-    strengths = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
+    shrinkage = torch.zeros(number, 2, dtype=torch.float64, device=n.device)
     for f in range(number):
         seen = fold != f
         corrections = torch.stack([shared[f], within], -1)[seen]
         gains = Gains.of(n[seen][:, :, positions], batch.base[seen], corrections)
-        start = starting_strength(sizes[seen].mean())
+        start = starting_shrinkage(sizes[seen].mean())
         start = torch.stack([torch.zeros_like(start), start])
-        strengths[f] = cautious_strengths(gains, start) * in_use
-    return strengths
+        shrinkage[f] = cautious_shrinkage(gains, start) * in_use
+    return shrinkage
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the layers add to the centre, and how strongly."""
+    """What the horizons add to the centre, and how strongly."""
 
     correction: Tensor  # [K, G, t]
-    strengths: Mapping[str, float] = field(default_factory=dict)
+    shrinkage: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit_with_ridge(batch: GroupedBatch, scope: str, ridge: float) -> Fitted:
-    """Return the corrections at strength 1 with one ridge for all; `auto` is `group` then."""
+    """Return the corrections at shrinkage 1 with one ridge for all; `auto` is `group` then."""
     positions = torch.arange(batch.ratios.shape[2], device=batch.ratios.device)
     fit = pooled_corrections if scope == "batch" else group_corrections
     return Fitted(fit(batch, positions, ridge))
 
 
 def fit_automatically(batch: GroupedBatch, n: Tensor, scope: str, positions: Tensor) -> Fitted:
-    """Return the corrections of both scopes, each at the strength that responses it is not used on allow."""
+    """Return the corrections of both scopes, each at the shrinkage that responses it is not used on allow."""
     own, pooled = _strengths(batch, n, scope)
     correction = torch.zeros_like(batch.ratios[:, :, positions])
     if (own > 0).any():
@@ -221,7 +221,7 @@ def fit_automatically(batch: GroupedBatch, n: Tensor, scope: str, positions: Ten
         correction += pooled_corrections(batch, positions, AUTOMATIC_RIDGE, pooled)
     return Fitted(
         correction,
-        {"strength_group": float(own.mean()), "strength_batch": float(pooled.mean())},
+        {"shrinkage_group": float(own.mean()), "shrinkage_batch": float(pooled.mean())},
     )
 
 
@@ -229,8 +229,8 @@ def _strengths(batch: GroupedBatch, n: Tensor, scope: str) -> tuple[Tensor, Tens
     """Return [K, 1] of each group's own fit, and [F] of the pooled fit for each fold."""
     groups = len(batch.rewards)
     if groups == 1:
-        own = starting_strength(batch.present.sum(dim=1, keepdim=True).double())
+        own = starting_shrinkage(batch.present.sum(dim=1, keepdim=True).double())
         own = own * (scope != "batch")
         return own, own.new_zeros(1)
-    both = fold_strengths(batch, n, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch")
+    both = fold_shrinkage(batch, n, AUTOMATIC_RIDGE, pooled=scope != "group", own=scope != "batch")
     return both[fold_of_group(groups, n.device), 1][:, None], both[:, 0]

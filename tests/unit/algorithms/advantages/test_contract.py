@@ -53,10 +53,12 @@ def test_score_norms_that_are_not_finite_are_refused(name: str, value: float):
     """They would have made the plain mean of it, silently."""
     norms = torch.tensor([[1.0, value], [1.0, 3.0]])
     with pytest.raises(
-        ValueError, match=rf"'{name}' needs score_norms, of which 1 of 4 are not finite"
+        ValueError, match=rf"'{name}' needs squared_score_norms, of which 1 of 4 are not finite"
     ):
-        run_estimator(name, inputs([1.0, 0.0], [0, 0], score_norms=norms), {})
-    outside = inputs([1.0, 0.0], [0, 0], [1, 2], score_norms=norms)  # where there is no token
+        run_estimator(name, inputs([1.0, 0.0], [0, 0], squared_score_norms=norms), {})
+    outside = inputs(
+        [1.0, 0.0], [0, 0], [1, 2], squared_score_norms=norms
+    )  # where there is no token
     assert run_estimator(name, outside, {}).advantages.isfinite().all()
 
 

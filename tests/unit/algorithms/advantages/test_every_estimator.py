@@ -77,7 +77,7 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero_where_groups_are_compa
     made = inputs(
         [0.1, 0.1, 0.1, 0.7],
         [0, 0, 0, 1],
-        score_norms=norms,
+        squared_score_norms=norms,
         rollout_logprobs=norms * 0.9,
         old_logprobs=norms,
         ref_logprobs=norms,
@@ -93,7 +93,7 @@ def test_no_token_is_without_an_advantage_because_it_is_alone():
     lengths = torch.randint(1, 40, (33,), generator=generator).tolist()
     rewards = torch.rand(33, generator=generator).tolist()
     norms = torch.rand(33, max(lengths), generator=generator)
-    made = inputs(rewards, [i // 4 for i in range(33)], lengths, score_norms=norms)
+    made = inputs(rewards, [i // 4 for i in range(33)], lengths, squared_score_norms=norms)
     for leave_one_out in (False, True):
         found = optimal_token_baseline_advantages(made, leave_one_out=leave_one_out).advantages
         assert (found[:32][made.response_mask[:32]] != 0).all()
@@ -148,7 +148,7 @@ def _slow_opo(made: AdvantageInputs, i: int, t: int) -> float:
 
 
 def _slow_token_baseline(made: AdvantageInputs, i: int, t: int) -> float:
-    assert made.score_norms is not None
+    assert made.squared_score_norms is not None
     peers = _peers(made, i)
     alive = [j for j in peers if made.response_mask[j, t]]
     if len(peers) == 1:
@@ -156,7 +156,7 @@ def _slow_token_baseline(made: AdvantageInputs, i: int, t: int) -> float:
     if len(alive) == 1:
         alive = [j for j in peers if j != i]
     energy = {
-        j: float((made.score_norms[j, : t + 1] * made.response_mask[j, : t + 1]).sum())
+        j: float((made.squared_score_norms[j, : t + 1] * made.response_mask[j, : t + 1]).sum())
         for j in alive
     }
     if sum(energy.values()) == 0:
@@ -241,7 +241,7 @@ def test_the_estimators_of_the_library_pass(name: str):
         rollout_logprobs=noise,
         old_logprobs=noise + 0.1,
         ref_logprobs=noise,
-        score_norms=noise.abs(),
+        squared_score_norms=noise.abs(),
         greedy_rewards=torch.zeros(2),
         kl_coefficient=0.1,
     )

@@ -98,7 +98,7 @@ def test_a_warning_outlives_its_step_on_a_live_display_once():
     progress = Progress(console, live=True)
     progress.on_start(1, 10)
     for step in range(1, 5):
-        progress.on_step(step, STEP | ({"rollout/truncated_share": 1.0} if step > 2 else {}))
+        progress.on_step(step, STEP | ({"rollout/truncated_fraction": 1.0} if step > 2 else {}))
     assert progress._live is not None
     with console.capture() as capture:
         console.print(progress._live.get_renderable())

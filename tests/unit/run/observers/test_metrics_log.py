@@ -36,7 +36,7 @@ def test_every_line_is_valid_json_whatever_the_numbers_are(directory: RunDirecto
         raise AssertionError(f"{name} is not JSON")
 
     log = MetricsLog(directory)
-    broken = {"advantage/strength": math.nan, "policy/ratio_max": math.inf}
+    broken = {"advantage/shrinkage": math.nan, "policy/ratio_max": math.inf}
     numpy_number: Any = np.float32(0.5)
     log.on_step(1, STEP | broken | {"policy/loss": numpy_number})
     log.on_evaluation(1, {"eval/accuracy": -math.inf})
@@ -45,9 +45,9 @@ def test_every_line_is_valid_json_whatever_the_numbers_are(directory: RunDirecto
         json.loads(line, parse_constant=refuse)
         for line in directory.metrics.read_text().splitlines()
     ]
-    assert lines[0]["values"]["advantage/strength"] is None
+    assert lines[0]["values"]["advantage/shrinkage"] is None
     assert lines[0]["values"]["policy/loss"] == 0.5
-    assert lines[0]["notes"] == ["not finite: advantage/strength, policy/ratio_max"]
+    assert lines[0]["notes"] == ["not finite: advantage/shrinkage, policy/ratio_max"]
     assert read_metrics(directory.metrics)[0].notes == tuple(lines[0]["notes"])
     assert "notes" not in lines[1] or lines[1]["notes"] == ["not finite: eval/accuracy"]
     write_report(directory)

@@ -27,12 +27,14 @@ def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_st
     log = MetricsLog(directory)
     for step in range(1, 8):
         shares = (
-            {f"advantage/effective_share/at_{p:03d}": 1 - step * p / 1000 for p in (100, 0, 50)}
+            {f"advantage/effective_fraction/at_{p:03d}": 1 - step * p / 1000 for p in (100, 0, 50)}
             if step > 2
             else {}
         )
         log.on_step(step, STEP | shares)
-    lines = series_over_position(read_metrics(directory.metrics), "advantage/effective_share/at_")
+    lines = series_over_position(
+        read_metrics(directory.metrics), "advantage/effective_fraction/at_"
+    )
     assert [line.label for line in lines] == ["step 3", "step 5", "step 7"]
     assert lines[-1].points == ((0, 1.0), (50, 1 - 0.35), (100, 1 - 0.7))
     write_report(directory)

@@ -14,9 +14,9 @@ FINE = {
     "reward/timeouts": 0.0,
     "reward/crashes": 0.0,
     "rollout/responses": 64.0,
-    "rollout/truncated_share": 0.25,
+    "rollout/truncated_fraction": 0.25,
     "trained/responses": 64.0,
-    "trained/equal_reward_groups": 0.5,
+    "trained/frac_reward_zero_std": 0.5,
     "advantage/mean_abs": 0.3,
     "policy/updates": 4.0,
     "policy/skipped_updates": 0.0,
@@ -32,21 +32,28 @@ def test_nothing_is_said_of_a_step_in_order():
     assert texts({}) == []
     assert step_notes({}) == []
     assert (
-        texts({"trained/equal_reward_groups": 1.0}) == []
+        texts({"trained/frac_reward_zero_std": 1.0}) == []
     )  # groups of one, and no baseline: it learns
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"rollout/truncated_share": 1.0}, "every response was truncated at generation.max_tokens"),
         (
-            {"rollout/truncated_share": 1.0, "trained/responses": 0.0, "policy/skipped_updates": 1},
+            {"rollout/truncated_fraction": 1.0},
+            "every response was truncated at generation.max_tokens",
+        ),
+        (
+            {
+                "rollout/truncated_fraction": 1.0,
+                "trained/responses": 0.0,
+                "policy/skipped_updates": 1,
+            },
             "every response was truncated at generation.max_tokens and masked out of the loss: nothing was trained",
         ),
         ({"trained/responses": 0.0}, "no response entered the loss: nothing was trained"),
         (
-            {"trained/equal_reward_groups": 1.0, "advantage/mean_abs": 0.0},
+            {"trained/frac_reward_zero_std": 1.0, "advantage/mean_abs": 0.0},
             "every group has equal rewards, so all advantages are 0: the rewards taught nothing",
         ),
         ({"advantage/mean_abs": 0.0}, "all advantages are 0: the rewards taught nothing"),

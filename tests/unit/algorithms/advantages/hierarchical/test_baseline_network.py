@@ -16,22 +16,22 @@ from rlsys.algorithms.advantages.hierarchical.baseline_network import (
     BaselineRegression,
     HeldOutGain,
 )
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 from tests.support.enumerable_policy import Enumerated
 
-LAYERS = ("final", "current", "current_and_final", "blocks", "all")
+HORIZONS = ("final", "current", "current_and_final", "blocks", "all")
 
 
 class Informed:
     """A listed policy with hidden states: a random vector for each prefix, what a policy would know before each token."""
 
     def __init__(
-        self, seed: int, layers: str, size: tuple[int, int] = (2, 3), *, trained: bool = True
+        self, seed: int, horizons: str, size: tuple[int, int] = (2, 3), *, trained: bool = True
     ):
         self.made = Enumerated(seed, end_token=True, size=size)
         self.span = size[1]
         self.parameters: dict[str, Any] = {
-            "layers": layers,
+            "horizons": horizons,
             "block_size": 2,
             "max_tokens": self.span,
             "solver": "network",
@@ -40,7 +40,7 @@ class Informed:
         self.states = torch.randn(self.made.space.num_rows, 5, generator=generator)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            number = Layers.of(layers, self.span, 2).most
+            number = Horizons.of(horizons, self.span, 2).most
             self.network = BaselineNetwork(5, number, width=16, span=self.span)
         if trained:  # anything but 0
             self.network.outward.weight.data.normal_(generator=generator)
@@ -79,9 +79,9 @@ class Informed:
         )
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_unbiased_whatever_the_network_says(layers: str):
-    informed = Informed(4, layers)
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_unbiased_whatever_the_network_says(horizons: str):
+    informed = Informed(4, horizons)
     exact = informed.made.gradient
     assert (
         informed.expectation(3) - exact
@@ -100,7 +100,7 @@ def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
     drawn = informed.inputs(informed.draw(24), groups=4)
     off = hierarchical_advantages(
         drawn, scope="group", ridge=1e12
-    ).advantages  # a ridge that leaves nothing of the layers
+    ).advantages  # a ridge that leaves nothing of the horizons
     for none in (None, torch.zeros_like(drawn.auxiliary)):  # type: ignore[arg-type]
         out = hierarchical_advantages(
             replace(drawn, auxiliary=none), **informed.parameters
@@ -118,9 +118,9 @@ def test_untrained_it_is_the_leave_one_out_mean_and_so_it_is_on_policy():
     assert (hierarchical_advantages(equal, **informed.parameters).advantages == 0).all()
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str):
-    informed = Informed(6, layers, (3, 4))
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(horizons: str):
+    informed = Informed(6, horizons, (3, 4))
     # responses of a group need not be adjacent
     order = torch.randperm(20, generator=informed.made.generator)
     plain = informed.inputs(informed.draw(20), groups=4)
@@ -130,7 +130,7 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str):
         "group_ids",
         "rollout_logprobs",
         "old_logprobs",
-        "score_norms",
+        "squared_score_norms",
         "auxiliary",
     )
     drawn = replace(plain, **{name: getattr(plain, name)[order] for name in names})
@@ -144,7 +144,7 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(layers: str):
     )
     assert torch.allclose(direct, out.advantages.float(), atol=1e-5)
     # n_t: the norm at t and the average norm of the response
-    norms = torch.where(drawn.response_mask, drawn.score_norms, 0.0)  # type: ignore[arg-type]
+    norms = torch.where(drawn.response_mask, drawn.squared_score_norms, 0.0)  # type: ignore[arg-type]
     means = norms.sum(1, keepdim=True) / drawn.response_mask.sum(1, keepdim=True).clamp(min=1)
     smoothed = torch.where(drawn.response_mask, (norms + means) / 2, 0.0)
     expected = float((smoothed * out.advantages.double() ** 2).sum())
@@ -184,12 +184,12 @@ def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out
 
 def test_strength_is_earned_on_unseen_batches():
     gain = HeldOutGain()
-    assert gain.strength == 0
+    assert gain.shrinkage == 0
     assert gain.after(0.0, 0.0) == gain  # a network that says nothing yet
-    assert gain.after(1.0, 4.0).strength == 0.25
-    assert gain.after(-1.0, 4.0).strength == 0
-    assert gain.after(9.0, 4.0).strength == 1
-    assert gain.after(1.0, 4.0).after(4.0, 4.0, keep=0.5).strength == pytest.approx(4.5 / 6)
+    assert gain.after(1.0, 4.0).shrinkage == 0.25
+    assert gain.after(-1.0, 4.0).shrinkage == 0
+    assert gain.after(9.0, 4.0).shrinkage == 1
+    assert gain.after(1.0, 4.0).after(4.0, 4.0, keep=0.5).shrinkage == pytest.approx(4.5 / 6)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_strength_is_earned_on_unseen_batches():
         ({}, {"ridge": 1.0}, "solver: 'network' fits no ridge"),
         (
             {},
-            {"layers": "blocks", "max_tokens": None},
-            "max_tokens: a network has one output per layer",
+            {"horizons": "blocks", "max_tokens": None},
+            "max_tokens: a network has one output per horizon",
         ),
     ],
 )

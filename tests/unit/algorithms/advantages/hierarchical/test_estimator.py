@@ -18,12 +18,12 @@ from rlsys.algorithms.advantages import (
 )
 from rlsys.algorithms.advantages.grouping import others_mean
 from rlsys.algorithms.advantages.hierarchical.grouped_batch import GroupedBatch
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 from rlsys.algorithms.advantages.hierarchical.shrinkage import (
-    tilted_centre,
+    weighted_baseline,
 )
 from tests.support.enumerable_policy import Enumerated
-from tests.support.hierarchical_examples import LAYERS, LearntPrompt, joined
+from tests.support.hierarchical_examples import HORIZONS, LearnedPrompt, joined
 
 
 def expectation(made: Enumerated, size: int, **parameters: Any) -> Tensor:
@@ -45,11 +45,11 @@ def expectation(made: Enumerated, size: int, **parameters: Any) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_unbiased_over_every_group_that_can_be_drawn(layers: str):
-    """With strengths, ridge and centre as they are by default: nothing a response is weighted by has seen the response."""
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_unbiased_over_every_group_that_can_be_drawn(horizons: str):
+    """With shrinkage, ridge and centre as they are by default: nothing a response is weighted by has seen the response."""
     made = Enumerated(4, end_token=True, size=(2, 3))
-    exact = expectation(made, 4, layers=layers, block_size=2, max_tokens=3)
+    exact = expectation(made, 4, horizons=horizons, block_size=2, max_tokens=3)
     assert (
         exact - made.gradient
     ).abs().max() < 2e-7 * made.gradient.abs().max()  # advantages are float32
@@ -60,7 +60,7 @@ def test_unbiased_where_the_centre_moves():
     made = Enumerated(4, end_token=True, size=(2, 2))
     made.rewards = (made.ratios[:, -1].square() * made.scores.square().sum((1, 2))).log()
     drawn = grouped(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), made)
-    assert (tilted_centre(drawn) - drawn.centre).abs().min() > 1e-3
+    assert (weighted_baseline(drawn) - drawn.centre).abs().min() > 1e-3
     made.gradient = made.space.gradient(made.old, made.rewards)
     exact = expectation(made, 8)
     assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
@@ -70,11 +70,11 @@ def grouped(indices: Tensor, made: Enumerated) -> GroupedBatch:
     """[K, G] listed responses as a batch."""
     ratios, rewards = made.ratios[indices], made.rewards[indices]
     present = torch.ones_like(rewards, dtype=torch.bool)
-    layers = Layers.of("final", ratios.shape[2], 1)
+    horizons = Horizons.of("final", ratios.shape[2], 1)
     norms = made.scores.square().sum(2)[indices]
     mass = torch.stack([norms.sum(2), made.space.mask[indices].sum(2)], dim=-1)
     return GroupedBatch(
-        ratios, rewards, others_mean(rewards, present), present, norms, mass, layers
+        ratios, rewards, others_mean(rewards, present), present, norms, mass, horizons
     )
 
 
@@ -87,24 +87,24 @@ def test_clipping_log_ratios_is_biased_as_documented():
 @pytest.mark.parametrize("scope", ["auto", "group", "batch"])
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_no_coefficient_has_seen_its_response(groups: int, scope: str):
-    """beta = (base - weight) / rho_{<=L} for the final layer: another reward, other ratios and scores of the response leave it as it was."""
+    """beta = (base - weight) / rho_{<=L} for the final horizon: another reward, other ratios and scores of the response leave it as it was."""
     made = Enumerated(5, size=(3, 4))
     before = made.drawn(groups, 12)
     after = replace(
         before,
         **{
             name: getattr(before, name).clone()
-            for name in ("rewards", "rollout_logprobs", "score_norms")
+            for name in ("rewards", "rollout_logprobs", "squared_score_norms")
         },
     )
     i = 7
     after.rewards[i] = 4.0
     after.rollout_logprobs[i, 1] -= 0.9  # type: ignore[index]
-    after.score_norms[i] *= 30.0  # type: ignore[index]
+    after.squared_score_norms[i] *= 30.0  # type: ignore[index]
 
     def coefficients(batch: AdvantageInputs) -> Tensor:
         out = (
-            hierarchical_advantages(batch, layers="final", scope=scope, diagnostics=False)
+            hierarchical_advantages(batch, horizons="final", scope=scope, diagnostics=False)
             .advantages[i]
             .double()
         )
@@ -118,8 +118,8 @@ def test_no_coefficient_has_seen_its_response(groups: int, scope: str):
 
 
 @pytest.mark.parametrize("scope", ["auto", "group", "batch"])
-@pytest.mark.parametrize("layers", LAYERS)
-def test_on_policy_it_is_leave_one_out(layers: str, scope: str):
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_on_policy_it_is_leave_one_out(horizons: str, scope: str):
     made = Enumerated(6, end_token=True)
     drawn = made.space.inputs(
         torch.randint(0, len(made.rewards), (48,), generator=made.generator),
@@ -128,7 +128,7 @@ def test_on_policy_it_is_leave_one_out(layers: str, scope: str):
         made.old,
         torch.arange(48) // 8,
     )
-    out = hierarchical_advantages(drawn, layers=layers, scope=scope, block_size=2).advantages
+    out = hierarchical_advantages(drawn, horizons=horizons, scope=scope, block_size=2).advantages
     assert torch.allclose(out, rloo_advantages(drawn).advantages, atol=1e-6, rtol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_padding_tool_tokens_and_order():
     order = torch.randperm(6, generator=made.generator) + 6 * torch.arange(5)[:, None]
     moved = {
         name: getattr(drawn, name)[order.flatten()]
-        for name in ("rewards", "group_ids", "response_mask", "score_norms")
+        for name in ("rewards", "group_ids", "response_mask", "squared_score_norms")
     }
     moved |= {
         name: getattr(drawn, name)[order.flatten()] for name in ("rollout_logprobs", "old_logprobs")
@@ -198,18 +198,18 @@ def test_a_long_batch_is_finite_and_zero_drift_stays_zero():
         group_ids=torch.arange(24) // 8,
         rollout_logprobs=old - noise,
         old_logprobs=old,
-        score_norms=torch.ones_like(old),
+        squared_score_norms=torch.ones_like(old),
     )
-    for layers in ("final", "current_and_final", "blocks"):
-        out = hierarchical_advantages(drawn, layers=layers)
+    for horizons in ("final", "current_and_final", "blocks"):
+        out = hierarchical_advantages(drawn, horizons=horizons)
         assert torch.isfinite(out.advantages).all()
         assert all(value == value for value in out.diagnostics.values())
 
 
-def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_learnt():
+def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_learned():
     """16 prompts x 16 responses, sampler behind along the gradient, 120 batches. The ratio is about 0.6 (docs); the bias of P = 192 parameters is
     a chi-squared of 192 degrees in units of its error: above 1.45 per parameter with probability below 1e-4."""
-    prompts = [LearntPrompt(seed) for seed in range(16)]
+    prompts = [LearnedPrompt(seed) for seed in range(16)]
     generator, errors = torch.Generator().manual_seed(1), []
     for _ in range(120):
         drawn = [p.draw(16, generator) for p in prompts]
@@ -266,9 +266,13 @@ def test_what_has_a_large_score_is_what_a_baseline_is_for():
     [
         ({"rollout_logprobs": None}, {}, "needs rollout_logprobs.*The engine must return"),
         ({"old_logprobs": None}, {}, r"needs old_logprobs.*before the update"),
-        ({"score_norms": None}, {}, "needs score_norms.*with old_logprobs"),
+        ({"squared_score_norms": None}, {}, "needs squared_score_norms.*with old_logprobs"),
         ({"rewards": torch.full((8,), torch.nan)}, {}, "rewards: not all are finite"),
-        ({"score_norms": torch.full((8, 4), -1.0)}, {}, "score_norms: values .* at least 0"),
+        (
+            {"squared_score_norms": torch.full((8, 4), -1.0)},
+            {},
+            "squared_score_norms: values .* at least 0",
+        ),
         (
             {"old_logprobs": torch.full((8, 4), torch.inf)},
             {},
@@ -279,8 +283,8 @@ def test_what_has_a_large_score_is_what_a_baseline_is_for():
             {},
             r"log-ratio of response 0 reaches .* set .*log_ratio_clip",
         ),
-        ({}, {"layers": "last"}, "parameters.layers: 'last' is none of final, current"),
-        ({}, {"layers": "blocks", "block_size": 0}, "block_size: 0 must be at least 1"),
+        ({}, {"horizons": "last"}, "parameters.horizons: 'last' is none of final, current"),
+        ({}, {"horizons": "blocks", "block_size": 0}, "block_size: 0 must be at least 1"),
         ({}, {"ridge": -1.0}, "ridge: -1.0 must be finite and at least 0"),
         ({}, {"scope": "world"}, "scope: 'world' is none of auto, group, batch"),
         ({}, {"solver": "svd"}, "solver: 'svd' is none of"),

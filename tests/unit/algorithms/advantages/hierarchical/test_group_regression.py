@@ -17,10 +17,10 @@ from rlsys.algorithms.advantages import (
 )
 from rlsys.algorithms.advantages.hierarchical.group_regression import power_of_two
 from tests.support.enumerable_policy import Enumerated
-from tests.support.hierarchical_examples import LAYERS
+from tests.support.hierarchical_examples import HORIZONS
 
 
-def refitted(drawn: AdvantageInputs, layers: str, ridge: float) -> Tensor:
+def refitted(drawn: AdvantageInputs, horizons: str, ridge: float) -> Tensor:
     """[B, T] weights by solving one regression a response and position, on the others of its group, from the definition in Delta."""
     ratios = (drawn.old_logprobs - drawn.rollout_logprobs).cumsum(1).exp()  # type: ignore[operator]
     length = ratios.shape[1]
@@ -38,11 +38,11 @@ def refitted(drawn: AdvantageInputs, layers: str, ridge: float) -> Tensor:
             "all": list(range(t, length)),
         }
         chosen["blocks"] = [t, *(s for s in range(1, length - 1, 2) if s >= t), length - 1]
-        alpha = ratios[:, chosen[layers]] / ratios[:, t : t + 1]
-        features = alpha / len(chosen[layers]) ** 0.5
+        alpha = ratios[:, chosen[horizons]] / ratios[:, t : t + 1]
+        features = alpha / len(chosen[horizons]) ** 0.5
         target = ratios[:, -1] / ratios[:, t] * (drawn.rewards - centre)
-        assert drawn.score_norms is not None
-        norms, tokens = drawn.score_norms * drawn.response_mask, drawn.response_mask.sum(1)
+        assert drawn.squared_score_norms is not None
+        norms, tokens = drawn.squared_score_norms * drawn.response_mask, drawn.response_mask.sum(1)
         w = ratios[:, t] ** 2 * (norms[:, t] + norms.sum(1) / tokens) / 2
         unit = torch.exp2((norms[others].sum() / tokens[others].sum()).log2().round())
         others = others[drawn.response_mask[others, t]]
@@ -54,31 +54,31 @@ def refitted(drawn: AdvantageInputs, layers: str, ridge: float) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_leave_one_out_in_closed_form_is_refitting(layers: str):
-    """Both forms of it (groups of 3 have fewer responses than layers, of 9 more), with groups of different size in any order."""
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_leave_one_out_in_closed_form_is_refitting(horizons: str):
+    """Both forms of it (groups of 3 have fewer responses than horizons, of 9 more), with groups of different size in any order."""
     made = Enumerated(8, end_token=True, size=(3, 5))
     drawn = made.drawn(1, 19)
     order = torch.randperm(19, generator=made.generator)
     for ids in (torch.arange(19) // 3, torch.arange(19) // 9):
         ids[-1] = ids[-2]
         batch = replace(drawn, group_ids=ids[order])
-        told: dict[str, Any] = {"layers": layers, "ridge": 0.7, "block_size": 2}
+        told: dict[str, Any] = {"horizons": horizons, "ridge": 0.7, "block_size": 2}
         out = hierarchical_advantages(batch, diagnostics=False, **told).advantages.double()
-        assert torch.allclose(out, refitted(batch, layers, 0.7), atol=2e-5, rtol=1e-4)
+        assert torch.allclose(out, refitted(batch, horizons, 0.7), atol=2e-5, rtol=1e-4)
 
 
 def test_a_ridge_counts_in_the_score_norms_of_the_others():
     """A policy whose scores are all 1/8 as large gets the same baselines; one that is sure of every token has nothing to fit and gets RLOO's."""
     drawn = Enumerated(9).drawn(5, 8)
-    assert drawn.score_norms is not None
+    assert drawn.squared_score_norms is not None
     out = hierarchical_advantages(drawn, diagnostics=False).advantages
     smaller = hierarchical_advantages(
-        replace(drawn, score_norms=drawn.score_norms / 64), diagnostics=False
+        replace(drawn, squared_score_norms=drawn.squared_score_norms / 64), diagnostics=False
     ).advantages
     assert torch.allclose(out, smaller, rtol=1e-6)
     certain = hierarchical_advantages(
-        replace(drawn, score_norms=drawn.score_norms * 0), diagnostics=False
+        replace(drawn, squared_score_norms=drawn.squared_score_norms * 0), diagnostics=False
     ).advantages
     ratio = (drawn.old_logprobs - drawn.rollout_logprobs).sum(1, keepdim=True).exp()  # type: ignore[operator]
     assert torch.allclose(certain, ratio.float() * rloo_advantages(drawn).advantages, rtol=1e-5)

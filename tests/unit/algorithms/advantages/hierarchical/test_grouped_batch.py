@@ -8,7 +8,7 @@ from rlsys.algorithms.advantages.hierarchical.grouped_batch import (
     group_batch,
     others_variance,
 )
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 
 
 def test_places_of_groups_of_different_size_in_any_order():
@@ -31,7 +31,7 @@ def test_the_weight_of_a_response_is_its_norm_with_its_average():
     norms = torch.tensor([[[1.0, 3.0], [4.0, 0.0]]], dtype=torch.float64)
     ratios = torch.tensor([[2.0, 3.0], [1.0, 1.0]], dtype=torch.float64)
     rewards = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    batch = group_batch(ratios, rewards, norms, alive, places, Layers.of("final", 2, 1))
+    batch = group_batch(ratios, rewards, norms, alive, places, Horizons.of("final", 2, 1))
     assert batch.weights.tolist() == [[[1.5, 2.5], [4.0, 0.0]]]
     assert batch.mass.tolist() == [[[4.0, 2.0], [4.0, 1.0]]]
     # R - c is 1 and -1, whatever the rewards are measured from.

@@ -1,4 +1,4 @@
-"""The layers of a position, and the ratios up to them."""
+"""The horizons of a position, and the ratios up to them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rlsys.algorithms.advantages import (
     AdvantageInputs,
     hierarchical_advantages,
 )
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 
 
 def test_layers_are_where_the_ratios_are():
     """On the meta device, which computes nothing and refuses to mix."""
     meta = torch.device("meta")
-    layers = Layers.of("blocks", 9, 4, meta)
+    horizons = Horizons.of("blocks", 9, 4, meta)
     ratios, positions = (
         torch.empty(2, 3, 9, device=meta),
         torch.empty(9, dtype=torch.int64, device=meta),
     )
     assert (
-        layers.features(ratios, positions).device
-        == layers.kernel(ratios, positions, ratios.transpose(1, 2)).device
+        horizons.features(ratios, positions).device
+        == horizons.kernel(ratios, positions, ratios.transpose(1, 2)).device
         == meta
     )
 
@@ -35,7 +35,7 @@ def test_all_layers_of_a_long_response_are_refused():
         group_ids=torch.zeros(2, dtype=torch.int64),
         rollout_logprobs=long,
         old_logprobs=long,
-        score_norms=long,
+        squared_score_norms=long,
     )
     with pytest.raises(ValueError, match="'all' takes at most 512 tokens, these are 600"):
-        hierarchical_advantages(made, layers="all")
+        hierarchical_advantages(made, horizons="all")

@@ -6,18 +6,18 @@ import torch
 from rlsys.algorithms.advantages.grouping import others_mean
 from rlsys.algorithms.advantages.hierarchical.group_regression import power_of_two
 from rlsys.algorithms.advantages.hierarchical.grouped_batch import GroupedBatch, others_variance
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 from rlsys.algorithms.advantages.hierarchical.pooled_regression import (
     fold_of_group,
     held_out_predictions,
     pooled_corrections,
 )
-from tests.support.hierarchical_examples import LAYERS
+from tests.support.hierarchical_examples import HORIZONS
 
 GROUPS, SIZE, LENGTH = 10, 5, 4
 
 
-def random_batch(layers: str) -> GroupedBatch:
+def random_batch(horizons: str) -> GroupedBatch:
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -34,17 +34,17 @@ def random_batch(layers: str) -> GroupedBatch:
         present=present,
         weights=weights,
         mass=mass.double(),
-        layers=Layers.of(layers, LENGTH, 2),
+        horizons=Horizons.of(horizons, LENGTH, 2),
     )
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_each_fold_is_fitted_by_the_others(layers: str):
-    batch, positions = random_batch(layers), torch.arange(LENGTH)
+@pytest.mark.parametrize("horizons", HORIZONS)
+def test_each_fold_is_fitted_by_the_others(horizons: str):
+    batch, positions = random_batch(horizons), torch.arange(LENGTH)
     found = pooled_corrections(batch, positions, ridge=1.5)
     fold = fold_of_group(GROUPS, batch.ratios.device)
     v = others_variance(batch.rewards, batch.present)
-    x = batch.layers.features(batch.ratios, positions) * v[:, None, :, None]  # [K, t, G, p]
+    x = batch.horizons.features(batch.ratios, positions) * v[:, None, :, None]  # [K, t, G, p]
     n = batch.weights.transpose(1, 2)
     for f in range(int(fold.max()) + 1):
         kept = fold != f
@@ -54,7 +54,7 @@ def test_each_fold_is_fitted_by_the_others(layers: str):
             gram = features.T @ (features * weights[:, None])
             gram = gram + 1.5 * unit * torch.eye(len(gram), dtype=torch.float64)
             moment = features.T @ (weights * batch.base[kept].flatten())
-            # A layer before the position has feature 0, and the ridge alone: coefficient 0.
+            # A horizon before the position has feature 0, and the ridge alone: coefficient 0.
             beta = torch.linalg.solve(gram, moment)
             assert torch.allclose(found[fold == f, :, t], x[fold == f, t] @ beta, atol=1e-9)
 
@@ -62,10 +62,10 @@ def test_each_fold_is_fitted_by_the_others(layers: str):
 def test_strengths_multiply_their_folds_alone():
     batch, positions = random_batch("current_and_final"), torch.arange(LENGTH)
     whole = pooled_corrections(batch, positions, ridge=1.0)
-    strengths = torch.tensor([0.5, *[0.0] * 6, 1.0], dtype=torch.float64)
-    found = pooled_corrections(batch, positions, 1.0, strengths)
+    shrinkage = torch.tensor([0.5, *[0.0] * 6, 1.0], dtype=torch.float64)
+    found = pooled_corrections(batch, positions, 1.0, shrinkage)
     fold = fold_of_group(GROUPS, batch.ratios.device)
-    assert torch.allclose(found, strengths[fold][:, None, None] * whole)
+    assert torch.allclose(found, shrinkage[fold][:, None, None] * whole)
 
 
 def test_a_held_out_prediction_has_seen_neither_fold():

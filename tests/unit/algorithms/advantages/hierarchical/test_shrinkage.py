@@ -1,4 +1,4 @@
-"""Strengths, and the centre that moves."""
+"""Shrinkage coefficients, and the centre that moves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rlsys.algorithms.advantages import (
 )
 from rlsys.algorithms.advantages.grouping import others_mean
 from rlsys.algorithms.advantages.hierarchical.grouped_batch import GroupedBatch
-from rlsys.algorithms.advantages.hierarchical.horizons import Layers
+from rlsys.algorithms.advantages.hierarchical.horizons import Horizons
 from rlsys.algorithms.advantages.hierarchical.shrinkage import (
     Gains,
-    cautious_strengths,
-    tilted_centre,
+    cautious_shrinkage,
+    weighted_baseline,
 )
-from tests.support.hierarchical_examples import LearntPrompt, joined
+from tests.support.hierarchical_examples import LearnedPrompt, joined
 
 
 def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go_together():
@@ -36,11 +36,11 @@ def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go
     # The weight is the squared ratio times the norms: the square of exp(logs).
     ratios = (logs / 2).exp()[..., None]
     mass = torch.stack([logs.exp(), torch.ones_like(logs)], dim=-1)
-    layers = Layers.of("final", 1, 1)
+    horizons = Horizons.of("final", 1, 1)
     batch = GroupedBatch(
-        ratios, rewards, others_mean(rewards, present), present, ratios, mass, layers
+        ratios, rewards, others_mean(rewards, present), present, ratios, mass, horizons
     )
-    found = tilted_centre(batch)
+    found = weighted_baseline(batch)
     for k, i in itertools.product(range(3), range(12)):
         j = [other for other in range(12) if other != i]
         light, heavy = ratios[k, j, 0] ** 0.25 * logs[k, j].exp(), (2 * logs[k, j]).exp()
@@ -52,13 +52,13 @@ def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go
         best = (heavy @ rewards[k, j]) / heavy.sum()
         assert float(found[k, i]) == pytest.approx(float((1 - certain) * lean + certain * best))
     few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
-    assert torch.equal(tilted_centre(few), few.centre)
+    assert torch.equal(weighted_baseline(few), few.centre)
     same = replace(batch, ratios=torch.ones_like(ratios), mass=torch.ones_like(mass))
-    assert torch.allclose(tilted_centre(same), same.centre, atol=1e-14)
+    assert torch.allclose(weighted_baseline(same), same.centre, atol=1e-14)
 
 
 def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
-    """Corrections that are half of what they should be (best strength on the grid: 1), nothing, and noise."""
+    """Corrections that are half of what they should be (best shrinkage on the grid: 1), nothing, and noise."""
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     noise = torch.randn(60, 8, generator=generator, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
 
     def chosen(pooled: Tensor, own: Tensor, groups: int = 60) -> list[float]:
         corrections = torch.stack([pooled, own], dim=-1)[:groups, :, None]
-        return cautious_strengths(
+        return cautious_shrinkage(
             Gains.of(ones[:groups], target[:groups], corrections), start
         ).tolist()
 
@@ -87,11 +87,11 @@ def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
 
 @pytest.mark.parametrize("groups", [2, 3, 12])
 @pytest.mark.parametrize(
-    ("scope", "unused"), [("group", "strength_batch"), ("batch", "strength_group")]
+    ("scope", "unused"), [("group", "shrinkage_batch"), ("batch", "shrinkage_group")]
 )
 def test_a_scope_uses_its_own_fit_alone(scope: str, unused: str, groups: int):
-    """What is not fitted saves nothing at any strength: which of them is the best is then for rounding to say."""
-    prompts = [LearntPrompt(seed) for seed in range(groups)]
+    """What is not fitted saves nothing at any shrinkage: which of them is the best is then for rounding to say."""
+    prompts = [LearnedPrompt(seed) for seed in range(groups)]
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         batch = joined(prompts, [p.draw(16, generator) for p in prompts])

@@ -20,7 +20,7 @@ SPACES: list[tuple[Context, bool]] = [
 
 @pytest.mark.parametrize(("context", "end_token"), SPACES)
 def test_any_baseline_of_any_layer_has_expectation_zero(context: Context, end_token: bool):
-    """Lemma 1, and with it unbiasedness: each layer's term vanishes, so any beta leaves the gradient exact."""
+    """Lemma 1, and with it unbiasedness: each horizon's term vanishes, so any beta leaves the gradient exact."""
     made = Enumerated(0, context, end_token)
     for t in range(made.space.length):
         for s in range(t, made.space.length):
