@@ -9,14 +9,15 @@ import pytest
 hypothesis.settings.register_profile("rlsys", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("rlsys")  # the same examples every time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
-# Before torch is imported, and for every process that tests start: tests keep more of them at work than there are cores, and a thread that spins
-# while it waits keeps the core from the one it waits for. A run on cores of its own is faster with spinning (docs/measurements.md).
+# Set before torch is imported, and inherited by every process that tests start. Tests keep more
+# processes busy than there are cores, and a thread that spins while it waits takes the core from
+# the thread it waits for. A run on its own cores is faster with spinning (docs/measurements.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A real local Ray, shared by the tests of one session."""
+    """Start a real local Ray, shared by the tests of one session."""
     import ray
 
     ray.init(

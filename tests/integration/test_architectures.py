@@ -1,4 +1,4 @@
-"""Models of several architectures through the command line: real Ray, real training, the transformers engine."""
+"""Several architectures train from the command line: real Ray, and the transformers engine."""
 
 import subprocess
 import sys
@@ -13,27 +13,27 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SMALL = [
+    *("--run.progress", "false", "--data.template", "few_shot"),
+    *("--generation.engine", "transformers", "--generation.dtype", "float32"),
+    *("--policy.compute_dtype", "float32", "--generation.max_tokens", "8"),
+    *("--generation.samples_per_prompt", "2", "--trainer.prompts_per_step", "2"),
+    *("--trainer.steps", "1", "--trainer.evaluation.every", "0"),
+    *("--data.synthetic.train_size", "8", "--data.synthetic.eval_size", "2"),
+]
+
+
 def train(model: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recipes.grpo_math", "--model.path", str(model)]
-    command += [
-        "--run.directory",
-        str(run),
-        "--run.progress",
-        "false",
-        "--data.template",
-        "few_shot",
-    ]
-    command += ["--generation.engine", "transformers", "--generation.dtype", "float32"]
-    command += ["--policy.compute_dtype", "float32", "--generation.max_tokens", "8"]
-    command += ["--generation.samples_per_prompt", "2", "--trainer.prompts_per_step", "2"]
-    command += ["--trainer.steps", "1", "--trainer.evaluation.every", "0"]
-    command += ["--data.synthetic.train_size", "8", "--data.synthetic.eval_size", "2", *flags]
+    """Train `model` for one step in a process of its own."""
+    command = [sys.executable, "-m", "recipes.grpo_math", *SMALL]
+    command += ["--model.path", str(model), "--run.directory", str(run), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def model(tmp_path: Path, name: str) -> Path:
     directory = tmp_path / "model"
-    save_tiny_model(directory, next(a for a in ARCHITECTURES if a.name == name))
+    (chosen,) = (architecture for architecture in ARCHITECTURES if architecture.name == name)
+    save_tiny_model(directory, chosen)
     return directory
 
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path, name: str) -> Path:
     ("name", "padded"),
     [("mistral, sliding window", False), ("gpt2, dropout", False), ("falcon", True)],
 )
-def test_engine_and_trainer_agree_and_a_padded_pass_is_said(
+def test_engine_and_trainer_agree_and_a_padded_pass_is_reported(
     tmp_path: Path, name: str, padded: bool
 ):
     result = train(
@@ -53,11 +53,9 @@ def test_engine_and_trainer_agree_and_a_padded_pass_is_said(
     assert result.returncode == 0, result.stdout + result.stderr
     assert ("policy: runs padded instead of packed" in result.stdout) == padded
     assert ("reference: runs padded instead of packed" in result.stdout) == padded
-    (step,) = [
-        record
-        for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
-        if record.kind == "train"
-    ]
+
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (step,) = [record for record in records if record.kind == "train"]
     assert step.values["policy/logprob_difference_max"] < 1e-4
 
 

@@ -1,4 +1,7 @@
-"""Bad input is refused before anything starts: exit code 2, one message for each mistake, no traceback, no Ray."""
+"""Bad input is refused before anything starts.
+
+The exit code is 2, with one message for each mistake, no traceback, and no Ray.
+"""
 
 import asyncio
 import json
@@ -25,7 +28,7 @@ from rlsys.run.resume import describe_origin
 
 pytestmark = pytest.mark.slow  # a hundred command lines
 ROOT = Path(__file__).resolve().parents[2]
-# Fails loudly if Ray is even imported.
+# Fails loudly if Ray or vLLM is even imported.
 RUNNER = """
 import sys, importlib.abc
 class NoRay(importlib.abc.MetaPathFinder):
@@ -40,11 +43,12 @@ run_recipe(grpo_math, sys.argv[1:])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str, model: str = "tiny") -> str:
-    """What the command says on stderr; it must exit with 2."""
+    """Return what the command prints to stderr; it must exit with code 2."""
     import ray
 
     with pytest.raises(SystemExit) as exit_:
         run_recipe(grpo_math, ["--model.path", model, *flags])
+
     captured = capsys.readouterr()
     assert exit_.value.code == 2, captured.out + captured.err
     assert not ray.is_initialized()
@@ -52,6 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str, model: str = "tiny"
 
 
 def in_a_process(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process that cannot import Ray or vLLM."""
     return subprocess.run(
         [sys.executable, "-c", RUNNER, "--model.path", "tiny", *flags],
         cwd=ROOT,
@@ -64,7 +69,9 @@ def in_a_process(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write data files, plug-ins, run directories and models, each with its own defect."""
     folder = tmp_path_factory.mktemp("bad")
+
     (folder / "columns.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     (folder / "good.jsonl").write_text('{"problem": "1 + 1", "answer": "2", "level": 1}\n')
     (folder / "many.jsonl").write_text(
@@ -76,21 +83,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat.json").write_text(
         '[{"problem": [{"role": "user", "content": "1 + 1"}], "answer": "2"}]'
     )
+
     (folder / "broken.py").write_text("value = 1 / 0\n")
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text("")
     (folder / "empty").mkdir()
+
     shutil.copytree(resolve_model("tiny"), folder / "mute")
     for file in (folder / "mute").glob("tokenizer*"):
         file.unlink()
+
     for name in ("weightless", "unreadable", "other_tokens"):
         shutil.copytree(resolve_model("tiny"), folder / name)
     for file in (folder / "weightless").glob("*.safetensors"):
         file.unlink()
     (folder / "unreadable" / "config.json").write_text("{")
+
     settings = json.loads((folder / "other_tokens" / "config.json").read_text())
     settings["vocab_size"] += 1
     (folder / "other_tokens" / "config.json").write_text(json.dumps(settings))
+
     return folder
 
 
@@ -278,15 +290,8 @@ def test_incomplete_model_directories(
 
 
 def test_several_mistakes_are_reported_together(capsys: pytest.CaptureFixture[str]):
-    message = refused(
-        capsys,
-        "--algorithm.advantage.name",
-        "x",
-        "--policy.num_mini_batches",
-        "3",
-        "--data.train",
-        "/none.jsonl",
-    )
+    flags = ["--algorithm.advantage.name", "x", "--policy.num_mini_batches", "3"]
+    message = refused(capsys, *flags, "--data.train", "/none.jsonl")
     assert message.count("error: ") == 3
 
 
@@ -309,7 +314,7 @@ def test_dry_run_starts_nothing_and_prints_the_plan(tmp_path: Path):
 
 
 def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What --dry-run prints."""
+    """Return what --dry-run prints."""
     with pytest.raises(SystemExit) as exit_:
         run_recipe(grpo_math, ["--model.path", "tiny", "--dry-run", *flags])
     captured = capsys.readouterr()
@@ -317,24 +322,22 @@ def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return captured.out
 
 
-def test_the_plan_says_what_is_evaluated_on(capsys: pytest.CaptureFixture[str], files: Path):
+def test_the_plan_says_which_problems_are_evaluated(
+    capsys: pytest.CaptureFixture[str], files: Path
+):
     many = str(files / "many.jsonl")
     plan = planned(capsys, "--data.train", many, "--data.held_out", "0.75")
     assert "5 training and 15 held-out problems (held out of data.train by a hash" in plan
     assert "trainer.prompts_per_step: WARNING: 8 is more than the 5 training prompts" in plan
+
     plan = planned(capsys, "--data.train", many, "--data.eval", "off")
     assert "20 training problems, no evaluation (data.eval is off)" in plan
+
     plan = planned(capsys, "--data.train", many, "--data.eval", many)
     assert "data.eval: WARNING: 20 of its 20 problems are also in data.train" in plan
-    plan = planned(
-        capsys,
-        "--data.train",
-        str(files / "chat.json"),
-        "--data.eval",
-        "off",
-        "--data.template",
-        "chat",
-    )
+
+    chat = ("--data.train", str(files / "chat.json"), "--data.template", "chat")
+    plan = planned(capsys, *chat, "--data.eval", "off")
     assert "1 training problems, no evaluation" in plan
     assert "1000 training and 64 held-out problems (synthetic)" in planned(capsys)
 
@@ -349,11 +352,11 @@ def test_data_that_are_refused_with_the_tokenizer_leave_no_run_behind(
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """What a run of 20 steps leaves behind, with a learning rate of its own."""
+    """Write what a run of 20 steps with its own learning rate leaves behind."""
     config = evolve(
         grpo_math(detect_hardware()),
         {
-            "generation.dtype": "float32",  # a run writes down what it computes in
+            "generation.dtype": "float32",  # the file of a run names its dtypes
             "policy.compute_dtype": "float32",
             "model.path": "tiny",
             "trainer.steps": 20,
@@ -361,10 +364,12 @@ def run(tmp_path: Path) -> RunDirectory:
             "data.synthetic.train_size": 50,
         },
     )
+
     directory = RunDirectory(tmp_path / "run")
     directory.create(config)
     directory.metrics.write_text("".join(f'{{"line": {i}}}\n' for i in range(30)))
     directory.log.write_text("began\n")
+
     stream = load_prompts(config, load_tokenizer(resolve_model("tiny"))).train
     for _ in range(20):
         stream.next_batch()
@@ -385,7 +390,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def files_of(directory: RunDirectory) -> dict[Path, tuple[bytes, int]]:
-    """Content and time of every file."""
+    """Return content and modification time of every file."""
     return {
         path: (path.read_bytes(), path.stat().st_mtime_ns)
         for path in directory.path.rglob("*")
@@ -413,11 +418,10 @@ def test_a_refused_resume_says_why_and_changes_no_file(
     remedy: str,
 ):
     before = files_of(run)
+    resume = ["--run.directory", str(run.path), "--resume", "--trainer.steps", "30"]
     with pytest.raises(SystemExit) as exit_:
-        run_recipe(
-            grpo_math,
-            ["--run.directory", str(run.path), "--resume", "--trainer.steps", "30", *flags],
-        )
+        run_recipe(grpo_math, [*resume, *flags])
+
     message = capsys.readouterr().err
     assert exit_.value.code == 2
     assert message.startswith(f"error: {field}")
@@ -446,9 +450,10 @@ def test_a_complete_run_says_so_and_starts_nothing(
     with pytest.raises(SystemExit) as exit_:
         run_recipe(grpo_math, ["--run.directory", str(run.path), "--resume"])
     assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    assert said.startswith("already complete: ")
-    assert "step 20, and trainer.steps is 20" in said
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("already complete: ")
+    assert "step 20, and trainer.steps is 20" in printed
     assert not ray.is_initialized()
     assert files_of(run) == before
 
@@ -458,26 +463,17 @@ def test_a_dry_run_of_a_resume_shows_each_change_and_starts_nothing(
 ):
     before = files_of(run)
     flags = ["--trainer.steps", "30", "--policy.optimizer.learning_rate", "1e-4"]
+    flags += ["--trainer.prompts_per_step", "4"]
     with pytest.raises(SystemExit) as exit_:
-        run_recipe(
-            grpo_math,
-            [
-                "--run.directory",
-                str(run.path),
-                "--resume",
-                "--dry-run",
-                "--trainer.prompts_per_step",
-                "4",
-                *flags,
-            ],
-        )
+        run_recipe(grpo_math, ["--run.directory", str(run.path), "--resume", "--dry-run", *flags])
     assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    changed = [line for line in said.splitlines() if line.startswith("changed: ")]
+
+    printed = capsys.readouterr().out
+    changed = [line for line in printed.splitlines() if line.startswith("changed: ")]
     assert changed == [
         "changed: policy.optimizer.learning_rate: 0.0003 -> 0.0001",
         "changed: trainer.prompts_per_step: 8 -> 4",
         "changed: trainer.steps: 20 -> 30",
     ]
-    assert f"resuming from {run.checkpoints / 'step_000020'}" in said
+    assert f"resuming from {run.checkpoints / 'step_000020'}" in printed
     assert files_of(run) == before

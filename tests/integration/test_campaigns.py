@@ -1,4 +1,7 @@
-"""The searches of benchmarks/campaigns in small: they find nothing, and they find a defect that is put in."""
+"""Small runs of the searches in benchmarks/campaigns.
+
+They find nothing in the code as it is, and they find a defect that is put in.
+"""
 
 import os
 import subprocess
@@ -22,7 +25,7 @@ weights.WEIGHTS._entries["importance"] = squared
 from benchmarks.campaigns.enumeration import main
 sys.exit(main())
 """
-# A preflight that lets everything through.
+# A preflight that accepts everything.
 NO_PREFLIGHT = """
 import sys
 from rlsys.run import preflight
@@ -34,6 +37,7 @@ sys.exit(main())
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments on one thread."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

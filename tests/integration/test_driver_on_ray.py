@@ -42,7 +42,8 @@ class Killer(Observer):
     """Kills an actor when a phase of a step begins."""
 
     def __init__(self, cluster: Cluster, actor: str, step: int, phase: str) -> None:
-        self._victim, self._moment = cluster.actors[actor], (step, phase)
+        self._victim = cluster.actors[actor]
+        self._moment = (step, phase)
 
     def on_phase(self, step: int, phase: str) -> None:
         if (step, phase) == self._moment:
@@ -52,19 +53,25 @@ class Killer(Observer):
 async def train(
     path: Path, config: RunConfig, *, resume: bool = False, kill: tuple[str, int, str] | None = None
 ) -> None:
-    """One process's share of a run, with actors of its own."""
+    """Train with new actors until the run ends or an actor dies, as one process does."""
     directory = RunDirectory(path)
     directory.create(config)
     store = CheckpointStore(directory.checkpoints, keep=1)
     checkpoint = store.latest() if resume else None
     assert (checkpoint is not None) == resume
+
     async with started(config) as parts:
-        log, workers = MetricsLog(directory), parts.workers
-        observers = [log, Killer(parts.cluster, *kill)] if kill else [log]
+        workers = parts.workers
+        log = MetricsLog(directory)
+        observers: list[Observer] = [log]
+        if kill:
+            observers.append(Killer(parts.cluster, *kill))
+
         sampler = Sampler(config, workers.generator, workers.scorer)
         evaluator = Evaluator(config, parts.prompts.evaluation, sampler)
         session = Session(config, store, observers, evaluator)
         session.register("metrics_position", log)
+
         loop = SynchronousLoop(
             config, workers, parts.prompts.train, sampler, session, directory.rollouts
         )
@@ -73,15 +80,19 @@ async def train(
         assert await loop.run() == "finished"
 
 
-async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_again_with_the_same_result(
+async def test_a_resumed_run_repeats_the_steps_after_its_checkpoint_with_the_same_result(
     tmp_path: Path,
 ) -> None:
-    """A policy rank is killed during an update, after two steps and an evaluation beyond the last checkpoint; every metric to 1e-6."""
+    """Kill a policy rank during an update, and resume: every metric agrees to 1e-6.
+
+    The last checkpoint is two steps and an evaluation old by then.
+    """
     config = make_config(steps=6, evaluation={"every": 2}, checkpoints={"every": 3})
     metrics = RunDirectory(tmp_path / "run").metrics
     with pytest.raises(RayActorError) as caught:
         await train(tmp_path / "run", config, kill=("policy-0", 6, "update"))
     assert "update of step 6; the newest checkpoint is that of step 3" in caught.value.__notes__[0]
+
     before = {(record.kind, record.step): record for record in read_metrics(metrics)}
     await train(tmp_path / "run", config, resume=True)
 
@@ -101,9 +112,9 @@ async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_agai
     assert len(read_metrics(metrics)) == len(after)
     for moment, expected in before.items():
         found = after[moment]
-        assert (found.time > expected.time) == (moment in uninterrupted[-3:]), (
-            "only what came after the checkpoint was done again"
-        )
+        repeated = moment in uninterrupted[-3:]
+        assert (found.time > expected.time) == repeated, moment
+
         compared = [
             name
             for name in expected.values
@@ -111,16 +122,15 @@ async def test_a_killed_and_resumed_run_does_the_steps_after_its_checkpoint_agai
         ]
         assert len(compared) > (20 if expected.kind == "train" else 1)
         for name in compared:
-            assert found.values[name] == pytest.approx(expected.values[name], abs=1e-6), (
-                moment,
-                name,
-            )
+            value = pytest.approx(expected.values[name], abs=1e-6)
+            assert found.values[name] == value, (moment, name)
+
     rewards = [record.values["reward/std"] for record in after.values() if record.kind == "train"]
     assert min(rewards) > 0, "equal rewards would teach nothing, and any two such runs are equal"
 
 
 class LargeRollouts:
-    """Generation actor whose batches hold `sampling.max_tokens` tokens: 9 bytes each."""
+    """A generation actor whose batches hold `sampling.max_tokens` tokens of 9 bytes each."""
 
     def generate(
         self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
@@ -141,7 +151,7 @@ class LargeRollouts:
 
 
 class Trainer:
-    """Everything else: an actor that receives large records and answers with small ones."""
+    """All other actors in one, which receives large records and answers with small ones."""
 
     def score(self, rollouts: RolloutBatch) -> RewardBatch:
         zeros = np.zeros(len(rollouts), dtype=np.float32)
@@ -156,15 +166,12 @@ class Trainer:
         )
 
     def credit(self, rollouts: RolloutBatch, rewards: RewardBatch) -> list:
-        return [
-            ray.put(
-                TrainBatch(
-                    rollouts=rollouts,
-                    rewards=rewards,
-                    advantages=np.zeros(len(rollouts.token_ids), np.float32),
-                )
-            )
-        ]
+        batch = TrainBatch(
+            rollouts=rollouts,
+            rewards=rewards,
+            advantages=np.zeros(len(rollouts.token_ids), np.float32),
+        )
+        return [ray.put(batch)]
 
     def update(self, batch: TrainBatch) -> int:
         return len(batch.rollouts.token_ids)
@@ -210,20 +217,25 @@ class TrainerClient:
 
 
 async def test_the_drivers_memory_does_not_grow_with_the_batch(tmp_path: Path) -> None:
-    """Batches of 4 tokens and of 8 million (72 MB of rollouts, 104 MB as a train batch), three steps each."""
-    actors: list[Any] = [
-        ray.remote(made).options(num_cpus=0).remote() for made in (LargeRollouts, Trainer)
-    ]  # pyright: ignore[reportAttributeAccessIssue]
-    generation, trainer = actors
+    """Train three steps on batches of 4 tokens, and three on batches of 8 million.
+
+    The large ones have 72 MB of rollouts, 104 MB as train batches.
+    """
+    remote: Any = ray.remote
+    generation = remote(LargeRollouts).options(num_cpus=0).remote()
+    trainer = remote(Trainer).options(num_cpus=0).remote()
+
     growth = {}
     for tokens in (4, 8_000_000):
         client = TrainerClient(trainer)
         loop = _loop_over(client, GenerationGroup([generation]), tmp_path / str(tokens), tokens)
+
         before = psutil.Process().memory_info().rss
         assert await loop.run() == "finished"
         growth[tokens] = psutil.Process().memory_info().rss - before
         assert client.tokens == [tokens] * 3
-    for actor in actors:
+
+    for actor in (generation, trainer):
         ray.kill(actor)
     assert growth[8_000_000] < 16 * 1024**2, growth
 
@@ -231,7 +243,7 @@ async def test_the_drivers_memory_does_not_grow_with_the_batch(tmp_path: Path) -
 def _loop_over(
     client: TrainerClient, generator: GenerationGroup, path: Path, tokens: int
 ) -> SynchronousLoop:
-    """Three steps of one prompt."""
+    """Return a loop of three steps with one prompt."""
     config = RunConfig.model_validate(
         {
             "generation": {"max_tokens": tokens},
@@ -240,9 +252,10 @@ def _loop_over(
     )
     directory = RunDirectory(path)
     directory.create(config)
+
     prompt = Prompt(problem_id="0", token_ids=(1,), text="", problem="", ground_truth="")
     stream = PromptStream([prompt], prompts_per_step=1, seed=0, shuffle=False)
-    # pyright knows no class that is all ports at once
+    # `Any`, since no class implements all ports at once for the type checker.
     ports: Any = {"scorer": client, "policy": client, "advantages": client, "weights": client}
     workers = Workers(generator=generator, reference=None, **ports)
     store = CheckpointStore(directory.checkpoints, keep=1)

@@ -1,5 +1,6 @@
-"""Contract of the rollout engines, on real vLLM and on transformers."""
+"""Contracts of the rollout engines, on real vLLM and on transformers."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ def config(engine: str) -> RunConfig:
 
 
 def start_worker(engine: str, directory: Path | None = None) -> Any:
+    """Start a generation worker, on the tiny model unless `directory` names another."""
     remote_class: Any = ray.remote(GenerationWorker)
     model = str(directory or resolve_model("tiny"))
     return remote_class.options(num_cpus=0).remote(config(engine), model)
@@ -72,7 +74,7 @@ def prompts() -> PromptBatch:
         "What is the answer? " * 6,
         "Tom loses 1 and 2.",
     ]
-    made = tuple(
+    batch = tuple(
         Prompt(
             problem_id=str(i),
             token_ids=tuple(tokenizer(text)["input_ids"]),
@@ -82,40 +84,44 @@ def prompts() -> PromptBatch:
         )
         for i, text in enumerate(texts)
     )
-    return PromptBatch(batch_id=5, prompts=made, group_ids=np.arange(20, 24, dtype=np.int64))
+    return PromptBatch(batch_id=5, prompts=batch, group_ids=np.arange(20, 24, dtype=np.int64))
 
 
 async def generate(
     workers: list, prompts: PromptBatch, sampling: SamplingParameters
 ) -> RolloutBatch:
+    """Generate with all workers, and return the responses in the order of the prompts."""
     parts = [part async for part in GenerationGroup(workers).generate(prompts, sampling)]
     parts.sort(key=lambda part: part.prompt_index)
     batches = [await part.rollouts for part in parts]
-    assert [part.num_response_tokens for part in parts] == [
-        batch.num_response_tokens for batch in batches
-    ]
+    counts = [batch.num_response_tokens for batch in batches]
+    assert [part.num_response_tokens for part in parts] == counts
     return RolloutBatch.concatenate(batches)
 
 
 @torch.no_grad()
 def expected_logprobs(model: torch.nn.Module, batch: RolloutBatch, row: int) -> np.ndarray:
+    """Return the model's own log-probabilities of a sequence at the temperature, [L - 1]."""
     start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
     tokens = torch.from_numpy(batch.token_ids[start:end].astype(np.int64))[None]
     logs = (model(input_ids=tokens).logits[0, :-1] / batch.temperature).log_softmax(-1)
     return logs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
 
 
-def forbid_end(sampling: SamplingParameters) -> SamplingParameters:
-    """Without min_tokens no token is masked, so the engine's distribution is the model's own."""
+def without_mask(sampling: SamplingParameters) -> SamplingParameters:
+    """Return the sampling without min_tokens.
+
+    It masks no token, so the engine's distribution is the model's own.
+    """
     return replace(sampling, min_tokens=0)
 
 
 async def test_batch_layout(worker, prompts: PromptBatch):
     batch = await generate([worker], prompts, SAMPLING)
     assert batch.batch_id == 5
-    assert (
-        batch.group_ids.tolist() == [20] * 4 + [21] * 4 + [22] * 4 + [23] * 4
-    )  # prompt order, groups together
+    # In the order of the prompts, with the responses of a group together.
+    assert batch.group_ids.tolist() == [20] * 4 + [21] * 4 + [22] * 4 + [23] * 4
+
     for row, group in enumerate(batch.group_ids):
         prompt = prompts.prompts[group - 20]
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
@@ -124,9 +130,9 @@ async def test_batch_layout(worker, prompts: PromptBatch):
         assert not batch.response_mask[start:middle].any()
         assert batch.response_mask[middle:end].all()
         assert 2 <= end - middle <= 12
-        assert (batch.stop_reasons[row] == StopReason.LENGTH) == (
-            end - middle == 12 and batch.token_ids[end - 1] != _end_token()
-        )
+        cut_off = end - middle == 12 and batch.token_ids[end - 1] != _end_token()
+        assert (batch.stop_reasons[row] == StopReason.LENGTH) == cut_off
+
     assert (batch.rollout_logprobs[~batch.response_mask] == 0).all()
     assert (batch.rollout_logprobs[batch.response_mask] <= 0).all()
 
@@ -140,12 +146,12 @@ async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
     worker, prompts: PromptBatch, model: torch.nn.Module
 ):
     await install(worker, model, 0)
-    batch = await generate([worker], prompts, forbid_end(SAMPLING))
+    batch = await generate([worker], prompts, without_mask(SAMPLING))
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]
-        got = batch.rollout_logprobs[start:end][1:]
-        assert np.abs(got - expected_logprobs(model, batch, row))[mask].max() < 2e-3
+        found = batch.rollout_logprobs[start:end][1:]
+        assert np.abs(found - expected_logprobs(model, batch, row))[mask].max() < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,10 @@ async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
 async def test_truncation_leaves_logprobs_alone(
     worker, prompts: PromptBatch, model: torch.nn.Module, truncation: dict[str, Any]
 ):
-    """They are of the whole distribution at the temperature, so that a ratio to the trainer's is 1, although tokens were cut off."""
+    """Compare log-probabilities with those of the whole distribution at the temperature.
+
+    The ratio to the trainer's is 1, although unlikely tokens were never sampled.
+    """
     await install(worker, model, 0)
     sampling = replace(SAMPLING, min_tokens=0, max_tokens=32)
     batch = await generate([worker], prompts, replace(sampling, **truncation))
@@ -164,19 +173,21 @@ async def test_truncation_leaves_logprobs_alone(
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]
-        got = batch.rollout_logprobs[start:end][1:][mask]
-        differences = expected_logprobs(model, batch, row)[mask] - got
+        found = batch.rollout_logprobs[start:end][1:][mask]
+        differences = expected_logprobs(model, batch, row)[mask] - found
         assert np.abs(differences).max() < 2e-3
         log_ratios[row] = differences.sum()
         assert mask.sum() > truncation.get("min_tokens", 0)
     assert np.abs(log_ratios).max() < 0.01
-    if truncation.keys() & {"top_p", "top_k"}:  # an end token is rare anyhow
+
+    if truncation.keys() & {"top_p", "top_k"}:  # min_tokens may change nothing: ends are rare
         free = await generate([worker], prompts, sampling)
         assert free.token_ids.tolist() != batch.token_ids.tolist()
 
 
 async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):
-    one, two = [await generate([worker], prompts, SAMPLING) for _ in range(2)]
+    one = await generate([worker], prompts, SAMPLING)
+    two = await generate([worker], prompts, SAMPLING)
     other = await generate([worker], prompts, replace(SAMPLING, seed=4))
     assert one.token_ids.tolist() == two.token_ids.tolist()
     assert one.token_ids.tolist() != other.token_ids.tolist()
@@ -184,9 +195,8 @@ async def test_equal_seeds_equal_tokens(worker, prompts: PromptBatch):
 
 async def test_greedy_is_transformers_generate(worker, prompts: PromptBatch, model):
     await install(worker, model, 0)
-    batch = await generate(
-        [worker], prompts, SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=8)
-    )
+    greedy = SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=8)
+    batch = await generate([worker], prompts, greedy)
     for row, prompt in enumerate(prompts.prompts):
         tokens = torch.tensor([prompt.token_ids])
         expected = model.generate(
@@ -200,32 +210,35 @@ async def test_stop_strings_stay_in_the_response(worker, prompts: PromptBatch):
     free = await generate([worker], prompts, replace(SAMPLING, min_tokens=1))
     whole = [text for text in free.response_texts if len(text) > 6 and "\ufffd" not in text[:6]]
     text, stop = whole[0], whole[0][3:5]
+
     batch = await generate([worker], prompts, replace(SAMPLING, min_tokens=1, stop=(stop,)))
     row = free.response_texts.index(text)
     expected = text[: text.index(stop) + len(stop)]
     assert batch.response_texts[row].startswith(expected)
     assert batch.stop_reasons[row] == StopReason.END
-    start, end = (
-        batch.sequence_offsets[row] + batch.prompt_lengths[row],
-        batch.sequence_offsets[row + 1],
-    )
+
+    # The tokens are those sampled, up to the one that completed the string, and none after it.
+    start = batch.sequence_offsets[row] + batch.prompt_lengths[row]
+    end = batch.sequence_offsets[row + 1]
     tokenizer: Any = load_tokenizer(resolve_model("tiny"))
     decoded = tokenizer.decode(batch.token_ids[start:end].tolist(), skip_special_tokens=True)
-    assert decoded.startswith(
-        expected
-    )  # the tokens are those sampled, up to the one that completed the string
-    assert len(decoded) - len(expected) < 8  # and none after it
+    assert decoded.startswith(expected)
+    assert len(decoded) - len(expected) < 8
 
 
 async def test_stop_strings_cut_both_engines_alike(
     workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module
 ):
-    """Greedy responses are the same tokens in both engines, so everything else must be the same too, wherever the string and min_tokens fall."""
+    """Compare greedy responses of both engines, wherever stop string and min_tokens fall.
+
+    The tokens are the same in both, so everything else must be too.
+    """
     for worker in workers.values():
         await install(worker, changed(model, 1.0), 0)
     greedy = SamplingParameters(samples_per_prompt=1, temperature=0.0, max_tokens=16)
     free = await generate([workers["transformers"]], prompts, greedy)
     stops = {text[i : i + n] for text in free.response_texts for i in (0, 2, 5) for n in (1, 3)}
+
     seen = set()
     for stop in sorted(stops - {""})[:12]:
         for least in (0, 1, 4):
@@ -239,6 +252,7 @@ async def test_stop_strings_cut_both_engines_alike(
                 if reason == StopReason.END and stop in text:
                     assert text.endswith(stop)
                 seen.add((least, reason == StopReason.END))
+
     assert seen == {(least, ended) for least in (0, 1, 4) for ended in (False, True)}
 
 
@@ -246,12 +260,15 @@ async def test_stop_strings_cut_both_engines_alike(
 async def test_several_or_no_end_tokens_mean_the_same_in_both_engines(
     tmp_path: Path, prompts: PromptBatch, model: torch.nn.Module, ends: str | None
 ):
-    """The model's greedy responses repeat a token, so a config that calls such tokens ends shows at once whether an engine knows them."""
-    tokens = (
-        torch.tensor([prompts.prompts[0].token_ids]),
-        torch.tensor([prompts.prompts[1].token_ids]),
-    )
-    likeliest = [int(model(input_ids=one).logits[0, -1].argmax()) for one in tokens]
+    """Declare the likeliest next tokens as end tokens, or none at all.
+
+    Greedy responses repeat such a token, which shows at once whether an engine knows it.
+    """
+    likeliest = []
+    for prompt in prompts.prompts[:2]:
+        logits = model(input_ids=torch.tensor([prompt.token_ids])).logits
+        likeliest.append(int(logits[0, -1].argmax()))
+
     directory = model_with_end_tokens(tmp_path, likeliest if ends else None)
     started = [start_worker(engine, directory) for engine in ENGINES]
     try:
@@ -263,6 +280,7 @@ async def test_several_or_no_end_tokens_mean_the_same_in_both_engines(
             assert one.token_ids.tolist() == two.token_ids.tolist()
             assert one.stop_reasons.tolist() == two.stop_reasons.tolist()
             assert one.response_texts == two.response_texts
+
             if ends is None:
                 assert (one.response_lengths == 8).all()
             elif least == 0:
@@ -275,7 +293,7 @@ async def test_several_or_no_end_tokens_mean_the_same_in_both_engines(
 
 
 def model_with_end_tokens(directory: Path, ends: list[int] | None) -> Path:
-    """The tiny model, whose generation_config.json alone names end tokens."""
+    """Write the tiny model, with end tokens in generation_config.json alone."""
     shutil.copytree(resolve_model("tiny"), directory, dirs_exist_ok=True)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         settings = json.loads((directory / name).read_text())
@@ -286,16 +304,18 @@ def model_with_end_tokens(directory: Path, ends: list[int] | None) -> Path:
 
 
 async def test_by_default_a_short_right_answer_ends(worker, prompts: PromptBatch, model):
-    """The stop string is complete with the second token: the response ends there and not after some least length."""
+    """Stop at a string that the second token completes: no least length delays the end."""
     await install(worker, model, 0)
     default = GenerationConfig()
     greedy = SamplingParameters(
         samples_per_prompt=1, temperature=0.0, max_tokens=16, min_tokens=default.min_tokens
     )
     free = await generate([worker], prompts, greedy)
+
     tokens = free.token_ids[free.prompt_lengths[0] : free.sequence_offsets[1]]
     tokenizer: Any = load_tokenizer(resolve_model("tiny"))
     stop = tokenizer.decode(tokens[:2].tolist())
+
     batch = await generate([worker], prompts, replace(greedy, stop=(stop,)))
     assert batch.response_texts[0] == stop
     assert batch.response_lengths[0] == 2
@@ -304,26 +324,29 @@ async def test_by_default_a_short_right_answer_ends(worker, prompts: PromptBatch
 async def install(
     worker, model: torch.nn.Module, version: int
 ) -> tuple[WeightManifest, list[np.ndarray]]:
-    tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
-    }  # tied
-    manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
-    # the actors outlive single tests, so versions only grow
+    """Install the weights of `model` in the engine of `worker`."""
+    manifest, shards = packed(model, version)
+    # The actors outlive single tests, so versions only grow.
     manifest = replace(manifest, version=max(version, await worker.version.remote()))
     await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
     return manifest, shards
 
 
-def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
-    import copy
+def packed(model: torch.nn.Module, version: int) -> tuple[WeightManifest, list[np.ndarray]]:
+    """Return the weights of `model` as the trainer sends them, without the tied LM head."""
+    tensors = model.state_dict()
+    tensors.pop("lm_head.weight", None)
+    return pack_weights(tensors.items(), version=version, dtype=torch.float32)
 
+
+def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
+    """Return a copy of `model` with noise of relative size `scale` in every parameter."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(
-                torch.randn(parameter.shape, generator=generator) * parameter.std() * scale
-            )
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * parameter.std() * scale)
     return other
 
 
@@ -334,32 +357,33 @@ def head_of(model: Any) -> torch.Tensor:
 async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(
     worker, prompts: PromptBatch, model: torch.nn.Module
 ):
-    """The trap: with tied embeddings a CPU engine's LM head reads a packed copy that a reload leaves stale, and nothing complains."""
+    """Compare with the new model, and with its body under the old LM head.
+
+    With tied embeddings the LM head of a CPU engine reads a packed copy, which a reload may leave
+    stale without an error.
+    """
     other = changed(model, 0.5)
     await install(worker, other, 1)
-    batch = await generate([worker], prompts, forbid_end(SAMPLING))
-    gaps, stale = [], []
-    head_only: Any = changed(model, 0.5)
-    head_only.lm_head.weight = torch.nn.Parameter(
-        head_of(model).detach().clone()
-    )  # new body, old head
+    batch = await generate([worker], prompts, without_mask(SAMPLING))
+
+    old_head: Any = changed(model, 0.5)
+    old_head.lm_head.weight = torch.nn.Parameter(head_of(model).detach().clone())
+    differences, stale = [], []
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]
-        got = batch.rollout_logprobs[start:end][1:][mask]
-        gaps.append(np.abs(got - expected_logprobs(other, batch, row)[mask]))
-        stale.append(np.abs(got - expected_logprobs(head_only, batch, row)[mask]))
-    assert np.concatenate(gaps).max() < 5e-3
+        found = batch.rollout_logprobs[start:end][1:][mask]
+        differences.append(np.abs(found - expected_logprobs(other, batch, row)[mask]))
+        stale.append(np.abs(found - expected_logprobs(old_head, batch, row)[mask]))
+
+    assert np.concatenate(differences).max() < 5e-3
     assert np.concatenate(stale).mean() > 0.02  # so a stale head would have been seen
     assert set(batch.newest_weight_version.tolist()) == {await worker.version.remote()}
     await install(worker, model, 2)
 
 
 async def test_older_weights_are_refused(worker, model: torch.nn.Module):
-    tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
-    }
-    manifest, shards = pack_weights(tensors.items(), version=-5, dtype=torch.float32)
+    manifest, shards = packed(model, -5)
     await install(worker, model, 3)
     with pytest.raises(Exception, match=r"weights version -5 is older than the installed"):
         await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
@@ -368,20 +392,22 @@ async def test_older_weights_are_refused(worker, model: torch.nn.Module):
 async def test_two_workers_cover_all_prompts_in_order(
     workers: dict[str, Any], prompts: PromptBatch, model: torch.nn.Module
 ):
-    """Each response of the transformers engine has its own seed, so how prompts are shared out changes nothing."""
+    """Generate with one worker and with two of the transformers engine.
+
+    Each response has its own seed, so the assignment of prompts to workers changes nothing.
+    """
     first, second = workers["transformers"], start_worker("transformers")
     for actor in (first, second):
         await install(actor, model, 0)
-    both, alone = (
-        await generate([first, second], prompts, SAMPLING),
-        await generate([first], prompts, SAMPLING),
-    )
+
+    both = await generate([first, second], prompts, SAMPLING)
+    alone = await generate([first], prompts, SAMPLING)
     assert both.token_ids.tolist() == alone.token_ids.tolist()
     ray.kill(second)
 
 
 async def test_groups_stream_out_before_the_last_is_done(worker, prompts: PromptBatch):
-    """The first part arrives while its worker still has prompts in hand: parts come one by one, not all at the end."""
+    """Receive the first part while its worker still has prompts: parts arrive one by one."""
     parts = []
     stream = GenerationGroup([worker]).generate(prompts, SAMPLING)
     parts.append(await anext(stream))
@@ -390,18 +416,14 @@ async def test_groups_stream_out_before_the_last_is_done(worker, prompts: Prompt
 
 
 class TrainerSide:
-    """The policy's side of weight sync, around a plain model."""
+    """The policy's side of weight sync: it computes with one model and exports another."""
 
-    def __init__(self, model: torch.nn.Module, told: torch.nn.Module) -> None:
-        self._model, self._told = model, told
+    def __init__(self, model: torch.nn.Module, exported: torch.nn.Module) -> None:
+        self._model = model
+        self._exported = exported
 
     async def export_weights(self, version: int):
-        tensors = {
-            name: tensor
-            for name, tensor in self._told.state_dict().items()
-            if name != "lm_head.weight"
-        }
-        manifest, shards = pack_weights(tensors.items(), version=version, dtype=torch.float32)
+        manifest, shards = packed(self._exported, version)
         return manifest, [ray.put(shard) for shard in shards]
 
     async def probe_logprobs(
@@ -422,9 +444,9 @@ async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
     good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
     report = await good.sync(version)
     assert report["sync/logprob_difference_mean"].value < 1e-3
-    bad = ObjectStoreWeightSync(
-        TrainerSide(changed(model, 0.5), model), [worker], config("vllm"), probe
-    )
+
+    wrong = TrainerSide(changed(model, 0.5), model)
+    bad = ObjectStoreWeightSync(wrong, [worker], config("vllm"), probe)
     with pytest.raises(
         WeightSyncError,
         match=r"differ by \d\.\d+ in mean log-probability .*Parameter groups that differ",

@@ -1,4 +1,4 @@
-"""Rewards that fail, as a user meets them: exit code, console and run.log of real runs on the tiny model."""
+"""Rewards that fail in real runs of the tiny model: exit code, console and run.log."""
 
 import math
 import os
@@ -27,19 +27,13 @@ SMALL = [
 
 
 def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the recipe for two small steps in a process of its own."""
+    command = [sys.executable, "-m", "recipes.grpo_math", *SMALL]
+    path = os.pathsep.join((str(ROOT), str(PLUGINS)))
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "recipes.grpo_math",
-            *SMALL,
-            "--run.directory",
-            str(directory),
-            *flags,
-        ],
+        [*command, "--run.directory", str(directory), *flags],
         cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(PLUGINS))), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -49,11 +43,14 @@ def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_whose_reward_always_fails_stops(tmp_path: Path):
     done = run(tmp_path / "run", "--reward.functions", "math,raises")
     assert done.returncode == 1, done.stdout + done.stderr
+
     log = (tmp_path / "run" / "run.log").read_text()
     message = (
-        "reward.functions: 'raises' failed on 16 of the 16 answers of the first training batch; the first: error, ZeroDivisionError: "
-        "float division by zero. Repair the function: its rewards mean nothing."
+        "reward.functions: 'raises' failed on 16 of the 16 answers of the first training batch; "
+        "the first: error, ZeroDivisionError: float division by zero. "
+        "Repair the function: its rewards mean nothing."
     )
+
     for text in (done.stdout, log):
         assert message in text
         assert text.count("reward 'raises' failed (error): ZeroDivisionError") == 1
@@ -67,8 +64,12 @@ WAYS = {
     "gives_nan": "(error): ValueError: it returned nan; a reward must be finite",
     "gives_none": "(error): TypeError: it returned None; a reward is one number",
     "gives_list": "(error): TypeError: it returned [1.0] (list); a reward is one number",
-    "gives_huge": "(error): OverflowError: it returned -1e+39, which with weight 1 is beyond float32",
-    "returns_coroutine": "(error): TypeError: it returned a coroutine; a reward function is a plain",
+    "gives_huge": (
+        "(error): OverflowError: it returned -1e+39, which with weight 1 is beyond float32"
+    ),
+    "returns_coroutine": (
+        "(error): TypeError: it returned a coroutine; a reward function is a plain"
+    ),
     "hangs": "(timeout): no answer within reward.timeout_s 0.2",
     "calls_sys_exit": "(error): it called sys.exit('no more')",
     "calls_os_exit": "(crash): its process ended with exit code 7",
@@ -79,6 +80,7 @@ WAYS = {
 def test_each_way_to_fail_is_named(tmp_path: Path):
     done = run(tmp_path / "run", "--reward.functions", f"math,{','.join(WAYS)}")
     assert done.returncode == 1, done.stdout + done.stderr
+
     log = (tmp_path / "run" / "run.log").read_text()
     for text in (done.stdout, log):
         for name, how in WAYS.items():
@@ -101,21 +103,21 @@ def test_some_failures_are_counted_and_the_run_goes_on(on_failure: str, tmp_path
     done = run(directory, "--reward.functions", "sometimes,math", "--reward.on_failure", on_failure)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("reward 'sometimes' failed (error): KeyError: 'unlucky'") == 1
-    rows = [
-        row
-        for path in sorted((directory / "rollouts").glob("step_*.parquet"))
-        for row in read_rollouts(path)
-    ]
+
+    files = sorted((directory / "rollouts").glob("step_*.parquet"))
+    rows = [row for file in files for row in read_rollouts(file)]
     failed = [row for row in rows if row["failure"]]
     assert failed
     assert all(math.isnan(row["reward_sometimes"]) for row in failed)
     assert all(row["reward_math"] == 0.0 for row in failed)
     assert {math.isnan(row["reward"]) for row in failed} == {on_failure == "drop"}
+
     counts = [record.values for record in read_metrics(directory / "metrics.jsonl")]
     assert sum(values["reward/errors"] for values in counts) == len(failed)
     assert sum(values["reward/failed/sometimes"] for values in counts) == len(failed)
     if on_failure == "drop":
         assert sum(values.get("reward/dropped", 0.0) for values in counts) == len(failed)
         assert all(not any(row["advantages"] or []) for row in failed)
+
     assert f"sometimes {len(failed)}" in done.stdout  # in the summary
     assert "failed rewards" in (directory / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""One run as a user starts it, on a small model: what `make test` proves an installation with."""
+"""One run on a small model, as a user starts it: `make test` proves an installation with it."""
 
 import os
 import subprocess

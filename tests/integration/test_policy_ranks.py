@@ -1,4 +1,4 @@
-"""The actor group on real Ray and gloo: the same update whatever the ranks, the packing and the microbatches."""
+"""The actor group on real Ray and gloo: updates do not depend on ranks, packing, microbatches."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.config import (
     AdvantageConfig,
@@ -67,9 +68,10 @@ def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
 
 @asynccontextmanager
 async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
-    """A group with processes of its own."""
+    """Start a reference group with processes of its own, and kill them at the end."""
     remote_class: Any = ray.remote(ReferenceWorker)
-    model, count = str(resolve_model("tiny")), config.reference_role().ranks
+    model = str(resolve_model("tiny"))
+    count = config.reference_role().ranks
     actors = [
         remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)
     ]
@@ -81,27 +83,28 @@ async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
 
 
 async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
+    """Return copies of the exported weights."""
     manifest, refs = await group.export_weights(1)
-    return {
-        name: tensor.clone()
-        for name, tensor in unpack_weights(manifest, [await ref for ref in refs])
-    }
+    shards = [await ref for ref in refs]
+    return {name: tensor.clone() for name, tensor in unpack_weights(manifest, shards)}
 
 
 async def logprobs_of(group: CausalLMGroup, batch: ScoredBatch) -> np.ndarray:
+    """Return the group's log-probabilities of the responses, [N]."""
     parts = await group.logprobs([ray.put(batch.rollouts)])
     return LogprobBatch.scatter([await part for part in parts], batch.rollouts.sequence_offsets)
 
 
 def example() -> TrainBatch:
+    """Return 24 responses, with old and ref log-probabilities near those of the tiny model."""
     batch = random_rollouts(0, groups=6, samples=4)
-    made = train_batch(batch)
+    estimated = train_batch(batch)
     noise = np.random.default_rng(9).normal(scale=0.1, size=len(batch.token_ids))
     near = np.where(batch.response_mask, -5.7 + noise, 0).astype(np.float32)
     return TrainBatch(
         rollouts=batch,
-        rewards=made.rewards,
-        advantages=made.advantages,
+        rewards=estimated.rewards,
+        advantages=estimated.advantages,
         old_logprobs=near,
         ref_logprobs=near,
         kl_coefficient=0.05,
@@ -111,7 +114,7 @@ def example() -> TrainBatch:
 async def updated(
     ranks: RankProcesses, policy: RunConfig, batch: TrainBatch
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Weights and metrics after one update."""
+    """Return weights and metrics after one update by new ranks."""
     async with ranks.group(policy) as group:
         report = values(await group.update(ray.put(batch)))
         return await weights_of(group), report
@@ -123,19 +126,23 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
         start = await weights_of(group)
         report = values(await group.update(ray.put(batch)))
         reference = await weights_of(group)
+
     plans = [
         config(1, shared_prefix_packing=False, microbatch_tokens=64, logit_chunk_tokens=3),
         config(2, microbatch_tokens=50, gradient_checkpointing=True),
         config(2, microbatch_tokens=50, packing=False, gradient_checkpointing=True),
     ]
     results = [await updated(ranks, plan, batch) for plan in plans]
+
     moved = max(float((reference[name] - start[name]).abs().max()) for name in reference)
     assert moved > 5e-4  # the update did something
     for weights, other in results:
         for name, tensor in weights.items():
-            # Adam's first step is lr * g / (|g| + eps): where a gradient is about 0 its sign is rounding, so compare where it is not.
+            # Adam's first step is lr * g / (|g| + eps): where a gradient is about 0, its sign is
+            # rounding, so a few entries may differ.
             agree = (tensor - reference[name]).abs() < 1e-5
             assert agree.float().mean() > 0.999, name
+
         for metric in (
             "policy/loss",
             "policy/grad_norm",
@@ -154,25 +161,31 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
 async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(
     ranks: RankProcesses,
 ):
-    """adaptive_power takes its q from the whole mini-batch, the mismatch correction from whole responses, and masked responses leave no trace."""
+    """Update with everything that is computed over more than a token or a pack.
+
+    adaptive_power takes its q from the whole mini-batch, the mismatch correction its ratio from
+    whole responses, and masked responses leave no trace.
+    """
     batch = example()
     trained = np.arange(len(batch.rollouts)) % 3 != 0
     batch = dataclasses.replace(batch, trained=trained)
+    algorithm = AlgorithmConfig(
+        objective=ObjectiveConfig(
+            ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}
+        ),
+        rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
+        aggregation="token_mean",
+    )
+
     reports = []
     for plan in (
         config(1),
         config(1, shared_prefix_packing=False, microbatch_tokens=64),
         config(2, microbatch_tokens=50),
     ):
-        algorithm = AlgorithmConfig(
-            objective=ObjectiveConfig(
-                ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}
-            ),
-            rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
-            aggregation="token_mean",
-        )
         _, report = await updated(ranks, plan.model_copy(update={"algorithm": algorithm}), batch)
         reports.append(report)
+
     first = reports[0]
     assert 0.01 < first["policy/q"] < 0.99
     assert first["policy/tokens"] == batch.rollouts.response_lengths[trained].sum()
@@ -191,7 +204,10 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
 async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
     tmp_path: Path, ranks: RankProcesses
 ):
-    """A target far below what two updates reach doubles the coefficient, one far above halves it; KL terms of whole responses go along."""
+    """Set the target far below what two updates reach, and far above.
+
+    The coefficient doubles or halves. KL terms of whole responses are in the same loss.
+    """
     batch = example()
     logged: list[dict[str, float]] = []
     for count, target in ((1, 1e-9), (2, 1e-9), (1, 1e9)):
@@ -208,13 +224,16 @@ async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
             directory = tmp_path / f"{count}-{target}"
             directory.mkdir()
             await group.save(directory)
+
         async with ranks.group(plan) as group:
             await group.load(directory)
             second = values(await group.update(ray.put(batch)))
+
         assert first["kl/old_coefficient"] == 0.5
         assert second["kl/old_coefficient"] == (1.0 if target < 1 else 0.25)
         assert first["policy/kl_old"] > 0
         logged.append(first)
+
     for name in ("policy/kl_old", "policy/loss", "policy/grad_norm"):
         assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-3, abs=1e-6), name
 
@@ -227,22 +246,22 @@ async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_
     batch = dataclasses.replace(batch, rollouts=rollouts)
     plain, silent = await updated(ranks, config(1), batch)
     assert not any(name.startswith("gradient/") for name in silent)
+
+    diagnostics = {"diagnostics": DiagnosticsConfig(gradient=True)}
     reports = []
     for plan in (
         config(1),
         config(2, microbatch_tokens=50),
         config(1, gradient_checkpointing=True),
     ):
-        weights, report = await updated(
-            ranks, plan.model_copy(update={"diagnostics": DiagnosticsConfig(gradient=True)}), batch
-        )
+        weights, report = await updated(ranks, plan.model_copy(update=diagnostics), batch)
         reports.append(
             {name: value for name, value in report.items() if name.startswith("gradient/")}
         )
         if plan.policy.ranks == 1:
-            assert all(
-                (weights[name] - tensor).abs().max() < 1e-6 for name, tensor in plain.items()
-            )
+            for name, tensor in plain.items():
+                assert (weights[name] - tensor).abs().max() < 1e-6
+
     assert reports[0]["gradient/variance_ratio/leave_one_out"] == 1
     for report in reports[1:]:
         assert report == pytest.approx(reports[0], rel=1e-3, abs=1e-5)
@@ -251,13 +270,13 @@ async def test_gradient_diagnostics_do_not_depend_on_ranks_and_leave_the_update_
 async def test_a_mini_batch_without_trained_responses_is_skipped(ranks: RankProcesses):
     batch = dataclasses.replace(example(), trained=np.zeros(24, dtype=np.bool_))
     _, report = await updated(ranks, config(2, num_mini_batches=3, epochs=2), batch)
-    assert report["policy/skipped_updates"] == 6  # once, and not once a rank
+    assert report["policy/skipped_updates"] == 6  # counted once, not once per rank
     assert report["policy/updates"] == report["policy/nonfinite_gradients"] == 0
     assert "policy/grad_norm" not in report
 
 
-async def test_masked_responses_stay_in_what_is_estimated_again(ranks: RankProcesses):
-    """The same advantages with and without the mask; the masked responses leave no token in the loss."""
+async def test_masked_responses_stay_in_recomputed_advantages(ranks: RankProcesses):
+    """Recompute the same advantages with and without the mask, which only affects the loss."""
     plain = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     trained = np.arange(len(plain.rollouts)) % 3 != 0
     masked = dataclasses.replace(plain, trained=trained)
@@ -266,12 +285,14 @@ async def test_masked_responses_stay_in_what_is_estimated_again(ranks: RankProce
         objective=ObjectiveConfig(weight="none"),
         aggregation="sequence_sum",
     )
+
     names = ("advantage/mean_abs", "advantage/shrinkage_group", "advantage/condition_number")
     reports = []
     for count, batch in ((1, plain), (1, masked), (2, masked)):
         plan = config(count).model_copy(update={"algorithm": algorithm})
         _, report = await updated(ranks, plan, batch)
         reports.append(report)
+
     for report in reports[1:]:
         assert report["policy/tokens"] == plain.rollouts.response_lengths[trained].sum()
         for name in names:
@@ -280,7 +301,7 @@ async def test_masked_responses_stay_in_what_is_estimated_again(ranks: RankProce
 
 @pytest.mark.parametrize("count", [1, 2])
 async def test_weight_decay_acts_on_matrices_alone(ranks: RankProcesses, count: int):
-    """An update without a gradient takes rate times decay, 1e-3 * 10, off the matrices, and nothing off the norms."""
+    """Update without a gradient: matrices shrink by rate times decay, 1e-3 * 10, norms do not."""
     batch = example()
     silent = TrainBatch(
         rollouts=batch.rollouts,
@@ -289,10 +310,12 @@ async def test_weight_decay_acts_on_matrices_alone(ranks: RankProcesses, count: 
     )
     plan = config(count, optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=10.0))
     plan = plan.model_copy(update={"algorithm": AlgorithmConfig()})
+
     async with ranks.group(plan) as group:
         before = await weights_of(group)
         await group.update(ray.put(silent))
         after = await weights_of(group)
+
     norms = [name for name in before if "norm" in name]
     assert 0 < len(norms) < len(before)
     for name, tensor in before.items():
@@ -303,13 +326,17 @@ async def test_weight_decay_acts_on_matrices_alone(ranks: RankProcesses, count: 
 async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
     ranks: RankProcesses,
 ):
-    """With steps too small to move the policy, the mean loss of mini-batches of equal size is the loss of the whole batch."""
+    """Take steps too small to move the policy.
+
+    The mean loss of mini-batches of equal size is then the loss of the whole batch.
+    """
     batch = example()
     still = OptimizerConfig(learning_rate=1e-12)
     reports = {}
     for count, mini_batches, epochs in ((1, 1, 1), (1, 3, 2), (2, 1, 1), (2, 3, 2)):
         plan = config(count, num_mini_batches=mini_batches, epochs=epochs, optimizer=still)
         _, reports[count, mini_batches, epochs] = await updated(ranks, plan, batch)
+
     whole = reports[1, 1, 1]
     assert abs(whole["policy/loss"]) > 1e-3
     for (_, mini_batches, epochs), report in reports.items():
@@ -320,10 +347,13 @@ async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
+async def test_estimates_of_the_ranks_come_back_and_drift_is_not_mismatch(
     ranks: RankProcesses, count: int
 ):
-    """Leave-one-out advantages of the trained responses. The policy of the second mini-batch has moved: the gap is that of the first alone."""
+    """Estimate advantages of the trained responses on the ranks, in one mini-batch and in two.
+
+    The policy of the second mini-batch has moved: the log-prob mismatch is that of the first alone.
+    """
     rollouts = random_rollouts(0, groups=6, samples=4)
     trained = np.arange(len(rollouts)) != 5
     batch = ScoredBatch(rollouts=rollouts, rewards=rewards_of(rollouts), trained=trained)
@@ -332,9 +362,11 @@ async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
         objective=ObjectiveConfig(weight="none"),
     )
     update = {"algorithm": algorithm}
+
     async with ranks.group(config(count).model_copy(update=update)) as group:
         before = await logprobs_of(group, batch)
         once = values(await group.update(ray.put(batch)))
+
     plan = config(count, num_mini_batches=2).model_copy(update=update)
     async with ranks.group(plan) as group:
         report = values(await group.update(ray.put(batch)))
@@ -342,19 +374,21 @@ async def test_what_the_ranks_estimate_comes_back_and_drift_is_no_gap(
         assert handle is not None
         estimated = await handle
         assert await group.estimated_advantages() is not None
+
     tokens = np.repeat(trained, batch.rollouts.sequence_lengths)
     rewards = np.repeat(batch.rewards.rewards, batch.rollouts.sequence_lengths)
     mask = batch.rollouts.response_mask
     np.testing.assert_array_equal(np.isnan(estimated), ~tokens)
     np.testing.assert_allclose(estimated[tokens & mask], rewards[tokens & mask], atol=1e-6)
-    gap = np.abs(batch.rollouts.rollout_logprobs - before)[tokens & mask].mean()
-    assert once["policy/logprob_difference_mean"] == pytest.approx(gap, rel=1e-4)
+
+    mismatch = np.abs(batch.rollouts.rollout_logprobs - before)[tokens & mask].mean()
+    assert once["policy/logprob_difference_mean"] == pytest.approx(mismatch, rel=1e-4)
     assert "policy/drift_mean" not in once
     assert report["policy/drift_mean"] > 0
     assert report["policy/drift_max"] >= report["policy/drift_mean"]
 
 
-async def test_an_update_that_takes_the_advantages_of_the_batch_has_estimated_none(
+async def test_an_update_with_the_advantages_of_the_batch_estimates_none(
     ranks: RankProcesses,
 ):
     async with ranks.group(config(1)) as group:
@@ -362,7 +396,7 @@ async def test_an_update_that_takes_the_advantages_of_the_batch_has_estimated_no
         assert await group.estimated_advantages() is None
 
 
-async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
+async def test_squared_score_norms_are_computed_only_where_they_are_read(ranks: RankProcesses):
     batch = example().rollouts
     for estimator, wanted in (("grpo", False), ("opo", False), ("optimal_baseline", True)):
         plan = config(1).model_copy(
@@ -370,6 +404,7 @@ async def test_score_norms_come_only_where_they_are_read(ranks: RankProcesses):
         )
         async with ranks.group(plan) as group:
             (part,) = [await handle for handle in await group.logprobs([ray.put(batch)])]
+
         assert (part.squared_score_norms is not None) == wanted
         if wanted:
             norms = LogprobBatch.scatter([part], batch.sequence_offsets, "squared_score_norms")
@@ -385,18 +420,20 @@ async def test_logprobs_and_probe_agree_over_ranks_and_with_the_reference(ranks:
         async with ranks.group(plan) as group:
             found.append(await logprobs_of(group, batch))
             probes.append(await group.probe_logprobs(tokens, 1.0))
+
     alone = config(2).model_copy(update={"reference": ReferenceConfig(ranks=1)})
     for plan in (config(2), alone):
         async with reference_group(plan) as reference:
             found.append(await logprobs_of(reference, batch))
-    a, *others = found
+
+    first, *others = found
     for other in others:
-        assert np.allclose(a, other, atol=1e-5)
+        assert np.allclose(first, other, atol=1e-5)
     for one, two, sequence in zip(*probes, tokens, strict=True):
         assert one.shape == two.shape == (len(sequence) - 1,)
         assert np.allclose(one, two, atol=1e-5)
-    assert (a[~batch.rollouts.response_mask] == 0).all()
-    assert (a[batch.rollouts.response_mask] < 0).all()
+    assert (first[~batch.rollouts.response_mask] == 0).all()
+    assert (first[batch.rollouts.response_mask] < 0).all()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -404,26 +441,28 @@ async def test_saved_and_loaded_continues_to_the_same_weights(
     tmp_path: Path, ranks: RankProcesses, count: int
 ):
     optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
-    batch, plan = example(), config(count, epochs=2, num_mini_batches=2, optimizer=optimizer)
+    batch = example()
+    plan = config(count, epochs=2, num_mini_batches=2, optimizer=optimizer)
+
     async with ranks.group(plan) as group:
         await group.update(ray.put(batch))
         await group.save(tmp_path)
         await group.update(ray.put(batch))
         straight = await weights_of(group)
+
     async with ranks.group(plan) as group:
         await group.load(tmp_path)
         await group.update(ray.put(batch))
         resumed = await weights_of(group)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert (
-        AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
-    )  # the checkpoint is a Hugging Face directory
+    # The checkpoint is a Hugging Face directory.
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 
 def with_baseline_network(ranks: int) -> RunConfig:
+    """Return a run of the hierarchical estimator with a baseline network."""
     advantage = AdvantageConfig(
         name="hierarchical",
         parameters={"solver": "network"},
@@ -440,7 +479,7 @@ def with_baseline_network(ranks: int) -> RunConfig:
 async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
     tmp_path: Path, ranks: RankProcesses
 ):
-    """Three mini-batches: untrained, trained but unproven, then in use."""
+    """Train on three mini-batches: the network is untrained, trained but unproven, then in use."""
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
     batch = dataclasses.replace(
@@ -451,14 +490,14 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
         await group.save(tmp_path)
         second = values(await group.update(ray.put(batch)))
         straight = await weights_of(group)
+
     async with ranks.group(with_baseline_network(1)) as group:
         await group.load(tmp_path)
-        assert (
-            values(await group.update(ray.put(batch)))["advantage/shrinkage_network"]
-            == second["advantage/shrinkage_network"]
-        )
+        again = values(await group.update(ray.put(batch)))
         resumed = await weights_of(group)
+    assert again["advantage/shrinkage_network"] == second["advantage/shrinkage_network"]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
     _, two = await updated(ranks, with_baseline_network(2), batch)
     for name in (
         "advantage/shrinkage_network",
@@ -472,7 +511,7 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
 async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
     tmp_path: Path, ranks: RankProcesses
 ):
-    """A moving average: the ranks have it, since they estimate."""
+    """Save a moving average, which the ranks hold because they estimate the advantages."""
     advantage = AdvantageConfig(
         name="reinforce_baseline",
         parameters={"baseline": "moving_average"},
@@ -496,7 +535,9 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
             else:
                 await group.update(ray.put(batch))
             await group.save(directory)
+
         kept.append(json.loads((directory / "policy_state.json").read_text())["estimator"])
+
     assert kept[0]["weight"] > 0
     assert kept[0] == kept[1]
 

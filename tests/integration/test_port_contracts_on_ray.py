@@ -19,12 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def system(ray_cluster: None) -> AsyncIterator[System]:
+    """Start the real parts of a run, with the policy's weights in the engine."""
+
+    async def open_handle(handle: Any) -> Any:
+        return await handle
+
     async with started(make_config()) as parts:
-
-        async def open_handle(handle: Any) -> Any:
-            return await handle
-
-        made = System(
+        system = System(
             workers=parts.workers,
             prompts=parts.prompts.train.next_batch(),
             sampling=SamplingParameters(
@@ -34,8 +35,8 @@ async def system(ray_cluster: None) -> AsyncIterator[System]:
             put=ray.put,
             tolerance=1e-4,
         )
-        await made.sync()
-        yield made
+        await system.sync()
+        yield system
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -21,13 +21,13 @@ TOLERANCE = 1e-6  # relative, and absolute below 1
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of what this code computes for every preset."""
+    """Train every preset, and return the directory of their numbers."""
     directory = tmp_path_factory.mktemp("golden")
     command = [sys.executable, "-m", "tests.support.golden_runs", str(directory)]
-    ended = subprocess.run(
+    done = subprocess.run(
         command, env=os.environ | PORTABLE, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
 

@@ -29,66 +29,31 @@ PLUGINS = ROOT / "tests" / "plugin_package"
 
 # The tiny model, the reproducible engine, and few small steps.
 SMALL = [
-    *(
-        "--model.path",
-        "tiny",
-        "--generation.engine",
-        "transformers",
-        "--generation.dtype",
-        "float32",
-    ),
-    *(
-        "--policy.compute_dtype",
-        "float32",
-        "--generation.max_tokens",
-        "8",
-        "--generation.samples_per_prompt",
-        "4",
-    ),
-    *(
-        "--trainer.prompts_per_step",
-        "4",
-        "--data.synthetic.train_size",
-        "40",
-        "--data.synthetic.eval_size",
-        "4",
-    ),
+    *("--model.path", "tiny", "--generation.engine", "transformers"),
+    *("--generation.dtype", "float32", "--policy.compute_dtype", "float32"),
+    *("--generation.max_tokens", "8", "--generation.samples_per_prompt", "4"),
+    *("--trainer.prompts_per_step", "4"),
+    *("--data.synthetic.train_size", "40", "--data.synthetic.eval_size", "4"),
     *("--plugins", "rlsys_example_plugin", "--reward.functions", "[{name: example_digits}]"),
     *("--trainer.checkpoints.every", "2", "--trainer.evaluation.every", "2"),
 ]
 
 
-# Everything that a run's state holds: a reference, a user's estimator, several updates a batch, a schedule.
+# All that a run's state may hold: a reference, a user's estimator, several updates per batch, and
+# a learning-rate schedule.
 FULL = [
     *("--trainer.steps", "6", "--policy.ranks", "1", "--policy.optimizer.schedule", "cosine"),
     *("--algorithm.kl.coefficient", "0.01", "--generation.min_tokens", "0"),
-    *(
-        "--algorithm.advantage.name",
-        "example_sign",
-        "--algorithm.advantage.parameters.scale",
-        "0.5",
-    ),
-    *(
-        "--policy.num_mini_batches",
-        "2",
-        "--policy.epochs",
-        "2",
-        "--trainer.evaluation.samples_per_prompt",
-        "2",
-    ),
+    *("--algorithm.advantage.name", "example_sign"),
+    *("--algorithm.advantage.parameters.scale", "0.5"),
+    *("--policy.num_mini_batches", "2", "--policy.epochs", "2"),
+    *("--trainer.evaluation.samples_per_prompt", "2"),
 ]
 
 
 def command(directory: Path, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "recipes.grpo_math",
-        *SMALL,
-        "--run.directory",
-        str(directory),
-        *flags,
-    ]
+    recipe = [sys.executable, "-m", "recipes.grpo_math", *SMALL]
+    return [*recipe, "--run.directory", str(directory), *flags]
 
 
 def environment() -> dict[str, str]:
@@ -100,7 +65,7 @@ def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def resume(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Nothing but the directory and what is to change."""
+    """Resume with nothing but the directory and the flags that change."""
     recipe = [sys.executable, "-m", "recipes.grpo_math"]
     return finish([*recipe, "--run.directory", str(directory), "--resume", *flags])
 
@@ -112,7 +77,7 @@ def finish(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def training_values(directory: Path) -> dict[int, dict[str, float]]:
-    """Of each step, what does not depend on the clock or on the process."""
+    """Return the values of each step that do not depend on the clock or the process."""
     skipped = ("time/", "throughput/", "memory/")
     return {
         record.step: {
@@ -124,92 +89,69 @@ def training_values(directory: Path) -> dict[int, dict[str, float]]:
 
 
 def state_of(directory: Path) -> str:
-    """How a run ended."""
+    """Return how a run ended."""
     status = read_status(RunDirectory(directory))
     assert status is not None
     return status.state
 
 
+# Some of the metrics of a step.
+WANTED = {
+    *("reward/mean", "reward/std", "reward/accuracy", "reward/format_rate"),
+    *("rollout/response_length", "rollout/truncated_fraction", "rollout/frac_reward_zero_std"),
+    *("policy/entropy", "policy/kl_ref_k1", "policy/kl_ref_k3"),
+    *("policy/ratio_mean", "policy/ratio_max", "policy/clip_fraction"),
+    *("policy/effective_sample_size", "policy/grad_norm", "policy/learning_rate"),
+    *("policy/logprob_difference_mean", "policy/logprob_difference_max"),
+    *("sync/logprob_difference_mean", "advantage/positive_fraction"),
+}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Directory and output of an uninterrupted run with the flags of FULL."""
+    """Train with the flags of FULL, and return the run's directory and output."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     done = run(directory, *FULL)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory, done.stdout
 
 
-def test_reference_several_updates_a_batch_and_a_plugin_estimator(
+def test_reference_several_updates_per_batch_and_a_plugin_estimator(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ):
     directory, output = finished
     assert "held-out accuracy after 0 steps" in output
     assert "\x1b" not in output  # no control characters in a log file
     assert {path.name for path in directory.iterdir()} == {
-        *(
-            "config.yaml",
-            "metrics.jsonl",
-            "tensorboard",
-            "rollouts",
-            "checkpoints",
-            "report.html",
-            "status.json",
-            "run.log",
-        )
+        *("config.yaml", "metrics.jsonl", "tensorboard", "rollouts"),
+        *("checkpoints", "report.html", "status.json", "run.log"),
     }
     assert state_of(directory) == "finished"
     steps = training_values(directory)
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
-    wanted = {
-        *(
-            "reward/mean",
-            "reward/std",
-            "reward/accuracy",
-            "reward/format_rate",
-            "rollout/response_length",
-            "rollout/truncated_fraction",
-        ),
-        *(
-            "rollout/frac_reward_zero_std",
-            "policy/entropy",
-            "policy/kl_ref_k1",
-            "policy/kl_ref_k3",
-            "policy/ratio_mean",
-            "policy/ratio_max",
-        ),
-        *(
-            "policy/clip_fraction",
-            "policy/effective_sample_size",
-            "policy/grad_norm",
-            "policy/learning_rate",
-            "policy/logprob_difference_mean",
-        ),
-        *(
-            "policy/logprob_difference_max",
-            "sync/logprob_difference_mean",
-            "advantage/positive_fraction",
-        ),
-    }
-    assert wanted <= set(steps[6])
+
+    assert WANTED <= set(steps[6])
     written = {name for step in steps.values() for name in step} - {"advantage/positive_fraction"}
     assert [name for name in sorted(written) if documented(name) is None] == []
     assert steps[1]["policy/logprob_difference_max"] < 1e-3  # engine and trainer agree
-    assert (
-        abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6
-    )  # several updates a batch: ratios move, while the schedule still lets them
+    # With several updates per batch ratios move, as long as the schedule lets them.
+    assert abs(steps[5]["policy/ratio_mean"] - 1) > 1e-6
+
     table = pyarrow.parquet.read_table(directory / "rollouts" / "step_000006.parquet")
     assert table.num_rows == 16
     assert table["old_logprobs"].null_count == table["ref_logprobs"].null_count == 0
+
     config = yaml.safe_load((directory / "config.yaml").read_text())
     advantage = config["algorithm"]["advantage"]
     assert (advantage["name"], advantage["parameters"]) == ("example_sign", {"scale": 0.5})
+
     page = (directory / "report.html").read_text()
     assert page.count("<svg") >= 8
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    evaluations = [
-        record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "eval"
-    ]
+
+    records = read_metrics(directory / "metrics.jsonl")
+    evaluations = [record for record in records if record.kind == "eval"]
     assert {"eval/accuracy", "eval/mean@2", "eval/pass@1"} <= set(evaluations[-1].values)
 
     with pytest.raises(SystemExit) as again:
@@ -221,7 +163,7 @@ def test_reference_several_updates_a_batch_and_a_plugin_estimator(
 
 
 def test_chat_messages_without_an_evaluation(tmp_path: Path):
-    """Conversations of a file, evaluation off: no held-out numbers anywhere, and nothing fails."""
+    """Train on conversations of a file without an evaluation: nothing fails or is held out."""
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     row = {"prompt": turns, "reward_model": {"ground_truth": 2}}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
@@ -241,9 +183,8 @@ def test_chat_messages_without_an_evaluation(tmp_path: Path):
     assert set(table["ground_truth"].to_pylist()) == {"2"}
     assert "<|im_start|>system\nBe brief.<|im_end|>" in table["prompt"].to_pylist()[0]
 
-    more = run(
-        directory, *flags, "--trainer.steps", "3", "--trainer.prompts_per_step", "2", "--resume"
-    )
+    longer = ("--trainer.steps", "3", "--trainer.prompts_per_step", "2", "--resume")
+    more = run(directory, *flags, *longer)
     assert more.returncode == 0, more.stdout + more.stderr
 
 
@@ -255,9 +196,9 @@ def kill_when(
     *,
     group: bool = False,
 ) -> str:
-    """Send a signal as soon as status.json says `reached`, and return the whole output.
+    """Send a signal as soon as the status has `reached` a point, and return the whole output.
 
-    The driver alone gets it, or with `group` its whole process group.
+    The driver alone receives it, or with `group` its whole process group.
     """
     with ThreadPoolExecutor(1) as reader:  # a full pipe would stop the run
         output = reader.submit(process.communicate, timeout=180)
@@ -284,16 +225,19 @@ def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple[Path, str]):
-    straight, killed = finished[0], tmp_path / "killed"
+    straight = finished[0]
+    killed = tmp_path / "killed"
     # After the checkpoint of step 4, and before step 6 is complete.
     kill_when(start(killed, *FULL), killed, signal.SIGKILL, lambda status: status.step == 5)
     assert max(training_values(killed)) < 6
     assert state_of(killed) == "died"
+
     # The newest checkpoint is damaged as well: the one before it takes over, and the run says so.
     newest = max((killed / "checkpoints").glob("step_??????"))
     with (newest / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, os.SEEK_END)
         weights.write(b"\x7f")
+
     resumed = resume(killed)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"step_{int(newest.name[-6:]) - 2:06d}" in resumed.stdout
@@ -310,8 +254,12 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, finished: tuple
 
 
 def check_a_resume_with_changes(directory: Path) -> None:
-    """The finished run goes on with another learning rate and batch size; both are printed, and nothing else changed."""
+    """Continue the finished run with another learning rate and batch size.
+
+    Both are printed, and nothing else changes.
+    """
     assert "already complete" in resume(directory).stdout
+
     flags = ["--trainer.steps", "8", "--policy.optimizer.learning_rate", "3e-6"]
     more = resume(directory, *flags, "--trainer.prompts_per_step", "2")
     assert more.returncode == 0, more.stdout + more.stderr
@@ -321,6 +269,7 @@ def check_a_resume_with_changes(directory: Path) -> None:
         "changed: trainer.prompts_per_step: 4 -> 2",
         "changed: trainer.steps: 6 -> 8",
     ]
+
     config = yaml.safe_load((directory / "config.yaml").read_text())
     assert (config["trainer"]["steps"], config["trainer"]["prompts_per_step"]) == (8, 2)
     values = training_values(directory)
@@ -342,9 +291,8 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
     assert not of_session(process.pid)
     assert "stopping after this step" in output
     steps = max(training_values(directory))
-    state = json.loads(
-        (directory / "checkpoints" / f"step_{steps:06d}" / "trainer_state.json").read_text()
-    )
+    checkpoint = directory / "checkpoints" / f"step_{steps:06d}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["step"] == steps
     assert "Traceback" not in output
     assert state_of(directory) == "interrupted"
@@ -364,7 +312,7 @@ def test_interrupted_while_actors_start_it_leaves_nothing_behind(tmp_path: Path)
 
 
 def of_session(leader: int) -> list[psutil.Process]:
-    """Processes that a run started, or that were started by those."""
+    """Return the processes that a run started, directly or through others."""
     found = []
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.Error):

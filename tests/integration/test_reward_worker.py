@@ -32,19 +32,19 @@ def plugin_path(monkeypatch: pytest.MonkeyPatch):
 def worker(
     plugin_path: str, *functions: RewardFunctionConfig, processes: int = 2, timeout_s: float = 2.0
 ) -> Any:
+    """Start a reward worker with these functions."""
     config = RunConfig(
         plugins=(PLUGIN,),
         reward=RewardConfig(functions=functions, processes=processes, timeout_s=timeout_s),
     )
     remote_class: Any = ray.remote(RewardWorker)
     environment = {"env_vars": {"PYTHONPATH": plugin_path}}
-    return remote_class.options(num_cpus=0, max_concurrency=100, runtime_env=environment).remote(
-        config
-    )
+    options = {"num_cpus": 0, "max_concurrency": 100, "runtime_env": environment}
+    return remote_class.options(**options).remote(config)
 
 
 def with_texts(texts: list[str], first_group: int = 0) -> RolloutBatch:
-    """Groups of one response each; the ground truth of group i is str(i)."""
+    """Return groups of one response each; the ground truth of group i is str(i)."""
     batch = rollouts([([1], [[2]]) for _ in texts], first_group=first_group)
     return replace(batch, response_texts=tuple(texts))
 
@@ -71,14 +71,16 @@ async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugi
     rewards = await client.score(ray.put(with_texts(texts)))
     assert rewards.reasons == ("ok", "timeout", "ok", "timeout", "crash", "error", "timeout", "ok")
     assert rewards.rewards.tolist() == [1, 0, 1, 0, 0, 0, 0, 1]
-    told = {(failure.row, failure.kind): failure.message for failure in rewards.failures}
-    assert told == {
+
+    messages = {(failure.row, failure.kind): failure.message for failure in rewards.failures}
+    assert messages == {
         (1, "timeout"): "no answer within reward.timeout_s 1",
         (3, "timeout"): "no answer within reward.timeout_s 1",
         (4, "crash"): "its process ended with exit code 3",
         (5, "error"): "RuntimeError: as asked",
         (6, "timeout"): "no answer within reward.timeout_s 1",
     }
+
     again = await client.score(ray.put(with_texts(["fine"])))
     assert again.failures == ()  # each failure belongs to the batch in which it happened
     assert set(values(await client.metrics())) == {"memory/reward"}
@@ -105,20 +107,22 @@ async def test_what_functions_print_reaches_the_log_of_the_driver(
 async def test_many_parts_at_once_each_in_its_order(plugin_path: str):
     actor = worker(plugin_path, RewardFunctionConfig(name="math"))
     client = RewardWorkerClient(actor)
-    # response i of part `number` is right (its ground truth is i) where number + i is even
+    # Response i of part `number` is right (its ground truth is i) where number + i is even.
     parts = [
         with_texts([f"\\boxed{{{i if (number + i) % 2 == 0 else -1}}}" for i in range(4)])
         for number in range(10)
     ]
-    for number, rewards in enumerate(
-        await asyncio.gather(*(client.score(ray.put(part)) for part in parts))
-    ):
+    scored = await asyncio.gather(*(client.score(ray.put(part)) for part in parts))
+    for number, rewards in enumerate(scored):
         assert rewards.rewards.tolist() == [float((number + i) % 2 == 0) for i in range(4)]
     ray.kill(actor)
 
 
 async def test_the_token_limit_of_the_run_reaches_the_functions(plugin_path: str):
-    """Nothing is said of max_tokens, so soft_overlong takes generation.max_tokens, 64 here: 0 up to 48 tokens, then falling to -1."""
+    """Score with soft_overlong, which takes its max_tokens from generation.max_tokens, 64 here.
+
+    The reward is 0 up to 48 tokens, and falls to -1 at 64.
+    """
     actor = worker(plugin_path, RewardFunctionConfig(name="soft_overlong"))
     batch = rollouts([([1], [[2] * 48, [2] * 56, [2] * 64])])
     rewards = await RewardWorkerClient(actor).score(ray.put(batch))

@@ -1,6 +1,7 @@
-"""vLLM after a weight sync says what the trained model says, for families that differ in what a sync can get wrong.
+"""vLLM gives the log-probabilities of the trained model after a weight sync.
 
-All families: `python -m benchmarks.campaigns.vllm_families`, whose last result is docs/data/vllm_families.json.
+Four families with different features that a sync can get wrong. `python -m
+benchmarks.campaigns.vllm_families` compares all; its last result is docs/data/vllm_families.json.
 """
 
 import json
@@ -25,7 +26,7 @@ def test_vllm_follows_the_trainer(family: str):
 
 
 def test_no_family_of_the_table_is_silently_wrong():
-    """A family agrees, or is refused with a reason."""
+    """Check that each family agrees, or is refused with a reason."""
     table = json.loads(TABLE.read_text())
     assert set(table) == set(FAMILIES)
     for family, found in table.items():

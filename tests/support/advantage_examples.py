@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages import (
-    AdvantageInputs,
-)
+from rlsys.algorithms.advantages import AdvantageInputs
 
 
 def inputs(
     rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: Any
 ) -> AdvantageInputs:
+    """Return inputs with these rewards; responses have two tokens unless `lengths` is given."""
     lengths = lengths or [2] * len(rewards)
-    mask = torch.arange(max(max(lengths), 1))[None, :] < torch.tensor(lengths)[:, None]
+    columns = torch.arange(max(max(lengths), 1))
+    mask = columns[None, :] < torch.tensor(lengths)[:, None]
+
     return AdvantageInputs(
         rewards=torch.tensor(rewards), response_mask=mask, group_ids=torch.tensor(groups), **more
     )
@@ -31,7 +32,10 @@ def full_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> AdvantageInputs:
-    """Every optional array filled with noise, also outside the mask: an estimator must not look there."""
+    """Return inputs with noise in every optional array.
+
+    The noise reaches outside the mask, where an estimator must not look.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise() -> Tensor:
@@ -53,22 +57,19 @@ def full_inputs(
     )
 
 
-def padded(made: AdvantageInputs, columns: int) -> AdvantageInputs:
-    """The same batch with `columns` more, masked out and full of large numbers."""
+def padded(batch: AdvantageInputs, columns: int) -> AdvantageInputs:
+    """Return the same batch with more columns, masked out and full of large numbers."""
 
     def wider(values: Tensor | None, fill: float) -> Tensor | None:
-        return (
-            None
-            if values is None
-            else torch.cat(
-                [values, torch.full((len(values), columns), fill).to(values.dtype)], dim=1
-            )
-        )
+        if values is None:
+            return None
+        extra = torch.full((len(values), columns), fill)
+        return torch.cat([values, extra.to(values.dtype)], dim=1)
 
-    arrays = {name: wider(getattr(made, name), 1e4) for name in TOKEN_ARRAYS}
-    mask = wider(made.response_mask, 0.0)
+    arrays = {name: wider(getattr(batch, name), 1e4) for name in TOKEN_ARRAYS}
+    mask = wider(batch.response_mask, 0.0)
     assert mask is not None
-    return dataclasses.replace(made, response_mask=mask, **arrays)
+    return dataclasses.replace(batch, response_mask=mask, **arrays)
 
 
 TOKEN_ARRAYS = (
@@ -80,7 +81,7 @@ TOKEN_ARRAYS = (
     "squared_score_norms",
 )
 
-
+# A full response, one with a hole, one of a single token, an empty one, and one alone in its group.
 RAGGED = torch.tensor(
     [
         [True, True, True, True],
@@ -89,19 +90,17 @@ RAGGED = torch.tensor(
         [False] * 4,
         [True, True, False, False],
     ]
-)  # a full response, a hole, a response of one token, an empty one, and one that is alone in its group
-
-
-RAGGED_REWARDS, RAGGED_GROUPS = [1.0, 0.0, 0.5, 0.25, 1.0], [3, 3, 3, 3, 9]
-
+)
+RAGGED_REWARDS = [1.0, 0.0, 0.5, 0.25, 1.0]
+RAGGED_GROUPS = [3, 3, 3, 3, 9]
 
 RESPONSE_ARRAYS = ("rewards", "response_mask", "group_ids", "greedy_rewards", "truncated")
-
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
 def made() -> AdvantageInputs:
+    """Return two responses of one group, of three tokens and of one."""
     return AdvantageInputs(
         rewards=torch.tensor([1.0, 0.0]), response_mask=MASK, group_ids=torch.tensor([0, 0])
     )

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer, needs_eager_attention
 
-# Every architecture takes those of these sizes that its configuration knows, by any of its names for them.
+# Every architecture takes the sizes that its configuration knows, by any of its names for them.
 SIZES: Mapping[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -99,7 +99,7 @@ PACKED: tuple[Architecture, ...] = (
     _of("glm4"),
 )
 
-# Others, with the features that a review found wrong.
+# Other families, chosen for features that are easy to get wrong.
 OTHERS: tuple[Architecture, ...] = (
     _of("phi", "LM-head bias, dropout", resid_pdrop=0.1),
     _of("phimoe", "experts, jitter", router_jitter_noise=0.1, lm_head_bias=True, **EXPERTS),
@@ -185,7 +185,7 @@ ARCHITECTURES = PACKED + OTHERS
 
 
 def generic_architectures() -> tuple[Architecture, ...]:
-    """Return every other causal language model that transformers knows, with its default features."""
+    """Return all other causal language models of transformers, with their default features."""
     listed = {architecture.model_type for architecture in ARCHITECTURES}
     return tuple(_of(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in listed)
 
@@ -195,13 +195,17 @@ def tiny_config(architecture: Architecture, *, vocabulary: int = 300) -> Pretrai
     kind = CONFIG_MAPPING[architecture.model_type]
     known = kind()
     names = {*known.to_dict(), *kind.attribute_map}
+
     settings = {name: value for name, value in SIZES.items() if name in names}
     settings["vocab_size"] = vocabulary
     return kind(**{**settings, **architecture.settings})
 
 
 def tiny_parameters(architecture: Architecture) -> int:
-    """Return how many parameters the model has, without allocating them: some have parts of fixed sizes."""
+    """Return how many parameters the model has, without allocating them.
+
+    Some architectures have parts of fixed sizes, and are not tiny.
+    """
     config = tiny_config(architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -219,15 +223,19 @@ def tiny_model(
         dtype=torch.float32,
         attn_implementation="eager" if needs_eager_attention(config) else None,
     )
+
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+
+        # Sharper logits, so that small differences in the body show.
         head = model.get_output_embeddings()
         if isinstance(head, nn.Linear):
             head.weight.mul_(3.0)
+
     return model.eval()
 
 

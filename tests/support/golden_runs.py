@@ -1,9 +1,11 @@
-"""Three steps of every preset on the tiny model: the numbers that a change of structure must not change.
+"""Golden numbers: three steps of every preset on the tiny model.
 
-    python -m tests.support.golden_runs tests/data/golden      record them anew, after a change that is meant to change them
+A change of structure must not change them. After a change that is meant to, record them again:
 
-The runs are real (Ray, all actors, the transformers engine, float32). The instruction set is fixed, so that another x86 CPU
-computes the same to rounding.
+    python -m tests.support.golden_runs tests/data/golden
+
+The runs are real (Ray, all actors, the transformers engine, float32). The instruction set is fixed,
+so that another x86 CPU computes the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Before torch is imported, here and in every actor.
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
+
+# Set before torch is imported, here and in every actor.
 PORTABLE = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -29,13 +35,33 @@ STEPS = 3
 
 
 def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
-    """Train the preset `name` and return each metric's value at each step; Ray is running."""
+    """Train the preset `name` on the running Ray, and return each metric's value at each step."""
     from recipes.run_recipe import run_recipe
-    from rlsys.config import RunConfig
-    from rlsys.config.presets import PRESETS
     from rlsys.run.observers.metrics_log import read_metrics
 
-    config = RunConfig.model_validate(
+    config = preset_config(name, directory)
+    try:
+        run_recipe(lambda _: config, [])
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"preset {name} ended with exit code {end.code}") from end
+
+    records = read_metrics(directory / "metrics.jsonl")
+    steps = [record.values for record in records if record.kind == "train"]
+    names = sorted({key for step in steps for key in step})
+    return {
+        key: [step[key] for step in steps if key in step]
+        for key in names
+        if not key.startswith(NOT_REPRODUCIBLE)
+    }
+
+
+def preset_config(name: str, directory: Path) -> RunConfig:
+    """Return a small run of the preset `name`."""
+    from rlsys.config import RunConfig
+    from rlsys.config.presets import PRESETS
+
+    return RunConfig.model_validate(
         {
             "recipe": f"golden_{name}",
             "plugins": ["tests.plugin_package.rlsys_example_plugin"],
@@ -65,26 +91,10 @@ def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
             "run": {"directory": str(directory)},
         }
     )
-    try:
-        run_recipe(lambda _: config, [])
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(f"preset {name} ended with exit code {end.code}") from end
-    steps = [
-        record.values
-        for record in read_metrics(directory / "metrics.jsonl")
-        if record.kind == "train"
-    ]
-    names = sorted({key for step in steps for key in step})
-    return {
-        key: [step[key] for step in steps if key in step]
-        for key in names
-        if not key.startswith(NOT_REPRODUCIBLE)
-    }
 
 
 def main(target: Path, presets: list[str]) -> None:
-    """Run the presets (all, where none is named), one after the other, and write one file each."""
+    """Run the named presets (by default all) one after the other, and write a file for each."""
     import ray
 
     from rlsys.config.presets import PRESETS
@@ -96,7 +106,9 @@ def main(target: Path, presets: list[str]) -> None:
         log_to_driver=False,
         configure_logging=False,
     )
+
     target.mkdir(parents=True, exist_ok=True)
+
     try:
         for name in presets or sorted(PRESETS):
             with tempfile.TemporaryDirectory() as directory:

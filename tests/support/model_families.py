@@ -1,4 +1,7 @@
-"""One tiny random model of each family of language models, with what is peculiar to the family switched on: windows, softcaps, biases, experts."""
+"""One tiny random model of each family of language models.
+
+The features peculiar to the family are switched on: windows, softcaps, biases, experts.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 WITHOUT_HEAD_DIM = {name: value for name, value in DENSE.items() if name != "head_dim"}
-KV_HEADS = "num_key_value_heads"  # vLLM would believe it where the model has no such thing
+KV_HEADS = "num_key_value_heads"  # vLLM would trust it in a model that has no such thing
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
     **WITHOUT_HEAD_DIM,
     "num_key_value_heads": 2,
     "q_lora_rank": None,
-    "kv_lora_rank": 512,  # this and the next: the only sizes for which vLLM has a kernel
+    "kv_lora_rank": 512,  # with the next, the only sizes for which vLLM has a kernel
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
@@ -43,7 +46,7 @@ LATENT = {
 TWO_KINDS = ["sliding_attention", "full_attention"]
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512}
 
-# model type -> what its config class is given. A name may carry a variant behind a slash.
+# Model type -> keywords of its config class. A name may carry a variant after a slash.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**DENSE, "attention_bias": True, "mlp_bias": True},
     "mistral": {**DENSE, "sliding_window": WINDOW},
@@ -149,15 +152,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def build_family(name: str, directory: Path) -> None:
-    """Write a model of family `name` with its tokenizer into `directory`, weights from seed 1."""
+    """Write a model of family `name`, weights from seed 1, with its tokenizer to `directory`."""
     tokenizer = load_tokenizer(resolve_model("tiny"))
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    given = {"vocab_size": len(tokenizer), **special, **FAMILIES[name]}
-    config = CONFIG_MAPPING[name.split("/")[0]](**given)
+    settings = {"vocab_size": len(tokenizer), **special, **FAMILIES[name]}
+    config = CONFIG_MAPPING[name.split("/")[0]](**settings)
+
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, seed=1)
     model.save_pretrained(directory)
@@ -165,7 +169,7 @@ def build_family(name: str, directory: Path) -> None:
 
 
 def load_family(directory: Path, *, seed: int) -> PreTrainedModel:
-    """The model of `directory` with its own forward and new weights of that seed."""
+    """Load the model of `directory` with its own forward pass and new weights of that seed."""
     model = load_causal_lm(directory, dtype=torch.float32, attention="eager").eval()
     randomize(model, seed=seed)
     return model
@@ -173,12 +177,15 @@ def load_family(directory: Path, *, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, *, seed: int) -> None:
-    """Give every parameter values that matter to the logits: matrices keep the scale of their input, vectors move away from 0 and 1."""
+    """Give every parameter values that matter to the logits.
+
+    Matrices keep the scale of their input; vectors move away from 0 and 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
         else:
-            centre = (parameter.mean() > 0.5).float()  # the scale of a norm, or a bias
-            parameter.copy_(centre + 0.2 * noise)
+            initial = (parameter.mean() > 0.5).float()  # 1 for the scale of a norm, 0 for a bias
+            parameter.copy_(initial + 0.2 * noise)

@@ -20,14 +20,15 @@ COMBINATIONS = [
 def objective_inputs(
     ratios: list[float], advantages: list[float]
 ) -> tuple[PolicyObjectiveInputs, Tensor]:
-    """One response with the given token ratios, old log-probabilities -1."""
+    """Return one response with the given token ratios and old log-probabilities of -1."""
     old = torch.full((1, len(ratios)), -1.0, dtype=torch.float64)
     live = (old + torch.tensor([ratios], dtype=torch.float64).log()).requires_grad_()
     mask = torch.ones(1, len(ratios), dtype=torch.bool)
-    made = PolicyObjectiveInputs(
+
+    inputs = PolicyObjectiveInputs(
         logprobs=live,
         old_logprobs=old,
         advantages=torch.tensor([advantages], dtype=torch.float64),
         response_mask=mask,
     )
-    return made, live
+    return inputs, live

@@ -1,4 +1,4 @@
-"""What every implementation of the driver's ports must do; run on the fakes and on the real parts."""
+"""Contracts of the driver's ports, checked on the fakes and on the real parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rlsys.metrics import values
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A set of workers, and how a test opens their handles."""
+    """A set of workers, with the means to open their handles."""
 
     workers: Workers  # with a reference
     prompts: PromptBatch  # at least three
@@ -46,27 +46,26 @@ class System:
         return version
 
     async def parts(self, sampling: SamplingParameters | None = None) -> list[RolloutPart]:
-        parts = [
-            part
-            async for part in self.workers.generator.generate(
-                self.prompts, sampling or self.sampling
-            )
-        ]
+        """Generate from the prompts, and return the parts in the order of the prompts."""
+        stream = self.workers.generator.generate(self.prompts, sampling or self.sampling)
+        parts = [part async for part in stream]
         return sorted(parts, key=lambda part: part.prompt_index)
 
     async def rollouts(self, sampling: SamplingParameters | None = None) -> RolloutBatch:
+        """Generate from the prompts, and return all responses."""
         return RolloutBatch.concatenate(
             [await self.open(part.rollouts) for part in await self.parts(sampling)]
         )
 
     async def logprobs(self, handles: list[Handle], rollouts: RolloutBatch) -> NDArray[np.float32]:
-        """[N] of the policy."""
+        """Return the log-probabilities of the policy, [N]."""
         ranks = await self.workers.policy.logprobs(handles)
         return LogprobBatch.scatter(
             [await self.open(rank) for rank in ranks], rollouts.sequence_offsets
         )
 
     async def train_batch(self) -> Handle[ScoredBatch]:
+        """Generate, score and credit a batch."""
         parts = await self.parts()
         handles = [part.rollouts for part in parts]
         rewards = [self.workers.scorer.score(handle) for handle in handles]
@@ -83,11 +82,8 @@ async def generator_answers_each_prompt_once(system: System) -> None:
         assert batch.prompts.prompts == system.prompts.prompts[mine]
         assert batch.batch_id == system.prompts.batch_id
         assert batch.num_response_tokens == part.num_response_tokens
-        groups = system.prompts.group_ids[mine]
-        assert (
-            batch.group_ids.tolist()
-            == np.repeat(groups, system.sampling.samples_per_prompt).tolist()
-        )
+        groups = np.repeat(system.prompts.group_ids[mine], system.sampling.samples_per_prompt)
+        assert batch.group_ids.tolist() == groups.tolist()
 
 
 async def rollouts_hold_the_prompt_and_what_was_sampled(system: System) -> None:
@@ -102,9 +98,11 @@ async def rollouts_hold_the_prompt_and_what_was_sampled(system: System) -> None:
         assert batch.token_ids[start:middle].tolist() == list(prompt)
         assert not batch.response_mask[start:middle].any()
         assert batch.response_mask[middle:end].all()
+
     lengths = batch.response_lengths
     assert lengths.min() >= system.sampling.min_tokens
     assert lengths.max() <= system.sampling.max_tokens
+
     assert (batch.rollout_logprobs[batch.response_mask] <= 0).all()
     assert (batch.rollout_logprobs[~batch.response_mask] == 0).all()
     assert set(batch.oldest_weight_version) == set(batch.newest_weight_version) == {version}
@@ -114,8 +112,10 @@ async def equal_seeds_give_equal_responses(system: System) -> None:
     first, second = await system.rollouts(), await system.rollouts()
     np.testing.assert_array_equal(first.token_ids, second.token_ids)
     np.testing.assert_array_equal(first.rollout_logprobs, second.rollout_logprobs)
+
     other = await system.rollouts(replace(system.sampling, seed=system.sampling.seed + 1))
     assert first.token_ids.tolist() != other.token_ids.tolist()
+
     rows = [row.tolist() for row in np.split(first.token_ids, first.sequence_offsets[1:-1])]
     assert len({tuple(row) for row in rows[: system.sampling.samples_per_prompt]}) > 1, (
         "the samples of a group are all the same"
@@ -130,13 +130,14 @@ async def greedy_does_not_depend_on_the_seed(system: System) -> None:
 
 
 async def scorer_keeps_the_order(system: System) -> None:
-    """All parts at once; each answer comes with the batch id and in the order of its responses."""
+    """Score all parts at once: each answer has the batch id and the order of its responses."""
     parts = await system.parts()
     handles = [system.workers.scorer.score(part.rollouts) for part in parts]
     together: list[RewardBatch] = await asyncio.gather(*handles)
     for part, rewards in zip(parts, together, strict=True):
         rollouts = await system.open(part.rollouts)
         alone = await system.workers.scorer.score(part.rollouts)
+
         assert rewards.batch_id == rollouts.batch_id
         assert (
             len(rewards) == len(rollouts) == len(rewards.reasons) == len(rewards.extracted_answers)
@@ -147,12 +148,16 @@ async def scorer_keeps_the_order(system: System) -> None:
 
 
 async def policy_agrees_with_the_engine(system: System) -> None:
-    """old log-probabilities are those of sampling while the weights are the same, and follow an update after the next sync."""
+    """Compare log-probabilities of policy and engine at the same weights.
+
+    They agree again after each update, once the weights are synced.
+    """
     workers = system.workers
     await system.sync()
     for _ in range(2):
         await workers.policy.update(await system.train_batch())
         version = await system.sync()
+
         parts = await system.parts()
         handles = [part.rollouts for part in parts]
         batch = RolloutBatch.concatenate([await system.open(handle) for handle in handles])
@@ -163,6 +168,7 @@ async def policy_agrees_with_the_engine(system: System) -> None:
 
 
 async def reference_does_not_move(system: System) -> None:
+    """Update the policy: its log-probabilities change, those of the reference do not."""
     reference = system.workers.reference
     assert reference is not None
     handles = [part.rollouts for part in await system.parts()]
@@ -181,7 +187,10 @@ async def reference_does_not_move(system: System) -> None:
 
 
 async def credit_joins_the_parts(system: System, directory: Path) -> None:
-    """Advantages where tokens were sampled, log-probabilities of old and ref in their rows, metrics by their names, and a file."""
+    """Credit a step: advantages where tokens were sampled, log-probabilities in their rows.
+
+    The metrics have their names, and the rollouts can be written to a file.
+    """
     workers = system.workers
     assert workers.reference is not None
     handles = [part.rollouts for part in await system.parts()]
@@ -190,11 +199,14 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
         workers.policy.logprobs(handles), workers.reference.logprobs(handles)
     )
     step = StepHandles(rollouts=handles, rewards=rewards, old=old, ref=ref)
+
     credited = await workers.advantages.credit(step)
+
     train: TrainBatch = await system.open(credited.batch)
     assert train.batch_id == system.prompts.batch_id
     assert (train.advantages[~train.rollouts.response_mask] == 0).all()
     np.testing.assert_array_equal(train.rollouts.prompts.group_ids, system.prompts.group_ids)
+
     expected = RewardBatch.concatenate([await reward for reward in rewards])
     np.testing.assert_array_equal(train.rewards.rewards, expected.rewards)
     assert train.old_logprobs is not None
@@ -202,16 +214,18 @@ async def credit_joins_the_parts(system: System, directory: Path) -> None:
     np.testing.assert_array_equal(
         train.old_logprobs, await system.logprobs(handles, train.rollouts)
     )
+
     metrics = values(credited.metrics)
     assert metrics["reward/mean"] == pytest.approx(float(expected.rewards.mean()))
     assert metrics["rollout/tokens"] == train.rollouts.num_response_tokens
+
     await workers.advantages.write_rollouts(credited.batch, directory / "step_000001.parquet")
     rows = read_rollouts(directory / "step_000001.parquet")
     assert [row["response"] for row in rows] == list(train.rollouts.response_texts)
 
 
 async def dropped_parts_are_counted_and_written(system: System, directory: Path) -> None:
-    """The last prompt's responses are not kept: they are in the metrics and in the file, and not in the batch."""
+    """Drop the last prompt's responses: they count in metrics and file, not in the batch."""
     workers = system.workers
     handles = [part.rollouts for part in await system.parts()]
     rewards = [workers.scorer.score(handle) for handle in handles]
@@ -221,21 +235,27 @@ async def dropped_parts_are_counted_and_written(system: System, directory: Path)
         dropped_rollouts=handles[-1:],
         dropped_rewards=rewards[-1:],
     )
+
     credited = await workers.advantages.credit(step)
     train: TrainBatch = await system.open(credited.batch)
     assert credited.dropped is not None
     dropped: ScoredBatch = await system.open(credited.dropped)
+
     everything = RewardBatch.concatenate([await reward for reward in rewards])
     assert len(train.rewards) + len(dropped) == len(everything)
+
     metrics = values(credited.metrics)
     assert metrics["reward/mean"] == pytest.approx(float(everything.rewards.mean()))
     assert metrics["rollout/responses"] == len(everything)
     assert metrics["trained/responses"] == len(train.rewards)
+
     path = directory / "step_000001.parquet"
     estimated = np.where(train.rollouts.response_mask, np.float32(0.5), np.float32(0))
+
     await workers.advantages.write_rollouts(
         credited.batch, path, dropped=credited.dropped, advantages=system.put(estimated)
     )
+
     rows = read_rollouts(path)
     assert [row["trained"] for row in rows] == [True] * len(train.rewards) + [False] * len(dropped)
     assert [row["advantages"] is None for row in rows] == [not row["trained"] for row in rows]
@@ -245,17 +265,21 @@ async def dropped_parts_are_counted_and_written(system: System, directory: Path)
 async def saved_policy_continues_as_if_nothing_had_happened(
     system: System, directory: Path
 ) -> None:
-    """Save, update, load, update on the same batch: weights and optimizer state are those of before, so is the result."""
+    """Save, update, load, and update on the same batch: the second update has the same result."""
     policy = system.workers.policy
     handles = [part.rollouts for part in await system.parts()]
     batch = RolloutBatch.concatenate([await system.open(handle) for handle in handles])
+
     train = await system.train_batch()
     await policy.update(train)  # so that the optimizer has a state
+
     await policy.save(directory)
     saved = await system.logprobs(handles, batch)
+
     await policy.update(train)
     updated = await system.logprobs(handles, batch)
     assert np.abs(updated - saved).max() > 0
+
     await policy.load(directory)
     np.testing.assert_array_equal(await system.logprobs(handles, batch), saved)
     await policy.update(train)

@@ -1,4 +1,7 @@
-"""Processes of policy ranks that are one group after another: starting one takes longer than what most tests do with it."""
+"""Processes of policy ranks that serve as one group after another.
+
+Starting a process takes longer than what most tests do with it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from workers.training.rank_group import PolicyGroup
 
 
 class PolicyRank(PolicyWorker):
-    """A policy worker that can be made anew in its process, once it has left its group."""
+    """A policy worker that can start over in its process, once it has left its group."""
 
-    def __init__(self) -> None: ...  # it is nothing before `become`
+    def __init__(self) -> None: ...  # `become` initializes it
 
     def become(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
-        """A worker as just started: the one before leaves nothing in it."""
+        """Start over as a new worker, with nothing left of the one before."""
         vars(self).clear()
         super().__init__(config, model_directory, rank, world_size)
 
@@ -34,25 +37,25 @@ class RankProcesses:
 
     @asynccontextmanager
     async def group(self, config: RunConfig) -> AsyncIterator[PolicyGroup]:
-        """A policy group of `config.policy.ranks` new workers on the tiny model; one at a time."""
-        ranks, remote_class = config.policy.ranks, ray.remote(PolicyRank)
-        self._actors += [
-            remote_class.options(num_cpus=0).remote() for _ in range(len(self._actors), ranks)
-        ]
-        actors, model = self._actors[:ranks], str(resolve_model("tiny"))
+        """Yield a group of `config.policy.ranks` new workers on the tiny model; one at a time."""
+        ranks = config.policy.ranks
+        remote_class = ray.remote(PolicyRank)
+        while len(self._actors) < ranks:
+            self._actors.append(remote_class.options(num_cpus=0).remote())
+
+        actors = self._actors[:ranks]
+        model = str(resolve_model("tiny"))
         try:
-            await asyncio.gather(
-                *(
-                    actor.become.remote(config, model, rank, ranks)
-                    for rank, actor in enumerate(actors)
-                )
-            )
+            starts = [
+                actor.become.remote(config, model, rank, ranks) for rank, actor in enumerate(actors)
+            ]
+            await asyncio.gather(*starts)
             group = PolicyGroup(actors)
             await group.setup()
             yield group
             await asyncio.gather(*(actor.shutdown.remote() for actor in actors))
         except BaseException:
-            self.kill()  # a rank may wait for ever for one that failed
+            self.kill()  # a rank may wait forever for one that failed
             raise
 
     def kill(self) -> None:

@@ -16,7 +16,10 @@ from workers.cluster import Cluster
 
 
 def make_config(**trainer: object) -> RunConfig:
-    """The tiny model, the transformers engine, two generation workers, and a reward that random text can earn."""
+    """Return a configuration of a small run, in which random text can earn a reward.
+
+    It has the tiny model, the transformers engine and two generation workers.
+    """
     return RunConfig.model_validate(
         {
             "plugins": ["tests.plugin_package.rlsys_example_plugin"],
@@ -45,6 +48,8 @@ def make_config(**trainer: object) -> RunConfig:
 
 @dataclass(frozen=True)
 class Parts:
+    """The workers of a run, the prompts, and the cluster that holds the actors."""
+
     workers: Workers
     prompts: LoadedPrompts
     cluster: Cluster
@@ -52,22 +57,13 @@ class Parts:
 
 @asynccontextmanager
 async def started(config: RunConfig) -> AsyncIterator[Parts]:
-    """All actors of a run, killed at the end."""
+    """Start all actors of a run, and kill them at the end."""
     directory = resolve_model("tiny")
     prompts = load_prompts(config, load_tokenizer(directory))
     cluster = Cluster.connect(config)
     try:
-        yield Parts(
-            await start_workers(
-                cluster,
-                config,
-                directory,
-                directory,
-                probe_tokens(config, prompts, directory),
-                tell=print,
-            ),
-            prompts,
-            cluster,
-        )
+        probe = probe_tokens(config, prompts, directory)
+        workers = await start_workers(cluster, config, directory, directory, probe, tell=print)
+        yield Parts(workers, prompts, cluster)
     finally:
         cluster.shutdown()

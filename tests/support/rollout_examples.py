@@ -15,7 +15,10 @@ def rollouts(
     batch_id: int = 0,
     first_group: int = 0,
 ) -> RolloutBatch:
-    """A batch from (prompt tokens, responses' tokens) of each group. `holes[row]` are response positions that the policy did not sample."""
+    """Return a batch from (prompt tokens, responses' tokens) of each group.
+
+    `holes[row]` are response positions that the policy did not sample.
+    """
     prompts = tuple(
         Prompt(
             problem_id=f"p{i}",
@@ -27,6 +30,7 @@ def rollouts(
         )
         for i, (prompt, _) in enumerate(groups)
     )
+
     ids = np.arange(first_group, first_group + len(groups), dtype=np.int64)
     rows = [
         (prompt, response, group)
@@ -38,11 +42,13 @@ def rollouts(
         [response for _, response, _ in rows],
         group_ids=[group for _, _, group in rows],
     )
+
     sampled = sequences.loss_mask.copy()
     for row, columns in (holes or {}).items():
         start = sequences.offsets[row] + sequences.prompt_lengths[row]
         sampled[start + np.asarray(columns)] = False
     noise = -np.random.default_rng(0).random(len(sampled))
+
     return RolloutBatch(
         prompts=PromptBatch(batch_id=batch_id, prompts=prompts, group_ids=ids),
         sequences=replace(sequences, loss_mask=sampled),
@@ -58,7 +64,7 @@ def rollouts(
 def random_rollouts(
     seed: int, *, groups: int = 4, samples: int = 3, vocabulary: int = 300
 ) -> RolloutBatch:
-    """Groups with prompts of 3 to 12 tokens and responses of 1 to 9."""
+    """Return groups with prompts of 3 to 12 tokens and responses of 1 to 9."""
     rng = np.random.default_rng(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -70,7 +76,7 @@ def random_rollouts(
 
 
 def rewards_of(batch: RolloutBatch, seed: int = 0) -> RewardBatch:
-    """Rewards of 0 or 1."""
+    """Return rewards of 0 or 1."""
     values = np.random.default_rng(seed).integers(0, 2, len(batch)).astype(np.float32)
     return RewardBatch(
         batch_id=batch.batch_id,
@@ -83,7 +89,7 @@ def rewards_of(batch: RolloutBatch, seed: int = 0) -> RewardBatch:
 
 
 def train_batch(batch: RolloutBatch, seed: int = 0) -> TrainBatch:
-    """A train batch with random advantages for each token."""
+    """Return a train batch with random advantages for each token."""
     noise = np.random.default_rng(seed).normal(size=len(batch.token_ids))
     return TrainBatch(
         rollouts=batch,

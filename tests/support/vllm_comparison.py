@@ -1,7 +1,7 @@
-"""vLLM after a weight sync against the model's own forward pass, for one tiny random model of a family.
+"""vLLM after a weight sync against the model's own forward pass, for a tiny model of a family.
 
-vLLM starts on random weights, receives others by the trainer's way (names of the checkpoint, shards, reload), and returns the log-probabilities of
-sequences that outgrow every window.
+vLLM starts on random weights, receives others as it does from the trainer (names of the checkpoint,
+shards, reload), and returns the log-probabilities of sequences longer than every window.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ from workers.weight_sync.object_store import DEFAULT_TOLERANCE
 
 LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
 LIMIT_S = 150
-# One process has imported what all need, which takes longer than the comparison; each family gets a copy of it.
+# One process has imported what all need, which takes longer than the comparison; each family gets
+# a copy of it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vllm", "vllm.v1.engine.llm_engine", __spec__.name])
 
 
 def compare(family: str, engine: str = "vllm") -> dict[str, float]:
-    """Largest differences in log-probability: of the engine after the sync, and of the old weights, which shows what a stale engine would look like.
+    """Return the largest differences in log-probability between engine and model.
+
+    `max_difference` is that after the sync. `max_difference_of_old_weights` is that to the old
+    weights: it shows what a stale engine would look like.
 
     Raises:
-        ValueError: what a run would say and stop: no way back to the names of the checkpoint, or a probe beyond the tolerance.
+        ValueError: as a run would stop: no way back to the names of the checkpoint, or a probe
+            beyond the tolerance.
     """
     from workers.generation.engines import make_engine
 
@@ -46,48 +51,50 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         build_family(family, directory)
-        old, model = load_family(directory, seed=1), load_family(directory, seed=2)
+        old = load_family(directory, seed=1)
+        model = load_family(directory, seed=2)
         without = names_without_mapping(model, directory)
         if without:
             raise ValueError(f"transformers has no mapping back for {without[0]}")
 
-        # Before vLLM starts: it changes the classes of transformers for models that it has no code of its own for.
+        # Computed before vLLM starts: it changes the classes of transformers for models for which
+        # it has no code of its own.
         generator = np.random.default_rng(0)
         vocabulary = model.config.get_text_config().vocab_size
         sequences = [
             generator.integers(0, vocabulary, length).astype(np.int32) for length in LENGTHS
         ]
-        expected, stale = (
-            np.concatenate([forward_logprobs(one, sequence) for sequence in sequences])
-            for one in (model, old)
-        )
+        expected = np.concatenate([forward_logprobs(model, sequence) for sequence in sequences])
+        stale = np.concatenate([forward_logprobs(old, sequence) for sequence in sequences])
         rollouts = make_engine(config, scratch)
 
-    weights = to_checkpoint(model, full_state_dict(SimpleNamespace(model=model)))  # pyright: ignore[reportArgumentType]
+    module: Any = SimpleNamespace(model=model)
+    weights = to_checkpoint(model, full_state_dict(module))
     manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
     rollouts.install_weights(manifest, shards)
-    got = np.concatenate(rollouts.probe_logprobs(sequences))
-    gaps = np.abs(got - expected)
-    if not gaps.mean() <= DEFAULT_TOLERANCE["float32"]:
+    found = np.concatenate(rollouts.probe_logprobs(sequences))
+
+    differences = np.abs(found - expected)
+    if not differences.mean() <= DEFAULT_TOLERANCE["float32"]:
         raise ValueError(
-            f"the probe after the sync: engine and model differ by up to {gaps.max():.2f}"
+            f"the probe after the sync: engine and model differ by up to {differences.max():.2f}"
         )
     return {
-        "max_difference": float(gaps.max()),
-        "max_difference_of_old_weights": float(np.abs(got - stale).max()),
+        "max_difference": float(differences.max()),
+        "max_difference_of_old_weights": float(np.abs(found - stale).max()),
     }
 
 
 @torch.no_grad()
 def forward_logprobs(model: Any, sequence: np.ndarray) -> np.ndarray:
-    """[L - 1] log-probabilities by the model's own forward."""
+    """Return the log-probabilities of the model's own forward pass, [L - 1]."""
     tokens = torch.from_numpy(sequence.astype(np.int64))
     logs = model(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
     return logs.gather(1, tokens[1:, None])[:, 0].numpy()
 
 
 def in_a_process(family: str, engine: str = "vllm") -> dict[str, Any]:
-    """`compare` where nothing of another family is left over, and a crash is a result."""
+    """Run `compare` where nothing of another family is left over, and a crash is a result."""
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_answer, args=(family, engine, sender))
     process.start()
