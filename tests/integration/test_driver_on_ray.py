@@ -107,9 +107,11 @@ async def test_a_resumed_run_repeats_the_steps_after_its_checkpoint_with_the_sam
         ("eval", 4),
         ("train", 5),
     ]
+
     assert list(before) == uninterrupted
     assert list(after) == [*uninterrupted, ("train", 6), ("eval", 6)]
     assert len(read_metrics(metrics)) == len(after)
+
     for moment, expected in before.items():
         found = after[moment]
         repeated = moment in uninterrupted[-3:]

@@ -74,7 +74,7 @@ def prompts() -> PromptBatch:
         "What is the answer? " * 6,
         "Tom loses 1 and 2.",
     ]
-    batch = tuple(
+    rows = tuple(
         Prompt(
             problem_id=str(i),
             token_ids=tuple(tokenizer(text)["input_ids"]),
@@ -84,7 +84,7 @@ def prompts() -> PromptBatch:
         )
         for i, text in enumerate(texts)
     )
-    return PromptBatch(batch_id=5, prompts=batch, group_ids=np.arange(20, 24, dtype=np.int64))
+    return PromptBatch(batch_id=5, prompts=rows, group_ids=np.arange(20, 24, dtype=np.int64))
 
 
 async def generate(
@@ -108,7 +108,7 @@ def expected_logprobs(model: torch.nn.Module, batch: RolloutBatch, row: int) -> 
     return logs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
 
 
-def without_mask(sampling: SamplingParameters) -> SamplingParameters:
+def without_min_tokens(sampling: SamplingParameters) -> SamplingParameters:
     """Return the sampling without min_tokens.
 
     It masks no token, so the engine's distribution is the model's own.
@@ -146,7 +146,7 @@ async def test_logprobs_are_those_of_the_model_at_the_sampling_temperature(
     worker, prompts: PromptBatch, model: torch.nn.Module
 ):
     await install(worker, model, 0)
-    batch = await generate([worker], prompts, without_mask(SAMPLING))
+    batch = await generate([worker], prompts, without_min_tokens(SAMPLING))
     for row in range(len(batch)):
         start, end = batch.sequence_offsets[row], batch.sequence_offsets[row + 1]
         mask = batch.response_mask[start:end][1:]
@@ -364,7 +364,7 @@ async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(
     """
     other = changed(model, 0.5)
     await install(worker, other, 1)
-    batch = await generate([worker], prompts, without_mask(SAMPLING))
+    batch = await generate([worker], prompts, without_min_tokens(SAMPLING))
 
     old_head: Any = changed(model, 0.5)
     old_head.lm_head.weight = torch.nn.Parameter(head_of(model).detach().clone())

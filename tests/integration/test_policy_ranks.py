@@ -219,6 +219,7 @@ async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
             aggregation="sequence_sum",
         )
         plan = plan.model_copy(update={"algorithm": algorithm})
+
         async with ranks.group(plan) as group:
             first = values(await group.update(ray.put(batch)))
             directory = tmp_path / f"{count}-{target}"
@@ -517,15 +518,19 @@ async def test_what_the_estimator_keeps_between_mini_batches_is_saved(
         parameters={"baseline": "moving_average"},
         recompute=True,
     )
+
     algorithm = AlgorithmConfig(
         advantage=advantage, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
     )
+
     plan = config(1, num_mini_batches=3).model_copy(update={"algorithm": algorithm})
+
     batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
     assert batch.old_logprobs is not None
     batch = dataclasses.replace(
         batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
     )
+
     kept = []
     for directory in (tmp_path / "first", tmp_path / "second"):
         directory.mkdir()

@@ -98,6 +98,7 @@ def in_a_process(family: str, engine: str = "vllm") -> dict[str, Any]:
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_answer, args=(family, engine, sender))
     process.start()
+
     sender.close()  # so that the end of the process is the end of the pipe
     try:
         if receiver.poll(LIMIT_S):

@@ -1,4 +1,4 @@
-"""The learner of an estimator's network: answers before it learns, and goes on where it was."""
+"""The learner of an estimator's network: it answers before it learns, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Model:
 
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
+    """Start a process group of one rank in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -56,7 +57,7 @@ def run_config(width: int = 8) -> RunConfig:
 
 @pytest.mark.usefixtures("one_rank")
 def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
-    """Each mini-batch is answered by the network of the mini-batches before, at the shrinkage those earned."""
+    """Answer each mini-batch with the network and the shrinkage of the mini-batches before it."""
     rollouts = random_rollouts(0, groups=4, samples=4)
     (pack,) = pack_rows(
         rollouts.sequences,
@@ -66,9 +67,13 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
         ranks=1,
         shared_prefix_packing=True,
     )
-    tokens, generator = len(rollouts.token_ids), torch.Generator().manual_seed(0)
-    features, truth = 0.3 + torch.rand(tokens, 2, generator=generator), torch.tensor([0.7, -0.4])
+
+    tokens = len(rollouts.token_ids)
+    generator = torch.Generator().manual_seed(0)
+    features = 0.3 + torch.rand(tokens, 2, generator=generator)
+    truth = torch.tensor([0.7, -0.4])
     regression = BaselineRegression(features, features @ truth, torch.ones(tokens))
+
     m = len(pack.targets)
     result = PackResult(*torch.zeros(3, m), hidden=torch.randn(m, 6, generator=generator))
 
@@ -81,24 +86,27 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
         return answers
 
     def make(width: int) -> AuxiliaryLearner:
-        made = AuxiliaryLearner.of(run_config(width), Model(), torch.device("cpu"))
-        assert made is not None
-        return made
+        learner = AuxiliaryLearner.of(run_config(width), Model(), torch.device("cpu"))
+        assert learner is not None
+        return learner
 
     learner = make(8)
     answers = train(learner, 60)
     assert (answers[0] == 0).all()  # nothing learned
-    assert (answers[1] == 0).all()  # learned, but no answer of it has been held against a batch yet
+    assert (answers[1] == 0).all()  # learned, but not yet compared with a batch
     assert (answers[2] != 0).any()
     assert isinstance(learner.auxiliary, LearnedBaselines)
     assert learner.auxiliary.gain.shrinkage > 0.9
-    assert (answers[-1] * features[torch.from_numpy(pack.flat_positions)]).sum(1).sub(
-        regression.base[torch.from_numpy(pack.flat_positions)]
-    ).abs().mean() < 0.05
+
+    flat = torch.from_numpy(pack.flat_positions)
+    predictions = (answers[-1] * features[flat]).sum(1)
+    assert (predictions - regression.base[flat]).abs().mean() < 0.05
+
     learner.save(tmp_path)
     resumed = make(8)
     resumed.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(train(learner, 3), train(resumed, 3), strict=True))
+
     with pytest.raises(ValueError, match=r"the auxiliary network in .* has another size"):
         make(9).load(tmp_path)
     (tmp_path / FILE).rename(tmp_path / FORMER_FILE)
@@ -108,8 +116,8 @@ def test_it_answers_before_it_learns_and_resumes_where_it_was(tmp_path: Path):
     make(8).load(tmp_path)  # a checkpoint of a run without a network
 
 
-def test_a_model_is_not_asked_for_its_width_without_a_network():
-    """Some models that run padded have an LM head of another kind, and no width to tell."""
+def test_without_a_network_the_width_of_the_model_is_not_read():
+    """Build no learner for a model that has no width: some padded ones have another LM head."""
 
     class Headless:
         @property

@@ -14,15 +14,18 @@ from tests.support.rollout_examples import random_rollouts, rewards_of
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Responses whose stored log-probabilities lie around those of the tiny model, which is near uniform over its words."""
+    """Write responses whose stored log-probabilities lie around those of the tiny model.
+
+    It is nearly uniform over its vocabulary.
+    """
     batch = random_rollouts(3, groups=4, samples=6)
     noise = np.random.default_rng(1).normal(-5.7, 0.4, len(batch.token_ids))
     old = np.where(batch.response_mask, noise, 0).astype(np.float32)
     path = tmp_path_factory.mktemp("rollouts") / "step_000001.parquet"
-    write_rollouts(
-        TrainBatch(rollouts=batch, rewards=rewards_of(batch), advantages=0 * old, old_logprobs=old),
-        path,
+    stored = TrainBatch(
+        rollouts=batch, rewards=rewards_of(batch), advantages=0 * old, old_logprobs=old
     )
+    write_rollouts(stored, path)
     return path
 
 
@@ -36,7 +39,7 @@ def test_every_preset_has_its_row_and_the_figure_is_drawn(
     assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_say_what_the_weights_do(stored: Path):
+def test_rows_describe_the_weights(stored: Path):
     batch = compare_objectives.load(stored, "tiny", 1.0)
     rows = {
         name: compare_objectives.compare(batch, preset.algorithm)
@@ -47,9 +50,8 @@ def test_rows_say_what_the_weights_do(stored: Path):
     assert rows["grpo"]["no gradient"] > 0.1  # clipped
     assert rows["sapo"]["no gradient"] == rows["cispo"]["no gradient"] == 0.0
     assert rows["adaptive_power"]["ESS"] >= 0.9 - 1e-6
-    assert (
-        rows["power"]["ESS"] > rows["cispo"]["ESS"]
-    )  # a square root spreads less than a one-sided cap
+    # A square root spreads less than a one-sided cap.
+    assert rows["power"]["ESS"] > rows["cispo"]["ESS"]
     assert 0 < rows["cispo"]["bias proxy"] < rows["grpo"]["bias proxy"]
 
 

@@ -1,4 +1,4 @@
-"""What `auto` precision becomes, and what is said of it."""
+"""The choice that `auto` precision becomes, and how it is reported."""
 
 import json
 import subprocess
@@ -78,7 +78,7 @@ def test_each_role_computes_on_its_own_device(model: Path):
     ]
 
 
-def test_explicit_values_stay_and_slow_ones_are_warned_of_once_with_the_ratio(model: Path):
+def test_explicit_values_stay_and_slow_ones_give_one_warning_with_the_ratio(model: Path):
     config = RunConfig(
         generation=GenerationConfig(dtype="bfloat16"),
         policy=PolicyConfig(compute_dtype="bfloat16"),
@@ -107,6 +107,7 @@ def test_the_measurement_is_cached_by_what_it_depends_on(
     assert cached_product_speed(CPU, (64, 256)) == FAST
     assert cached_product_speed(CPU, (64, 256)) == FAST
     assert len(calls) == 1
+
     cached_product_speed(replace(CPU, cpu_model="Another"), (64, 256))
     monkeypatch.setattr(compute_dtype.torch, "__version__", "3.0")
     cached_product_speed(CPU, (64, 256))
@@ -131,7 +132,7 @@ print(json.dumps([detect_hardware().bfloat16_instructions, speed.float32, speed.
 
 
 def test_an_avx2_cpu_is_measured_to_be_slower_in_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    """Emulated by the environment, on whatever x86 CPU; on another architecture nothing changes."""
+    """Measure in an environment that emulates AVX2, on any x86 CPU."""
     if not {"avx2", "sse4_2"} <= set(Path("/proc/cpuinfo").read_text().split()):
         pytest.skip("not an x86 CPU with AVX2")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")

@@ -23,7 +23,7 @@ PAGES = (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
 SHELL_BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ACTIVATION = [".", ".venv/bin/activate"]
 DRY_RUNS = 4  # seconds each
-# Programs that a command may start besides `make` and Python, and whose own arguments are theirs.
+# Programs besides `make` and Python that a command may start; their arguments are not checked.
 OTHER_PROGRAMS = ("cd", "docker", "export", "git", "ray", "tensorboard")
 
 
@@ -64,10 +64,10 @@ COMMANDS = [command for page in PAGES for command in commands_of(page)]
 
 
 def invocation(module: str, arguments: list[str]) -> Invocation | None:
-    """Return what a recipe makes of its flags; None where they ask for help.
+    """Return the parsed flags of a recipe; None for a request for help.
 
     Raises:
-        ConfigError: a flag or a value that it refuses.
+        ConfigError: the recipe refuses a flag or a value.
     """
     recipe = getattr(importlib.import_module(module), module.removeprefix("recipes."))
     # There is no run to resume here; its directory and the changes are flags like others.
@@ -101,7 +101,7 @@ def check_flags_in_source(file: Path, arguments: list[str]) -> None:
 
 
 def check_make(target: str, variables: list[str]) -> None:
-    """Check that the Makefile has a target, and what ARGS means to it."""
+    """Check that the Makefile has a target and the variables, and that ARGS means something."""
     targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert target in targets, f"no target {target}"
 
@@ -158,15 +158,20 @@ def self_contained() -> Iterator[list[str]]:
         words = list(command.words)
         if command.page != "README.md" or "--resume" in words or words[:2] != ["python", "-m"]:
             continue
-        asked = invocation(words[2], words[3:]) if words[2].startswith("recipes.") else None
-        if asked is None:
+        if not words[2].startswith("recipes."):
             continue
-        if asked.config.data.train == "synthetic" and not asked.config.plugins:
+
+        parsed = invocation(words[2], words[3:])
+        if parsed is None:
+            continue
+        if parsed.config.data.train == "synthetic" and not parsed.config.plugins:
             yield words[2:]
 
 
-def test_what_readme_trains_passes_the_checks_before_a_start(capsys: pytest.CaptureFixture[str]):
-    """With --dry-run appended, a few of them; `make run` as well, which is the recipe alone."""
+def test_training_commands_of_readme_pass_the_checks_before_a_start(
+    capsys: pytest.CaptureFixture[str],
+):
+    """Append --dry-run to a few of the commands, and to the recipe alone, which is `make run`."""
     from recipes.run_recipe import run_recipe
 
     trained = [["recipes.grpo_math"], *self_contained()]

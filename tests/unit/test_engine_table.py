@@ -1,6 +1,7 @@
-"""The table of engines: each name has a module, options that exist, and traits that are asked for."""
+"""The table of engines: each name has a module with an engine, and options that exist."""
 
 import importlib
+from typing import Any
 
 import pytest
 
@@ -24,16 +25,18 @@ def test_options_of_engines_are_fields(name: str):
 
 
 def test_an_entry_and_a_module_are_all_that_an_engine_needs(monkeypatch: pytest.MonkeyPatch):
-    made: list[tuple] = []
-    module = type("Module", (), {"ENGINE": lambda *given: made.append(given)})
-    monkeypatch.setitem(ENGINES, "toy", ENGINES["transformers"])  # pyright: ignore[reportArgumentType]
+    built: list[tuple] = []
+    module = type("Module", (), {"ENGINE": lambda *arguments: built.append(arguments)})
+    table: Any = ENGINES
+    monkeypatch.setitem(table, "toy", ENGINES["transformers"])
     monkeypatch.setattr(importlib, "import_module", {"workers.generation.engines.toy": module}.get)
+
     config = RunConfig(generation=GenerationConfig(engine="toy"))
     make_engine(config, "model")
-    assert made == [(config, "model")]
+    assert built == [(config, "model")]
 
 
-def test_fused_parameters_are_made_of_several_weights():
+def test_fused_parameters_hold_several_weights():
     sent = ["0.q_proj.weight", "0.k_proj.weight", "0.o_proj.weight", "1.q_proj.weight"]
     held = ["0.qkv_proj.weight", "0.o_proj.weight", "1.q_proj.weight"]  # 1 is not fused
     assert parts_of(sent, held) == {

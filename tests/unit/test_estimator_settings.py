@@ -1,4 +1,4 @@
-"""Settings of estimators and recipes: what follows the token limit, and what is refused before anything starts."""
+"""Settings of estimators and recipes: values that follow the token limit, and refused values."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def configured(recipe: Recipe, *flags: str) -> RunConfig:
 def dry_run(
     capsys: pytest.CaptureFixture[str], recipe: Recipe, *flags: str
 ) -> tuple[object, str, str]:
-    """Exit code, stdout and stderr of a dry run."""
+    """Return exit code, stdout and stderr of a dry run."""
     with pytest.raises(SystemExit) as end:
         run_recipe(recipe, ["--model.path", "tiny", "--dry-run", *flags])
     captured = capsys.readouterr()
     return end.value.code, captured.out, captured.err
 
 
-def punishment(config: RunConfig, tokens: int) -> float:
-    """What the recipe's length punishment says of a response of so many tokens."""
+def length_penalty(config: RunConfig, tokens: int) -> float:
+    """Return the penalty that the recipe gives to the length of a response, at most 0."""
     math, overlong = with_token_limit(config.reward.functions, config.generation.max_tokens)
     assert (math.name, overlong.name) == ("math", "soft_overlong")
     return overlong.weight * soft_overlong_reward("", "", tokens, **overlong.parameters)
 
 
-def test_the_length_punishment_of_dapo_follows_the_token_limit():
-    # the last quarter of the limit, at half of the weight
+def test_the_length_penalty_of_dapo_follows_the_token_limit():
+    # 0 up to three quarters of the limit, then falling to -0.5 at the limit.
     config = configured(dapo_math)
     assert config.generation.max_tokens == 16
-    assert [punishment(config, n) for n in (12, 14, 16)] == [0.0, -0.25, -0.5]
+    assert [length_penalty(config, n) for n in (12, 14, 16)] == [0.0, -0.25, -0.5]
     config = configured(dapo_math, "--generation.max_tokens", "256")
-    assert [punishment(config, n) for n in (17, 192, 224, 256)] == [0.0, 0.0, -0.25, -0.5]
+    assert [length_penalty(config, n) for n in (17, 192, 224, 256)] == [0.0, 0.0, -0.25, -0.5]
 
 
 def test_a_token_limit_of_its_own_stays():
@@ -72,29 +72,33 @@ def test_a_token_limit_of_its_own_stays():
         "[{name: math}, {name: soft_overlong, parameters: {max_tokens: 8, buffer_tokens: 2}}]",
     )
     config = configured(dapo_math, *flags)
-    assert [punishment(config, n) for n in (6, 7, 8, 16)] == [0.0, -0.5, -1.0, -1.0]
+    assert [length_penalty(config, n) for n in (6, 7, 8, 16)] == [0.0, -0.5, -1.0, -1.0]
 
 
-def test_dapo_makes_the_advantages_of_the_paper():
-    """Rewards +1 and -1 less a punishment of at most 1, and those of the recipe: right and short, right and long, wrong and short, wrong and long."""
+def test_dapo_computes_the_advantages_of_the_paper():
+    """Compare the paper's rewards, +1 and -1 less a penalty of at most 1, with the recipe's.
+
+    The responses are right and short, right and long, wrong and short, wrong and long.
+    """
     config = configured(dapo_math)
-    right, lengths = torch.tensor([1.0, 1.0, 0.0, 0.0]), (8, 16, 8, 16)
+    right = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    lengths = (8, 16, 8, 16)
     mask = torch.ones(4, 1, dtype=torch.bool)
 
     def advantages(rewards: torch.Tensor) -> torch.Tensor:
-        made = AdvantageInputs(
+        inputs = AdvantageInputs(
             rewards=rewards, response_mask=mask, group_ids=torch.zeros(4, dtype=torch.int64)
         )
-        return grpo_advantages(made, eps=0.0).advantages[:, 0]
+        return grpo_advantages(inputs, eps=0.0).advantages[:, 0]
 
-    ours = right + torch.tensor([punishment(config, n) for n in lengths])
+    ours = right + torch.tensor([length_penalty(config, n) for n in lengths])
     paper = 2 * right - 1 + torch.tensor([0.0, -1.0, 0.0, -1.0])
     torch.testing.assert_close(advantages(ours), advantages(paper))
     assert ours[1] > ours[2]  # a right long answer is better than a wrong short one
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 200])
-def test_hierarchical_layers_follow_the_token_limit(tokens: int):
+def test_hierarchical_horizons_follow_the_token_limit(tokens: int):
     config = configured(hierarchical_math, "--generation.max_tokens", str(tokens))
     assert estimator_parameters(config)["max_tokens"] == tokens
 
@@ -122,12 +126,14 @@ def test_a_dry_run_shows_what_follows_the_token_limit(capsys: pytest.CaptureFixt
                 "--reward.functions",
                 "[{name: math}, {name: soft_overlong, parameters: {max_tokens: 64}}]",
             ),
-            "reward.functions.parameters.max_tokens: 64 of 'soft_overlong' is above generation.max_tokens 16",
+            "reward.functions.parameters.max_tokens: 64 of 'soft_overlong' is above "
+            "generation.max_tokens 16",
         ),
         (
             hierarchical_math,
             ("--algorithm.rollout_correction.level", "token"),
-            "algorithm.rollout_correction.level: 'token' would take the ratio old / rollout a second time",
+            "algorithm.rollout_correction.level: 'token' would take the ratio old / rollout a "
+            "second time",
         ),
         (
             hierarchical_math,
@@ -137,12 +143,14 @@ def test_a_dry_run_shows_what_follows_the_token_limit(capsys: pytest.CaptureFixt
         (
             grpo_math,
             (*RECOMPUTE, *WEIGHT_NONE),
-            "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is always 1, and neither the objective nor 'grpo'",
+            "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is "
+            "always 1, and neither the objective nor 'grpo'",
         ),
         (
             grpo_math,
             (*HIERARCHICAL, *RECOMPUTE),
-            "algorithm.objective.weight: 'ppo_clip' acts on a ratio that algorithm.advantage.recompute keeps at 1",
+            "algorithm.objective.weight: 'ppo_clip' acts on a ratio that "
+            "algorithm.advantage.recompute keeps at 1",
         ),
         (
             grpo_math,
@@ -192,7 +200,7 @@ def _validate(*, eps: float, scale: float) -> None:
 
 @pytest.fixture
 def mine() -> Iterator[None]:
-    """An estimator with a `validate`, which fails wherever it is called."""
+    """Register an estimator with a `validate`; the estimator itself fails when it is called."""
 
     @register_advantage_estimator(MINE, validate=_validate)
     def estimator(
@@ -243,7 +251,9 @@ def test_its_validate_refuses_values_and_sees_the_defaults(capsys: pytest.Captur
         ("hierarchical", {"log_ratio_clip": 0.0}, "log_ratio_clip: 0.0 must be positive"),
     ],
 )
-def test_values_that_no_signature_refuses(name: str, parameters: dict[str, Any], message: str):
+def test_values_of_the_right_type_that_are_refused(
+    name: str, parameters: dict[str, Any], message: str
+):
     with pytest.raises(ValueError, match=f"^algorithm.advantage.parameters.{message}"):
         check_advantage_estimator(name, parameters)
 
@@ -263,9 +273,8 @@ def test_an_estimator_that_reads_the_reference_carries_no_kl_unless_it_says_so(
         assert error(*kl) == ""
         assert error().startswith("error: algorithm.kl.coefficient: 0 starts no reference")
         inside = error(*kl, "--algorithm.kl.placement", "advantage")
-        assert (
-            "needs an estimator that carries the KL, and 'registered_for_a_test' does not" in inside
-        )
+        refusal = "needs an estimator that carries the KL, and 'registered_for_a_test' does not"
+        assert refusal in inside
         assert "Choose token_kl_grpo, or" in inside
     finally:
         contract._ESTIMATORS._entries.pop(MINE)
@@ -280,6 +289,7 @@ def test_an_estimator_that_needs_what_no_run_has_is_refused(capsys: pytest.Captu
         code, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE)
         assert code == 2
         assert f"'{MINE}' needs values, which no part of this run computes" in error
+
         entropy = ("--algorithm.entropy.temperature", "0.1")
         _, _, error = dry_run(capsys, grpo_math, "--algorithm.advantage.name", MINE, *entropy)
         assert "needs values" in error

@@ -1,4 +1,4 @@
-"""Models run packed where that gives their own log-probabilities, padded where not, and are refused otherwise."""
+"""Models run packed or padded, whichever gives their own log-probabilities, or are refused."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_others_run_their_own_padded_pass(name: str):
     assert found.error < 1e-4
     with pytest.raises(UnsupportedModelError, match=r"policy\.packing: true, but .* auto or false"):
         verdict(model, packing=True)
-    assert verdict(model, packing=False).reason is None  # that was asked for
+    assert verdict(model, packing=False).reason is None  # as requested
 
 
 def test_a_model_that_looks_ahead_is_refused():
@@ -93,7 +93,7 @@ def test_a_logit_scale_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch
 
 def test_dropout_in_training_mode_is_found():
     model = tiny_model(architecture("phi3, sliding window, dropout")).train()
-    with pytest.raises(UnsupportedModelError):  # its own passes differ as well
+    with pytest.raises(UnsupportedModelError):  # even two of its own passes differ
         verdict(model)
 
 
@@ -107,10 +107,12 @@ def test_the_verdict_is_kept_for_this_model_and_these_lengths(
         return check_forward(model, kernel="sdpa", lengths=lengths, packing="auto", device=CPU)
 
     first = check(LENGTHS)
+
     monkeypatch.setattr(forward_check, "try_forward", lambda *_, **__: pytest.fail("tried again"))
     assert check(LENGTHS) == first
     with pytest.raises(pytest.fail.Exception, match="tried again"):
         check(dataclasses.replace(LENGTHS, response=41))
+
     (file,) = (tmp_path / "forward_checks").iterdir()
     file.write_text("{")
     with pytest.raises(pytest.fail.Exception, match="tried again"):
@@ -134,6 +136,7 @@ def test_attention_softcaps_are_loaded_with_a_kernel_that_has_them(tmp_path: Pat
     save_tiny_model(tmp_path, architecture("gemma2, sliding window, softcaps"))
     model = load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
     assert model.config._attn_implementation == "eager"
+
     save_tiny_model(tmp_path, architecture("gpt_oss, sliding window, sinks, experts"))
     model = load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
     assert model.config._attn_implementation == "eager"
@@ -166,7 +169,7 @@ def test_attention_softcaps_are_loaded_with_a_kernel_that_has_them(tmp_path: Pat
         ),
     ],
 )
-def test_what_the_configuration_tells_is_refused_before_anything_starts(
+def test_unsupported_configurations_are_refused_before_anything_starts(
     tmp_path: Path, facts: dict, message: str
 ):
     (tmp_path / "config.json").write_text(json.dumps(facts))
@@ -182,6 +185,7 @@ def test_long_rope_within_its_original_length_is_right(tmp_path: Path):
     }
     (tmp_path / "config.json").write_text(json.dumps(facts))
     check_architecture(tmp_path, field="model.path", longest=100, trust_remote_code=False)
+
     rope = {
         "rope_type": "longrope",
         "rope_theta": 1e4,

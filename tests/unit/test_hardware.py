@@ -12,10 +12,11 @@ PERIOD = 100_000
 
 
 class CgroupTree:
-    """A fake cgroup v2 hierarchy and the /proc/self/cgroup that places this process in it."""
+    """A fake cgroup v2 hierarchy, with the /proc/self/cgroup that places this process in it."""
 
     def __init__(self, folder: Path, own: str) -> None:
-        self.root, self.proc = folder / "cgroup", folder / "self_cgroup"
+        self.root = folder / "cgroup"
+        self.proc = folder / "self_cgroup"
         self.proc.write_text(f"4:memory:/v1/group\n0::{own}\n")
         (self.root / own.lstrip("/")).mkdir(parents=True)
 
@@ -31,6 +32,7 @@ class CgroupTree:
 
 @pytest.fixture
 def host() -> Hardware:
+    """Return the hardware of this machine, whatever the limits of the tests' own container."""
     nowhere = Path("/nonexistent")
     return detect_hardware(cgroup_root=nowhere, own_cgroups=nowhere)
 
@@ -63,7 +65,7 @@ def test_a_quota_is_rounded_down_and_never_below_one_or_above_the_mask(
 
 
 def test_a_path_of_the_host_leaves_the_mounted_root(tmp_path: Path):
-    """A container without a cgroup namespace: only the own group of the named path is mounted."""
+    """Read the limits in a container that sees the path of the host, and only its own group."""
     tree = CgroupTree(tmp_path, "/")
     tree.proc.write_text("0::/docker/0123abcd\n")
     tree.write("/", memory_max=str(GIB))
@@ -71,7 +73,8 @@ def test_a_path_of_the_host_leaves_the_mounted_root(tmp_path: Path):
 
 
 def test_the_affinity_mask_counts():
-    mask, before = os.sched_getaffinity(0), detect_hardware().cpus
+    mask = os.sched_getaffinity(0)
+    before = detect_hardware().cpus
     os.sched_setaffinity(0, {min(mask)})
     try:
         assert detect_hardware().cpus == 1
@@ -113,6 +116,7 @@ def test_the_cpu_and_its_bfloat16_instructions(
     found = detect_hardware(cpu_info=file)
     assert found.cpu_model.endswith(model)
     assert found.bfloat16_instructions == instructions
+
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
     assert detect_hardware(cpu_info=file).bfloat16_instructions == ()
 
@@ -137,6 +141,7 @@ def test_gpus_as_nvidia_smi_lists_them(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
     found = detect_hardware()
     assert found.compute_capability == capability
     assert found.gpu_memory_gib == memory_gib

@@ -19,8 +19,8 @@ LIBRARY = (
     "rlsys.data",
     "rlsys.rewards",
 )
-# What each layer may import of this project, besides itself.
-LAYERS = {
+# The packages of this project that each package may import, besides itself.
+ALLOWED = {
     "rlsys.config": (),
     "rlsys.math_verifier": (),
     "rlsys.metrics": (),
@@ -50,19 +50,21 @@ PARTS = (
     "workers.advantage_controller",
     "workers.cluster",
 )
-BELOW_PARTS = ("workers.local_ray",)  # any of them may use it
+BELOW_PARTS = ("workers.local_ray",)  # any of the parts may use it
 
 
 def modules() -> list[tuple[str, Path]]:
-    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    return [
-        (".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), file)
-        for file in files
-    ]
+    """Return the name and the file of every module."""
+    found = []
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            found.append((name.removesuffix(".__init__"), file))
+    return found
 
 
 def imports(file: Path) -> set[str]:
-    """Modules named in import statements anywhere in a file."""
+    """Return the modules named in import statements anywhere in a file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -74,6 +76,7 @@ def imports(file: Path) -> set[str]:
 
 
 def within(name: str, package: str) -> bool:
+    """Return whether a module is a package or in it."""
     return name == package or name.startswith(package + ".")
 
 
@@ -81,31 +84,40 @@ def within(name: str, package: str) -> bool:
 def test_a_module_imports_downward_only(name: str, file: Path):
     used = imports(file)
     own = {module for module in used if any(within(module, package) for package in PACKAGES)}
-    layer = next((layer for layer in LAYERS if within(name, layer)), None)
-    if layer is None:
-        assert own == set(), f"{name} belongs to no layer"
+    package = next((package for package in ALLOWED if within(name, package)), None)
+    if package is None:
+        assert own == set(), f"{name} belongs to no package of the table"
         return
-    wrong = [
-        module
-        for module in own
-        if not any(within(module, allowed) for allowed in (layer, *LAYERS[layer]))
-    ]
+
+    allowed = (package, *ALLOWED[package])
+    wrong = [module for module in own if not any(within(module, one) for one in allowed)]
     assert not wrong, f"{name} must not import {wrong}"
+
+
+@pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
+def test_a_module_imports_only_the_other_projects_that_it_may(name: str, file: Path):
+    projects = {module.split(".")[0] for module in imports(file)}
     if within(name, "rlsys"):
-        assert not {"ray", "vllm", "deepspeed"} & {module.split(".")[0] for module in used}
+        assert not {"ray", "vllm", "deepspeed"} & projects
     if within(name, "rlsys.config"):
-        assert not {"torch", "numpy"} & {module.split(".")[0] for module in used}
+        assert not {"torch", "numpy"} & projects
+
     for engine, traits in ENGINES.items():
-        if {module.split(".")[0] for module in used} & set(traits.packages):
+        if projects & set(traits.packages):
             assert name == f"workers.generation.engines.{engine}"
+
+
+@pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
+def test_a_part_of_the_workers_imports_no_other_part(name: str, file: Path):
     part = next((part for part in PARTS if within(name, part)), None)
-    if part:
-        others = [
-            module
-            for module in own
-            if within(module, "workers") and not within(module, part) and module not in BELOW_PARTS
-        ]
-        assert not others, f"{name} must not import {others}"
+    if part is None:
+        return
+
+    workers = {module for module in imports(file) if within(module, "workers")}
+    others = [
+        module for module in workers if not within(module, part) and module not in BELOW_PARTS
+    ]
+    assert not others, f"{name} must not import {others}"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def links_of(page: Path) -> Iterator[str]:
 def anchors_of(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     headings = HEADING.findall(FENCE.sub("", page.read_text()))
-    cleaned = (re.sub(r"[^\w\- ]", "", heading.strip().lower()) for heading in headings)
+    cleaned = [re.sub(r"[^\w\- ]", "", heading.strip().lower()) for heading in headings]
     return {heading.replace(" ", "-") for heading in cleaned}
 
 

@@ -1,4 +1,4 @@
-"""How metrics add up."""
+"""Reductions of metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_each_reduction():
 
 
 def test_a_mean_over_nothing_takes_no_part():
-    """Whatever its value is, NaN included."""
+    """Combine a mean of weight 0, whatever its value is, NaN included."""
     for nothing in (mean(0.0, 0), mean(math.nan, 0)):
         assert values(combine([{"m": nothing}, {"m": mean(2.0, 4)}])) == {"m": 2}
         assert values(combine([{"m": mean(2.0, 4)}, {"m": nothing}])) == {"m": 2}
@@ -22,7 +22,7 @@ def test_a_mean_over_nothing_takes_no_part():
 
 
 def test_nan_stays_nan_in_any_order():
-    """max(1, nan) is 1 in Python and max(nan, 1) is nan."""
+    """Combine in both orders: in Python max(1, nan) is 1, and max(nan, 1) is nan."""
     for kind in (total, mean, maximum):
         for pair in ((kind(1.0), kind(math.nan)), (kind(math.nan), kind(1.0))):
             (value,) = values(combine([{"a": part} for part in pair])).values()

@@ -1,4 +1,4 @@
-"""Every module of the algorithm library has a test of its own, and nobody else knows an algorithm by name."""
+"""Each module of the algorithm library has its test, and only the library names an algorithm."""
 
 import ast
 from collections.abc import Iterator
@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "rlsys" / "algorithms"
 MIRROR = ROOT / "tests" / "unit" / "algorithms"
 ADVANTAGES = "rlsys.algorithms.advantages"
-# Tables of settings, which name what they choose.
+# Tables of settings, which name the estimators that they choose.
 CHOOSING = ("rlsys/config/presets.py", "rlsys/config/algorithm.py", "recipes/")
 
 
 def library_modules() -> list[str]:
+    """Return the paths of the library's modules, relative to the library."""
     files = (file.relative_to(LIBRARY) for file in LIBRARY.rglob("*.py"))
     return sorted(str(file) for file in files if file.name != "__init__.py")
 
@@ -37,33 +38,33 @@ def test_a_module_of_the_algorithms_has_a_test(module: str):
 
 
 def product_files() -> list[str]:
-    files = [
-        file
-        for package in ("rlsys", "workers", "recipes")
-        for file in (ROOT / package).rglob("*.py")
-    ]
-    return sorted(str(file.relative_to(ROOT)) for file in files)
+    """Return the paths of all modules, relative to the repository."""
+    found = []
+    for package in ("rlsys", "workers", "recipes"):
+        found += [str(file.relative_to(ROOT)) for file in (ROOT / package).rglob("*.py")]
+    return sorted(found)
 
 
 def homes() -> dict[str, str]:
-    """Each estimator of the library and the file or package that it lives in."""
+    """Return each estimator of the library, with the file or package that defines it."""
     found: dict[str, str] = {}
     for name in available_advantage_estimators():
         module = estimator_spec(name).function.__module__
         if module.startswith(ADVANTAGES):
             path = Path(*module.split("."))
-            package = path.parent.name != "advantages"
-            found[name] = f"{path.parent}/" if package else f"{path}.py"
+            is_file = path.parent.name == "advantages"
+            found[name] = f"{path}.py" if is_file else f"{path.parent}/"
     return found
 
 
 def names_in(file: str) -> Iterator[tuple[int, str]]:
-    """Estimators that a file names in a string of its own, or whose module it imports."""
+    """Yield line and name of the estimators in the strings and imports of a file."""
     known = homes()
     modules = {
         home.removesuffix(".py").removesuffix("/").replace("/", "."): name
         for name, home in known.items()
     }
+
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in known:
             yield node.lineno, node.value
@@ -77,16 +78,14 @@ def names_in(file: str) -> Iterator[tuple[int, str]]:
 def test_nobody_else_knows_an_estimator_by_name(file: str):
     if file.startswith(CHOOSING):
         return
-    inside = file.startswith("rlsys/algorithms/advantages/")
-    strangers = [
-        f"line {line}: {name}"
-        for line, name in names_in(file)
-        # Estimators may share what they compute, and the package imports them all.
-        if not file.startswith(homes()[name]) and not inside
-    ]
+    # Estimators may share what they compute, and the package imports them all.
+    if file.startswith("rlsys/algorithms/advantages/"):
+        return
+
+    strangers = [f"line {line}: {name}" for line, name in names_in(file)]
     assert not strangers, f"{file} knows estimators by name: {strangers}"
 
 
 def test_the_contract_imports_no_estimator():
     assert not list(names_in("rlsys/algorithms/advantages/contract.py"))
-    assert list(names_in("rlsys/config/presets.py"))  # and the search finds names where they are
+    assert list(names_in("rlsys/config/presets.py"))  # so the search finds names

@@ -1,4 +1,4 @@
-"""A model of another kind trains through the same backend, packs and passes as the policy: a value model."""
+"""A value model trains through the same backend, packs and passes as the policy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Values(NamedTuple):
-    """Of each of the pack's m tokens."""
+    """Values of the m tokens of a pack."""
 
     values: Tensor  # [m]
 
@@ -45,7 +45,7 @@ class PackedValueModel(PackedModel):
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of one, in this process."""
+    """Start a process group of one rank in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -54,11 +54,15 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("budget", [24, 1000])
 def test_a_value_model_learns_its_targets(budget: int):
-    """Targets 0, 1, 2, 0, ... along the tokens; the squared error falls to less than a tenth in 30 steps."""
+    """Fit targets 0, 1, 2, 0, ... along the tokens.
+
+    The squared error falls to less than a tenth in 30 steps.
+    """
     config = RunConfig.model_validate(
         {"model": {"path": "tiny"}, "policy": {"compute_dtype": "float32"}}
     )
     directory = resolve_model("tiny")
+
     packed, _ = prepare_model(config, config.policy, directory, CPU)
     torch.manual_seed(0)
     model = PackedValueModel(packed)
@@ -78,9 +82,10 @@ def test_a_value_model_learns_its_targets(budget: int):
     packs = pack_rows(
         rollouts.sequences, rows, budget=budget, rank=0, ranks=1, shared_prefix_packing=False
     )
+
     history: list[float] = []
     for _ in range(30):
         passes = list(backward_passes(backend, packs, squared_error, sizes))
-        history.append(sum(made.sums["error"] for _, _, made in passes) / tokens)
+        history.append(sum(loss.sums["error"] for _, _, loss in passes) / tokens)
         assert np.isfinite(backend.step(learning_rate=3e-3))
     assert history[-1] < 0.1 * history[0]

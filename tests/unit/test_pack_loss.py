@@ -1,4 +1,4 @@
-"""The loss of packs: KL terms of whole responses, whatever the packing, and the penalty to the old policy."""
+"""The loss of packs: KL terms of whole responses, and the penalty to the old policy."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ KLS = {
 
 
 def example() -> TrainBatch:
-    """Lengths 2, 4, 1, 3, one of them with a tool's token in the middle."""
-    made = rollouts([([9], [[1, 2], [1, 2, 3, 4]]), ([8, 8], [[5], [5, 6, 7]])], holes={1: [2]})
-    batch, noise = train_batch(made), np.random.default_rng(3)
-    count = len(made.token_ids)
+    """Return responses of lengths 2, 4, 1, 3, one with a tool's token in the middle."""
+    responses = rollouts(
+        [([9], [[1, 2], [1, 2, 3, 4]]), ([8, 8], [[5], [5, 6, 7]])], holes={1: [2]}
+    )
+    batch = train_batch(responses)
+    noise = np.random.default_rng(3)
+    count = len(responses.token_ids)
 
     def logprobs() -> np.ndarray:
-        return np.where(made.response_mask, -noise.random(count), 0.0).astype(np.float32)
+        return np.where(responses.response_mask, -noise.random(count), 0.0).astype(np.float32)
 
     return dataclasses.replace(
         batch, old_logprobs=logprobs(), ref_logprobs=logprobs(), kl_coefficient=0.3
@@ -42,24 +45,27 @@ def example() -> TrainBatch:
 def losses_of(
     batch: TrainBatch, live: torch.Tensor, algorithm: AlgorithmConfig, budget: int, penalty: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The sum over packs, and of their sums."""
+    """Return the total loss over packs, and the totals of their sums."""
     sizes = Denominators(num_tokens=9, num_sequences=4, max_tokens=4)
-    total, sums = live.new_zeros(()), {}
-    for pack in pack_rows(
+    compute_loss = PolicyLoss(batch=batch, algorithm=algorithm, old_kl_coefficient=penalty)
+    packs = pack_rows(
         batch.rollouts.sequences,
         np.arange(4),
         budget=budget,
         rank=0,
         ranks=1,
         shared_prefix_packing=True,
-    ):
+    )
+
+    total, sums = live.new_zeros(()), {}
+    for pack in packs:
         logprobs = live[torch.from_numpy(pack.flat_positions)]
         zeros = torch.zeros_like(logprobs)
         result = PackResult(logprobs, zeros, zeros, zeros[:, None])
-        loss = PolicyLoss(batch=batch, algorithm=algorithm, old_kl_coefficient=penalty)
-        made = loss(result, PackColumns(pack, live.device), sizes)
-        total = total + made.loss
-        for name, value in made.sums.items():
+        part = compute_loss(result, PackColumns(pack, live.device), sizes)
+
+        total = total + part.loss
+        for name, value in part.sums.items():
             sums[name] = sums.get(name, 0.0) + value
     return total, sums
 
@@ -67,11 +73,13 @@ def losses_of(
 @pytest.mark.parametrize("budget", [4, 1000])
 @pytest.mark.parametrize("name", KLS)
 def test_kl_terms_do_not_depend_on_the_packing(name: str, budget: int):
-    """Against the padded batch: -log pi A + 0.3 KL + 0.5 KL(old || live), summed over 4 responses."""
-    batch, kl = example(), KLS[name]
+    """Compare with -log pi A + 0.3 KL + 0.5 KL(old || live), summed over the padded batch."""
+    batch = example()
+    kl = KLS[name]
     algorithm = AlgorithmConfig(
         kl=kl, objective=ObjectiveConfig(weight="none"), aggregation="sequence_sum"
     )
+
     generator = torch.Generator().manual_seed(2)
     live = -torch.rand(len(batch.rollouts.token_ids), generator=generator)
     live.requires_grad_()
@@ -81,24 +89,21 @@ def test_kl_terms_do_not_depend_on_the_packing(name: str, budget: int):
     padding = ResponsePadding.of(batch.rollouts.sequences)
     assert batch.old_logprobs is not None
     assert batch.ref_logprobs is not None
-    mask, old, ref, advantages = (
-        padding.pad(array)
-        for array in (
-            batch.rollouts.response_mask,
-            batch.old_logprobs,
-            batch.ref_logprobs,
-            batch.advantages,
-        )
-    )
+    mask = padding.pad(batch.rollouts.response_mask)
+    old = padding.pad(batch.old_logprobs)
+    ref = padding.pad(batch.ref_logprobs)
+    advantages = padding.pad(batch.advantages)
     logprobs = torch.zeros(padding.shape).index_put(
         (torch.from_numpy(padding.rows), torch.from_numpy(padding.columns)),
         live[torch.from_numpy(padding.flat)],
     )
+
     terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
     drift = torch.where(mask, old_policy_kl(logprobs, old), 0.0)
     tokens = 0.3 * kl_loss(logprobs, old, ref, mask, terms) + 0.5 * drift
     expected = (torch.where(mask, -logprobs * advantages, 0.0) + tokens).sum() / 4
     (exact,) = torch.autograd.grad(expected, live)
+
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.allclose(found, exact, atol=1e-6)
     assert sums["kl_old"] == pytest.approx(float(drift.detach().sum()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The text of a response while it is sampled, and what a stop string cuts."""
+"""The text of a response while it is sampled, and the cut at a stop string."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def tokens(text: str) -> list[int]:
 
 
 def read(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
-    """Text and number of tokens of a response that goes on until a stop string."""
+    """Return text and number of tokens of a response that ends with a stop string."""
     response = ResponseText(TOKENIZER, tokens("Ann has"))
     for count, token in enumerate(tokens(text), start=1):
         if response.cut_behind(stop, response.append(token)):
@@ -46,7 +46,7 @@ def test_a_string_that_was_complete_before_the_last_token_is_not_found_again():
     assert response.text == "a}\nbc"
 
 
-def test_special_tokens_and_unfinished_characters_are_no_text():
+def test_special_tokens_and_unfinished_characters_add_no_text():
     response = ResponseText(TOKENIZER, ())
     first, *rest = tokens("€")
     assert rest  # its bytes are several tokens
@@ -58,7 +58,7 @@ def test_special_tokens_and_unfinished_characters_are_no_text():
     assert response.text == "€"
 
 
-def test_bytes_that_are_no_text_do_not_stop_a_response():
+def test_bytes_that_do_not_decode_do_not_stop_a_response():
     response = ResponseText(TOKENIZER, ())
     continuation = tokens("€")[-1]
     for token in [continuation] * 6 + tokens(" and 5"):
@@ -72,7 +72,9 @@ def test_a_tokenizer_without_a_fast_form_reads_the_same():
             return str(TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens))
 
     text = " 3 and € }\n"
-    slow, fast = ResponseText(Slow(), tokens("Ann")), ResponseText(TOKENIZER, tokens("Ann"))  # pyright: ignore[reportArgumentType]
+    tokenizer: Any = Slow()
+    slow = ResponseText(tokenizer, tokens("Ann"))
+    fast = ResponseText(TOKENIZER, tokens("Ann"))
     for token in tokens(text):
         slow.append(token)
         fast.append(token)

@@ -1,4 +1,4 @@
-"""What a policy rank writes: a model that every other program loads, and from which it continues itself."""
+"""A policy rank saves a model that other programs load, and from which it continues itself."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def config(directory: Path, engine: str = "vllm") -> RunConfig:
 
 @contextmanager
 def one_rank(directory: Path, engine: str = "vllm") -> Iterator[PolicyWorker]:
-    """A policy of one rank in this process."""
+    """Start a policy of one rank in this process."""
     worker = PolicyWorker(config(directory, engine), str(directory), 0, 1)
     try:
         worker.setup(worker.rendezvous())
@@ -45,18 +45,20 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_saved_policy_has_the_names_of_its_checkpoint_and_loads_everywhere(
     family: str, tmp_path: Path
 ):
-    model, saved = tmp_path / "model", tmp_path / "saved"
+    model = tmp_path / "model"
+    saved = tmp_path / "saved"
     build_family(family, model)
     (model / "modeling_mine.py").write_text("# code\n")
     saved.mkdir()
+
     with one_rank(model) as worker:
         inner: Any = worker.backend.module.model
         expected = load_family(model, seed=5)
         load_full_state_dict(worker.backend.module, expected.state_dict())
         worker.save(str(saved))
-        assert set(load_file(saved / "model.safetensors")) == set(
-            load_file(model / "model.safetensors")
-        )
+
+        written = load_file(saved / "model.safetensors")
+        assert set(written) == set(load_file(model / "model.safetensors"))
         assert (saved / "modeling_mine.py").exists()
         reloaded = load_causal_lm(saved, dtype=torch.float32, attention="eager").eval()
         torch.testing.assert_close(logits(reloaded), logits(expected), rtol=0, atol=0)
@@ -73,6 +75,7 @@ def test_a_probe_of_different_lengths_is_the_models_own_forward(tmp_path: Path):
     sequences = [np.arange(4, 4 + length, dtype=np.int32) for length in (9, 2, 60)]
     with one_rank(tmp_path) as worker:
         found = worker.probe_logprobs(sequences, 1.0)
+
     model = load_causal_lm(tmp_path, dtype=torch.float32, attention="eager").eval()
     for sequence, logprobs in zip(sequences, found, strict=True):
         tokens = torch.from_numpy(sequence.astype(np.int64))
@@ -89,13 +92,12 @@ def test_a_model_whose_names_cannot_be_mapped_back_is_refused_for_vllm_only(
     monkeypatch.setattr(
         "rlsys.models.checkpoint_names.revert_weight_conversion", lambda model, weights: weights
     )
-    with (
-        pytest.raises(
-            ValueError,
-            match=r"^generation\.engine: 'vllm' .* 'qwen3_moe'.*experts.*--generation\.engine transformers",
-        ),
-        one_rank(tmp_path),
-    ):
+    message = (
+        r"^generation\.engine: 'vllm' .* 'qwen3_moe'.*experts.*"
+        r"--generation\.engine transformers"
+    )
+    with pytest.raises(ValueError, match=message), one_rank(tmp_path):
         pass
+
     with one_rank(tmp_path, "transformers"):
         pass

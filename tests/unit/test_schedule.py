@@ -1,4 +1,4 @@
-"""Learning rates step by step."""
+"""Learning-rate schedules, step by step."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The estimate of a step's time, and what is said of a step that takes far longer."""
+"""The estimate of a step's time, and the report of a step that takes far longer."""
 
 import os
 from dataclasses import replace
@@ -29,13 +29,12 @@ SIZES = {"parameters": 1_000_000_000, "prompt_tokens": 50.0}
 
 
 def test_the_estimate_counts_the_operations_of_training_and_sampling():
-    """2 prompts of 50 tokens, 100 response tokens, 1e9 parameters at 1e11 operations per second."""
+    """Estimate 2 prompts of 50 tokens with 100 response tokens, at 1e9 parameters and 1e11 op/s."""
     estimate = estimate_step(CONFIG, CPU, **SIZES, speed=SPEED)
     assert estimate is not None
     assert estimate.training_s == pytest.approx(6 * 200 / 100)
-    assert estimate.sampling_s == pytest.approx(
-        3 * 2 * 200 / 100
-    )  # vLLM: three times the arithmetic
+    # vLLM takes three times as long as the arithmetic.
+    assert estimate.sampling_s == pytest.approx(3 * 2 * 200 / 100)
 
     changed = CONFIG.model_copy(
         update={
@@ -47,8 +46,8 @@ def test_the_estimate_counts_the_operations_of_training_and_sampling():
     )
     more = estimate_step(changed, CPU, **SIZES, speed=SPEED)
     assert more is not None
-    # 10 whole sequences of 60 tokens; forward and backward, and a forward for the old and the
-    # reference policy.
+    # 10 whole sequences of 60 tokens; forward and backward, and a forward pass each for the old and
+    # the reference policy.
     assert more.training_s == pytest.approx((6 + 2 + 2) * 600 / 10)
 
 
@@ -61,20 +60,20 @@ def test_without_a_measurement_of_the_workers_machine_nothing_is_estimated(
 
 
 def watched(estimate: StepEstimate | None, causes: list[str]) -> tuple[StepTimeWatch, list[str]]:
-    said: list[str] = []
-    return StepTimeWatch(estimate, lambda: causes, said.append), said
+    reports: list[str] = []
+    return StepTimeWatch(estimate, lambda: causes, reports.append), reports
 
 
 ESTIMATE = StepEstimate(training_s=3.0, sampling_s=1.0)  # 5 s with the overhead
 
 
 def test_a_step_of_ten_times_the_estimate_is_reported_once_with_causes():
-    watch, said = watched(ESTIMATE, ["this", "that"])
+    watch, reports = watched(ESTIMATE, ["this", "that"])
     watch.on_step(1, {"time/step": 49.0})
-    assert said == []
+    assert reports == []
     watch.on_step(2, {"time/step": 100.0})
     watch.on_step(3, {"time/step": 100.0})
-    assert said == ["step 2 took 100 s, 20 times the estimate. Likely causes: this; that."]
+    assert reports == ["step 2 took 100 s, 20 times the estimate. Likely causes: this; that."]
 
 
 @pytest.mark.parametrize(
@@ -84,16 +83,16 @@ def test_a_step_of_ten_times_the_estimate_is_reported_once_with_causes():
         {"time/step": 100.0, "sampling/rounds": 3.0},  # dynamic sampling
     ],
 )
-def test_waiting_for_rewards_and_sampling_again_are_no_surprise(values: dict[str, float]):
-    watch, said = watched(ESTIMATE, [])
+def test_waiting_for_rewards_and_sampling_again_are_not_reported(values: dict[str, float]):
+    watch, reports = watched(ESTIMATE, [])
     watch.on_step(1, values)
-    assert said == []
+    assert reports == []
 
 
 def test_without_an_estimate_nothing_is_reported():
-    watch, said = watched(None, [])
+    watch, reports = watched(None, [])
     watch.on_step(1, {"time/step": 1e6})
-    assert said == []
+    assert reports == []
 
 
 def test_each_cause_is_named_only_where_it_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -113,12 +112,11 @@ def test_each_cause_is_named_only_where_it_is_seen(monkeypatch: pytest.MonkeyPat
     assert f"load average {5.0 * cores:.1f}" in load
 
 
-@pytest.mark.parametrize(("free", "said"), [(0.5, False), (0.01, True)])
+@pytest.mark.parametrize(("free", "reports"), [(0.5, False), (0.01, True)])
 def test_memory_pressure_is_that_of_the_process(
-    free: float, said: bool, monkeypatch: pytest.MonkeyPatch
+    free: float, reports: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(step_time, "available_memory_fraction", lambda: free)
-    monkeypatch.setattr(
-        step_time.psutil, "swap_memory", lambda: type("Swap", (), {"used": 0, "total": 0})()
-    )
-    assert bool(step_time._memory_pressure()) is said
+    swap = type("Swap", (), {"used": 0, "total": 0})()
+    monkeypatch.setattr(step_time.psutil, "swap_memory", lambda: swap)
+    assert bool(step_time._memory_pressure()) is reports

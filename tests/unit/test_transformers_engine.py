@@ -1,4 +1,4 @@
-"""The reference engine: sampling beyond windows, log-probabilities, and new weights, for families that differ in what can go wrong."""
+"""The transformers engine: sampling beyond windows, log-probabilities, and new weights."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SAMPLING = SamplingParameters(
 
 @torch.no_grad()
 def own_logprobs(model: Any, tokens: list[int], temperature: float) -> np.ndarray:
-    """[L - 1] by one forward of the whole sequence, without a cache."""
+    """Return log-probabilities by one forward pass without a cache, [L - 1]."""
     ids = torch.tensor(tokens)
     logs = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
     return logs.gather(1, ids[1:, None])[:, 0].numpy()
@@ -45,6 +45,7 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
         tokens = [*prompt.token_ids, *response.token_ids]
         expected = own_logprobs(model, tokens, SAMPLING.temperature)[-len(response.token_ids) :]
         np.testing.assert_allclose(response.logprobs, expected, atol=1e-4)
+
     sequences = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 3 * WINDOW)]
     for sequence, found in zip(sequences, engine.probe_logprobs(sequences), strict=True):
         np.testing.assert_allclose(found, own_logprobs(model, sequence.tolist(), 1.0), atol=1e-4)
@@ -54,7 +55,7 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
     "name",
     [
         "mamba, recurrent state",  # keeps its state under another name
-        "bamba, recurrent state",  # transformers' cache of it gives other log-probabilities
+        "bamba, recurrent state",  # its cache in transformers gives other log-probabilities
     ],
 )
 def test_without_a_usable_cache_whole_passes_are_decoded(name: str, tmp_path: Path):
@@ -74,11 +75,15 @@ def test_without_a_usable_cache_whole_passes_are_decoded(name: str, tmp_path: Pa
 
 
 def test_responses_of_a_group_end_at_their_own_places(tmp_path: Path):
-    """Each response stops by itself: END with its end token, LENGTH after max_tokens, whatever the others do."""
+    """Stop each response by itself, whatever the other responses of the group do.
+
+    The reason is END with its end token, and LENGTH after max_tokens.
+    """
     build_family("llama", tmp_path)
     generation = GenerationConfig.model_validate({"engine": "transformers", "dtype": "float32"})
     engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
     engine._end_ids = frozenset(range(40))  # one in ten tokens ends a response
+
     sampling = SamplingParameters(
         samples_per_prompt=16, temperature=3.0, max_tokens=12, min_tokens=2
     )
@@ -87,6 +92,7 @@ def test_responses_of_a_group_end_at_their_own_places(tmp_path: Path):
     lengths = {len(response.token_ids) for response in group.responses}
     assert len(lengths) > 3
     assert min(lengths) > 2
+
     for response in group.responses:
         ended = [token < 40 for token in response.token_ids]
         assert not any(ended[:-1])

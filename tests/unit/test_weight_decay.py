@@ -17,8 +17,12 @@ from workers.training.weight_decay import decays, parameter_groups
         ("model.model.layers.0.mlp.experts.gate_up_proj", (2, 4, 8), True),
         ("model.model.layers.0.self_attn.q_proj.bias", (4,), False),
         ("model.model.layers.0.input_layernorm.weight", (4,), False),
-        ("model.model.layers.0.self_attn.q_norm.weight", (2, 4), False),  # one scale a head
-        ("model.model.layers.0.mlp.experts.gate_up_proj_bias", (2, 8), False),  # one bias an expert
+        ("model.model.layers.0.self_attn.q_norm.weight", (2, 4), False),  # one scale per head
+        (
+            "model.model.layers.0.mlp.experts.gate_up_proj_bias",
+            (2, 8),
+            False,
+        ),  # one bias per expert
     ],
 )
 def test_matrices_decay_and_norms_and_biases_do_not(
@@ -28,7 +32,7 @@ def test_matrices_decay_and_norms_and_biases_do_not(
 
 
 def test_a_step_without_a_gradient_shrinks_matrices_alone():
-    """AdamW with rate 0.1 and decay 0.5 takes 0.1 * 0.5 of a matrix off, and leaves norms and biases where they are."""
+    """Take a step of AdamW: matrices shrink by rate 0.1 times decay 0.5, vectors do not."""
     model = nn.ModuleDict({"proj": nn.Linear(3, 2), "norm": nn.LayerNorm(2)})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -48,12 +52,11 @@ def test_every_parameter_of_a_model_is_in_one_group():
     model = load_causal_lm(
         resolve_model("tiny"), dtype=torch.float32, attention="sdpa", trust_remote_code=False
     )
-    with_decay, without = (
-        group["params"] for group in parameter_groups(model.named_parameters(), 0.1)
-    )
-    assert {id(p) for p in with_decay} | {id(p) for p in without} == {
-        id(p) for p in model.parameters()
-    }
+    decaying, constant = parameter_groups(model.named_parameters(), 0.1)
+    with_decay, without = decaying["params"], constant["params"]
+
+    grouped = {id(p) for p in with_decay} | {id(p) for p in without}
+    assert grouped == {id(p) for p in model.parameters()}
     assert len(with_decay) + len(without) == len(list(model.parameters()))
     assert all(p.ndim == 2 for p in with_decay)
     assert all(p.ndim == 1 for p in without)
