@@ -77,7 +77,7 @@ async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugi
         (1, "timeout"): "no answer within reward.timeout_s 1",
         (3, "timeout"): "no answer within reward.timeout_s 1",
         (4, "crash"): "its process ended with exit code 3",
-        (5, "error"): "RuntimeError: as asked",
+        (5, "error"): "RuntimeError: as requested",
         (6, "timeout"): "no answer within reward.timeout_s 1",
     }
 
@@ -96,7 +96,7 @@ async def test_what_functions_print_reaches_the_log_of_the_driver(
     with caplog.at_level("INFO", logger="workers.reward_worker"):
         await RewardWorkerClient(actor).score(ray.put(with_texts(["print", "crash"])))
         await output.finish()
-    assert "printed as asked" in caplog.messages
+    assert "printed as requested" in caplog.messages
     assert (
         "reward 'example_trouble': crash, its process ended with exit code 3; on ...'crash'"
         in caplog.messages

@@ -1,4 +1,4 @@
-"""Rewards that go wrong, one for each way, and some that are fine beside them."""
+"""Reward functions that fail, one for each way to fail, and some that work."""
 
 # pyright: reportArgumentType=false
 
@@ -54,7 +54,7 @@ def hangs(completion: str, ground_truth: str) -> float:
 
 @register_reward_function("imports_late")
 def imports_late(completion: str, ground_truth: str) -> float:
-    """As a function that imports a large module does, its first answer in a process takes long."""
+    """Take long for the first answer in a process, as a function that imports a large module."""
     if not _imported:
         time.sleep(0.3)
     _imported.append(True)
@@ -144,7 +144,7 @@ register_reward_function("is_short")(functools.partial(has_length, longest=5))
 
 @register_reward_function("sometimes")
 def sometimes(completion: str, ground_truth: str) -> float:
-    """Fails on texts whose characters add up to a multiple of five: on a fifth of them."""
+    """Fail on texts whose characters add up to a multiple of five: on a fifth of them."""
     if sum(map(ord, completion)) % 5 == 0:
         raise KeyError("unlucky")
     return 1.0

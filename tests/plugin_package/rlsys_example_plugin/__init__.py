@@ -19,7 +19,7 @@ from rlsys.rewards import register_reward_function
 def sign_advantages(
     inputs: AdvantageInputs, *, threshold: float = 0.5, scale: float = 1.0
 ) -> AdvantageOutput:
-    """+scale for responses whose reward exceeds the threshold, -scale for the others."""
+    """Return +scale for responses whose reward exceeds the threshold, and -scale for all others."""
     signs = torch.where(inputs.rewards > threshold, scale, -scale)
     advantages = torch.where(inputs.response_mask, signs[:, None], 0.0)
     return AdvantageOutput(
@@ -29,26 +29,28 @@ def sign_advantages(
 
 @register_reward_function("example_digits")
 def digits_reward(completion: str, ground_truth: str, *, per_digit: float = 0.1) -> float:
-    """A reward that even a random model can raise: digits in the completion, each worth `per_digit`, at most 1."""
+    """Return `per_digit` for each digit in the completion, at most 1.
+
+    Even a random model can raise this reward.
+    """
     return min(1.0, per_digit * len(re.findall(r"\d", completion)))
 
 
 @register_reward_function("example_trouble")
 def trouble_reward(completion: str, ground_truth: str) -> float:
-    """Misbehaves on demand, for tests of the reward pool."""
+    """Misbehave on request, for tests of the reward pool."""
     if completion == "hang":
         time.sleep(3600)
     if completion == "hang in c":
-        re.match(
-            r"(a+)+$", "a" * 60 + "b"
-        )  # catastrophic backtracking never returns to the interpreter
+        # Catastrophic backtracking never returns to the interpreter.
+        re.match(r"(a+)+$", "a" * 60 + "b")
     if completion == "ignore signals":
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
         time.sleep(3600)
     if completion == "crash":
         os._exit(3)
     if completion == "print":
-        print("printed as asked")
+        print("printed as requested")
     if completion == "raise":
-        raise RuntimeError("as asked")
+        raise RuntimeError("as requested")
     return 1.0
