@@ -1,8 +1,10 @@
-"""The small network of an estimator beside the policy, on every rank: answers before it learns, and learns what all ranks saw.
+"""The small network that an estimator trains beside the policy, on every rank.
 
-outputs (forward pass before the update) -> advantages -> accumulate (each pack of the update) -> step
+    outputs        in the forward pass before the update, for the advantages
+    accumulate     for each pack of the update
+    step           after the update, on the statistics of all ranks
 
-What `outputs` gives for a mini-batch comes from a network that has not seen it.
+The outputs for a mini-batch are computed before the network is trained on that mini-batch.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from rlsys.metrics import Metric, mean
 from workers.training.packed_model import PackResult
 
 FILE = "auxiliary.pt"
-FORMER_FILE = "baseline_network.pt"  # of an earlier version, with another layout
+# Written by an earlier version, with another layout.
+FORMER_FILE = "baseline_network.pt"
 
 
 class HasHiddenSize(Protocol):
@@ -30,7 +33,7 @@ class HasHiddenSize(Protocol):
 
     @property
     def hidden_size(self) -> int:
-        """Width of a hidden state; asked only where there is a network."""
+        """Width of a hidden state; read only where there is a network."""
         ...
 
 
@@ -47,7 +50,7 @@ class AuxiliaryLearner:
     def of(
         config: RunConfig, model: HasHiddenSize, device: torch.device
     ) -> AuxiliaryLearner | None:
-        """Return that of the configured estimator on `model`; None where it has no network."""
+        """Build the network of the configured estimator; None where it has none."""
         advantage = config.algorithm.advantage
         build = estimator_spec(advantage.name).auxiliary
         if build is None or not trains_auxiliary(advantage.name, advantage.parameters):
@@ -55,33 +58,37 @@ class AuxiliaryLearner:
         return AuxiliaryLearner(build(config, model.hidden_size), device)
 
     def outputs(self, result: PackResult, pack: Pack) -> Tensor:
-        """Return [m, p] at the pack's tokens."""
+        """Return [m, p] outputs of the network at the pack's tokens."""
         return self.auxiliary.outputs(result.hidden, self._positions(pack))
 
     def accumulate(self, result: PackResult, pack: Pack, targets: NDArray) -> None:
-        """Add what one pack of the mini-batch teaches; `targets` [N, q] are those of the batch."""
-        own = torch.from_numpy(targets[pack.flat_positions]).to(self._device)
-        self.auxiliary.accumulate(result.hidden, self._positions(pack), own)
+        """Add one pack of the mini-batch to the statistics; `targets` [N, q] are of the batch."""
+        pack_targets = torch.from_numpy(targets[pack.flat_positions]).to(self._device)
+        self.auxiliary.accumulate(result.hidden, self._positions(pack), pack_targets)
 
     def _positions(self, pack: Pack) -> Tensor:
         return torch.from_numpy(pack.response_positions).to(self._device)
 
     def step(self) -> dict[str, Metric]:
-        """Learn from what was accumulated on all ranks; collective."""
+        """Train the network on what all ranks have accumulated; collective."""
+        # The statistics are sums over tokens, so their sum over ranks is that of the mini-batch.
         for array in self.auxiliary.sums():
             dist.all_reduce(array)
+
         numbers = self.auxiliary.step()
         return {f"advantage/{name}": mean(value) for name, value in numbers.items()}
 
     def save(self, directory: Path) -> None:
-        """Write it from one rank: all have the same."""
+        """Write the network; one rank does it, since all have the same."""
         torch.save(self.auxiliary.state_dict(), directory / FILE)
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote; a checkpoint of a run without a network leaves it at its start.
+        """Continue from what `save` wrote.
+
+        A checkpoint of a run without a network leaves the network as it was built.
 
         Raises:
-            ValueError: it was another network, or an earlier version wrote it.
+            ValueError: the checkpoint has another network, or an earlier version wrote it.
         """
         if (directory / FORMER_FILE).exists():
             raise ValueError(
@@ -90,6 +97,7 @@ class AuxiliaryLearner:
             )
         if not (directory / FILE).exists():
             return
+
         state = torch.load(directory / FILE, map_location=self._device, weights_only=True)
         try:
             self.auxiliary.load_state_dict(state)

@@ -1,16 +1,15 @@
-"""Find out at set-up whether a model can be run packed: its packed log-probabilities against its own.
+"""Check at set-up that a model's packed forward pass gives the same log-probabilities as its own.
 
-Packed attention, the chunked LM head and shared prompts implement what most decoders do, not what all
-do. A model with a feature that they lack would train on wrong log-probabilities without a sign. So
-before anything is sharded, a few sequences of random tokens, the longest as long as the run allows, go
-through three forward passes:
+Packed attention, the chunked LM head and shared prompts implement the features of most decoders,
+not of all. A model with a feature that they lack would silently train on wrong log-probabilities.
+So before anything is sharded, a few sequences of random tokens, the longest as long as the run
+allows, go through three forward passes:
 
-    alone     the model's own, each sequence by itself: what is right
-    packed    all in one pack with shared prompts: must equal `alone`, or the model is not run packed
-    padded    the model's own on a rectangle of padded sequences: must equal `alone`, or it is refused
+    alone     the model's own pass on each sequence by itself: the reference values
+    packed    all in one pack with shared prompts: if it differs, the model does not run packed
+    padded    the model's own pass on padded sequences: if it differs as well, the model is refused
 
-The verdict depends on the model's configuration and code, not on its weights, so it is kept in the
-cache directory.
+The verdict depends on the model's configuration and code, not on its weights, so it is cached.
 """
 
 from __future__ import annotations
@@ -43,28 +42,31 @@ from workers.training.packed_model import PackedCausalLM, PackTensors
 
 logger = logging.getLogger(__name__)
 
-CHECK_VERSION = (
-    1  # raise it when packed attention or the LM head changes: old verdicts are void then
-)
-CHECKED_TOKENS = 256  # of each response at most; their logits exist at once
-LOW_PRECISION_KERNELS = ("flash_attention_2",)  # do not compute in float32
-# Of a difference in log-probability: rounding that every model has, and rounding in proportion to how far
-# the log-probabilities of this model lie apart. Missing features are 10 to 1,000 times larger.
+# Increase it when packed attention or the LM head changes: cached verdicts are void then.
+CHECK_VERSION = 1
+# At most so many tokens of each response are compared, since their logits exist at once.
+CHECKED_TOKENS = 256
+# Kernels that do not compute in float32.
+LOW_PRECISION_KERNELS = ("flash_attention_2",)
+# Rounding of a log-probability: an absolute part, and a part in proportion to the standard
+# deviation of the model's log-probabilities. Missing features make differences 10 to 1,000 times
+# larger.
 ABSOLUTE_TOLERANCE = 5e-5
 RELATIVE_TOLERANCE = 1e-3
 
-SHORT_MESSAGE = 120  # characters of an error that is told
+# Characters of an error that are repeated in a message.
+SHORT_MESSAGE = 120
 
 Packing = bool | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardCheck:
-    """Which forward pass a model runs, and how far it is from the model's own on single sequences."""
+    """The forward pass that a model runs, and its difference from `alone`."""
 
     packing: bool
     error: float  # largest difference of a log-probability, nats
-    reason: str | None  # why it is not packed; None where it is, or was not asked for
+    reason: str | None  # why it is not packed; None where it is, or packing is false
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +86,16 @@ def check_forward(
     device: torch.device,
     code: Path | None = None,
 ) -> ForwardCheck:
-    """Return which forward pass `model` is to run; from the cache where it has been found out before.
+    """Return the forward pass that `model` runs, from the cache where it has been checked before.
 
     Args:
         model: whole, on `device`, in float32 and in the mode in which it is trained.
         kernel: a value of `model.attention` other than auto.
-        code: the model's directory, where it brings Python files.
+        code: the model's directory, whose Python files belong to the cache key.
 
     Raises:
-        UnsupportedModelError: `packing` is true and the packed pass is wrong, or the model's own pass with
-            padding is.
+        UnsupportedModelError: `packing` is true and the packed pass is wrong, or the model's own
+            pass with padding is.
     """
     file = _cache_file(model, kernel, lengths, packing, device, code)
     verdict = _read(file)
@@ -106,13 +108,14 @@ def check_forward(
 def try_forward(
     model: PreTrainedModel, *, kernel: str, lengths: Lengths, packing: Packing, device: torch.device
 ) -> ForwardCheck:
-    """`check_forward` without its cache."""
+    """Run the check of `check_forward`, without the cache."""
     name = type(model).__name__
     batch = check_batch(lengths, vocabulary=model.config.get_text_config().vocab_size)
     alone = _own_logprobs(model, batch, together=False, device=device)
     _check_causal(name, batch, alone)
     tolerance = _tolerance(model, alone)
 
+    # The packed pass is tried first, since it is the faster one.
     reason = None
     if packing is not False:
         error, reason = _try_packed(model, kernel, batch, alone, tolerance, device)
@@ -120,30 +123,34 @@ def try_forward(
             return ForwardCheck(packing=True, error=error, reason=None)
         if packing is True:
             raise UnsupportedModelError(
-                f"policy.packing: true, but {name} cannot be run packed: {reason}. Set it to auto or false."
+                f"policy.packing: true, but {name} cannot be run packed: {reason}. "
+                "Set it to auto or false."
             )
 
     error = _largest(_own_logprobs(model, batch, together=True, device=device), alone)
     if not error <= tolerance.limit:
         raise UnsupportedModelError(
-            f"model.path: the log-probabilities of {name} change by up to {error:.2g} nats with the padding "
-            "behind a sequence, so it cannot be trained in batches. Choose another model."
+            f"model.path: the log-probabilities of {name} change by up to {error:.2g} nats with "
+            "the padding behind a sequence, so it cannot be trained in batches. Choose another "
+            "model."
         )
     return ForwardCheck(packing=False, error=error, reason=reason)
 
 
 def check_batch(lengths: Lengths, *, vocabulary: int) -> TokenSequences:
-    """Return random tokens: a longest prompt with a longest response and the first half of it, and a short group.
+    """Return two groups of random sequences, one as long as the run allows and a short one.
 
-    The second response is a beginning of the first, so that a model which looks ahead is found out.
-    At most `CHECKED_TOKENS` of a response count as sampled, the last one always.
+    The second response of the long group is the first half of its first response, so that a model
+    that looks ahead is detected. At most `CHECKED_TOKENS` of a response count as sampled, the last
+    token always among them.
     """
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> NDArray[np.int32]:
         return rng.integers(0, vocabulary, count, dtype=np.int32)
 
-    long_prompt, long_response = tokens(lengths.prompt), tokens(lengths.response)
+    long_prompt = tokens(lengths.prompt)
+    long_response = tokens(lengths.response)
     half = long_response[: (lengths.response + 1) // 2]
     short_prompt = tokens(min(3, lengths.prompt))
     sequences = [
@@ -152,6 +159,7 @@ def check_batch(lengths: Lengths, *, vocabulary: int) -> TokenSequences:
         (short_prompt, tokens(min(7, lengths.response)), 1),
         (short_prompt, tokens(1), 1),
     ]
+
     batch = TokenSequences.of(
         [prompt for prompt, _, _ in sequences],
         [response for _, response, _ in sequences],
@@ -162,7 +170,7 @@ def check_batch(lengths: Lengths, *, vocabulary: int) -> TokenSequences:
 
 
 def _checked(prompt: int, response: int) -> NDArray[np.bool_]:
-    """Return which tokens of a sequence are compared, evenly spaced over its response."""
+    """Return the mask of the tokens that are compared, evenly spaced over the response."""
     checked = np.zeros(response, dtype=np.bool_)
     stride = -(-response // CHECKED_TOKENS)
     checked[::stride] = True
@@ -180,11 +188,17 @@ def _logprobs(
     device: torch.device,
     shared_prefix_packing: bool = False,
 ) -> Tensor:
-    """Return [N] log-probabilities of the sampled tokens, 0 elsewhere."""
+    """Return [N] log-probabilities of the sampled tokens, 0 elsewhere.
+
+    Args:
+        together: run all sequences in one forward pass, instead of each by itself.
+    """
     forward = PackedCausalLM(model, chunk_tokens=CHECKED_TOKENS, packing=packing)
     rows = np.arange(len(batch))
+    parts = [rows] if together else np.split(rows, len(rows))
+
     flat = torch.zeros(len(batch.token_ids))
-    for part in [rows] if together else np.split(rows, len(rows)):
+    for part in parts:
         packs = pack_rows(
             batch,
             part,
@@ -226,31 +240,33 @@ def _try_packed(
     tolerance: _Tolerance,
     device: torch.device,
 ) -> tuple[float, str | None]:
-    """Return the largest difference of the packed pass, and the reason why it will not do, if there is one."""
-    subject, noise = model, 0.0
+    """Return the largest difference of the packed pass, and the reason if it cannot be used."""
+    subject = model
+    noise = 0.0
     if kernel in LOW_PRECISION_KERNELS:
+        # The noise is the rounding of the model's own pass in the same precision.
         subject = copy.deepcopy(model)
         nn.Module.to(subject, torch.bfloat16)
-        noise = _largest(
-            _logprobs(subject, batch, packing=False, together=False, device=device), alone
+        rounded = _logprobs(subject, batch, packing=False, together=False, device=device)
+        noise = _largest(rounded, alone)
+
+    def packed_pass() -> Tensor:
+        return _logprobs(
+            subject,
+            batch,
+            packing=True,
+            together=True,
+            device=device,
+            shared_prefix_packing=kernel in SHARING_KERNELS,
         )
 
+    # Twice, since a model may keep state from one pass to the next.
     try:
         with packed_attention(subject, kernel):
-            passes = [
-                _logprobs(
-                    subject,
-                    batch,
-                    packing=True,
-                    together=True,
-                    device=device,
-                    shared_prefix_packing=kernel in SHARING_KERNELS,
-                )
-                for _ in range(2)
-            ]
+            passes = [packed_pass(), packed_pass()]
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # models fail in ways of their own when called as they do not expect
+    except Exception as error:  # each architecture fails in its own way
         return float("nan"), _short(error)
 
     error = max(_largest(found, alone) for found in passes)
@@ -283,26 +299,30 @@ def packed_attention(model: PreTrainedModel, kernel: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Tolerance:
+    """The differences that count as rounding."""
+
     limit: float  # of the largest difference
-    routed: bool  # experts are chosen by comparing scores
+    routed: bool  # a mixture of experts: the router chooses experts by comparing numbers
 
     def holds(self, passes: list[Tensor], alone: Tensor, noise: float) -> bool:
-        """Whether every pass equals `alone` up to rounding.
+        """Return True if every pass equals `alone` up to rounding.
 
-        Rounding can tip the choice of an expert and so move a token by a step. With experts 2 % of
-        the tokens may lie outside the limit.
+        Rounding can change the choice of an expert, which changes a token's log-probability by much
+        more. So in a mixture of experts 2 % of the tokens may lie outside the limit.
         """
         limit = self.limit + 3 * noise
+        sampled = int((alone != 0).sum())
+        allowed = sampled // 50 if self.routed else 0
         for found in passes:
-            outside = ~((found - alone).abs() <= limit)  # NaN is outside
-            sampled = int((alone != 0).sum())
-            allowed = sampled // 50 if self.routed else 0
+            # Written so that NaN is outside.
+            outside = ~((found - alone).abs() <= limit)
             if int(outside.sum()) > allowed:
                 return False
         return True
 
 
 def _tolerance(model: PreTrainedModel, alone: Tensor) -> _Tolerance:
+    """Return the tolerance for a model whose log-probabilities are `alone`."""
     spread = float(alone[alone != 0].std())
     text = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -319,19 +339,22 @@ def _check_causal(name: str, batch: TokenSequences, alone: Tensor) -> None:
     """Refuse a model whose log-probability of a token depends on later tokens.
 
     Raises:
-        UnsupportedModelError: row 1 is a beginning of row 0 and has other log-probabilities.
+        UnsupportedModelError: it has no causal mask.
     """
+    # Row 1 is the beginning of row 0, so their log-probabilities must be the same.
     first, second, third = batch.offsets[:3]
     common = int(third - second)
-    whole, beginning = alone[first : first + common], alone[second:third]
+    whole = alone[first : first + common]
+    beginning = alone[second:third]
     both = (whole != 0) & (beginning != 0)
     difference = (whole - beginning)[both].abs()
+
     spread = float(alone[alone != 0].std())
     if not bool((difference <= ABSOLUTE_TOLERANCE + 0.01 * spread).all()):
         raise UnsupportedModelError(
-            f"model.path: {name} is not a causal language model as configured: its log-probabilities of a "
-            f"token change by up to {float(difference.max()):.2g} nats with the tokens after it. Choose a "
-            "decoder (for BERT-like models `is_decoder` is not set)."
+            f"model.path: {name} is not a causal language model as configured: its "
+            f"log-probabilities of a token change by up to {float(difference.max()):.2g} nats with "
+            "the tokens after it. Choose a decoder (for BERT-like models `is_decoder` is not set)."
         )
 
 
@@ -343,10 +366,12 @@ def _cache_file(
     device: torch.device,
     code: Path | None,
 ) -> Path:
+    """Return the file of the verdict, whose name is a digest of all that it depends on."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     sources = sorted(code.rglob("*.py")) if code else []
+
     facts = {
         "check": CHECK_VERSION,
         "config": config,
@@ -364,17 +389,19 @@ def _cache_file(
 
 
 def _read(file: Path) -> ForwardCheck | None:
+    """Return the cached verdict; None if there is none that can be read."""
     try:
         return ForwardCheck(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or not one of ours: find out again
+    except (OSError, ValueError, TypeError):
         return None
 
 
 def _write(file: Path, verdict: ForwardCheck) -> None:
+    """Cache a verdict; a failure to write is only logged."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
             json.dump(asdict(verdict), partial)
         os.replace(partial.name, file)
     except OSError as error:
-        logger.warning("the check of the forward pass is not kept: %s", error)
+        logger.warning("could not cache the check of the forward pass: %s", error)

@@ -1,7 +1,7 @@
-"""What a model does between its last hidden state and its logits, read from its configuration.
+"""The operations between a model's last hidden state and its logits, from its configuration.
 
-Only what is read here is implemented by the packed forward pass. A model that does anything else is
-found out by the check in `forward_check` and runs its own padded forward pass.
+The packed forward pass implements the operations that are read here and no others. The check in
+`forward_check` detects a model that has others; such a model runs its own padded forward pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from rlsys.algorithms.token_logprobs import LogitTransform
 
-# Names under which configurations keep a factor of the logits, and whether it divides them.
+# Names under which configurations keep a factor of the logits, and True where it divides them.
 _SCALES = (
     ("logits_scaling", True),  # Granite
     ("logit_scale", False),  # Cohere
@@ -23,13 +23,19 @@ _SOFTCAPS = (
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """Return scale and softcap of the logits; without either for most models."""
+    """Return scale and softcap of the logits; most models have neither."""
     text = config.get_text_config()
+
     scale = 1.0
     for name, divides in _SCALES:
         value = getattr(text, name, None)
         if value is not None:
             scale = 1 / value if divides else value
 
-    softcap = next((value for name in _SOFTCAPS if (value := getattr(text, name, None))), None)
+    softcap = None
+    for name in _SOFTCAPS:
+        value = getattr(text, name, None)
+        if value:
+            softcap = value
+            break
     return LogitTransform(scale=scale, softcap=softcap)

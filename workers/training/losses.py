@@ -1,9 +1,9 @@
-"""What every loss of a pack takes and gives, and the pass that runs one.
+"""The signature that all losses of a pack share, and the pass that computes one.
 
     pack -> forward -> loss(result, columns, sizes) -> backward
 
-Losses are sums over the pack's tokens divided by sizes of the whole mini-batch, so they add up over
-packs and ranks: neither depends on how the tokens were packed.
+A loss is a sum over the pack's tokens divided by a size of the whole mini-batch. So losses and
+gradients add up over packs and ranks, and do not depend on how the tokens were packed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlsys.data.packing import Pack
 from workers.training.backends.backend import ModelBackend
 from workers.training.packed_model import PackTensors
 
-ResultT = TypeVar("ResultT")  # what the model gives of a pack: `PackResult` of a language model
+ResultT = TypeVar("ResultT")  # the model's output for a pack: `PackResult` of a language model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,40 +33,46 @@ class Denominators:
 
 
 class PackColumns:
-    """Between flat arrays of a batch [N], the m sampled tokens of a pack, and its b responses padded to T."""
+    """Conversions between three layouts of per-token values.
+
+    [N]       flat, all tokens of the batch
+    [m]       the sampled tokens of one pack
+    [b, T]    the responses of that pack, padded to the longest
+    """
 
     def __init__(self, pack: Pack, device: torch.device) -> None:
         self._flat_positions = pack.flat_positions
         self._device = device
         self._rows = torch.from_numpy(pack.response_index).to(device)
         self._columns = torch.from_numpy(pack.response_positions).to(device)
+        # A pack of empty responses has no sampled token.
         width = int(pack.response_positions.max()) + 1 if len(pack.response_positions) else 1
         self._shape = (len(pack.rows), width)
 
     def take(self, array: NDArray[Any]) -> Tensor:
-        """Return [m] the values of a flat array [N] of the batch at the pack's tokens."""
+        """Return [m] the values of a flat array [N] at the pack's sampled tokens."""
         return torch.from_numpy(array[self._flat_positions]).to(self._device)
 
     def pad(self, values: Tensor) -> Tensor:
-        """Return [b, T] of [m] values, 0 elsewhere; differentiable."""
+        """Return [b, T] the values [m] at their places, and 0 elsewhere; differentiable."""
         return values.new_zeros(self._shape).index_put((self._rows, self._columns), values)
 
     def unpad(self, array: Tensor) -> Tensor:
-        """Return [m] of [b, T] values."""
+        """Return [m] the values at the sampled tokens of an array [b, T]."""
         return array[self._rows, self._columns]
 
     def mask(self) -> Tensor:
-        """Return [b, T] where there is a token."""
+        """Return [b, T] True at the sampled tokens."""
         return self.pad(torch.ones(len(self._rows), device=self._device)).bool()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackLoss:
-    """The loss to differentiate, and detached sums and maxima over the pack's tokens for the metrics."""
+    """The loss of one pack, and the numbers that its metrics are made of."""
 
-    loss: Tensor
-    sums: dict[str, float]
-    maxima: dict[str, float]
+    loss: Tensor  # to differentiate
+    sums: dict[str, float]  # over the pack's tokens, detached
+    maxima: dict[str, float]  # over the pack's tokens, detached
 
 
 TokenLoss = Callable[[ResultT, PackColumns, Denominators], PackLoss]
@@ -80,15 +86,20 @@ def backward_passes(
     *,
     temperature: float = 1.0,
 ) -> Iterator[tuple[Pack, ResultT, PackLoss]]:
-    """Accumulate the gradient of `loss` over this rank's packs, and yield what each pack gave.
+    """Accumulate the gradient of `loss` over this rank's packs.
 
-    A padding pack keeps the collectives of the ranks in step: it is run with a loss of 0 and not yielded.
+    Yields:
+        Each pack with the model's output and the loss; padding packs are not yielded.
     """
     for pack in packs:
         result = backend.forward(PackTensors.of(pack, backend.device, temperature))
-        made = loss(result, PackColumns(pack, backend.device), sizes)
+        pack_loss = loss(result, PackColumns(pack, backend.device), sizes)
+
+        # A padding pack keeps the number of collective calls equal on all ranks. Its backward pass
+        # must run, with a gradient of 0.
         if pack.is_padding:
-            backend.backward(made.loss * 0.0)
+            backend.backward(pack_loss.loss * 0.0)
             continue
-        backend.backward(made.loss)
-        yield pack, result, made
+
+        backend.backward(pack_loss.loss)
+        yield pack, result, pack_loss

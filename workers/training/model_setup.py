@@ -1,4 +1,4 @@
-"""From a model directory to a model that is ready to be sharded, whatever the backend.
+"""Load a model and prepare it for sharding by any backend.
 
 load -> compare the packed forward pass with the model's own -> register the attention kernel
 """
@@ -22,7 +22,8 @@ from workers.training.packed_model import PackedCausalLM
 from workers.training.process_group import agreed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What the model's own forward pass runs with; transformers compiles flex_attention anew for each shape.
+# Kernels of the model's own forward pass where they are not the configured ones: transformers
+# compiles flex_attention anew for each shape.
 OWN_KERNEL = {"flex_attention": "sdpa"}
 
 
@@ -30,29 +31,31 @@ def choose_kernel(configured: str, device: torch.device) -> str:
     """Return the attention kernel that `model.attention` means on this device."""
     if configured != "auto":
         return configured
-    if device.type == "cuda":
-        try:
-            import flash_attn  # noqa: F401  # pyright: ignore[reportMissingImports]  (GPU extra)
-        except ImportError:
-            return "sdpa"
-        return "flash_attention_2"
-    return "sdpa"
+    if device.type != "cuda":
+        return "sdpa"
+
+    try:
+        import flash_attn  # noqa: F401  # pyright: ignore[reportMissingImports]  (GPU extra)
+    except ImportError:
+        return "sdpa"
+    return "flash_attention_2"
 
 
 def prepare_model(
     config: RunConfig, settings: ModelRoleConfig, directory: Path, device: torch.device
 ) -> tuple[PackedCausalLM, ForwardCheck]:
-    """Load a model and find out how it can be run; collective.
+    """Load a model and find out which forward pass it can run; collective.
 
     A trainable model has float32 weights (the masters); a frozen one is stored in the compute
     dtype. Both run in evaluation mode: dropout and router jitter would make the log-probabilities
     of one policy differ from pass to pass.
 
     Raises:
-        UnsupportedModelError: the model cannot be run right.
+        UnsupportedModelError: no forward pass gives the right log-probabilities.
     """
     trainable = isinstance(settings, TrainableRoleConfig)
     stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
+
     kernel = choose_kernel(config.model.attention, device)
     model = load_causal_lm(
         directory,
@@ -64,7 +67,8 @@ def prepare_model(
     nn.Module.to(model, device)
 
     verdict = agreed(lambda: _check(config, settings, model, kernel, device, directory))
-    # Sharding wants one dtype: some models keep a few parameters in float32 whatever is asked for.
+    # Sharding needs a single dtype, and some models keep a few parameters in float32 regardless of
+    # the dtype they are loaded with.
     nn.Module.to(model, stored)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
@@ -83,7 +87,8 @@ def _check(
     device: torch.device,
     directory: Path,
 ) -> ForwardCheck:
-    """Run the check in float32, so that a difference is a missing feature and not rounding."""
+    """Run `check_forward` on the model in float32."""
+    # In bfloat16 rounding would hide the difference that a missing feature makes.
     nn.Module.to(model, torch.float32)
     return check_forward(
         model,
@@ -98,18 +103,21 @@ def _check(
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks of the model, inner ones first: what is sharded and recomputed as one.
+    """Return the repeated blocks of the model, the units of sharding and recomputation.
 
-    They are the members of module lists whose class the model names as not to be split.
+    They are the members of module lists whose class the model names as not to be split. Inner
+    blocks come before the blocks that contain them.
     """
     names = set(model._no_split_modules or ())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     found = [block for blocks in lists for block in blocks if type(block).__name__ in names]
+
+    # `modules()` visits outer modules first; `fromkeys` drops a block that stands in two lists.
     return list(dict.fromkeys(reversed(found)))
 
 
 def recompute_in_backward(block: nn.Module) -> None:
-    """Keep only the block's inputs in the forward pass, and run it again in the backward pass.
+    """Keep only the block's inputs in the forward pass, and recompute it in the backward pass.
 
     transformers' own switch works in training mode only, which would bring dropout with it.
     """

@@ -1,8 +1,9 @@
 """Attention inside a pack: each response sees its prompt and itself.
 
-Registered with transformers under the names `packed_sdpa`, `packed_eager`, `packed_flex` and `packed_flash`, so that any model that calls its
-attention through `AttentionInterface` (Llama, Qwen, Mistral, Gemma, ...) runs packed. The layout of the pack travels as the keyword
-argument `packed_layout`, which transformers hands down to the attention function unchanged.
+The functions are registered with transformers as `packed_<kernel>`, so that any model that calls
+its attention through `AttentionInterface` (Llama, Qwen, Mistral, Gemma, ...) runs packed. The
+layout of the pack is passed as the keyword argument `packed_layout`, which transformers hands down
+to the attention function unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ SHARING_KERNELS = ("sdpa", "eager", "flex_attention")
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Queries of a group that are computed together, and the keys that they may see: [a, b) ranges within the group."""
+    """Queries of one group that are computed together, and the keys that they may see.
+
+    Ranges [a, b) count from the start of the group.
+    """
 
     queries: tuple[int, int]
     keys: tuple[tuple[int, int], ...]
@@ -31,17 +35,18 @@ class AttentionBlock:
 
 
 def _segments_and_positions(group: SegmentGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return [L] the segment of each token (0 is the prompt) and [L] its position in its sequence."""
+    """Return, for the L tokens of a group, two arrays [L]: segments and positions.
+
+    Segment 0 is the prompt. A token's position is that in its own sequence, so the positions of
+    each response continue those of the prompt.
+    """
     lengths = torch.tensor([group.prompt_length, *group.response_lengths], device=device)
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-    responses = [torch.arange(n, device=device) for n in group.response_lengths]
-    position = torch.cat(
-        [
-            torch.arange(group.prompt_length, device=device),
-            *(group.prompt_length + span for span in responses),
-        ]
-    )
-    return segment, position
+
+    positions = [torch.arange(group.prompt_length, device=device)]
+    for length in group.response_lengths:
+        positions.append(group.prompt_length + torch.arange(length, device=device))
+    return segment, torch.cat(positions)
 
 
 def group_mask(group: SegmentGroup, device: torch.device, window: int | None = None) -> Tensor:
@@ -51,6 +56,7 @@ def group_mask(group: SegmentGroup, device: torch.device, window: int | None = N
     """
     segment, position = _segments_and_positions(group, device)
     visible = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
+
     distance = position[:, None] - position[None, :]
     visible &= distance >= 0
     if window is not None:
@@ -58,19 +64,25 @@ def group_mask(group: SegmentGroup, device: torch.device, window: int | None = N
     return visible
 
 
-# One call for a whole group computes scores between responses only to mask them; a call for each response computes none, but there are more calls.
+# A group is split into one call per response where a single call would compute this many times the
+# query-key products that are needed. The single call computes products between responses, only to
+# mask them; the split avoids those, but makes more calls.
 SPLIT_WHEN_WASTED = 3.0
 
 
 def attention_blocks(
     group: SegmentGroup, device: torch.device, window: int | None = None
 ) -> list[AttentionBlock]:
-    """Return the cheaper of the two ways to compute a group: all at once, or the prompt and each response for itself."""
+    """Return the blocks of a group: one for all of it, or the prompt and each response separately.
+
+    The cheaper of the two is chosen.
+    """
     prompt = group.prompt_length
     split_cost = prompt**2 + sum(length * (prompt + length) for length in group.response_lengths)
     whole = group_mask(group, device, window)
     if group.length**2 <= SPLIT_WHEN_WASTED * split_cost:
         return [AttentionBlock((0, group.length), ((0, group.length),), whole)]
+
     blocks = [AttentionBlock((0, prompt), ((0, prompt),), whole[:prompt, :prompt])]
     start = prompt
     for length in group.response_lengths:
@@ -83,7 +95,10 @@ def attention_blocks(
 
 
 class PackedLayout:
-    """The groups of a pack, with what each kernel derives from them once and uses in every layer."""
+    """The groups of a pack, and the masks that kernels derive from them.
+
+    A mask is built at its first use and shared by all layers.
+    """
 
     def __init__(self, groups: Sequence[SegmentGroup], device: torch.device) -> None:
         self.groups = tuple(groups)
@@ -93,10 +108,10 @@ class PackedLayout:
         self._cumulative: Tensor | None = None
 
     def window(self, sliding_window: int | None) -> int | None:
-        """Return the window where it hides a token of this pack from another, else None."""
-        return (
-            None if sliding_window is None or self.max_length <= sliding_window else sliding_window
-        )
+        """Return the window if it hides any token of this pack from another, else None."""
+        if sliding_window is None or self.max_length <= sliding_window:
+            return None
+        return sliding_window
 
     def blocks(self, window: int | None = None) -> list[list[AttentionBlock]]:
         """Return the blocks of each group."""
@@ -108,11 +123,13 @@ class PackedLayout:
 
     @property
     def cumulative_lengths(self) -> Tensor:
-        """[groups + 1] int32, for kernels over plain sequences; groups must be single sequences then."""
+        """Boundaries of the groups, [groups + 1] int32, for kernels over plain sequences.
+
+        Such kernels know no shared prompts, so each group must have a single response.
+        """
         if self._cumulative is None:
-            assert all(len(group.response_lengths) == 1 for group in self.groups), (
-                "this kernel cannot share prompts"
-            )
+            single = all(len(group.response_lengths) == 1 for group in self.groups)
+            assert single, "this kernel cannot share prompts"
             lengths = torch.tensor(
                 [0, *(group.length for group in self.groups)], device=self.device
             )
@@ -121,7 +138,7 @@ class PackedLayout:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest group."""
+        """The number of tokens of the longest group."""
         return max(group.length for group in self.groups)
 
     def block_mask(self, num_tokens: int, window: int | None = None) -> Any:
@@ -131,6 +148,7 @@ class PackedLayout:
         return self._block_masks[window]
 
     def _make_block_mask(self, num_tokens: int, window: int | None) -> Any:
+        """Build FlexAttention's block mask: `group_mask` for every group, and nothing between."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         group_of, segment_of, position_of = (
@@ -140,21 +158,24 @@ class PackedLayout:
             part = slice(group.start, group.start + group.length)
             group_of[part] = number
             segment_of[part], position_of[part] = _segments_and_positions(group, self.device)
+
+        # Without a window no distance is too large.
         reach = num_tokens if window is None else window
 
         def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = (segment_of[k] == 0) | (segment_of[k] == segment_of[q])
             distance = position_of[q] - position_of[k]
-            return (group_of[q] == group_of[k]) & same & (distance >= 0) & (distance < reach)
+            near = (distance >= 0) & (distance < reach)
+            return (group_of[q] == group_of[k]) & same & near
 
         return create_block_mask(
             visible, None, None, num_tokens, num_tokens, device=str(self.device)
         )
 
 
-# What transformers hands to every attention function and what changes nothing in a packed, causal
-# forward pass without a cache. Anything else with a value is refused: a keyword that is silently
-# dropped is a feature of the model that is silently dropped.
+# Keywords that transformers passes to every attention function and that change nothing in a packed,
+# causal forward pass without a cache. Any other keyword with a value is refused: ignoring it would
+# silently drop a feature of the model.
 _WITHOUT_EFFECT = frozenset(
     {
         "position_ids",
@@ -167,6 +188,7 @@ _WITHOUT_EFFECT = frozenset(
         "return_dict",
         "deterministic",
         "position_embeddings",
+        "is_causal",  # False is refused
     }
 )
 
@@ -176,41 +198,42 @@ class UnsupportedAttentionError(ValueError):
 
 
 def _check_keywords(
-    dropout: float, is_causal: bool | None, attention_mask: Tensor | None, others: Mapping[str, Any]
+    dropout: float, attention_mask: Tensor | None, further: Mapping[str, Any]
 ) -> None:
-    """Refuse what would be computed wrong.
+    """Refuse features of a model's attention that packed attention does not implement.
 
     Raises:
         UnsupportedAttentionError: names the feature.
     """
     if dropout:
         raise UnsupportedAttentionError(
-            f"packed attention has no dropout, and the model asks for {dropout:g}"
+            f"packed attention has no dropout, and the model sets it to {dropout:g}"
         )
-    if is_causal is False:
+    if further.get("is_causal") is False:
         raise UnsupportedAttentionError("packed attention is causal, and the model's is not")
     if attention_mask is not None:
         raise UnsupportedAttentionError(
-            "packed attention makes its own mask, and the model brings one"
+            "packed attention makes its own mask, and the model passes another"
         )
+
     unknown = sorted(
         name
-        for name, value in others.items()
+        for name, value in further.items()
         if name not in _WITHOUT_EFFECT and value is not None and value is not False
     )
     if unknown:
         raise UnsupportedAttentionError(
-            f"packed attention does not know the keyword {', '.join(unknown)}"
+            f"packed attention does not implement the keyword {', '.join(unknown)}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _AttentionCall:
-    """One layer's attention over a pack: [1, heads, n, d] queries, [1, key heads, n, d] keys and values."""
+    """One layer's attention over a pack of n tokens."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor  # [1, heads, n, d]
+    key: Tensor  # [1, key heads, n, d]
+    value: Tensor  # [1, key heads, n, d]
     layout: PackedLayout
     scaling: float | None
     window: int | None
@@ -218,8 +241,9 @@ class _AttentionCall:
 
 
 def _packed(attend: Callable[[_AttentionCall], Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """Return the attention function in the form that transformers calls; its keywords are checked here."""
+    """Wrap `attend` in the signature that transformers calls, with a check of the keywords."""
 
+    # The signature is that of transformers' attention interface.
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -230,23 +254,24 @@ def _packed(attend: Callable[[_AttentionCall], Tensor]) -> Callable[..., tuple[T
         dropout: float = 0.0,
         *,
         packed_layout: PackedLayout | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        is_causal: bool | None = None,
-        **others: Any,
+        **further: Any,
     ) -> tuple[Tensor, None]:
         if packed_layout is None:
             raise UnsupportedAttentionError(
                 "the model does not hand the layout of a pack down to its attention"
             )
-        _check_keywords(dropout, is_causal, attention_mask, others)
+
+        window = further.pop("sliding_window", None)
+        softcap = further.pop("softcap", None)
+        _check_keywords(dropout, attention_mask, further)
+
         call = _AttentionCall(
             query=query,
             key=key,
             value=value,
             layout=packed_layout,
             scaling=scaling,
-            window=packed_layout.window(sliding_window),
+            window=packed_layout.window(window),
             softcap=softcap,
         )
         return attend(call), None
@@ -255,39 +280,48 @@ def _packed(attend: Callable[[_AttentionCall], Tensor]) -> Callable[..., tuple[T
 
 
 def _repeat_heads(states: Tensor, times: int) -> Tensor:
-    """[1, h, n, d] -> [1, h * times, n, d]: key/value heads shared by several query heads."""
+    """Repeat key or value heads for the query heads that share them.
+
+    Shapes: [1, h, n, d] -> [1, h * times, n, d].
+    """
     return states if times == 1 else states.repeat_interleave(times, dim=1)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other; a single one is not copied."""
+def _select(states: Tensor, start: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the tokens of `ranges`, which count from the token `start` of the pack."""
+    parts = [states[:, :, start + a : start + b] for a, b in ranges]
+    # A single range stays a view of `states`.
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+# query, key, value, mask, scaling, softcap -> output
 BlockKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, float | None], Tensor]
 
 
 def _per_group(kernel: BlockKernel) -> Callable[[_AttentionCall], Tensor]:
-    """Run `kernel` on the blocks of each group: cost grows with the groups' squares, not the pack's."""
+    """Return attention that runs `kernel` on the blocks of each group.
+
+    So the cost grows with the squares of the groups' lengths, not with that of the pack's.
+    """
 
     def attend(call: _AttentionCall) -> Tensor:
         times = call.query.shape[1] // call.key.shape[1]
-        key, value = _repeat_heads(call.key, times), _repeat_heads(call.value, times)
+        key = _repeat_heads(call.key, times)
+        value = _repeat_heads(call.value, times)
+
         outputs = []
         blocks_of_groups = call.layout.blocks(call.window)
         for group, blocks in zip(call.layout.groups, blocks_of_groups, strict=True):
             for block in blocks:
-                first, last = block.queries
-                queries = call.query[:, :, group.start + first : group.start + last]
-                seen_keys, seen_values = (
-                    _joined(
-                        [states[:, :, group.start + a : group.start + b] for a, b in block.keys]
-                    )
-                    for states in (key, value)
+                output = kernel(
+                    _select(call.query, group.start, [block.queries]),
+                    _select(key, group.start, block.keys),
+                    _select(value, group.start, block.keys),
+                    block.mask,
+                    call.scaling,
+                    call.softcap,
                 )
-                outputs.append(
-                    kernel(queries, seen_keys, seen_values, block.mask, call.scaling, call.softcap)
-                )
+                outputs.append(output)
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
     return attend
@@ -301,7 +335,8 @@ def _sdpa(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    if softcap is not None:  # torch's kernel has none
+    """Attend with torch's fused kernel, which has no softcap."""
+    if softcap is not None:
         return _eager(query, key, value, mask, scaling, softcap)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
@@ -314,15 +349,18 @@ def _eager(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
+    """Attend with plain matrix products, in float32."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query.float() @ key.float().transpose(2, 3) * scale
+    logits = query.float() @ key.float().transpose(2, 3) * scale
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        logits = softcap * torch.tanh(logits / softcap)
+
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return (weights @ value.float()).to(query.dtype)
 
 
 def _flex(call: _AttentionCall) -> Tensor:
+    """Attend with FlexAttention and one block mask for the whole pack."""
     from torch.nn.attention.flex_attention import flex_attention
 
     softcap = call.softcap
@@ -331,6 +369,7 @@ def _flex(call: _AttentionCall) -> Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
+    # Compiled, the kernel skips masked blocks; a CPU runs torch's plain implementation.
     kernel = torch.compile(flex_attention, dynamic=True) if call.query.is_cuda else flex_attention
     output = kernel(
         call.query,
@@ -346,21 +385,25 @@ def _flex(call: _AttentionCall) -> Tensor:
 
 
 def _flash(call: _AttentionCall) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  (GPU extra)
+    """Attend with FlashAttention over sequences of different lengths."""
+    # The package is in the GPU extra only.
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    bounds, longest = call.layout.cumulative_lengths, call.layout.max_length
-    query, key, value = (states[0].transpose(0, 1) for states in (call.query, call.key, call.value))
+    bounds = call.layout.cumulative_lengths
+    longest = call.layout.max_length
+    # FlashAttention counts the tokens to the left, without the query's own; -1 is no limit.
+    window = (-1, -1) if call.window is None else (call.window - 1, 0)
     output = flash_attn_varlen_func(
-        query,
-        key,
-        value,
+        call.query[0].transpose(0, 1),
+        call.key[0].transpose(0, 1),
+        call.value[0].transpose(0, 1),
         bounds,
         bounds,
         longest,
         longest,
         softmax_scale=call.scaling,
         causal=True,
-        window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
+        window_size=window,
         softcap=call.softcap or 0.0,
     )
     return output[None]
@@ -375,7 +418,11 @@ _FUNCTIONS = {
 
 
 def register_packed_attention(kernel: str) -> str:
-    """Make `kernel` (a value of `model.attention`) known to transformers in its packed form, and return that form's name."""
+    """Register the packed form of `kernel` with transformers and return its name.
+
+    Args:
+        kernel: a value of `model.attention` other than auto.
+    """
     name = f"packed_{kernel}"
     AttentionInterface.register(name, _FUNCTIONS[kernel])
     return name

@@ -1,9 +1,9 @@
-"""A language model that is called with a pack and answers with the log-probabilities of its sampled tokens.
+"""A language model that maps a pack to the log-probabilities of the pack's sampled tokens.
 
 There are two forward passes with one result:
 
-    packed    the decoder on all sequences of the pack at once, prompts shared, then the LM head on the
-              positions that predict a sampled token
+    packed    the decoder on all sequences of the pack at once, prompts shared, then the LM head on
+              the positions that predict a sampled token
     padded    the model's own forward pass on the sequences, padded to a rectangle; for models whose
               packed pass differs from their own (see `forward_check`)
 """
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,37 +34,30 @@ class PackTensors:
     position_ids: Tensor  # [1, n]
     layout: PackedLayout
     predict_positions: Tensor  # [m]
-    response_index: Tensor  # [m] which of the pack's responses
+    response_index: Tensor  # [m] into the pack's responses
     targets: Tensor  # [m]
     temperature: float = 1.0  # at which the tokens were sampled
 
     @staticmethod
     def of(pack: Pack, device: torch.device, temperature: float = 1.0) -> PackTensors:
         """Copy the pack's arrays to `device`."""
-        token_ids, position_ids, predict, index, targets = (
-            torch.from_numpy(array).to(device)
-            for array in (
-                pack.token_ids,
-                pack.position_ids,
-                pack.predict_positions,
-                pack.response_index,
-                pack.targets,
-            )
-        )
-        layout = PackedLayout(pack.groups, device)
+
+        def on_device(array: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         return PackTensors(
-            token_ids=token_ids[None],
-            position_ids=position_ids[None],
-            layout=layout,
-            predict_positions=predict,
-            response_index=index,
-            targets=targets,
+            token_ids=on_device(pack.token_ids)[None],
+            position_ids=on_device(pack.position_ids)[None],
+            layout=PackedLayout(pack.groups, device),
+            predict_positions=on_device(pack.predict_positions),
+            response_index=on_device(pack.response_index),
+            targets=on_device(pack.targets),
             temperature=temperature,
         )
 
 
 class PackResult(NamedTuple):
-    """Of each of the pack's m sampled tokens; float32 but for `hidden`."""
+    """The model's output at the pack's m sampled tokens; all but `hidden` are float32."""
 
     logprobs: Tensor  # [m]
     entropies: Tensor  # [m]
@@ -71,7 +66,7 @@ class PackResult(NamedTuple):
 
 
 class PackedModel(nn.Module):
-    """A transformers model that is called with packs: what all heads on it share."""
+    """A transformers model that is called with packs; the base of models with different heads."""
 
     def __init__(self, model: PreTrainedModel, *, packing: bool) -> None:
         super().__init__()
@@ -90,7 +85,10 @@ class PackedModel(nn.Module):
 
 
 class PackedCausalLM(PackedModel):
-    """A causal language model with a packed and a padded forward pass; `packing` says which one runs."""
+    """A causal language model with a packed and a padded forward pass.
+
+    `packing` selects the one that runs.
+    """
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int, packing: bool = True) -> None:
         super().__init__(model, packing=packing)
@@ -106,7 +104,7 @@ class PackedCausalLM(PackedModel):
         return head.in_features
 
     def forward(self, pack: PackTensors) -> PackResult:
-        """Return log-probabilities, entropies and score norms of the sampled tokens."""
+        """Return log-probabilities, entropies and squared score norms of the sampled tokens."""
         return self._packed(pack) if self.packing else self._padded(pack)
 
     def _packed(self, pack: PackTensors) -> PackResult:
@@ -114,6 +112,7 @@ class PackedCausalLM(PackedModel):
         hidden = self.hidden_states(pack)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear), "a causal language model has an LM head"
+
         tokens = token_logprobs(
             hidden,
             head.weight,
@@ -126,37 +125,46 @@ class PackedCausalLM(PackedModel):
         return PackResult(*tokens, hidden=hidden.detach())
 
     def _padded(self, pack: PackTensors) -> PackResult:
-        """Logits exist at once: from the first predicting position on, where the model can leave out others."""
+        """Run the model's own forward pass, which computes the logits of all positions at once."""
         rows = padded_rows(pack)
         # A token's position in its sequence is its column.
         columns = pack.position_ids[0].index_select(0, pack.predict_positions)
+
+        # Many models can leave out the logits before a column; prompts need none.
         options = {}
         if self._keeps_some_logits:
             first = int(columns.min())
             options["logits_to_keep"] = rows.shape[1] - first
             columns = columns - first
 
-        seen: list[Tensor] = []
+        # The input of the LM head is the last hidden state. A model that does not call its head
+        # as a module leaves the list empty.
+        head_inputs: list[Tensor] = []
+
+        def keep_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            head_inputs.append(inputs[0].detach())
+
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an LM head"
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        hook = head.register_forward_pre_hook(keep_input)
         try:
-            logits = self.model(input_ids=rows, use_cache=False, **options).logits
+            all_logits = self.model(input_ids=rows, use_cache=False, **options).logits
         finally:
             hook.remove()
 
-        chosen = logits[pack.response_index, columns]
-        tokens = token_logprobs_of_logits(chosen, pack.targets, temperature=pack.temperature)
-        hidden = seen[0][pack.response_index, columns] if seen else chosen.new_zeros(len(chosen), 0)
+        logits = all_logits[pack.response_index, columns]
+        tokens = token_logprobs_of_logits(logits, pack.targets, temperature=pack.temperature)
+        hidden = logits.new_zeros(len(logits), 0)
+        if head_inputs:
+            hidden = head_inputs[0][pack.response_index, columns]
         return PackResult(*tokens, hidden=hidden)
 
 
 def padded_rows(pack: PackTensors) -> Tensor:
-    """Return [b, L] the pack's responses behind their prompts, a row each, padded on the right.
+    """Return [b, L] the pack's responses after their prompts, one per row, padded on the right.
 
-    Padding comes after everything that counts, so a causal model needs no mask: the columns that are
-    read cannot see it. It repeats the row's first token rather than a pad token, which some models
-    treat in a way of their own.
+    A causal model needs no mask for this padding: the columns that are read come before it. Padding
+    repeats the row's first token, since some models treat their pad token specially.
     """
     tokens = pack.token_ids[0]
     sequences: list[Tensor] = []
@@ -167,6 +175,6 @@ def padded_rows(pack: PackTensors) -> Tensor:
             sequences.append(torch.cat([prompt, tokens[begin : begin + length]]))
             begin += length
 
-    longest = max(map(len, sequences))
-    filled = [torch.cat([row, row[:1].expand(longest - len(row))]) for row in sequences]
-    return torch.stack(filled)
+    longest = max(len(row) for row in sequences)
+    padded = [torch.cat([row, row[:1].expand(longest - len(row))]) for row in sequences]
+    return torch.stack(padded)

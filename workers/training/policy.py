@@ -49,9 +49,10 @@ class PolicyWorker(CausalLMWorker):
         self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
         self.steps = 0
         self.counts = UpdateCounts()
-        self.estimated: NDArray[np.float32] | None = None  # [N] by the last update
+        # [N] advantages that the last update estimated; None if it did not.
+        self.estimated: NDArray[np.float32] | None = None
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
-        # Between the mini-batches of `algorithm.advantage.recompute`.
+        # Kept from one mini-batch to the next where `algorithm.advantage.recompute` is true.
         self.estimator_state: Mapping[str, Any] = {}
         self.auxiliary: AuxiliaryLearner | None = None
 
@@ -65,25 +66,31 @@ class PolicyWorker(CausalLMWorker):
         return notes
 
     def _check_export(self) -> None:
-        """Refuse a model whose weights cannot be given the names of its checkpoint.
+        """Refuse a model whose weights cannot be exported by the names of its checkpoint.
 
         Raises:
-            UnsupportedModelError: transformers stacks weights that its files hold apart, and knows no way back.
+            UnsupportedModelError: transformers holds several weights of the checkpoint as one
+                tensor, and has no mapping back.
         """
         engine = self.config.generation.engine
         if not ENGINES[engine].takes_checkpoint_names:
             return
+
         model = self.backend.module.model
         names = names_without_mapping(model, self.model_directory)
         if names:
             raise UnsupportedModelError(
                 f"generation.engine: {engine!r} cannot follow the training of model type "
-                f"{model.config.model_type!r}: transformers holds {names[0]} as one tensor and has no "
-                "mapping back to the weights of the checkpoint. Use --generation.engine transformers."
+                f"{model.config.model_type!r}: transformers holds {names[0]} as one tensor and "
+                "has no mapping back to the weights of the checkpoint. "
+                "Use --generation.engine transformers."
             )
 
     def update(self, batch: ScoredBatch) -> dict[str, Metric]:
-        """Train all epochs and mini-batches on one batch; every rank gets the whole batch and trains on its part."""
+        """Train on one batch, in all its epochs and mini-batches.
+
+        Every rank gets the whole batch and trains on its part.
+        """
         policy = self.config.policy
         mini_batches = list(
             mini_batch_rows(
@@ -94,18 +101,18 @@ class PolicyWorker(CausalLMWorker):
                 batch_id=batch.batch_id,
             )
         )
-        kept = [_trained_rows(batch, rows) for rows in mini_batches]
-        self.counts = UpdateCounts(empty=sum(not len(rows) for rows in kept))
+        trained = [_trained_rows(batch, rows) for rows in mini_batches]
+        self.counts = UpdateCounts(empty=sum(not len(rows) for rows in trained))
         self.estimated = None
 
-        reports = [
-            self.update_on(batch, rows, among)
-            for rows, among in zip(kept, mini_batches, strict=True)
-            if len(rows)
-        ]
+        reports = []
+        for rows, all_rows in zip(trained, mini_batches, strict=True):
+            if len(rows):
+                reports.append(self.update_on(batch, rows, all_rows))
+
         rate = self._learning_rate()
         self.steps += 1
-        penalty = self._adapt_old_kl(batch, np.concatenate(kept))
+        penalty = self._adapt_old_kl(batch, np.concatenate(trained))
 
         # Every rank counts the same, so one of them reports.
         counts = self.counts.metrics() if self.rank == 0 else {}
@@ -116,22 +123,19 @@ class PolicyWorker(CausalLMWorker):
         return learning_rate(self.config.policy.optimizer, self.steps, self.config.trainer.steps)
 
     def update_on(
-        self, scored: ScoredBatch, rows: NDArray[np.int64], among: NDArray[np.int64]
+        self, scored: ScoredBatch, rows: NDArray[np.int64], all_rows: NDArray[np.int64]
     ) -> dict[str, Metric]:
-        """Take one optimizer step on `rows`.
+        """Take one optimizer step on a mini-batch.
 
-        Advantages that are estimated again are estimated over `among`, of which `rows` are a part.
+        Args:
+            rows: the rows of the mini-batch that enter the loss.
+            all_rows: all its rows. Recomputed advantages are estimated over them, since the
+                responses that are not trained still belong to their groups.
         """
-        lengths = scored.rollouts.response_lengths[rows]
-        sizes = Denominators(
-            num_tokens=max(1, int(lengths.sum())),
-            num_sequences=len(rows),
-            max_tokens=self.config.generation.max_tokens,
-        )
         packs = self.packs_of(scored.rollouts, rows)
-        batch, diagnostics, targets = self._credited(scored, among)
+        batch, diagnostics, targets = self._with_advantages(scored, all_rows)
         diagnostics |= self._gradient_metrics(batch, rows)
-        drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
+
         parameters = self._objective_parameters(batch, packs)
         loss = PolicyLoss(
             batch=batch,
@@ -139,25 +143,46 @@ class PolicyWorker(CausalLMWorker):
             objective_parameters=parameters,
             old_kl_coefficient=self.old_kl_coefficient,
         )
-
-        losses: list[PackLoss] = []
-        tokens = 0
-        temperature = batch.rollouts.temperature
-        for pack, result, made in backward_passes(
-            self.backend, packs, loss, sizes, temperature=temperature
-        ):
-            losses.append(made)
-            tokens += len(pack.targets)
-            if self.auxiliary and targets is not None:
-                self.auxiliary.accumulate(result, pack, targets)
+        losses, tokens = self._backward(loss, rows, packs, targets)
         if self.auxiliary:
             diagnostics |= self.auxiliary.step()
 
+        # With `recompute` the old policy is the live one, which the first update has moved.
+        drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
-        return measured | diagnostics | self._chosen(parameters) | self._optimizer_step()
+        return measured | diagnostics | self._batch_statistics(parameters) | self._optimizer_step()
 
-    def _chosen(self, parameters: Mapping[str, Any]) -> dict[str, Metric]:
-        """Return the parameters that the weight took from the mini-batch."""
+    def _backward(
+        self,
+        loss: PolicyLoss,
+        rows: NDArray[np.int64],
+        packs: Sequence[Pack],
+        targets: NDArray[np.float32] | None,
+    ) -> tuple[list[PackLoss], int]:
+        """Accumulate the gradient of a mini-batch, and the statistics of the auxiliary network.
+
+        Returns:
+            The losses of this rank's packs, and the number of tokens in them.
+        """
+        rollouts = loss.batch.rollouts
+        # The whole mini-batch over all ranks, so that the loss does not depend on its packing.
+        sizes = Denominators(
+            num_tokens=max(1, int(rollouts.response_lengths[rows].sum())),
+            num_sequences=len(rows),
+            max_tokens=self.config.generation.max_tokens,
+        )
+        losses: list[PackLoss] = []
+        tokens = 0
+        passes = backward_passes(self.backend, packs, loss, sizes, temperature=rollouts.temperature)
+        for pack, result, pack_loss in passes:
+            losses.append(pack_loss)
+            tokens += len(pack.targets)
+            if self.auxiliary and targets is not None:
+                self.auxiliary.accumulate(result, pack, targets)
+        return losses, tokens
+
+    def _batch_statistics(self, parameters: Mapping[str, Any]) -> dict[str, Metric]:
+        """Return those of the weight's parameters that are statistics of the mini-batch."""
         configured = self.config.algorithm.objective.parameters
         return {
             f"policy/{name}": mean(value)
@@ -166,6 +191,7 @@ class PolicyWorker(CausalLMWorker):
         }
 
     def _optimizer_step(self) -> dict[str, Metric]:
+        """Take one optimizer step and count it; return the gradient's norm if it is finite."""
         norm = self.backend.step(self._learning_rate())
         finite = math.isfinite(norm)
         self.counts = self.counts.after(finite=finite)
@@ -173,46 +199,54 @@ class PolicyWorker(CausalLMWorker):
 
     @torch.no_grad()
     def _adapt_old_kl(self, batch: ScoredBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
-        """Report the coefficient of KL(old || live), and adapt it to what the updates on `rows` did.
+        """Report the coefficient of KL(old || live), and adapt it to the KL after the updates.
 
-        Every rank does the same.
+        Every rank computes the same. `rows` are those that the updates trained on, perhaps several
+        times.
         """
-        used, target = self.old_kl_coefficient, self.config.algorithm.kl_old.target
+        used = self.old_kl_coefficient
+        target = self.config.algorithm.kl_old.target
         if not used:
             return {}
+
         if target is not None and len(rows):
             assert batch.old_logprobs is not None, "a penalty to the old policy needs its log-probs"
-            rollouts, rows = batch.rollouts, np.unique(rows)
+            rollouts = batch.rollouts
+            rows = np.unique(rows)
             tokens = rollouts.response_mask & _tokens_of(rollouts, rows)
+
             live = self.live(rollouts, self.packs_of(rollouts, rows)).logprobs[tokens]
             old = batch.old_logprobs[tokens]
             measured = float(old_policy_kl(torch.from_numpy(live), torch.from_numpy(old)).mean())
             self.old_kl_coefficient = adapted_penalty(used, measured, target=target)
+
         return {"kl/old_coefficient": mean(used)}
 
     def put_estimated_advantages(self) -> Any:
-        """See `ports.Policy.estimated_advantages`; every rank has estimated the same."""
+        """See `ports.Policy.estimated_advantages`; all ranks have estimated the same."""
         return None if self.estimated is None else ray.put(self.estimated)
 
     @torch.no_grad()
-    def _credited(
+    def _with_advantages(
         self, batch: ScoredBatch, rows: NDArray[np.int64]
     ) -> tuple[TrainBatch, dict[str, Metric], NDArray[np.float32] | None]:
-        """Return the batch as it came, or (`algorithm.advantage.recompute`) with what the live policy makes of its advantages.
+        """Return the batch with its advantages, metrics, and targets for the auxiliary network.
 
-        Every rank estimates the same. Also returned are metrics, and what an auxiliary network is to learn.
+        With `algorithm.advantage.recompute` the advantages are estimated here, under the live
+        policy; every rank estimates the same. Otherwise the batch has them already.
         """
         if not self.config.algorithm.advantage.recompute:
             assert isinstance(batch, TrainBatch), "advantages are estimated before the update"
             return batch, {}, None
+
         live = self.live(batch.rollouts, self.packs_of(batch.rollouts, rows))
-        made = recomputed(self.config, batch, rows, live, self.estimator_state)
-        self.estimator_state = made.state
-        self._keep_estimated(made.batch, _trained_rows(batch, rows))
-        return made.batch, made.metrics, made.auxiliary_targets
+        estimate = recomputed(self.config, batch, rows, live, self.estimator_state)
+        self.estimator_state = estimate.state
+        self._keep_estimated(estimate.batch, _trained_rows(batch, rows))
+        return estimate.batch, estimate.metrics, estimate.auxiliary_targets
 
     def _keep_estimated(self, batch: TrainBatch, rows: NDArray[np.int64]) -> None:
-        """Remember the advantages of `rows`, for the file of the step's rollouts."""
+        """Keep the advantages of `rows` for the file of the step's rollouts."""
         if self.estimated is None or self.estimated.shape != batch.advantages.shape:
             self.estimated = np.full_like(batch.advantages, np.nan)
         tokens = _tokens_of(batch.rollouts, rows)
@@ -220,21 +254,28 @@ class PolicyWorker(CausalLMWorker):
 
     @torch.no_grad()
     def live(self, rollouts: RolloutBatch, packs: Sequence[Pack]) -> LiveLogprobs:
-        """Return what the policy as it is says of `packs`; collective, and every rank gets the values of all."""
+        """Return the outputs of the live policy and of the auxiliary network; collective.
+
+        Args:
+            packs: the packs of this rank. The values of all ranks are returned.
+        """
         learner = self.auxiliary
+        # The columns: log-probabilities, squared score norms, outputs of the auxiliary network.
         width = 2 + (learner.width if learner else 0)
         flat = np.zeros((len(rollouts.token_ids), width), dtype=np.float32)
         for pack in packs:
             result = self.run(pack, rollouts.temperature)
-            if not pack.is_padding:
-                columns = torch.stack([result.logprobs, result.squared_score_norms], dim=1)
-                if learner:
-                    columns = torch.cat([columns, learner.outputs(result, pack)], dim=1)
-                flat[pack.flat_positions] = columns.cpu().numpy()
+            if pack.is_padding:
+                continue
+            columns = torch.stack([result.logprobs, result.squared_score_norms], dim=1)
+            if learner:
+                columns = torch.cat([columns, learner.outputs(result, pack)], dim=1)
+            flat[pack.flat_positions] = columns.cpu().numpy()
 
-        everyone = torch.from_numpy(flat).to(self.backend.device)
-        dist.all_reduce(everyone)  # each token is one rank's, and 0 elsewhere
-        flat = everyone.cpu().numpy()
+        # Each token belongs to one rank and is 0 on the others, so the sum joins them.
+        joined = torch.from_numpy(flat).to(self.backend.device)
+        dist.all_reduce(joined)
+        flat = joined.cpu().numpy()
         return LiveLogprobs(
             logprobs=np.ascontiguousarray(flat[:, 0]),
             squared_score_norms=np.ascontiguousarray(flat[:, 1]),
@@ -242,7 +283,10 @@ class PolicyWorker(CausalLMWorker):
         )
 
     def _gradient_metrics(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
-        """Measure true gradients under several baselines, in the steps in which `diagnostics.gradient` asks for them."""
+        """Measure true gradients under several baselines, in the steps that the configuration sets.
+
+        See `diagnostics.gradient` and `diagnostics.gradient_every`.
+        """
         settings = self.config.diagnostics
         if not settings.gradient or self.steps % settings.gradient_every:
             return {}
@@ -254,9 +298,10 @@ class PolicyWorker(CausalLMWorker):
 
     @torch.no_grad()
     def _objective_parameters(self, batch: TrainBatch, packs: Sequence[Pack]) -> dict[str, Any]:
-        """Return the weight's parameters.
+        """Return the weight's parameters, with its statistic over the mini-batch if it has one.
 
-        A weight with a statistic over the mini-batch costs a forward pass, after the first update of a batch.
+        The statistic costs one more forward pass, except where the batch has no old
+        log-probabilities: then all ratios are 1.
         """
         objective = self.config.algorithm.objective
         statistic = batch_parameters_of(objective.weight)
@@ -267,15 +312,22 @@ class PolicyWorker(CausalLMWorker):
         if batch.old_logprobs is not None:
             for pack in packs:
                 result = self.run(pack, batch.rollouts.temperature)
-                if not pack.is_padding:
-                    columns = PackColumns(pack, self.backend.device)
-                    own.append(pack_log_ratios(result, columns, batch, objective.ratio).cpu())
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, torch.cat(own))
-        return {**objective.parameters, **statistic(torch.cat(everyone), **objective.parameters)}
+                if pack.is_padding:
+                    continue
+                columns = PackColumns(pack, self.backend.device)
+                own.append(pack_log_ratios(result, columns, batch, objective.ratio).cpu())
+
+        of_ranks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(of_ranks, torch.cat(own))
+        statistics = statistic(torch.cat(of_ranks), **objective.parameters)
+        return {**objective.parameters, **statistics}
 
     def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
-        """Return, from rank 0, the manifest and the weights' shards in the object store; collective."""
+        """Put the weights into the object store; collective.
+
+        Returns:
+            On rank 0 the manifest and references to the shards, None on the other ranks.
+        """
         dtype = DTYPES[self.config.generation.dtype]
         manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
         if self.rank != 0:
@@ -286,7 +338,7 @@ class PolicyWorker(CausalLMWorker):
     def probe_logprobs(
         self, sequences: Sequence[NDArray[np.int32]], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities of each token but the first, for sequences of any lengths L.
+        """Return [L - 1] log-probabilities of each token but the first, for sequences of L tokens.
 
         Collective; every rank computes the same.
         """
@@ -299,17 +351,19 @@ class PolicyWorker(CausalLMWorker):
             ranks=1,
             shared_prefix_packing=False,
         )
+
         flat = np.zeros(len(batch.token_ids), dtype=np.float32)
         for pack in packs:
             flat[pack.flat_positions] = self.run(pack, temperature).logprobs.cpu().numpy()
         return [row[1:] for row in np.split(flat, batch.offsets[1:-1])]
 
     def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout, optimizer state, and what else the policy remembers; collective."""
+        """Write the model in Hugging Face layout and all state of the policy; collective."""
         path = Path(directory)
         self.backend.save(path)
         if self.rank != 0:
             return
+
         facts = {
             "ranks": self.world_size,
             "steps": self.steps,
@@ -325,32 +379,34 @@ class PolicyWorker(CausalLMWorker):
         """Continue from what `save` wrote; collective.
 
         Raises:
-            ValueError: the checkpoint was written by another number of ranks, or for another model.
+            ValueError: the checkpoint is of another number of ranks or of another model.
         """
         path = Path(directory)
         facts = json.loads((path / STATE_FILE).read_text())
         if facts["ranks"] != self.world_size:
             raise ValueError(
                 f"policy.ranks: {directory} was written by {facts['ranks']} ranks, now there are "
-                f"{self.world_size}. Resume with --policy.ranks {facts['ranks']}, or start a new run "
-                f"with --model.path {directory}."
+                f"{self.world_size}. Resume with --policy.ranks {facts['ranks']}, or start a new "
+                f"run with --model.path {directory}."
             )
+
         self.backend.load(path)
         self.steps = facts["steps"]
-        # Checkpoints from before it was kept have no state of the estimator.
+        # Checkpoints of earlier versions have no state of the estimator.
         self.estimator_state = facts.get("estimator", {})
 
         kl_old = self.config.algorithm.kl_old
         started_from = facts.get("old_kl_start", kl_old.coefficient)
+        # The adapted coefficient continues, unless the user has configured another for the resume.
         if kl_old.target is not None and started_from == kl_old.coefficient:
-            # A coefficient that was changed for the resume replaces the adapted one.
             self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
+
         if self.auxiliary:
             self.auxiliary.load(path)
 
 
 def _trained_rows(batch: ScoredBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return those of `rows` that enter the loss."""
+    """Return the part of `rows` that enters the loss."""
     return rows if batch.trained is None else rows[batch.trained[rows]]
 
 

@@ -25,16 +25,20 @@ from workers.training.packed_model import PackResult
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """A `TokenLoss`: objective, KL and entropy terms. Gradient flows through the pack's result alone."""
+    """The `TokenLoss` of the policy: objective, KL and entropy terms.
+
+    Gradient flows through the pack's result only.
+    """
 
     batch: TrainBatch
     algorithm: AlgorithmConfig
-    # The weight's parameters, with what it took from the whole mini-batch.
+    # The weight's parameters, with its statistic over the whole mini-batch.
     objective_parameters: Mapping[str, Any] = field(default_factory=dict)
-    old_kl_coefficient: float = 0.0  # of the penalty KL(old || live), now
+    # Of the penalty KL(old || live); it may be adapted from step to step.
+    old_kl_coefficient: float = 0.0
 
     def __call__(self, result: PackResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
-        """Return the loss of a pack, a part of that of the mini-batch."""
+        """Return the loss of a pack, as a term of the loss of the mini-batch."""
         mask = columns.mask()
         old = _old_logprobs(self.batch, result, columns)
         rollout = columns.take(self.batch.rollouts.rollout_logprobs)
@@ -43,6 +47,7 @@ class PolicyLoss:
         objective = self._objective(result, columns, old, mask)
         token_losses = objective.token_losses
 
+        # The correction multiplies the objective only, not the penalties below.
         if self.algorithm.rollout_correction.level != "none":
             correction = rollout_correction(
                 columns.pad(old),
@@ -54,6 +59,7 @@ class PolicyLoss:
             sums["rollout_correction"] = float(correction.sum())
             sums["rollout_masked_fraction"] = float((mask & (correction == 0)).sum())
 
+        # The KL to the reference is a metric even where its coefficient is 0.
         if self.batch.ref_logprobs is not None:
             ref = columns.take(self.batch.ref_logprobs)
             if self.batch.kl_coefficient:
@@ -80,6 +86,7 @@ class PolicyLoss:
             num_sequences=sizes.num_sequences,
             max_tokens=sizes.max_tokens,
         )
+
         ratio = objective.metrics["ratio"]
         difference = (rollout - old).abs()
         sums |= {
@@ -96,7 +103,6 @@ class PolicyLoss:
         self, result: PackResult, columns: PackColumns, old: Tensor, mask: Tensor
     ) -> PolicyObjectiveOutput:
         """Return the token losses of the policy objective."""
-        assert self.batch.advantages is not None, "an update has advantages"
         inputs = PolicyObjectiveInputs(
             logprobs=columns.pad(result.logprobs),
             old_logprobs=columns.pad(old),
@@ -114,7 +120,7 @@ class PolicyLoss:
     def _reference_kl(
         self, result: PackResult, columns: PackColumns, old: Tensor, ref: Tensor, mask: Tensor
     ) -> Tensor:
-        """Return [b, T] the KL to the reference as a loss."""
+        """Return [b, T] the KL to the reference, as a loss per token."""
         kl = self.algorithm.kl
         terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
         return kl_loss(
@@ -123,7 +129,9 @@ class PolicyLoss:
 
 
 def _old_logprobs(batch: TrainBatch, result: PackResult, columns: PackColumns) -> Tensor:
-    """Return [m] the log-probabilities of the old policy: the live one's where none were computed."""
+    """Return [m] the log-probabilities of the old policy."""
+    # They are computed only where a batch has several updates. In its only one the old policy is
+    # the live one.
     if batch.old_logprobs is None:
         return result.logprobs.detach()
     return columns.take(batch.old_logprobs)
@@ -132,7 +140,10 @@ def _old_logprobs(batch: TrainBatch, result: PackResult, columns: PackColumns) -
 def pack_log_ratios(
     result: PackResult, columns: PackColumns, batch: TrainBatch, level: str
 ) -> Tensor:
-    """Return [m] log-ratios of one level, for weights with a statistic over the mini-batch."""
+    """Return [m] log-ratios of one level, for weights with a statistic over the mini-batch.
+
+    `level` is the name of a ratio: token, sequence, future, prefix or product.
+    """
     old = _old_logprobs(batch, result, columns)
     padded = log_ratios(level, columns.pad(result.logprobs), columns.pad(old), columns.mask())
     return columns.unpad(padded)

@@ -1,4 +1,4 @@
-"""How the ranks of one model find each other, agree, and use the machine."""
+"""The process group of one model's ranks: meeting, agreeing, and using the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def open_rendezvous(host: str, world_size: int) -> TCPStore:
-    """Return the store at which the ranks meet, listening on a free port of `host`; rank 0 keeps it.
+    """Open the store at which the ranks meet, on a free port of `host`; rank 0 keeps it.
 
     The port is bound once and stays bound: one that was only looked up could be taken by another
     process before the ranks meet.
@@ -55,9 +55,10 @@ def agreed(decide: Callable[[], T]) -> T:
             decision = [decide()]
         except Exception as error:  # the other ranks wait for an answer
             decision = [error]
+
     dist.broadcast_object_list(decision, src=0)
 
-    (answer,) = decision
+    answer = decision[0]
     if isinstance(answer, Exception):
         raise answer
     assert answer is not None, "rank 0 has answered"
@@ -65,12 +66,13 @@ def agreed(decide: Callable[[], T]) -> T:
 
 
 def use_all_threads() -> None:
-    """Use as many threads as OMP_NUM_THREADS says; Ray may have set torch to fewer before this process knew."""
+    """Use as many threads as OMP_NUM_THREADS says."""
+    # torch may have started with fewer, before Ray set the variable for this actor.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory of this process so far: on the GPU, or resident on a CPU."""
+    """Return the peak memory of this process so far: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1024**3
     return metrics.peak_memory_gib()

@@ -1,8 +1,8 @@
-"""Groups of ranks as the driver sees them: one call reaches all ranks.
+"""Groups of ranks, as the driver sees them: one call reaches all ranks.
 
 RankGroup              the ranks of any model
-CausalLMGroup          of one that answers with log-probabilities: the reference
-PolicyGroup            the policy
+CausalLMGroup          the ranks of a model that returns log-probabilities: the reference
+PolicyGroup            the ranks of the policy
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class RankGroup:
         self._workers = workers
 
     async def setup(self) -> tuple[str, ...]:
-        """Bring the ranks together and load the model. Return what the user should know of it.
+        """Join the ranks and load the model. Return notes about it for the user.
 
         Raises:
-            UnsupportedModelError: the ranks have found that the model cannot be trained.
+            UnsupportedModelError: the model cannot be trained.
         """
         address = await self._workers[0].rendezvous.remote()
         try:
@@ -42,7 +42,8 @@ class RankGroup:
             )
         except RayTaskError as error:
             if isinstance(error.cause, UnsupportedModelError):
-                raise error.cause from None  # about the input: no traceback of an actor
+                # The message is about the user's model; the actor's traceback would not help.
+                raise error.cause from None
             raise
         return notes[0]
 
@@ -52,30 +53,34 @@ class RankGroup:
 
 
 class CausalLMGroup(RankGroup):
-    """A model that answers with log-probabilities."""
+    """The ranks of a model that returns log-probabilities."""
 
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
     ) -> Sequence[Handle[LogprobBatch]]:
-        """See `ports.LogprobSource`. The ranks put their results into the object store; only references come here."""
+        """See `ports.LogprobSource`."""
+        # The ranks put their results into the object store, so that only references come here.
         return await asyncio.gather(
             *(worker.put_logprobs.remote(*rollouts) for worker in self._workers)
         )
 
 
 class PolicyGroup(CausalLMGroup):
-    """The policy."""
+    """The ranks of the policy."""
 
     async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
-        """See `ports.Policy`. The effective sample size, (sum rho)^2 / (n sum rho^2), is made here from the ranks' sums."""
+        """See `ports.Policy`."""
         metrics = combine(
             await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
         )
+
+        # The effective sample size, (sum rho)^2 / (n sum rho^2), is not a mean of those of the
+        # ranks, so it is computed here from the means over all ranks.
         if "policy/ratio_square" in metrics:
-            square, first = metrics.pop("policy/ratio_square"), metrics["policy/ratio_mean"]
-            metrics["policy/effective_sample_size"] = mean(
-                first.value**2 / max(square.value, 1e-30), first.count
-            )
+            square = metrics.pop("policy/ratio_square")
+            first = metrics["policy/ratio_mean"]
+            fraction = first.value**2 / max(square.value, 1e-30)
+            metrics["policy/effective_sample_size"] = mean(fraction, first.count)
         return metrics
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
@@ -83,7 +88,7 @@ class PolicyGroup(CausalLMGroup):
         return await self._workers[0].put_estimated_advantages.remote()
 
     async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
-        """Manifest and object references of the present weights."""
+        """Return the manifest and the object references of the present weights."""
         exports = await asyncio.gather(
             *(worker.export_weights.remote(version) for worker in self._workers)
         )
@@ -92,7 +97,8 @@ class PolicyGroup(CausalLMGroup):
     async def probe_logprobs(
         self, sequences: Sequence[NDArray[np.int32]], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """Sequences of L tokens -> L - 1 log-probabilities each; every rank computes them, since the model is sharded."""
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none."""
+        # Every rank computes all of them, since each holds only a shard of the model.
         results = await asyncio.gather(
             *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
         )

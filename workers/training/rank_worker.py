@@ -1,7 +1,7 @@
-"""What the ranks of every model have in common: joining, building, packing, running.
+"""The base classes of all ranks: joining, building, packing and running a model.
 
     RankWorker           a rank of any model
-    CausalLMWorker       a rank of a model that answers with log-probabilities
+    CausalLMWorker       a rank of a model that returns log-probabilities
 
 A role (policy, reference) is a subclass in a file of its own.
 """
@@ -57,7 +57,8 @@ class RankWorker:
         self.config = config
         self.settings = settings
         self.model_directory = Path(model_directory)
-        self.rank, self.world_size = rank, world_size
+        self.rank = rank
+        self.world_size = world_size
         self._store: TCPStore | None = None  # on rank 0, from `rendezvous` on
 
     def rendezvous(self) -> str:
@@ -67,21 +68,23 @@ class RankWorker:
         return f"{host}:{self._store.port}"
 
     def setup(self, address: str) -> tuple[str, ...]:
-        """Join the other ranks and build the model; collective. Return what the user should know of it."""
+        """Join the other ranks and build the model; collective. Return notes for the user."""
         device = join_process_group(address, self.rank, self.world_size, self._store)
         self.backend, padded_because = self.build(device)
+
         kernel = choose_kernel(self.config.model.attention, device)
         self.shared_prefix_packing = (
             self.settings.shared_prefix_packing
             and self.backend.module.packing
             and kernel in SHARING_KERNELS
         )
+
         if padded_because is None:
             return ()
         return (f"{self.role}: runs padded instead of packed, which is slower ({padded_because})",)
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
-        """Load and shard the model. Return it, and why it cannot run packed, where it cannot."""
+        """Load and shard the model. Return it, and the reason if it cannot run packed."""
         module, verdict = prepare_model(self.config, self.settings, self.model_directory, device)
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
@@ -89,7 +92,11 @@ class RankWorker:
     def packs_of(
         self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
     ) -> list[Pack]:
-        """Return this rank's part of those rows, each with its own prompt where `may_share` is False."""
+        """Return this rank's packs of `rows`.
+
+        Args:
+            may_share: False gives each response its own copy of the prompt.
+        """
         return pack_rows(
             rollouts.sequences,
             rows,
@@ -105,7 +112,7 @@ class RankWorker:
         return self.backend.forward(PackTensors.of(pack, self.backend.device, temperature))
 
     def metrics(self) -> dict[str, Metric]:
-        """Return the peak memory of this rank."""
+        """Return the peak memory of this rank as a metric."""
         return {f"memory/{self.role}": maximum(peak_memory_gib(self.backend.device))}
 
     def shutdown(self) -> None:
@@ -115,43 +122,52 @@ class RankWorker:
 
 
 class CausalLMWorker(RankWorker):
-    """One rank of a model that answers with log-probabilities."""
+    """One rank of a model that returns log-probabilities."""
 
     returns_squared_score_norms = False
 
     @torch.no_grad()
     def logprobs(self, *parts: RolloutBatch) -> LogprobBatch:
-        """Return the log-probabilities of this rank's rows of the batch, given as its parts in prompt order."""
+        """Return the log-probabilities of this rank's rows of a batch.
+
+        Args:
+            parts: the batch, in prompt order.
+        """
         rollouts = RolloutBatch.concatenate(parts)
         packs = self.packs_of(rollouts, np.arange(len(rollouts)))
-        flat, norms = (np.zeros(len(rollouts.token_ids), dtype=np.float32) for _ in range(2))
-        rows: list[int] = []
+
+        logprobs = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        norms = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        own_rows: list[int] = []
         for pack in packs:
             result = self.run(pack, rollouts.temperature)
-            if not pack.is_padding:
-                flat[pack.flat_positions] = result.logprobs.cpu().numpy()
-                norms[pack.flat_positions] = result.squared_score_norms.cpu().numpy()
-                rows += pack.rows.tolist()
+            # A padding pack repeats rows that another pack already has.
+            if pack.is_padding:
+                continue
+            logprobs[pack.flat_positions] = result.logprobs.cpu().numpy()
+            norms[pack.flat_positions] = result.squared_score_norms.cpu().numpy()
+            own_rows += pack.rows.tolist()
 
-        own = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(own_rows, dtype=np.int64)
         offsets = rollouts.sequence_offsets
+        squared_score_norms = None
+        if self.returns_squared_score_norms:
+            squared_score_norms = _of_rows(norms, rows, offsets)
         return LogprobBatch(
             batch_id=rollouts.batch_id,
-            rows=own,
-            logprobs=_of_rows(flat, own, offsets),
-            squared_score_norms=_of_rows(norms, own, offsets)
-            if self.returns_squared_score_norms
-            else None,
+            rows=rows,
+            logprobs=_of_rows(logprobs, rows, offsets),
+            squared_score_norms=squared_score_norms,
         )
 
     def put_logprobs(self, *parts: RolloutBatch) -> Any:
-        """Leave `logprobs` in the object store and return the reference."""
+        """Put the result of `logprobs` into the object store and return its reference."""
         return ray.put(self.logprobs(*parts))
 
 
 def _of_rows(
     flat: NDArray[np.float32], rows: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Return the tokens of `rows`, one row after the other."""
-    own = [flat[offsets[row] : offsets[row + 1]] for row in rows]
-    return np.concatenate(own) if own else np.zeros(0, dtype=np.float32)
+    """Return the values at the tokens of `rows`, one row after the other."""
+    values = [flat[offsets[row] : offsets[row + 1]] for row in rows]
+    return np.concatenate(values) if values else np.zeros(0, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What a rank reports of its updates."""
+"""The metrics that a rank reports of its updates."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from workers.training.losses import PackLoss
 
 @dataclass(frozen=True)
 class UpdateCounts:
-    """What became of the mini-batches of one batch."""
+    """The outcomes of the mini-batches of one batch."""
 
     taken: int = 0  # optimizer steps
     not_finite: int = 0  # skipped: the gradient was not finite
     empty: int = 0  # skipped: no response of the mini-batch is trained
 
     def after(self, *, finite: bool) -> UpdateCounts:
-        """With one more mini-batch that had a gradient."""
+        """Return the counts with one more mini-batch that had a gradient."""
         return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
 
     def metrics(self) -> dict[str, Metric]:
+        """Return the counts as metrics."""
         return {
             "policy/updates": total(self.taken),
             "policy/skipped_updates": total(self.not_finite + self.empty),
@@ -32,14 +33,16 @@ class UpdateCounts:
 def loss_metrics(
     losses: Sequence[PackLoss], tokens: int, ranks: int, *, drifted: bool
 ) -> dict[str, Metric]:
-    """Loss, token-weighted means and maxima of one mini-batch on one rank.
+    """Return the loss, token-weighted means and maxima of one mini-batch on one rank.
 
-    The loss of a mini-batch is the sum over packs and ranks: its share on this rank is reported times the number of ranks, so that the mean over
-    ranks and mini-batches is the mean loss of a mini-batch. Every rank reports one, also one that has no pack.
-
-    `drifted`: `old` are the log-probabilities of a policy that has moved since it sampled, so what they differ by is drift and no gap between
-    engine and trainer.
+    Args:
+        tokens: the number of tokens in `losses`.
+        drifted: the old policy has been updated since the engine sampled, so the log-prob
+            difference between them is drift, not a mismatch between engine and trainer.
     """
+    # The loss of a mini-batch is the sum over packs and ranks. Each rank reports its part times the
+    # number of ranks, so that the mean over ranks and mini-batches is the mean loss of a
+    # mini-batch. A rank without packs reports 0.
     loss = {"policy/loss": mean(ranks * sum(float(loss.loss.detach()) for loss in losses))}
     if not losses:
         return loss

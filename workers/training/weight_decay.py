@@ -1,4 +1,4 @@
-"""Which parameters weight decay acts on."""
+"""The choice of the parameters that weight decay acts on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Return whether weight decay acts on the parameter called `name`: a matrix (or a stack of them) that is neither of a norm nor a bias.
+    """Return True if weight decay acts on the parameter called `name`.
 
-    Scales of norms and biases may have two dimensions as well (one for each head or expert), hence the look at the name.
+    It acts on matrices and stacks of matrices. Biases and the scales of norms are exempt; they are
+    recognised by name, since they may have two dimensions as well (one per head or expert).
     """
     parts = name.lower().split(".")
     is_bias = parts[-1] == "bias" or parts[-1].endswith("_bias")
@@ -22,11 +23,16 @@ def decays(name: str, parameter: Tensor) -> bool:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer: with decay, and without. Shards of a parameter count as the parameter; a group may be empty."""
+    """Return the parameter groups of an optimizer: first with decay, then without.
+
+    Sharded parameters have the shape of the whole parameter. A group may be empty.
+    """
     with_decay: list[Tensor] = []
     without: list[Tensor] = []
     for name, parameter in named_parameters:
-        (with_decay if decays(name, parameter) else without).append(parameter)
+        group = with_decay if decays(name, parameter) else without
+        group.append(parameter)
+
     return [
         {"params": with_decay, "weight_decay": weight_decay},
         {"params": without, "weight_decay": 0.0},

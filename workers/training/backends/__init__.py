@@ -1,4 +1,4 @@
-"""Training backends: what distributes a model over ranks, found by name.
+"""Training backends: they distribute a model over ranks, and are found by name.
 
 To add one: a module here with a function `build`, a row in `BUILDERS`, and its name in
 `ModelRoleConfig.backend`.

@@ -1,6 +1,7 @@
-"""What a training backend does. No loss, role or loop knows which one it is.
+"""The interface of a training backend. No loss, role or loop knows which one it is.
 
-forward -> backward  for every pack of a mini-batch, then  step
+forward, backward    for every pack of a mini-batch
+step                 after the last pack
 weights              for the engines
 save, load           for checkpoints
 """
@@ -20,35 +21,43 @@ ResultT_co = TypeVar("ResultT_co", covariant=True)  # `PackResult` of a language
 
 
 class ModelBackend(Protocol[ResultT_co]):
-    """One model, distributed over all ranks of its group. Every method is collective: call it on all ranks."""
+    """One model, distributed over all ranks of its group.
+
+    Every method is collective: call it on all ranks.
+    """
 
     device: torch.device
     module: Any  # the distributed `PackedModel`, for measurements that hook into it
 
     def forward(self, pack: PackTensors) -> ResultT_co:
-        """Run the model on a pack; every rank runs equally many packs."""
+        """Run the model on a pack; every rank must run the same number of packs."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of the sum over ranks of `loss`; how ranks average is the backend's affair."""
+        """Accumulate the gradient of the sum of `loss` over the ranks.
+
+        A backend that averages gradients over ranks makes up for it here.
+        """
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip the gradient, take one optimizer step, clear the gradient; return its norm before clipping.
+        """Clip the gradient, take one optimizer step and clear the gradient.
 
-        A gradient whose norm is not finite changes nothing: all ranks see the same norm and skip together.
+        Returns:
+            The norm of the gradient before clipping. If it is not finite, the optimizer step is
+            skipped; all ranks see the same norm, so they skip together.
         """
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole weights on the CPU of rank 0, under the names of the model's checkpoint.
+        """Yield unsharded weights on the CPU of rank 0, by their names in the model's checkpoint.
 
         The other ranks get nothing, but must iterate as well.
         """
         ...
 
     def save(self, path: Path) -> None:
-        """Write weights in Hugging Face layout, and each rank's optimizer state, into the directory `path`."""
+        """Write weights in Hugging Face layout and each rank's optimizer state to `path`."""
         ...
 
     def load(self, path: Path) -> None:

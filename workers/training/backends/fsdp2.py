@@ -1,6 +1,7 @@
-"""FSDP2: one model sharded over 1..n ranks, float32 masters, forward and backward in the compute dtype.
+"""FSDP2: one model sharded over one or more ranks.
 
-Join the process group first.
+Master weights are float32; forward and backward run in the compute dtype. Join the process group
+before you build the backend.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ def build(
             recompute_in_backward(block)
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Gradients are summed over ranks in float32, whatever the compute dtype.
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[settings.compute_dtype], reduce_dtype=torch.float32
     )
     offloads = trained is not None and trained.offload_optimizer and device.type == "cuda"
     offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
+
+    # Blocks first: the root then takes only the parameters that are left.
     for unit in (*blocks, module):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return FSDP2Backend(module, device, directory, trained.optimizer if trained else None)
 
 
 class FSDP2Backend:
-    """Implements `ModelBackend`."""
+    """The `ModelBackend` of a model that FSDP2 has sharded."""
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class FSDP2Backend:
         self._directory = directory
         self._ranks = dist.get_world_size()
         self._rank = dist.get_rank()
+
         self._max_norm = math.inf
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
@@ -95,43 +100,50 @@ class FSDP2Backend:
         return self.module(pack)
 
     def backward(self, loss: Tensor) -> None:
-        """See `ModelBackend`. FSDP averages gradients over ranks, so the sum is scaled by their number."""
+        """See `ModelBackend`."""
+        # FSDP averages gradients over ranks; the factor turns the mean into the sum.
         (loss * self._ranks).backward()
 
     def step(self, learning_rate: float) -> float:
         """See `ModelBackend`."""
         optimizer = self.optimizer
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_norm)
-        value = float(_whole(norm))
+        value = float(_unsharded(norm))
+
         if math.isfinite(value):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
+
         optimizer.zero_grad()
         return value
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `ModelBackend`. All are whole at once, since stacked experts are split by name."""
-        whole = full_state_dict(self.module)
+        """See `ModelBackend`."""
+        # All weights are gathered before the first is yielded: names of the checkpoint are made
+        # from the complete set, since transformers may hold several of its weights as one tensor.
+        gathered = full_state_dict(self.module)
         if self._rank == 0:
-            yield from to_checkpoint(self.module.model, whole).items()
+            yield from to_checkpoint(self.module.model, gathered).items()
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
-        # A view of a larger tensor would be written with the whole of it.
-        whole = {
+        # safetensors needs contiguous tensors that share no memory; some are views of a larger one.
+        weights = {
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self.weights()
         }
         if self._rank == 0:
             copy_model_files(self._directory, path)
-            save_file(whole, path / "model.safetensors", {"format": "pt"})
+            save_file(weights, path / "model.safetensors", {"format": "pt"})
+
         torch.save(self._optimizer_shards(), path / f"optimizer_rank{self._rank}.pt")
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
         saved = load_file(path / "model.safetensors")
         load_full_state_dict(self.module, from_checkpoint(self.module.model, saved))
+
         shards = torch.load(path / f"optimizer_rank{self._rank}.pt", weights_only=True)
         self._load_optimizer_shards(shards)
 
@@ -145,6 +157,7 @@ class FSDP2Backend:
     def _load_optimizer_shards(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
         for parameter, state in zip(self.module.parameters(), shards, strict=True):
             for key, value in state.items():
+                # Moments are sharded like their parameter; the step count is one number.
                 if key != "step" and isinstance(parameter, DTensor):
                     value = DTensor.from_local(
                         value.to(self.device),
@@ -156,34 +169,42 @@ class FSDP2Backend:
                 self.optimizer.state[parameter][key] = value
 
 
-def _whole(tensor: Any) -> Tensor:
+def _unsharded(tensor: Any) -> Tensor:
+    """Gather a sharded tensor; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Any) -> Tensor:
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
-    """Return all weights by the model's names, whole, on the CPU; collective. Tied tensors appear once."""
+    """Return all weights, unsharded and on the CPU, by the model's names; collective.
+
+    Tied tensors appear once.
+    """
     tied = _tied_names(packed.model)
     return {
-        name: _whole(tensor).detach().cpu()
+        name: _unsharded(tensor).detach().cpu()
         for name, tensor in packed.model.state_dict().items()
         if name not in tied
     }
 
 
 def _tied_names(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names that are a second mention of another tensor."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    """Return the names of the LM head's weight if it is the embedding's, else nothing."""
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return frozenset()
     return frozenset(name + ".weight" for name, module in model.named_modules() if module is head)
 
 
 def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> None:
-    """Put whole tensors into the sharded parameters, in place; collective, with the same weights on every rank.
+    """Copy unsharded weights into the sharded parameters; collective.
+
+    Every rank must pass the same weights.
 
     Raises:
         ValueError: a parameter is missing or has another shape.
@@ -194,9 +215,10 @@ def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> Non
             continue
         if name not in weights or weights[name].shape != parameter.shape:
             raise ValueError(
-                f"checkpoint: no weight {name} of shape {tuple(parameter.shape)}; "
-                "it belongs to another model"
+                f"checkpoint: it has no weight {name} of shape {tuple(parameter.shape)}, so it "
+                "belongs to another model. Resume with the model that it was written with."
             )
+
         with torch.no_grad():
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()
@@ -205,9 +227,10 @@ def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> Non
                 parameter.copy_(weights[name])
 
 
-def _own_shard(whole: Tensor, local: Tensor, parameter: DTensor) -> Tensor:
-    """Return this rank's rows of a tensor that is sharded along its first dimension."""
+def _own_shard(weight: Tensor, local: Tensor, parameter: DTensor) -> Tensor:
+    """Return this rank's rows of a weight that is sharded along its first dimension."""
     mesh = parameter.device_mesh
-    rows = -(-whole.shape[0] // mesh.size()) if whole.ndim else 1
-    start = min(rows * mesh.get_local_rank(), whole.shape[0])
-    return whole[start : start + local.shape[0]].to(local.dtype)
+    # FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what is left.
+    rows = -(-weight.shape[0] // mesh.size()) if weight.ndim else 1
+    start = min(rows * mesh.get_local_rank(), weight.shape[0])
+    return weight[start : start + local.shape[0]].to(local.dtype)
