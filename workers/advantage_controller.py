@@ -1,4 +1,4 @@
-"""The advantage controller: joins what the other workers made of a batch, and turns rewards into advantages."""
+"""The advantage controller: it joins the records of a batch and estimates its advantages."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from rlsys.plugins import load_plugins
 
 
 class AdvantageController:
-    """Ray actor around a `CreditAssigner`."""
+    """The Ray actor around a `CreditAssigner`."""
 
     def __init__(self, config: RunConfig) -> None:
         load_plugins(config.plugins)
         self._assigner = CreditAssigner(config)
 
     def credit(self, step: StepHandles) -> CreditedBatch:
-        """See `ports.AdvantageComputer`; the handles are object references."""
+        """See `ports.AdvantageComputer`."""
+        # The handles are object references inside of `step`, which Ray does not resolve by itself.
         references: list[Any] = step.all()
         records = dict(zip(references, ray.get(references), strict=True))
+
         credited = self._assigner.credit(step.opened(records))
         return CreditedBatch(
             batch=ray.put(credited.batch),
@@ -55,12 +57,12 @@ class AdvantageController:
         write_rollouts(batch, Path(path), dropped=dropped, advantages=advantages)
 
     def metrics(self) -> dict[str, Metric]:
-        """Peak memory."""
+        """Return the peak memory of this process."""
         return {"memory/advantage": maximum(peak_memory_gib())}
 
 
 class AdvantageControllerClient:
-    """Implements `ports.AdvantageComputer` over the actor."""
+    """The `ports.AdvantageComputer` over the actor."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -89,5 +91,5 @@ class AdvantageControllerClient:
         await self._actor.write_rollouts.remote(batch, str(path), dropped, advantages)
 
     async def metrics(self) -> dict[str, Metric]:
-        """Peak memory."""
+        """See `ports.AdvantageComputer`."""
         return await self._actor.metrics.remote()

@@ -1,13 +1,15 @@
-"""The Ray cluster of one run: connect, reserve resources, spawn actors into them, shut down in order.
+"""The Ray cluster of one run: connect, reserve resources, spawn actors, shut down in order.
 
-    role          bundle                   CPUs             GPUs
-    generation    one per worker           cpus_per_worker  gpus_per_worker
-    policy        one per rank             cpus_per_rank    gpus_per_rank
-    reference     the policy rank's own    0                shares the rank's GPU
-    reward, advantage                      0                0
+    role          bundle                        CPUs             GPUs
+    generation    one per worker                cpus_per_worker  gpus_per_worker
+    policy        one per rank                  cpus_per_rank    gpus_per_rank
+    reference     that of the policy's rank     0                shares the rank's GPU
+    reward        none                          0                0
+    advantage     none                          0                0
 
-All bundles belong to one placement group, so a run starts with everything that it needs or not at all. The last row's actors
-reserve nothing: they work while the others wait.
+All bundles belong to one placement group, so a run starts with everything that it needs or not at
+all. The reward worker and the advantage controller reserve nothing: they work while the other
+actors wait.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 RESERVATION_TIMEOUT_S = 120.0
 
-# glibc gives large blocks back to the system when they are freed and zeroes them again when they come back; keeping them makes a training
-# step on a CPU a quarter faster.
+# glibc returns large blocks to the system when they are freed, and the system zeroes them before
+# they are used again. Keeping them makes a training step on a CPU a quarter faster.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Resources of one actor (and of those that share its place)."""
+    """The resources of one actor, and of those that share its place."""
 
     role: str
     index: int
@@ -48,40 +50,40 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        # A bundle may not be empty: one that reserves no core reserves a mebibyte.
-        return ({"CPU": self.cpus} if self.cpus else {"memory": 1024**2}) | (
-            {"GPU": self.gpus} if self.gpus else {}
-        )
+        """The resources as Ray names them."""
+        # Ray refuses an empty bundle: one that reserves no core reserves a mebibyte.
+        resources: dict[str, float] = {"CPU": self.cpus} if self.cpus else {"memory": 1024**2}
+        if self.gpus:
+            resources["GPU"] = self.gpus
+        return resources
 
 
 def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
-    """The resources that a run reserves, policy ranks first."""
-    policy, generation = config.policy, config.generation
-    return (
-        *(
-            Bundle(
-                role="policy",
-                index=rank,
-                cpus=policy.cpus_per_rank,
-                gpus=policy.gpus_per_rank if with_gpus else 0,
-            )
-            for rank in range(policy.ranks)
-        ),
-        *(
-            Bundle(
-                role="generation",
-                index=index,
-                cpus=generation.cpus_per_worker,
-                gpus=generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0,
-            )
-            for index in range(generation.workers)
-        ),
-    )
+    """Return the resources that a run reserves, policy ranks first."""
+    policy = config.policy
+    generation = config.generation
+    gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
+    gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
+
+    ranks = [
+        Bundle(role="policy", index=rank, cpus=policy.cpus_per_rank, gpus=gpus_per_rank)
+        for rank in range(policy.ranks)
+    ]
+    workers = [
+        Bundle(
+            role="generation", index=index, cpus=generation.cpus_per_worker, gpus=gpus_per_worker
+        )
+        for index in range(generation.workers)
+    ]
+    return (*ranks, *workers)
 
 
 @dataclass
 class Cluster:
-    """A connection to Ray with this run's reservation. Use `Cluster.connect`, and `shutdown` in a `finally`."""
+    """A connection to Ray with this run's reservation.
+
+    Create it with `Cluster.connect`, and call `shutdown` in a `finally`.
+    """
 
     bundles: tuple[Bundle, ...]
     reservation: PlacementGroup
@@ -91,31 +93,33 @@ class Cluster:
 
     @classmethod
     def connect(cls, config: RunConfig) -> Cluster:
-        """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, and reserve the run's resources.
+        """Connect to Ray and reserve the run's resources.
+
+        An existing connection of this process is used; else the cluster at `cluster.address` or
+        RAY_ADDRESS is joined; else Ray is started on this machine.
 
         Raises:
-            ConfigError: the cluster has too few CPUs or GPUs.
+            ConfigError: no cluster answers, or it has too few CPUs or GPUs.
         """
-        started, local = ray.is_initialized(), LocalRay()
-        leave_ray = (
-            _stay if started else ray.shutdown if config.cluster.joined_address else local.stop
-        )
+        connected = ray.is_initialized()
+        local = LocalRay()
+        leave_ray = local.stop
+        if connected:
+            leave_ray = _stay_connected
+        elif config.cluster.joined_address:
+            leave_ray = ray.shutdown
+
         try:
-            if not started:
+            if not connected:
                 _connect_to_ray(config, local)
             available = ray.cluster_resources()
             bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0)
             _check_capacity(bundles, available)
-            reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
-            if not reservation.wait(RESERVATION_TIMEOUT_S):
-                remove_placement_group(reservation)
-                raise ConfigError(
-                    f"policy.ranks, generation.workers: the cluster did not free {_total(bundles)} within "
-                    f"{RESERVATION_TIMEOUT_S:.0f} s. Other jobs hold its resources: wait for them, or ask for less."
-                )
+            reservation = _reserve(bundles)
         except BaseException:
             leave_ray()
             raise
+
         return cls(
             bundles=bundles, reservation=reservation, leave_ray=leave_ray, threads=_threads(config)
         )
@@ -129,41 +133,47 @@ class Cluster:
         shares: str | None = None,
         **options: Any,
     ) -> Any:
-        """Start `actor_class(*args)` as actor `role` number `index`.
+        """Start `actor_class(*args)` as actor number `index` of `role`.
 
-        It is placed in the bundle of its role, or in that of role `shares` (reserving no CPU of its own there); a role
-        without a bundle goes anywhere. `options` are Ray's (max_concurrency, num_gpus, ...).
+        Args:
+            shares: a role in whose bundle the actor is placed, without CPUs of its own. Otherwise
+                it is placed in the bundle of `role`, or anywhere if that has none.
+            options: Ray's options of an actor (max_concurrency, num_gpus, ...).
         """
         place = shares or role
-        position = next(
-            (
-                i
-                for i, bundle in enumerate(self.bundles)
-                if (bundle.role, bundle.index) == (place, index)
-            ),
-            None,
-        )
         options.setdefault("num_cpus", 0)
+        position = self._bundle_position(place, index)
         if position is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self.reservation, placement_group_bundle_index=position
             )
             if not shares:
-                options |= {
-                    "num_cpus": self.bundles[position].cpus,
-                    "num_gpus": self.bundles[position].gpus,
-                }
+                options["num_cpus"] = self.bundles[position].cpus
+                options["num_gpus"] = self.bundles[position].gpus
+
         environment = {
             "OMP_NUM_THREADS": str(self.threads.get(place, 1)),
             "TOKENIZERS_PARALLELISM": "false",
         } | ALLOCATOR
-        remote_class: Any = ray.remote(actor_class)  # Ray's stubs know no class given at run time
+        # Ray's type stubs do not accept a class that is known only at run time.
+        remote_class: Any = ray.remote(actor_class)
         actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
         self.actors[f"{role}-{index}"] = actor
         return actor
 
+    def _bundle_position(self, role: str, index: int) -> int | None:
+        """Return the position of a bundle in the reservation; None if there is no such bundle."""
+        for position, bundle in enumerate(self.bundles):
+            if (bundle.role, bundle.index) == (role, index):
+                return position
+        return None
+
     async def wait_until_ready(self) -> None:
-        """Return when every actor spawned so far has been constructed; the first failure is raised, with the actor's name."""
+        """Wait until every actor spawned so far has been constructed.
+
+        Raises:
+            RuntimeError: the first failure, with the actor's name.
+        """
 
         async def ready(name: str, actor: Any) -> None:
             try:
@@ -174,7 +184,7 @@ class Cluster:
         await asyncio.gather(*(ready(name, actor) for name, actor in self.actors.items()))
 
     def shutdown(self) -> None:
-        """Kill the actors, give the reservation back, and stop Ray if this run started it."""
+        """Kill the actors, release the reservation, and stop Ray if this run started it."""
         for actor in self.actors.values():
             ray.kill(actor)
         self.actors.clear()
@@ -182,35 +192,42 @@ class Cluster:
         self.leave_ray()
 
 
-def _stay() -> None:
-    """Ray was there before this run."""
+def _stay_connected() -> None:
+    """Do nothing: this process was connected to Ray before the run."""
 
 
 def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
+    """Join the configured cluster, or start Ray on this machine.
+
+    Raises:
+        ConfigError: no cluster answers at the configured address.
+    """
     address = config.cluster.joined_address
     settings: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": False,
     }
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # an actor without GPUs sees none
+    # Ray leaves GPUs visible to an actor that reserves none; the reference runs on them.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
     if address:
         try:
             ray.init(address=address, **settings)
         except ConnectionError as error:
-            field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+            setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
             raise ConfigError(
-                f"{field}: no cluster answers at {address!r}. Start the head node with `ray start --head`, or leave it out to start Ray here."
+                f"{setting}: no cluster answers at {address!r}. Start the head node with "
+                f"`ray start --head`, or leave {setting} out to start Ray on this machine."
             ) from error
         interrupt_on_sigterm()
     else:
-        # One user's own Ray asks for a token by default, and would say so at every start.
+        # By default Ray creates a token for its own user, and logs so at every start.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
             logging.ERROR
         )
-        hardware = detect_hardware()  # Ray by itself would count the CPUs of a container's host
+        # Ray itself would count the CPUs of a container's host.
+        hardware = detect_hardware()
         local.start(
             num_cpus=hardware.cpus,
             object_store_memory=int(config.cluster.object_store_gib * 1024**3),
@@ -221,26 +238,53 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     )
 
 
+def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:
+    """Reserve the bundles.
+
+    Raises:
+        ConfigError: the cluster did not free them in time.
+    """
+    reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    if not reservation.wait(RESERVATION_TIMEOUT_S):
+        remove_placement_group(reservation)
+        raise ConfigError(
+            f"policy.ranks, generation.workers: the cluster did not free {_total(bundles)} within "
+            f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources. Wait for them, "
+            "or lower policy.ranks or generation.workers."
+        )
+    return reservation
+
+
 def _total(bundles: tuple[Bundle, ...]) -> str:
-    cpus, gpus = sum(bundle.cpus for bundle in bundles), sum(bundle.gpus for bundle in bundles)
+    """Return the sum of the bundles in words."""
+    cpus = sum(bundle.cpus for bundle in bundles)
+    gpus = sum(bundle.gpus for bundle in bundles)
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float]) -> None:
-    for resource, wanted in (
-        ("CPU", sum(b.cpus for b in bundles)),
-        ("GPU", sum(b.gpus for b in bundles)),
-    ):
-        if wanted > available.get(resource, 0):
+    """Refuse a run that the whole cluster is too small for.
+
+    Raises:
+        ConfigError: the resource, how much is needed, and how much there is.
+    """
+    required = {
+        "CPU": sum(bundle.cpus for bundle in bundles),
+        "GPU": sum(bundle.gpus for bundle in bundles),
+    }
+    for resource, needed in required.items():
+        total = available.get(resource, 0)
+        if needed > total:
             raise ConfigError(
-                f"policy.ranks, generation.workers: the run needs {wanted:g} {resource}s, the cluster has "
-                f"{available.get(resource, 0):g}. Lower policy.ranks, generation.workers or their {resource.lower()}s each, "
-                "or use a larger cluster."
+                f"policy.ranks, generation.workers: the run needs {needed:g} {resource}s, the "
+                f"cluster has {total:g}. Lower policy.ranks, generation.workers or the "
+                f"{resource}s of each, or use a larger cluster."
             )
 
 
 def _threads(config: RunConfig) -> dict[str, int]:
-    """Torch threads of the actors that compute on a CPU: generation and policy take turns, so each gets all cores."""
+    """Return the number of torch threads of the actors that compute on a CPU, by role."""
+    # Generation and policy take turns, so each gets all cores.
     cores = detect_hardware().cpus
     return {
         "policy": config.policy.threads_per_rank or max(1, cores // config.policy.ranks),

@@ -1,8 +1,12 @@
 """Ray on this machine, started and stopped by one process.
 
-Schedulers and service managers send SIGTERM to every process of a job at once. The run then ends after its step, which needs Ray; so all that Ray starts
-has that signal blocked, as Ray itself blocks SIGINT. Stopping is then left to this process: Ray's daemons do not hear its SIGTERM either, and get
-SIGKILL a second later, one after the other, without a chance to stop their own workers.
+Schedulers and service managers send SIGTERM to every process of a job at once. The run then
+finishes its step, which needs Ray. So SIGTERM is blocked in all processes that Ray starts, as Ray
+itself blocks SIGINT.
+
+Therefore this process must also stop them. Ray would send SIGTERM to its daemons, which they do not
+receive, and SIGKILL a second later, one daemon after the other; the daemons could not stop their
+own workers.
 """
 
 from __future__ import annotations
@@ -19,36 +23,44 @@ import psutil
 import ray
 import ray._private.utils
 
-STOPPED_BY_RAY = ("raylet", "gcs_server")  # which a driver needs until it has left
+# Daemons that the driver needs until it has left; `ray.shutdown` stops them.
+STOPPED_BY_RAY = ("raylet", "gcs_server")
+# A constant of Linux, from <linux/prctl.h>.
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class LocalRay:
-    """`stop` may be called at any time, also where `start` was interrupted."""
+    """A Ray instance of this process; `stop` may be called even if `start` was interrupted."""
 
     def __init__(self) -> None:
         self._daemons: set[psutil.Process] = set()
 
     def start(self, **settings: Any) -> None:
-        """`ray.init(address="local", **settings)`. A SIGTERM that came meanwhile is delivered at its end."""
+        """Start Ray with `ray.init(address="local", **settings)`.
+
+        Raises:
+            KeyboardInterrupt: a SIGTERM came meanwhile.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ctypes.CDLL(None).prctl(
-            PR_SET_CHILD_SUBREAPER, 1
-        )  # workers whose raylet is gone become children of this process
-        others = set(psutil.Process().children())
+        # Workers whose raylet is gone become children of this process, so that `stop` finds them.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+        earlier = set(psutil.Process().children())
         with _sigterm_held_back():
             ray.init(address="local", include_dashboard=False, **settings)
-            self._daemons = set(psutil.Process().children()) - others
+            self._daemons = set(psutil.Process().children()) - earlier
 
     def stop(self) -> None:
-        """Leave Ray and stop every process of it, those that were still starting too."""
+        """Leave Ray and stop all its processes, also those that were still starting."""
         for daemon in self._daemons:
             with suppress(psutil.Error):
                 if daemon.name() not in STOPPED_BY_RAY:
                     daemon.kill()
-        own = set(psutil.Process().children())
+
+        # The processes that Ray leaves behind become children of this process.
+        children = set(psutil.Process().children())
         ray.shutdown()
-        for orphan in set(psutil.Process().children()) - own:
+        for orphan in set(psutil.Process().children()) - children:
             for process in (*orphan.children(recursive=True), orphan):
                 with suppress(psutil.Error):
                     process.kill()
@@ -56,17 +68,19 @@ class LocalRay:
 
 
 def interrupt_on_sigterm() -> None:
-    """SIGTERM as Ctrl-C from here on: the handler that `ray.init` leaves aborts the process."""
+    """Handle SIGTERM like Ctrl-C from now on."""
+    # The handler that `ray.init` installs aborts the process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager
 def _sigterm_held_back() -> Iterator[None]:
-    """Deliver SIGTERM at the end, as Ctrl-C; processes started within never get it.
+    """Delay SIGTERM to the end of the context, where it is handled like Ctrl-C.
 
-    It is blocked in this thread, and so in all threads and processes that are started within. A
-    thread of an earlier time (OpenBLAS has one until the first fork) may still take it. Then it is
-    noted, for which Ray must not put a handler in place that exits.
+    It is blocked in this thread, and so in all threads and processes that are started inside the
+    context; the processes never receive it. An older thread of this process (OpenBLAS has one until
+    the first fork) may still receive it. Then our handler notes it, and Ray must not replace that
+    handler by one that exits.
     """
     noted: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
@@ -75,7 +89,8 @@ def _sigterm_held_back() -> Iterator[None]:
         with mock.patch.object(ray._private.utils, "set_sigterm_handler"):
             yield
     finally:
-        interrupt_on_sigterm()  # first: the handler of Ray's core aborts the process
+        # Before the signal is unblocked, since the handler of Ray's core aborts the process.
+        interrupt_on_sigterm()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if noted:
         raise KeyboardInterrupt

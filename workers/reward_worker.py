@@ -1,4 +1,4 @@
-"""The reward worker: scores responses in a pool of processes, while generation goes on."""
+"""The reward worker: it computes rewards in a pool of processes, while generation goes on."""
 
 from __future__ import annotations
 
@@ -23,43 +23,51 @@ from rlsys.rewards import RewardInput, with_token_limit
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.scoring import FunctionFailure, Score
 
+# Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0
+# At the end of a run the last output is waited for at most this long.
 LAST_OUTPUT_LIMIT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 class RewardWorker:
-    """Ray actor (async: many parts are scored at once, all through one pool)."""
+    """The Ray actor that computes rewards.
+
+    Its methods are async, so that many parts share one pool at the same time.
+    """
 
     def __init__(self, config: RunConfig) -> None:
-        load_plugins(config.plugins)  # the functions may be theirs
+        # Plugins may register reward functions.
+        load_plugins(config.plugins)
         functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
         self._config = config.reward.model_copy(update={"functions": functions})
         self._pool = RewardPool(self._config, config.plugins)
         self._pool.warm_up()
 
     async def score(self, rollouts: RolloutBatch) -> RewardBatch:
-        """Rewards of one part, in its order."""
+        """Return the rewards of one part, in the order of its responses."""
         futures = [
             asyncio.wrap_future(self._pool.submit(inputs)) for inputs in reward_inputs(rollouts)
         ]
-        return reward_batch(rollouts.batch_id, self._config, await asyncio.gather(*futures))
+        scores = await asyncio.gather(*futures)
+        return reward_batch(rollouts.batch_id, self._config, scores)
 
     async def output(self) -> list[str]:
-        """What reward functions printed since the last call, and what they failed on, line by line."""
+        """Return the printed lines and failures of reward functions since the last call."""
         return self._pool.output.take()
 
     async def metrics(self) -> dict[str, Metric]:
-        """Memory: this process's peak and what the pool holds now."""
+        """Return the memory: the peak of this process and the present use of the pool."""
         memory = peak_memory_gib()
         for process in self._pool.process_ids():
-            with contextlib.suppress(psutil.Error):  # it may have been replaced meanwhile
+            # The process may have ended meanwhile: the pool replaces those that hang.
+            with contextlib.suppress(psutil.Error):
                 memory += psutil.Process(process).memory_info().rss / 1024**3
         return {"memory/reward": maximum(memory)}
 
     async def process_ids(self) -> list[int]:
-        """This process first, then those of the pool."""
+        """Return the ids of this process and, after it, of the pool's processes."""
         return [os.getpid(), *self._pool.process_ids()]
 
     async def shutdown(self) -> None:
@@ -68,13 +76,16 @@ class RewardWorker:
 
 
 def reward_inputs(rollouts: RolloutBatch) -> Iterator[RewardInput]:
-    """Yield what reward functions may know of each response, as plain values that pickle fast."""
+    """Yield the inputs of the reward functions for each response, in plain values.
+
+    Plain values pickle fast, and the processes of the pool need no NumPy.
+    """
     prompts = dict(zip(rollouts.prompts.group_ids.tolist(), rollouts.prompts.prompts, strict=True))
     starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
     lengths = rollouts.response_lengths
-    for row, (text, group) in enumerate(
-        zip(rollouts.response_texts, rollouts.group_ids.tolist(), strict=True)
-    ):
+
+    pairs = zip(rollouts.response_texts, rollouts.group_ids.tolist(), strict=True)
+    for row, (text, group) in enumerate(pairs):
         prompt = prompts[group]
         tokens = rollouts.token_ids[starts[row] : rollouts.sequence_offsets[row + 1]]
         yield RewardInput(
@@ -83,21 +94,28 @@ def reward_inputs(rollouts: RolloutBatch) -> Iterator[RewardInput]:
             prompt=prompt.text,
             problem=prompt.problem,
             metadata=prompt.metadata,
-            token_ids=array("i", tokens.tobytes()),  # no NumPy in the processes
+            token_ids=array("i", tokens.tobytes()),
             num_tokens=int(lengths[row]),
             truncated=bool(rollouts.stop_reasons[row] == StopReason.LENGTH),
         )
 
 
 def reward_batch(batch_id: int, config: RewardConfig, scores: Sequence[Score]) -> RewardBatch:
-    """The record of so many scores, in their order: the weighted sums, and what failed.
+    """Return the reward batch of some responses, in the order of `scores`.
 
-    reward = sum over functions of weight * score        a failed function's term is 0, or with `on_failure: drop` the reward is NaN
+        reward = sum over functions of weight * the function's reward
+
+    The term of a failed function is 0; with `on_failure: drop` the whole reward is NaN.
+
+    Args:
+        scores: the results of all functions for each response.
     """
     functions = config.functions
-    components = np.asarray([score.components for score in scores], dtype=np.float64).reshape(
-        len(scores), len(functions)
-    )
+    # Without responses NumPy would not know the number of columns.
+    shape = (len(scores), len(functions))
+    components = np.asarray([score.components for score in scores], dtype=np.float64)
+    components = components.reshape(shape)
+
     weights = np.asarray([function.weight for function in functions], dtype=np.float64)
     terms = components if config.on_failure == "drop" else np.nan_to_num(components, nan=0.0)
     return RewardBatch(
@@ -115,27 +133,31 @@ def reward_batch(batch_id: int, config: RewardConfig, scores: Sequence[Score]) -
 
 
 def _failures(config: RewardConfig, scores: Sequence[Score]) -> tuple[RewardFailure, ...]:
-    """In the order of the responses; one traceback for each function, so that a batch that fails as a whole stays small."""
+    """Return the failures in the order of the responses.
+
+    Only the first failure of each function has a traceback, so that a batch in which all responses
+    fail stays small.
+    """
     failures: list[RewardFailure] = []
     shown: set[str] = set()
     for row, score in enumerate(scores):
         for function, outcome in zip(config.functions, score.outcomes, strict=True):
-            if isinstance(outcome, FunctionFailure):
-                failures.append(
-                    RewardFailure(
-                        row=row,
-                        function=function.name,
-                        kind=outcome.kind,
-                        message=outcome.message,
-                        traceback="" if function.name in shown else outcome.traceback,
-                    )
-                )
-                shown.add(function.name)
+            if not isinstance(outcome, FunctionFailure):
+                continue
+            failure = RewardFailure(
+                row=row,
+                function=function.name,
+                kind=outcome.kind,
+                message=outcome.message,
+                traceback="" if function.name in shown else outcome.traceback,
+            )
+            failures.append(failure)
+            shown.add(function.name)
     return tuple(failures)
 
 
 class RewardWorkerClient:
-    """Implements `ports.RewardScorer` over the actor."""
+    """The `ports.RewardScorer` over the actor."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -150,31 +172,34 @@ class RewardWorkerClient:
 
 
 class RewardOutput:
-    """Writes what reward functions print to the log of this process, which is run.log, while a run goes on."""
+    """The output of reward functions, copied to this process's log (run.log) during a run."""
 
     def __init__(self) -> None:
         self._actor: Any = None
         self._task: asyncio.Task[None] | None = None
 
     def follow(self, actor: Any) -> None:
-        """Begin; `actor` is the reward worker."""
+        """Begin to copy the output of the reward worker `actor`."""
         self._actor = actor
-        self._task = asyncio.create_task(self._write_for_ever())
+        self._task = asyncio.create_task(self._write_forever())
 
     async def finish(self) -> None:
-        """Write the last lines; to be called before the actor is killed."""
+        """Write the last lines; call it before the actor is killed."""
         if self._task is None:
             return
+
         self._task.cancel()
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(self._write(), LAST_OUTPUT_LIMIT_S)
 
-    async def _write_for_ever(self) -> None:
-        with contextlib.suppress(RayError):  # the actor has died: the run says so
+    async def _write_forever(self) -> None:
+        # If the actor dies, the run reports it elsewhere.
+        with contextlib.suppress(RayError):
             while True:
                 await self._write()
                 await asyncio.sleep(OUTPUT_EVERY_S)
 
     async def _write(self) -> None:
+        """Write the lines that have come since the last call."""
         for line in await self._actor.output.remote():
             logger.info("%s", line)

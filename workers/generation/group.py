@@ -1,4 +1,4 @@
-"""The generation group: prompts out to the workers, parts back as they finish."""
+"""The generation group: it spreads prompts over workers and returns parts as they finish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsys.metrics import Metric, combine
 
 
 class GenerationGroup:
-    """Implements `ports.Generator` over actor handles of `GenerationWorker`."""
+    """The `ports.Generator` over actor handles of `GenerationWorker`."""
 
     def __init__(self, workers: Sequence[Any]) -> None:
         self._workers = workers
@@ -21,14 +21,16 @@ class GenerationGroup:
     async def generate(
         self, prompts: PromptBatch, sampling: SamplingParameters
     ) -> AsyncIterator[RolloutPart]:
-        """Split the prompts evenly over the workers and yield each group as soon as its worker has it."""
+        """Split the prompts evenly over the workers and yield each group when it is finished."""
+        # A worker's task puts its parts into the queue, then None, or an error.
         queue: asyncio.Queue[RolloutPart | BaseException | None] = asyncio.Queue()
-        shares = _even_shares(len(prompts), len(self._workers))
+        ranges = _even_ranges(len(prompts), len(self._workers))
         tasks = [
-            asyncio.create_task(self._stream(worker, prompts, share, sampling, queue))
-            for worker, share in zip(self._workers, shares, strict=True)
-            if len(share)
+            asyncio.create_task(self._stream(worker, prompts, indices, sampling, queue))
+            for worker, indices in zip(self._workers, ranges, strict=True)
+            if len(indices)
         ]
+
         try:
             running = len(tasks)
             while running:
@@ -47,36 +49,39 @@ class GenerationGroup:
         self,
         worker: Any,
         prompts: PromptBatch,
-        share: range,
+        indices: range,
         sampling: SamplingParameters,
         queue: asyncio.Queue[Any],
     ) -> None:
-        part = PromptBatch(
+        """Generate the prompts `indices` on one worker and put the parts into the queue."""
+        own = PromptBatch(
             batch_id=prompts.batch_id,
-            prompts=prompts.prompts[share.start : share.stop],
-            group_ids=prompts.group_ids[share.start : share.stop],
+            prompts=prompts.prompts[indices.start : indices.stop],
+            group_ids=prompts.group_ids[indices.start : indices.stop],
         )
         try:
             stream = worker.generate.options(num_returns="streaming").remote(
-                part, share.start, sampling
+                own, indices.start, sampling
             )
-            while (head := await anext(stream, None)) is not None:
+            # The items alternate: a small one that is fetched, and a reference that is passed on.
+            async for head in stream:
                 index, tokens = await head
                 rollouts = await anext(stream)
-                await queue.put(
-                    RolloutPart(prompt_index=index, num_response_tokens=tokens, rollouts=rollouts)
+                part = RolloutPart(
+                    prompt_index=index, num_response_tokens=tokens, rollouts=rollouts
                 )
+                await queue.put(part)
         except Exception as error:
             await queue.put(error)
         else:
             await queue.put(None)
 
     async def metrics(self) -> dict[str, Metric]:
-        """Peak memory over the workers."""
+        """Return the peak memory over the workers."""
         return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
 
 
-def _even_shares(count: int, workers: int) -> list[range]:
-    """Consecutive ranges whose sizes differ by at most one."""
+def _even_ranges(count: int, workers: int) -> list[range]:
+    """Return consecutive ranges whose sizes differ by at most one."""
     bounds = [count * i // workers for i in range(workers + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""The text of a response while it is sampled, token by token, as vLLM makes it."""
+"""The text of a response while it is sampled, decoded token by token as vLLM does it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 
 class ResponseText:
-    """Text without special tokens. A character whose bytes are not complete yet is not part of it."""
+    """The text of a response without special tokens.
+
+    A character joins the text when all its bytes have been sampled.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        """`prompt` decides how the first token reads: many tokenizers drop a space at the very beginning."""
+        """Begin after the token ids `prompt`.
+
+        They matter for the first token: many tokenizers drop a space at the beginning of a text.
+        """
         self.text = ""
         self._tokenizer = tokenizer
         self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -29,35 +35,47 @@ class ResponseText:
         self._ids.append(token)
         if self._fast is not None:
             self.text += self._next(token)
-        elif not (decoded := self._decoded()).endswith("\ufffd"):
-            self.text = decoded[self._start :]
+        else:
+            # A replacement character at the end stands for incomplete bytes.
+            decoded = self._decoded()
+            if not decoded.endswith("\ufffd"):
+                self.text = decoded[self._start :]
+
         return len(self.text) - before
 
     def cut_behind(self, stop: Sequence[str], added: int) -> bool:
-        """Cut the text behind the stop string that is complete first within the last `added` characters; False where none is."""
-        ends = [
-            found + len(string)
-            for string in stop
-            if (found := self.text.find(string, max(0, self._first(string, added)))) >= 0
-        ]
+        """Cut the text after the first stop string that ends within the last `added` characters.
+
+        Returns:
+            True if there is one.
+        """
+        ends = []
+        for string in stop:
+            found = self.text.find(string, max(0, self._first(string, added)))
+            if found >= 0:
+                ends.append(found + len(string))
         if not added or not ends:
             return False
+
         self.text = self.text[: min(ends)]
         return True
 
     def _first(self, string: str, added: int) -> int:
-        """Where a string begins at the earliest if its last character is among the last `added`."""
+        """Return the earliest start of a string that ends within the last `added` characters."""
         return len(self.text) - added - len(string) + 1
 
     def _decoded(self) -> str:
+        """Decode prompt and response as a whole, for tokenizers without a stream."""
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _next(self, token: int) -> str:
+        """Return the text that `token` completes; empty if its bytes are incomplete."""
         try:
             return self._stream.step(self._fast, token) or ""
         except Exception as error:
             if not str(error).startswith("Invalid prefix"):
                 raise
-            # Bytes that are no UTF-8 leave the stream unusable: begin a new one, as vLLM does.
+            # Bytes that are not valid UTF-8 leave the stream unusable. Begin a new one, as vLLM
+            # does.
             self._stream = DecodeStream(skip_special_tokens=True)
             return self._stream.step(self._fast, token) or ""

@@ -1,4 +1,4 @@
-"""One generation worker: an engine, its version of the weights, and finished groups out."""
+"""The generation worker: an engine and the version of its weights, in an actor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.generation.engines.engine import SampledGroup
 
 
 class GenerationWorker:
-    """Ray actor around one engine."""
+    """The Ray actor around one engine."""
 
     def __init__(self, config: RunConfig, model_directory: str) -> None:
         self._engine = make_engine(config, model_directory)
@@ -27,9 +27,11 @@ class GenerationWorker:
     def generate(
         self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
     ) -> Iterator[tuple[int, ...] | RolloutBatch]:
-        """Alternately the indices of some finished prompts with their number of sampled tokens, and their `RolloutBatch`.
+        """Yield two items for each finished group, as a streaming generator of Ray.
 
-        A Ray streaming generator: the caller fetches the small items and passes the references of the large ones on.
+        The first is the prompt's index in the batch with the number of sampled tokens, the second
+        the `RolloutBatch`. So the caller can fetch the small items and pass on the references of
+        the large ones.
         """
         positions = range(first_prompt, first_prompt + len(prompts))
         for groups in self._engine.generate(prompts.prompts, positions, sampling):
@@ -39,7 +41,11 @@ class GenerationWorker:
                 yield batch
 
     def install_weights(self, manifest: WeightManifest, *shards: NDArray[np.uint8]) -> None:
-        """Install the weights of `manifest.version`; an older version than the present one is refused."""
+        """Install the weights of `manifest.version`.
+
+        Raises:
+            ValueError: they are older than the installed ones.
+        """
         if manifest.version < self._version:
             raise ValueError(
                 f"weights version {manifest.version} is older than the installed {self._version}"
@@ -48,7 +54,7 @@ class GenerationWorker:
         self._version = manifest.version
 
     def version(self) -> int:
-        """Version of the installed weights; -1 before the first sync."""
+        """Return the version of the installed weights; -1 before the first sync."""
         return self._version
 
     def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
@@ -60,7 +66,7 @@ class GenerationWorker:
         return self._engine.weight_checksums(names)
 
     def metrics(self) -> dict[str, Metric]:
-        """Peak memory of this process, or of its GPU."""
+        """Return the peak memory of this process or, if it has one, of its GPU."""
         if torch.cuda.is_available():
             return {"memory/generation": maximum(torch.cuda.max_memory_allocated() / 1024**3)}
         return {"memory/generation": maximum(peak_memory_gib())}
@@ -69,7 +75,12 @@ class GenerationWorker:
 def build_rollouts(
     prompts: PromptBatch, groups: Sequence[SampledGroup], sampling: SamplingParameters, version: int
 ) -> RolloutBatch:
-    """The rollout batch of some finished groups."""
+    """Build the rollout batch of some finished groups.
+
+    Args:
+        prompts: the prompts that the indices of `groups` refer to.
+        version: of the weights.
+    """
     chosen = [prompts.prompts[group.index] for group in groups]
     ids = prompts.group_ids[[group.index for group in groups]]
     rows = [
@@ -77,11 +88,13 @@ def build_rollouts(
         for prompt, group_id, group in zip(chosen, ids, groups, strict=True)
         for response in group.responses
     ]
+
     sequences = TokenSequences.of(
         [prompt.token_ids for prompt, _, _ in rows],
         [response.token_ids for _, _, response in rows],
         group_ids=[group_id for _, group_id, _ in rows],
     )
+    # Prompts have no log-probabilities; their tokens keep 0.
     logprobs = np.zeros(len(sequences.token_ids), dtype=np.float32)
     logprobs[sequences.loss_mask] = np.concatenate([response.logprobs for _, _, response in rows])
     versions = np.full(len(rows), version, dtype=np.int32)
@@ -93,5 +106,5 @@ def build_rollouts(
         newest_weight_version=versions,
         stop_reasons=np.array([response.stop_reason for _, _, response in rows], dtype=np.int8),
         response_texts=tuple(response.text for _, _, response in rows),
-        temperature=sampling.temperature or 1.0,
+        temperature=sampling.temperature or 1.0,  # greedy log-probabilities are at 1
     )

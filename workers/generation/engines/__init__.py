@@ -10,7 +10,7 @@ from workers.generation.engines.engine import RolloutEngine
 
 
 def make_engine(config: RunConfig, model_directory: str) -> RolloutEngine:
-    """Return the engine that `generation.engine` names; only its own module is imported."""
+    """Build the engine that `generation.engine` names; only its own module is imported."""
     name = config.generation.engine
     assert name in ENGINES, "checked by the config"
     module = importlib.import_module(f"workers.generation.engines.{name}")

@@ -1,8 +1,8 @@
-"""The engine behind a generation worker.
+"""The interface of the engine behind a generation worker.
 
-              prompts                          finished groups
-worker ---------------------> RolloutEngine -------------------> worker
-              weights, version                 log-probs of a probe
+          prompts                          finished groups
+worker -----------------> RolloutEngine -------------------> worker
+          weights, version                 log-probs of a probe
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SampledResponse:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # at the sampling temperature, of the untruncated distribution
-    text: str  # without special tokens, cut behind the stop string that ended it
+    text: str  # without special tokens, cut after the stop string that ended it
     stop_reason: StopReason
 
 
@@ -37,39 +37,50 @@ class SampledGroup:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with some version of the weights."""
+    """A model that samples responses with some version of the policy's weights."""
 
     def generate(
         self, prompts: Sequence[Prompt], positions: Sequence[int], sampling: SamplingParameters
     ) -> Iterator[list[SampledGroup]]:
-        """Yield groups as they finish. Equal seeds, prompts, positions and weights give equal responses.
+        """Yield groups as they finish.
 
-        top_p, top_k and min_tokens say from which tokens is drawn, never which log-probabilities are reported: those are of the model's whole
-        distribution at the sampling temperature (at 1 where it is 0), as every other log-probability in rlsys is.
+        The same seed, prompts, positions and weights give the same responses.
 
-        A response ends with an end token, with a stop string, or after max_tokens. End tokens are forbidden among the first min_tokens tokens, and a
-        stop string that is complete within them ends nothing. Tokens stay as sampled; of the token that completes a stop string, the text keeps what
-        belongs to the string.
+        top_p, top_k and min_tokens restrict the tokens that are drawn, but not the reported
+        log-probabilities. Those are of the model's whole distribution at the sampling temperature
+        (at 1 where it is 0), as all log-probabilities in rlsys.
+
+        A response ends with an end token, with a stop string, or after max_tokens. End tokens are
+        not drawn among the first min_tokens tokens, and a stop string that is complete within them
+        does not end the response. Tokens stay as sampled; the text ends with the stop string, even
+        in the middle of a token.
 
         Args:
-            positions: each prompt's place in the whole batch, so that a prompt's randomness need not depend on the worker.
+            positions: each prompt's place in the whole batch, so that its random numbers need not
+                depend on the worker.
         """
         ...
 
     def install_weights(
         self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
     ) -> None:
-        """Replace the weights; the next token is sampled with the new ones."""
+        """Replace all weights; the next token is sampled with the new ones."""
         ...
 
     def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-        """Sequences of any lengths L -> [L - 1] log-probabilities at temperature 1 of each token but the first."""
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none.
+
+        The temperature is 1.
+        """
         ...
 
     def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
-        """Return the sum of squares of each parameter that the engine holds, to find out which differ.
+        """Return the sum of squares of each parameter of the engine, to find those that differ.
 
-        The key has those of `names`, of the weights as they were sent, that the parameter is made
-        of: several where the engine fuses them. Parameters made of none of them are left out.
+        A key has the names of the weights that the parameter is made of; an engine may fuse
+        several. Parameters that are made of none of `names` are left out.
+
+        Args:
+            names: of the weights as they were sent.
         """
         ...
