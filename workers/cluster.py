@@ -116,7 +116,7 @@ class Cluster:
             bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0)
             _check_capacity(bundles, available)
             reservation = _reserve(bundles)
-        except BaseException:
+        except BaseException:  # an interrupt must not leave Ray running either
             leave_ray()
             raise
 
@@ -151,6 +151,7 @@ class Cluster:
                 options["num_cpus"] = self.bundles[position].cpus
                 options["num_gpus"] = self.bundles[position].gpus
 
+        # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
         environment = {
             "OMP_NUM_THREADS": str(self.threads.get(place, 1)),
             "TOKENIZERS_PARALLELISM": "false",
@@ -176,6 +177,7 @@ class Cluster:
         """
 
         async def ready(name: str, actor: Any) -> None:
+            # An error of a constructor shows only in the first call of a method.
             try:
                 await actor.__ray_ready__.remote()
             except RayError as error:
@@ -244,6 +246,7 @@ def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:
     Raises:
         ConfigError: the cluster did not free them in time.
     """
+    # PACK places the bundles on as few nodes as possible.
     reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
     if not reservation.wait(RESERVATION_TIMEOUT_S):
         remove_placement_group(reservation)

@@ -42,6 +42,7 @@ class GenerationGroup:
                 else:
                     raise item
         finally:
+            # The driver may stop early, and an error of one worker ends all streams.
             for task in tasks:
                 task.cancel()
 

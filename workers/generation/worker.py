@@ -50,6 +50,7 @@ class GenerationWorker:
             raise ValueError(
                 f"weights version {manifest.version} is older than the installed {self._version}"
             )
+        # Only after the weights are installed, so that a failure does not change the version.
         self._engine.install_weights(manifest, shards)
         self._version = manifest.version
 
@@ -81,6 +82,7 @@ def build_rollouts(
         prompts: the prompts that the indices of `groups` refer to.
         version: of the weights.
     """
+    # One row per response, in the order of the groups.
     chosen = [prompts.prompts[group.index] for group in groups]
     ids = prompts.group_ids[[group.index for group in groups]]
     rows = [

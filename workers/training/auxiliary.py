@@ -98,6 +98,7 @@ class AuxiliaryLearner:
         if not (directory / FILE).exists():
             return
 
+        # The size of the network depends on the estimator's settings and the model.
         state = torch.load(directory / FILE, map_location=self._device, weights_only=True)
         try:
             self.auxiliary.load_state_dict(state)

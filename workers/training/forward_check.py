@@ -224,7 +224,7 @@ def _own_logprobs(
     try:
         return _logprobs(model, batch, packing=False, together=together, device=device)
     except (torch.OutOfMemoryError, MemoryError):
-        raise
+        raise  # about the machine, not the model
     except Exception as error:  # each architecture fails in its own way
         raise UnsupportedModelError(
             f"model.path: the forward pass of {type(model).__name__} on token ids fails "
@@ -368,6 +368,7 @@ def _cache_file(
 ) -> Path:
     """Return the file of the verdict, whose name is a digest of all that it depends on."""
     config = model.config.to_dict()
+    # Entries that do not change the forward pass.
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     sources = sorted(code.rglob("*.py")) if code else []
@@ -398,6 +399,7 @@ def _read(file: Path) -> ForwardCheck | None:
 
 def _write(file: Path, verdict: ForwardCheck) -> None:
     """Cache a verdict; a failure to write is only logged."""
+    # Written under another name and renamed, since several runs may write the same file.
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:

@@ -181,6 +181,7 @@ def _group_moments(
     """Return the moments of one group, summed over its responses on all ranks; collective."""
     rewards = torch.from_numpy(batch.rewards.rewards[members].astype(np.float64)).to(device)
     plain = plain_weights(rewards, torch.ones_like(rewards))  # [3, G]
+    # From rows of the batch to columns of `plain`.
     place = {int(row): i for i, row in enumerate(members)}
 
     parts = []

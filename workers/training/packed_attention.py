@@ -55,6 +55,7 @@ def group_mask(group: SegmentGroup, device: torch.device, window: int | None = N
     With a sliding window q sees the last `window` tokens of its own sequence, itself included.
     """
     segment, position = _segments_and_positions(group, device)
+    # The prompt is visible to all tokens, a response to itself only.
     visible = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
 
     distance = position[:, None] - position[None, :]
@@ -87,6 +88,7 @@ def attention_blocks(
     start = prompt
     for length in group.response_lengths:
         end = start + length
+        # A response of one token is empty in the pack, since its last token predicts nothing.
         if length:
             mask = torch.cat([whole[start:end, :prompt], whole[start:end, start:end]], dim=1)
             blocks.append(AttentionBlock((start, end), ((0, prompt), (start, end)), mask))
@@ -103,6 +105,7 @@ class PackedLayout:
     def __init__(self, groups: Sequence[SegmentGroup], device: torch.device) -> None:
         self.groups = tuple(groups)
         self.device = device
+        # Layers may differ in their window, so masks are kept for each.
         self._blocks: dict[int | None, list[list[AttentionBlock]]] = {}
         self._block_masks: dict[int | None, Any] = {}
         self._cumulative: Tensor | None = None
@@ -305,6 +308,7 @@ def _per_group(kernel: BlockKernel) -> Callable[[_AttentionCall], Tensor]:
     """
 
     def attend(call: _AttentionCall) -> Tensor:
+        # Grouped-query attention: several query heads share a key head.
         times = call.query.shape[1] // call.key.shape[1]
         key = _repeat_heads(call.key, times)
         value = _repeat_heads(call.value, times)
@@ -365,9 +369,9 @@ def _flex(call: _AttentionCall) -> Tensor:
 
     softcap = call.softcap
 
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def capped(logit: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        return softcap * torch.tanh(logit / softcap)
 
     # Compiled, the kernel skips masked blocks; a CPU runs torch's plain implementation.
     kernel = torch.compile(flex_attention, dynamic=True) if call.query.is_cuda else flex_attention

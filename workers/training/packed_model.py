@@ -75,6 +75,7 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, pack: PackTensors) -> Tensor:
         """Return [m, d] the last hidden states at the positions that predict a sampled token."""
+        # transformers hands `packed_layout` down to the attention function (`packed_attention`).
         output = self.model.get_decoder()(
             input_ids=pack.token_ids,
             position_ids=pack.position_ids,
@@ -109,6 +110,8 @@ class PackedCausalLM(PackedModel):
 
     def _packed(self, pack: PackTensors) -> PackResult:
         """Run the LM head only on positions that predict a sampled token."""
+        # The weight of the head is used in chunks of tokens, so that the logits of all tokens never
+        # exist at once.
         hidden = self.hidden_states(pack)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear), "a causal language model has an LM head"

@@ -92,6 +92,7 @@ class PolicyWorker(CausalLMWorker):
         Every rank gets the whole batch and trains on its part.
         """
         policy = self.config.policy
+        # The plan depends on seed and batch only, so all ranks have the same mini-batches.
         mini_batches = list(
             mini_batch_rows(
                 batch.rollouts.sequences,
@@ -101,6 +102,7 @@ class PolicyWorker(CausalLMWorker):
                 batch_id=batch.batch_id,
             )
         )
+        # A mini-batch without a trained response has no gradient. It is skipped, and counted.
         trained = [_trained_rows(batch, rows) for rows in mini_batches]
         self.counts = UpdateCounts(empty=sum(not len(rows) for rows in trained))
         self.estimated = None
@@ -110,6 +112,7 @@ class PolicyWorker(CausalLMWorker):
             if len(rows):
                 reports.append(self.update_on(batch, rows, all_rows))
 
+        # The rate that the updates had; the next step has another.
         rate = self._learning_rate()
         self.steps += 1
         penalty = self._adapt_old_kl(batch, np.concatenate(trained))
@@ -209,6 +212,7 @@ class PolicyWorker(CausalLMWorker):
         if not used:
             return {}
 
+        # One more forward pass, with the weights after the last update.
         if target is not None and len(rows):
             assert batch.old_logprobs is not None, "a penalty to the old policy needs its log-probs"
             rollouts = batch.rollouts
@@ -247,6 +251,7 @@ class PolicyWorker(CausalLMWorker):
 
     def _keep_estimated(self, batch: TrainBatch, rows: NDArray[np.int64]) -> None:
         """Keep the advantages of `rows` for the file of the step's rollouts."""
+        # NaN marks the responses for which no advantage is estimated.
         if self.estimated is None or self.estimated.shape != batch.advantages.shape:
             self.estimated = np.full_like(batch.advantages, np.nan)
         tokens = _tokens_of(batch.rollouts, rows)
@@ -308,6 +313,7 @@ class PolicyWorker(CausalLMWorker):
         if statistic is None:
             return objective.parameters
 
+        # Log-ratios of this rank's tokens; a rank may have none.
         own = [torch.zeros(0)]
         if batch.old_logprobs is not None:
             for pack in packs:
@@ -317,9 +323,9 @@ class PolicyWorker(CausalLMWorker):
                 columns = PackColumns(pack, self.backend.device)
                 own.append(pack_log_ratios(result, columns, batch, objective.ratio).cpu())
 
-        of_ranks: list[Any] = [None] * self.world_size
-        dist.all_gather_object(of_ranks, torch.cat(own))
-        statistics = statistic(torch.cat(of_ranks), **objective.parameters)
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, torch.cat(own))
+        statistics = statistic(torch.cat(gathered), **objective.parameters)
         return {**objective.parameters, **statistics}
 
     def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
@@ -328,6 +334,7 @@ class PolicyWorker(CausalLMWorker):
         Returns:
             On rank 0 the manifest and references to the shards, None on the other ranks.
         """
+        # All ranks gather the weights; rank 0 alone gets them.
         dtype = DTYPES[self.config.generation.dtype]
         manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
         if self.rank != 0:
@@ -338,11 +345,12 @@ class PolicyWorker(CausalLMWorker):
     def probe_logprobs(
         self, sequences: Sequence[NDArray[np.int32]], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities of each token but the first, for sequences of L tokens.
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none.
 
         Collective; every rank computes the same.
         """
         batch = TokenSequences.of_texts(sequences)
+        # Planned as for a single rank: all ranks run all packs.
         packs = pack_rows(
             batch,
             np.arange(len(batch)),
@@ -361,6 +369,7 @@ class PolicyWorker(CausalLMWorker):
         """Write the model in Hugging Face layout and all state of the policy; collective."""
         path = Path(directory)
         self.backend.save(path)
+        # The rest is the same on all ranks.
         if self.rank != 0:
             return
 

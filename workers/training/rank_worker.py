@@ -54,6 +54,7 @@ class RankWorker:
         """Take the whole configuration, and the `settings` of this model's role."""
         load_plugins(config.plugins)
         use_all_threads()
+
         self.config = config
         self.settings = settings
         self.model_directory = Path(model_directory)
@@ -72,6 +73,7 @@ class RankWorker:
         device = join_process_group(address, self.rank, self.world_size, self._store)
         self.backend, padded_because = self.build(device)
 
+        # Shared prompts need the packed forward pass, and a kernel that can mask parts of a group.
         kernel = choose_kernel(self.config.model.attention, device)
         self.shared_prefix_packing = (
             self.settings.shared_prefix_packing
@@ -138,6 +140,7 @@ class CausalLMWorker(RankWorker):
 
         logprobs = np.zeros(len(rollouts.token_ids), dtype=np.float32)
         norms = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+        # In the order of the packs.
         own_rows: list[int] = []
         for pack in packs:
             result = self.run(pack, rollouts.temperature)

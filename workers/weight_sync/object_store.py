@@ -73,6 +73,7 @@ class ObjectStoreWeightSync:
 
     async def sync(self, version: int) -> dict[str, Metric]:
         """See `ports.WeightSync`."""
+        # The shards are references here; Ray resolves them on the workers' nodes.
         manifest, shards = await self._policy.export_weights(version)
         await asyncio.gather(
             *(worker.install_weights.remote(manifest, *shards) for worker in self._workers)

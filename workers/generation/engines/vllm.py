@@ -126,7 +126,7 @@ class VLLMEngine:
             ignore_eos=True,
             include_stop_str_in_output=True,
             skip_special_tokens=True,
-            logprobs=0,
+            logprobs=0,  # that of the sampled token only
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
