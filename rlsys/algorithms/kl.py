@@ -1,7 +1,8 @@
-"""Estimators of KL divergences, where each of them has the right gradient, and coefficients that adapt."""
+"""Estimators of KL divergences, the place where each has the right gradient, and coefficients."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ KL_KINDS = ("k1", "k2", "k3", "k3_k2")
 KL_DIRECTIONS = ("reverse", "forward")
 KL_LEVELS = ("token", "sequence")
 KL_IMPORTANCE_RATIOS = ("none", "token", "prefix", "product")
-# Kinds whose own gradient is meant, so that an importance ratio only weighs it.
+# Kinds that are used for their own gradient: an importance ratio weights it and has none itself.
 GRADIENT_KINDS = ("k2", "k3_k2")
 
 
 class KLLossTerms(NamedTuple):
-    """Which estimate of the KL a loss contains."""
+    """The estimate of the KL that a loss contains."""
 
     kind: str
     direction: str = "reverse"
@@ -39,17 +40,18 @@ def kl_estimate(
         k3     r - 1 + d                             1 - r - r d
         k3_k2  the value of k3, the gradient of k2
 
-    As values: k1 is unbiased with a large variance and may be negative; k2 is biased with a small variance; k3 is unbiased, has a
-    small variance and is never negative. An unbiased value does not make an unbiased gradient: `kl_loss` and `kl_rewards` say where
-    each kind may stand.
+    As values: k1 is unbiased with a large variance and may be negative; k2 is biased with a small
+    variance; k3 is unbiased, has a small variance and is never negative. An unbiased value does not
+    make an unbiased gradient: `kl_loss` and `kl_rewards` say where each kind may be used.
 
-    Source: Schulman 2020, Approximating KL Divergence. Gradients: Tang and Munos 2025, On a Few Pitfalls in KL Divergence Gradient
-    Estimation for RL (arXiv:2506.09477).
+    Source: Schulman 2020, Approximating KL Divergence. Gradients: Tang and Munos 2025, On a Few
+    Pitfalls in KL Divergence Gradient Estimation for RL (arXiv:2506.09477).
 
     Shapes: any, elementwise.
 
-    Conventions: differentiable in `logprobs`. r is capped at e^20 and keeps its gradient there; a word that the reference rules out counts
-    as one of log-probability -10,000. So every value is finite.
+    Conventions: differentiable in `logprobs`. r is capped at e^20 and keeps its gradient there; a
+    token to which the reference gives probability 0 counts as one of log-probability -10,000. So
+    every value is finite.
 
     Raises:
         ValueError: unknown kind or direction, or k3_k2 of the forward direction.
@@ -61,7 +63,8 @@ def kl_estimate(
 def _check_kind(kind: str, direction: str) -> None:
     if direction not in KL_DIRECTIONS:
         raise ValueError(
-            f"algorithm.kl.direction: unknown {direction!r}. Choose from {', '.join(KL_DIRECTIONS)}."
+            f"algorithm.kl.direction: unknown {direction!r}. Choose from "
+            f"{', '.join(KL_DIRECTIONS)}."
         )
     if kind not in KL_KINDS:
         raise ValueError(
@@ -69,28 +72,36 @@ def _check_kind(kind: str, direction: str) -> None:
         )
     if kind == "k3_k2" and direction == "forward":
         raise ValueError(
-            "algorithm.kl.kind: 'k3_k2' has the gradient of the reverse k2, and there is none like it of the forward direction. "
-            "Choose k1 or k3 with algorithm.kl.importance_ratio, or the reverse direction."
+            "algorithm.kl.kind: 'k3_k2' has the gradient of the reverse k2, and the forward "
+            "direction has no counterpart. Choose k1 or k3 with algorithm.kl.importance_ratio, or "
+            "the reverse direction."
         )
 
 
 def _of_difference(difference: Tensor, kind: str, direction: str) -> Tensor:
+    """Return the estimate from d = logprobs - ref_logprobs."""
     if direction == "forward":
         return _forward(difference, kind)
     if kind == "k1":
         return difference
+
     k2 = difference**2 / 2
     if kind == "k2":
         return k2
+
     k3 = _reverse_k3(difference)
-    return k3 if kind == "k3" else k3.detach() + (k2 - k2.detach())
+    if kind == "k3":
+        return k3
+    # The second term is 0; only its gradient counts.
+    return k3.detach() + (k2 - k2.detach())
 
 
 def _reverse_k3(difference: Tensor) -> Tensor:
-    # expm1 keeps the digits of a small difference; far away the cap matters and the digits do not.
+    # expm1 keeps the digits of a small difference; for a large one the cap matters instead.
     near = difference.abs() < 1
     exact = torch.where(near, -difference, 0.0).expm1()
-    return torch.where(near, exact, bounded_ratio(-difference) - 1) + difference
+    capped = bounded_ratio(-difference) - 1
+    return torch.where(near, exact, capped) + difference
 
 
 def _forward(difference: Tensor, kind: str) -> Tensor:
@@ -111,58 +122,69 @@ def kl_loss(
 ) -> Tensor:
     """Compute the KL term of a loss at each token, before its coefficient.
 
-        token level      w_t k(d_t)      w_t: 1 | rho_t | prod_{s<=t} rho_s      rho = exp(logprobs - old_logprobs)
-        sequence level   w k(D)          w:   1 | prod_s rho_s                   D = sum_s d_s
+        token level      w_t k(d_t)      w_t: 1 | rho_t | prod_{s<=t} rho_s
+        sequence level   w k(D)          w:   1 | prod_s rho_s,      D = sum_s d_s
 
-    Its gradient, with samples of `old` and the live policy pi (`docs/algorithms.md` has the sizes of what is missing):
+        rho = exp(logprobs - old_logprobs)
 
-        k2, k3_k2                 E[w_t d_t grad log pi_t]: that of the KL of each position given its prefix, at prefixes that `old` (w_t up to rho_t) or
-                                  pi (prefix) visits. A token does not answer for the KL that it leads to. Right for
-                                  responses of one token, and at sequence level, where D is the whole response's. Without w only on-policy.
-        k3                        without w that of the **forward** KL of each position, on-policy. With w that of E_pi[k3], the
-                                  reverse KL: the gradient flows through w as well. `prefix` is right over whole responses.
-        k1                        without w 0 in expectation. With w as k3, with more variance.
-        forward k1, k3            with w that of the forward KL of each position, at prefixes as above; at sequence level of the whole
-                                  response. Without w of nothing.
+    Its gradient, with samples of `old` and the live policy pi (`docs/algorithms.md` has the size
+    of each error):
 
-    Source: Tang and Munos 2025 (arXiv:2506.09477); k3 times rho_t: DeepSeek-AI 2025, DeepSeek-V3.2, section 3.1
-    (unbiased KL estimate); k3 of whole responses: Guo et al. 2025, DeepSeek-R1, equation 2 (arXiv:2501.12948).
+        k2, k3_k2      E[w_t d_t grad log pi_t]: that of the KL of each position given its prefix,
+                       at prefixes that `old` visits (w_t up to rho_t) or pi (prefix). A token gets
+                       no credit for the KL of later tokens. Right for responses of one token, and
+                       at sequence level, where D is that of the whole response. Without w only
+                       on-policy.
+        k3             Without w that of the **forward** KL of each position, on-policy. With w that
+                       of E_pi[k3], the reverse KL: the gradient flows through w as well. `prefix`
+                       is right over whole responses.
+        k1             Without w 0 in expectation. With w as k3, with more variance.
+        forward k1,    With w that of the forward KL of each position, at prefixes as above; at
+        forward k3     sequence level that of the whole response. Without w that of no KL.
+
+    Source: Tang and Munos 2025 (arXiv:2506.09477); k3 times rho_t: DeepSeek-AI 2025, DeepSeek-V3.2,
+    section 3.1 (unbiased KL estimate); k3 of whole responses: Guo et al. 2025, DeepSeek-R1,
+    equation 2 (arXiv:2501.12948).
 
     Shapes: [B, T] -> [B, T], 0 outside the mask. Gradient flows through `logprobs` alone.
 
-    Conventions: at sequence level each token carries the response's value and the gradient through its own log-probability, as the
-    ratio levels of the objective do: summed over tokens the gradient is that of w k(D). w is capped at e^20. For k2 and k3_k2 w has no
-    gradient. All of this is of sums over the tokens of a response (`sequence_sum`, or `constant` for a fixed share of it): the other
-    aggregations weigh responses by their lengths, KL and objective alike.
+    Conventions: at sequence level each token carries the response's value and the gradient through
+    its own log-probability, as the ratio levels of the objective do: summed over tokens the
+    gradient is that of w k(D). w is capped at e^20. For k2 and k3_k2 w has no gradient. All of this
+    is about sums over the tokens of a response (`sequence_sum`, or `constant` for a fixed fraction
+    of it): the other aggregations weight responses by their lengths, KL and objective alike.
 
     Raises:
         ValueError: unknown or contradictory terms.
     """
     check_kl_loss(terms)
-    ref, old = finite_logprobs(ref_logprobs.detach()), finite_logprobs(old_logprobs.detach())
+    ref = finite_logprobs(ref_logprobs.detach())
+    old = finite_logprobs(old_logprobs.detach())
     differences = torch.where(response_mask, logprobs - ref, 0.0)
-    steps = torch.where(response_mask, logprobs - old, 0.0)
+    log_ratios = torch.where(response_mask, logprobs - old, 0.0)
+
     if terms.level == "sequence":
-        differences, steps = _of_response(differences), _of_response(steps)
+        differences = _of_response(differences)
+        log_ratios = _of_response(log_ratios)
+    elif terms.importance_ratio == "prefix":
+        log_ratios = log_ratios.cumsum(1)
+
     estimate = _of_difference(differences, terms.kind, terms.direction)
     if terms.importance_ratio != "none":
-        weights = bounded_ratio(_accumulated(steps, terms))
-        estimate = estimate * (weights.detach() if terms.kind in GRADIENT_KINDS else weights)
+        weights = bounded_ratio(log_ratios)
+        if terms.kind in GRADIENT_KINDS:
+            weights = weights.detach()
+        estimate = estimate * weights
     return torch.where(response_mask, estimate, 0.0)
 
 
 def _of_response(values: Tensor) -> Tensor:
-    """The sum over the response at each token, with gradient through the token's own value."""
+    """Return the response's sum at each token, with gradient through the token's own value."""
     return values.sum(1, keepdim=True).detach() + values - values.detach()
 
 
-def _accumulated(steps: Tensor, terms: KLLossTerms) -> Tensor:
-    """The log of w: at sequence level the steps are sums of the response already."""
-    return steps.cumsum(1) if terms.importance_ratio == "prefix" else steps
-
-
 def check_kl_loss(terms: KLLossTerms) -> None:
-    """Refuse terms whose gradient is that of no divergence.
+    """Refuse terms whose gradient is not that of a KL divergence.
 
     Raises:
         ValueError: names field, value and remedy.
@@ -175,44 +197,60 @@ def check_kl_loss(terms: KLLossTerms) -> None:
         )
     if ratio not in KL_IMPORTANCE_RATIOS:
         raise ValueError(
-            f"algorithm.kl.importance_ratio: unknown {ratio!r}. Choose from {', '.join(KL_IMPORTANCE_RATIOS)}."
+            f"algorithm.kl.importance_ratio: unknown {ratio!r}. Choose from "
+            f"{', '.join(KL_IMPORTANCE_RATIOS)}."
         )
+    _check_gradient(kind, direction, ratio)
+    _check_ratio_of_level(level, ratio)
+
+
+def _check_gradient(kind: str, direction: str, ratio: str) -> None:
+    """Refuse kinds whose gradient in the loss is 0 or that of no divergence."""
     if direction == "forward" and kind == "k2":
         raise ValueError(
-            "algorithm.kl.kind: 'k2' of the forward direction is no loss: its gradient is that of no KL. Choose k1 or k3 with "
-            "algorithm.kl.importance_ratio."
+            "algorithm.kl.kind: 'k2' of the forward direction cannot be a loss: its gradient is "
+            "not that of a KL. Choose k1 or k3 with algorithm.kl.importance_ratio."
         )
     if direction == "forward" and ratio == "none":
         raise ValueError(
-            f"algorithm.kl.direction: 'forward' with kind {kind!r} in the loss has the gradient of no KL without an importance ratio. Set "
-            "algorithm.kl.importance_ratio, or take direction reverse with kind k3, whose on-policy gradient is that of the forward KL."
+            f"algorithm.kl.direction: 'forward' with kind {kind!r} in the loss does not have the "
+            "gradient of a KL without an importance ratio. Set algorithm.kl.importance_ratio, or "
+            "use direction reverse with kind k3, whose on-policy gradient is that of the forward "
+            "KL."
         )
     if kind == "k1" and ratio == "none":
         raise ValueError(
-            "algorithm.kl.kind: 'k1' in the loss has the mean gradient 0 (the expected score), so it does nothing but add noise. Choose "
-            "k2, k3 or k3_k2, set algorithm.kl.importance_ratio, or place k1 in the reward."
+            "algorithm.kl.kind: 'k1' in the loss has the mean gradient 0 (the expected score), so "
+            "it only adds noise. Choose k2, k3 or k3_k2, set algorithm.kl.importance_ratio, or "
+            "place k1 in the reward."
         )
+
+
+def _check_ratio_of_level(level: str, ratio: str) -> None:
     if level == "sequence" and ratio in ("token", "prefix"):
         raise ValueError(
-            f"algorithm.kl.importance_ratio: {ratio!r} weighs tokens, and algorithm.kl.level 'sequence' has one term a response. Choose "
-            "product or none."
+            f"algorithm.kl.importance_ratio: {ratio!r} weighs tokens, and algorithm.kl.level "
+            "'sequence' has one term per response. Choose product or none."
         )
     if level == "token" and ratio == "product":
         raise ValueError(
-            "algorithm.kl.importance_ratio: 'product' at algorithm.kl.level 'token' only adds variance to 'prefix', which is exact already. "
-            "Choose prefix."
+            "algorithm.kl.importance_ratio: 'product' at algorithm.kl.level 'token' has more "
+            "variance than 'prefix', which is exact already. Choose prefix."
         )
 
 
 def kl_rewards(
     old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, coefficient: float
 ) -> Tensor:
-    """Compute -beta d_t, d_t = old_logprobs_t - ref_logprobs_t: what each token pays for its KL in the reward.
+    """Compute the KL penalty of each token in the reward: -beta d_t.
 
-    The score function turns a reward into a gradient, E[sum_t grad log pi_t sum_{s>=t} d_s], which is that of KL(pi || ref) over whole
-    responses, exactly. So only k1 is right here: another estimate c(d) has the gradient E[grad log pi c(d)] alone and lacks E[grad c(d)],
-    which is 0 for k1. k2 and k3 charge a word for being rarer than under the reference too; the score function makes what is charged rarer
-    still, and the policy moves **away** from the reference.
+        d_t = old_logprobs_t - ref_logprobs_t
+
+    The score function turns a reward into a gradient, E[sum_t grad log pi_t sum_{s>=t} d_s], which
+    is that of KL(pi || ref) over whole responses, exactly. So only k1 is right here: another
+    estimate c(d) has the gradient E[grad log pi c(d)] alone and lacks E[grad c(d)], which is 0 for
+    k1. k2 and k3 also penalise a token for being rarer than under the reference; the score function
+    makes a penalised token rarer still, and the policy moves **away** from the reference.
 
     Source: Tang and Munos 2025 (arXiv:2506.09477); Ouyang et al. 2022 (the per-token cost).
 
@@ -222,16 +260,18 @@ def kl_rewards(
 
 
 def token_log_ratios(old_logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Compute d_t = old_logprobs_t - ref_logprobs_t: [B, T] float32 or better, no gradient, finite, 0 outside the mask."""
+    """Compute d_t = old_logprobs_t - ref_logprobs_t.
+
+    Shapes: [B, T] -> [B, T] float32 or better, no gradient, finite, 0 outside the mask.
+    """
     work = torch.float64 if old_logprobs.dtype == torch.float64 else torch.float32
-    old, ref = (
-        finite_logprobs(logprobs.detach().to(work)) for logprobs in (old_logprobs, ref_logprobs)
-    )
+    old = finite_logprobs(old_logprobs.detach().to(work))
+    ref = finite_logprobs(ref_logprobs.detach().to(work))
     return torch.where(response_mask, old - ref, 0.0)
 
 
 def check_kl_in_reward(kind: str, direction: str, placement: str) -> None:
-    """Refuse estimates that drive the policy away from the reference where the score function differentiates them.
+    """Refuse estimates that, as a reward, drive the policy away from the reference.
 
     Raises:
         ValueError: names field, value and remedy.
@@ -239,42 +279,47 @@ def check_kl_in_reward(kind: str, direction: str, placement: str) -> None:
     _check_kind(kind, direction)
     if direction != "reverse":
         raise ValueError(
-            f"algorithm.kl.direction: {direction!r} with placement {placement!r} drives the policy away from the reference: as a reward only "
-            "the reverse k1 has the gradient of a KL. Set direction reverse, or placement loss."
+            f"algorithm.kl.direction: {direction!r} with placement {placement!r} drives the policy "
+            "away from the reference: as a reward only the reverse k1 has the gradient of a KL. "
+            "Set direction reverse, or placement loss."
         )
     if kind != "k1":
         raise ValueError(
-            f"algorithm.kl.kind: {kind!r} with placement {placement!r} drives the policy away from the reference: as a reward only k1 has "
-            "the gradient of the KL. Leave kind null, or set placement loss."
+            f"algorithm.kl.kind: {kind!r} with placement {placement!r} drives the policy away from "
+            "the reference: as a reward only k1 has the gradient of the KL. Leave kind null, or "
+            "set placement loss."
         )
 
 
 def exact_token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Compute KL(policy || reference) over the vocabulary at each position: no sampling of its token, so no variance from it.
+    """Compute KL(policy || reference) over the vocabulary at each position, without sampling noise.
 
         KL_t = sum_a pi_a (log pi_a - log ref_a)
 
-    As a loss it has the gradient of each position's KL given its prefix. As a reward it depends on the prefix alone, so its own token gets no
-    gradient from it: over whole responses the gradient is that of KL_t in the loss and of the *later* KL_{s>t} in the reward, together.
+    As a loss it has the gradient of each position's KL given its prefix. As a reward it depends on
+    the prefix alone, so its own token gets no gradient from it: over whole responses the gradient
+    is that of KL_t in the loss and of the *later* KL_{s>t} in the reward, together.
 
     Source: Ouyang et al. 2022 (KL of the RLHF reward); Tang and Munos 2025 (arXiv:2506.09477).
 
     Shapes: [..., V], [..., V] -> [...]. Differentiable in `logits`, at least float32.
 
-    Conventions: a word that the policy gives probability 0 counts 0.
+    Conventions: a token to which the policy gives probability 0 counts 0.
 
     Raises:
         ValueError: shapes differ.
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(
-            f"logits and ref_logits must have one shape, not {tuple(logits.shape)} and {tuple(ref_logits.shape)}"
+            f"logits and ref_logits must have one shape, not {tuple(logits.shape)} and "
+            f"{tuple(ref_logits.shape)}"
         )
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logs = (logits.to(work) / temperature).log_softmax(-1)
     ref_logs = (ref_logits.detach().to(work) / temperature).log_softmax(-1)
+
     probabilities = logs.exp()
-    # 0 (-inf - x) is 0 here, in value and gradient.
+    # Without the mask 0 * (-inf) would be NaN, in value and gradient.
     differences = torch.where(probabilities > 0, logs - ref_logs, 0.0)
     return (probabilities * differences).sum(-1)
 
@@ -284,44 +329,51 @@ def old_policy_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
         rho - 1 - log rho,   rho = exp(logprobs - old_logprobs)
 
-    The samples are those of `old`, so value and gradient are unbiased, over whole responses too; at the old policy itself both are exactly 0.
+    The samples are those of `old`, so value and gradient are unbiased, over whole responses too; at
+    the old policy itself both are exactly 0.
 
-    Source: Schulman et al. 2015, TRPO (its penalty form); Schulman et al. 2017, PPO, equation 8 (arXiv:1707.06347). The
-    estimate: k3 of Schulman 2020.
+    Source: Schulman et al. 2015, TRPO (its penalty form); Schulman et al. 2017, PPO, equation 8
+    (arXiv:1707.06347). The estimate: k3 of Schulman 2020.
 
-    Shapes: any, elementwise; differentiable in `logprobs`. rho is capped at e^20 and keeps its gradient there.
+    Shapes: any, elementwise; differentiable in `logprobs`. rho is capped at e^20 and keeps its
+    gradient there.
     """
     return _reverse_k3(finite_logprobs(old_logprobs.detach()) - logprobs)
 
 
 def adapted_penalty(coefficient: float, kl: float, *, target: float) -> float:
-    """Compute the coefficient of KL(old || live) for the next batch, from the KL a token that the updates on this one reached.
+    """Compute the coefficient of KL(old || live) for the next batch.
 
         beta / 2 where KL < target / 1.5,    2 beta where KL > 1.5 target,    else beta
 
+    KL is the KL per token that the updates on this batch reached.
+
     Source: Schulman et al. 2017, PPO, section 4 (arXiv:1707.06347).
 
-    Conventions: a KL that is not a number (a batch without tokens) changes nothing.
+    Conventions: a KL of NaN (a batch without tokens) changes nothing.
     """
     if kl > 1.5 * target:
         return 2 * coefficient
-    return coefficient / 2 if kl < target / 1.5 else coefficient
+    if kl < target / 1.5:
+        return coefficient / 2
+    return coefficient
 
 
 def adapted_coefficient(
     coefficient: float, kl: float, *, target: float, horizon: float, tokens: float = 1.0
 ) -> float:
-    """Compute the KL coefficient for the next batch, so that the measured KL moves towards `target`.
+    """Compute the KL coefficient for the next batch, so that the KL moves towards `target`.
 
         beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) tokens / horizon)
 
-    Source: Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, section 2.2 (arXiv:1909.08593), where n counts
-    samples and the horizon is 10,000 of them.
+    Source: Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, section 2.2
+    (arXiv:1909.08593), where n counts samples and the horizon is 10,000 of them.
 
-    Conventions: `tokens` and `horizon` count the same thing; here training steps (tokens = 1). A KL that is not a number (a batch without
-    tokens) changes nothing.
+    Conventions: `tokens` and `horizon` count the same thing; here training steps (tokens = 1). A KL
+    of NaN (a batch without tokens) changes nothing.
     """
-    if kl != kl:
+    if math.isnan(kl):
         return coefficient
+
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * tokens / horizon)

@@ -1,7 +1,7 @@
-"""What advantage estimators take and give, what they declare, and how they are registered.
+"""The contract of advantage estimators: inputs, outputs, declarations and registration.
 
-This module knows no estimator. Whatever one of them needs of a run is said here in general terms:
-the inputs it reads, the settings it does not go with, a small network that it trains.
+This module imports no estimator. It describes in general terms what an estimator may need of a run:
+the inputs it reads, the settings it contradicts, a small network that it trains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlsys.config import RunConfig
 from rlsys.registry import Registry, check_values
 
-# What `AdvantageInputs` may leave out, so that it is computed only for the estimators that need it.
+# The optional fields of `AdvantageInputs`; each is computed only for estimators that need it.
 Need = Literal[
     "token_rewards",
     "rollout_logprobs",
@@ -30,23 +30,26 @@ Need = Literal[
     "step_ends",
 ]
 
-# How a batch comes to have them; part of the message that it has not.
+# How a batch gets them; part of the message that one is missing.
 REMEDIES: Mapping[Need, str] = {
     "token_rewards": "They come from a KL or an entropy in the reward.",
     "rollout_logprobs": "The engine must return the log-probability of each sampled token.",
     "old_logprobs": "The policy computes them before the update.",
-    "ref_logprobs": "Set algorithm.kl.coefficient above 0: the reference runs then.",
+    "ref_logprobs": "Set algorithm.kl.coefficient above 0, so that the reference runs.",
     "values": "They are those of a critic.",
     "squared_score_norms": "The policy computes them with old_logprobs.",
-    "greedy_rewards": "The driver samples and scores one greedy response a prompt.",
-    "truncated": "Say of each response whether it was cut off at the token limit.",
-    "step_ends": "Say where each step of a response ends.",
+    "greedy_rewards": "The driver samples and rewards one greedy response per prompt.",
+    "truncated": "Give for each response whether it was cut off at the token limit.",
+    "step_ends": "Give the last token of each step of a response.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageInputs:
-    """A batch of B responses padded to T tokens. Arrays that an estimator does not need may be None."""
+    """A batch of B responses padded to T tokens.
+
+    Arrays that an estimator does not need may be None.
+    """
 
     rewards: Tensor  # [B] outcome reward of each response
     response_mask: Tensor  # [B, T] bool
@@ -62,24 +65,36 @@ class AdvantageInputs:
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
     # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
     step_ends: Tensor | None = None
-    # [B, T, p] of the estimator's `TokenAuxiliary`, which has not seen the batch; None: there is none
+    # [B, T, p] outputs of the estimator's `TokenAuxiliary`, which has not seen the batch; None:
+    # there is none
     auxiliary: Tensor | None = None
     kl_coefficient: float = 0.0  # of algorithm.kl, where its placement is "advantage"
-    # What the estimator returned as its state for the batch before.
+    # The state that the estimator returned for the previous batch.
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_mask()
+        self._check_per_response()
+        self._check_per_token()
+
+    def _check_mask(self) -> None:
         mask = self.response_mask
         if mask.ndim != 2 or mask.dtype != torch.bool:
             raise ValueError(
                 f"response_mask must be a [B, T] bool tensor, not {tuple(mask.shape)} {mask.dtype}"
             )
+
+    def _check_per_response(self) -> None:
+        mask = self.response_mask
         for name in ("rewards", "group_ids", "greedy_rewards", "truncated"):
             array = getattr(self, name)
             if array is not None and array.shape != mask.shape[:1]:
                 raise ValueError(
                     f"{name} must have shape [{mask.shape[0]}], not {tuple(array.shape)}"
                 )
+
+    def _check_per_token(self) -> None:
+        mask = self.response_mask
         for name in (
             "token_rewards",
             "rollout_logprobs",
@@ -95,6 +110,7 @@ class AdvantageInputs:
                     f"{name} must have the shape of response_mask, {tuple(mask.shape)}, "
                     f"not {tuple(array.shape)}"
                 )
+
         if self.auxiliary is not None and self.auxiliary.shape[:-1] != mask.shape:
             raise ValueError(
                 f"auxiliary must have shape {[*mask.shape, 'p']}, not {tuple(self.auxiliary.shape)}"
@@ -103,40 +119,47 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageOutput:
-    """Advantages are 0 outside the mask. Diagnostics go to the metrics as advantage/<name>."""
+    """The result of an estimator.
+
+    Advantages are 0 outside the mask. Diagnostics go to the metrics as advantage/<name>.
+    """
 
     advantages: Tensor  # [B, T]
     returns: Tensor | None = None  # [B, T] critic targets
-    # [B, T, q] what the estimator's `TokenAuxiliary` is to learn at each token of this batch
+    # [B, T, q] targets of the estimator's `TokenAuxiliary` at each token of this batch
     auxiliary_targets: Tensor | None = None
-    # Ready for JSON: comes back with the next batch; saved in checkpoints.
+    # Can be saved as JSON. Comes back with the next batch, and is saved in checkpoints.
     state: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
 class TokenAuxiliary(Protocol):
-    """A small network on the policy's hidden states that an estimator reads and teaches.
+    """A small network on the policy's hidden states that an estimator reads and trains.
 
     outputs (before the update) -> AdvantageInputs.auxiliary
     AdvantageOutput.auxiliary_targets -> accumulate (for each pack of the update) -> step
 
-    Every rank of the policy has the whole network, built alike; before `step` the arrays of `sums`
-    are added up over the ranks. h is the last hidden state at the position that predicts a token: it
-    has seen the prompt and the tokens before, and carries no gradient to the policy.
+    Every rank of the policy has the whole network, with the same initial weights; before `step` the
+    arrays of `sums` are added up over the ranks. h is the last hidden state at the position that
+    predicts a token: it has seen the prompt and the tokens before, and carries no gradient to the
+    policy.
     """
 
     width: int  # p, numbers for each token
 
     def to(self, device: torch.device) -> None:
-        """Move everything to `device`; before the first use."""
+        """Move everything to `device`; called before the first use."""
         ...
 
     def outputs(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Return [m, p] of hidden states [m, d] and positions [m] within the response, without gradient."""
+        """Compute [m, p] from hidden states [m, d] and positions [m] in the response.
+
+        The outputs carry no gradient.
+        """
         ...
 
     def accumulate(self, hidden: Tensor, positions: Tensor, targets: Tensor) -> None:
-        """Add what m tokens with the targets [m, q] teach."""
+        """Add the gradient of m tokens with the targets [m, q]."""
         ...
 
     def sums(self) -> Sequence[Tensor]:
@@ -144,24 +167,27 @@ class TokenAuxiliary(Protocol):
         ...
 
     def step(self) -> Mapping[str, float]:
-        """Learn from what was accumulated on all ranks, and forget it; return metrics advantage/<name>."""
+        """Take a step with the sums of all ranks and reset them.
+
+        The result goes to the metrics as advantage/<name>.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on from here."""
+        """Return the state from which `load_state_dict` continues."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave.
+        """Continue from the state that `state_dict` returned.
 
         Raises:
-            RuntimeError: it was of a network of another size.
+            RuntimeError: it belongs to a network of another size.
         """
         ...
 
 
 AdvantageEstimator = Callable[..., AdvantageOutput]
-# Perhaps a function of the keyword parameters.
+# A constant, or a function of the keyword parameters.
 Declared = bool | Callable[[Mapping[str, Any]], bool]
 # From the configuration and the width of a hidden state.
 BuildAuxiliary = Callable[[RunConfig, int], TokenAuxiliary]
@@ -173,7 +199,7 @@ def _no_check(config: RunConfig) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorSpec:
-    """An estimator and what it declares of itself; see `register_advantage_estimator`."""
+    """An estimator and its declarations; see `register_advantage_estimator`."""
 
     name: str
     function: AdvantageEstimator
@@ -192,6 +218,7 @@ _ESTIMATORS: Registry[EstimatorSpec] = Registry(
 )
 
 
+# A public decorator: its keywords are the declarations of `EstimatorSpec`.
 def register_advantage_estimator(
     name: str,
     *,
@@ -204,25 +231,28 @@ def register_advantage_estimator(
     auxiliary: BuildAuxiliary | None = None,
     uses_auxiliary: Declared = True,
 ) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
-    """Decorator: make `function(inputs, *, keywords...) -> AdvantageOutput` available as `algorithm.advantage.name`.
+    """Register `function(inputs, *, keywords...) -> AdvantageOutput` as an estimator (decorator).
 
-    needs: the optional inputs that it cannot do without. The driver has them computed, and a batch
-        without one is refused before the estimator is called. One that needs `rollout_logprobs`
+    `name` is then a value of `algorithm.advantage.name`.
+
+    needs: the optional inputs that it requires. The driver has them computed, and a batch without
+        one is refused before the estimator is called. An estimator that needs `rollout_logprobs`
         corrects for the policy having moved since sampling: a second correction
         (`algorithm.rollout_correction`) is refused.
-    compares_group: a response without another to the same prompt gets 0, so a run that samples one
-        response per prompt is refused.
+    compares_group: a response that is alone in its group gets 0, so a run that samples one response
+        per prompt is refused.
     importance_corrected: the result is the whole weight of the score, with the ratio old / rollout
-        in it. Only such an estimator may estimate again before each mini-batch
+        in it. Only such an estimator may run again before each mini-batch
         (`algorithm.advantage.recompute`).
-    carries_kl: the advantages contain the KL to the reference, with the weight `kl_coefficient`. It
-        goes with `algorithm.kl.placement: advantage`, and nothing else does.
-    check: yields, before a run starts, what else of the configuration it does not go with.
+    carries_kl: the advantages contain the KL to the reference, with the weight `kl_coefficient`.
+        Such an estimator requires `algorithm.kl.placement: advantage`, and no other may use it.
+    check: called before a run starts; yields a message for every other setting that the estimator
+        contradicts.
     validate: called before a run starts with all keyword parameters, defaults included; raises a
         ValueError for values that the signature cannot refuse.
-    auxiliary: builds the small network that it reads and teaches (`algorithm.advantage.auxiliary`),
-        with the parameters for which `uses_auxiliary` holds. The policy's ranks train it, so it needs
-        `algorithm.advantage.recompute`.
+    auxiliary: builds the small network that it reads and trains (`algorithm.advantage.auxiliary`),
+        with the parameters for which `uses_auxiliary` holds. The policy's ranks train it, so it
+        needs `algorithm.advantage.recompute`.
 
     `compares_group`, `importance_corrected` and `uses_auxiliary` may be functions of the keyword
     parameters. A keyword called `max_tokens` is the token limit of the run: null or left out, it
@@ -250,7 +280,7 @@ def register_advantage_estimator(
 
 
 def estimator_spec(name: str) -> EstimatorSpec:
-    """Return the estimator called `name` with what it declares.
+    """Return the estimator called `name` with its declarations.
 
     Raises:
         ValueError: unknown name, with the nearest ones.
@@ -268,27 +298,30 @@ def get_advantage_estimator(name: str) -> AdvantageEstimator:
 
 
 def available_advantage_estimators() -> tuple[str, ...]:
-    """All registered names, sorted."""
+    """Return all registered names, sorted."""
     return _ESTIMATORS.names()
 
 
 def estimator_needs(name: str) -> frozenset[Need]:
-    """Return the optional inputs that the estimator `name` cannot do without."""
+    """Return the optional inputs that the estimator `name` requires."""
     return estimator_spec(name).needs
 
 
 def compares_group(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
-    """Return whether the estimator `name`, with those parameters, gives 0 to a response that is alone in its group."""
+    """Return whether the estimator `name` gives 0 to a response that is alone in its group."""
     return _holds(estimator_spec(name).compares_group, parameters)
 
 
 def is_importance_corrected(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
-    """Return whether the result of the estimator `name` is the whole weight of the score, with the ratio old / rollout in it."""
+    """Return whether the result of the estimator `name` contains the ratio old / rollout.
+
+    It is then the whole weight of the score.
+    """
     return _holds(estimator_spec(name).importance_corrected, parameters)
 
 
 def trains_auxiliary(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
-    """Return whether the estimator `name`, with those parameters, has a network beside the policy."""
+    """Return whether the estimator `name`, with those parameters, trains an auxiliary network."""
     spec = estimator_spec(name)
     return spec.auxiliary is not None and _holds(spec.uses_auxiliary, parameters)
 
@@ -310,39 +343,46 @@ def check_advantage_estimator(name: str, parameters: Mapping[str, Any]) -> None:
 
 
 def _holds(declared: Declared, parameters: Mapping[str, Any] | None) -> bool:
-    return declared(parameters or {}) if callable(declared) else declared
+    if callable(declared):
+        return declared(parameters or {})
+    return declared
 
 
 def run_estimator(
     name: str, inputs: AdvantageInputs, parameters: Mapping[str, Any]
 ) -> AdvantageOutput:
-    """Return what the estimator `name` makes of `inputs`, checked; detached, and 0 outside the mask whatever it left there.
+    """Run the estimator `name` and check its result.
+
+    The arrays of the result are detached, and 0 outside the mask.
 
     Raises:
-        ValueError: the batch lacks an input that the estimator needs; or the result has another type
-            or shape than `AdvantageOutput` says, or values inside the mask that are not finite.
+        ValueError: the batch lacks an input that the estimator needs; or the result has another
+            type or shape than `AdvantageOutput` says, or values inside the mask that are not
+            finite.
     """
     spec = estimator_spec(name)
     _check_needs(spec, inputs)
     output = spec.function(inputs, **parameters)
 
-    mask, problem = inputs.response_mask, f"algorithm.advantage.name: {name!r} returned"
+    mask = inputs.response_mask
+    subject = f"algorithm.advantage.name: {name!r} returned"
     if not isinstance(output, AdvantageOutput):
         raise ValueError(
-            f"{problem} {_described(output)}. Return an AdvantageOutput, with advantages of shape "
+            f"{subject} {_described(output)}. Return an AdvantageOutput, with advantages of shape "
             f"{list(mask.shape)}."
         )
-    advantages = _checked_array(output.advantages, mask, f"{problem} advantages")
+
+    advantages = _checked_array(output.advantages, mask, f"{subject} advantages")
     returns = output.returns
     if returns is not None:
-        returns = _checked_array(returns, mask, f"{problem} returns")
-    _check_targets(output.auxiliary_targets, mask, problem)
-    _check_numbers(output, problem)
+        returns = _checked_array(returns, mask, f"{subject} returns")
+    _check_targets(output.auxiliary_targets, mask, subject)
+    _check_numbers(output, subject)
     return replace(output, advantages=advantages, returns=returns)
 
 
 def _check_needs(spec: EstimatorSpec, inputs: AdvantageInputs) -> None:
-    """Refuse a batch without an input that the estimator needs, or with score norms that are not finite."""
+    """Refuse a batch that lacks a needed input, or whose squared score norms are not finite."""
     for name in sorted(spec.needs):
         array = getattr(inputs, name)
         if array is None:
@@ -350,7 +390,7 @@ def _check_needs(spec: EstimatorSpec, inputs: AdvantageInputs) -> None:
                 f"algorithm.advantage.name: {spec.name!r} needs {name}, which this batch does not "
                 f"have. {REMEDIES[name]}"
             )
-        # Others may be infinite with a meaning: a log-probability of a word that a model rules out.
+        # Other inputs may be infinite: the log-probability of a token of probability 0.
         if name == "squared_score_norms":
             _check_finite(array[inputs.response_mask], spec.name, name)
 
@@ -361,58 +401,58 @@ def _check_finite(values: Tensor, estimator: str, name: str) -> None:
         raise ValueError(
             f"algorithm.advantage.name: {estimator!r} needs {name}, of which {broken} of "
             f"{values.numel()} are not finite. Look at the policy's weights and at the batch: "
-            "nothing that follows would mean anything."
+            "no gradient computed from them would be valid."
         )
 
 
-def _checked_array(array: object, mask: Tensor, problem: str) -> Tensor:
+def _checked_array(array: object, mask: Tensor, subject: str) -> Tensor:
     if not isinstance(array, Tensor) or not array.is_floating_point():
         raise ValueError(
-            f"{problem} as {_described(array)}. Return a floating-point tensor of shape "
+            f"{subject} as {_described(array)}. Return a floating-point tensor of shape "
             f"{list(mask.shape)} (responses, tokens)."
         )
     if array.shape != mask.shape:
         raise ValueError(
-            f"{problem} of shape {list(array.shape)}. Return the shape of response_mask, "
+            f"{subject} of shape {list(array.shape)}. Return the shape of response_mask, "
             f"{list(mask.shape)} (responses, tokens)."
         )
     broken = int((mask & ~torch.isfinite(array)).sum())
     if broken:
         raise ValueError(
-            f"{problem} of which {broken} of {int(mask.sum())} inside the response mask are not "
-            "finite. Look for a division by 0, and at the rewards and log-probabilities that it was "
-            "given."
+            f"{subject} of which {broken} of {int(mask.sum())} inside the response mask are not "
+            "finite. Look for a division by 0, and at the rewards and log-probabilities of the "
+            "batch."
         )
     return torch.where(mask, array.detach(), 0.0)
 
 
-def _check_targets(targets: object, mask: Tensor, problem: str) -> None:
+def _check_targets(targets: object, mask: Tensor, subject: str) -> None:
     if targets is None:
         return
     if not isinstance(targets, Tensor) or targets.ndim != 3 or targets.shape[:2] != mask.shape:
         raise ValueError(
-            f"{problem} auxiliary_targets as {_described(targets)}. Return a tensor of shape "
+            f"{subject} auxiliary_targets as {_described(targets)}. Return a tensor of shape "
             f"{[*mask.shape, 'q']} (responses, tokens, numbers for each)."
         )
 
 
-def _check_numbers(output: AdvantageOutput, problem: str) -> None:
+def _check_numbers(output: AdvantageOutput, subject: str) -> None:
     """Refuse diagnostics that are not numbers, and a state that is not JSON."""
     if not isinstance(output.diagnostics, Mapping):
         raise ValueError(
-            f"{problem} diagnostics as {_described(output.diagnostics)}. Return a mapping of names "
+            f"{subject} diagnostics as {_described(output.diagnostics)}. Return a mapping of names "
             "to numbers."
         )
     for key, value in output.diagnostics.items():
         if not isinstance(value, int | float):
             raise ValueError(
-                f"{problem} the diagnostic {key!r} as {_described(value)}. Return a number."
+                f"{subject} the diagnostic {key!r} as {_described(value)}. Return a number."
             )
     try:
         json.dumps(dict(output.state))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{problem} a state that cannot be saved as JSON ({error}). Return a mapping of "
+            f"{subject} a state that cannot be saved as JSON ({error}). Return a mapping of "
             "numbers, text and lists."
         ) from error
 
@@ -420,4 +460,6 @@ def _check_numbers(output: AdvantageOutput, problem: str) -> None:
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {list(value.shape)}"
-    return f"{'an' if type(value).__name__[0] in 'AEIOUaeiou' else 'a'} {type(value).__name__}"
+    name = type(value).__name__
+    article = "an" if name[0] in "AEIOUaeiou" else "a"
+    return f"{article} {name}"

@@ -1,17 +1,19 @@
-"""Weight functions: the surrogate L(rho, A) that an update maximises at each token, and the coefficient w(rho, A) that it puts before A grad log pi.
+"""Weight functions: the surrogate L(rho, A) that an update maximises at each token.
+
+The gradient of the surrogate is w(rho, A) A grad log pi. The table shows L and the coefficient w.
 
 name             surrogate                                    w(rho, A)
 none             log pi A                                     1
 importance       rho A                                        rho
-ppo_clip         min(rho A, clip(rho, 1-low, 1+high) A)       rho, and 0 once rho has gone too far in A's direction
-dual_clip        ppo_clip, and at least c A where A < 0       the same, and 0 where A < 0 and rho > c
-upper_clip       stop(min(rho, 1+high)) log pi A              min(rho, 1+high), on both signs of A
+ppo_clip         min(rho A, clip(rho, 1-low, 1+high) A)       rho; 0 beyond the band on A's side
+dual_clip        ppo_clip, and at least c A where A < 0       the same; 0 where A < 0 and rho > c
+upper_clip       stop(min(rho, 1+high)) log pi A              min(rho, 1+high), for both signs of A
 power            stop(rho^q) log pi A                         rho^q
 adaptive_power   the same, q chosen for the batch             rho^q
 sapo             4/tau sigmoid(tau (rho - 1)) A               rho sech^2(tau (rho - 1) / 2)
 sapo_sequence    stop(rho sech^2(tau log(rho) / 2)) log pi A  rho sech^2(tau log(rho) / 2)
-reward_time      stop(C_t) log pi                             C_t / A_t, each reward with the product up to its own time
-minimum          min_k f_k(rho) A                             rho f_k'(rho) of the k that is smallest
+reward_time      stop(C_t) log pi                             C_t / A_t
+minimum          min_k f_k(rho) A                             rho f_k'(rho), k the smallest
 cispo            stop(clip(rho, 1-low, 1+high)) log pi A      clip(rho, 1-low, 1+high)
 """
 
@@ -29,7 +31,7 @@ from rlsys.registry import Registry, Validate, check_values, default_parameters
 
 
 class TokenTerms(NamedTuple):
-    """What a weight function sees, all [B, T] and 0 outside the mask."""
+    """The inputs of a weight function, all [B, T] and 0 outside the mask."""
 
     log_ratios: Tensor  # of the chosen level, with gradient
     advantages: Tensor
@@ -38,26 +40,30 @@ class TokenTerms(NamedTuple):
 
     @property
     def ratios(self) -> Tensor:
-        """rho, its value bounded to [e^-20, e^20]; the gradient goes on beyond: only a weight may cut it, and says so in `clipped`."""
+        """Return rho, its value bounded to [e^-20, e^20], with a gradient beyond the bounds too.
+
+        Only a weight may cut the gradient; it then says so in `clipped`.
+        """
         return bounded_ratio(self.log_ratios)
 
 
 class Surrogate(NamedTuple):
-    """What is maximised, and where the weight cut the gradient."""
+    """The values that are maximised, and the tokens whose gradient the weight cut."""
 
     values: Tensor  # [B, T]
     clipped: Tensor  # [B, T] bool
 
 
 WeightFunction = Callable[..., Surrogate]
-# From a whole mini-batch's log-ratios [n] (and the weight's own parameters) to the parameters that stay fixed while its parts are trained on.
+# Computes parameters from the log-ratios [n] of a whole mini-batch (and the weight's own
+# parameters); they stay fixed while the packs of the mini-batch are trained on.
 BatchParameters = Callable[..., Mapping[str, Any]]
 Declared = bool | Callable[..., bool]  # perhaps a function of the keyword parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """What a weight says of itself when it is registered."""
+    """The declarations that a weight is registered with; see `register_weight`."""
 
     batch_parameters: BatchParameters | None
     levels: tuple[str, ...] | None
@@ -79,16 +85,23 @@ def register_weight(
     ignores_ratio: Declared = False,
     one_at_ratio_one: Declared = False,
 ) -> Callable[[WeightFunction], WeightFunction]:
-    """Decorator: `function(terms: TokenTerms, *, keywords...) -> Surrogate`, as `algorithm.objective.weight`.
+    """Register `function(terms: TokenTerms, *, keywords...) -> Surrogate` as a weight (decorator).
 
-    `batch_parameters(log_ratios, **parameters)` is for weights with a statistic over the batch: the trainer calls it with the
-    log-ratios of a whole mini-batch before its update, so that the loss does not depend on how the mini-batch is cut into forward
-    passes. `levels` are the ratio levels that it is defined for; None: all.
-    `validate(**parameters)` is called before a run starts with all keyword parameters, defaults included; it raises a ValueError, with
-    the remedy, for values that the signature cannot refuse. The weight itself is not called before its first batch.
-    `ignores_ratio` says that w(rho, A) is the same at every ratio: a run is warned of several updates per batch, which it does not
-    correct. `one_at_ratio_one` says that w(1, A) = 1: in one update per batch it does what `none` does, and a run that chose it is told
-    so. Both may be functions of the keyword parameters, called as `validate` is.
+    `name` is then a value of `algorithm.objective.weight`.
+
+    batch_parameters: `batch_parameters(log_ratios, **parameters)`, for weights with a statistic
+        over the batch. The trainer calls it with the log-ratios of a whole mini-batch before its
+        update, so that the loss does not depend on how the mini-batch is cut into packs.
+    levels: the ratio levels that the weight is defined for; None: all.
+    validate: called before a run starts with all keyword parameters, defaults included. It raises a
+        ValueError, with the remedy, for values that the signature cannot refuse. The weight itself
+        is not called before its first batch.
+    ignores_ratio: w(rho, A) is the same at every ratio. A run with several updates per batch gets a
+        warning, because the weight does not correct for them.
+    one_at_ratio_one: w(1, A) = 1. In one update per batch the weight does what `none` does, and a
+        run that chose it gets a note.
+
+    The last two may be functions of the keyword parameters, called as `validate` is.
     """
     register = WEIGHTS.register(name)
 
@@ -107,17 +120,19 @@ def register_weight(
 
 
 def batch_parameters_of(name: str) -> BatchParameters | None:
-    """The batch statistic of a weight; None for most."""
+    """Return the batch statistic of a weight; None for most."""
     return _spec(name).batch_parameters
 
 
 def levels_of(name: str) -> tuple[str, ...] | None:
-    """The ratio levels that a weight is defined for; None: all."""
+    """Return the ratio levels that a weight is defined for; None: all."""
     return _spec(name).levels
 
 
 def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
-    """Return whether w(rho, A) is declared to be the same at every ratio: it does not correct for a policy that has moved.
+    """Return whether w(rho, A) is declared to be the same at every ratio.
+
+    Such a weight does not correct for a policy that has moved.
 
     Raises:
         ValueError: unknown weight.
@@ -126,7 +141,9 @@ def ignores_ratio(weight: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def is_one_at_ratio_one(weight: str, parameters: Mapping[str, Any]) -> bool:
-    """Return whether w(1, A) is declared to be 1: on the old policy's own samples the weight changes nothing.
+    """Return whether w(1, A) is declared to be 1.
+
+    On the old policy's own samples such a weight changes nothing.
 
     Raises:
         ValueError: unknown weight.
@@ -154,7 +171,8 @@ def _spec(name: str) -> WeightSpec:
 def _holds(declared: Declared, weight: str, parameters: Mapping[str, Any]) -> bool:
     if not callable(declared):
         return declared
-    return declared(**(default_parameters(WEIGHTS.get(weight)) | dict(parameters)))
+    defaults = default_parameters(WEIGHTS.get(weight))
+    return declared(**(defaults | dict(parameters)))
 
 
 def _uncut(values: Tensor) -> Surrogate:
@@ -162,7 +180,7 @@ def _uncut(values: Tensor) -> Surrogate:
 
 
 def _score(weight: Tensor, terms: TokenTerms) -> Surrogate:
-    """stop(weight) log pi A: a score function with exactly this coefficient."""
+    """Return stop(weight) log pi A: a score function with exactly this coefficient."""
     return _uncut(weight.detach() * terms.logprobs * terms.advantages)
 
 
@@ -175,19 +193,20 @@ def _check_width(name: str, value: float, highest: float = float("inf")) -> None
     if not 0 <= value <= highest:
         bound = f"[0, {highest:g}]" if highest < float("inf") else "[0, inf)"
         raise ValueError(
-            f"algorithm.objective.parameters.{name}: {value} is outside {bound}; give a width such as 0.2"
+            f"algorithm.objective.parameters.{name}: {value} is outside {bound}; give a width such "
+            "as 0.2"
         )
 
 
 @register_weight("none", ignores_ratio=True, one_at_ratio_one=True)
 def no_weight(terms: TokenTerms) -> Surrogate:
-    """log pi A: the score-function estimator, whatever the ratio."""
+    """Return log pi A: the score-function estimator, whatever the ratio."""
     return _score(torch.ones_like(terms.advantages), terms)
 
 
 @register_weight("importance", one_at_ratio_one=True)
 def importance_weight(terms: TokenTerms) -> Surrogate:
-    """rho A: importance sampling without a trust region."""
+    """Return rho A: importance sampling without a trust region."""
     return _uncut(terms.ratios * terms.advantages)
 
 
@@ -195,17 +214,24 @@ def importance_weight(terms: TokenTerms) -> Surrogate:
 def ppo_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Surrogate:
-    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A): no gradient once the ratio has gone far enough in A's direction.
+    """Return min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), as in PPO.
 
-    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1.
+    A token has no gradient once its ratio has left the band in A's direction.
 
-    Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025, Clip-Higher (arXiv:2503.14476).
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band
+    above 1.
+
+    Source: Schulman et al. 2017, equation 7 (arXiv:1707.06347); different bounds: Yu et al. 2025,
+    Clip-Higher (arXiv:2503.14476).
     """
     _validate_clip(clip_low=clip_low, clip_high=clip_high)
     ratio, advantages = terms.ratios, terms.advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    cut = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    return Surrogate(torch.minimum(ratio * advantages, clipped * advantages), cut)
+    values = torch.minimum(ratio * advantages, clipped * advantages)
+
+    too_high = (advantages > 0) & (ratio > 1 + clip_high)
+    too_low = (advantages < 0) & (ratio < 1 - clip_low)
+    return Surrogate(values, too_high | too_low)
 
 
 def _validate_dual_clip(*, clip_c: float, **widths: float) -> None:
@@ -218,10 +244,12 @@ def _validate_dual_clip(*, clip_c: float, **widths: float) -> None:
 def dual_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0
 ) -> Surrogate:
-    """ppo_clip, bounded below by c A for negative advantages, so that a ratio far above 1 cannot make the loss explode.
+    """Return ppo_clip, bounded below by c A for negative advantages.
 
-    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band above 1. `clip_c` is the largest ratio
-    with a gradient where A is negative.
+    So a ratio far above 1 cannot make the loss explode.
+
+    Conventions: `clip_low` is the width of the band below 1. `clip_high` is the width of the band
+    above 1. `clip_c` is the largest ratio with a gradient where A is negative.
 
     Source: Ye et al. 2020, equation 5 (arXiv:1912.09729).
 
@@ -230,24 +258,24 @@ def dual_clip_weight(
     """
     _validate_dual_clip(clip_c=clip_c)
     surrogate, cut = ppo_clip_weight(terms, clip_low=clip_low, clip_high=clip_high)
+
     floor = clip_c * terms.advantages
     negative = terms.advantages < 0
-    return Surrogate(
-        torch.where(negative, torch.maximum(surrogate, floor), surrogate),
-        cut | (negative & (surrogate < floor)),
-    )
+    values = torch.where(negative, torch.maximum(surrogate, floor), surrogate)
+    return Surrogate(values, cut | (negative & (surrogate < floor)))
 
 
 @register_weight("upper_clip", validate=_validate_clip, one_at_ratio_one=True)
 def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate:
-    """stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped whatever the sign of A; every token keeps a gradient.
+    """Return stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped from above.
+
+    The cap is the same for both signs of A, and every token keeps a gradient. The weight is biased
+    where the cap binds, and unlike ppo_clip also on the pessimistic side, where ratios are largest.
 
     Conventions: `clip_high` is how far the weight may rise above 1.
 
-    Biased where the cap binds, and unlike ppo_clip also on the pessimistic side, where ratios are largest.
-
-    Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO, upper clipping; Ionides 2008 (truncated
-    importance sampling).
+    Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO, upper clipping;
+    Ionides 2008 (truncated importance sampling).
     """
     _validate_clip(clip_high=clip_high)
     return _score(terms.ratios.clamp(max=1 + clip_high), terms)
@@ -261,7 +289,9 @@ def _validate_power(*, q: float) -> None:
     "power", validate=_validate_power, ignores_ratio=lambda q: q == 0, one_at_ratio_one=True
 )
 def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
-    """stop(rho^q) log pi A: between no correction (q = 0: biased, least variance) and the full one (q = 1: unbiased, most variance).
+    """Return stop(rho^q) log pi A: a partial importance correction.
+
+    q = 0 is no correction (biased, least variance), q = 1 the full one (unbiased, most variance).
 
     Conventions: `q` is the exponent, from 0 to 1.
 
@@ -272,35 +302,46 @@ def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """Share of samples that weights w_i = exp(log_weights_i) leave, (sum w)^2 / (n sum w^2), in (0, 1]; 1 for equal weights and for none.
+    """Compute the effective sample size of weights w_i = exp(log_weights_i), as a fraction of n.
+
+        (sum w)^2 / (n sum w^2)
+
+    It is in (0, 1], and 1 for equal weights and for none.
 
     Source: Kish 1965. Computed in log space, so no weight overflows.
     """
     if not log_weights.numel():
         return log_weights.new_ones(())
+
     flat = log_weights.reshape(-1).double()
-    return (2 * flat.logsumexp(0) - (2 * flat).logsumexp(0)).exp() / flat.numel()
+    log_square_of_sum = 2 * flat.logsumexp(0)
+    log_sum_of_squares = (2 * flat).logsumexp(0)
+    return (log_square_of_sum - log_sum_of_squares).exp() / flat.numel()
 
 
 def adaptive_power_of(
     log_ratios: Tensor, *, target_ess: float = 0.9, q: float | None = None
 ) -> dict[str, float]:
-    """{"q": ...}: the largest q in [0, 1] for which rho^q keeps an effective sample size of at least `target_ess`, to 1e-6.
+    """Return {"q": ...}: the largest q in [0, 1] with an effective sample size of `target_ess`.
 
-    The effective sample size of rho^q falls from 1 at q = 0 as q grows (its logarithm is 2 K(q) - K(2q) with K the cumulant
-    generating function of log rho, whose derivative 2 (K'(q) - K'(2q)) is at most 0 as K is convex), so bisection finds the
-    boundary.
+    The effective sample size of rho^q falls from 1 at q = 0 as q grows: its logarithm is
+    2 K(q) - K(2q) with K the cumulant generating function of log rho, and the derivative
+    2 (K'(q) - K'(2q)) is at most 0 because K is convex. So bisection finds the boundary, to 1e-6.
     """
     _check_width("target_ess", target_ess, 1.0)
     if q is not None:
         return {"q": q}
     if float(effective_sample_size(log_ratios)) >= target_ess:
         return {"q": 1.0}
+
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
         enough = float(effective_sample_size(middle * log_ratios)) >= target_ess
-        low, high = (middle, high) if enough else (low, middle)
+        if enough:
+            low = middle
+        else:
+            high = middle
     return {"q": low}
 
 
@@ -321,21 +362,20 @@ def _validate_adaptive_power(*, target_ess: float, q: float | None) -> None:
 def adaptive_power_weight(
     terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None
 ) -> Surrogate:
-    """stop(rho^q) log pi A with q as large as the spread of the ratios allows.
+    """Return stop(rho^q) log pi A with q as large as the spread of the ratios allows.
 
-    q is the largest power whose weights keep an effective sample size of `target_ess`: 1 while the policy is close to the one that
-    sampled (full correction, no bias), falling as it moves away. This answers the open question of the source, which asks for a
-    correction that moves between the two by itself.
+    q is the largest power whose weights keep an effective sample size of `target_ess`: 1 while the
+    policy is close to the one that sampled (full correction, no bias), falling as it moves away.
+    This answers the open question of the source, which asks for a correction that moves between the
+    two by itself.
 
-    Conventions: `target_ess` is the share of the samples that must be left, from 0 to 1. `q` None takes it from these tokens; the trainer
-    passes that of the whole mini-batch.
+    Conventions: `target_ess` is the effective sample size to keep, as a fraction from 0 to 1. `q`
+    None takes it from these tokens; the trainer passes that of the whole mini-batch.
 
     Source: the power family of Bai and Zhang 2026; the criterion is Kish's effective sample size.
     """
-    return power_weight(
-        terms,
-        **adaptive_power_of(terms.log_ratios.detach()[terms.mask], target_ess=target_ess, q=q),
-    )
+    inside = terms.log_ratios.detach()[terms.mask]
+    return power_weight(terms, **adaptive_power_of(inside, target_ess=target_ess, q=q))
 
 
 def _validate_temperatures(*, tau_pos: float, tau_neg: float) -> None:
@@ -349,7 +389,9 @@ def _validate_temperatures(*, tau_pos: float, tau_neg: float) -> None:
 
 @register_weight("sapo", validate=_validate_temperatures, one_at_ratio_one=True)
 def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
-    """4/tau sigmoid(tau (rho - 1)) A, tau = tau_pos where A > 0 and tau_neg elsewhere: a trust region without an edge.
+    """Return 4/tau sigmoid(tau (rho - 1)) A: a trust region without an edge.
+
+    tau is tau_pos where A > 0 and tau_neg elsewhere.
 
     Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
@@ -359,7 +401,8 @@ def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.0
         ValueError: a temperature is not positive.
     """
     tau = _temperatures(terms.advantages, tau_pos, tau_neg)
-    return _uncut(4 / tau * torch.sigmoid(tau * (terms.ratios - 1)) * terms.advantages)
+    gate = torch.sigmoid(tau * (terms.ratios - 1))
+    return _uncut(4 / tau * gate * terms.advantages)
 
 
 def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
@@ -373,14 +416,16 @@ def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
 def sapo_sequence_weight(
     terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05
 ) -> Surrogate:
-    """stop(rho sech^2(tau log(rho) / 2)) log pi A, tau as in `sapo`: the gate of a whole response, for the ratio level `sequence`.
+    """Return stop(rho sech^2(tau log(rho) / 2)) log pi A: the gate of a whole response.
 
-    What the average of `sapo`'s token gates becomes while steps are small and the tokens of a response drift alike: the gate
+    For the ratio level `sequence`; tau as in `sapo`. It is what the average of `sapo`'s token gates
+    becomes while steps are small and the tokens of a response drift alike: the gate
     sech^2(tau/2 log s) before grad s, with s the geometric mean of the token ratios.
 
     Conventions: `tau_pos` narrows the gate where A > 0. `tau_neg` narrows the gate elsewhere.
 
-    Source: Gao et al. 2025, Soft Adaptive Policy Optimization, the sequence-level reduction (arXiv:2511.20347).
+    Source: Gao et al. 2025, Soft Adaptive Policy Optimization, the sequence-level reduction
+    (arXiv:2511.20347).
 
     Raises:
         ValueError: a temperature is not positive.
@@ -392,17 +437,22 @@ def sapo_sequence_weight(
 
 @register_weight("reward_time", levels=("prefix",), one_at_ratio_one=True)
 def reward_time_weight(terms: TokenTerms) -> Surrogate:
-    """stop(C_t) log pi, C_t = sum_{s>=t} rho_{<=s} (A_s - A_{s+1}): each reward is weighed by the product of ratios up to its own time.
+    """Return stop(C_t) log pi: each reward weighted by the product of ratios up to its own time.
 
-    A_s - A_{s+1} is the reward at s where A is a reward-to-go, up to a baseline whose terms cancel in expectation. The ratio of the future
-    after a reward is left out, because it has mean 1 and only adds variance. Off-policy without bias, for any estimator that returns
-    rewards-to-go with gamma = 1 and a baseline of the prefix. With an outcome reward alone it is the `product` ratio.
+        C_t = sum_{s>=t} rho_{<=s} (A_s - A_{s+1})
 
-    Source: Levine 2023, CS285 lecture 5, in Dong 2025, Survey on LLM Policy Gradient, equation 2.10, with the product over t4 from
-    t1 + 1 on as in its matrix A.3: the equation itself counts the ratio of token t1 twice.
+    A_s - A_{s+1} is the reward at s where A is a reward-to-go, up to a baseline whose terms cancel
+    in expectation. The ratio of the tokens after a reward is left out, because it has mean 1 and
+    only adds variance. The result is unbiased off-policy, for any estimator that returns
+    rewards-to-go with gamma = 1 and a baseline of the prefix. With an outcome reward alone it is
+    the `product` ratio.
 
-    Conventions: for the ratio level `prefix` alone; A is 0 after the last token. The coefficient depends on the advantages of later tokens;
-    for a response of one token it is rho.
+    Source: Levine 2023, CS285 lecture 5, in Dong 2025, Survey on LLM Policy Gradient, equation
+    2.10, with the product over t4 from t1 + 1 on as in its matrix A.3: the equation itself counts
+    the ratio of token t1 twice.
+
+    Conventions: for the ratio level `prefix` alone; A is 0 after the last token. The coefficient
+    depends on the advantages of later tokens; for a response of one token it is rho.
     """
     following = torch.where(terms.mask, terms.advantages, 0.0)
     later = _next_inside(following, terms.mask)
@@ -412,12 +462,15 @@ def reward_time_weight(terms: TokenTerms) -> Surrogate:
 
 
 def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] the value at the next position of the mask, 0 after the last one."""
-    positions = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    """Return [B, T] the value at the next position of the mask, 0 after the last one."""
     width = values.shape[1]
+    positions = torch.arange(width, device=values.device).expand_as(values)
+
     # The nearest masked position at or after each column, then one column further.
     nearest = torch.where(mask, positions, width).flip(1).cummin(1).values.flip(1)
     after = torch.cat([nearest[:, 1:], nearest.new_full((len(values), 1), width)], dim=1)
+
+    # Column `width` of the padded values stands for "no next position".
     padded = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
     return padded.gather(1, after)
 
@@ -429,9 +482,10 @@ def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
     one_at_ratio_one=True,
 )
 def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
-    """stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.
+    """Return stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.
 
-    Conventions: `clip_low` is how far the weight may fall below 1. `clip_high` is how far it may rise above 1.
+    Conventions: `clip_low` is how far the weight may fall below 1. `clip_high` is how far it may
+    rise above 1.
 
     Source: MiniMax 2025, MiniMax-M1, section 3.1 (arXiv:2506.13585).
     """
@@ -442,14 +496,15 @@ def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float =
 def gradient_coefficient(
     weight: str, log_ratios: Tensor, advantages: Tensor, **parameters: Any
 ) -> Tensor:
-    """w(rho, A): what stands before A grad log pi in the gradient of a weight's surrogate, taken from the surrogate itself by differentiation.
+    """Compute the coefficient w(rho, A) of a weight by differentiating its surrogate.
 
         d surrogate / d log pi = w(rho, A) A
 
-    Shapes: any equal ones, elementwise; `adaptive_power` takes its q from all of `log_ratios` unless it is given.
+    Shapes: any equal ones, elementwise; `adaptive_power` takes its q from all of `log_ratios`
+    unless it is given.
 
-    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1, and at +1 where A is 0. Each element is a
-    response of one token.
+    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1,
+    and at +1 where A is 0. Each element is a response of one token.
 
     Raises:
         ValueError: unknown weight or parameter value.
@@ -457,8 +512,11 @@ def gradient_coefficient(
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
     logs = log_ratios.detach().reshape(-1, 1)  # each is a response of one token
     sign = torch.where(advantages.reshape(-1, 1) < 0, -1.0, 1.0).to(logs.dtype)
+    mask = torch.ones_like(sign, dtype=torch.bool)
+
     with torch.enable_grad():
         logprobs = torch.zeros_like(logs).requires_grad_()
-        terms = TokenTerms(logs + logprobs, sign, logprobs, torch.ones_like(sign, dtype=torch.bool))
-        (gradient,) = torch.autograd.grad(function(terms, **parameters).values.sum(), logprobs)
+        terms = TokenTerms(logs + logprobs, sign, logprobs, mask)
+        surrogate = function(terms, **parameters)
+        (gradient,) = torch.autograd.grad(surrogate.values.sum(), logprobs)
     return (gradient * sign).reshape(log_ratios.shape)

@@ -1,4 +1,4 @@
-"""`solver: network`: the horizons' baselines from a small network on what the policy knows just before each token.
+"""`solver: network`: the horizons' baselines from a small network on the policy's hidden states.
 
 outputs (before an update, of a mini-batch not seen yet) -> baselines -> advantages
 accumulate (each pack of the update) -> step
@@ -23,7 +23,9 @@ from rlsys.config import RunConfig
 
 
 class BaselineNetwork(nn.Module):
-    """b_t = A tanh(B [h_{t-1} / rms(h_{t-1}), t / span, 1]): one output for each of p horizons, all 0 until it has learned.
+    """A network with one output for each of p horizons, all 0 until it has learned.
+
+        b_t = A tanh(B [h_{t-1} / rms(h_{t-1}), t / span, 1])
 
     h_{t-1} is the policy's last hidden state at the position that predicts token t: it has seen the
     prompt and the tokens before t, and nothing else, so the baselines leave the gradient unbiased
@@ -38,21 +40,27 @@ class BaselineNetwork(nn.Module):
         nn.init.zeros_(self.outward.weight)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[m, d] hidden states, without gradient to the policy, and [m] positions within the response -> [m, p] baselines."""
+        """Compute baselines [m, p] from hidden states [m, d] and positions [m] in the response.
+
+        No gradient flows to the policy.
+        """
         hidden = hidden.detach().to(self.inward.weight.dtype)
         scale = hidden.square().mean(dim=1, keepdim=True).clamp(min=1e-12).rsqrt()
         place = (positions / self.span).to(hidden.dtype)[:, None]
-        return self.outward(torch.tanh(self.inward(torch.cat([hidden * scale, place], dim=1))))
+        inputs = torch.cat([hidden * scale, place], dim=1)
+        return self.outward(torch.tanh(self.inward(inputs)))
 
 
 @dataclass(frozen=True)
 class BaselineRegression:
-    """What a network learns from a batch: W_t = base_t - features_t . b_t should be small.
+    """The regression that a network learns from a batch.
 
-        sum_t n_t W_t^2,   features_t^(s) = v_i rho_{<=s} / sqrt(number of horizons of t),   base = rho_{<=L} (R - c)
+        minimise sum_t n_t W_t^2,   W_t = base_t - features_t . b_t
 
-    v_i is the variance of the rewards of the others of i's group, as in the pooled fit: where they all
-    agree there is nothing to expect, and groups of equal rewards keep a weight of exactly 0.
+        features_t^(s) = v_i rho_{<=s} / sqrt(number of horizons of t),   base = rho_{<=L} (R - c)
+
+    v_i is the variance of the rewards of the other responses, as in the pooled fit: where they are
+    all equal the features are 0, and groups of equal rewards keep a weight of exactly 0.
     """
 
     features: Tensor  # [..., p] 0 for horizons before t
@@ -61,29 +69,32 @@ class BaselineRegression:
 
     @staticmethod
     def of(batch: GroupedBatch, places: Places) -> BaselineRegression:
-        """Return that of a batch [B, T] in groups."""
+        """Return the regression of a batch [B, T] in groups."""
         width = batch.ratios.shape[2]
         positions = torch.arange(width, device=batch.ratios.device)
         features = batch.horizons.features(batch.ratios, positions).transpose(1, 2)  # [K, G, T, p]
         features = features * others_variance(batch.rewards, batch.present)[..., None, None]
         base = batch.base[..., None].expand(-1, -1, width)
-        arrays = (features, base, batch.weights)
-        return BaselineRegression(*(places.gather(array, torch.float32) for array in arrays))
+        return BaselineRegression(
+            features=places.gather(features, torch.float32),
+            base=places.gather(base, torch.float32),
+            weights=places.gather(batch.weights, torch.float32),
+        )
 
     @staticmethod
     def of_columns(columns: Tensor) -> BaselineRegression:
-        """Return what `columns` holds."""
+        """Return the regression that `columns` returned as one array."""
         return BaselineRegression(columns[..., :-2], columns[..., -2], columns[..., -1])
 
     def columns(self) -> Tensor:
-        """Return [..., p + 2] all of it, as `AdvantageOutput.auxiliary_targets`."""
+        """Return [..., p + 2] all three arrays in one, as `AdvantageOutput.auxiliary_targets`."""
         return torch.cat([self.features, self.base[..., None], self.weights[..., None]], dim=-1)
 
     def corrections(self, baselines: Tensor) -> Tensor:
         """Return [B, T] features . b of the network's outputs [B, T, p].
 
         Raises:
-            ValueError: they are of other horizons.
+            ValueError: the outputs belong to other horizons.
         """
         if baselines.shape != self.features.shape:
             raise ValueError(
@@ -94,18 +105,23 @@ class BaselineRegression:
         return (self.features * baselines).sum(dim=-1)
 
     def loss(self, baselines: Tensor) -> Tensor:
-        """Return the sum over tokens of n (base - features . b)^2: the second moment of the gradient as `weights` approximate it.
+        """Return the sum over tokens of n (base - features . b)^2.
+
+        It is the second moment of the gradient, with `weights` as a proxy of squared score norms.
 
         Source: docs/hierarchical_derivation.md, equation (31). Gradient flows to `baselines`.
         """
-        return (self.weights * (self.base - self.corrections(baselines)).square()).sum()
+        residual = self.base - self.corrections(baselines)
+        return (self.weights * residual.square()).sum()
 
 
 @dataclass(frozen=True)
 class HeldOutGain:
-    """How well predictions f = features . b did on batches the network had not seen, with forgetting; sets the shrinkage.
+    """The fit of predictions f = features . b on batches that the network had not seen.
 
-    gamma = sum n base f / sum n f^2,  held within 0 and 1:  minimises sum n (base - gamma f)^2
+        gamma = sum n base f / sum n f^2, clipped to [0, 1]:  minimises sum n (base - gamma f)^2
+
+    gamma is the shrinkage coefficient. The sums are discounted from batch to batch.
     """
 
     linear: float = 0.0
@@ -113,18 +129,23 @@ class HeldOutGain:
 
     @property
     def shrinkage(self) -> float:
-        """0 before the first batch."""
-        return min(max(self.linear / self.quadratic, 0.0), 1.0) if self.quadratic > 0 else 0.0
+        """Return gamma; 0 before the first batch."""
+        if not self.quadratic > 0:
+            return 0.0
+        return min(max(self.linear / self.quadratic, 0.0), 1.0)
 
     def after(self, linear: float, quadratic: float, *, keep: float = 0.9) -> HeldOutGain:
-        """Return it with one more batch's sums; what was there counts `keep` as much. A network that says nothing yet leaves it."""
+        """Return the gain with one more batch; earlier batches count `keep` as much as before.
+
+        A network whose outputs are all 0 leaves it unchanged.
+        """
         if quadratic <= 0:
             return self
         return HeldOutGain(keep * self.linear + linear, keep * self.quadratic + quadratic)
 
 
 class LearnedBaselines:
-    """A `TokenAuxiliary`: the network with its optimizer, and the shrinkage that it has earned on batches it had not seen."""
+    """A `TokenAuxiliary`: the network, its optimizer, and its shrinkage coefficient."""
 
     def __init__(self, network: BaselineNetwork, learning_rate: float) -> None:
         self.network = network
@@ -154,24 +175,21 @@ class LearnedBaselines:
 
     @torch.no_grad()
     def outputs(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Return [m, p] baselines, with the shrinkage in them."""
+        """Return [m, p] baselines, multiplied by the shrinkage coefficient."""
         return self.gain.shrinkage * self.network(hidden, positions)
 
     def accumulate(self, hidden: Tensor, positions: Tensor, targets: Tensor) -> None:
-        """Add the gradient of the regression at m tokens, and what tells how well the network predicted it."""
+        """Add the gradient of the regression at m tokens, and the sums of the held-out gain."""
         regression = BaselineRegression.of_columns(targets)
         outputs = self.network(hidden, positions)
         regression.loss(outputs).backward()
 
         predicted = regression.corrections(outputs.detach()).double()
         weights = regression.weights
-        self._sums += torch.stack(
-            [
-                (weights * regression.base * predicted).sum(),
-                (weights * predicted.square()).sum(),
-                weights.new_tensor(len(targets)).double(),
-            ]
-        )
+        linear = (weights * regression.base * predicted).sum()
+        quadratic = (weights * predicted.square()).sum()
+        tokens = weights.new_tensor(len(targets)).double()
+        self._sums += torch.stack([linear, quadratic, tokens])
 
     def sums(self) -> Sequence[Tensor]:
         """See `TokenAuxiliary`: the sums over tokens, and the gradients."""
@@ -187,15 +205,20 @@ class LearnedBaselines:
         return found
 
     def step(self) -> dict[str, float]:
-        """Take one step of Adam on the mean over tokens. The shrinkage that was in use is reported."""
+        """Take one step of Adam on the mean over tokens, and return the shrinkage that was in use.
+
+        Gradients that are not finite are dropped, and with them the batch.
+        """
         linear, quadratic, tokens = self._sums.tolist()
         gradients = self._gradients()
         used = self.gain.shrinkage
+
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             for gradient in gradients:
                 gradient.div_(max(tokens, 1))
             self.optimizer.step()
             self.gain = self.gain.after(linear, quadratic)
+
         self.optimizer.zero_grad()
         self._sums.zero_()
         return {"shrinkage_network": used}
@@ -211,7 +234,8 @@ class LearnedBaselines:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `TokenAuxiliary`."""
         self.network.load_state_dict(state["network"])
+        # The learning rate stays that of the configuration; the saved one is overwritten.
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = rate  # that of the configuration, not the saved one
+        self.optimizer.param_groups[0]["lr"] = rate
         self.gain = HeldOutGain(*state["gain"])

@@ -1,9 +1,9 @@
-"""The regression over groups: what the groups of other folds say about a group's best baselines.
+"""The regression over groups: baselines of a group predicted from the groups of other folds.
 
-Its features are those of `Horizons` times the variance v_i of the rewards of the others of i's group. The
-distance from the mean reward to the best baseline is a covariance of reward and ratio. After steps along
-the policy gradient it grows with the variance of the group's rewards, and where all others agree there is
-nothing to expect: 0.
+Its features are those of `Horizons` times the variance v_i of the rewards of the other responses of
+i's group. The difference between the mean reward and the best baseline is a covariance of reward
+and ratio. After steps along the policy gradient it grows with the variance of the group's rewards.
+Where the rewards of the other responses are all equal, the prediction is 0.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class FoldSums:
     """Normal equations of the pooled regression at some positions, one set per fold."""
 
     gram: Tensor  # [F, t, p, p] sum of n x x^T
-    moment: Tensor  # [F, t, p] sum of n x y, y the weight under the centre
-    scale: Tensor  # [F, 2] sum of the squares of what scales the features, and responses
-    mass: Tensor  # [F, 2] sum of the score norms that a ridge counts in, and their number
+    moment: Tensor  # [F, t, p] sum of n x y, y the weight under the leave-one-out baseline
+    scale: Tensor  # [F, 2] sum of v^2, and number of responses
+    mass: Tensor  # [F, 2] sum of the squared score norms, and their number
 
     @staticmethod
     def of(folds: list[GroupedBatch], positions: Tensor) -> FoldSums:
@@ -51,7 +51,7 @@ class FoldSums:
         return FoldSums(*(torch.stack(arrays) for arrays in zip(*sums, strict=True)))
 
     def coefficients(self, left_out: tuple[int, ...], ridge: float) -> Tensor:
-        """Return [t, p] fitted on all folds but those; 0 where they have no spread of rewards to learn from."""
+        """Return [t, p] fitted on the other folds; 0 where no group there has different rewards."""
         kept = [f for f in range(len(self.gram)) if f not in left_out]
         gram, moment, scale, mass = (
             _sum_of(array, kept) for array in (self.gram, self.moment, self.scale, self.mass)
@@ -60,7 +60,7 @@ class FoldSums:
         if not squares > 0:
             return torch.zeros_like(moment)
 
-        # What counts as one response with all ratios 1 is scaled like the features.
+        # The unit of the ridge, one response with all ratios 1, is scaled like the features.
         system = ridged(gram, ridge * power_of_two(mass) * squares / responses)
         return torch.cholesky_solve(moment[..., None], torch.linalg.cholesky(system))[..., 0]
 
@@ -74,7 +74,7 @@ def _sum_of(array: Tensor, kept: list[int]) -> Tensor:
 
 
 def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return [t, p, p], [t, p], [2], [2] of one fold.
+    """Return the fields of `FoldSums` of one fold: [t, p, p], [t, p], [2], [2].
 
     The fixed horizons are the same at every t, so all t take their products from one matrix.
     """
@@ -82,13 +82,15 @@ def _sums(part: GroupedBatch, positions: Tensor) -> tuple[Tensor, Tensor, Tensor
     v = others_variance(part.rewards, part.present).flatten()
     fixed = horizons.fixed(part.ratios).flatten(0, 1)  # [B, S]
     held = horizons.held(positions)  # [t, S]
-    # [B, t] once for each of the two factors x and y
+
+    # [B, t] weights times v, once for each factor x: x y has one, x x^T two
     n = part.weights[:, :, positions].flatten(0, 1) * v[:, None]
     nx = n * v[:, None]
 
     products = (fixed[:, :, None] * fixed[:, None, :]).flatten(1)
     gram = (nx.T @ products).unflatten(1, (fixed.shape[1],) * 2)
     gram = gram * held[:, :, None] * held[:, None, :]
+
     target = part.base.flatten()
     moment = (n * target[:, None]).T @ fixed * held
 
@@ -120,14 +122,16 @@ def _predicted(part: GroupedBatch, positions: Tensor, beta: Tensor) -> Tensor:
 
 
 def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float) -> Tensor:
-    """Return [F, K, G, t] for each fold to be left unseen: predictions for the groups of every other, by the fit that saw neither.
+    """Return [F, K, G, t] held-out predictions, for each fold that is left out.
 
-    0 for its own groups.
+    The groups of every other fold are predicted by the fit that saw neither of the two folds. The
+    groups of the fold itself get 0.
     """
     fold = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
     sums = FoldSums.of(folds, positions)
     predicted = batch.ratios.new_zeros(len(folds), *batch.rewards.shape, len(positions))
+
     for f, g in itertools.combinations(range(len(folds)), 2):
         beta = sums.coefficients((f, g), ridge)
         predicted[f, fold == g] = _predicted(folds[g], positions, beta)
@@ -138,14 +142,17 @@ def held_out_predictions(batch: GroupedBatch, positions: Tensor, ridge: float) -
 def pooled_corrections(
     batch: GroupedBatch, positions: Tensor, ridge: float, shrinkage: Tensor | None = None
 ) -> Tensor:
-    """Return [K, G, t] what the horizons fitted on the other folds add to the centre.
+    """Return [K, G, t] the corrections fitted on the other folds.
 
-        f_i(t) = v_i sum_s rho_{<=s, i} beta_{t, -fold(i)}^(s),   v_i the variance of the rewards of the others of i's group
+        f_i(t) = v_i sum_s rho_{<=s, i} beta_{t, -fold(i)}^(s)
+
+    v_i is the variance of the rewards of the other responses of i's group.
 
     Source: docs/hierarchical_derivation.md, section 8.
 
-    Conventions: `shrinkage` [F] multiplies the corrections of each fold's groups; folds at 0 are not
-    solved. None: 1 for all. With a single fold there is nothing to learn from: 0.
+    Conventions: `shrinkage` [F] multiplies the corrections of each fold's groups; folds at 0 are
+    not solved. None: 1 for all. With a single fold there are no other groups to fit, and the result
+    is 0.
     """
     members = fold_of_group(len(batch.rewards), positions.device)
     folds = folds_of(batch)
@@ -154,8 +161,9 @@ def pooled_corrections(
 
     corrections = torch.zeros_like(batch.ratios[:, :, positions])
     solved = shrinkage.nonzero()[:, 0].tolist()
+    numbers_per_position = len(folds) * (batch.horizons.most + 1) ** 2
     start = 0
-    for part in chunks(positions, len(folds) * (batch.horizons.most + 1) ** 2):
+    for part in chunks(positions, numbers_per_position):
         sums = FoldSums.of(folds, part)
         end = start + len(part)
         for f in solved:

@@ -200,7 +200,7 @@ def test_strength_is_earned_on_unseen_batches():
             {},
             "auxiliary: .* Build the network for the same",
         ),
-        ({}, {"ridge": 1.0}, "solver: 'network' fits no ridge"),
+        ({}, {"ridge": 1.0}, "ridge: solver 'network' does not use a ridge"),
         (
             {},
             {"horizons": "blocks", "max_tokens": None},

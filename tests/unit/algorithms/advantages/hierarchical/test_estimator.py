@@ -60,7 +60,7 @@ def test_unbiased_where_the_centre_moves():
     made = Enumerated(4, end_token=True, size=(2, 2))
     made.rewards = (made.ratios[:, -1].square() * made.scores.square().sum((1, 2))).log()
     drawn = grouped(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), made)
-    assert (weighted_baseline(drawn) - drawn.centre).abs().min() > 1e-3
+    assert (weighted_baseline(drawn) - drawn.baseline).abs().min() > 1e-3
     made.gradient = made.space.gradient(made.old, made.rewards)
     exact = expectation(made, 8)
     assert (exact - made.gradient).abs().max() < 2e-7 * made.gradient.abs().max()
@@ -283,11 +283,11 @@ def test_what_has_a_large_score_is_what_a_baseline_is_for():
             {},
             r"log-ratio of response 0 reaches .* set .*log_ratio_clip",
         ),
-        ({}, {"horizons": "last"}, "parameters.horizons: 'last' is none of final, current"),
+        ({}, {"horizons": "last"}, "parameters.horizons: 'last' is not one of final, current"),
         ({}, {"horizons": "blocks", "block_size": 0}, "block_size: 0 must be at least 1"),
         ({}, {"ridge": -1.0}, "ridge: -1.0 must be finite and at least 0"),
-        ({}, {"scope": "world"}, "scope: 'world' is none of auto, group, batch"),
-        ({}, {"solver": "svd"}, "solver: 'svd' is none of"),
+        ({}, {"scope": "world"}, "scope: 'world' is not one of auto, group, batch"),
+        ({}, {"solver": "svd"}, "solver: 'svd' is not one of"),
         ({}, {"log_ratio_clip": 0.0}, "log_ratio_clip: 0.0 must be positive"),
     ],
 )

@@ -30,7 +30,7 @@ def random_batch(horizons: str) -> GroupedBatch:
     return GroupedBatch(
         ratios=(0.3 * noise(GROUPS, SIZE, LENGTH)).cumsum(2).exp(),
         rewards=rewards,
-        centre=others_mean(rewards, present),
+        baseline=others_mean(rewards, present),
         present=present,
         weights=weights,
         mass=mass.double(),

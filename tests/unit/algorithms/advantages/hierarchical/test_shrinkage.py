@@ -52,9 +52,9 @@ def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go
         best = (heavy @ rewards[k, j]) / heavy.sum()
         assert float(found[k, i]) == pytest.approx(float((1 - certain) * lean + certain * best))
     few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
-    assert torch.equal(weighted_baseline(few), few.centre)
+    assert torch.equal(weighted_baseline(few), few.baseline)
     same = replace(batch, ratios=torch.ones_like(ratios), mass=torch.ones_like(mass))
-    assert torch.allclose(weighted_baseline(same), same.centre, atol=1e-14)
+    assert torch.allclose(weighted_baseline(same), same.baseline, atol=1e-14)
 
 
 def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
