@@ -1,7 +1,7 @@
-"""Metrics that know how they add up: over microbatches, mini-batches, ranks and workers.
+"""Metrics with their reductions over microbatches, mini-batches, ranks and workers.
 
-A worker reports `{"policy/entropy": mean(2.1, count=512)}`; `combine` merges any number of such reports into one, and `values`
-gives the plain numbers that are written and shown.
+A worker reports `{"policy/entropy": mean(2.1, count=512)}`; `combine` merges any number of such
+reports into one, and `values` returns the plain numbers that are written and shown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Reduction = Literal["sum", "mean", "max"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number, with its reduction; `count` is what a mean is over (its weight when means are merged)."""
+    """One number with its reduction.
+
+    `count` is the number of things that a mean is over, and its weight when means are merged.
+    """
 
     value: float
     reduction: Reduction
@@ -28,17 +31,17 @@ MetricMap = Mapping[str, Metric]
 
 
 def total(value: float) -> Metric:
-    """A quantity that adds up: tokens, seconds of work, timeouts."""
+    """Return a quantity that adds up: tokens, seconds of work, timeouts."""
     return Metric(float(value), "sum")
 
 
 def mean(value: float, count: float = 1.0) -> Metric:
-    """An average over `count` things; merged as the weighted mean."""
+    """Return an average over `count` things; averages are merged as the weighted mean."""
     return Metric(float(value), "mean", float(count))
 
 
 def maximum(value: float) -> Metric:
-    """A largest value: ratio, gap, peak memory."""
+    """Return a largest value: ratio, log-prob difference, peak memory."""
     return Metric(float(value), "max")
 
 
@@ -52,14 +55,21 @@ def _combine_pair(name: str, left: Metric, right: Metric) -> Metric:
     if left.reduction == "max":
         unknown = math.isnan(left.value) or math.isnan(right.value)
         return maximum(math.nan if unknown else max(left.value, right.value))
+
+    # A mean over nothing has no value.
+    if right.count == 0:
+        return left
+    if left.count == 0:
+        return right
     count = left.count + right.count
-    if left.count == 0 or right.count == 0:  # a mean over nothing has no value
-        return left if right.count == 0 else right
     return mean((left.value * left.count + right.value * right.count) / count, count)
 
 
 def combine(reports: Iterable[MetricMap]) -> dict[str, Metric]:
-    """Merge reports: sums add, means average with their counts as weights, maxima take the larger. NaN in one makes NaN of all.
+    """Merge reports.
+
+    Sums are added, means averaged with their counts as weights, and of maxima the largest is taken.
+    NaN in one report makes the result NaN.
 
     Raises:
         ValueError: two reports declare different reductions for one name.
@@ -67,12 +77,14 @@ def combine(reports: Iterable[MetricMap]) -> dict[str, Metric]:
     merged: dict[str, Metric] = {}
     for report in reports:
         for name, metric in report.items():
-            merged[name] = _combine_pair(name, merged[name], metric) if name in merged else metric
+            if name in merged:
+                metric = _combine_pair(name, merged[name], metric)
+            merged[name] = metric
     return merged
 
 
 def values(report: MetricMap) -> dict[str, float]:
-    """The plain numbers; means over nothing are left out."""
+    """Return the plain numbers; means over nothing are left out."""
     return {name: metric.value for name, metric in report.items() if metric.count > 0}
 
 

@@ -1,4 +1,4 @@
-"""Named functions: how estimators, objectives and rewards are found by the name in a config, and their parameters checked."""
+"""Registries: estimators, objectives and rewards by the name in a config, with their parameters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 E = TypeVar("E")
 
@@ -18,7 +28,7 @@ def _itself(entry: Any) -> Callable[..., Any]:
 
 
 class Registry(Generic[E]):
-    """Entries of one kind by name: functions, or records that hold a function and what it declares."""
+    """Entries of one kind by name: functions, or records of a function and its declarations."""
 
     def __init__(
         self, kind: str, *, function_of: Callable[[E], Callable[..., Any]] = _itself
@@ -28,7 +38,7 @@ class Registry(Generic[E]):
         self._entries: dict[str, E] = {}
 
     def register(self, name: str) -> Callable[[E], E]:
-        """Decorator that makes a function available as `name`; see `add`."""
+        """Return a decorator that makes a function available as `name`; see `add`."""
         self.check_name(name)
 
         def decorator(entry: E) -> E:
@@ -38,10 +48,10 @@ class Registry(Generic[E]):
         return decorator
 
     def check_name(self, name: object) -> None:
-        """Refuse what is not a name, as when the decorator was written without parentheses.
+        """Refuse a value that is not a name, as when the decorator was written without parentheses.
 
         Raises:
-            ValueError: no name.
+            ValueError: it is not a name.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(
@@ -50,7 +60,9 @@ class Registry(Generic[E]):
             )
 
     def add(self, name: str, entry: E) -> None:
-        """Make `entry` available as `name`. A module may be imported twice; two functions may not share a name.
+        """Make `entry` available as `name`.
+
+        A module may be imported twice, but two functions may not have one name.
 
         Raises:
             ValueError: something that cannot be called, a class, or a name that is taken.
@@ -69,39 +81,44 @@ class Registry(Generic[E]):
     def _check_callable(self, name: str, function: object) -> None:
         if inspect.isclass(function):
             raise ValueError(
-                f"{self._kind} {name!r}: {function.__name__} is a class. Give it a __call__ and register an instance."
+                f"{self._kind} {name!r}: {function.__name__} is a class. Give it a __call__ and "
+                "register an instance."
             )
         if not callable(function):
             raise ValueError(
-                f"{self._kind} {name!r}: a {type(function).__name__} cannot be called. Register a function, a partial or an object "
-                "with __call__."
+                f"{self._kind} {name!r}: a {type(function).__name__} cannot be called. Register a "
+                "function, a partial or an object with __call__."
             )
 
     def names(self) -> tuple[str, ...]:
-        """All registered names, sorted."""
+        """Return all registered names, sorted."""
         return tuple(sorted(self._entries))
 
     def get(self, name: str, *, field: str | None = None) -> E:
         """Return the entry called `name`.
 
         Raises:
-            ValueError: no such name; the message has the nearest ones. `field` is the config field that held it.
+            ValueError: no such name; the message has the nearest ones. `field` is the config field
+                that held it.
         """
-        if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=3)
-            hint = (
-                f"Did you mean {' or '.join(near)}?"
-                if near
-                else f"Known: {', '.join(self.names())}."
-            )
-            raise ValueError(
-                f"{field or self._kind}: unknown {self._kind} {name!r}. {hint} A plug-in's names need its module in `plugins`."
-            )
-        return self._entries[name]
+        if name in self._entries:
+            return self._entries[name]
+
+        near = difflib.get_close_matches(name, self._entries, n=3)
+        hint = f"Known: {', '.join(self.names())}."
+        if near:
+            hint = f"Did you mean {' or '.join(near)}?"
+        raise ValueError(
+            f"{field or self._kind}: unknown {self._kind} {name!r}. {hint} A plug-in's names need "
+            "its module in `plugins`."
+        )
 
 
 def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The `def` behind a registered callable: of a `functools.partial`, of an object its `__call__`."""
+    """Return the `def` behind a registered callable.
+
+    Of a `functools.partial` it is the wrapped function, of an object its `__call__`.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     if inspect.isroutine(function):
@@ -110,14 +127,14 @@ def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def short_name(function: Callable[..., Any]) -> str:
-    """The name of a registered callable, for messages; of an object, that of its class."""
+    """Return the name of a registered callable, for messages; of an object, that of its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def full_name(function: Callable[..., Any]) -> str:
-    """Module and qualified name of a registered callable, for messages."""
+    """Return module and qualified name of a registered callable, for messages."""
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
@@ -125,22 +142,27 @@ def full_name(function: Callable[..., Any]) -> str:
 
 
 def _same_definition(first: Callable[..., Any], second: Callable[..., Any]) -> bool:
-    """Whether two callables come from one place in the source, as when a module is imported twice.
+    """Return whether two callables are defined at one place, as when a module is imported twice.
 
-    Two definitions of one name in one module differ by their lines; in a notebook (`__main__`) a later cell replaces an earlier one.
+    Two definitions of one name in one module differ by their lines. In a notebook (`__main__`) a
+    later cell replaces an earlier one.
     """
     if first is second:
         return True
     if full_name(first) != full_name(second) or type(first) is not type(second):
         return False
+
     module = full_name(first).removesuffix(f".{short_name(first)}")
-    places = [getattr(plain_function(f), "__code__", None) for f in (first, second)]
-    lines = [place.co_firstlineno if place else None for place in places]
-    return module == "__main__" or lines[0] == lines[1]
+    return module == "__main__" or _first_line(first) == _first_line(second)
+
+
+def _first_line(function: Callable[..., Any]) -> int | None:
+    code = getattr(plain_function(function), "__code__", None)
+    return code.co_firstlineno if code else None
 
 
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a registered function: what a config may set."""
+    """Return the keyword-only parameters of a registered function, which a config may set."""
     return {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -160,9 +182,10 @@ def default_parameters(function: Callable[..., Any]) -> dict[str, Any]:
 def follow_token_limit(
     function: Callable[..., Any], parameters: Mapping[str, Any], limit: int
 ) -> dict[str, Any]:
-    """`parameters`, with the keyword `max_tokens` at `limit` where `function` takes one and it is None or left out.
+    """Return `parameters` with the keyword `max_tokens` set to `limit`.
 
-    For estimators and reward functions that depend on `generation.max_tokens`, so that a run says its token limit once.
+    Only where `function` takes that keyword and it is None or left out. It is for estimators and
+    reward functions that depend on `generation.max_tokens`: a run then sets its token limit once.
     """
     follows = "max_tokens" in keyword_parameters(function)
     if follows and parameters.get("max_tokens") is None:
@@ -173,7 +196,7 @@ def follow_token_limit(
 def check_parameters(
     function: Callable[..., Any], parameters: Mapping[str, Any], *, field: str
 ) -> None:
-    """Refuse parameters that `function` does not take, of the wrong type, or missing where it has no default.
+    """Refuse parameters that `function` does not take, of the wrong type, or missing.
 
     Raises:
         ValueError: names field, value and what is accepted.
@@ -182,38 +205,39 @@ def check_parameters(
     hints = type_hints(function)
     for name, value in parameters.items():
         if name not in accepted:
-            near = difflib.get_close_matches(name, accepted, n=2)
-            hint = (
-                f"Did you mean {' or '.join(near)}?"
-                if near
-                else f"It takes {', '.join(accepted) or 'no parameters'}."
-            )
-            raise ValueError(
-                f"{field}.{name}: {short_name(function)} has no such parameter. {hint}"
-            )
-        if (
-            name in hints
-            and get_origin(hints[name]) is Literal
-            and value not in get_args(hints[name])
-        ):
-            raise ValueError(
-                f"{field}.{name}: {value!r} is not accepted. Choose one of {', '.join(map(str, get_args(hints[name])))}."
-            )
-        if name in hints and not _is_instance(value, hints[name]):
-            expected = getattr(hints[name], "__name__", str(hints[name]))
-            raise ValueError(
-                f"{field}.{name}: {value!r} is a {type(value).__name__}; {short_name(function)} expects {expected}."
-            )
+            _refuse_name(function, name, accepted, field)
+        if name in hints:
+            _check_type(function, f"{field}.{name}", value, hints[name])
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field}.{name}: {value} is no number. Give a finite one.")
-    missing = [
-        name
-        for name, p in accepted.items()
-        if p.default is inspect.Parameter.empty and name not in parameters
-    ]
-    if missing:
+            raise ValueError(f"{field}.{name}: {value} is not a number. Give a finite one.")
+
+    for name, parameter in accepted.items():
+        if parameter.default is parameter.empty and name not in parameters:
+            raise ValueError(
+                f"{field}.{name}: {short_name(function)} needs this parameter and has no default. "
+                "Set it."
+            )
+
+
+def _refuse_name(
+    function: Callable[..., Any], name: str, accepted: Iterable[str], field: str
+) -> NoReturn:
+    near = difflib.get_close_matches(name, accepted, n=2)
+    hint = f"It takes {', '.join(accepted) or 'no parameters'}."
+    if near:
+        hint = f"Did you mean {' or '.join(near)}?"
+    raise ValueError(f"{field}.{name}: {short_name(function)} has no such parameter. {hint}")
+
+
+def _check_type(function: Callable[..., Any], path: str, value: object, hint: Any) -> None:
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        choices = ", ".join(map(str, get_args(hint)))
+        raise ValueError(f"{path}: {value!r} is not accepted. Choose one of {choices}.")
+    if not _is_instance(value, hint):
+        expected = getattr(hint, "__name__", str(hint))
         raise ValueError(
-            f"{field}.{missing[0]}: {short_name(function)} needs this parameter and has no default. Set it."
+            f"{path}: {value!r} is a {type(value).__name__}; {short_name(function)} expects "
+            f"{expected}."
         )
 
 
@@ -228,7 +252,7 @@ def check_values(
     *,
     field: str,
 ) -> None:
-    """Refuse parameters that `function`, registered as `name`, does not take, or whose values its `validate` refuses.
+    """Refuse parameters that a registered function does not take or that its `validate` refuses.
 
     `validate` is called with all keyword parameters of the function, defaults included. The
     function itself is not called.
@@ -249,7 +273,7 @@ def check_values(
 
 
 def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations; none where they name what only a type checker imports."""
+    """Return the annotations; none where they use names that only a type checker imports."""
     try:
         return get_type_hints(plain_function(function))
     except (NameError, TypeError):
@@ -257,7 +281,10 @@ def type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _is_instance(value: object, hint: Any) -> bool:
-    """Whether `value`, as read from YAML, fits an annotation; annotations of other kinds are let through."""
+    """Return whether `value`, as read from YAML, fits an annotation.
+
+    Annotations of other kinds accept everything.
+    """
     if get_origin(hint) in (Union, types.UnionType):
         return any(_is_instance(value, part) for part in get_args(hint))
     if hint is float:

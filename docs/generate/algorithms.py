@@ -1,4 +1,7 @@
-"""docs/algorithms.md, made from the docstrings of the library: `python -m docs.generate.algorithms docs/algorithms.md`."""
+"""docs/algorithms.md, generated from the docstrings of the library.
+
+Run it with `python -m docs.generate.algorithms docs/algorithms.md`.
+"""
 
 from __future__ import annotations
 
@@ -42,57 +45,65 @@ from rlsys.registry import keyword_parameters
 
 INTRODUCTION = """# Algorithms
 
-Generated from the docstrings in `rlsys/algorithms` by `make docs`; a test keeps it current. An update is put together from pieces
-that are chosen independently:
+Generated from the docstrings in `rlsys/algorithms` by `make docs`; a test keeps it current. An
+update consists of pieces that are chosen independently:
 
     advantage estimator  x  ratio level  x  weight function  x  aggregation  x  KL placement
 
-Each piece is a pure function of padded `[B, T]` tensors of response tokens and a mask, and is set from the config or the command
-line (`--algorithm.advantage.name rloo --algorithm.objective.weight cispo`). Everything returns 0 outside the mask. A preset is a
-row of settings and nothing else.
+Each piece is a pure function of padded `[B, T]` tensors of response tokens and a mask, and is set
+from the config or the command line (`--algorithm.advantage.name rloo --algorithm.objective.weight
+cispo`). Everything returns 0 outside the mask. A preset is a row of settings and nothing else.
 
-What no recipe provides yet: a critic (`gae` runs with V = 0 unless `values` are given) and process rewards from a model
-(`token_rewards` come from a KL or an entropy in the reward; `step_ends` from a caller of the library).
+No recipe provides these yet: a critic (`gae` runs with V = 0 unless `values` are given) and process
+rewards from a model (`token_rewards` come from a KL or an entropy in the reward; `step_ends` from a
+caller of the library).
 
-Where the evidence is: `tests/unit/algorithms/` has golden numbers, slow twins and traps of each module in a file of its name, and
-exact expectations over policies whose responses can be listed in `test_kl.py` and `test_enumerable_policies.py`.
+The evidence is in `tests/unit/algorithms/`: golden numbers, slow reference implementations and edge
+cases of each module in a file of its name, and exact expectations over policies whose responses can
+be enumerated in `test_kl.py` and `test_enumerable_policies.py`.
 """
 
 SCHULMAN = """### Schulman's experiment
 
-Samples of q = N(0, 1); bias and standard deviation of the estimates of KL(q, p), over the true value. `test_schulmans_experiment`
-checks them.
+Samples of q = N(0, 1); bias and standard deviation of the estimates of KL(q, p), over the true
+value. `test_schulmans_experiment` checks them.
 """
 
 KL_GRADIENTS = """### Which estimator has which gradient where
 
-Relative error of the expected gradient to that of the KL that a row names (the KL of whole responses), by enumeration
-(`docs/generate/kl_gradient_table.py`): a random policy over three words of which one ends a response, far from its reference;
-responses of one token, or of up to three (whole); samples of the live policy, or of an older one (stale). The cosine is that of
-`whole`. Terms are summed over tokens. **0** is at most 1e-12. What a run refuses, it refuses with the reason before it starts. The reward's KL on stale
-samples is corrected by the ratio of the objective, together with the reward.
+Relative error of the expected gradient to that of the KL that a row names (the KL of whole
+responses), by enumeration (`docs/generate/kl_gradient_table.py`): a random policy over three tokens
+of which one ends a response, far from its reference; responses of one token, or of up to three
+(whole); samples of the live policy, or of an older one (stale). The cosine is that of `whole`.
+Terms are summed over tokens. **0** is at most 1e-12. A run refuses a row marked so before it
+starts, with the reason. The reward's KL on stale samples is corrected by the ratio of the
+objective, together with the reward.
 """
 
 KL_READING = """
 How to read it (Tang and Munos 2025):
 
-- In the reward k1 is exact over whole responses, and nothing else is right.
-- In the loss k2 and k3_k2 are exact for one token. Over whole responses they lack what a token does to the KL of later tokens,
-  at stale samples the ratio. `level: sequence` with k2 lacks neither on-policy.
-- k3 in the loss, GRPO's, is the gradient of the *forward* KL of each position (its error to that is 0 for one token and
-  0.21 over these responses). It vanishes at the reference as well, and is the published default.
-- `importance_ratio: prefix` makes k1 and k3 exact over whole responses and on stale samples, `product` everything at level
-  `sequence`, at the price of the variance of such products; `token`, as DeepSeek-V3.2 has it, is exact for one token.
-- The forward direction names a KL that it has the gradient of with an importance ratio alone.
+- In the reward k1 is exact over whole responses, and no other kind is right.
+- In the loss k2 and k3_k2 are exact for one token. Over whole responses they lack the effect of a
+  token on the KL of later tokens, and on stale samples the ratio. `level: sequence` with k2 lacks
+  neither on-policy.
+- k3 in the loss, GRPO's, is the gradient of the *forward* KL of each position (its error to that is
+  0 for one token and 0.21 over these responses). It vanishes at the reference as well, and is the
+  published default.
+- `importance_ratio: prefix` makes k1 and k3 exact over whole responses and on stale samples,
+  `product` everything at level `sequence`, at the price of the variance of such products; `token`,
+  as in DeepSeek-V3.2, is exact for one token.
+- The forward direction has the gradient of its KL only with an importance ratio.
 
 Exact gradient steps of a policy that starts near its reference and has no other reward:
 """
 
 EXPLOSION = """## Why a product of ratios is not used for long responses
 
-T independent tokens over two words, the live policy's logit 0.6 above the old one's at every token: exact variance of the
-importance weight of a whole response, by enumeration (`test_the_product_explodes_and_the_geometric_mean_does_not`). The product
-(`product`, unbiased) grows as E[rho^2]^T - 1; the geometric mean (`sequence`, biased) shrinks with T.
+T independent tokens over a vocabulary of two, the live policy's logit 0.6 above the old one's at
+every token: exact variance of the importance weight of a whole response, by enumeration
+(`test_the_product_explodes_and_the_geometric_mean_does_not`). The product (`product`, unbiased)
+grows as E[rho^2]^T - 1; the geometric mean (`sequence`, biased) shrinks with T.
 """
 
 
@@ -100,18 +111,20 @@ FIGURE = """## All presets on one batch
 
 ![Weights, presets on a stored batch, variance over length](images/objectives.png)
 
-Made by `python -m benchmarks.compare_objectives`, which also prints a table of effective weights, bias proxy, effective sample size and
-gradient noise for every preset on any stored rollout batch. The batch here is the first of a run of `recipes.dapo_math`, seen from
-the policy three steps (six updates) later.
+Drawn by `python -m benchmarks.compare_objectives`, which also prints a table of effective weights,
+bias proxy, effective sample size and gradient noise for every preset on any stored rollout batch.
+The batch here is the first of a run of `recipes.dapo_math`, under the policy three steps (six
+updates) later.
 """
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     lines = [INTRODUCTION, "## Presets\n", *_presets(), "", *_coefficients(), ""]
     lines += [
         "## Advantage estimators\n",
-        "`algorithm.advantage.name`; keyword parameters as `algorithm.advantage.parameters.<name>`.\n",
+        "`algorithm.advantage.name`; keyword parameters as "
+        "`algorithm.advantage.parameters.<name>`.\n",
     ]
     for name in _of_the_library(available_advantage_estimators(), get_advantage_estimator):
         needs = ", ".join(sorted(estimator_needs(name)))
@@ -170,7 +183,8 @@ def reference() -> str:
         *step_table(),
         "",
         "### Exact, over the vocabulary\n",
-        "A function of the library; a run refuses `algorithm.kl.kind: exact`, because the reference's logits are not where the policy's are.\n",
+        "A function of the library; a run refuses `algorithm.kl.kind: exact`, because the logits "
+        "of policy and reference are in different processes.\n",
         _block(exact_token_kl),
         "### Adaptive coefficient\n",
         _block(adapted_coefficient),
@@ -191,12 +205,15 @@ def reference() -> str:
 
 
 def _of_the_library(names: Iterable[str], get: Callable[[str], Any]) -> list[str]:
-    """The names that no plug-in registered: what a page says must not depend on what else this process has imported."""
+    """Return the names that no plug-in registered.
+
+    The page must not depend on the modules that this process has imported.
+    """
     return [name for name in names if get(name).__module__.startswith("rlsys.")]
 
 
 def _block(thing: Any) -> str:
-    """A docstring as an indented block of text, formulas and all."""
+    """Return a docstring as a block of text, so that formulas keep their layout."""
     text = inspect.getdoc(thing)
     assert text is not None
     return "```text\n" + text + "\n```\n"
@@ -209,16 +226,19 @@ def _section(
     needs: str = "",
     levels: str = "",
 ) -> Iterator[str]:
+    """Yield heading, facts and docstring of a registered function."""
     parameters = ", ".join(
         f"`{key} = {value.default!r}`" for key, value in keyword_parameters(function).items()
     )
+    facts = [f"Parameters: {parameters or 'none'}."]
+    if needs:
+        facts.append(f"Reads: {needs}.")
+    if levels:
+        facts.append(f"Ratio levels: {levels}.")
+    facts.append(f"Presets: {_users(users)}.")
+
     yield f"### {name}\n"
-    yield (
-        f"Parameters: {parameters or 'none'}."
-        + (f" Reads: {needs}." if needs else "")
-        + (f" Ratio levels: {levels}." if levels else "")
-        + f" Presets: {_users(users)}.\n"
-    )
+    yield " ".join(facts) + "\n"
     yield _block(function)
 
 
@@ -235,37 +255,41 @@ def _presets() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for name, published in PRESETS.items():
         preset = published.algorithm
-        kl = (
-            f"{preset.kl.coefficient:g} {preset.kl.estimator} in the {preset.kl.placement}"
-            + (", whole responses" if preset.kl.level == "sequence" else "")
-            if preset.kl.coefficient
-            else "none"
-        )
+        kl = "none"
+        if preset.kl.coefficient:
+            kl = f"{preset.kl.coefficient:g} {preset.kl.estimator} in the {preset.kl.placement}"
+            if preset.kl.level == "sequence":
+                kl += ", whole responses"
+
         more = []
         if preset.dynamic_sampling.max_rounds > 1:
             more.append(f"dynamic sampling, {preset.dynamic_sampling.max_rounds} rounds")
         if preset.kl_old.coefficient:
             more.append(f"KL to the old policy {preset.kl_old.coefficient:g}")
-        estimator, weight = (
-            _with(preset.advantage.name, preset.advantage.parameters),
-            _with(preset.objective.weight, preset.objective.parameters),
+
+        estimator = _with(preset.advantage.name, preset.advantage.parameters)
+        weight = _with(preset.objective.weight, preset.objective.parameters)
+        yield (
+            f"| `{name}` | {estimator} | {preset.objective.ratio} | {weight} "
+            f"| {preset.aggregation} | {kl} | {'; '.join(more)} |"
         )
-        yield f"| `{name}` | {estimator} | {preset.objective.ratio} | {weight} | {preset.aggregation} | {kl} | {'; '.join(more)} |"
 
 
 def _with(name: str, parameters: Mapping[str, Any]) -> str:
-    return name + (
-        f" {yaml.safe_dump(dict(parameters), default_flow_style=True).strip()}"
-        if parameters
-        else ""
-    )
+    """Return a name with its parameters, if there are any."""
+    if not parameters:
+        return name
+    return f"{name} {yaml.safe_dump(dict(parameters), default_flow_style=True).strip()}"
 
 
 def _coefficients() -> Iterator[str]:
-    """What each weight puts before A grad log pi, at some ratios."""
+    """Yield a table of the coefficient of each weight before A grad log pi, at some ratios."""
     ratios = (0.25, 0.5, 0.9, 1.0, 1.1, 2.0, 4.0)
     logs = torch.tensor(ratios, dtype=torch.float64).log()
-    yield "Effective weight w(rho, A) before A grad log pi, with default parameters; A > 0 / A < 0 where they differ:\n"
+    yield (
+        "Effective weight w(rho, A) before A grad log pi, with default parameters; A > 0 / A < 0 "
+        "where they differ:\n"
+    )
     yield "| weight | " + " | ".join(f"rho {ratio:g}" for ratio in ratios) + " |"
     yield "|---" * (len(ratios) + 1) + "|"
     for name in _of_the_library(WEIGHTS.names(), WEIGHTS.get):

@@ -1,7 +1,8 @@
-"""Which KL estimator has which gradient in which place: exact relative errors over a policy whose responses can be listed.
+"""The gradient of each KL estimator in each place: exact relative errors by enumeration.
 
-A table of logits, one row a prefix, over three words of which the first ends a response; responses have one token, or up to three. Everything is a
-sum over all responses, nothing is sampled.
+The policy is a table of logits, one row per prefix, over three tokens of which the first ends a
+response; responses have one token, or up to three. Everything is a sum over all responses, nothing
+is sampled.
 """
 
 from __future__ import annotations
@@ -50,27 +51,30 @@ REWARDS = (
 
 @dataclass(frozen=True)
 class Policies:
-    """All responses of up to `length` tokens, and the tables of logits of the live policy, an older one and the reference."""
+    """All responses of up to `length` tokens, and the tables of logits of three policies."""
 
     tokens: Tensor  # [S, L]
     mask: Tensor  # [S, L]
     rows: Tensor  # [S, L]
     live: Tensor  # [rows, V]
-    old: Tensor
+    old: Tensor  # an older policy
     ref: Tensor
 
     @staticmethod
     def random(length: int, seed: int = 0) -> Policies:
+        """Return random policies; the older one is DRIFT away from the live one."""
         responses = []
         for tokens in itertools.product(range(WORDS), repeat=length):
             kept = tokens.index(0) + 1 if 0 in tokens else length
             if not any(tokens[kept:]):
                 responses.append((tokens, kept))
+
         row_of: dict[tuple[int, ...], int] = {}
         rows = [
             [row_of.setdefault(tokens[:t], len(row_of)) for t in range(length)]
             for tokens, _ in responses
         ]
+
         generator = torch.Generator().manual_seed(seed)
         live, drift, ref = (
             torch.randn(len(row_of), WORDS, generator=generator, dtype=torch.float64)
@@ -86,93 +90,107 @@ class Policies:
         )
 
     def logprobs(self, table: Tensor) -> Tensor:
-        """[S, L], 0 outside the mask."""
+        """Return [S, L] log-probabilities under a table of logits, 0 outside the mask."""
         return torch.where(self.mask, table.log_softmax(1)[self.rows, self.tokens], 0.0)
 
     def kl(self) -> float:
-        """KL(live || ref) of whole responses."""
+        """Return KL(live || ref) of whole responses."""
         logs = self.logprobs(self.live).sum(1)
-        return float((logs.exp() * (logs - self.logprobs(self.ref).sum(1))).sum())
+        ref = self.logprobs(self.ref).sum(1)
+        return float((logs.exp() * (logs - ref)).sum())
 
     def kl_gradient(self, direction: str) -> Tensor:
-        """The gradient of the KL of whole responses with respect to the live table."""
+        """Return the gradient of the KL of whole responses with respect to the live table."""
         table = self.live.clone().requires_grad_()
-        logs, ref = self.logprobs(table).sum(1), self.logprobs(self.ref).sum(1)
+        logs = self.logprobs(table).sum(1)
+        ref = self.logprobs(self.ref).sum(1)
         difference = logs - ref
-        value = (
-            (logs.exp() * difference).sum()
-            if direction == "reverse"
-            else -(ref.exp() * difference).sum()
-        )
+
+        value = -(ref.exp() * difference).sum()
+        if direction == "reverse":
+            value = (logs.exp() * difference).sum()
         return torch.autograd.grad(value, table)[0]
 
     def loss_gradient(self, terms: KLLossTerms, sampler: Tensor) -> Tensor:
-        """The expected gradient of the KL term of a loss, with samples of `sampler`."""
+        """Return the expected gradient of the KL term of a loss, with samples of `sampler`."""
         table = self.live.clone().requires_grad_()
         old = self.logprobs(sampler)
-        values = _unchecked_loss(
-            self.logprobs(table), old, self.logprobs(self.ref), self.mask, terms
-        )
-        return torch.autograd.grad((old.sum(1).exp() * values.sum(1)).sum(), table)[0]
+        ref = self.logprobs(self.ref)
+        values = _unchecked_loss(self.logprobs(table), old, ref, self.mask, terms)
+
+        expected = (old.sum(1).exp() * values.sum(1)).sum()
+        return torch.autograd.grad(expected, table)[0]
 
     def reward_gradient(self, kind: str, direction: str) -> Tensor:
-        """The expected score-function gradient of a cost in the reward, descended: responses of the live policy, rewards to go."""
+        """Return the expected score-function gradient of a KL penalty in the reward.
+
+        Responses are those of the live policy, and each token gets the penalty to go. The sign is
+        that of a loss.
+        """
         table = self.live.clone().requires_grad_()
-        logs, ref = self.logprobs(table), self.logprobs(self.ref)
+        logs = self.logprobs(table)
+        ref = self.logprobs(self.ref)
         if (kind, direction) == ("k1", "reverse"):
             costs = -kl_rewards(logs, ref, self.mask, 1.0)
         else:
             costs = kl_estimate(logs.detach(), ref, kind, direction=direction)
+
         costs = torch.where(self.mask, costs, 0.0)
         to_go = costs.flip(1).cumsum(1).flip(1)
-        chances = logs.detach().sum(1).exp()
-        return torch.autograd.grad((chances * (to_go * logs).sum(1)).sum(), table)[0]
+        probabilities = logs.detach().sum(1).exp()
+        expected = (probabilities * (to_go * logs).sum(1)).sum()
+        return torch.autograd.grad(expected, table)[0]
 
 
 def _unchecked_loss(
     logprobs: Tensor, old: Tensor, ref: Tensor, mask: Tensor, terms: KLLossTerms
 ) -> Tensor:
-    """`kl_loss`, and what it refuses: the table shows why."""
+    """Compute `kl_loss` also for terms that it refuses: the table shows why it does."""
     if terms.importance_ratio == "none" and terms.level == "token":
-        return torch.where(
-            mask, kl_estimate(logprobs, ref, terms.kind, direction=terms.direction), 0.0
-        )
+        estimate = kl_estimate(logprobs, ref, terms.kind, direction=terms.direction)
+        return torch.where(mask, estimate, 0.0)
     return kl_loss(logprobs, old, ref, mask, terms)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact|."""
+    """Return |found - exact| / |exact|."""
     return float((found - exact).norm() / exact.norm())
 
 
 def cosine(found: Tensor, exact: Tensor) -> float:
-    """The cosine of the angle between two gradients; 0 for a vanishing one."""
+    """Return the cosine of the angle between two gradients; 0 for a vanishing one."""
     size = float(found.norm() * exact.norm())
-    return float((found * exact).sum()) / size if size > EXACT else 0.0
+    if not size > EXACT:
+        return 0.0
+    return float((found * exact).sum()) / size
 
 
 def gradient_errors(
     terms: KLLossTerms, seed: int = 0
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Errors of a loss to the KL that it names: (one token, up to three), each (samples of the live policy, of an older one)."""
+    """Return the errors of a loss to the KL that it names: (one token, up to three tokens).
+
+    Each is a pair: samples of the live policy, and of an older one.
+    """
     errors = []
     for length in (1, LENGTH):
         policies = Policies.random(length, seed)
         exact = policies.kl_gradient(terms.direction)
-        errors.append(
-            tuple(
-                relative_error(policies.loss_gradient(terms, sampler), exact)
-                for sampler in (policies.live, policies.old)
-            )
-        )
+        fresh = relative_error(policies.loss_gradient(terms, policies.live), exact)
+        stale = relative_error(policies.loss_gradient(terms, policies.old), exact)
+        errors.append((fresh, stale))
     return errors[0], errors[1]
 
 
 def kl_after_steps(kind: str, direction: str, steps: int, rate: float = 2.0) -> tuple[float, float]:
-    """KL(live || ref) before and after `steps` exact steps down a cost in the reward, with no other reward, from near the reference."""
+    """Return KL(live || ref) before and after `steps` exact steps down a KL penalty in the reward.
+
+    There is no other reward, and the policy starts near the reference.
+    """
     start = Policies.random(LENGTH)
     policies = replace(start, live=start.ref + 0.1 * (start.live - start.ref))
     before = policies.kl()
+
     for _ in range(steps):
         step = policies.reward_gradient(kind, direction)
         policies = replace(policies, live=policies.live - rate * step)
@@ -180,8 +198,11 @@ def kl_after_steps(kind: str, direction: str, steps: int, rate: float = 2.0) -> 
 
 
 def step_table(steps: int = 100) -> Iterator[str]:
-    """The rows of the table of exact steps."""
-    yield f"| cost in the reward | direction | KL to the reference at the start | after {steps} exact steps |"
+    """Yield the rows of the table of exact steps."""
+    yield (
+        "| cost in the reward | direction | KL to the reference at the start "
+        f"| after {steps} exact steps |"
+    )
     yield "|---|---|---|---|"
     for kind, direction in REWARDS:
         before, after = kl_after_steps(kind, direction, steps)
@@ -189,8 +210,11 @@ def step_table(steps: int = 100) -> Iterator[str]:
 
 
 def table() -> Iterator[str]:
-    """The rows of the table in `docs/algorithms.md`."""
-    yield "| place | kind | direction | level | importance ratio | one token | one token, stale | whole | whole, stale | cosine | a run |"
+    """Yield the rows of the table in `docs/algorithms.md`."""
+    yield (
+        "| place | kind | direction | level | importance ratio | one token | one token, stale "
+        "| whole | whole, stale | cosine | a run |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     whole = Policies.random(LENGTH)
     for kind, direction in REWARDS:
@@ -201,13 +225,16 @@ def table() -> Iterator[str]:
         angle = cosine(whole.reward_gradient(kind, direction), whole.kl_gradient(direction))
         accepted = "accepted" if (kind, direction) == ("k1", "reverse") else "refused"
         yield (
-            f"| reward | `{kind}` | {direction} | | | {_cell(errors[0])} | | {_cell(errors[1])} | | {angle:.2f} | {accepted} |"
+            f"| reward | `{kind}` | {direction} | | | {_cell(errors[0])} | | {_cell(errors[1])} "
+            f"| | {angle:.2f} | {accepted} |"
         )
+
     for terms in LOSSES:
         one, many = gradient_errors(terms)
         angle = cosine(whole.loss_gradient(terms, whole.live), whole.kl_gradient(terms.direction))
         yield (
-            f"| loss | `{terms.kind}` | {terms.direction} | {terms.level} | {terms.importance_ratio} | {_cell(one[0])} | {_cell(one[1])} "
+            f"| loss | `{terms.kind}` | {terms.direction} | {terms.level} "
+            f"| {terms.importance_ratio} | {_cell(one[0])} | {_cell(one[1])} "
             f"| {_cell(many[0])} | {_cell(many[1])} | {angle:.2f} | {_accepted(terms)} |"
         )
 

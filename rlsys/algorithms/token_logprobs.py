@@ -1,4 +1,4 @@
-"""Log-probability and entropy of sampled tokens from hidden states, without ever holding all logits."""
+"""Log-probability and entropy of sampled tokens from hidden states, without holding all logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    """All [n] float32 (float64 for float64 inputs)."""
+    """Log-prob, entropy and squared score norm of n tokens, all [n] float32 (or float64)."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -19,7 +19,9 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the product of its LM head: u = scale (h W^T + b), then softcap tanh(u / softcap).
+    """The transform that a model applies to the product of its LM head.
+
+        u = scale (h W^T + b), then softcap tanh(u / softcap)
 
     Granite and Cohere scale, Gemma 2 caps; most models do neither.
     """
@@ -42,13 +44,14 @@ def token_logprobs(
     lm_head_bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
 ) -> TokenLogprobs:
-    """Return log pi(target | prefix), the entropy of pi(. | prefix) and the squared norm of the score.
+    """Return log-probability, entropy and squared score norm at each target token.
 
         u = scale (h W^T + b),    v = softcap tanh(u / softcap) or u,    z = v / temperature
         log pi(a) = z_a - logsumexp(z),    H = logsumexp(z) - sum_k pi_k z_k
         ||d log pi(a) / dz||^2 = 1 - 2 pi(a) + sum_k pi_k^2
 
-    The first two are differentiable. The backward pass computes the logits of a chunk again instead of keeping them:
+    The first two are differentiable. The backward pass computes the logits of a chunk again instead
+    of keeping them:
 
         d log pi(a) / dz_k = 1[k = a] - pi_k         dH / dz_k = -pi_k (log pi_k + H)
         dz / du = (1 - (v / softcap)^2) / temperature
@@ -56,20 +59,22 @@ def token_logprobs(
     Shapes: hidden [n, d], lm_head_weight [V, d], lm_head_bias [V] or None, targets [n] int64
         -> [n], [n], [n].
 
-    Conventions: the products with W run in the dtype of `hidden` (bfloat16 products for bfloat16), softmax and everything after it in float32; the
-    gradient of W is summed over chunks in float32. At most `chunk_tokens` x V logits exist at a time.
+    Conventions: the products with W run in the dtype of `hidden` (bfloat16 products for bfloat16),
+    softmax and everything after it in float32 (float64 for float64 inputs); the gradient of W is
+    summed over chunks in float32. At most `chunk_tokens` x V logits exist at a time.
 
     Raises:
         ValueError: shapes do not fit.
     """
-    if (
-        hidden.ndim != 2
-        or targets.shape != hidden.shape[:1]
-        or lm_head_weight.shape[1:] != hidden.shape[1:]
-    ):
+    shapes_fit = (
+        hidden.ndim == 2
+        and targets.shape == hidden.shape[:1]
+        and lm_head_weight.shape[1:] == hidden.shape[1:]
+    )
+    if not shapes_fit:
         raise ValueError(
-            f"hidden [n, d], lm_head_weight [V, d] and targets [n] do not fit: {tuple(hidden.shape)}, {tuple(lm_head_weight.shape)}, "
-            f"{tuple(targets.shape)}"
+            "hidden [n, d], lm_head_weight [V, d] and targets [n] do not fit: "
+            f"{tuple(hidden.shape)}, {tuple(lm_head_weight.shape)}, {tuple(targets.shape)}"
         )
     if lm_head_bias is not None and lm_head_bias.shape != lm_head_weight.shape[:1]:
         raise ValueError(
@@ -85,7 +90,7 @@ def token_logprobs(
 def token_logprobs_of_logits(
     logits: Tensor, targets: Tensor, *, temperature: float
 ) -> TokenLogprobs:
-    """Return what `token_logprobs` returns, from logits that the model has made itself.
+    """Compute the same values as `token_logprobs` from logits that the model computed itself.
 
     All n x V logits exist at once. Autograd differentiates the first two.
 
@@ -141,7 +146,8 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, work = len(hidden), _work_dtype(hidden.dtype)
+        n = len(hidden)
+        work = _work_dtype(hidden.dtype)
         logprobs, entropies, norms, normalizers = (
             torch.empty(n, dtype=work, device=hidden.device) for _ in range(4)
         )
@@ -149,17 +155,21 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = _scaled_logits(hidden[part], weight, bias, temperature, transform)
             chosen = logits.gather(1, targets[part, None])[:, 0]
+
+            # One pass over the tile; `total` normalizes what follows instead of the tile itself.
             top = logits.amax(dim=1, keepdim=True)
             shifted = logits.sub_(top)  # z - max, in place
             probabilities = shifted.exp()
             total = probabilities.sum(dim=1)
             normalizer = total.log()
             expected = torch.linalg.vecdot(probabilities, shifted, dim=1) / total
+
             normalizers[part] = normalizer + top[:, 0]
             logprobs[part] = chosen - normalizers[part]
             entropies[part] = normalizer - expected
+
             square = torch.linalg.vecdot(probabilities, probabilities, dim=1) / total**2
-            # Rounding can go below 0 where a token is all but certain.
+            # Rounding can go below 0 where the probability of a token is close to 1.
             norms[part] = (1 - 2 * logprobs[part].exp() + square).clamp(min=0)
 
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers, entropies)
@@ -182,9 +192,11 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = _scaled_logits(hidden[part], weight, bias, ctx.temperature, transform)
+            # Before the logits are changed in place.
             slope = _slope(logits, ctx.temperature, transform)
             logs = logits.sub_(normalizers[part, None])  # log pi
             probabilities = logs.exp()
+
             grad = probabilities * -grad_logprobs[part, None]
             grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
             if use_entropy:

@@ -197,7 +197,7 @@ def test_functions_that_cannot_be_called_are_refused(name: str, message: str):
         (
             "repetition",
             {"scale": math.nan},
-            "reward.functions.parameters.scale: nan is no number. Give a finite one",
+            "reward.functions.parameters.scale: nan is not a number. Give a finite one",
         ),
         (
             "has_length",

@@ -1,4 +1,4 @@
-"""Advantage estimators: one a file, found by name."""
+"""Advantage estimators: one per file, found by name."""
 
 from rlsys.algorithms.advantages.contract import (
     AdvantageEstimator,

@@ -35,23 +35,26 @@ def gae_advantages(
     whiten: bool = False,
     eps: float = 1e-8,
 ) -> AdvantageOutput:
-    """An exponentially weighted mixture of n-step advantages.
+    """Return an exponentially weighted mixture of n-step advantages.
 
-        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1},    returns_t = A_t + V_t
 
     Source: Schulman et al. 2016, equation 16 (arXiv:1506.02438).
 
-    Shapes: rewards [B], token_rewards and values [B, T], truncated [B] -> advantages and returns [B, T].
+    Shapes: rewards [B], token_rewards and values [B, T], truncated [B] -> advantages and returns
+    [B, T].
 
-    Conventions: `gamma` is the discount per token. `lam` is the weight of longer returns, lambda. V_t is
-    the value before token t; the outcome is the reward of the last token. After the last token the value
-    is 0, except for truncated responses: they would have gone on, so V of the last token stands in for
-    the unknown one after it. t runs over the mask: tool tokens in between are skipped and take no
-    discount. Without a critic (`values` None) V is 0, and gamma = lam = 1 gives the reward-to-go. `whiten`
-    normalises the advantages over the batch's tokens (ddof 0, eps added to std); returns are not whitened.
+    Conventions: `gamma` is the discount per token. `lam` is the weight of longer returns, lambda.
+    V_t is the value before token t; the outcome is the reward of the last token. After the last
+    token the value is 0, except for truncated responses: they were cut off, so V of the last token
+    is used for the unknown one after it. t runs over the mask: tool tokens in between are skipped
+    and not discounted. Without a critic (`values` None) V is 0, and gamma = lam = 1 gives the
+    reward-to-go. `whiten` normalises the advantages over the batch's tokens (ddof 0, eps added to
+    std); returns are not whitened.
 
-    Example: rewards at two tokens (0, 1), values (0.5, 0.5), gamma = 1, lam = 0.5: delta = (0, 0.5), A = (0.25, 0.5), returns
-    (0.75, 1).
+    Example: rewards at two tokens (0, 1), values (0.5, 0.5), gamma = 1, lam = 0.5: delta =
+    (0, 0.5), A = (0.25, 0.5), returns (0.75, 1).
 
     Raises:
         ValueError: gamma or lam outside [0, 1], or a negative eps.
@@ -59,22 +62,20 @@ def gae_advantages(
     _validate(gamma=gamma, lam=lam, eps=eps)
     mask = inputs.response_mask
     rewards = step_rewards(inputs.rewards, inputs.token_rewards, mask)
-    values = (
-        torch.zeros_like(rewards)
-        if inputs.values is None
-        else torch.where(mask, at_least_float32(inputs.values), 0.0)
-    )
-    advantages = _scan(
-        rewards, values, _bootstrap(values, inputs.truncated, mask), mask, gamma, gamma * lam
-    )
+    values = torch.zeros_like(rewards)
+    if inputs.values is not None:
+        values = torch.where(mask, at_least_float32(inputs.values), 0.0)
+
+    after = _bootstrap(values, inputs.truncated, mask)
+    advantages = _scan(rewards, values, after, mask, gamma, gamma * lam)
     returns = torch.where(mask, advantages + values, 0.0)
-    return AdvantageOutput(
-        advantages=whitened(advantages, mask, eps) if whiten else advantages, returns=returns
-    )
+    if whiten:
+        advantages = whitened(advantages, mask, eps)
+    return AdvantageOutput(advantages=advantages, returns=returns)
 
 
 def _bootstrap(values: Tensor, truncated: Tensor | None, mask: Tensor) -> Tensor:
-    """[B] value after the last token."""
+    """Return [B] the value after the last token."""
     if truncated is None:
         return values.new_zeros(len(values))
     return torch.where(truncated, (values * last_tokens(mask)).sum(1), 0.0)
@@ -83,7 +84,10 @@ def _bootstrap(values: Tensor, truncated: Tensor | None, mask: Tensor) -> Tensor
 def _scan(
     rewards: Tensor, values: Tensor, after: Tensor, mask: Tensor, gamma: float, decay: float
 ) -> Tensor:
-    """The recursion from the last token to the first; outside the mask nothing moves."""
+    """Compute [B, T] advantages from the last token to the first.
+
+    A token outside the mask leaves the recursion unchanged.
+    """
     advantages = torch.zeros_like(rewards)
     running, next_value = torch.zeros_like(after), after
     for t in range(mask.shape[1] - 1, -1, -1):

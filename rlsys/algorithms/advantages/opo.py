@@ -1,4 +1,4 @@
-"""On-policy RL with optimal baseline (OPO): the optimal baseline with response length as the gradient's size."""
+"""On-policy RL with optimal baseline (OPO): response length in place of the squared gradient."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from rlsys.algorithms.advantages.optimal_baseline import rewards_above_baseline
 
 @register_advantage_estimator("opo", compares_group=True)
 def opo_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
-    """The reward minus the group's average weighted by length.
+    """Return the reward minus the group's average weighted by length.
 
         b = sum_i L_i r_i / sum_i L_i,    A_i = r_i - b
 
-    The optimal baseline when the squared gradient of a response grows with its length and with nothing else.
+    b is the optimal baseline when the squared gradient of a response is proportional to its length.
 
-    Source: Hao et al. 2025, On-Policy RL with Optimal Reward Baseline, equation 9 (arXiv:2505.23585).
+    Source: Hao et al. 2025, On-Policy RL with Optimal Reward Baseline, equation 9
+    (arXiv:2505.23585).
 
     Shapes: rewards [B], response_mask [B, T] -> advantages [B, T].
 
-    Conventions: L counts the mask. b contains response i, as published. A group of one or of equal rewards gets exactly 0.
+    Conventions: L counts the mask. b contains response i, as published. A group of one or of equal
+    rewards gets exactly 0.
 
     Example: rewards (1, 0), lengths (1, 3): b = 1/4, advantages (3/4, -1/4).
     """

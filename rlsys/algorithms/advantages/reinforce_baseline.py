@@ -29,18 +29,23 @@ def _validate(*, baseline: str, decay: float) -> None:
 def reinforce_baseline_advantages(
     inputs: AdvantageInputs, *, baseline: str = "batch_mean", decay: float = 0.9
 ) -> AdvantageOutput:
-    """The reward-to-go minus one number.
+    """Return the reward-to-go minus one number for the whole batch.
 
-        batch_mean        A_t = G_t - mean(R)                      R the whole reward of each response of this batch
-        moving_average    A_t = G_t - m,    m <- decay m + (1 - decay) mean(R) after the batch, m / (1 - decay^n) used
+        batch_mean        A_t = G_t - mean(R)
+        moving_average    A_t = G_t - m / (1 - decay^n)
+                          m <- decay m + (1 - decay) mean(R) after the batch
+
+    R is the whole reward of each response of the batch, and n the number of earlier batches.
 
     Source: Williams 1992, section 4 (reinforcement comparison); Sutton and Barto, section 13.4.
 
     Shapes: rewards [B], token_rewards [B, T] or None -> advantages [B, T].
 
-    Conventions: the batch mean contains response i itself, which scales the expected gradient by 1 - 1/B. The moving average is of
-    past batches alone, so it leaves the gradient unbiased; before the first batch it is 0, and it is divided by 1 - decay^n against
-    its start at 0. It is kept in the estimator's state.
+    Conventions: `baseline` is batch_mean or moving_average. The batch mean contains response i
+    itself, which scales the expected gradient by 1 - 1/B. The moving average is of past batches
+    alone, so it leaves the gradient unbiased; before the first batch it is 0, and the division by
+    1 - decay^n corrects for its start at 0. It is kept in the estimator's state. `decay` is the
+    factor of the moving average per batch.
 
     Example: rewards (1, 0, 0, 1), batch mean 1/2: advantages (1/2, -1/2, -1/2, 1/2).
 
@@ -50,14 +55,18 @@ def reinforce_baseline_advantages(
     _validate(baseline=baseline, decay=decay)
     mean = outcome_rewards(inputs.rewards, inputs.token_rewards, inputs.response_mask).mean()
     returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
+
     if baseline == "batch_mean":
-        value, state = float(mean), {}
+        value = float(mean)
+        state = {}
     else:
-        average, weight = inputs.state.get("average", 0.0), inputs.state.get("weight", 0.0)
+        average = inputs.state.get("average", 0.0)
+        weight = inputs.state.get("weight", 0.0)  # 1 - decay^n
         value = average / weight if weight else 0.0
         state = {
             "average": decay * average + (1 - decay) * float(mean),
             "weight": decay * weight + (1 - decay),
         }
+
     advantages = torch.where(inputs.response_mask, returns - value, 0.0)
     return AdvantageOutput(advantages=advantages, state=state, diagnostics={"baseline": value})

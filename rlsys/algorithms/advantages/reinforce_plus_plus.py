@@ -28,14 +28,15 @@ def _validate(*, eps: float, **_: object) -> None:
 def reinforce_plus_plus_advantages(
     inputs: AdvantageInputs, *, group_baseline: bool = False, eps: float = 1e-8
 ) -> AdvantageOutput:
-    """The reward-to-go, normalised over all tokens of the batch.
+    """Return the reward-to-go, normalised over all tokens of the batch.
 
-        A_t = (G_t - mean(G)) / (std(G) + eps)                              mean and std over the batch's tokens
-        A_t = (G_t - m - mean(G - m)) / (std(G - m) + eps)                  with `group_baseline`, m the group's mean reward
+        A_t = (G_t - mean(G)) / (std(G) + eps)
+        A_t = (G_t - m - mean(G - m)) / (std(G - m) + eps)      with `group_baseline`
 
-    Global statistics move less from batch to batch than those of one small group. The published method places the KL to the
-    reference in the token rewards (`algorithm.kl.placement: reward`, k1), and for the variant with a group baseline in the loss
-    (k2).
+    mean and std are over the batch's tokens, and m is the group's mean reward. Statistics of the
+    batch vary less than those of one small group. The published method places the KL to the
+    reference in the token rewards (`algorithm.kl.placement: reward`, k1), and for the variant with
+    a group baseline in the loss (k2).
 
     Source: Hu et al. 2025, REINFORCE++, sections 3.1 and 3.2 (arXiv:2501.03262).
 

@@ -15,11 +15,12 @@ from rlsys.algorithms.advantages.returns import reward_to_go
 
 @register_advantage_estimator("remax", needs=("greedy_rewards",))
 def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
-    """The reward-to-go minus the reward of the greedy response to the same prompt.
+    """Return the reward-to-go minus the reward of the greedy response to the same prompt.
 
         A_t = G_t - r(greedy(x))
 
-    The greedy response does not depend on the sampled one, so the gradient stays unbiased; it costs one more response a prompt.
+    The greedy response does not depend on the sampled one, so the gradient stays unbiased; it costs
+    one more response per prompt.
 
     Source: Li et al. 2024, ReMax, algorithm 1 (arXiv:2310.10505).
 
@@ -31,9 +32,7 @@ def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """
     greedy = inputs.greedy_rewards
     assert greedy is not None, "greedy_rewards are declared in `needs`"
-    returns = reward_to_go(inputs.rewards, inputs.token_rewards, inputs.response_mask)
-    return AdvantageOutput(
-        advantages=torch.where(
-            inputs.response_mask, returns - at_least_float32(greedy)[:, None], 0.0
-        )
-    )
+    mask = inputs.response_mask
+    returns = reward_to_go(inputs.rewards, inputs.token_rewards, mask)
+    above = returns - at_least_float32(greedy)[:, None]
+    return AdvantageOutput(advantages=torch.where(mask, above, 0.0))

@@ -1,4 +1,4 @@
-"""Rewards along a response: where they fall, and what is still to come."""
+"""Rewards along a response: rewards per token, rewards-to-go, and their normalisation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from rlsys.algorithms.advantages.grouping import at_least_float32
 
 
 def suffix_sum(values: Tensor) -> Tensor:
-    """[B, T] -> [B, T]: the sum from t to the end."""
+    """Sum from t to the end: [B, T] -> [B, T]."""
     return values.flip(1).cumsum(1).flip(1)
 
 
 def last_tokens(response_mask: Tensor) -> Tensor:
-    """[B, T] bool: the last sampled token of each response; nowhere in a response without tokens."""
+    """Return [B, T] bool, true at the last sampled token of each response.
+
+    It is false everywhere in a response without tokens.
+    """
     return response_mask & (suffix_sum(response_mask.long()) == 1)
 
 
 def step_rewards(rewards: Tensor, token_rewards: Tensor | None, response_mask: Tensor) -> Tensor:
-    """[B, T] reward of each token: its process reward, and the outcome at the last one; 0 outside the mask.
+    """Return [B, T] the process reward of each token, plus the outcome at the last one.
+
+    It is 0 outside the mask.
 
     Example: outcome 1, process rewards (0.5, 0.25): (0.5, 1.25).
     """
@@ -30,17 +35,22 @@ def step_rewards(rewards: Tensor, token_rewards: Tensor | None, response_mask: T
 
 
 def reward_to_go(rewards: Tensor, token_rewards: Tensor | None, response_mask: Tensor) -> Tensor:
-    """[B, T] G_t = r + sum_{s >= t} r_s: a token answers for the outcome and for the process rewards from it on; 0 outside the mask."""
+    """Return [B, T] G_t = r + sum_{s >= t} r_s, the outcome plus the process rewards from t on.
+
+    It is 0 outside the mask.
+    """
     returns = at_least_float32(rewards)[:, None].expand(response_mask.shape)
     if token_rewards is not None:
-        returns = returns + suffix_sum(
-            torch.where(response_mask, at_least_float32(token_rewards), 0.0)
-        )
+        process = torch.where(response_mask, at_least_float32(token_rewards), 0.0)
+        returns = returns + suffix_sum(process)
     return torch.where(response_mask, returns, 0.0)
 
 
 def masked_moments(values: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (ddof 0) over the tokens of a batch; both 0 where there is none."""
+    """Return mean and standard deviation (ddof 0) over the tokens of a batch.
+
+    Both are 0 for a batch without tokens.
+    """
     count = response_mask.sum().clamp(min=1)
     mean = torch.where(response_mask, values, 0.0).sum() / count
     variance = torch.where(response_mask, (values - mean) ** 2, 0.0).sum() / count
@@ -48,19 +58,20 @@ def masked_moments(values: Tensor, response_mask: Tensor) -> tuple[Tensor, Tenso
 
 
 def check_eps(eps: float) -> None:
-    """Refuse an epsilon that would turn the sign of what it is added to.
+    """Refuse a negative epsilon, which could change the sign of the sum with it.
 
     Raises:
         ValueError: it is negative.
     """
     if eps < 0:
         raise ValueError(
-            f"algorithm.advantage.parameters.eps: {eps} is negative; it is added to a standard deviation. Give a small number such as 1e-6."
+            f"algorithm.advantage.parameters.eps: {eps} is negative; it is added to a standard "
+            "deviation. Give a small number such as 1e-6."
         )
 
 
 def check_std_ddof(std_ddof: int) -> None:
-    """Refuse degrees of freedom that no convention takes off a standard deviation.
+    """Refuse degrees of freedom other than those of the two conventions, 0 and 1.
 
     Raises:
         ValueError: it is neither 0 nor 1.
@@ -73,7 +84,9 @@ def check_std_ddof(std_ddof: int) -> None:
 
 
 def whitened(values: Tensor, response_mask: Tensor, eps: float) -> Tensor:
-    """[B, T] (x - mean) / (std + eps) over the tokens of the batch; exactly 0 where all are equal, and outside the mask.
+    """Return [B, T] (x - mean) / (std + eps) over the tokens of the batch.
+
+    It is exactly 0 where all values are equal, and outside the mask.
 
     Raises:
         ValueError: eps is negative.
@@ -83,4 +96,5 @@ def whitened(values: Tensor, response_mask: Tensor, eps: float) -> Tensor:
     inside = values[response_mask]
     if not len(inside) or bool(inside.max() == inside.min()):
         return torch.zeros_like(values)
+
     return torch.where(response_mask, (values - mean) / (std + eps), 0.0)

@@ -1,4 +1,4 @@
-"""GRPO whose advantage already carries the KL to the reference, token by token."""
+"""GRPO with the KL to the reference in the advantage, token by token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def token_kl_returns(
     *,
     horizon: int | None = None,
 ) -> Tensor:
-    """[B, T] r_j = r - (beta / H) sum_{i >= j} K_i,  K_i = old_logprobs_i - ref_logprobs_i: the outcome minus the KL that is still to be paid.
+    """Return [B, T] the outcome minus the KL penalty of the current and all later tokens.
 
-    It is GAE(1, 1) without a critic on the rewards -(beta / H) K_k, plus r at the last token. The score-function gradient of these returns is that of
-    E[r] - (beta / H) KL(pi || reference), because H is one number: were it each response's own length, the KL of long responses would count
-    less and the gradient would be of nothing. 0 outside the mask.
+        r_j = r - (beta / H) sum_{i >= j} K_i,  K_i = old_logprobs_i - ref_logprobs_i
+
+    It is GAE(1, 1) without a critic on the rewards -(beta / H) K_k, plus r at the last token. The
+    score-function gradient of these returns is that of E[r] - (beta / H) KL(pi || reference),
+    because H is one number. With each response's own length instead, the KL of long responses would
+    count less, and the gradient would not be that of any objective. 0 outside the mask.
 
     Conventions: `horizon` is H; None: the length of the longest response here.
     """
@@ -62,26 +65,29 @@ def token_kl_grpo_advantages(
     eps: float = 1e-6,
     max_tokens: int | None = None,
 ) -> AdvantageOutput:
-    """The KL-regularised reward-to-go of each token, relative to the group at the same position.
+    """Return the KL-regularised reward-to-go of each token, relative to its group at the position.
 
-        r_j = r - (beta / H) sum_{i >= j} K_i        K_i = old_logprobs_i - ref_logprobs_i,  beta = algorithm.kl.coefficient
-        A_j = (r_j - mean_j) / (std_j + eps)         mean and std over the responses of the group that are still alive at j
+        r_j = r - (beta / H) sum_{i >= j} K_i        K_i = old_logprobs_i - ref_logprobs_i
+        A_j = (r_j - mean_j) / (std_j + eps)         beta = algorithm.kl.coefficient
 
-    A token answers for the KL from it on, not for what is already spent; the loss needs no KL term of its own
-    (`algorithm.kl.placement: advantage`).
+    mean_j and std_j are over the responses of the group that have a token at j. A token is
+    penalised for the KL from it on, not for that of earlier tokens; the loss needs no KL term of
+    its own (`algorithm.kl.placement: advantage`).
 
     Source: Bai and Zhang 2026, Token-Level KL-Regularized Policy Gradient and GRPO.
 
     Shapes: rewards [B], old_logprobs and ref_logprobs [B, T] -> advantages [B, T].
 
-    Conventions: H is one number for all responses, `max_tokens`; a run sets it to `generation.max_tokens` where it is null, None in a
-    call is the length of the longest response, which then has a say in it. So beta is the price of one nat a token over a response of
-    full length; aggregate with `constant`, which has one length for all responses too. `std_ddof` 0 as in the source. Alone at its
-    position, or among equal returns, a response gets exactly 0: the tails of the longest responses teach nothing about the reward.
-    beta = 0 is GRPO, except for such tails. Process rewards are summed into the outcome.
+    Conventions: H is one number for all responses, `max_tokens`; a run sets it to
+    `generation.max_tokens` where it is null. None in a call is the length of the longest response,
+    which then influences H. So beta is the penalty for one nat per token over a response of full
+    length; aggregate with `constant`, which has one length for all responses too. `std_ddof` 0 as
+    in the source. Alone at its position, or among equal returns, a response gets exactly 0: the
+    tails of the longest responses have no gradient. beta = 0 is GRPO, except for such tails.
+    Process rewards are summed into the outcome.
 
-    Example: beta 1, a group of rewards (1, 1), K ((0.2, 0.4), (0, 0)): r = ((0.7, 0.8), (1, 1)); at j = 0 mean 0.85, std 0.15, A =
-    (-1, 1).
+    Example: beta 1, a group of rewards (1, 1), K ((0.2, 0.4), (0, 0)): r = ((0.7, 0.8), (1, 1));
+    at j = 0 mean 0.85, std 0.15, A = (-1, 1).
 
     Raises:
         ValueError: `std_ddof` neither 0 nor 1, a negative `eps`, or `max_tokens` not positive.
@@ -90,20 +96,24 @@ def token_kl_grpo_advantages(
     old, ref = inputs.old_logprobs, inputs.ref_logprobs
     assert old is not None, "old_logprobs are declared in `needs`"
     assert ref is not None, "ref_logprobs are declared in `needs`"
-    mask, groups = inputs.response_mask, Groups.of(inputs.group_ids)
+    mask = inputs.response_mask
+    groups = Groups.of(inputs.group_ids)
     rewards = outcome_rewards(inputs.rewards, inputs.token_rewards, mask)
     returns = token_kl_returns(rewards, old, ref, mask, inputs.kl_coefficient, horizon=max_tokens)
-    highest = groups.extreme(torch.where(mask, returns, -torch.inf), "amax")
-    lowest = groups.extreme(torch.where(mask, returns, torch.inf), "amin")
+
     alive = groups.total(mask.to(returns.dtype))
-    centred = torch.where(
-        mask, returns - groups.spread(groups.total(returns) / alive.clamp(min=1)), 0.0
-    )
-    # Squares of very small or large returns would leave the range of float32, and 0 / 0 is no advantage.
+    mean = groups.total(returns) / alive.clamp(min=1)
+    centred = torch.where(mask, returns - groups.spread(mean), 0.0)
+
+    # Squares of very small or large returns would leave the range of float32, and 0 / 0 would be
+    # NaN, so the deviations are scaled to at most 1 first.
     scale = groups.extreme(centred.abs(), "amax").clamp(min=torch.finfo(centred.dtype).tiny)
     unit = centred / groups.spread(scale)
     std = scale * (groups.total(unit**2) / (alive - std_ddof).clamp(min=1)).sqrt()
     advantages = centred / (groups.spread(std) + eps)
-    return AdvantageOutput(
-        advantages=torch.where(mask & groups.spread(highest > lowest), advantages, 0.0)
-    )
+
+    # Equal returns may differ from their mean by rounding.
+    highest = groups.extreme(torch.where(mask, returns, -torch.inf), "amax")
+    lowest = groups.extreme(torch.where(mask, returns, torch.inf), "amin")
+    differs = groups.spread(highest > lowest)
+    return AdvantageOutput(advantages=torch.where(mask & differs, advantages, 0.0))

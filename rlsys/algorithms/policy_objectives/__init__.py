@@ -52,7 +52,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyObjectiveInputs:
-    """All [B, T]."""
+    """The inputs of an objective, all [B, T]."""
 
     logprobs: Tensor  # with gradient
     old_logprobs: Tensor
@@ -62,19 +62,23 @@ class PolicyObjectiveInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyObjectiveOutput:
-    """Unreduced losses (to be minimised) and detached token-level metrics, all [B, T] and 0 outside the mask."""
+    """Unreduced losses (to be minimised) and detached token-level metrics.
+
+    All are [B, T] and 0 outside the mask.
+    """
 
     token_losses: Tensor
-    metrics: Mapping[str, Tensor]  # "ratio": rho_t; "clipped": 1.0 where the gradient was cut
+    # "ratio": rho_t; "clipped": 1.0 where the weight cut the gradient
+    metrics: Mapping[str, Tensor]
 
 
 def available_ratios() -> tuple[str, ...]:
-    """Names for `algorithm.objective.ratio`."""
+    """Return the names for `algorithm.objective.ratio`."""
     return RATIOS.names()
 
 
 def available_weights() -> tuple[str, ...]:
-    """Names for `algorithm.objective.weight`."""
+    """Return the names for `algorithm.objective.weight`."""
     return WEIGHTS.names()
 
 
@@ -93,38 +97,40 @@ def _check_level(ratio: str, weight: str) -> None:
     levels = levels_of(weight)
     if levels and ratio not in levels:
         raise ValueError(
-            f"algorithm.objective.ratio: {ratio!r} with weight {weight!r}, which is defined for {' and '.join(levels)} alone. Set "
-            f"--algorithm.objective.ratio {levels[0]}, or choose another weight."
+            f"algorithm.objective.ratio: {ratio!r} with weight {weight!r}, which is defined for "
+            f"{' and '.join(levels)} alone. Set --algorithm.objective.ratio {levels[0]}, or choose "
+            "another weight."
         )
 
 
 def policy_objective(
     inputs: PolicyObjectiveInputs, *, ratio: str, weight: str, **parameters: Any
 ) -> PolicyObjectiveOutput:
-    """Token losses of one objective.
+    """Compute the token losses of one objective.
 
         loss_t = - surrogate(rho_t, A_t)        rho of level `ratio`, surrogate of `weight`
 
     Shapes: [B, T] -> [B, T]. Gradient flows through `logprobs` alone. At least float32.
 
     Raises:
-        ValueError: unknown ratio, weight or parameter, or a weight that is not defined for this ratio level.
+        ValueError: unknown ratio, weight or parameter, or a weight that is not defined for this
+            ratio level.
     """
     _check_level(ratio, weight)
     mask = inputs.response_mask
-    logprobs = torch.where(
-        mask,
-        inputs.logprobs if inputs.logprobs.dtype == torch.float64 else inputs.logprobs.float(),
-        0.0,
-    )
-    levels = log_ratios(ratio, logprobs, inputs.old_logprobs.detach().to(logprobs.dtype), mask)
-    advantages = torch.where(mask, inputs.advantages.detach().to(logprobs.dtype), 0.0)
+    work = torch.float64 if inputs.logprobs.dtype == torch.float64 else torch.float32
+    logprobs = torch.where(mask, inputs.logprobs.to(work), 0.0)
+    old_logprobs = inputs.old_logprobs.detach().to(work)
+    advantages = torch.where(mask, inputs.advantages.detach().to(work), 0.0)
+
+    log_ratio = log_ratios(ratio, logprobs, old_logprobs, mask)
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
-    surrogate = function(TokenTerms(levels, advantages, logprobs, mask), **parameters)
+    surrogate = function(TokenTerms(log_ratio, advantages, logprobs, mask), **parameters)
+
     return PolicyObjectiveOutput(
         token_losses=torch.where(mask, -surrogate.values, 0.0),
         metrics={
-            "ratio": torch.where(mask, bounded_ratio(levels.detach()), 0.0),
-            "clipped": torch.where(mask, surrogate.clipped.to(logprobs.dtype), 0.0),
+            "ratio": torch.where(mask, bounded_ratio(log_ratio.detach()), 0.0),
+            "clipped": torch.where(mask, surrogate.clipped.to(work), 0.0),
         },
     )

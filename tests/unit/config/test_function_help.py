@@ -69,7 +69,9 @@ def test_ratios_are_found(name: str):
 
 def test_help_shows_the_parameters_of_what_the_recipe_chooses():
     text = help_of(dapo_math)
-    assert "grpo: The reward of a response relative to its group, at every token of it." in text
+    assert (
+        "grpo: Return the reward of a response relative to its group, at every token of it." in text
+    )
     assert (
         ".eps float: `eps` is added to the standard deviation, not under the root. [1.0e-06]"
         in text
@@ -78,15 +80,15 @@ def test_help_shows_the_parameters_of_what_the_recipe_chooses():
     assert ".clip_high float: `clip_high` is the width of the band above 1. [0.28]" in text
     assert ".extraction boxed|answer_tag|after_hashes|lenient [boxed]" in text
     assert ".buffer_tokens int or null: `buffer_tokens` null is a quarter" in text
-    assert "token: d_t." in text
+    assert "token: Return d_t." in text
 
 
 def test_help_follows_the_other_flags_and_survives_wrong_ones():
     text = help_of(grpo_math, "--algorithm.advantage.name", "gae", "--preset", "sapo")
     assert ".lam float: `lam` is the weight of longer returns, lambda. [1.0]" in text
     assert ".tau_neg float" in text
-    assert "grpo: The reward of a response" not in text
-    assert "grpo: The reward of a response" in help_of(grpo_math, "--no.such", "flag")
+    assert "grpo: Return the reward of a response" not in text
+    assert "grpo: Return the reward of a response" in help_of(grpo_math, "--no.such", "flag")
     unknown = help_of(grpo_math, "--algorithm.advantage.name", "gea")
     assert "gea: its source is not at hand." in unknown
 
