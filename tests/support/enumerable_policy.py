@@ -1,10 +1,14 @@
-"""An autoregressive policy so small that every response can be listed: expectations, gradients and variances without sampling.
+"""An autoregressive policy that is small enough to enumerate every response.
 
-The policy is a table of logits, one row a context. `context="prefix"` gives every prefix its own row, so that the scores of different
-positions are orthogonal; `context="previous_token"` shares a row among all positions with the same last token, so that they are not and the
-covariance between positions, which the derivation of the baselines neglects, appears.
+Expectations, gradients and variances need no sampling.
 
-With `end_token=True` token 0 ends a response, and lengths differ; a response that never samples it has all L tokens.
+The policy is a table of logits, one row per context. `context="prefix"` gives every prefix its own
+row, so that the scores of different positions are orthogonal; `context="previous_token"` shares a
+row among all positions with the same last token, so that they are not and the covariance between
+positions, which the derivation of the baselines neglects, appears.
+
+With `end_token=True` token 0 ends a response, and lengths differ; a response that never samples it
+has all L tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ Context = Literal["prefix", "previous_token"]
 
 @dataclass(frozen=True)
 class ResponseSpace:
-    """All S responses of at most L tokens over V tokens, and the row of the table of logits that each position reads."""
+    """All S responses of at most L tokens over V tokens.
+
+    `rows` is the row of the table of logits that each position reads.
+    """
 
     tokens: Tensor  # [S, L] int64, 0 after the end
     mask: Tensor  # [S, L] bool
@@ -38,9 +45,8 @@ class ResponseSpace:
         responses = []
         for tokens in itertools.product(range(vocabulary), repeat=length):
             kept = tokens.index(0) + 1 if end_token and 0 in tokens else length
-            if not any(
-                tokens[kept:]
-            ):  # of all continuations of an ended response, the one of zeros stands for it
+            # Of all continuations of an ended response only that of zeros is kept.
+            if not any(tokens[kept:]):
                 responses.append((tokens, kept))
         tokens = torch.tensor([t for t, _ in responses])
         mask = (
@@ -60,22 +66,25 @@ class ResponseSpace:
         return self.tokens.shape[1]
 
     def random_logits(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """[rows, V] float64 table of a random policy."""
+        """Return [rows, V] float64 the table of a random policy."""
         return scale * torch.randn(
             self.num_rows, self.vocabulary, generator=generator, dtype=torch.float64
         )
 
     def logprobs(self, logits: Tensor) -> Tensor:
-        """[S, L] log-probability of each token, 0 outside the mask."""
+        """Return [S, L] the log-probability of each token, 0 outside the mask."""
         table = logits.log_softmax(dim=1)
         return torch.where(self.mask, table[self.rows, self.tokens], 0.0)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[S] probability of each response; sums to 1."""
+        """Return [S] the probability of each response; they sum to 1."""
         return self.logprobs(logits).sum(dim=1).exp()
 
     def scores(self, logits: Tensor) -> Tensor:
-        """[S, L, rows * V] gradient of each token's log-probability with respect to the table: one-hot minus probabilities in its row."""
+        """Return [S, L, rows * V] the gradient of each token's log-probability.
+
+        It is with respect to the table: one-hot minus probabilities in its row.
+        """
         flat = torch.zeros(*self.tokens.shape, self.num_rows, self.vocabulary, dtype=logits.dtype)
         here = (
             torch.nn.functional.one_hot(self.tokens, self.vocabulary)
@@ -87,14 +96,14 @@ class ResponseSpace:
         return (flat * self.mask[:, :, None, None]).flatten(2)
 
     def gradient(self, logits: Tensor, rewards: Tensor) -> Tensor:
-        """[rows * V] gradient of the expected reward, exactly."""
+        """Return [rows * V] the exact gradient of the expected reward."""
         weights = self.probabilities(logits) * rewards
         return torch.einsum("s,slp->p", weights, self.scores(logits))
 
     def inputs(
         self, drawn: Tensor, rewards: Tensor, rollout: Tensor, old: Tensor, group_ids: Tensor
     ) -> AdvantageInputs:
-        """What an estimator is given for the responses with the indices `drawn` [B]."""
+        """Return the inputs of an estimator for the responses with the indices `drawn` [B]."""
         return AdvantageInputs(
             rewards=rewards[drawn],
             response_mask=self.mask[drawn],
@@ -131,18 +140,21 @@ class Enumerated:
         self.generator = generator
 
     def mean(self, values: Tensor) -> Tensor:
-        """Expectation under the sampler of something a response has."""
+        """Return the expectation of a value per response under the sampler."""
         return torch.tensordot(self.probability, values, dims=1)
 
     def token_gradients(self, beta: Tensor) -> Tensor:
-        """[S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L] of (position, horizon >= position)."""
+        """Return [S, L, P] rho_{<=t} score_t Delta_t for coefficients beta [L, L].
+
+        These are of (position, horizon >= position).
+        """
         later = torch.ones(self.space.length, self.space.length, dtype=torch.float64).triu()
         alpha = self.ratios[:, None, :] / self.ratios[:, :, None]  # [S, t, s]
         residual = alpha[:, :, -1] * self.rewards[:, None] - (alpha * beta * later).sum(2)
         return (self.ratios * residual)[..., None] * self.scores
 
     def best_beta(self) -> Tensor:
-        """[L, L] the exact solution of the normal equations of every position."""
+        """Return [L, L] the exact solution of the normal equations of every position."""
         length = self.space.length
         beta = torch.zeros(length, length, dtype=torch.float64)
         norms = self.scores.square().sum(2)

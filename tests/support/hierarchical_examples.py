@@ -1,4 +1,4 @@
-"""Batches of listed policies for tests of hierarchical baselines."""
+"""Batches of enumerated policies for tests of hierarchical baselines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.advantages import (
-    AdvantageInputs,
-)
+from rlsys.algorithms.advantages import AdvantageInputs
 from tests.support.enumerable_policy import Enumerated
 
 HORIZONS = ("final", "current", "current_and_final", "blocks", "all")
 
 
 class LearnedPrompt(Enumerated):
-    """A policy a step of 0.3 along the exact gradient ahead of its sampler; the reward is the share of one token."""
+    """A policy that is a step of 0.3 along the exact gradient ahead of its sampler.
+
+    The reward is the fraction of one token in the response.
+    """
 
     def __init__(self, seed: int):
         super().__init__(seed, "previous_token", size=(3, 5), drift=0.0)
@@ -26,17 +27,15 @@ class LearnedPrompt(Enumerated):
         self.ratios = (
             (self.space.logprobs(self.old) - self.space.logprobs(self.rollout)).cumsum(1).exp()
         )
-        self.scores, self.gradient = (
-            self.space.scores(self.old),
-            self.space.gradient(self.old, self.rewards),
-        )
+        self.scores = self.space.scores(self.old)
+        self.gradient = self.space.gradient(self.old, self.rewards)
 
     def draw(self, number: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.probability, number, replacement=True, generator=generator)
 
 
 def joined(prompts: list[LearnedPrompt], drawn: list[Tensor]) -> AdvantageInputs:
-    """One batch of a group a prompt."""
+    """Return one batch with a group per prompt."""
     parts = [
         p.space.inputs(d, p.rewards, p.rollout, p.old, torch.full((len(d),), k))
         for k, (p, d) in enumerate(zip(prompts, drawn, strict=True))

@@ -16,7 +16,7 @@ from rlsys.algorithms.policy_objectives import (
 def test_beyond_the_cap_a_token_keeps_its_gradient_or_counts_as_clipped(
     log_ratio: float, sign: float
 ):
-    """The value of rho is capped at e^+-20, its gradient is not cut: only a weight cuts, and says so."""
+    """The value of rho is capped at e^+-20, its gradient is not: only a weight cuts gradients."""
     for weight in ("importance", "ppo_clip", "dual_clip", "minimum"):
         live = torch.tensor([[log_ratio - 1]], dtype=torch.float64, requires_grad=True)
         made = PolicyObjectiveInputs(

@@ -1,4 +1,4 @@
-"""Exact expectations over a policy whose responses can be listed: which gradients are unbiased, and how wrong the others are."""
+"""Exact expectations over an enumerated policy: unbiased gradients, and the size of biases."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ def test_a_mean_that_contains_the_response_scales_the_gradient(
 
 @pytest.mark.parametrize("name", ["grpo", "opo", "optimal_baseline", "optimal_token_baseline"])
 def test_biased_estimators_change_the_direction(name: str):
-    """No factor makes them the gradient: dividing by the group's deviation, or a weighted baseline that has seen the response."""
+    """Their expectations are not a multiple of the gradient.
+
+    They divide by the group's deviation, or have a weighted baseline that contains the response.
+    """
     setting = Setting.random(3)
     exact, found = (
         setting.space.gradient(setting.logits, setting.rewards),
@@ -128,7 +131,10 @@ def test_biased_estimators_change_the_direction(name: str):
 
 @pytest.mark.parametrize("level", ["none", "token", "sequence"])
 def test_hierarchical_weights_correct_for_the_rollout_policy_once(level: str):
-    """E over all groups of three of a drifted sampler: exact by themselves, wrong with `rollout_correction` on top (refused before a run)."""
+    """They are exact for all groups of three of a drifted sampler, and wrong when corrected twice.
+
+    A run with `rollout_correction` on top is refused before it starts.
+    """
     setting = Setting.random(4)
     space, old = setting.space, setting.logits
     rollout = old + 0.5 * space.random_logits(torch.Generator().manual_seed(5))
@@ -150,7 +156,10 @@ def test_hierarchical_weights_correct_for_the_rollout_policy_once(level: str):
 def objective_gradient(
     setting: Setting, live: Tensor, ratio: str, weight: str, **parameters: object
 ) -> Tensor:
-    """E over responses of the old policy of the objective's gradient with respect to the live policy's table, advantage = reward."""
+    """Return the expected gradient of an objective with respect to the live policy's table.
+
+    Responses are those of the old policy, and the advantage is the reward.
+    """
     space, mask = setting.space, setting.space.mask
     table = live.clone().requires_grad_()
     advantages = torch.where(mask, setting.rewards[:, None], 0.0)
@@ -220,7 +229,7 @@ def test_averaged_and_single_token_ratios_are_biased_once_the_policy_moved(
 
 
 def test_prefix_ratios_are_exact_for_rewards_that_are_decided_at_once():
-    """When the reward of a token depends on the tokens up to it alone, nothing after it needs correction."""
+    """Rewards that depend on the tokens so far alone need no ratios of later tokens."""
     setting = Setting.random(7, length=3, end_token=False)
     live = setting.logits + 0.5 * setting.space.random_logits(torch.Generator().manual_seed(8))
     space = setting.space
@@ -242,7 +251,7 @@ def test_prefix_ratios_are_exact_for_rewards_that_are_decided_at_once():
 
 
 def weight_variance(length: int, log_weight: Callable[[Tensor], Tensor]) -> float:
-    """Variance over responses of `length` independent tokens of a weight made of their log-ratios."""
+    """Return the variance of a weight of the log-ratios of `length` independent tokens."""
     space = ResponseSpace.of(2, length, context="previous_token")
     old = torch.zeros(space.num_rows, 2, dtype=torch.float64)
     live = old + torch.tensor([0.6, 0.0], dtype=torch.float64)  # every token drifts alike
@@ -253,7 +262,7 @@ def weight_variance(length: int, log_weight: Callable[[Tensor], Tensor]) -> floa
 
 
 def test_the_product_explodes_and_the_geometric_mean_does_not():
-    """Independent tokens: 1 + Var(product) = E[rho^2]^L exactly; the geometric mean's variance falls with L."""
+    """1 + Var(product) = E[rho^2]^L for independent tokens; Var(geometric mean) falls with L."""
     one = 1 + weight_variance(1, lambda logs: logs.sum(1))
     products = [weight_variance(length, lambda logs: logs.sum(1)) for length in range(1, 9)]
     assert [1 + value for value in products] == pytest.approx(
@@ -267,7 +276,10 @@ def test_the_product_explodes_and_the_geometric_mean_does_not():
 @pytest.mark.parametrize("end_token", [False, True])
 @pytest.mark.parametrize("seed", [9, 12, 13])
 def test_token_kl_gradient_is_that_of_the_regularised_objective(seed: int, end_token: bool):
-    """E[r_j grad log pi_j] summed over j is the gradient of E[r] - (beta / H) KL(pi || ref), H one number: with equal and with mixed lengths."""
+    """E[r_j grad log pi_j] summed over j is the gradient of E[r] - (beta / H) KL(pi || ref).
+
+    H is one number, with equal and with mixed lengths.
+    """
     from rlsys.algorithms.advantages.token_kl_grpo import token_kl_returns
 
     setting, beta = Setting.random(seed, length=3, end_token=end_token), 0.3
@@ -284,7 +296,8 @@ def test_token_kl_gradient_is_that_of_the_regularised_objective(seed: int, end_t
         objective = (space.probabilities(table) * (setting.rewards - beta / horizon * cost)).sum()
         (exact,) = torch.autograd.grad(objective, table)
         assert float((found - exact.flatten()).abs().max()) < EXACT
-        # What a run does with them: a sum over tokens over one length, so a fixed share of the gradient.
+        # What a run does with them: a sum over tokens over one length, so a fixed fraction of
+        # the gradient.
         losses = -(returns * torch.einsum("stp,p->st", scores, exact.flatten()))
         loss = aggregate_loss(
             chances[:, None] * losses, space.mask, "constant", num_sequences=1, max_tokens=horizon
@@ -294,7 +307,10 @@ def test_token_kl_gradient_is_that_of_the_regularised_objective(seed: int, end_t
 
 @pytest.mark.parametrize("seed", [5, 14])
 def test_each_reward_with_the_ratios_up_to_its_time_is_exact_for_rewards_at_every_token(seed: int):
-    """Rewards of each prefix, a sampler that has fallen behind: `reward_time` is exact, one token's or a prefix' ratio is not."""
+    """`reward_time` is exact for rewards of each prefix and an older sampler.
+
+    The ratio of one token or of the prefix is not.
+    """
     setting = Setting.random(seed, length=3)
     space, generator = setting.space, torch.Generator().manual_seed(seed)
     live = setting.logits + 0.5 * space.random_logits(generator)
@@ -323,7 +339,10 @@ def test_each_reward_with_the_ratios_up_to_its_time_is_exact_for_rewards_at_ever
 
 
 def test_entropy_in_the_reward_is_the_gradient_of_the_regularised_objective():
-    """Reward-to-go with -alpha log pi per token: the gradient of E[R] + alpha H, which an entropy bonus at visited states alone is not."""
+    """The reward-to-go with -alpha log pi per token has the gradient of E[R] + alpha H.
+
+    An entropy bonus at visited states alone does not.
+    """
     from rlsys.algorithms.entropy import entropy_rewards
 
     setting, alpha = Setting.random(11, length=3), 0.4

@@ -1,4 +1,4 @@
-"""Gradient diagnostics: scores against autograd on the tiny model, the estimate against exact variances of listed policies."""
+"""Gradient diagnostics: scores against autograd, and estimates against exact variances."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,7 +51,7 @@ def tiny() -> Any:  # a PackedCausalLM
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("budget", [40, 1000])
 def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
-    """The slow way: one backward pass a token, by the projection's weight; near-orthogonal directions included."""
+    """The reference is one backward pass per token; near-orthogonal directions are included."""
     batch = train_batch(random_rollouts(1, groups=3, samples=4))
     near = np.where(batch.rollouts.response_mask, -5.7, 0).astype(
         np.float32
@@ -122,7 +122,11 @@ def test_the_same_as_a_gradient_for_each_token(tiny: Any, budget: int):
 
 
 def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
-    """Drawn groups of 6 of a policy whose positions share parameters, a drifted sampler: ratios and share within 5 % of the exact ones."""
+    """Ratios and cross-position fraction are within 5 % of the exact ones.
+
+    They are of sampled groups of 6 of a policy whose positions share parameters, with a drifted
+    sampler.
+    """
     space = ResponseSpace.of(3, 4, context="previous_token")
     generator = torch.Generator().manual_seed(0)
     old = space.random_logits(generator)
@@ -145,7 +149,8 @@ def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
         )  # stands for the weights in use: a constant baseline
         weights = torch.cat([plain_weights(reward[drawn], ratio[drawn]), fixed[None]])
         parts = [
-            # a table of logits is no linear map of inputs: its score vectors stand as outward factors of an input of 1
+            # A table of logits is not a linear map of inputs: its score vectors are used as outward
+            # factors of an input of 1.
             response_moments(
                 weights[:, i, None].expand(-1, 4),
                 scores[r],
@@ -156,13 +161,13 @@ def test_the_estimate_is_the_exact_variance_of_a_listed_policy():
         ]
         groups.append(sum(parts[1:], start=parts[0]).spread(6))
     got = gradient_diagnostics(groups)
-    variance, share = exact(0.0)
-    at_fixed, share_at_fixed = exact(0.7)
+    variance, fraction = exact(0.0)
+    at_fixed, fraction_at_fixed = exact(0.7)
     assert got["variance_ratio/none"] / got["variance_ratio/used"] == pytest.approx(
         variance / at_fixed, rel=0.05
     )
-    assert got["cross_position_fraction/none"] == pytest.approx(share, abs=0.05)
-    assert got["cross_position_fraction/used"] == pytest.approx(share_at_fixed, abs=0.05)
+    assert got["cross_position_fraction/none"] == pytest.approx(fraction, abs=0.05)
+    assert got["cross_position_fraction/used"] == pytest.approx(fraction_at_fixed, abs=0.05)
 
 
 def test_groups_without_anything_to_compare_are_silent():

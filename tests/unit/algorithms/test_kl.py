@@ -1,4 +1,4 @@
-"""KL terms: which estimator has which gradient where, exactly; what is refused; coefficients that adapt."""
+"""KL terms: exact gradients of each estimator in each place, refusals, adaptive coefficients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HARDWARE = Hardware(gpus=0, gpu_memory_gib=0, cpus=2, memory_gib=8)
 
 @dataclass(frozen=True)
 class Case:
-    """Responses of one to `length` tokens, the live policy, a staler one that may have sampled, and the reference."""
+    """Responses of one to `length` tokens, the live policy, an older sampler, and the reference."""
 
     space: ResponseSpace
     live: Tensor
@@ -75,7 +75,7 @@ class Case:
         return torch.autograd.grad((chances * values.sum(1)).sum(), table)[0]
 
     def score_gradient(self, table: Tensor, costs: Tensor) -> Tensor:
-        """E_pi[sum_t grad log pi_t sum_{s>=t} c_s]: what a policy gradient makes of costs in the reward."""
+        """Return the policy gradient of costs, E_pi[sum_t grad log pi_t sum_{s>=t} c_s]."""
         to_go = torch.where(self.space.mask, costs, 0.0).flip(1).cumsum(1).flip(1)
         scores = self.space.scores(table)
         flat = torch.einsum("s,st,stp->p", self.space.probabilities(table), to_go, scores)
@@ -95,7 +95,7 @@ def test_k1_in_the_reward_is_the_gradient_of_the_kl_of_whole_responses():
 
 @pytest.mark.parametrize(("kind", "reaches"), [("k1", True), ("k2", False), ("k3", False)])
 def test_exact_steps_reach_the_reference_with_k1_alone(kind: str, reaches: bool):
-    """No other reward, from near the reference: k1 closes the distance, k2 and k3 leave it; hence the refusal."""
+    """Without other rewards k1 approaches the reference, k2 and k3 leave it; hence the refusal."""
     case = Case.random(length=2)
     ref = case.space.logprobs(case.ref)
 
@@ -173,7 +173,10 @@ def test_the_token_ratio_is_exact_for_responses_of_one_token(
     ],
 )
 def test_without_a_ratio_a_kl_loss_is_right_on_policy_alone(terms: KLLossTerms, direction: str):
-    """For one token, or at level `sequence` for whole responses; stale samples are off by more than a twentieth."""
+    """They are exact for one token, or at level `sequence` for whole responses.
+
+    With stale samples the error is more than 5 %.
+    """
     case = Case.random(length=3 if terms.level == "sequence" else 1)
     exact = case.kl_gradient(direction)
     assert error(case.loss_gradient(terms, case.live), exact) < EXACT
@@ -182,7 +185,10 @@ def test_without_a_ratio_a_kl_loss_is_right_on_policy_alone(terms: KLLossTerms, 
 
 
 def test_k2_over_whole_responses_is_the_kl_of_each_position_at_held_prefixes():
-    """What its docstring says it has: grad of sum_t E_prefix KL(pi(.|prefix) || ref(.|prefix)) with the visits held."""
+    """The gradient is that of sum_t E_prefix KL(pi(.|prefix) || ref(.|prefix)).
+
+    The probabilities of the prefixes are held constant.
+    """
     case = Case.random()
     found = case.loss_gradient(KLLossTerms("k2"), case.live)
     table = case.live.clone().requires_grad_()
@@ -218,7 +224,10 @@ def test_a_loss_refuses_terms_without_the_gradient_of_a_kl(terms: KLLossTerms, m
 
 
 def test_every_accepted_kl_loss_is_a_kl_for_one_token():
-    """Every combination of fields: what is accepted has for one token, on-policy, the gradient of one of the two KLs."""
+    """Every accepted combination of fields has the gradient of one of the two KLs.
+
+    This is for one token, on-policy.
+    """
     case = Case.random(length=1)
     targets = [case.kl_gradient("reverse"), case.kl_gradient("forward")]
     checked = 0
@@ -242,9 +251,12 @@ def test_every_accepted_kl_loss_is_a_kl_for_one_token():
 def slow_kl_loss(
     logprobs: list[float], old: list[float], ref: list[float], terms: KLLossTerms
 ) -> list[tuple[float, float]]:
-    """(value, gradient of the sum of the values with respect to the token's own log-probability), for one response, by formula.
+    """Return (value, gradient of the sum of the values) of each token of one response, by formula.
 
-    Values k(d), slopes k'(d): k1 (d, 1), k2 (d^2/2, d), k3 (r - 1 + d, 1 - r), r = e^-d; w's own slope is w.
+    The gradient is with respect to the token's own log-probability.
+
+    Values k(d), slopes k'(d): k1 (d, 1), k2 (d^2/2, d), k3 (r - 1 + d, 1 - r), r = e^-d; w's own
+    slope is w.
     """
     d = [a - b for a, b in zip(logprobs, ref, strict=True)]
     steps = [a - b for a, b in zip(logprobs, old, strict=True)]
@@ -305,7 +317,8 @@ def test_kl_loss_against_a_slow_twin(terms: KLLossTerms):
 
 
 def test_response_level_k3_golden():
-    # log-ratios to the reference log 2 and log 3, D = log 6: k3 = 1/6 - 1 + log 6 at both tokens, slope 1 - 1/6
+    # log-ratios to the reference log 2 and log 3, D = log 6: k3 = 1/6 - 1 + log 6 at both tokens,
+    # slope 1 - 1/6
     live = torch.tensor([[2.0, 3.0]], dtype=torch.float64).log().requires_grad_()
     zeros, mask = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
     values = kl_loss(live, zeros, zeros, mask, KLLossTerms("k3", level="sequence"))
@@ -316,7 +329,10 @@ def test_response_level_k3_golden():
 
 
 def test_response_level_grpo_is_its_equation():
-    """Guo et al. 2025, equations 1 to 3, differentiated as they stand: (1/G) sum_i min(r_i A_i, clip(r_i) A_i) - beta k3_i, r_i of whole responses."""
+    """The gradient is that of Guo et al. 2025, equations 1 to 3, by autograd.
+
+    (1/G) sum_i min(r_i A_i, clip(r_i) A_i) - beta k3_i, r_i of whole responses.
+    """
     preset, case = PRESETS["grpo_response"].algorithm, Case.random(seed=4)
     space, beta = case.space, preset.kl.coefficient
     advantages = torch.linspace(-1, 1, len(space.tokens), dtype=torch.float64)
@@ -353,7 +369,8 @@ def test_kl_rewards_golden_and_masked():
     costs = kl_rewards(
         torch.tensor([[-1.0, -2.0, math.nan]]), torch.tensor([[-1.5, -math.inf, 0.0]]), mask, 0.1
     )
-    # d = 0.5 costs 0.05; a word that the reference rules out counts as one of log-probability -10,000
+    # d = 0.5 costs 0.05; a token of probability 0 under the reference counts as one of
+    # log-probability -10,000
     assert costs[0].tolist() == pytest.approx([-0.05, -0.1 * 9998, 0.0])
 
 
@@ -425,7 +442,11 @@ def test_exact_token_kl_is_the_mean_of_k1_with_less_variance():
 
 
 def test_exact_token_kl_needs_the_loss_and_the_later_rewards_together():
-    """As a reward alone it lacks each position's own gradient, as a loss alone what a token leads to; the sum is exact."""
+    """The sum of reward and loss is exact.
+
+    As a reward alone it lacks each position's own gradient, as a loss alone the effect on later
+    tokens.
+    """
     case = Case.random(seed=6)
     space = case.space
     table = case.live.clone().requires_grad_()

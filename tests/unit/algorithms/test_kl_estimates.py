@@ -48,7 +48,10 @@ def test_k3_k2_has_the_value_of_one_and_the_gradient_of_the_other():
     ],
 )
 def test_expected_gradients_of_kl_losses(kind: str, direction: str, divergence: str | None):
-    """Enumerated over a categorical policy: k2 and k3_k2 have the gradient of KL(policy || ref), k3 that of KL(ref || policy)."""
+    """k2 and k3_k2 have the gradient of KL(policy || ref), k3 that of KL(ref || policy).
+
+    Enumerated over a categorical policy.
+    """
     logits = torch.tensor([0.3, -1.0, 0.9], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-0.4, 0.2, 0.5], dtype=torch.float64).log_softmax(0)
     logs = logits.log_softmax(0)
@@ -68,10 +71,12 @@ def test_expected_gradients_of_kl_losses(kind: str, direction: str, divergence: 
 
 
 def test_schulmans_experiment():
-    """Samples of q = N(0, 1) against p = N(0.1, 1) and N(1, 1), true KL 0.005 and 0.5: bias and standard deviation over the true KL as he prints them.
+    """Bias and standard deviation over the true KL are those that Schulman printed.
 
-    His figures: bias 0, 0.002, 0 and 0, 0.25, 0; deviations 20, 1.42, 1.42 and 2, 1.73, 1.7. Of 4 million samples; tolerances 5
-    standard errors, and a tenth on deviations.
+    Samples are of q = N(0, 1) against p = N(0.1, 1) and N(1, 1), true KL 0.005 and 0.5.
+
+    His figures: bias 0, 0.002, 0 and 0, 0.25, 0; deviations 20, 1.42, 1.42 and 2, 1.73, 1.7. Of 4
+    million samples; tolerances 5 standard errors, and a tenth on deviations.
     """
     n = 4_000_000
     x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -93,7 +98,10 @@ def test_schulmans_experiment():
 
 
 def test_forward_estimators_on_gaussians():
-    """Samples of q = N(0, 1), reference N(0.1, 1): KL(ref || q) = 0.005 as well; k1 and k3 are unbiased, within 5 standard errors."""
+    """k1 and k3 are unbiased, within 5 standard errors.
+
+    Samples are of q = N(0, 1), the reference is N(0.1, 1): KL(ref || q) = 0.005 as well.
+    """
     n = 1_000_000
     x = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for kind in ("k1", "k3"):
@@ -104,7 +112,8 @@ def test_forward_estimators_on_gaussians():
 
 
 def test_adapted_coefficient_golden():
-    # KL twice the target: the error 1 is clipped to 0.2, over a horizon of 10 steps: times 1.02; half: times 0.98; on target: unchanged
+    # KL twice the target: the error 1 is clipped to 0.2, over a horizon of 10 steps: times 1.02;
+    # half: times 0.98; on target: unchanged
     assert adapted_coefficient(0.1, 2.0, target=1.0, horizon=10) == pytest.approx(0.102)
     assert adapted_coefficient(0.1, 0.5, target=1.0, horizon=10) == pytest.approx(0.098)
     assert adapted_coefficient(0.1, 1.0, target=1.0, horizon=10) == 0.1

@@ -1,4 +1,4 @@
-"""How token losses become one number."""
+"""Aggregation of token losses to one number."""
 
 import pytest
 import torch

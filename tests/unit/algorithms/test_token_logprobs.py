@@ -73,7 +73,7 @@ def test_value_and_gradient_equal_the_plain_formula(chunk: int, temperature: flo
 
 
 def test_score_norms_of_a_certain_token_are_not_below_zero():
-    """1 - 2 pi + sum pi^2 is a small difference of numbers near 1 there: rounding alone would make some of these negative."""
+    """1 - 2 pi + sum pi^2 is a small difference of large numbers; rounding can make it negative."""
     hidden = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 3
     weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) * 3
     out = token_logprobs(

@@ -1,4 +1,4 @@
-"""What an estimator may return, what it says of itself, and what a batch must have for it."""
+"""The contract of estimators: inputs, outputs, declarations and refusals."""
 
 from __future__ import annotations
 
@@ -140,11 +140,17 @@ def run(value: Any) -> AdvantageOutput:
             r"returned returns of shape \[2, 1\]",
         ),
         (
-            AdvantageOutput(advantages=ZEROS, diagnostics={"x": ZEROS}),  # pyright: ignore[reportArgumentType]
+            AdvantageOutput(
+                advantages=ZEROS,
+                diagnostics={"x": ZEROS},  # pyright: ignore[reportArgumentType]
+            ),
             r"returned the diagnostic 'x' as a tensor .* Return a number",
         ),
         (
-            AdvantageOutput(advantages=ZEROS, diagnostics=[1.0]),  # pyright: ignore[reportArgumentType]
+            AdvantageOutput(
+                advantages=ZEROS,
+                diagnostics=[1.0],  # pyright: ignore[reportArgumentType]
+            ),
             r"returned diagnostics as a list",
         ),
         (
@@ -159,7 +165,7 @@ def test_what_is_no_result_is_named_with_what_was_expected(value: Any, message: 
 
 
 def test_what_lies_outside_the_mask_does_not_matter():
-    """A reward at every column, with infinity beyond the response, and a gradient: as people write it."""
+    """Return a reward at every column, infinity after the response, with a gradient."""
     values = torch.tensor([[1.0, 1.0, 1.0], [2.0, torch.inf, torch.nan]], requires_grad=True)
     output = run(AdvantageOutput(advantages=values))
     assert output.advantages.tolist() == [[1.0, 1.0, 1.0], [2.0, 0.0, 0.0]]

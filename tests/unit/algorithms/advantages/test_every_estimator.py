@@ -1,4 +1,4 @@
-"""What holds for every estimator, and five of them written again as slow loops."""
+"""Properties of every estimator, and slow reference implementations of five of them."""
 
 from __future__ import annotations
 
@@ -185,11 +185,12 @@ def _slow_token_kl(made: AdvantageInputs, i: int, t: int) -> float:
     assert made.old_logprobs is not None
     assert made.ref_logprobs is not None
 
+    differences = made.old_logprobs - made.ref_logprobs
     longest = int(made.response_mask.sum(1).max())
 
     def to_go(j: int) -> float:
         places = [s for s in made.response_mask[j].nonzero()[:, 0].tolist() if s >= t]
-        cost = sum(float(made.old_logprobs[j, s] - made.ref_logprobs[j, s]) for s in places)  # pyright: ignore[reportOptionalSubscript]
+        cost = sum(float(differences[j, s]) for s in places)
         return float(made.rewards[j]) - made.kl_coefficient / longest * cost
 
     alive = [to_go(j) for j in _peers(made, i) if made.response_mask[j, t]]

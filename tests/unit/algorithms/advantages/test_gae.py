@@ -19,7 +19,8 @@ from tests.support.advantage_examples import (
 
 
 def test_gae_golden():
-    # rewards (0, 1), values 1/2: delta (0 + 1/2 - 1/2, 1 - 1/2) = (0, 1/2); lam 1/2: A = (1/4, 1/2), returns (3/4, 1)
+    # rewards (0, 1), values 1/2: delta (0 + 1/2 - 1/2, 1 - 1/2) = (0, 1/2);
+    # lam 1/2: A = (1/4, 1/2), returns (3/4, 1)
     out = gae_advantages(inputs([1.0], [0], values=torch.tensor([[0.5, 0.5]])), lam=0.5)
     assert out.returns is not None
     assert out.advantages.tolist() == [[0.25, 0.5]]
@@ -35,7 +36,7 @@ def test_gae_bootstraps_truncated_responses():
 
 
 def test_gae_skips_tool_tokens():
-    """A hole takes no discount and carries no value: the advantages are those of the response without it."""
+    """A token outside the mask takes no discount: the advantages are those without the token."""
     mask = torch.tensor([[True, False, True, True]])
     values = torch.tensor([[0.3, 9.0, 0.1, 0.6]])
     holed = gae_advantages(

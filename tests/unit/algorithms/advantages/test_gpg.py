@@ -26,7 +26,10 @@ def test_gpg_golden():
 
 
 def test_gpg_is_the_mean_over_the_responses_that_have_a_gradient():
-    """Averaging alpha A over the batch is averaging A over the B - M others, for any share of groups of equal rewards."""
+    """The mean of alpha A over the batch is the mean of A over the B - M remaining responses.
+
+    It holds for any fraction of groups of equal rewards.
+    """
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randint(0, 2, (40,), generator=generator).float().tolist()
     groups = [i // 4 for i in range(40)]

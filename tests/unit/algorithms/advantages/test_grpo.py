@@ -17,7 +17,8 @@ from tests.support.advantage_examples import inputs
 
 
 def test_grpo_golden_population_standard_deviation():
-    # rewards 1, 0, 0, 1: mean 1/2, squared deviations 1/4 each, std sqrt(1/4) = 1/2, advantages (1 - 1/2) / (1/2) = 1
+    # rewards 1, 0, 0, 1: mean 1/2, squared deviations 1/4 each, std sqrt(1/4) = 1/2,
+    # advantages (1 - 1/2) / (1/2) = 1
     out = grpo_advantages(inputs([1.0, 0.0, 0.0, 1.0], [7, 7, 7, 7]), eps=0.0)
     assert out.advantages[:, 0].tolist() == [1.0, -1.0, -1.0, 1.0]
 

@@ -15,7 +15,8 @@ from tests.support.advantage_examples import inputs
 
 
 def test_grpo_process_golden():
-    # steps at every token, rewards ((0, 1), (0, 0)): mean 1/4, variance (3 * 1/16 + 9/16) / 4 = 3/16, std sqrt(3)/4
+    # steps at every token, rewards ((0, 1), (0, 0)): mean 1/4,
+    # variance (3 * 1/16 + 9/16) / 4 = 3/16, std sqrt(3)/4
     root = 3**0.5
     ends = torch.ones(2, 2, dtype=torch.bool)
     made = inputs(
@@ -28,8 +29,8 @@ def test_grpo_process_golden():
 
 
 def test_the_last_step_of_grpo_process_ends_at_the_last_token():
-    # one step a response, given at its first token, and a token after it: rewards (1, 0), mean 1/2, std 1/2. A second end at the last token
-    # would have made it (1, 0, 0, 0): mean 1/4
+    # one step per response, given at its first token, and a token after it: rewards (1, 0), mean
+    # 1/2, std 1/2. A second end at the last token would have made it (1, 0, 0, 0): mean 1/4
     ends = torch.tensor([[True, False], [True, False]])
     process = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     made = inputs([0.0, 0.0], [0, 0], token_rewards=process, step_ends=ends)
@@ -38,8 +39,8 @@ def test_the_last_step_of_grpo_process_ends_at_the_last_token():
 
 
 def test_the_outcome_belongs_to_the_last_step_of_grpo_process():
-    # steps end at tokens 0 and 1 of three: rewards (0.5, 0.5 + 1) and (0.5, 0.5 + 0): mean 3/4, deviations (-1/4, 3/4), (-1/4, -1/4),
-    # variance (1 + 9 + 1 + 1) / 16 / 4 = 3/16
+    # steps end at tokens 0 and 1 of three: rewards (0.5, 0.5 + 1) and (0.5, 0.5 + 0): mean 3/4,
+    # deviations (-1/4, 3/4), (-1/4, -1/4), variance (1 + 9 + 1 + 1) / 16 / 4 = 3/16
     ends = torch.tensor([[True, True, False]] * 2)
     made = inputs(
         [1.0, 0.0], [0, 0], [3, 3], token_rewards=torch.where(ends, 0.5, 0.0), step_ends=ends

@@ -23,8 +23,10 @@ def test_optimal_baseline_golden():
 
 
 def test_a_large_weight_of_its_own_takes_no_digit_of_the_others_baseline():
-    # without response 0, b = (0 * 1 + 1 * 3) / 4 = 3/4, so A_0 = 1/4; in float32, 1e8 + 4 - 1e8 would be 0 or 8.
-    # Without response 1, the first one decides: b = (1e8 + 3) / (1e8 + 3) = 1, A_1 = -1; without response 2: b = 1e8 / (1e8 + 1), A_2 = 1e-8
+    # Without response 0: b = (0 * 1 + 1 * 3) / 4 = 3/4, so A_0 = 1/4; in float32, 1e8 + 4 - 1e8
+    # would be 0 or 8.
+    # Without response 1: b = (1e8 + 3) / (1e8 + 3) = 1, A_1 = -1.
+    # Without response 2: b = 1e8 / (1e8 + 1), A_2 = 1e-8.
     norms = torch.tensor([[1e8], [1.0], [3.0]])
     made = inputs([1.0, 0.0, 1.0], [0, 0, 0], [1, 1, 1], squared_score_norms=norms)
     found = optimal_baseline_advantages(made, leave_one_out=True).advantages[:, 0].tolist()
@@ -32,7 +34,8 @@ def test_a_large_weight_of_its_own_takes_no_digit_of_the_others_baseline():
 
 
 def test_optimal_baseline_over_the_batch_needs_no_group():
-    # one response a prompt; g^2 (1, 1, 2), rewards (1, 0, 1): b = 3/4, and without each itself (2/3, 1, 1/2)
+    # one response per prompt; g^2 (1, 1, 2), rewards (1, 0, 1): b = 3/4, and without each itself
+    # (2/3, 1, 1/2)
     made = inputs(
         [1.0, 0.0, 1.0],
         [0, 1, 2],

@@ -28,8 +28,9 @@ def test_optimal_token_baseline_without_the_response_itself():
 
 
 def test_optimal_token_baseline_on_the_tail_of_the_longest_response():
-    # lengths 3, 1, 2; rewards 1, 0, 1; norms 1 but for the second response's 3. W of the others where the first is alone: 3 (all it
-    # had) and 2, so b = (0 * 3 + 1 * 2) / 5 = 2/5. Before: W (1, 3, 1), b = 2/5; W (2, -, 2), b = 1, which is A = 0 among equal ones
+    # Lengths 3, 1, 2; rewards 1, 0, 1; norms 1, and 3 for the second response. Where the first
+    # is alone, W of the other responses is 3 and 2, so b = (0 * 3 + 1 * 2) / 5 = 2/5.
+    # Before: W (1, 3, 1), b = 2/5; then W (2, -, 2), b = 1, so A = 0 for equal rewards.
     norms = torch.ones(3, 3)
     norms[1] = 3.0
     made = inputs([1.0, 0.0, 1.0], [0, 0, 0], [3, 1, 2], squared_score_norms=norms)

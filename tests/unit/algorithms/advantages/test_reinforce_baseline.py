@@ -20,7 +20,8 @@ def test_moving_average_is_of_past_batches():
     made = inputs([1.0, 0.0], [0, 0])
     first = reinforce_baseline_advantages(made, baseline="moving_average", decay=0.5)
     assert first.advantages[:, 0].tolist() == [1.0, 0.0]  # nothing is past: no baseline
-    # after the batch: average 0.5 * 0 + 0.5 * 0.5 = 0.25, weight 0.5, so the next baseline is 0.25 / 0.5 = 0.5
+    # after the batch: average 0.5 * 0 + 0.5 * 0.5 = 0.25, weight 0.5,
+    # so the next baseline is 0.25 / 0.5 = 0.5
     second = reinforce_baseline_advantages(
         dataclasses.replace(made, state=first.state), baseline="moving_average", decay=0.5
     )

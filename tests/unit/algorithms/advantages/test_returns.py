@@ -1,4 +1,4 @@
-"""Where rewards fall along a response, and what is still to come."""
+"""Rewards per token and rewards-to-go along a response."""
 
 import torch
 

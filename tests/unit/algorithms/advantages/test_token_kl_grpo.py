@@ -23,7 +23,8 @@ from tests.support.advantage_examples import (
 
 
 def test_token_kl_grpo_golden():
-    # beta 1, H 2, K ((0.2, 0.4), (0, 0)), rewards 1, 1: r = ((1 - 0.6/2, 1 - 0.4/2), (1, 1)) = ((0.7, 0.8), (1, 1)); two values: A = -1, 1
+    # beta 1, H 2, K ((0.2, 0.4), (0, 0)), rewards 1, 1: r = ((1 - 0.6/2, 1 - 0.4/2), (1, 1)) =
+    # ((0.7, 0.8), (1, 1)); two values: A = -1, 1
     made = inputs(
         [1.0, 1.0],
         [0, 0],
@@ -84,7 +85,10 @@ def test_token_kl_advantages_are_finite_at_the_ends_of_the_range(
 
 
 def test_token_kl_returns_are_gae_without_a_critic():
-    """r_j equals GAE(1, 1), V = 0, on the rewards -(beta / H) K_k plus the outcome at the last token, before any normalisation."""
+    """r_j equals GAE(1, 1) with V = 0, before any normalisation.
+
+    The rewards are -(beta / H) K_k plus the outcome at the last token.
+    """
     made, beta = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED, dtype=torch.float64), 0.7
     assert made.old_logprobs is not None
     assert made.ref_logprobs is not None

@@ -1,4 +1,4 @@
-"""What holds for every combination of ratio and weight."""
+"""Properties of every combination of ratio and weight."""
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ from tests.support.objective_examples import COMBINATIONS, objective_inputs
     ("level", "weight"), [pair for pair in COMBINATIONS if pair[1] != "reward_time"]
 )
 def test_the_gradient_of_an_objective_is_its_coefficient(level: str, weight: str):
-    """d loss / d log pi_t = -w(rho_t, A_t) A_t, whatever the ratio level, at ratios on both sides of every edge."""
+    """d loss / d log pi_t = -w(rho_t, A_t) A_t at every ratio level.
+
+    Ratios are on both sides of every edge.
+    """
     made, live = objective_inputs([0.3, 1.9, 1.1, 0.8, 5.0], [1.0, 2.0, -1.0, -0.5, -1.5])
     out = policy_objective(made, ratio=level, weight=weight)
     out.token_losses.sum().backward()

@@ -95,7 +95,9 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
         ("reward_time", {}, ([0.5, 1.0, 1.5, 4.0], [0.5, 1.0, 1.5, 4.0])),
         ("minimum", {}, ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0])),  # ppo_clip
         (
-            "minimum",  # A > 0: min(rho, sqrt(rho)); A < 0: the larger one; rho d/drho sqrt(rho) = sqrt(rho) / 2
+            # A > 0: min(rho, sqrt(rho)); A < 0: the larger one;
+            # rho d/drho sqrt(rho) = sqrt(rho) / 2
+            "minimum",
             {"functions": [{"kind": "ratio"}, {"kind": "power", "q": 0.5}]},
             ([0.5, 1.0, 1.5**0.5 / 2, 1.0], [0.5**0.5 / 2, 1.0, 1.5, 4.0]),
         ),
@@ -105,7 +107,9 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
             ([0.5, 1.0, 0.0, 0.0], [0.0, 1.0, 1.5, 4.0]),
         ),
         (
-            "minimum",  # slope 1/2 from (1/2, 3/4) on to (2, 3/2), flat after: rho f' = 0.25, 0.5, 0.75, 0; the point itself belongs to the left piece
+            # slope 1/2 from (1/2, 3/4) on to (2, 3/2), flat after: rho f' = 0.25, 0.5, 0.75, 0; the
+            # point itself belongs to the left piece
+            "minimum",
             {"functions": [{"kind": "table", "ratios_at": [0.4, 2.0], "values": [0.7, 1.5]}]},
             ([0.25, 0.5, 0.75, 0.0], [0.25, 0.5, 0.75, 0.0]),
         ),
@@ -132,7 +136,7 @@ def test_reward_time_golden():
 
 
 def test_reward_time_skips_tokens_outside_the_mask():
-    """A tool's token in the middle takes no reward and no ratio: the same coefficients as without it."""
+    """A tool's token has no reward and no ratio: the coefficients are those without it."""
     made, _ = objective_inputs([2.0, 7.0, 0.5, 3.0], [3.0, 9.0, 2.0, 2.0])
     mask = torch.tensor([[True, False, True, True]])
     live = made.logprobs.detach().requires_grad_()
@@ -164,7 +168,8 @@ def test_sapo_value_golden():
 
 
 def test_effective_sample_size_golden():
-    # weights 1, 1, 2: 4^2 / (3 * 6); equal weights 1; one weight that dwarfs the others 1/n, also beyond what exp can hold
+    # weights 1, 1, 2: 4^2 / (3 * 6); equal weights 1; one weight that dwarfs the others 1/n, also
+    # beyond what exp can hold
     assert float(effective_sample_size(torch.tensor([1.0, 1.0, 2.0]).log())) == pytest.approx(
         16 / 18
     )
@@ -184,7 +189,8 @@ def test_adaptive_power_is_the_largest_that_keeps_the_target():
             >= target
             > float(effective_sample_size((q + 1e-5) * logs))
         )
-    # log-normal ratios of width s: ESS(q) = exp(-q^2 s^2), so q = sqrt(-ln target) / s, here within the sample's noise
+    # log-normal ratios of width s: ESS(q) = exp(-q^2 s^2), so q = sqrt(-ln target) / s, here within
+    # the sample's noise
     assert adaptive_power_of(logs, target_ess=0.9)["q"] == pytest.approx(
         (-math.log(0.9)) ** 0.5, rel=0.1
     )

@@ -1,4 +1,4 @@
-"""The baseline network: unbiased while it has not seen the batch, worth having once it has learned."""
+"""The baseline network: unbiased on batches it has not seen, and a gain once it has learned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HORIZONS = ("final", "current", "current_and_final", "blocks", "all")
 
 
 class Informed:
-    """A listed policy with hidden states: a random vector for each prefix, what a policy would know before each token."""
+    """An enumerated policy with a random hidden state for each prefix."""
 
     def __init__(
         self, seed: int, horizons: str, size: tuple[int, int] = (2, 3), *, trained: bool = True
@@ -58,7 +58,10 @@ class Informed:
         return replace(plain, auxiliary=self.outputs(drawn, shift).detach())
 
     def expectation(self, size: int, shift: int = 0) -> Tensor:
-        """[P] exact expectation of the estimated gradient: every group of `size` that can be drawn, in every order."""
+        """Return [P] the exact expectation of the estimated gradient.
+
+        It is a sum over every group of `size` that can be drawn, in every order.
+        """
         made = self.made
         total = torch.zeros_like(made.gradient)
         for group in itertools.product(range(len(made.space.tokens)), repeat=size):
@@ -144,7 +147,8 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(horizons: str
     )
     assert torch.allclose(direct, out.advantages.float(), atol=1e-5)
     # n_t: the norm at t and the average norm of the response
-    norms = torch.where(drawn.response_mask, drawn.squared_score_norms, 0.0)  # type: ignore[arg-type]
+    assert drawn.squared_score_norms is not None
+    norms = torch.where(drawn.response_mask, drawn.squared_score_norms, 0.0)
     means = norms.sum(1, keepdim=True) / drawn.response_mask.sum(1, keepdim=True).clamp(min=1)
     smoothed = torch.where(drawn.response_mask, (norms + means) / 2, 0.0)
     expected = float((smoothed * out.advantages.double() ** 2).sum())
@@ -152,7 +156,10 @@ def test_what_it_learns_is_the_second_moment_of_the_weights_in_use(horizons: str
 
 
 def test_once_it_has_learnt_the_gradient_varies_less_than_with_the_leave_one_out_mean():
-    """Trained on some batches, measured on others: true gradients of 2,000 drawn groups of 8 of the listed policy."""
+    """Train on some batches and measure on others.
+
+    The gradients are the true ones of 2,000 sampled groups of 8 of the enumerated policy.
+    """
     informed = Informed(7, "current_and_final", (3, 4), trained=False)
     made = informed.made
     optimizer = torch.optim.Adam(informed.network.parameters(), lr=1e-2)

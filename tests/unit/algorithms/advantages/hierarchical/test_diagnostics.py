@@ -45,7 +45,10 @@ def test_diagnostics_compare_every_baseline_at_the_same_positions():
 
 
 def test_effective_fractions_over_position():
-    """Two responses of 3 tokens with ratios (1, 3) at the middle: (1 + 3)^2 / (2 (1 + 9)) = 0.8. One is left at the end: 1."""
+    """Two responses of 3 tokens have ratios (1, 3) at the middle: (1 + 3)^2 / (2 (1 + 9)) = 0.8.
+
+    One is left at the end: 1.
+    """
     ratios = torch.tensor([[[1.0, 1.0, 1.0], [1.0, 3.0, 9.0]]], dtype=torch.float64)
     alive = torch.tensor([[[True, True, False], [True, True, True]]])
     found = effective_fractions(ratios, alive)

@@ -27,7 +27,10 @@ from tests.support.hierarchical_examples import HORIZONS, LearnedPrompt, joined
 
 
 def expectation(made: Enumerated, size: int, **parameters: Any) -> Tensor:
-    """[P] exact expectation of the gradient estimated from one group of `size`: every group there is, with its probability."""
+    """Return [P] the exact expectation of the gradient estimated from one group of `size`.
+
+    It is a sum over every possible group, with its probability.
+    """
     number = len(made.space.tokens)
     total = torch.zeros_like(made.gradient)
     for group in itertools.combinations_with_replacement(range(number), size):
@@ -47,7 +50,7 @@ def expectation(made: Enumerated, size: int, **parameters: Any) -> Tensor:
 
 @pytest.mark.parametrize("horizons", HORIZONS)
 def test_unbiased_over_every_group_that_can_be_drawn(horizons: str):
-    """With shrinkage, ridge and centre as they are by default: nothing a response is weighted by has seen the response."""
+    """With default settings no coefficient of a response depends on the response itself."""
     made = Enumerated(4, end_token=True, size=(2, 3))
     exact = expectation(made, 4, horizons=horizons, block_size=2, max_tokens=3)
     assert (
@@ -55,8 +58,8 @@ def test_unbiased_over_every_group_that_can_be_drawn(horizons: str):
     ).abs().max() < 2e-7 * made.gradient.abs().max()  # advantages are float32
 
 
-def test_unbiased_where_the_centre_moves():
-    """Groups of 8 of three responses: enough that the correlation of reward and weight can be sure."""
+def test_unbiased_with_a_weighted_baseline():
+    """Groups of 8 are enough for a significant correlation of reward and weight."""
     made = Enumerated(4, end_token=True, size=(2, 2))
     made.rewards = (made.ratios[:, -1].square() * made.scores.square().sum((1, 2))).log()
     drawn = grouped(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]), made)
@@ -87,7 +90,10 @@ def test_clipping_log_ratios_is_biased_as_documented():
 @pytest.mark.parametrize("scope", ["auto", "group", "batch"])
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_no_coefficient_has_seen_its_response(groups: int, scope: str):
-    """beta = (base - weight) / rho_{<=L} for the final horizon: another reward, other ratios and scores of the response leave it as it was."""
+    """beta = (base - weight) / rho_{<=L} for the final horizon does not depend on the response.
+
+    Its reward, ratios and squared score norms are changed.
+    """
     made = Enumerated(5, size=(3, 4))
     before = made.drawn(groups, 12)
     after = replace(
@@ -103,14 +109,13 @@ def test_no_coefficient_has_seen_its_response(groups: int, scope: str):
     after.squared_score_norms[i] *= 30.0  # type: ignore[index]
 
     def coefficients(batch: AdvantageInputs) -> Tensor:
-        out = (
-            hierarchical_advantages(batch, horizons="final", scope=scope, diagnostics=False)
-            .advantages[i]
-            .double()
-        )
-        ratio = (batch.old_logprobs - batch.rollout_logprobs)[i].sum().exp()  # type: ignore[operator]
+        assert batch.old_logprobs is not None
+        assert batch.rollout_logprobs is not None
+        out = hierarchical_advantages(batch, horizons="final", scope=scope, diagnostics=False)
+        weight = out.advantages[i].double()
+        ratio = (batch.old_logprobs - batch.rollout_logprobs)[i].sum().exp()
         others = torch.cat([batch.rewards[:i], batch.rewards[i + 1 : 12]]).mean()
-        return batch.rewards[i] - others - out / ratio
+        return batch.rewards[i] - others - weight / ratio
 
     assert torch.allclose(coefficients(before), coefficients(after), atol=1e-6)
     if (scope, groups) in (("auto", 12), ("group", 1)):
@@ -154,8 +159,10 @@ def test_padding_tool_tokens_and_order():
     out = hierarchical_advantages(drawn).advantages
     assert out.dtype == torch.float64
     assert (out[~mask] == 0).all()
-    junk = replace(drawn, old_logprobs=torch.where(mask, drawn.old_logprobs, torch.nan))  # type: ignore[arg-type]
-    assert torch.equal(hierarchical_advantages(junk).advantages, out)
+    assert drawn.old_logprobs is not None
+    junk = torch.where(mask, drawn.old_logprobs, torch.nan)
+    with_junk = replace(drawn, old_logprobs=junk)
+    assert torch.equal(hierarchical_advantages(with_junk).advantages, out)
 
     order = torch.randperm(6, generator=made.generator) + 6 * torch.arange(5)[:, None]
     moved = {
@@ -188,7 +195,7 @@ def test_scale_and_shift_of_the_rewards():
 
 
 def test_a_long_batch_is_finite_and_zero_drift_stays_zero():
-    """2,000 tokens, log-ratios up to 40: products of ratios up to 1e69 must not spoil the small ones."""
+    """With 2,000 tokens products of ratios up to 1e69 must not distort the small ones."""
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(24, 2000, generator=generator)
     noise = torch.randn(24, 2000, generator=generator) * 0.4
@@ -207,8 +214,12 @@ def test_a_long_batch_is_finite_and_zero_drift_stays_zero():
 
 
 def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_learned():
-    """16 prompts x 16 responses, sampler behind along the gradient, 120 batches. The ratio is about 0.6 (docs); the bias of P = 192 parameters is
-    a chi-squared of 192 degrees in units of its error: above 1.45 per parameter with probability below 1e-4."""
+    """The variance ratio to leave-one-out is about 0.6 (docs), and the bias is not significant.
+
+    There are 120 batches of 16 prompts x 16 responses, with a sampler behind along the gradient.
+    The bias of P = 192 parameters is a chi-squared of 192 degrees in units of its error: above 1.45
+    per parameter with probability below 1e-4.
+    """
     prompts = [LearnedPrompt(seed) for seed in range(16)]
     generator, errors = torch.Generator().manual_seed(1), []
     for _ in range(120):
@@ -233,8 +244,8 @@ def test_lower_variance_than_leave_one_out_and_no_bias_where_the_policy_has_lear
     assert float(standardised.square().mean()) < 1.45
 
 
-def test_what_has_a_large_score_is_what_a_baseline_is_for():
-    """Right where the policy is sure of its tokens, as language models are: wrong responses have the large scores.
+def test_baseline_with_large_score_norms_of_wrong_responses():
+    """Responses of which the policy is certain are right, so wrong ones have the large score norms.
 
     300 groups of 16, little drift; the best single baseline has 0.7 of the variance.
     """

@@ -1,4 +1,4 @@
-"""A batch in groups: which response stands where, and what is said of the others."""
+"""A batch in groups: places of responses, and statistics of the other responses."""
 
 import torch
 
@@ -25,7 +25,7 @@ def test_places_of_groups_of_different_size_in_any_order():
 
 
 def test_the_weight_of_a_response_is_its_norm_with_its_average():
-    """Norms (1, 3) average 2, so the weights are (1.5, 2.5); a response of one token keeps its norm 4."""
+    """Norms (1, 3) average 2, so the weights are (1.5, 2.5); a single token keeps its norm 4."""
     places = Places.of(Groups.of(torch.zeros(2, dtype=torch.int64)))
     alive = torch.tensor([[[True, True], [True, False]]])
     norms = torch.tensor([[[1.0, 3.0], [4.0, 0.0]]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Shrinkage coefficients, and the centre that moves."""
+"""Shrinkage coefficients and the weighted leave-one-out baseline."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rlsys.algorithms.advantages.hierarchical.shrinkage import (
 from tests.support.hierarchical_examples import LearnedPrompt, joined
 
 
-def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go_together():
-    """Refitted one response at a time, where rewards follow the weights and where they do not.
+def test_weighted_baseline_against_its_formula_for_each_response():
+    """Rewards depend on the weights in one group and not in the other two.
 
-    Few responses and equal weights leave it where it is.
+    With few responses and with equal weights the plain baseline stays.
     """
     generator = torch.Generator().manual_seed(1)
     logs = torch.randn(3, 12, generator=generator, dtype=torch.float64)
@@ -47,18 +47,18 @@ def test_the_centre_leans_always_and_moves_as_far_as_reward_and_weight_surely_go
         r = torch.corrcoef(torch.stack([logs[k, j], rewards[k, j]]))[0, 1]
         certain = max(0.0, float(1 - 16 / (8 * r.atanh() ** 2)))
         assert (certain > 0.5) == (k == 0)
-        # 8 / (8 + LEANING) of the way
-        lean = (rewards[k, j].mean() + (light @ rewards[k, j]) / light.sum()) / 2
+        # 8 / (8 + HALF_WEIGHTED) of the way to the mildly weighted mean
+        mild = (rewards[k, j].mean() + (light @ rewards[k, j]) / light.sum()) / 2
         best = (heavy @ rewards[k, j]) / heavy.sum()
-        assert float(found[k, i]) == pytest.approx(float((1 - certain) * lean + certain * best))
+        assert float(found[k, i]) == pytest.approx(float((1 - certain) * mild + certain * best))
     few = replace(batch, present=torch.arange(12).expand(3, 12) < 4)
     assert torch.equal(weighted_baseline(few), few.baseline)
     same = replace(batch, ratios=torch.ones_like(ratios), mass=torch.ones_like(mass))
     assert torch.allclose(weighted_baseline(same), same.baseline, atol=1e-14)
 
 
-def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
-    """Corrections that are half of what they should be (best shrinkage on the grid: 1), nothing, and noise."""
+def test_shrinkage_leaves_its_start_for_a_gain_beyond_its_error():
+    """Corrections are half of the best ones (best shrinkage on the grid: 1), zero, and noise."""
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     noise = torch.randn(60, 8, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_strengths_leave_their_start_for_a_gain_beyond_its_error():
     ("scope", "unused"), [("group", "shrinkage_batch"), ("batch", "shrinkage_group")]
 )
 def test_a_scope_uses_its_own_fit_alone(scope: str, unused: str, groups: int):
-    """What is not fitted saves nothing at any shrinkage: which of them is the best is then for rounding to say."""
+    """A fit that is not in use has the gain 0 at every shrinkage, so rounding would choose."""
     prompts = [LearnedPrompt(seed) for seed in range(groups)]
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):

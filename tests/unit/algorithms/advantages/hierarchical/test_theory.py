@@ -20,7 +20,7 @@ SPACES: list[tuple[Context, bool]] = [
 
 @pytest.mark.parametrize(("context", "end_token"), SPACES)
 def test_any_baseline_of_any_layer_has_expectation_zero(context: Context, end_token: bool):
-    """Lemma 1, and with it unbiasedness: each horizon's term vanishes, so any beta leaves the gradient exact."""
+    """Each horizon's term vanishes (Lemma 1), so any beta leaves the gradient exact."""
     made = Enumerated(0, context, end_token)
     for t in range(made.space.length):
         for s in range(t, made.space.length):
@@ -53,7 +53,10 @@ def test_ratios_of_the_future_average_to_one_given_the_past(end_token: bool):
 
 @pytest.mark.parametrize(("context", "end_token"), SPACES)
 def test_the_variance_formula_and_what_it_leaves_out(context: Context, end_token: bool):
-    """Each position's variance is the formula's; the total is their sum plus covariances, which vanish only where scores are orthogonal."""
+    """The variance of each position is that of the formula.
+
+    The total is their sum plus covariances, which vanish only where scores are orthogonal.
+    """
     made = Enumerated(2, context, end_token)
     beta = torch.randn(
         made.space.length, made.space.length, generator=made.generator, dtype=torch.float64
