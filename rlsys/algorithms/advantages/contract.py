@@ -219,7 +219,7 @@ _ESTIMATORS: Registry[EstimatorSpec] = Registry(
 
 
 # A public decorator: its keywords are the declarations of `EstimatorSpec`.
-def register_advantage_estimator(
+def register_advantage_estimator(  # noqa: PLR0913
     name: str,
     *,
     needs: Iterable[Need] = (),

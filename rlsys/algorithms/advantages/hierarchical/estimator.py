@@ -120,7 +120,7 @@ def _validate(
     auxiliary=LearnedBaselines.build,
     uses_auxiliary=_by_network,
 )
-def hierarchical_advantages(
+def hierarchical_advantages(  # noqa: PLR0913
     inputs: AdvantageInputs,
     *,
     horizons: str = "current_and_final",
