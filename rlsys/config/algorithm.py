@@ -1,4 +1,4 @@
-"""The mathematics of an update, by name: advantage estimator, objective, aggregation, KL, entropy."""
+"""The mathematics of an update: advantage estimator, objective, aggregation, KL, entropy."""
 
 from typing import Any, Literal
 
@@ -11,127 +11,164 @@ GroupFilter = Literal["accuracy", "reward"]
 
 
 class AuxiliaryConfig(Section):
-    """The small network on the policy's hidden states that some estimators read and teach."""
+    """A small network on the policy's hidden states that some estimators read and train."""
 
-    width: int = Field(default=64, ge=1, description="Units of its hidden layer.")
+    width: int = Field(default=64, ge=1, description="Hidden units of the auxiliary network.")
     learning_rate: float = Field(
-        default=3e-3, gt=0, description="Of its optimizer; one step per mini-batch."
+        default=3e-3,
+        gt=0,
+        description="Learning rate of the auxiliary network, which takes one optimizer step per "
+        "mini-batch.",
     )
 
 
 class AdvantageConfig(Section):
-    name: str = Field(default="grpo", description="A registered advantage estimator.")
+    """The advantage estimator and its parameters."""
+
+    name: str = Field(
+        default="grpo",
+        description="Advantage estimator: grpo, rloo, gae, ...; docs/algorithms.md lists them, and "
+        "a plug-in may register more.",
+    )
     parameters: dict[str, Any] = Field(
         default={},
-        description="Keyword parameters of the estimator, checked against its signature. A max_tokens that is null follows generation.max_tokens.",
+        description="Keyword parameters of the estimator. Where it has a max_tokens, null means "
+        "generation.max_tokens.",
     )
     recompute: bool = Field(
         default=False,
-        description="Before each mini-batch, take the live policy's log-probabilities as `old` and estimate its advantages again: only for "
-        "estimators that correct for the policy having moved since sampling, with objective.weight none.",
+        description="Before each mini-batch, compute the log-probabilities of the live policy, "
+        "take them as the old ones, and estimate the advantages again. Only for estimators that "
+        "correct for the policy having moved since sampling, and only with objective.weight none.",
     )
     auxiliary: AuxiliaryConfig = Field(
         default=AuxiliaryConfig(),
-        description="The network beside the policy, of estimators that have one.",
+        description="Auxiliary network beside the policy, for estimators that train one.",
     )
 
 
 class ObjectiveConfig(Section):
+    """The policy objective: a ratio, and the function of it that weights the advantage."""
+
     ratio: str = Field(
         default="token",
-        description="Level of the probability ratio: token, sequence, future, prefix or product.",
+        description="Probability ratio live / old of: token (one token, as in PPO), sequence "
+        "(geometric mean over the response, as in GSPO), future (geometric mean from the token to "
+        "the end), prefix (product up to the token) or product (product over the response).",
     )
     weight: str = Field(
         default="ppo_clip",
-        description="Weight function of the ratio: none, importance, ppo_clip, ...",
+        description="Function of the ratio that weights the advantage: none, importance, ppo_clip, "
+        "...; docs/algorithms.md lists them.",
     )
     parameters: dict[str, Any] = Field(
         default={},
-        description="Keyword parameters of the weight, such as clip_low and clip_high, checked against its signature.",
+        description="Keyword parameters of the weight function, such as clip_low and clip_high.",
     )
 
 
 class KLConfig(Section):
+    """KL regularisation to the frozen reference."""
+
     coefficient: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the KL to the reference. 0: the reference model does not run.",
+        description="Coefficient of the KL to the reference. 0: no KL, and no reference model "
+        "runs.",
     )
     kind: Literal["k1", "k2", "k3", "k3_k2", "exact"] | None = Field(
         default=None,
-        description="Schulman's estimator of the KL. null: k1 in the reward and the advantage, k3 in the loss. Others than k1 in the reward "
-        "are refused: they drive the policy away from the reference. In the loss: k2 has the gradient of each position's KL, k3_k2 too "
-        "with the value of k3; k3 alone (GRPO's) has that of the forward KL, and that of the KL itself with an importance ratio; k1 needs one. "
-        "exact (over the vocabulary) is refused: the reference sends log-probabilities of sampled tokens alone.",
+        description="Estimator of the KL (Schulman). null: k3 in the loss, k1 in the reward and "
+        "in the advantage. In the loss, k2 and k3_k2 (value of k3, gradient of k2) have the "
+        "gradient of the reverse KL at each token; k3 (GRPO) has that of the forward KL, unless "
+        "importance_ratio is set; k1 requires importance_ratio. In the reward, only k1 is "
+        "accepted: the others drive the policy away from the reference. exact is not available: "
+        "the reference returns the log-probabilities of the sampled tokens only.",
     )
     direction: Literal["reverse", "forward"] = Field(
         default="reverse",
-        description="reverse: KL(policy || reference). forward: KL(reference || policy), in the loss with an importance ratio.",
+        description="reverse: KL(policy || reference). forward: KL(reference || policy), which is "
+        "for the loss only and requires importance_ratio.",
     )
     placement: Literal["loss", "reward", "advantage"] = Field(
         default="loss",
-        description="Where the KL enters: a term of the loss; a cost of each token in the reward; or inside the advantage (token_kl_grpo).",
+        description="Where the KL enters. loss: as a term of the loss. reward: as a penalty on the "
+        "reward of each token. advantage: inside the advantage, with the estimator token_kl_grpo.",
     )
     level: Literal["token", "sequence"] = Field(
         default="token",
-        description="In the loss: the KL of each token, or of the whole response, from the sum of its log-ratios.",
+        description="For the KL in the loss. token: estimate the KL of each token. sequence: "
+        "estimate that of the whole response, from the sum of its log-ratios.",
     )
     importance_ratio: Literal["none", "token", "prefix", "product"] = Field(
         default="none",
-        description="In the loss: multiply the KL term by live / old, of the token, of all tokens up to it, or (level sequence) of the response; "
-        "corrects for samples of an older policy, and lets k1, k3 and the forward direction have the gradient that they name. none: do not.",
+        description="For the KL in the loss: multiply it by the ratio live / old of the token, of "
+        "the prefix (all tokens up to it), or of the response (product, with level sequence). This "
+        "corrects for samples of an older policy, and gives k1, k3 and the forward direction the "
+        "right gradient. none: no ratio.",
     )
     target: float | None = Field(
         default=None,
         gt=0,
-        description="KL a token (k3) that the coefficient is adapted to reach. null: the coefficient is fixed.",
+        description="Target KL per token (k3): the coefficient is adapted to reach it. null: the "
+        "coefficient is fixed.",
     )
     horizon: float = Field(
         default=50.0,
         gt=0,
-        description="Steps over which an adaptive coefficient may change by a fifth.",
+        description="With a target: the training steps in which the coefficient can change by "
+        "20 %.",
     )
 
     @property
     def estimator(self) -> str:
-        """The kind, or the one that is right for the placement."""
+        """The configured kind, or where it is null the one that suits the placement."""
         if self.kind is not None:
             return self.kind
         return "k3" if self.placement == "loss" else "k1"
 
 
 class OldKLConfig(Section):
-    """KL(old || live) as a penalty: a trust region around the policy that sampled, in place of the clip or beside it."""
+    """KL(old || live) as a penalty: a trust region, in place of the clip or beside it."""
 
     coefficient: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the KL from the old to the live policy in the loss. 0: none.",
+        description="Coefficient of KL(old || live) in the loss. 0: no such term.",
     )
     target: float | None = Field(
         default=None,
         gt=0,
-        description="KL a token that a batch's updates should reach: the coefficient is doubled above 1.5 times it and halved below "
-        "it / 1.5, after each batch (one more forward pass). null: the coefficient is fixed.",
+        description="Target KL(old || live) per token after the updates on a batch. The "
+        "coefficient is doubled where the KL is above 1.5 times the target, and halved where it "
+        "is below the target / 1.5; measuring it takes one more forward pass per batch. null: the "
+        "coefficient is fixed.",
     )
 
 
 class EntropyConfig(Section):
+    """Entropy bonus in the loss, and maximum-entropy RL."""
+
     bonus: float = Field(
-        default=0.0, ge=0, description="Weight of an entropy bonus in the loss. 0: none."
+        default=0.0, ge=0, description="Coefficient of the entropy bonus in the loss. 0: no bonus."
     )
     temperature: float = Field(
         default=0.0,
         ge=0,
-        description="Maximum-entropy RL: each token earns -temperature * log pi in the reward. 0: none.",
+        description="Maximum-entropy RL: add -temperature * log pi to the reward of each token. "
+        "0: off.",
     )
     target: float | None = Field(
         default=None,
         ge=0,
-        description="Entropy a token, in nats, that the temperature is tuned to reach. null: it is fixed.",
+        description="Target entropy per token, in nats: the entropy temperature is adapted to "
+        "reach it. null: the temperature is fixed.",
     )
     learning_rate: float = Field(
-        default=0.05, gt=0, description="Step of that tuning in log temperature, a trainer step."
+        default=0.05,
+        gt=0,
+        description="With a target: step size of the log of the temperature, once per training "
+        "step.",
     )
 
 
@@ -139,44 +176,63 @@ class RolloutCorrectionConfig(Section):
     """Importance weights old / rollout, for the mismatch between engine and trainer."""
 
     level: Literal["none", "token", "sequence"] = Field(
-        default="none", description="Level of the ratio. none: no correction."
+        default="none",
+        description="Correct for the log-prob mismatch between engine and trainer by the "
+        "importance ratio old / rollout of each token or of the whole sequence. none: no "
+        "correction.",
     )
     cap: float = Field(
-        default=2.0, gt=0, description="Largest weight: truncated importance sampling."
+        default=2.0,
+        gt=0,
+        description="Upper bound of that ratio (truncated importance sampling).",
     )
     mask_below: float | None = Field(
-        default=None, gt=0, description="Drop what has a smaller ratio. null: nothing."
+        default=None,
+        gt=0,
+        description="Mask tokens (level token) or responses (level sequence) with a ratio below "
+        "this out of the loss. null: none.",
     )
     mask_above: float | None = Field(
-        default=None, gt=0, description="Drop what has a larger ratio. null: nothing."
+        default=None,
+        gt=0,
+        description="Mask tokens (level token) or responses (level sequence) with a ratio above "
+        "this out of the loss. null: none.",
     )
 
 
 class OverlongConfig(Section):
-    """What becomes of responses that reach the token limit; a penalty for coming close to it is the reward `soft_overlong`."""
+    """Treatment of responses that reach the token limit.
+
+    A penalty for coming close to the limit is the reward function `soft_overlong`.
+    """
 
     mask_truncated: bool = Field(
         default=False,
-        description="Leave truncated responses out of the loss. They stay in the statistics of their group.",
+        description="Mask truncated responses out of the loss. Their rewards still count in the "
+        "statistics of their group.",
     )
 
 
 class DynamicSamplingConfig(Section):
-    """Replace groups that teach nothing by further sampling (DAPO)."""
+    """Replacement of groups without a learning signal by further sampling (DAPO)."""
 
     max_rounds: int = Field(
         default=1,
         ge=1,
-        description="Rounds of sampling a step at most; what is missing then is filled with other groups, which do not enter the loss. 1: off.",
+        description="Largest number of sampling rounds per step. If groups are still missing then, "
+        "groups without a learning signal fill the batch and are masked out of the loss. 1: off.",
     )
     by: GroupFilter = Field(
         default="accuracy",
-        description="Which groups are kept. accuracy: those with a correct and a wrong response by the first reward function (a score of at "
-        "least 0.5 is correct; DAPO, equation 11). reward: those whose total rewards are not all equal.",
+        description="Which groups to keep. accuracy (DAPO, equation 11): those with both correct "
+        "and wrong responses, where a response is correct if the first reward function gives at "
+        "least 0.5. reward: those whose total rewards are not all equal.",
     )
 
 
 class AlgorithmConfig(Section):
+    """Everything that decides the gradient of an update."""
+
     advantage: AdvantageConfig = Field(
         default=AdvantageConfig(), description="The advantage estimator."
     )
@@ -185,14 +241,16 @@ class AlgorithmConfig(Section):
     )
     aggregation: Aggregation = Field(
         default="sequence_mean",
-        description="How token losses become one number: token_mean (DAPO), sequence_mean (GRPO), "
-        "sequence_sum, constant (Dr. GRPO).",
+        description="How to reduce the token losses of a batch: token_mean (mean over all tokens, "
+        "DAPO), sequence_mean (mean over the tokens of each response, then over responses, GRPO), "
+        "sequence_sum (sum over tokens, mean over responses) or constant (sequence_sum divided by "
+        "generation.max_tokens, Dr. GRPO).",
     )
     kl: KLConfig = Field(
         default=KLConfig(), description="KL regularisation to the reference policy."
     )
     kl_old: OldKLConfig = Field(
-        default=OldKLConfig(), description="KL penalty to the old policy (TRPO, PPO's second form)."
+        default=OldKLConfig(), description="KL penalty to the old policy (PPO with a KL penalty)."
     )
     entropy: EntropyConfig = Field(
         default=EntropyConfig(), description="Entropy bonus and maximum-entropy RL."
@@ -205,5 +263,6 @@ class AlgorithmConfig(Section):
         default=OverlongConfig(), description="Responses that reach the token limit."
     )
     dynamic_sampling: DynamicSamplingConfig = Field(
-        default=DynamicSamplingConfig(), description="Groups that teach nothing."
+        default=DynamicSamplingConfig(),
+        description="Replacement of groups without a learning signal (DAPO).",
     )

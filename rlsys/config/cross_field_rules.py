@@ -1,7 +1,7 @@
-"""Rules about fields that only make sense together, as far as the configuration alone can tell.
+"""Rules about combinations of fields that can be checked from the configuration alone.
 
-`RunConfig` refuses what they find when it is built. What needs plug-ins, files or the machine is
-checked before a run starts (`rlsys.run.preflight`).
+`RunConfig` is refused where a rule finds a contradiction. Checks that need plug-ins, files or the
+machine follow before a run starts (`rlsys.run.preflight`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ LARGEST_MEMORY_GIB = 1e6
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """Return what does not fit together, a line each: field, value and remedy."""
+    """Return the fields that do not fit together, a line each: field, value and remedy."""
     return [line for rule in RULES for line in rule(config)]
 
 
 def _batches(config: RunConfig) -> Iterator[str]:
-    policy, prompts = config.policy, config.trainer.prompts_per_step
-    workers, samples = config.generation.workers, config.generation.samples_per_prompt
+    policy = config.policy
+    prompts = config.trainer.prompts_per_step
+    workers = config.generation.workers
+    samples = config.generation.samples_per_prompt
 
     if prompts % policy.num_mini_batches:
         yield (
-            f"policy.num_mini_batches: {policy.num_mini_batches} does not divide trainer.prompts_per_step "
-            f"{prompts}. Whole groups stay together: choose a divisor."
+            f"policy.num_mini_batches: {policy.num_mini_batches} does not divide "
+            f"trainer.prompts_per_step {prompts}. The responses to a prompt stay together: choose "
+            "a divisor."
         )
     if prompts * samples < policy.ranks:
         yield (
@@ -78,11 +81,11 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.policy.optimizer
-    shrinkage = optimizer.learning_rate * optimizer.weight_decay
-    if shrinkage >= 1:
+    decay = optimizer.learning_rate * optimizer.weight_decay
+    if decay >= 1:
         yield (
             f"policy.optimizer.weight_decay: {optimizer.weight_decay:g} times "
-            f"policy.optimizer.learning_rate {optimizer.learning_rate:g} is {shrinkage:g}; at 1 or "
+            f"policy.optimizer.learning_rate {optimizer.learning_rate:g} is {decay:g}; at 1 or "
             "more each step erases the weights. Lower one of them."
         )
 
@@ -124,16 +127,16 @@ def _kl(config: RunConfig) -> Iterator[str]:
     if kl.kind == "exact":
         yield (
             "algorithm.kl.kind: 'exact' sums over the vocabulary and needs the reference's logits "
-            "beside the policy's, but the reference runs in actors of its own and sends "
-            "log-probabilities of sampled tokens alone. Leave kind null."
+            "beside the policy's, but the reference runs in actors of its own and returns the "
+            "log-probabilities of the sampled tokens only. Leave kind null."
         )
     if kl.placement != "loss":
         yield from _kl_outside_the_loss(config)
     elif kl.level == "sequence" and aggregation not in ("sequence_sum", "constant"):
         yield (
             f"algorithm.aggregation: {aggregation!r} with algorithm.kl.level 'sequence' divides "
-            "the one term of a response by its length, or by that of all. Choose sequence_sum or "
-            "constant, or level token."
+            "the KL of a response by its length, or by that of all responses. Choose sequence_sum "
+            "or constant, or level token."
         )
 
 
@@ -170,8 +173,8 @@ def _kl_to_the_old_policy(config: RunConfig) -> Iterator[str]:
     elif policy.epochs * policy.num_mini_batches == 1:
         yield (
             f"algorithm.kl_old.coefficient: {kl_old.coefficient:g} does nothing in the one update "
-            "per batch (policy.epochs 1, policy.num_mini_batches 1), where the live policy is the old "
-            "one. Raise one of them, or set the coefficient to 0."
+            "per batch (policy.epochs 1, policy.num_mini_batches 1), where the live policy is the "
+            "old one. Raise one of them, or set the coefficient to 0."
         )
 
 

@@ -1,7 +1,7 @@
-"""The rollout engines by name, with what the rest of rlsys must know of each.
+"""The rollout engines by name, with the facts about each that the rest of rlsys reads.
 
 A new engine is one entry here and one module, `workers/generation/engines/<name>.py`, which assigns
-its class to `ENGINE`. Everything outside that module asks for these traits, never for a name.
+its class to `ENGINE`. Code outside that module reads these traits; it never compares names.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTraits:
-    """Facts about an engine that decide something before, or outside of, its module."""
+    """Facts about an engine that code outside of its module reads."""
 
     summary: str  # shown by --help
-    packages: tuple[str, ...] = ()  # distributions, any of which provides it; (): rlsys' own
+    packages: tuple[str, ...] = ()  # distributions, any of which provides it; (): part of rlsys
     options: frozenset[str] = frozenset()  # fields of `generation` that only some engines read
-    takes_checkpoint_names: bool  # of new weights; False: it holds them as the trainer does
+    takes_checkpoint_names: bool  # names of synced weights: the checkpoint's, or the trainer's
     whole_gib_cache_on_cpu: bool = False  # `generation.kv_cache_gib` must be a whole number there
 
 
@@ -38,7 +38,7 @@ ENGINES: Mapping[str, EngineTraits] = {
         whole_gib_cache_on_cpu=True,
     ),
     "transformers": EngineTraits(
-        summary="small and slow: the reference that tests compare against",
+        summary="slow; small models and tests",
         takes_checkpoint_names=False,
     ),
 }

@@ -1,4 +1,4 @@
-"""Mistakes of the user: one class of error, and a collector that reports all of them at once."""
+"""Mistakes of the user: an error class, and a collector that reports all of them at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Raise a ValueError as a ConfigError: for code that only looks at input."""
+    """Turn a ValueError into a ConfigError, for code that does nothing but check input."""
     try:
         yield
     except ConfigError:
@@ -31,16 +31,16 @@ def as_config_error() -> Iterator[None]:
 
 
 class Mistakes:
-    """Collect mistakes while checks go on, so that the user sees all of them in one go."""
+    """A list of mistakes, so that the user sees all of them at once and not only the first."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def attempt(self, field: str, check: Callable[[], T]) -> T | None:
-        """Return what `check` returns, or None where it raised: then the message is a mistake.
+        """Return the result of `check`; where it raises, add the message and return None.
 
-        `field` names what was checked where the error is not a ValueError, which names it itself:
-        plug-ins and readers of files may raise anything.
+        The message of a ValueError names its field. Plug-ins and readers of files may raise
+        anything else; those messages are preceded by `field`.
         """
         try:
             return check()
@@ -53,7 +53,7 @@ class Mistakes:
         return None
 
     def refuse(self) -> None:
-        """Raise all mistakes, where there are any.
+        """Raise an error with all mistakes, if there are any.
 
         Raises:
             ConfigError: every mistake, a line each.

@@ -15,7 +15,7 @@ from rlsys.config.run import RunConfig
 def all_fields(
     model: type[BaseModel] = RunConfig, prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, in the order of the models."""
+    """Yield every leaf field with its dotted name, in the order of the models."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from all_fields(field.annotation, f"{prefix}{name}.")
@@ -24,7 +24,7 @@ def all_fields(
 
 
 def field_at(name: str) -> FieldInfo | None:
-    """Return the field that a dotted name leads to; below a mapping, a value of it."""
+    """Return the field of a dotted name, or None; below a mapping, the field of its values."""
     model: type[BaseModel] = RunConfig
     field: FieldInfo | None = None
     parts = name.split(".")
@@ -42,12 +42,12 @@ def field_at(name: str) -> FieldInfo | None:
 
 
 def _value_of(field: FieldInfo) -> FieldInfo:
-    """Return a value of a mapping as a field of its own."""
+    """Return the type of a mapping's values as a field."""
     return FieldInfo(annotation=get_args(field.annotation)[1])
 
 
 def type_name(annotation: Any) -> str:
-    """An annotation as people write it: int, text, a|b, list of int, ..."""
+    """Return a type in the words of --help: int, text, a|b, list of int, ..."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if annotation is type(None):
@@ -63,6 +63,5 @@ def type_name(annotation: Any) -> str:
         return "|".join(map(str, parts))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
-    return {str: "text", bool: "true|false"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
+    words = {str: "text", bool: "true|false"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))

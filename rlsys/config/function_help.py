@@ -41,13 +41,13 @@ class FunctionHelp:
 
 
 def function_help(decorator: str, name: str, plugins: Sequence[str] = ()) -> FunctionHelp | None:
-    """Return what the source says of the function that `@decorator(name)` registers.
+    """Return the help of the function that `@decorator(name)` registers, read from its source.
 
-    None where no such decorator is found in the library or in the modules of the plug-ins.
+    None where neither the library nor the modules of the plug-ins have such a decorator.
     """
     for file in _sources(plugins):
         text = file.read_text(encoding="utf-8", errors="replace")
-        if decorator not in text or name not in text:  # parsing is what takes time
+        if decorator not in text or name not in text:  # parsing takes most of the time
             continue
         try:
             tree = ast.parse(text)
@@ -72,7 +72,10 @@ def _sources(plugins: Sequence[str]) -> Iterator[Path]:
         if spec is None or spec.origin is None:
             continue
         file = Path(spec.origin)
-        yield from sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+        if file.name == "__init__.py":  # a package
+            yield from sorted(file.parent.rglob("*.py"))
+        else:
+            yield file
 
 
 def _is_registered(node: ast.FunctionDef, decorator: str, name: str) -> bool:
@@ -129,18 +132,18 @@ def _default(node: ast.expr | None) -> str:
 
 
 def _meaning(docstring: str, name: str) -> str:
-    """Return an entry `name: ...` of the docstring, else the sentence that opens with its name."""
+    """Return the entry `name: ...` of the docstring, else the sentence that opens with `name`."""
     body = re.split(r"^Raises:", docstring, flags=re.MULTILINE)[0]
 
     entry = re.search(rf"^ *`?{name}`?: +(\S.*(?:\n +\S.*)*)", body, re.MULTILINE)
     if entry:
-        # The lines of the next entry are indented, too: it ends this one.
+        # The next entry may be indented like the continuation of this one.
         text = re.split(r"\n *`?\w+`?: ", entry[1])[0]
         return _first_sentence(text)
 
     sentences = re.split(r"(?<=[.:;])\s+", " ".join(body.split()))
-    of_it = [sentence for sentence in sentences if sentence.startswith(f"`{name}`")]
-    return of_it[0].rstrip(";:") if of_it else ""
+    about_it = [sentence for sentence in sentences if sentence.startswith(f"`{name}`")]
+    return about_it[0].rstrip(";:") if about_it else ""
 
 
 def _first_sentence(text: str) -> str:

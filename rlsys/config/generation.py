@@ -1,4 +1,4 @@
-"""The generation group: engine, sampling, and how far engine and trainer may disagree."""
+"""The generation group: engine, sampling, and the allowed mismatch of engine and trainer."""
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -9,6 +9,8 @@ from rlsys.config.section import Section
 
 
 class GenerationConfig(Section):
+    """Engine, sampling, and the resources of the generation workers."""
+
     engine: str = Field(
         default="vllm",
         description="Rollout engine: "
@@ -16,86 +18,98 @@ class GenerationConfig(Section):
         + ".",
     )
     workers: int = Field(
-        default=1, ge=1, description="Generation workers (actors); prompts are balanced over them."
+        default=1,
+        ge=1,
+        description="Number of generation workers (Ray actors, one engine each); the prompts of a "
+        "step are divided among them.",
     )
     gpus_per_worker: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="GPUs each worker reserves when the cluster has GPUs, for each of tensor_parallel; below 1 to share a GPU with "
-        "the policy.",
+        description="GPUs that each worker reserves where the cluster has GPUs, times "
+        "tensor_parallel. Set it below 1 to share a GPU with the policy.",
     )
     cpus_per_worker: int = Field(
         default=1,
         ge=0,
-        description="CPU cores that each worker reserves. 0: none, since generation and training take turns on small machines.",
+        description="CPU cores that each worker reserves. 0: none, for small machines, where "
+        "generation and training take turns on the same cores.",
     )
     dtype: Dtype = Field(
         default="auto",
-        description="Precision of the engine's weights and arithmetic. auto: bfloat16 where the driver's machine "
-        "computes faster in it (GPUs from compute capability 8.0 on; CPUs by a short measurement), else float32.",
+        description="Precision of the engine's weights and arithmetic. auto: bfloat16 where it is "
+        "faster on the driver's machine (GPUs of compute capability 8.0 or higher; CPUs where a "
+        "short measurement says so), else float32.",
     )
     samples_per_prompt: int = Field(
         default=8,
         ge=1,
         le=16384,
-        description="Responses sampled for each prompt: the group of GRPO. At most 16384, as many as vLLM takes.",
+        description="Responses sampled per prompt, the group size of GRPO; at most 16384, vLLM's "
+        "limit.",
     )
     temperature: float = Field(
         default=1.0,
         ge=0.01,
-        description="Sampling temperature, at least 0.01 (vLLM samples at no lower one); log-probabilities are taken at it as well.",
+        description="Sampling temperature, at least 0.01 (vLLM's lower limit). Log-probabilities "
+        "are computed at this temperature too.",
     )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Nucleus sampling. 1: off. Log-probabilities stay those of the untruncated distribution.",
+        description="Nucleus sampling: sample from the likeliest tokens that together have this "
+        "probability. 1: off. Log-probabilities are those of the full distribution.",
     )
     top_k: int = Field(
         default=0,
         ge=0,
         lt=2**31,
-        description="Sample among the k likeliest tokens. 0: off. Log-probabilities stay those of the untruncated distribution.",
+        description="Sample from the k likeliest tokens. 0: off. Log-probabilities are those of "
+        "the full distribution.",
     )
     min_tokens: int = Field(
         default=0,
         ge=0,
-        description="How many tokens are sampled before an end token or a stop string may end the response. 0: it may end at once, and then consists "
-        "of the end token alone.",
+        description="Shortest response, in tokens: before that, neither an end token nor a stop "
+        "string ends it. 0: a response may consist of the end token only.",
     )
     max_tokens: int = Field(default=64, ge=1, description="Longest response, in tokens.")
     stop: tuple[str, ...] = Field(
         default=(),
-        description="Strings that end a response; they stay in it, and its text ends with them. One that is complete within the first min_tokens "
-        "tokens ends nothing.",
+        description="Stop strings. A stop string remains at the end of the response. It is ignored "
+        "where it is complete within the first min_tokens tokens.",
     )
     max_model_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Context length of the engine. null: max_prompt_tokens + max_tokens.",
+        description="Context length of the engine, in tokens. null: data.max_prompt_tokens + "
+        "generation.max_tokens.",
     )
     kv_cache_gib: float = Field(
-        default=1.0, gt=0, description="Memory of the KV cache of one worker on a CPU, in GiB."
+        default=1.0, gt=0, description="KV cache of each worker on a CPU, in GiB."
     )
     gpu_memory_utilization: float = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="Share of a GPU's memory for the engine (weights and KV cache).",
+        description="Fraction of a GPU's memory for the engine (weights and KV cache).",
     )
     compile: bool = Field(
         default=False,
-        description="Let vLLM compile the model: a minute or more to start, then somewhat faster.",
+        description="Compile the model in vLLM: the start takes a minute or more longer, sampling "
+        "is somewhat faster.",
     )
     tensor_parallel: int = Field(
-        default=1, ge=1, description="GPUs over which one engine splits its model."
+        default=1, ge=1, description="GPUs over which each engine splits the model."
     )
     logprob_difference_tolerance: float | None = Field(
         default=None,
         ge=0,
-        description="After each weight sync, the largest allowed mean absolute difference in log-probability between engine and "
-        "trainer on a probe. A larger gap stops the run. 0: do not probe. null: 0.01 where both compute in float32, else 0.15.",
+        description="After each weight sync, engine and trainer compute the log-probabilities of "
+        "some held-out prompts. The run stops if their mean absolute difference is above this. 0: "
+        "no check. null: 0.01 where both compute in float32, else 0.15.",
     )
 
     @field_validator("engine")
@@ -103,5 +117,6 @@ class GenerationConfig(Section):
     def _known_engine(cls, value: str) -> str:
         if value not in ENGINES:
             known = " or ".join(map(repr, ENGINES))
-            raise PydanticCustomError("engine", f"Input should be {known}")  # pyright: ignore[reportArgumentType]
+            message = f"Input should be {known}"
+            raise PydanticCustomError("engine", message)  # pyright: ignore[reportArgumentType]
         return value

@@ -1,7 +1,7 @@
-"""What this process may use of its machine, found without importing torch.
+"""CPUs, memory and GPUs that this process may use, found without importing torch.
 
-A container sees the CPUs and the memory of its host. What it may use of them is what the control
-groups (cgroup v2) of the process allow: `cpu.max` and `memory.max` of its own group and of every
+A container sees the CPUs and the memory of its host. How much of them it may use is set by the
+control groups (cgroup v2) of the process: `cpu.max` and `memory.max` of its own group and of every
 group above.
 """
 
@@ -34,9 +34,8 @@ class Hardware:
     gpus: int
     gpu_memory_gib: float  # of one GPU
     cpu_model: str = "unknown CPU"
-    bfloat16_instructions: tuple[
-        str, ...
-    ] = ()  # of the CPU, and not switched off by ONEDNN_MAX_CPU_ISA
+    # CPU instructions that ONEDNN_MAX_CPU_ISA does not switch off.
+    bfloat16_instructions: tuple[str, ...] = ()
     compute_capability: tuple[int, int] | None = None  # the lowest of the GPUs; None: not known
 
 
@@ -46,22 +45,26 @@ def detect_hardware(
     own_cgroups: Path = OWN_CGROUPS,
     cpu_info: Path = CPU_INFO,
 ) -> Hardware:
-    """Return what this process may use.
+    """Return the hardware that this process may use.
 
     CPUs: those of its affinity mask, at most its cgroup quota, rounded down (a thread beyond the
-    quota would be paused, and the others wait for it) and at least 1. Memory: physical, at most its
-    cgroup limit. GPUs: NVIDIA's, as nvidia-smi lists them; CUDA_VISIBLE_DEVICES counts.
+    quota would be paused, and the other threads would wait for it) and at least 1. Memory:
+    physical, at most its cgroup limit. GPUs: NVIDIA's, as nvidia-smi lists them, limited by
+    CUDA_VISIBLE_DEVICES.
     """
     groups = list(_cgroup_folders(cgroup_root, own_cgroups))
     affinity = len(os.sched_getaffinity(0))
+    quotas = [quota for quota in map(_cpu_quota, groups) if quota is not None]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    limits = [limit / GIB for limit in map(_memory_limit, groups)]
+
     gpus = _gpus()
     model, flags = _cpu_description(cpu_info)
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BFLOAT16:
         flags = frozenset()
     return Hardware(
-        cpus=min([affinity, *(quota for group in groups if (quota := _cpu_quota(group)))]),
-        memory_gib=min([memory, *(limit / GIB for limit in map(_memory_limit, groups))]),
+        cpus=min([affinity, *quotas]),
+        memory_gib=min([memory, *limits]),
         gpus=len(gpus),
         gpu_memory_gib=min((gpu.memory_gib for gpu in gpus), default=0.0),
         cpu_model=model,
@@ -75,7 +78,8 @@ def available_memory_fraction(
 ) -> float:
     """Return the fraction of this process's memory that is free or can be freed at once.
 
-    The least over the machine and the cgroups that limit the process; pages of files count as free.
+    This is the smallest fraction over the machine and the cgroups that limit the process. Cached
+    pages of files count as free.
     """
     import psutil
 
@@ -111,7 +115,7 @@ def _cgroup_folders(root: Path, own_cgroups: Path) -> Iterator[Path]:
 
 
 def _cpu_quota(group: Path) -> int | None:
-    """Return the whole CPUs that `cpu.max` ("quota period") allows, at least 1; None: no quota."""
+    """Return how many whole CPUs `cpu.max` ("quota period") allows, at least 1; None: no quota."""
     quota, _, period = _text(group / "cpu.max").partition(" ")
     if not quota.isdecimal() or not period.isdecimal():
         return None  # "max", or the root, which has no such file
@@ -139,7 +143,7 @@ def _integer(file: Path) -> int:
 
 
 def _text(file: Path) -> str:
-    """Return a small file's text without the line end; nothing where it cannot be read."""
+    """Return a small file's text without the line end; "" where it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:
@@ -170,7 +174,7 @@ def _gpus() -> list[_Gpu]:
         return []
     # Drivers before 2021 do not know compute_cap, and then answer nothing at all.
     lines = _nvidia_smi("memory.total,compute_cap") or _nvidia_smi("memory.total")
-    gpus = [gpu for line in lines if (gpu := _read_gpu(line)) is not None]
+    gpus = [gpu for gpu in map(_read_gpu, lines) if gpu is not None]
     return gpus if visible is None else gpus[: len(visible.split(","))]
 
 

@@ -1,4 +1,4 @@
-"""What --help prints: every flag with its type, its value in this recipe, and its documentation."""
+"""The text of --help: every flag with its type, its description, and its value in this recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def help_text(config: RunConfig, switches: Mapping[str, str]) -> str:
     """Return all flags, and the keyword parameters of the functions that `config` chooses."""
     width = min(110, shutil.get_terminal_size((100, 24)).columns)
     tree = config.model_dump(mode="json")
-    lines = [f"Recipe {config.recipe}. Flags (values are YAML; lists may be written a,b):", ""]
+    introduction = (
+        f"Recipe {config.recipe}. Every flag is shown with its value in brackets. Values are YAML; "
+        "a list may also be written a,b."
+    )
+    lines = [*textwrap.wrap(introduction, width), ""]
     for flag, doc in switches.items():
         lines += _entry(flag, doc, width)
 
@@ -40,7 +44,7 @@ def help_text(config: RunConfig, switches: Mapping[str, str]) -> str:
 
 
 def _chosen_functions(config: RunConfig, field: str, width: int) -> Iterator[str]:
-    """Yield, behind the field that holds parameters, what the function takes that is chosen."""
+    """Yield the help of the functions that `field` chooses or passes parameters to."""
     advantage, objective = config.algorithm.advantage, config.algorithm.objective
     if field == "algorithm.advantage.parameters":
         yield from _function_entry(
@@ -64,7 +68,7 @@ def _function_entry(
 ) -> Iterator[str]:
     found = function_help(decorator, name, config.plugins)
     if found is None:
-        yield f"        {name}: its source is not at hand."
+        yield f"        {name}: its source code was not found."
         return
     yield from _wrapped(f"{name}: {found.summary}", width, first=8, rest=8)
     yield from _keyword_entries(found, parameters, width)
@@ -91,7 +95,7 @@ def _wrapped(text: str, width: int, *, first: int, rest: int) -> list[str]:
 
 
 def _preset_entries(width: int) -> list[str]:
-    """A line or two for each preset, its name in a column of its own."""
+    """Return a line or two for each preset, with its name in a column of its own."""
     column = max(map(len, PRESETS)) + 10
     lines: list[str] = []
     for name, preset in PRESETS.items():

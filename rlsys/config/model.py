@@ -1,4 +1,4 @@
-"""Which language model is trained."""
+"""The language model."""
 
 from typing import Literal
 
@@ -10,15 +10,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(Section):
+    """The language model that is trained."""
+
     path: str = Field(
         default="smollm2-135m",
-        description="A name of the model catalogue (smollm2-135m, tiny, qwen2.5-math-1.5b), a hub id, a local Hugging Face "
-        "directory, or a .gguf file.",
+        description="Model to train: a name from the catalogue (smollm2-135m, tiny, "
+        "qwen2.5-math-1.5b), a Hugging Face Hub id, a local directory in Hugging Face format, or a "
+        ".gguf file.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         default="auto",
-        description="Attention kernel of the trainer. auto: flash_attention_2 on a GPU where it is installed, else sdpa.",
+        description="Attention kernel of the trainer. auto: flash_attention_2 on a GPU where it is "
+        "installed, else sdpa.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with a hub model."
+        default=False, description="Allow Python code that comes with a Hub model to run."
     )

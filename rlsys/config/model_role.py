@@ -1,4 +1,4 @@
-"""How the model of one role is distributed, run and optimized."""
+"""Distribution, precision and optimizer of the model of one role."""
 
 from typing import Literal
 
@@ -12,52 +12,57 @@ Packing = bool | Literal["auto"]
 
 
 class ModelRoleConfig(Section):
-    """What the models of all roles have in common."""
+    """Settings that the models of all roles have in common."""
 
     backend: Literal["fsdp2"] = Field(
-        default="fsdp2", description="What distributes the model over its ranks."
+        default="fsdp2", description="Training backend, which shards the model over the ranks."
     )
     ranks: int = Field(
         default=1,
         ge=1,
-        description="Ranks (actors), one GPU or a part of the CPU cores each.",
+        description="Number of ranks (Ray actors), each on one GPU or on some CPU cores.",
     )
     gpus_per_rank: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="GPUs that each rank reserves when the cluster has GPUs; a rank computes on one.",
+        description="GPUs that each rank reserves where the cluster has GPUs. A rank computes on "
+        "one GPU; set it below 1 to share that GPU with generation.",
     )
     cpus_per_rank: int = Field(default=1, ge=1, description="CPU cores that each rank reserves.")
     threads_per_rank: int = Field(
         default=0,
         ge=0,
-        description="Torch threads of each rank on a CPU. 0: all cores over all ranks of a node.",
+        description="PyTorch threads of each rank on a CPU. 0: the cores of a node divided by its "
+        "ranks.",
     )
     compute_dtype: Dtype = Field(
         default="auto",
-        description="Precision of forward and backward; master weights and gradient reduction are "
-        "always float32. auto: as generation.dtype.",
+        description="Precision of forward and backward pass; master weights and gradient reduction "
+        "are always float32. auto: chosen as for generation.dtype.",
     )
     microbatch_tokens: int = Field(
         default=4096,
         ge=1,
-        description="Token budget of one packed forward pass on one rank (tokens, prompts shared in "
-        "a group count once).",
+        description="Largest number of tokens in one forward pass (microbatch) of a rank. With "
+        "shared_prefix_packing, the prompt of a group counts once.",
     )
     shared_prefix_packing: bool = Field(
         default=True,
-        description="Compute a prompt once for all its responses, where the attention kernel can "
-        "(sdpa, flex_attention).",
+        description="Compute a prompt once for all its responses, where the attention kernel "
+        "allows it (sdpa, flex_attention).",
     )
     packing: Packing = Field(
         default="auto",
-        description="Run the model on packs of sequences without padding. auto: where a check at "
-        "set-up finds the packed log-probabilities equal to the model's own, else the model's own "
-        "padded forward pass, which is slower. true: refuse such a model. false: always padded.",
+        description="Pack sequences without padding. auto: if a check at set-up finds that packing "
+        "does not change the model's log-probabilities, else pad, which is slower. true: refuse a "
+        "model that fails the check. false: always pad.",
     )
     logit_chunk_tokens: int = Field(
-        default=256, ge=1, description="Response positions whose logits exist at the same time."
+        default=256,
+        ge=1,
+        description="Response tokens whose logits are computed at a time; smaller needs less "
+        "memory.",
     )
 
 
@@ -68,7 +73,7 @@ class TrainableRoleConfig(ModelRoleConfig):
         default=OptimizerConfig(), description="AdamW and its schedule."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass to save memory."
+        default=False, description="Recompute activations in the backward pass, to save memory."
     )
     offload_optimizer: bool = Field(
         default=False,
@@ -77,25 +82,26 @@ class TrainableRoleConfig(ModelRoleConfig):
 
 
 class ReferenceConfig(Section):
-    """The frozen reference: what differs from the policy. null: as the policy."""
+    """Settings of the frozen reference that differ from the policy. null: as the policy."""
 
     path: str | None = Field(
         default=None,
-        description="The frozen reference of the KL term, in the same forms as model.path. null: the "
+        description="Frozen reference model of the KL, in the same forms as model.path. null: the "
         "initial weights of model.path.",
     )
     ranks: int | None = Field(
         default=None,
         ge=1,
-        description="Ranks of the reference, each beside a rank of the policy. null: policy.ranks, "
-        "which is also the most.",
+        description="Number of reference ranks, each on the resources of a policy rank; at most "
+        "policy.ranks. null: policy.ranks.",
     )
     compute_dtype: Dtype | None = Field(
         default=None,
-        description="Precision of its weights and arithmetic. null: as the policy.",
+        description="Precision of the reference's weights and arithmetic. null: as the policy.",
     )
     microbatch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Token budget of one packed forward pass on one rank. null: as the policy.",
+        description="Largest number of tokens in one forward pass of a reference rank. null: as "
+        "the policy.",
     )

@@ -1,13 +1,12 @@
-"""Published algorithms as settings of the pieces: a preset is data, the pieces do the work.
+"""Published algorithms as settings of the section `algorithm`.
 
-    estimator x (ratio, weight) x aggregation x KL placement, and what the driver adds
+    estimator x (ratio, weight) x aggregation x KL placement, and dynamic sampling
 
-`--preset NAME` starts any recipe from one, and so does a recipe itself:
-`evolve(grpo_math(hardware), {"preset": "dapo"})`. It replaces the section `algorithm` and
-`policy.num_mini_batches`, the number of updates per batch, because a correction by the ratio does
-nothing in a single update and a plain score function does not correct a second one. Group size,
-epochs and learning rate belong to the recipe. Imports neither torch nor NumPy, as all of
-`rlsys.config`.
+A recipe starts from a preset with the flag `--preset NAME`, or in its code:
+`evolve(grpo_math(hardware), {"preset": "dapo"})`. The preset replaces the section `algorithm` and
+`policy.num_mini_batches`, the number of updates per batch. The latter is part of the algorithm: in
+a single update every ratio is 1, and a weight that ignores the ratio does not correct for a second
+one. Group size, epochs and learning rate belong to the recipe.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any, Literal
 
 from rlsys.config.algorithm import (
     AdvantageConfig,
-    Aggregation,
     AlgorithmConfig,
     DynamicSamplingConfig,
     KLConfig,
@@ -42,7 +40,7 @@ def preset_called(name: str) -> Preset:
     """Return the preset called `name`.
 
     Raises:
-        ValueError: there is none; the message has the nearest names.
+        ValueError: there is none; the message suggests similar names.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3)
@@ -51,244 +49,297 @@ def preset_called(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _preset(
-    description: str,
-    estimator: str,
-    weight: str,
-    aggregation: Aggregation,
-    *,
-    num_mini_batches: int,
-    ratio: str = "token",
-    estimator_parameters: Mapping[str, Any] | None = None,
-    weight_parameters: Mapping[str, Any] | None = None,
-    recompute: bool = False,
-    **more: Any,
-) -> Preset:
-    algorithm = AlgorithmConfig(
-        advantage=AdvantageConfig(
-            name=estimator, parameters=dict(estimator_parameters or {}), recompute=recompute
-        ),
-        objective=ObjectiveConfig(
-            ratio=ratio, weight=weight, parameters=dict(weight_parameters or {})
-        ),
-        aggregation=aggregation,
-        **more,
-    )
-    return Preset(description=description, algorithm=algorithm, num_mini_batches=num_mini_batches)
+def _estimator(name: str, *, recompute: bool = False, **parameters: Any) -> AdvantageConfig:
+    return AdvantageConfig(name=name, parameters=parameters, recompute=recompute)
+
+
+def _objective(weight: str, *, ratio: str = "token", **parameters: Any) -> ObjectiveConfig:
+    return ObjectiveConfig(ratio=ratio, weight=weight, parameters=parameters)
 
 
 def _kl(coefficient: float, placement: Literal["loss", "reward", "advantage"]) -> KLConfig:
-    """Return a KL with the estimator that is right there: k3 in the loss, else k1."""
+    """Return a KL with the estimator that suits its placement: k3 in the loss, else k1."""
     return KLConfig(coefficient=coefficient, placement=placement)
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "reinforce": _preset(
-            "The score-function gradient of the expected reward, no baseline (Williams 1992).",
-            "reinforce",
-            "none",
-            "sequence_sum",
+        "reinforce": Preset(
+            description="Policy gradient without a baseline (Williams 1992).",
             num_mini_batches=1,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("reinforce"),
+                objective=_objective("none"),
+                aggregation="sequence_sum",
+            ),
         ),
-        "reinforce_optimal_baseline": _preset(
-            "REINFORCE with the constant baseline of least variance (Greensmith et al. 2004).",
-            "optimal_baseline",
-            "none",
-            "sequence_sum",
+        "reinforce_optimal_baseline": Preset(
+            description=(
+                "REINFORCE with the constant baseline of least variance (Greensmith et al. 2004)."
+            ),
             num_mini_batches=1,
-            estimator_parameters={"leave_one_out": True},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("optimal_baseline", leave_one_out=True),
+                objective=_objective("none"),
+                aggregation="sequence_sum",
+            ),
         ),
-        "rloo": _preset(
-            "Leave-one-out baseline, the KL as a cost in the reward (Ahmadian et al. 2024).",
-            "rloo",
-            "none",
-            "sequence_sum",
+        "rloo": Preset(
+            description="Leave-one-out baseline, KL penalty in the reward (Ahmadian et al. 2024).",
             num_mini_batches=1,
-            kl=_kl(0.01, "reward"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("rloo"),
+                objective=_objective("none"),
+                aggregation="sequence_sum",
+                kl=_kl(0.01, "reward"),
+            ),
         ),
-        # Without a critic V = 0: whitened returns.
-        "ppo": _preset(
-            "PPO's clip, the KL in the reward; no critic yet, so whitened returns "
-            "(Schulman et al. 2017, Ouyang et al. 2022).",
-            "gae",
-            "ppo_clip",
-            "token_mean",
+        # There is no critic: with V = 0, GAE gives the returns.
+        "ppo": Preset(
+            description=(
+                "PPO's clip, KL penalty in the reward; no critic yet, so the advantages are "
+                "whitened returns (Schulman et al. 2017, Ouyang et al. 2022)."
+            ),
             num_mini_batches=2,
-            estimator_parameters={"whiten": True},
-            kl=_kl(0.01, "reward"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("gae", whiten=True),
+                objective=_objective("ppo_clip"),
+                aggregation="token_mean",
+                kl=_kl(0.01, "reward"),
+            ),
         ),
-        "ppo_kl_penalty": _preset(
-            "PPO with an adaptive penalty on KL(old || live) in place of the clip "
-            "(Schulman et al. 2017, equation 8).",
-            "gae",
-            "importance",
-            "token_mean",
+        "ppo_kl_penalty": Preset(
+            description=(
+                "PPO with an adaptive penalty on KL(old || live) instead of the clip (Schulman "
+                "et al. 2017, equation 8)."
+            ),
             num_mini_batches=2,
-            estimator_parameters={"whiten": True},
-            kl=_kl(0.01, "reward"),
-            kl_old=OldKLConfig(coefficient=1.0, target=0.01),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("gae", whiten=True),
+                objective=_objective("importance"),
+                aggregation="token_mean",
+                kl=_kl(0.01, "reward"),
+                kl_old=OldKLConfig(coefficient=1.0, target=0.01),
+            ),
         ),
         # One update per batch, as published.
-        "grpo": _preset(
-            "Group-relative advantages, mean over each response, KL 0.04 in the loss "
-            "(Shao et al. 2024). recipes.grpo_math differs: mean over all tokens, no KL.",
-            "grpo",
-            "ppo_clip",
-            "sequence_mean",
+        "grpo": Preset(
+            description=(
+                "Group-relative advantages, mean over each response, KL 0.04 in the loss (Shao "
+                "et al. 2024). recipes.grpo_math differs: mean over all tokens, no KL."
+            ),
             num_mini_batches=1,
-            kl=_kl(0.04, "loss"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("ppo_clip"),
+                aggregation="sequence_mean",
+                kl=_kl(0.04, "loss"),
+            ),
         ),
-        "grpo_response": _preset(
-            "GRPO with the ratio and the KL of whole responses, one term each "
-            "(Guo et al. 2025, equations 1 to 3).",
-            "grpo",
-            "ppo_clip",
-            "sequence_sum",
+        "grpo_response": Preset(
+            description=(
+                "GRPO with the ratio and the KL of the whole response (Guo et al. 2025, "
+                "equations 1 to 3)."
+            ),
             num_mini_batches=2,
-            ratio="product",
-            kl=KLConfig(coefficient=0.001, placement="loss", level="sequence"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("ppo_clip", ratio="product"),
+                aggregation="sequence_sum",
+                kl=KLConfig(coefficient=0.001, placement="loss", level="sequence"),
+            ),
         ),
-        # R - beta sum_t log(pi / ref), before the group's mean and deviation. The KL of a prompt
-        # itself would cancel in the group's mean, so each response pays for its own.
-        "grpo_kl_cost": _preset(
-            "GRPO on rewards net of each response's KL to the reference.",
-            "grpo",
-            "ppo_clip",
-            "sequence_mean",
+        # Reward R - beta sum_t log(pi / ref), before it is normalised by the group's mean and
+        # standard deviation. A KL that is equal for all responses to a prompt would cancel there.
+        "grpo_kl_cost": Preset(
+            description="GRPO on rewards minus each response's KL to the reference.",
             num_mini_batches=1,
-            kl=_kl(0.01, "reward"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("ppo_clip"),
+                aggregation="sequence_mean",
+                kl=_kl(0.01, "reward"),
+            ),
         ),
-        "dr_grpo": _preset(
-            "GRPO without the division by the standard deviation and by the response's length "
-            "(Liu et al. 2025).",
-            "grpo",
-            "ppo_clip",
-            "constant",
+        "dr_grpo": Preset(
+            description=(
+                "GRPO without dividing by the standard deviation and the response length (Liu "
+                "et al. 2025)."
+            ),
             num_mini_batches=2,
-            estimator_parameters={"divide_by_std": False},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo", divide_by_std=False),
+                objective=_objective("ppo_clip"),
+                aggregation="constant",
+            ),
         ),
-        "gpg": _preset(
-            "The plain policy gradient with the group's mean, over the responses that have one "
-            "(Chu et al. 2025).",
-            "gpg",
-            "none",
-            "token_mean",
+        "gpg": Preset(
+            description=(
+                "Policy gradient with the group mean as baseline, scaled up for the responses "
+                "without a gradient (Chu et al. 2025)."
+            ),
             num_mini_batches=1,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("gpg"),
+                objective=_objective("none"),
+                aggregation="token_mean",
+            ),
         ),
-        # The soft overlong punishment is the reward `soft_overlong`; recipes.dapo_math adds it.
-        "dapo": _preset(
-            "Clip-Higher, token-level loss, dynamic sampling, no KL (Yu et al. 2025). "
-            "recipes.dapo_math adds its length punishment.",
-            "grpo",
-            "ppo_clip",
-            "token_mean",
+        # The paper's overlong penalty is the reward `soft_overlong`; recipes.dapo_math adds it.
+        "dapo": Preset(
+            description=(
+                "Clip-Higher, token-level loss, dynamic sampling, no KL (Yu et al. 2025). "
+                "recipes.dapo_math adds the overlong penalty."
+            ),
             num_mini_batches=2,
-            weight_parameters={"clip_low": 0.2, "clip_high": 0.28},
-            dynamic_sampling=DynamicSamplingConfig(max_rounds=3),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("ppo_clip", clip_low=0.2, clip_high=0.28),
+                aggregation="token_mean",
+                dynamic_sampling=DynamicSamplingConfig(max_rounds=3),
+            ),
         ),
-        "gspo": _preset(
-            "One ratio per response, a geometric mean, clipped in a narrow band "
-            "(Zheng et al. 2025).",
-            "grpo",
-            "ppo_clip",
-            "sequence_mean",
+        "gspo": Preset(
+            description=(
+                "GRPO with one ratio per response, the geometric mean over its tokens, clipped "
+                "to a narrow range (Zheng et al. 2025)."
+            ),
             num_mini_batches=2,
-            ratio="sequence",
-            weight_parameters={"clip_low": 3e-4, "clip_high": 4e-4},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective(
+                    "ppo_clip", ratio="sequence", clip_low=0.0003, clip_high=0.0004
+                ),
+                aggregation="sequence_mean",
+            ),
         ),
-        "sapo": _preset(
-            "A soft gate in place of the clip, narrower for negative advantages (Gao et al. 2025).",
-            "grpo",
-            "sapo",
-            "sequence_mean",
+        "sapo": Preset(
+            description=(
+                "GRPO with a soft gate instead of the clip, narrower for negative advantages "
+                "(Gao et al. 2025)."
+            ),
             num_mini_batches=2,
-            weight_parameters={"tau_pos": 1.0, "tau_neg": 1.05},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("sapo", tau_pos=1.0, tau_neg=1.05),
+                aggregation="sequence_mean",
+            ),
         ),
-        "sapo_sequence": _preset(
-            "SAPO with one gate per response (Gao et al. 2025).",
-            "grpo",
-            "sapo_sequence",
-            "sequence_mean",
+        "sapo_sequence": Preset(
+            description="SAPO with one gate per response (Gao et al. 2025).",
             num_mini_batches=2,
-            ratio="sequence",
-            weight_parameters={"tau_pos": 1.0, "tau_neg": 1.05},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("sapo_sequence", ratio="sequence", tau_pos=1.0, tau_neg=1.05),
+                aggregation="sequence_mean",
+            ),
         ),
-        "cispo": _preset(
-            "Bounded importance weights that leave every token a gradient (MiniMax 2025).",
-            "grpo",
-            "cispo",
-            "token_mean",
+        "cispo": Preset(
+            description=(
+                "GRPO with clipped importance weights, which keep the gradient of every token "
+                "(MiniMax 2025)."
+            ),
             num_mini_batches=2,
-            weight_parameters={"clip_low": 1.0, "clip_high": 0.28},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("cispo", clip_low=1.0, clip_high=0.28),
+                aggregation="token_mean",
+            ),
         ),
-        "raft": _preset(
-            "Maximum likelihood on the rewarded responses, for rewards of 0 and 1 "
-            "(Dong et al. 2023).",
-            "reinforce",
-            "none",
-            "sequence_mean",
+        "raft": Preset(
+            description=(
+                "Maximum likelihood on the rewarded responses, for rewards of 0 and 1 "
+                "(Dong et al. 2023)."
+            ),
             num_mini_batches=1,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("reinforce"),
+                objective=_objective("none"),
+                aggregation="sequence_mean",
+            ),
         ),
-        "raft_plus_plus": _preset(
-            "RAFT with importance sampling and PPO's clip (Xiong et al. 2025).",
-            "reinforce",
-            "ppo_clip",
-            "sequence_mean",
+        "raft_plus_plus": Preset(
+            description="RAFT with importance sampling and PPO's clip (Xiong et al. 2025).",
             num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("reinforce"),
+                objective=_objective("ppo_clip"),
+                aggregation="sequence_mean",
+            ),
         ),
-        # One H, so a sum over tokens and not the mean of each response.
-        "token_kl_grpo": _preset(
-            "GRPO with the KL inside the advantage, token by token (Bai and Zhang 2026).",
-            "token_kl_grpo",
-            "ppo_clip",
-            "constant",
+        # The paper divides every response by the same length H: a sum over tokens, no mean.
+        "token_kl_grpo": Preset(
+            description="GRPO with the KL of each token inside the advantage (Bai and Zhang 2026).",
             num_mini_batches=2,
-            ratio="future",
-            kl=_kl(0.04, "advantage"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("token_kl_grpo"),
+                objective=_objective("ppo_clip", ratio="future"),
+                aggregation="constant",
+                kl=_kl(0.04, "advantage"),
+            ),
         ),
-        # Importance-corrected weights, so the objective has no ratio of its own.
-        "hierarchical": _preset(
-            "Importance-corrected weights less a baseline per horizon of the ratio, estimated "
-            "again before each mini-batch (docs/hierarchical_baselines.md).",
-            "hierarchical",
-            "none",
-            "sequence_sum",
+        # The advantages contain the importance ratios, so the objective has none.
+        "hierarchical": Preset(
+            description=(
+                "Importance-weighted gradient with one baseline per ratio horizon, recomputed "
+                "before each mini-batch (docs/hierarchical_baselines.md)."
+            ),
             num_mini_batches=4,
-            recompute=True,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("hierarchical", recompute=True),
+                objective=_objective("none"),
+                aggregation="sequence_sum",
+            ),
         ),
-        "reward_time": _preset(
-            "Each reward with the product of ratios up to its own time (Dong 2025, equation 2.10).",
-            "gae",
-            "reward_time",
-            "sequence_sum",
+        "reward_time": Preset(
+            description=(
+                "Each reward weighted by the product of the ratios up to its own token (Dong "
+                "2025, equation 2.10)."
+            ),
             num_mini_batches=2,
-            ratio="prefix",
-            kl=_kl(0.01, "reward"),
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("gae"),
+                objective=_objective("reward_time", ratio="prefix"),
+                aggregation="sequence_sum",
+                kl=_kl(0.01, "reward"),
+            ),
         ),
-        "minimum": _preset(
-            "min(rho A, sqrt(rho) A), of the general family of corrections (Bai and Zhang 2026).",
-            "grpo",
-            "minimum",
-            "sequence_mean",
+        "minimum": Preset(
+            description=(
+                "Weight min(rho A, sqrt(rho) A), from a family of off-policy corrections (Bai "
+                "and Zhang 2026)."
+            ),
             num_mini_batches=2,
-            weight_parameters={"functions": [{"kind": "ratio"}, {"kind": "power", "q": 0.5}]},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective(
+                    "minimum", functions=[{"kind": "ratio"}, {"kind": "power", "q": 0.5}]
+                ),
+                aggregation="sequence_mean",
+            ),
         ),
-        "power": _preset(
-            "rho^q, between no correction and the full one (Bai and Zhang 2026).",
-            "grpo",
-            "power",
-            "sequence_mean",
+        "power": Preset(
+            description=(
+                "Weight rho^q, between no correction (q 0) and the importance ratio (q 1) (Bai "
+                "and Zhang 2026)."
+            ),
             num_mini_batches=2,
-            weight_parameters={"q": 0.5},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("power", q=0.5),
+                aggregation="sequence_mean",
+            ),
         ),
-        "adaptive_power": _preset(
-            "rho^q with the largest q that keeps 90 % of the effective sample size.",
-            "grpo",
-            "adaptive_power",
-            "sequence_mean",
+        "adaptive_power": Preset(
+            description=(
+                "Weight rho^q with the largest q that keeps 90 % of the effective sample size."
+            ),
             num_mini_batches=2,
-            weight_parameters={"target_ess": 0.9},
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("adaptive_power", target_ess=0.9),
+                aggregation="sequence_mean",
+            ),
         ),
     }
 )

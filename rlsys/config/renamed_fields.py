@@ -1,7 +1,7 @@
-"""Fields that an earlier version had under another name, or had and this one has not.
+"""Fields that were renamed or removed since an earlier version.
 
-An old name in a flag, a file or a recipe is refused with what to write instead. The configuration
-that a run wrote down is translated, so that runs of an earlier version resume.
+An old name in a flag, a file or a recipe is refused with a message that has the new one. The saved
+configuration of a run is translated, so that runs of an earlier version can be resumed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ RENAMED_FIELDS: dict[str, str] = {
     "generation.logprob_gap_tolerance": "generation.logprob_difference_tolerance",
 }
 
-# Old dotted name: what replaces it. The section that had the field decides which of its values a
-# saved configuration may still hold.
+# Old dotted name: its replacement. The section that had the field decides which of its values a
+# saved configuration may still have.
 REMOVED_FIELDS: dict[str, str] = {
     "data.columns.level": "data.where, which names the column itself",
     "data.columns.subject": "data.where, which names the column itself",
@@ -35,7 +35,7 @@ _MISSING = object()
 
 
 def new_name(name: str) -> str | None:
-    """Return what a dotted name is called now, or None where it was not renamed."""
+    """Return the present name of a field, or None where it was not renamed."""
     for old, new in RENAMED_FIELDS.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
@@ -43,7 +43,7 @@ def new_name(name: str) -> str | None:
 
 
 def refuse_old_names(names: Iterable[str], *, flag: str = "") -> None:
-    """Refuse names of an earlier version; `flag` is what stands before a name, as "--".
+    """Refuse names of an earlier version; `flag` is the text before a name, such as "--".
 
     Raises:
         ConfigError: a line for each, with the new name.
@@ -59,11 +59,11 @@ def _lines(names: Iterable[str], flag: str) -> Iterator[str]:
         if new is not None:
             yield f"{flag}{name}: this field is now called {new}. Write {flag}{new}."
         if name in REMOVED_FIELDS:
-            yield f"{flag}{name}: this field is gone. Use {REMOVED_FIELDS[name]}."
+            yield f"{flag}{name}: this field was removed. Use {REMOVED_FIELDS[name]}."
 
 
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values under present names; where both are given the new one wins."""
+    """Return nested values under their present names; where both are given, keep the new one."""
     result = copy.deepcopy(dict(tree))
     for old, new in RENAMED_FIELDS.items():
         value = _taken(result, old.split("."))
@@ -73,7 +73,7 @@ def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taken(tree: dict[str, Any], path: list[str]) -> Any:
-    """Remove and return the value at a path, with the sections that are empty without it."""
+    """Remove and return the value at a path; sections that become empty are removed too."""
     first, *rest = path
     if not rest:
         return tree.pop(first, _MISSING)

@@ -1,4 +1,7 @@
-"""Which options may change when a run is resumed: one table, for the check, the messages and docs/configuration.md."""
+"""Rules about the options that may change when a run is resumed.
+
+The check, its messages and docs/configuration.md are made from one table.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ from typing import Literal
 Verdict = Literal["refused", "same problems", "accepted", "silent"]
 
 VERDICTS: dict[Verdict, str] = {
-    "refused": "The run does not go on with another value.",
-    "same problems": "May change as long as the training problems stay the same; a hash of them tells.",
+    "refused": "The run cannot continue with another value.",
+    "same problems": (
+        "May change if the training problems stay the same, which is checked by a hash of them."
+    ),
     "accepted": "May change. The change is printed and takes effect from the next step.",
-    "silent": "May change, and has no effect on the result.",
+    "silent": "May change without an effect on the results.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeRule:
-    """What holds for a field, or for all fields of a section (a name that ends in a dot)."""
+    """The rule for a field, or for all fields of a section (a name that ends in a dot)."""
 
     field: str
     verdict: Verdict
@@ -28,53 +33,54 @@ def _rule(field: str, verdict: Verdict, reason: str) -> ResumeRule:
     return ResumeRule(field=field, verdict=verdict, reason=reason)
 
 
-_SAME_ORDER = "It orders the data: some prompts would come again and others never."
+_SAME_ORDER = "It decides the order of the data: some prompts would repeat, others never come."
 
-# The first that fits holds.
+# The first rule that matches a field applies.
 RULES: tuple[ResumeRule, ...] = (
-    _rule("recipe", "refused", "It names the run's origin; the run's own configuration is used."),
     _rule(
-        "preset", "accepted", "It replaces the fields of algorithm, and policy.num_mini_batches."
+        "recipe", "refused", "The run was started by that recipe; its own configuration is used."
     ),
+    _rule("preset", "accepted", "It replaces the section algorithm and policy.num_mini_batches."),
     _rule("model.path", "refused", "The checkpoint holds the weights of that model."),
     _rule("model.", "accepted", ""),
-    _rule("policy.backend", "refused", "The optimizer's state is laid out by it."),
-    _rule("policy.ranks", "refused", "The optimizer's state is saved rank by rank."),
+    _rule("policy.backend", "refused", "The format of the optimizer state depends on it."),
+    _rule("policy.ranks", "refused", "The optimizer state is saved per rank."),
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),
     _rule("trainer.seed", "refused", _SAME_ORDER),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),
     _rule("data.shuffle", "refused", _SAME_ORDER),
-    _rule("data.train", "same problems", "The file may move; what it holds may not change."),
-    _rule("data.template", "same problems", "Wording may change which prompts are too long."),
-    _rule("data.chat", "same problems", "Wording may change which prompts are too long."),
-    _rule("data.eval", "same problems", "What is held out of the file is not trained on."),
+    _rule("data.train", "same problems", "The file may be moved, but its content may not change."),
+    _rule("data.template", "same problems", "It may change which prompts are too long."),
+    _rule("data.chat", "same problems", "It may change which prompts are too long."),
+    _rule("data.eval", "same problems", "Problems that are held out are not trained on."),
     _rule(
         "data.",
         "same problems",
-        "It decides which problems there are, and the position in the data belongs to them.",
+        "The position in the data is valid for the same problems only.",
     ),
     _rule(
         "algorithm.advantage.auxiliary.width",
         "refused",
-        "The checkpoint holds a network that wide.",
+        "The checkpoint has a network of that width.",
     ),
     _rule(
         "algorithm.",
         "accepted",
-        "A new KL coefficient or entropy temperature replaces an adapted one; another estimator starts without what the old one kept.",
+        "A new KL coefficient or entropy temperature replaces an adapted one; another estimator "
+        "starts without the state of the old one.",
     ),
     _rule("generation.", "accepted", ""),
-    _rule("reward.", "accepted", "Rewards before and after may not compare."),
+    _rule("reward.", "accepted", "Rewards before and after may not be comparable."),
     _rule("diagnostics.", "accepted", ""),
     _rule("plugins", "accepted", ""),
-    _rule("cluster.", "silent", "Where it runs."),
-    _rule("run.", "silent", "Where it is written and shown."),
+    _rule("cluster.", "silent", "It decides where the run computes."),
+    _rule("run.", "silent", "It decides where the run is written and shown."),
 )
 
 
 def rule_of(name: str) -> ResumeRule:
-    """The rule of a field, by its dotted name."""
+    """Return the rule for a field, by its dotted name."""
     return next(rule for rule in RULES if _covers(rule.field, name))
 
 
@@ -83,10 +89,9 @@ def _covers(field: str, name: str) -> bool:
 
 
 def resume_table() -> list[str]:
-    """The table in Markdown."""
+    """Return the rules as a table in Markdown."""
     lines = ["| field | on a resume | why |", "|---|---|---|"]
-    lines += [
-        f"| `{rule.field}{'*' if rule.field.endswith('.') else ''}` | {rule.verdict} | {rule.reason} |"
-        for rule in RULES
-    ]
+    for rule in RULES:
+        star = "*" if rule.field.endswith(".") else ""
+        lines.append(f"| `{rule.field}{star}` | {rule.verdict} | {rule.reason} |")
     return lines

@@ -19,59 +19,69 @@ from rlsys.config.reward import RewardConfig
 from rlsys.config.section import Section
 from rlsys.config.trainer import TrainerConfig
 
-# The validation context of the command line, which reports contradictions with all other mistakes.
+# Validation context of the command line, which reports contradictions with all other mistakes.
 CONTRADICTIONS_LATER = "contradictions are reported later"
 
 
 class RunSection(Section):
+    """Output directory and display of a run."""
+
     directory: str | None = Field(
-        default=None, description="Where the run is written. null: runs/<recipe>-<date>-<time>."
+        default=None, description="Output directory. null: runs/<recipe>-<date>-<time>."
     )
     progress: bool = Field(
-        default=True, description="Live display on a terminal; plain lines elsewhere or when false."
+        default=True, description="Live display on a terminal. false: plain lines, as elsewhere."
     )
     note: str | None = Field(
-        default=None, description="A remark that is printed when the run starts. null: none."
+        default=None, description="Text to print when the run starts. null: none."
     )
 
 
 class ClusterConfig(Section):
+    """The Ray cluster that a run starts or joins."""
+
     address: str | None = Field(
         default=None,
-        description="Address of a Ray cluster: host:port, ray://host:port, or auto for the one on this machine. local: start Ray here. "
-        "null: RAY_ADDRESS where set, else start Ray here.",
+        description="Ray cluster to join: host:port, ray://host:port, or auto for the one that "
+        "runs on this machine. local: start Ray on this machine. null: RAY_ADDRESS where it is "
+        "set, else local.",
     )
     object_store_gib: float = Field(
         default=1.0,
         ge=0.1,
-        description="Object store of a Ray started here, in GiB; at least 0.1.",
+        description="Size of Ray's object store where the run starts Ray, in GiB; at least 0.1.",
     )
 
     @property
     def joined_address(self) -> str | None:
-        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where Ray is started here, which `local` asks for."""
+        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where it starts Ray."""
         address = self.address or os.environ.get("RAY_ADDRESS")
         return None if address in (None, "", "local") else address
 
 
 class RunConfig(Section):
-    """Everything that one run depends on. Recipes return one; a YAML file and flags change fields of it."""
+    """Everything that one run depends on.
+
+    Recipes return one; a YAML file and flags change fields of it.
+    """
 
     recipe: str = Field(
         default="grpo_math",
-        description="Name of the recipe, for the run's directory and its records.",
+        description="Name of the recipe, used in the name of the run's directory.",
     )
     preset: str | None = Field(
         default=None,
-        description="Published algorithm to start from, before --config and the other flags: it "
-        "replaces the section algorithm, and policy.num_mini_batches. null: the recipe's own.",
+        description="Published algorithm to start from. It replaces the recipe's section algorithm "
+        "and policy.num_mini_batches; --config and the other flags change fields of it. null: the "
+        "recipe's own.",
     )
     plugins: tuple[str, ...] = Field(
         default=(),
-        description="Importable modules that register estimators, objectives or rewards; loaded in every process.",
+        description="Python modules that register estimators, objectives or reward functions; "
+        "imported in every process.",
     )
     model: ModelConfig = Field(default=ModelConfig(), description="The language model.")
-    data: DataConfig = Field(default=DataConfig(), description="Prompts and their wording.")
+    data: DataConfig = Field(default=DataConfig(), description="Problems and prompts.")
     generation: GenerationConfig = Field(
         default=GenerationConfig(), description="The generation group."
     )
@@ -83,15 +93,15 @@ class RunConfig(Section):
         default=AlgorithmConfig(), description="The mathematics of an update."
     )
     reward: RewardConfig = Field(default=RewardConfig(), description="Rewards.")
-    trainer: TrainerConfig = Field(default=TrainerConfig(), description="The loop.")
+    trainer: TrainerConfig = Field(default=TrainerConfig(), description="The training loop.")
     diagnostics: DiagnosticsConfig = Field(
-        default=DiagnosticsConfig(), description="Measurements on request."
+        default=DiagnosticsConfig(), description="Measurements that are off by default."
     )
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
 
     def reference_role(self) -> ModelRoleConfig:
-        """Return how the reference is distributed and run: as the policy, but for what `reference` says."""
+        """Return the role of the reference: the policy's, with the fields that `reference` sets."""
         own = self.reference.model_dump(exclude={"path"}, exclude_none=True)
         common = self.policy.model_dump(include=set(ModelRoleConfig.model_fields))
         return ModelRoleConfig.model_validate(common | own)
@@ -99,7 +109,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _starts_from_preset(cls, data: Any) -> Any:
-        """Fill what the preset decides and the caller does not give; a whole configuration stays."""
+        """Fill the sections that the preset decides and the caller does not give."""
         name = data.get("preset") if isinstance(data, dict) else None
         if not name or not isinstance(name, str):
             return data
@@ -112,8 +122,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:
-        """Refuse fields that contradict each other: all contradictions in one error, a line each."""
-        lines = [] if info.context == CONTRADICTIONS_LATER else contradictions(self)
+        """Refuse fields that contradict each other, with one line for each contradiction."""
+        if info.context == CONTRADICTIONS_LATER:
+            return self
+        lines = contradictions(self)
         if lines:
             raise PydanticCustomError("mistakes", "{lines}", {"lines": "\n".join(lines)})
         return self

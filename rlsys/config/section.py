@@ -4,16 +4,18 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-LARGEST = 3.4e38  # beyond it float32 has infinity
+LARGEST = 3.4e38  # float32 represents larger numbers as infinity
 
 
 class Section(BaseModel):
     """One section of a `RunConfig`.
 
-    Each field carries its documentation in `Field(description=...)`: units, and what 0 or null means. Command-line help and
-    `docs/configuration.md` are made from it, so a default is written down exactly once.
+    Each field carries its documentation in `Field(description=...)`: its unit, and the meaning of 0
+    and null. The command-line help and `docs/configuration.md` are generated from it, so a default
+    is written down exactly once.
 
-    Numbers are finite in float32 and strings are not empty: nothing here means anything at infinity, and what may be left out is null. true is no 1.
+    Numbers must be finite in float32, and strings must not be empty (null stands for an absent
+    value). true and false are not accepted as numbers.
     """
 
     model_config = ConfigDict(
@@ -26,12 +28,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_a_number_of_use(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would read true as 1, and arithmetic 1e39 as infinity."""
+    def _is_a_finite_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true, which pydantic reads as 1, and 1e39, which is infinite in float32."""
         assert info.field_name
         annotation = cls.model_fields[info.field_name].annotation
         is_switch = annotation is bool or bool in get_args(annotation)
-        for item in value if isinstance(value, list | tuple) else (value,):
+        items = value if isinstance(value, list | tuple) else (value,)
+
+        for item in items:
             if isinstance(item, bool) and not is_switch:
                 raise ValueError("true and false belong to switches")
             if isinstance(item, int | float) and abs(item) > LARGEST:

@@ -104,7 +104,7 @@ def test_reward_functions_as_yaml():
             r"generation\.engine: 'vlm' does not fit: input should be 'vllm' or 'transformers'",
         ),
         (["--config", "/no/file.yaml"], r"--config: cannot read '/no/file\.yaml'"),
-        (["--reward.functions", "[{name: math"], "is no YAML value"),
+        (["--reward.functions", "[{name: math"], "is not a valid YAML value"),
     ],
 )
 def test_mistakes_get_one_clear_message(arguments: list[str], message: str):
@@ -198,7 +198,7 @@ def test_another_function_drops_the_parameters_of_the_one_before():
     ("arguments", "message"),
     [
         (["--resume=false"], r"--resume=false: --resume takes no value"),
-        (["--data.synthetic.levels", "1,{"], r"data\.synthetic\.levels: '\{' is no YAML value"),
+        (["--data.synthetic.levels", "1,{"], r"levels: '\{' is not a valid YAML value"),
         (["--policy.optimizer.betas", "1.5,0.9"], r"betas\.0: 1\.5 does not fit.*decay rates"),
     ],
 )
@@ -209,7 +209,7 @@ def test_more_mistakes(arguments: list[str], message: str):
 
 def test_a_file_that_is_no_text_or_has_numbers_as_names(tmp_path: Path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"--config: .*binary\.yaml' is no YAML"):
+    with pytest.raises(ConfigError, match=r"--config: .*binary\.yaml' is not valid YAML"):
         parsed("--config", str(tmp_path / "binary.yaml"))
     (tmp_path / "number.yaml").write_text("1: 2\n")
     with pytest.raises(ConfigError, match="1: no such field"):

@@ -92,7 +92,7 @@ def test_help_follows_the_other_flags_and_survives_wrong_ones():
     assert "grpo: Return the reward of a response" not in text
     assert "grpo: Return the reward of a response" in help_of(grpo_math, "--no.such", "flag")
     unknown = help_of(grpo_math, "--algorithm.advantage.name", "gea")
-    assert "gea: its source is not at hand." in unknown
+    assert "gea: its source code was not found." in unknown
 
 
 def test_a_plug_in_is_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

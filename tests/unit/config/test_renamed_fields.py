@@ -114,7 +114,7 @@ def test_a_section_that_is_left_empty_goes_and_a_new_name_wins():
 
 def test_a_field_that_is_gone_is_refused_with_what_replaces_it(tmp_path: Path):
     expected = (
-        "data.columns.level: this field is gone. Use data.where, which names the column itself."
+        "data.columns.level: this field was removed. Use data.where, which names the column itself."
     )
     with pytest.raises(ConfigError) as error:
         parse(RECIPE, ["--data.columns.level", "grade"])

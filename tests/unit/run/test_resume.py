@@ -79,10 +79,12 @@ def test_another_model_or_sharding_is_refused_with_reason_and_remedy() -> None:
     with pytest.raises(ValueError, match="checkpoint") as caught:
         check_resumable(checkpoint_of(config()), other)
     assert str(caught.value).splitlines() == [
-        "model.path: 'tiny', but checkpoint runs/a/checkpoints/step_000020 was written with 'smollm2-135m'. The checkpoint holds the weights "
-        "of that model. Resume with --model.path smollm2-135m, or start a new run with --model.path runs/a/checkpoints/step_000020.",
-        "policy.ranks: 2, but checkpoint runs/a/checkpoints/step_000020 was written with 1. The optimizer's state is saved rank by rank. "
-        "Resume with --policy.ranks 1, or start a new run with --model.path runs/a/checkpoints/step_000020.",
+        "model.path: 'tiny', but checkpoint runs/a/checkpoints/step_000020 was written with "
+        "'smollm2-135m'. The checkpoint holds the weights of that model. Resume with --model.path "
+        "smollm2-135m, or start a new run with --model.path runs/a/checkpoints/step_000020.",
+        "policy.ranks: 2, but checkpoint runs/a/checkpoints/step_000020 was written with 1. The "
+        "optimizer state is saved per rank. Resume with --policy.ranks 1, or start a new "
+        "run with --model.path runs/a/checkpoints/step_000020.",
     ]
 
 
