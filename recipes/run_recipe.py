@@ -152,8 +152,9 @@ def _prepare(invocation: Invocation, hardware: Hardware, console: Console) -> Pr
     evaluates = bool(problems.evaluation)
     if checkpoint and already_complete(checkpoint, config, evaluates=evaluates):
         console.print(
-            f"already complete: {checkpoint.path} is that of step {checkpoint.step}, and trainer.steps is {config.trainer.steps}. "
-            "Nothing is started; a larger --trainer.steps goes on from there.",
+            f"already complete: {checkpoint.path} is that of step {checkpoint.step}, and "
+            f"trainer.steps is {config.trainer.steps}. Nothing is started; a larger "
+            "--trainer.steps goes on from there.",
             highlight=False,
             soft_wrap=True,
         )

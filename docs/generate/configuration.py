@@ -62,7 +62,8 @@ def reference() -> str:
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else _plain(default)
         lines.append(
-            f"| `{name}` | {type_name(field.annotation).replace('|', ', ')} | `{shown}` | {(field.description or '').replace('|', ', ')} |"
+            f"| `{name}` | {type_name(field.annotation).replace('|', ', ')} | `{shown}` | "
+            f"{(field.description or '').replace('|', ', ')} |"
         )
     lines += [PRESETS_OF + "\n".join(_preset_rows())]
     lines += [RESUMING, *resume_table(), ""]

@@ -127,7 +127,8 @@ METRICS = (
         "reward/dropped",
         "sum",
         "kept samples",
-        "Responses without a reward (`reward.on_failure` drop): not in the statistics of their group, not trained; absent where all have one.",
+        "Responses without a reward (`reward.on_failure` drop): not in the statistics of their "
+        "group, not trained; absent where all have one.",
     ),
     MetricDoc("rollout/responses", "sum", ALL, "Responses."),
     MetricDoc("rollout/tokens", "sum", ALL, "Sampled tokens."),
@@ -202,7 +203,8 @@ METRICS = (
         "advantage/effective_fraction/at_<percent>",
         "mean",
         "mini-batches or the batch",
-        "Effective share of the responses' ratios, at a position in percent of the longest response.",
+        "Effective share of the responses' ratios, at a position in percent of the longest "
+        "response.",
     ),
     MetricDoc(
         "advantage/condition_number",
@@ -253,7 +255,8 @@ METRICS = (
         "policy/loss",
         "mean",
         "mini-batches",
-        "Loss of a mini-batch: the sum over its packs and ranks; the mean over mini-batches and epochs.",
+        "Loss of a mini-batch: the sum over its packs and ranks; the mean over mini-batches and "
+        "epochs.",
     ),
     MetricDoc("policy/entropy", "mean", TOKENS, "Entropy in nats, at the sampling temperature."),
     MetricDoc("policy/ratio_mean", "mean", TOKENS, "Probability ratio of live to old."),
@@ -269,15 +272,16 @@ METRICS = (
         "policy/logprob_difference_mean",
         "mean",
         TOKENS,
-        "|rollout - old|, engine and trainer at the same weights. With `advantage.recompute` from the tokens before the first optimizer step of the "
-        "batch alone, for later `old` has moved.",
+        "|rollout - old|, engine and trainer at the same weights. With `advantage.recompute` from "
+        "the tokens before the first optimizer step of the batch alone, for later `old` has moved.",
     ),
     MetricDoc("policy/logprob_difference_max", "max", TOKENS, "The largest."),
     MetricDoc(
         "policy/drift_mean",
         "mean",
         "trained tokens after an update",
-        "|rollout - live| where the live policy has moved since it sampled (`advantage.recompute` with several mini-batches or epochs).",
+        "|rollout - live| where the live policy has moved since it sampled (`advantage.recompute` "
+        "with several mini-batches or epochs).",
     ),
     MetricDoc("policy/drift_max", "max", "trained tokens after an update", "The largest."),
     MetricDoc("policy/kl_ref_k1", "mean", TOKENS, "KL to the reference, estimator k1."),
@@ -317,7 +321,8 @@ METRICS = (
         "gradient/variance_ratio/<baseline>",
         "mean",
         "mini-batches",
-        "`diagnostics.gradient`: true variance of the gradient over that of the leave-one-out mean.",
+        "`diagnostics.gradient`: true variance of the gradient over that of the leave-one-out "
+        "mean.",
     ),
     MetricDoc("gradient/proxy_ratio/<baseline>", "mean", "mini-batches", "The same of the proxy."),
     MetricDoc(
@@ -395,7 +400,8 @@ METRICS = (
         "eval/errors",
         "driver",
         "held-out problems",
-        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where there are none, as the next three.",
+        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where "
+        "there are none, as the next three.",
     ),
     MetricDoc("eval/timeouts", "driver", "held-out problems", "As `reward/timeouts`."),
     MetricDoc("eval/crashes", "driver", "held-out problems", "As `reward/crashes`."),

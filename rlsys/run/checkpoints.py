@@ -1,10 +1,13 @@
-"""Checkpoints that are complete or not there: written beside, verified, renamed; the newest undamaged one is found again.
+"""Atomic checkpoints: each is complete or absent, and a resume finds the newest undamaged one.
 
-checkpoints/step_000020/
-    config.json, model.safetensors, tokenizer ...     Hugging Face layout: `from_pretrained` loads the directory
-    optimizer_rank0.pt, policy_state.json             the policy group's
-    trainer_state.json                                the driver's: step, data position, metrics position
-    manifest.json                                     size and checksum of every file; written last
+A checkpoint is written to a directory beside its final name. The directory gets a manifest with
+checksums, is flushed to the disk, and is renamed last.
+
+    checkpoints/step_000020/
+        config.json, model.safetensors, tokenizer    Hugging Face format, for `from_pretrained`
+        optimizer_rank0.pt, policy_state.json        state of the policy group
+        trainer_state.json                           state of the driver: step, data position, ...
+        manifest.json                                size and checksum of every file; written last
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 PREFIX = "step_"
 PARTIAL = ".partial"
-FULL = 64 << 20  # bytes: with fewer free after a failed write, it failed for want of them
+FULL_BELOW = 64 << 20  # bytes; with less free space, a failed write is blamed on a full disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +48,19 @@ class CheckpointStore:
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._directory = directory
         self._keep = keep
-        self._damaged: set[Path] = set()  # found by `latest`
+        self._damaged: set[Path] = set()  # filled by `latest`
 
     async def save(
         self, step: int, write: Callable[[Path], Awaitable[None]], state: dict[str, Any]
     ) -> Path:
-        """Write a checkpoint and drop the oldest beyond `keep`. `write` fills the directory that it is given.
+        """Write a checkpoint, and delete the oldest ones beyond `keep`.
 
-        Whatever happens meanwhile, earlier checkpoints stay as they were, and this one is there completely or not at all.
+        `write` fills the directory that it is given. If it fails or the process is killed, earlier
+        checkpoints are unchanged and this one does not exist.
 
         Raises:
-            Whatever `write` raises, and OSError of a failing disk, or of a full one whatever `write` made of that.
+            OSError: the disk failed or is full, whatever `write` raised in the latter case.
+            Exception: any other that `write` raised.
         """
         final = self._directory / f"{PREFIX}{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -68,7 +73,8 @@ class CheckpointStore:
         except Exception as error:
             self._refuse_a_full_disk(partial, error)
             raise
-        if final.exists():  # damaged, or `latest` would have led the run past this step
+
+        if final.exists():  # it is damaged: otherwise the run would have resumed from it
             self._retire(final)
         partial.rename(final)
         _sync_directory(self._directory)
@@ -76,23 +82,28 @@ class CheckpointStore:
         return final
 
     def _refuse_a_full_disk(self, partial: Path, cause: Exception) -> None:
-        """Say so where the disk is full, since torch's message of that does not, and give its last space back."""
+        """Delete the partial checkpoint, and raise an OSError where the disk is full.
+
+        The errors of torch and safetensors do not say that the disk was full.
+        """
         free = shutil.disk_usage(self._directory).free
         shutil.rmtree(partial, ignore_errors=True)
-        if free < FULL:
+        if free < FULL_BELOW:
             raise OSError(
-                f"trainer.checkpoints: the disk of {self._directory} is full ({free >> 20} MiB were free), so {partial.stem} was not written. Free some "
-                "space, or keep fewer checkpoints with trainer.checkpoints.keep."
+                f"trainer.checkpoints: the disk of {self._directory} is full ({free >> 20} MiB "
+                f"were free), so {partial.stem} was not written. Free some space, or keep fewer "
+                "checkpoints with trainer.checkpoints.keep."
             ) from cause
 
     def _retire(self, checkpoint: Path) -> None:
-        """Take a checkpoint out of the list before its files go, so that a half-deleted one is never taken for one."""
+        """Rename a checkpoint before deleting it, so that a half-deleted one is never loaded."""
         retired = checkpoint.with_name(checkpoint.name + ".retired" + PARTIAL)
         shutil.rmtree(retired, ignore_errors=True)  # left by a process that was killed here
         checkpoint.rename(retired)
         self._damaged.discard(checkpoint)
 
     def _prune(self) -> None:
+        """Delete all but the newest `keep` undamaged checkpoints, and what killed saves left."""
         steps = self._steps()
         intact = [path for path in steps if path not in self._damaged]
         for path in {*steps} - {*intact[-self._keep :]}:
@@ -101,7 +112,7 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
-        """Renamed checkpoint directories, oldest first."""
+        """Return the complete checkpoint directories, oldest first."""
         found = [
             path
             for path in self._directory.glob(f"{PREFIX}*")
@@ -110,7 +121,7 @@ class CheckpointStore:
         return sorted(found, key=_step_of)
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; damaged ones are named in the log and passed over."""
+        """Return the newest undamaged checkpoint; log and skip damaged ones."""
         for path in reversed(self._steps()):
             damage = find_damage(path)
             if damage is None:
@@ -129,7 +140,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _checksum(file: Path) -> int:
-    """CRC-32: it finds what disks and killed processes do to files, at a gigabyte a second and more."""
+    """Return the CRC-32 of a file, which detects accidental damage at more than 1 GB/s."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
@@ -166,7 +177,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None."""
+    """Return how a checkpoint directory is damaged, or None where it is complete."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Turn the precision `auto` into float32 or bfloat16 before anything starts, and say why.
+"""Resolution of the precision `auto` to float32 or bfloat16, before anything starts.
 
-On a GPU its compute capability decides. On a CPU a measurement does: bfloat16 products are several
-times as fast as float32 ones where the CPU has instructions for them, and several times as slow
-where they are emulated. The instruction set may be limited by the environment, so the flags of the
-CPU alone do not tell.
+On a GPU its compute capability decides. On a CPU a measurement decides: bfloat16 products are
+several times as fast as float32 ones where the CPU has instructions for them, and several times as
+slow where they are emulated. The flags of the CPU are not enough, since environment variables may
+limit the instructions that the libraries use.
 
 The choice is made once, on the driver's machine, and written to the run's `config.yaml` as an
 explicit value: all workers compute in the same precision, and a run that is resumed elsewhere keeps
@@ -31,27 +31,27 @@ from rlsys.models.catalogue import cache_directory
 from rlsys.models.loading import mlp_shape
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = (8, 0)  # Ampere; earlier GPUs emulate it
-# How much faster bfloat16 products must be: casts, norms and softmax gain nothing, and rounding
-# costs accuracy.
+# Least speed-up of products at which `auto` chooses bfloat16: casts, norms and softmax do not become
+# faster, and rounding costs accuracy.
 LEAST_SPEEDUP = 1.2
 TOKENS = 256  # rows of a measured product
 LARGEST_HIDDEN, LARGEST_INTERMEDIATE = 1024, 4096  # larger products run at the same rate
-SECONDS_EACH = 0.03  # of a measurement in one precision, but at least MIN_REPEATS
+SECONDS_EACH = 0.03  # length of the measurement of one precision, with at least MIN_REPEATS
 MIN_REPEATS = 2
-# What limits or selects the instructions of torch, oneDNN and MKL.
+# Variables that limit or select the instructions of torch, oneDNN and MKL.
 ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductSpeed:
-    """GFLOP/s of matrix products of a model's shapes, of one core."""
+    """GFLOP/s of one core in matrix products of a model's shapes."""
 
     float32: float
     bfloat16: float
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as float32 bfloat16 is."""
+        """Speed of bfloat16 divided by that of float32."""
         return self.bfloat16 / self.float32
 
     def of(self, dtype: str) -> float:
@@ -66,7 +66,7 @@ class DtypeChoice:
     """A configuration without `auto`."""
 
     config: RunConfig
-    reasons: tuple[str, ...]  # what was chosen and why, a line each
+    reasons: tuple[str, ...]  # one line for each choice
     warnings: tuple[str, ...]
     speed: ProductSpeed | None  # None: nothing computes on a CPU
 
@@ -81,9 +81,9 @@ def choose_dtypes(
     """Return the configuration with each precision that is `auto` resolved for this machine.
 
     Args:
-        measure: instead of `cached_product_speed`, for tests.
+        measure: a replacement of `cached_product_speed`, for tests.
     """
-    asked = {
+    configured = {
         "generation.dtype": config.generation.dtype,
         "policy.compute_dtype": config.policy.compute_dtype,
     }
@@ -93,15 +93,16 @@ def choose_dtypes(
         "policy.compute_dtype": trains_on_gpu,
     }
     if config.reference.compute_dtype is not None:
-        asked["reference.compute_dtype"] = config.reference.compute_dtype
+        configured["reference.compute_dtype"] = config.reference.compute_dtype
         on_gpu["reference.compute_dtype"] = trains_on_gpu
+
     speed = None
     if not all(on_gpu.values()):
         speed = (measure or cached_product_speed)(hardware, mlp_shape(model_directory))
 
     chosen: dict[str, str] = {}
     fields_by_reason: dict[str, list[str]] = {}
-    for field, dtype in asked.items():
+    for field, dtype in configured.items():
         if dtype != "auto":
             continue
         if on_gpu[field]:
@@ -111,20 +112,23 @@ def choose_dtypes(
             chosen[field], why = _for_cpu(hardware, speed)
         fields_by_reason.setdefault(f"auto -> {chosen[field]} ({why})", []).append(field)
 
-    slow = [field for field, dtype in asked.items() if dtype == "bfloat16" and not on_gpu[field]]
+    bfloat16_on_cpu = [
+        field for field, dtype in configured.items() if dtype == "bfloat16" and not on_gpu[field]
+    ]
     return DtypeChoice(
         config=evolve(config, chosen) if chosen else config,
         reasons=tuple(
             f"{', '.join(fields)}: {reason}" for reason, fields in fields_by_reason.items()
         ),
-        warnings=_slow_bfloat16(slow, hardware, speed),
+        warnings=_slow_bfloat16(bfloat16_on_cpu, hardware, speed),
         speed=speed,
     )
 
 
 def _for_gpu(hardware: Hardware) -> tuple[str, str]:
+    """Return the precision for a GPU, and the reason."""
     capability = hardware.compute_capability
-    if capability is None and torch.cuda.is_available():  # an nvidia-smi that does not say
+    if capability is None and torch.cuda.is_available():  # an old nvidia-smi does not report it
         capability = torch.cuda.get_device_capability()
     if capability is None:
         return "float32", "the GPU's compute capability is not known"
@@ -137,12 +141,13 @@ def _for_gpu(hardware: Hardware) -> tuple[str, str]:
 
 
 def _for_cpu(hardware: Hardware, speed: ProductSpeed) -> tuple[str, str]:
+    """Return the precision for a CPU, and the reason."""
     fast = bool(hardware.bfloat16_instructions) and speed.speedup >= LEAST_SPEEDUP
     return "bfloat16" if fast else "float32", _measured(hardware, speed)
 
 
 def _measured(hardware: Hardware, speed: ProductSpeed) -> str:
-    """What the CPU says of itself, and what was measured on it."""
+    """Describe the CPU's instructions and the measured speeds."""
     names = " or ".join((", ".join(BFLOAT16_INSTRUCTIONS[:-1]), "Arm's bf16"))
     flags = ", ".join(hardware.bfloat16_instructions) or f"no {names}"
     limits = "".join(f", {name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)
@@ -155,7 +160,7 @@ def _measured(hardware: Hardware, speed: ProductSpeed) -> str:
 def _slow_bfloat16(
     fields: list[str], hardware: Hardware, speed: ProductSpeed | None
 ) -> tuple[str, ...]:
-    """Warn of bfloat16 that was asked for where float32 is faster."""
+    """Warn of fields that are configured as bfloat16 where float32 is faster."""
     if not fields or speed is None or speed.speedup >= 1:
         return ()
     return (
@@ -166,7 +171,7 @@ def _slow_bfloat16(
 
 
 def cached_product_speed(hardware: Hardware, shape: tuple[int, int]) -> ProductSpeed:
-    """Return `measure_products` of this CPU, from the cache where it was measured before."""
+    """Return `measure_products` on this CPU, from the cache where it was measured before."""
     key = {
         "cpu": hardware.cpu_model,
         "instructions": hardware.bfloat16_instructions,
@@ -193,7 +198,7 @@ def _read_speed(file: Path) -> ProductSpeed | None:
 
 
 def _write_speed(file: Path, key: Mapping[str, object], speed: ProductSpeed) -> None:
-    """Keep a measurement; where the cache cannot be written to, the next run measures again."""
+    """Save a measurement; where the cache cannot be written to, the next run measures again."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
@@ -204,9 +209,9 @@ def _write_speed(file: Path, key: Mapping[str, object], speed: ProductSpeed) -> 
 def measure_products(shape: tuple[int, int]) -> ProductSpeed:
     """Time the products of an MLP layer of hidden x intermediate size `shape` and of its gradients.
 
-    On one thread, in the time that the core spends on it, the fastest of several repetitions: other
-    processes on the same cores hardly matter then. Takes some ten milliseconds, and a second where
-    bfloat16 is emulated.
+    Measured is the thread time of one thread, and the fastest of several repetitions counts, so
+    that other processes on the same cores hardly matter. This takes some ten milliseconds, or a
+    second where bfloat16 is emulated.
     """
     hidden = min(shape[0], LARGEST_HIDDEN)
     intermediate = min(shape[1], LARGEST_INTERMEDIATE)
@@ -244,9 +249,10 @@ def _mlp_products(hidden: int, intermediate: int, dtype: torch.dtype) -> Callabl
 def _fastest_in_turn(
     products: Mapping[torch.dtype, Callable[[], None]],
 ) -> dict[torch.dtype, float]:
-    """Return the shortest time of each in seconds, over `SECONDS_EACH` and MIN_REPEATS repeats."""
+    """Return the shortest time of each in seconds, repeated for at least SECONDS_EACH."""
     for run in products.values():
         run()  # the first call chooses and compiles kernels
+
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in products}
     unfinished = set(products)
     while unfinished:

@@ -1,4 +1,4 @@
-"""Configurations that are accepted and computed as they are, and are easily not meant."""
+"""Warnings about configurations that are accepted but may not do what was intended."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlsys.rewards import ground_truth_notices
 
 
 def config_warnings(config: RunConfig) -> Iterator[str]:
-    """Yield what is accepted and computed as configured, but is easily not what was meant.
+    """Yield warnings about settings that take effect but may not be intended.
 
-    For a configuration without mistakes. Shown on the console by a dry run and before a run starts;
-    each line names field and value, says what happens, and gives the remedy.
+    The configuration must have no mistakes. A dry run and the start of a run show the warnings.
+    Each has field, value, effect and remedy.
     """
     yield from _objective_warnings(config)
     yield from _kl_warnings(config)
@@ -26,49 +26,46 @@ def _objective_warnings(config: RunConfig) -> Iterator[str]:
     algorithm, policy = config.algorithm, config.policy
     weight = algorithm.objective.weight
     updates = policy.epochs * policy.num_mini_batches
-    corrected = algorithm.advantage.recompute  # by the estimator, before each mini-batch
+    corrected = algorithm.advantage.recompute  # the estimator corrects, before each mini-batch
+
     if updates > 1 and not corrected and ignores_ratio(weight, algorithm.objective.parameters):
         yield (
             f"algorithm.objective.weight: {weight!r} does not correct for the policy having moved, "
-            "and "
-            f"{updates} updates a batch (policy.epochs {policy.epochs}, policy.num_mini_batches "
-            f"{policy.num_mini_batches}) "
-            "make all but the first off-policy. Set both to 1, or choose a weight that uses the "
-            "ratio, such as ppo_clip."
+            f"and {updates} updates per batch (policy.epochs {policy.epochs}, "
+            f"policy.num_mini_batches {policy.num_mini_batches}) make all but the first "
+            "off-policy. Set both to 1, or choose a weight that uses the ratio, such as ppo_clip."
         )
 
 
 def _kl_warnings(config: RunConfig) -> Iterator[str]:
     kl, policy = config.algorithm.kl, config.policy
-    weighs_only = kl.estimator in GRADIENT_KINDS
-    if (
-        kl.coefficient > 0
-        and kl.importance_ratio != "none"
-        and weighs_only
-        and policy.epochs * policy.num_mini_batches == 1
-    ):
+    uses_ratio = kl.coefficient > 0 and kl.importance_ratio != "none"
+    updates = policy.epochs * policy.num_mini_batches
+    # With the other kinds the gradient flows through the ratio, which matters even where it is 1.
+    only_weighted = kl.estimator in GRADIENT_KINDS
+
+    if uses_ratio and only_weighted and updates == 1:
         yield (
             f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with kind {kl.estimator!r} "
-            "changes nothing in the one update a batch, where live "
-            "and old policy are the same. Set it to none, or raise policy.num_mini_batches or "
-            "policy.epochs."
+            "changes nothing in the one update per batch, where live and old policy are the same. "
+            "Set it to none, or raise policy.num_mini_batches or policy.epochs."
         )
 
 
 def _schedule_warnings(config: RunConfig) -> Iterator[str]:
     optimizer, steps = config.policy.optimizer, config.trainer.steps
     if optimizer.warmup_steps > steps:
+        final = optimizer.learning_rate * steps / optimizer.warmup_steps
         yield (
             f"policy.optimizer.warmup_steps: {optimizer.warmup_steps} is above trainer.steps "
-            f"{steps}, so the learning rate ends at "
-            f"{optimizer.learning_rate * steps / optimizer.warmup_steps:.3g} and never reaches "
-            "policy.optimizer.learning_rate "
-            f"{optimizer.learning_rate:g}. Lower it, or train longer."
+            f"{steps}, so the learning rate ends at {final:.3g} and never reaches "
+            f"policy.optimizer.learning_rate {optimizer.learning_rate:g}. Lower it, or train "
+            "longer."
         )
 
 
 def reward_notices(config: RunConfig, problems: LoadedProblems) -> list[str]:
-    """Return what a person should know about the ground truths of the data."""
+    """Return remarks on the ground truths of the data, for the user."""
     answers = {
         "data.train": [problem.answer for problem in problems.train],
         "data.eval": [problem.answer for problem in problems.evaluation],

@@ -1,6 +1,8 @@
-"""Where a run is written: all its paths in one place.
+"""The directory of a run, and all paths in it.
 
-runs/<name>/config.yaml  metrics.jsonl  tensorboard/  rollouts/step_*.parquet  checkpoints/step_*  report.html  status.json  run.log
+runs/<name>/
+    config.yaml      metrics.jsonl      tensorboard/     rollouts/step_*.parquet
+    checkpoints/     report.html        status.json      run.log
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class RunDirectory:
     """Paths of one run."""
 
     path: Path
-    is_given: bool = True  # by the user, who means this very name; else any free one will do
+    is_given: bool = True  # the user named it; otherwise any free name will do
 
     @property
     def config(self) -> Path:
@@ -59,15 +61,18 @@ class RunDirectory:
 
     @staticmethod
     def named_by(config: RunConfig) -> RunDirectory:
-        """`run.directory`, or a new name under runs/ from the recipe and the time."""
-        directory = config.run.directory or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return RunDirectory(Path(directory).expanduser(), is_given=config.run.directory is not None)
+        """Return `run.directory`, or a new directory under runs/ named by recipe and time."""
+        given = config.run.directory
+        directory = given or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return RunDirectory(Path(directory).expanduser(), is_given=given is not None)
 
     def check(self, *, resume: bool) -> None:
-        """Refuse to overwrite a run, to resume one that is not there, and to start where nothing can be written. Leaves no trace.
+        """Refuse to overwrite a run, to resume a missing one, or to run where writing fails.
+
+        Nothing is left behind on the disk.
 
         Raises:
-            ConfigError: naming run.directory.
+            ConfigError: one of these, with the field run.directory.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
@@ -75,26 +80,29 @@ class RunDirectory:
             )
         if resume and not self.config.is_file():
             raise ConfigError(
-                f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of an earlier run."
+                f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of "
+                "an earlier run."
             )
         if not resume and self.is_given and self.path.exists() and any(self.path.iterdir()):
             raise self._exists_already()
+
         existing = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not existing.is_dir():
             raise ConfigError(
-                f"run.directory: {str(self.path)!r} cannot be made below the file {existing}. Name another directory."
+                f"run.directory: {str(self.path)!r} cannot be made below the file {existing}. Name "
+                "another directory."
             )
         places = [existing, *self._existing_parts()] if resume else [existing]
         for place in places:
             self._check_writable(place)
 
     def _existing_parts(self) -> list[Path]:
-        """What a resumed run goes on writing to."""
+        """Return the files and directories that a resumed run continues to write."""
         parts = (self.config, self.metrics, self.log, self.checkpoints, self.rollouts)
         return [part for part in parts if part.exists()]
 
     def _check_writable(self, place: Path) -> None:
-        """Try it: permissions alone do not tell for root, nor on a read-only or a full disk."""
+        """Try to write, since permissions do not tell for root, or on a read-only or full disk."""
         try:
             if place.is_dir():
                 tempfile.TemporaryFile(dir=place).close()
@@ -105,19 +113,25 @@ class RunDirectory:
 
     def _cannot_be_written(self, place: Path, error: OSError) -> ConfigError:
         return ConfigError(
-            f"run.directory: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). Name a directory where you may write."
+            f"run.directory: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). "
+            "Name a directory where you may write."
         )
 
     def _exists_already(self) -> ConfigError:
         return ConfigError(
-            f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or name another directory."
+            f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or "
+            "name another directory."
         )
 
     def claim(self) -> RunDirectory:
-        """Make the directory of a new run, which no other process can get too; beside another run of the same second it has a suffix.
+        """Create the directory of a new run, exclusively for this process.
+
+        If the user gave no name and another run of the same second has the default one, the name
+        gets a suffix.
 
         Raises:
-            ConfigError: another run has taken the name that the user gave, or nothing can be written there.
+            ConfigError: another run has taken the name that the user gave, or nothing can be
+                written there.
         """
         try:
             if self.is_given:
@@ -139,7 +153,10 @@ class RunDirectory:
         raise AssertionError("unreachable")
 
     def discard(self) -> None:
-        """Remove what `claim` made and what was written there: the run was refused before it began. A directory that was given stays, empty."""
+        """Remove the directory of a run that was refused before it began.
+
+        A directory that the user gave is emptied but stays.
+        """
         if not self.is_given:
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -150,20 +167,22 @@ class RunDirectory:
                 part.unlink()
 
     def create(self, config: RunConfig, reasons: Sequence[str] = ()) -> None:
-        """Make the directories and write the resolved configuration.
+        """Create the subdirectories and write the resolved configuration.
 
         Args:
-            reasons: what the configuration left to the machine, and why it was chosen; comments at the top of
-                the file. Those of an earlier start of the same run stay.
+            reasons: the choices that the configuration left to the machine, with their reasons.
+                They are written as comments at the top of the file, below those of earlier starts
+                of the run.
         """
         for directory in (self.rollouts, self.checkpoints, self.tensorboard):
             directory.mkdir(parents=True, exist_ok=True)
+
         comments = self._comments()
         comments += [f"# {time.strftime('%Y-%m-%d')} {reason}" for reason in reasons]
         write_whole(self.config, "\n".join([*comments, dump_yaml(config)]))
 
     def _comments(self) -> list[str]:
-        """Return the lines at the top of the configuration that are comments."""
+        """Return the comments at the top of the configuration."""
         if not self.config.is_file():
             return []
         lines = self.config.read_text(encoding="utf-8").splitlines()
@@ -171,7 +190,7 @@ class RunDirectory:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, and never a part."""
+    """Write a file atomically: a reader sees the whole old text or the whole new one."""
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,6 +1,6 @@
-"""Options that were set on purpose and do nothing in this setting: one table, one warning line each.
+"""Warnings about options that were set on purpose but have no effect, made from one table.
 
-Defaults of recipes never warn: `Invocation.explicit` has the names that flags and files set.
+Defaults of recipes cause no warning: `Invocation.explicit` has the names that flags and files set.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Setting:
 
     @property
     def has_no_gpu(self) -> bool:
-        """Ray is started on this machine, and there is none."""
+        """The run starts Ray on this machine, which has no GPU."""
         return self.starts_ray and not self.hardware.gpus
 
     @property
     def reads_no_file(self) -> bool:
-        """All problems are generated here."""
+        """All problems are generated."""
         data = self.config.data
         return data.train == "synthetic" and data.eval in ("synthetic", "auto", "off")
 
@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Ineffective:
-    """Options that do nothing where a condition holds."""
+    """Options that have no effect where a condition holds."""
 
     options: tuple[str, ...]  # dotted names; one that ends in a dot is a whole section
     condition: Callable[[Setting], bool]
@@ -67,27 +67,32 @@ def _ignores_ratio(setting: Setting) -> bool:
 
 
 def _ratio_is_one(setting: Setting) -> bool:
-    """One update a batch, on what its own policy sampled, by a weight that is 1 at the ratio 1."""
+    """Return whether every ratio is 1, by a single update per batch, and the weight is 1 there."""
     config, objective = setting.config, setting.config.algorithm.objective
     if _ignores_ratio(setting):
-        return False  # nobody who chose such a weight expects it to act on the ratio
+        return False  # whoever chose such a weight does not expect it to act on the ratio
     if config.policy.epochs * config.policy.num_mini_batches > 1:
         return False
     return is_one_at_ratio_one(objective.weight, objective.parameters)
 
 
-_SINGLE_UPDATE = "there is one update a batch (policy.epochs x policy.num_mini_batches is 1), where every ratio is 1"
+_SINGLE_UPDATE = (
+    "there is one update per batch (policy.epochs x policy.num_mini_batches is 1), in which every "
+    "ratio is 1"
+)
 
 
-# A row is looked at only where one of its options was set.
 def _of_some_engines(option: str) -> Ineffective:
+    """Return the row of a field of `generation` that only some engines read."""
+    engines = " or ".join(engines_with(option))
     return _row(
         f"generation.{option}",
         when=lambda s: not s.reads(option),
-        because=f"generation.engine is not {' or '.join(engines_with(option))}, which alone has it",
+        because=f"only the engine {engines} reads it (generation.engine)",
     )
 
 
+# A row is evaluated only where one of its options was set.
 TABLE: tuple[Ineffective, ...] = (
     # The objective.
     _row(
@@ -123,7 +128,7 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: (
             s.config.algorithm.kl.coefficient > 0 and s.config.algorithm.kl.placement == "advantage"
         ),
-        because="with algorithm.kl.placement advantage the estimator has its own form of the KL",
+        because="with algorithm.kl.placement advantage the estimator has a KL of its own",
     ),
     _row(
         "algorithm.kl.horizon",
@@ -159,12 +164,12 @@ TABLE: tuple[Ineffective, ...] = (
     _row(
         "generation.gpu_memory_utilization",
         when=lambda s: s.reads("gpu_memory_utilization") and s.has_no_gpu,
-        because="this machine has no GPU; generation.kv_cache_gib bounds the cache",
+        because="this machine has no GPU; generation.kv_cache_gib limits the cache",
     ),
     _row(
         "generation.kv_cache_gib",
         when=lambda s: s.reads("kv_cache_gib") and s.has_gpus,
-        because="it is for CPUs; on a GPU generation.gpu_memory_utilization bounds the cache",
+        because="it is for CPUs; on a GPU generation.gpu_memory_utilization limits the cache",
     ),
     # GPUs.
     _row(
@@ -183,12 +188,12 @@ TABLE: tuple[Ineffective, ...] = (
     _row(
         "policy.shared_prefix_packing",
         when=lambda s: s.config.policy.packing is False,
-        because="policy.packing is false, so every sequence is computed for itself",
+        because="policy.packing is false, so every sequence is computed separately",
     ),
     _row(
         "policy.shared_prefix_packing",
         when=lambda s: s.config.model.attention == "flash_attention_2",
-        because="flash_attention_2 cannot share prompts; sdpa and flex_attention can",
+        because="flash_attention_2 cannot share a prompt; sdpa and flex_attention can",
     ),
     _row(
         "policy.optimizer.minimum_ratio",
@@ -215,7 +220,7 @@ TABLE: tuple[Ineffective, ...] = (
     _row(
         "data.held_out",
         when=lambda s: s.config.data.train == "synthetic",
-        because="data.train is synthetic, which has held-out problems of its own",
+        because="data.train is synthetic, which generates its own held-out problems",
     ),
     _row(
         "data.eval_limit",
@@ -258,36 +263,42 @@ TABLE: tuple[Ineffective, ...] = (
     ),
 )
 
-# Values that ask for nothing: whoever sets them wants no effect.
-NOTHING = (None, False, (), [])
+# Values that switch an option off: whoever sets them expects no effect.
+OFF = (None, False, (), [])
 
 
 def ineffective_options(
     config: RunConfig, explicit: Iterable[str], hardware: Hardware
 ) -> Iterator[str]:
-    """A line "X: 3 has no effect because ..." for each option in `explicit` that does nothing. For a configuration that was checked."""
+    """Yield "X: 3 has no effect because ..." for each option in `explicit` without an effect.
+
+    The configuration must have been checked.
+    """
     setting = Setting(config=config, hardware=hardware)
     values = flat(config.model_dump(mode="json"))
-    for name in sorted({leaf for option in explicit for leaf in _leaves(option, values)}):
+    names = {leaf for option in explicit for leaf in _leaves(option, values)}
+
+    for name in sorted(names):
         value = values[name]
-        if value in NOTHING or (name == "generation.tensor_parallel" and value == 1):
+        if value in OFF or (name == "generation.tensor_parallel" and value == 1):
             continue
         for row in TABLE:
             if _covers(row.options, name) and row.condition(setting):
-                yield f"{name}: {_shown(value)} has no effect because {row.reason}."
+                yield f"{name}: {value} has no effect because {row.reason}."
                 break
 
 
 def _leaves(option: str, values: dict[str, Any]) -> Iterator[str]:
-    """The option itself, or all parameters below it."""
-    return (name for name in values if name == option or name.startswith(f"{option}."))
+    """Yield the option itself, or all parameters below it."""
+    for name in values:
+        if name == option or name.startswith(f"{option}."):
+            yield name
 
 
 def _covers(options: Iterable[str], name: str) -> bool:
-    return any(
-        name.startswith(option) if option.endswith(".") else name == option for option in options
-    )
+    """Return whether a field is one of the options, or in one of their sections ("data.")."""
+    return any(name == option or _is_below(name, option) for option in options)
 
 
-def _shown(value: object) -> str:
-    return str(value)
+def _is_below(name: str, section: str) -> bool:
+    return section.endswith(".") and name.startswith(section)

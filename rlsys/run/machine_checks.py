@@ -1,4 +1,4 @@
-"""Fields whose values do not fit this machine, or what is installed on it."""
+"""Checks of the configuration against this machine and the installed packages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
-    """Yield what this machine cannot do, a line each: field, value and remedy.
+    """Yield settings that this machine cannot run, a line each: field, value and remedy.
 
-    Nothing where the run joins a cluster: its machines may have other things.
+    Nothing is checked where the run joins a cluster, whose machines may be different.
     """
     if config.cluster.joined_address is not None:
         return
@@ -35,8 +35,7 @@ def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     if threads > hardware.cpus:
         yield (
             f"policy.threads_per_rank: {threads} threads for the {hardware.cpus} CPUs of this "
-            "machine. Lower it, or leave it at 0, which shares "
-            "them among the ranks."
+            "machine. Lower it, or leave it at 0, which divides the CPUs among the ranks."
         )
 
 
@@ -61,79 +60,78 @@ def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
             f"generation.engine: {generation.engine!r} is not installed. Install it, or choose "
             "transformers."
         )
+
     tensor_parallel = generation.tensor_parallel if "tensor_parallel" in traits.options else 1
     if tensor_parallel > 1 and not hardware.gpus:
         yield (
             f"generation.tensor_parallel: {tensor_parallel} splits a model over GPUs, and this "
-            "machine has none. Set it to 1; "
-            "generation.workers adds engines."
+            "machine has none. Set it to 1; generation.workers adds engines."
         )
     elif tensor_parallel > 1 and generation.gpus_per_worker != 1:
         yield (
             f"generation.gpus_per_worker: {generation.gpus_per_worker:g} with "
-            f"generation.tensor_parallel {tensor_parallel}: each part of the "
-            "model needs a GPU of its own. Set it to 1."
+            f"generation.tensor_parallel {tensor_parallel}: each part of the model needs a GPU of "
+            "its own. Set it to 1."
         )
+
     compiles = generation.compile and "compile" in traits.options
     if compiles and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
         yield (
             f"generation.compile: true needs a C++ compiler ({', '.join(COMPILERS)}), and none is "
-            "on the PATH. Install one, or set it to "
-            "false."
+            "on the PATH. Install one, or set it to false."
         )
-    whole = traits.whole_gib_cache_on_cpu and not hardware.gpus
-    if whole and generation.kv_cache_gib != round(generation.kv_cache_gib):
+
+    cache = generation.kv_cache_gib
+    needs_whole_gib = traits.whole_gib_cache_on_cpu and not hardware.gpus
+    if needs_whole_gib and cache != round(cache):
         yield (
             f"generation.kv_cache_gib: {generation.engine} takes whole GiB on a CPU, not "
-            f"{generation.kv_cache_gib:g}. Give "
-            f"{max(1, round(generation.kv_cache_gib))}."
+            f"{cache:g}. Give {max(1, round(cache))}."
         )
 
 
 def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
-    """Reservations that are larger than the memory of the whole machine."""
+    """Yield reservations that are larger than the memory of the whole machine."""
     generation, memory = config.generation, hardware.memory_gib
     cache = generation.kv_cache_gib * generation.workers
     has_cache = "kv_cache_gib" in ENGINES[generation.engine].options
     if has_cache and not hardware.gpus and cache > memory:
         yield (
             f"generation.kv_cache_gib: {generation.kv_cache_gib:g} for each of "
-            f"{generation.workers} workers, and this machine has "
-            f"{memory:.0f} GiB of memory. Lower it."
+            f"{generation.workers} workers, and this machine has {memory:.0f} GiB of memory. "
+            "Lower it."
         )
     if config.cluster.object_store_gib > memory:
         yield (
             f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the "
-            f"{memory:.0f} GiB of memory of this machine. "
-            "Lower it."
+            f"{memory:.0f} GiB of memory of this machine. Lower it."
         )
 
 
 def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:
-    """More actors than a Ray that is started on this machine could place."""
+    """Yield a mistake where Ray could not place all actors on this machine."""
     policy, generation = config.policy, config.generation
     cpus = policy.ranks * policy.cpus_per_rank + generation.workers * generation.cpus_per_worker
     if cpus > hardware.cpus:
         yield (
             f"policy.ranks, generation.workers: {policy.ranks} ranks and {generation.workers} "
-            f"workers need {cpus} CPUs, this machine has "
-            f"{hardware.cpus}. Lower them, or join a larger cluster with cluster.address."
+            f"workers need {cpus} CPUs, this machine has {hardware.cpus}. Lower them, or join a "
+            "larger cluster with cluster.address."
         )
-    gpus = (
-        policy.ranks * policy.gpus_per_rank
-        + generation.workers * generation.gpus_per_worker * generation.tensor_parallel
-    )
+
+    training_gpus = policy.ranks * policy.gpus_per_rank
+    engine_gpus = generation.gpus_per_worker * generation.tensor_parallel
+    gpus = training_gpus + generation.workers * engine_gpus
     if hardware.gpus and gpus > hardware.gpus:
         yield (
             f"policy.ranks, generation.workers: they need {gpus:g} GPUs, this machine has "
-            f"{hardware.gpus}. Lower them, share a GPU with "
-            "policy.gpus_per_rank and generation.gpus_per_worker below 1, or join a larger cluster "
-            "with cluster.address."
+            f"{hardware.gpus}. Lower them, share a GPU with policy.gpus_per_rank and "
+            "generation.gpus_per_worker below 1, or join a larger cluster with cluster.address."
         )
 
 
 def _is_installed(*packages: str) -> bool:
-    """Any of them; their metadata tell, without importing anything."""
+    """Return whether any of the packages is installed, without importing it."""
     for package in packages:
         try:
             version(package)

@@ -22,34 +22,42 @@ def check_model(config: RunConfig, model_directory: Path, reference_directory: P
     """Refuse models that the run cannot train, sample from or compare.
 
     Raises:
-        ConfigError: an architecture that cannot be trained, a model whose responses could not end,
-            prompt and response do not fit the model's positions, its heads cannot be split, or the
-            reference has other tokens.
+        ConfigError: an architecture that cannot be trained, attention heads that cannot be split,
+            a reference with other tokens, a model without an end token, or too few positions for
+            prompt and response.
     """
     model = _model_config(model_directory, "model.path", config.model.path)
     _check_architectures(config, model_directory, reference_directory)
     _check_heads(config, model)
-    if config.reference.path and reference_directory != model_directory:
-        path = config.reference.path
-        reference = _model_config(reference_directory, "reference.path", path)
-        if reference.get("vocab_size") != model.get("vocab_size"):
-            raise ConfigError(
-                f"reference.path: {path!r} has {reference.get('vocab_size')} tokens and "
-                f"model.path {config.model.path!r} has "
-                f"{model.get('vocab_size')}, so they cannot be compared token by token. Give a "
-                "model with the same tokenizer."
-            )
+    if reference_directory != model_directory:
+        _check_vocabularies(config, model, reference_directory)
     _check_ends(config, model_directory)
+    _check_positions(config, model_directory)
+
+
+def _check_vocabularies(
+    config: RunConfig, model: Mapping[str, Any], reference_directory: Path
+) -> None:
+    path = config.reference.path
+    if not path:
+        return
+    reference = _model_config(reference_directory, "reference.path", path)
+    if reference.get("vocab_size") != model.get("vocab_size"):
+        raise ConfigError(
+            f"reference.path: {path!r} has {reference.get('vocab_size')} tokens and model.path "
+            f"{config.model.path!r} has {model.get('vocab_size')}, so they cannot be compared "
+            "token by token. Give a model with the same tokenizer."
+        )
+
+
+def _check_positions(config: RunConfig, model_directory: Path) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
+    longest = config.generation.max_model_tokens or prompt + response
     limit = context_length(model_directory)
-    longest = (
-        config.generation.max_model_tokens
-        or config.data.max_prompt_tokens + config.generation.max_tokens
-    )
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"generation.max_tokens: data.max_prompt_tokens {config.data.max_prompt_tokens} + "
-            f"generation.max_tokens {config.generation.max_tokens} "
-            f"exceed the model's {limit} positions. Lower one of them."
+            f"generation.max_tokens: data.max_prompt_tokens {prompt} + generation.max_tokens "
+            f"{response} exceed the model's {limit} positions. Lower one of them."
         )
 
 
@@ -59,9 +67,8 @@ def _check_ends(config: RunConfig, model_directory: Path) -> None:
     if not stop and not end_token_ids(model_directory, tokenizer):
         raise ConfigError(
             f"model.path: neither the configuration nor the tokenizer of {config.model.path!r} "
-            "names an end token, so every response would be cut off at "
-            "generation.max_tokens. Put eos_token_id into its generation_config.json, or set "
-            "generation.stop."
+            "names an end token, so every response would be truncated at generation.max_tokens. "
+            "Put eos_token_id into its generation_config.json, or set generation.stop."
         )
 
 
@@ -83,7 +90,7 @@ def _check_architectures(
 
 
 def _model_config(directory: Path, field: str, path: str) -> dict[str, Any]:
-    """config.json of a model directory, or the part of it that describes the language model."""
+    """Return config.json of a model directory, with the fields of its language model on top."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

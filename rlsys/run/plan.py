@@ -1,4 +1,4 @@
-"""The plan of a run: what it would start, and roughly how much memory that takes."""
+"""The plan of a run: the actors that it would start, and roughly how much memory they need."""
 
 from __future__ import annotations
 
@@ -21,58 +21,89 @@ def describe_plan(
     model_directory: Path,
     directory: RunDirectory,
 ) -> str:
-    """Return what a run would start, and roughly how much memory it would take. Nothing is started.
+    """Describe what a run would start, with a rough estimate of its memory. Nothing is started.
 
-    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes per parameter over the ranks,
-    compute-dtype weights beside them where that is bfloat16. Of an engine: its weights and the KV
-    cache. Activations come on top and grow with policy.microbatch_tokens.
+    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes per parameter, divided by the
+    ranks, and a copy of the weights in bfloat16 where that is the compute dtype. Memory of an
+    engine: its weights and the KV cache. Activations are not included; they grow with
+    policy.microbatch_tokens.
     """
     parameters = parameter_count(model_directory)
-    policy, generation, trainer = config.policy, config.generation, config.trainer
-    half = 2 if policy.compute_dtype == "bfloat16" else 0
-    rank_gib = parameters * (16 / policy.ranks + half) / 1024**3
-    cache = (
-        f"{generation.kv_cache_gib:g} GiB cache"
-        if not hardware.gpus
-        else f"{generation.gpu_memory_utilization:.0%} of its GPU"
+    rows = {
+        "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
+        "ray": config.cluster.joined_address or "started on this machine",
+        "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
+        "generation": _generation(config, hardware, parameters),
+        "policy": _policy(config, hardware, parameters),
+        "reference": _reference(config),
+        "rewards": _rewards(config),
+        "advantages": _advantages(config),
+        "data": f"{problems.describe()}, template {config.data.template}",
+        "step": _step(config),
+        "run": f"{config.trainer.steps} steps into {directory.path}",
+    }
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _generation(config: RunConfig, hardware: Hardware, parameters: int) -> str:
+    generation = config.generation
+    bytes_each = 2 if generation.dtype == "bfloat16" else 4
+    weights_gib = parameters * bytes_each / 1024**3
+    if hardware.gpus:
+        gpu = f" + {generation.gpus_per_worker:g} GPU"
+        cache = f"{generation.gpu_memory_utilization:.0%} of its GPU"
+    else:
+        gpu = ""
+        cache = f"{generation.kv_cache_gib:g} GiB cache"
+    return (
+        f"{generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU{gpu} each; "
+        f"{weights_gib:.2f} GiB weights ({generation.dtype}), {cache}"
     )
-    engine_gib = parameters * (2 if generation.dtype == "bfloat16" else 4) / 1024**3
-    samples = trainer.prompts_per_step * generation.samples_per_prompt
-    on_gpu = bool(hardware.gpus)
-    rewards = with_token_limit(config.reward.functions, generation.max_tokens)
-    rows = [
-        f"machine      {hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
-        f"ray          {config.cluster.joined_address or 'started on this machine'}",
-        f"model        {config.model.path}: {parameters / 1e6:.1f} M parameters",
-        f"generation   {generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU"
-        + (f" + {generation.gpus_per_worker:g} GPU" if on_gpu else "")
-        + f" each; {engine_gib:.2f} GiB weights ({generation.dtype}), {cache}",
-        f"policy       {policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU"
-        + (f" + {policy.gpus_per_rank:g} GPU" if on_gpu else "")
-        + f" each; {rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), "
-        "and activations",
-        "reference    "
-        + (
-            f"{config.reference_role().ranks} ranks beside the policy"
-            if config.algorithm.kl.coefficient
-            else "none (algorithm.kl.coefficient is 0)"
-        ),
-        f"rewards      {config.reward.processes} processes: "
-        f"{', '.join(f'{f.name}{shown_parameters(f.parameters)}' for f in rewards)}",
-        "advantages   "
-        f"{config.algorithm.advantage.name}{shown_parameters(estimator_parameters(config))}, "
-        f"objective {config.algorithm.objective.ratio} x {config.algorithm.objective.weight}, "
-        f"{config.algorithm.aggregation}",
-        f"data         {problems.describe()}, template {config.data.template}",
-        f"step         {trainer.prompts_per_step} prompts x {generation.samples_per_prompt} "
-        f"samples = {samples} responses of at most "
-        f"{generation.max_tokens} tokens; {policy.epochs * policy.num_mini_batches} optimizer steps",
-        f"run          {trainer.steps} steps into {directory.path}",
-    ]
-    return "\n".join(rows)
+
+
+def _policy(config: RunConfig, hardware: Hardware, parameters: int) -> str:
+    policy = config.policy
+    compute_copy = 2 if policy.compute_dtype == "bfloat16" else 0  # bytes per parameter
+    rank_gib = parameters * (16 / policy.ranks + compute_copy) / 1024**3
+    gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
+    return (
+        f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; "
+        f"{rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations"
+    )
+
+
+def _reference(config: RunConfig) -> str:
+    if config.algorithm.kl.coefficient == 0:
+        return "none (algorithm.kl.coefficient is 0)"
+    return f"{config.reference_role().ranks} ranks beside the policy"
+
+
+def _rewards(config: RunConfig) -> str:
+    functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
+    names = [f"{function.name}{shown_parameters(function.parameters)}" for function in functions]
+    return f"{config.reward.processes} processes: {', '.join(names)}"
+
+
+def _advantages(config: RunConfig) -> str:
+    algorithm = config.algorithm
+    parameters = shown_parameters(estimator_parameters(config))
+    return (
+        f"{algorithm.advantage.name}{parameters}, "
+        f"objective {algorithm.objective.ratio} x {algorithm.objective.weight}, "
+        f"{algorithm.aggregation}"
+    )
+
+
+def _step(config: RunConfig) -> str:
+    policy, generation = config.policy, config.generation
+    prompts, samples = config.trainer.prompts_per_step, generation.samples_per_prompt
+    return (
+        f"{prompts} prompts x {samples} samples = {prompts * samples} responses of at most "
+        f"{generation.max_tokens} tokens; {policy.epochs * policy.num_mini_batches} optimizer steps"
+    )
 
 
 def shown_parameters(parameters: Mapping[str, object]) -> str:
-    """Return " (a=1, b=2)" for keyword parameters, and nothing where there are none."""
+    """Return " (a=1, b=2)" for keyword parameters, and "" where there are none."""
     pairs = ", ".join(f"{name}={value}" for name, value in parameters.items())
     return f" ({pairs})" if pairs else ""

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before Ray starts."""
+"""Checks of a configuration before Ray starts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ LAST_PORT = 65535
 def config_mistakes(
     config: RunConfig, directory: RunDirectory, hardware: Hardware, *, resume: bool
 ) -> list[str]:
-    """Return what cannot work, a line each, before any process is started.
+    """Return the mistakes in a configuration, a line each, before any process is started.
 
-    The data and the files of the model are not read here: `load_problems` and `check_model` do,
-    and refuse what they cannot use. No function of a plug-in is called but its `validate`.
+    The data and the files of the model are checked elsewhere, by `load_problems` and `check_model`.
+    Of the functions of a plug-in, only `validate` is called.
 
     Raises:
-        ValueError: a plug-in cannot be loaded; the names that are checked here may be its own.
+        ValueError: a plug-in cannot be loaded, so that the names it registers are unknown.
     """
     load_plugins(config.plugins)
     mistakes = Mistakes()
@@ -99,15 +99,15 @@ def _check_estimator(config: RunConfig) -> None:
     if parameters.get("max_tokens", limit) < limit:
         raise ValueError(
             f"algorithm.advantage.parameters.max_tokens: {parameters['max_tokens']} is below "
-            f"generation.max_tokens {limit}, so longer responses would have no place. Leave it "
-            "null, which follows generation.max_tokens."
+            f"generation.max_tokens {limit}, so longer responses would not fit. Leave it null, "
+            "which means generation.max_tokens."
         )
 
 
 def _check_kl(config: RunConfig) -> None:
     """Refuse a KL term whose gradient is not that of the KL that it names."""
     kl = config.algorithm.kl
-    if kl.coefficient == 0 or kl.kind == "exact":  # the latter is refused by a rule of its own
+    if kl.coefficient == 0 or kl.kind == "exact":  # a rule in cross_field_rules refuses exact
         return
     if kl.placement == "loss":
         check_kl_loss(KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio))
@@ -122,17 +122,16 @@ def _check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
     if parameters.get("max_tokens", 0) > token_limit:
         raise ValueError(
             f"reward.functions.parameters.max_tokens: {parameters['max_tokens']} of "
-            f"{function.name!r} is above generation.max_tokens "
-            f"{token_limit}, which no response reaches. Leave it null, which follows "
-            "generation.max_tokens."
+            f"{function.name!r} is above generation.max_tokens {token_limit}, so no response "
+            "reaches it. Leave it null, which means generation.max_tokens."
         )
 
 
 def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
-    """Yield fields that do not fit what the estimator declares of itself."""
+    """Yield fields that contradict the declarations of the configured estimator."""
     name = config.algorithm.advantage.name
     if name not in available_advantage_estimators():
-        return  # refused with the name
+        return  # `_check_estimator` refuses the name
     yield from _group_contradictions(config, name)
     yield from _kl_contradictions(config, name)
     yield from _recompute_contradictions(config, name)
@@ -147,11 +146,11 @@ def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
 def _group_contradictions(config: RunConfig, name: str) -> Iterator[str]:
     parameters = config.algorithm.advantage.parameters
     if config.generation.samples_per_prompt == 1 and compares_group(name, parameters):
-        others = [e for e in available_advantage_estimators() if not compares_group(e)]
+        suitable = [e for e in available_advantage_estimators() if not compares_group(e)]
         yield (
             f"generation.samples_per_prompt: 1 gives {name!r} nothing to compare, so every "
             "advantage would be 0. Sample at least 2, or choose another algorithm.advantage.name "
-            f"({', '.join(others)})."
+            f"({', '.join(suitable)})."
         )
 
 
@@ -164,10 +163,10 @@ def _kl_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             "advantage and a coefficient above 0."
         )
     if kl.placement == "advantage" and not carries_kl(name):
-        others = [e for e in available_advantage_estimators() if carries_kl(e)]
+        suitable = [e for e in available_advantage_estimators() if carries_kl(e)]
         yield (
             "algorithm.kl.placement: 'advantage' needs an estimator that carries the KL, and "
-            f"{name!r} does not. Choose {' or '.join(others)}, or the placement loss or reward."
+            f"{name!r} does not. Choose {' or '.join(suitable)}, or the placement loss or reward."
         )
     if "ref_logprobs" in estimator_needs(name) and kl.coefficient == 0 and not carries_kl(name):
         yield (
@@ -177,15 +176,15 @@ def _kl_contradictions(config: RunConfig, name: str) -> Iterator[str]:
 
 
 def _recompute_contradictions(config: RunConfig, name: str) -> Iterator[str]:
-    """Yield what would take a ratio of live and rollout policy twice, or not at all."""
+    """Yield settings that would apply the ratio of live and rollout policy twice, or never."""
     algorithm = config.algorithm
     parameters, needs = algorithm.advantage.parameters, estimator_needs(name)
     level = algorithm.rollout_correction.level
 
     if level != "none" and "rollout_logprobs" in needs:
         yield (
-            f"algorithm.rollout_correction.level: {level!r} would take the ratio old / rollout a "
-            f"second time, which {name!r} has in its advantages. Set it to none."
+            f"algorithm.rollout_correction.level: {level!r} would apply the ratio old / rollout a "
+            f"second time, since it is part of the advantages of {name!r}. Set it to none."
         )
     if not algorithm.advantage.recompute:
         return
@@ -196,20 +195,21 @@ def _recompute_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             f"without the greedy responses that {name!r} reads. Set it to false."
         )
     if not is_importance_corrected(name, parameters):
-        others = [e for e in available_advantage_estimators() if is_importance_corrected(e)]
+        suitable = [e for e in available_advantage_estimators() if is_importance_corrected(e)]
         yield (
             "algorithm.advantage.recompute: true takes the live policy as old, so the ratio is "
             f"always 1, and neither the objective nor {name!r}{shown_parameters(parameters)} "
             "corrects for the policy having moved. Set it to false; it is for "
-            f"{', '.join(others)}, as whole weights of the score."
+            f"{', '.join(suitable)}, as whole weights of the score."
         )
 
 
 def _check_address(config: RunConfig) -> None:
-    """Refuse a cluster that nothing answers for, which Ray would say after half a minute."""
+    """Refuse an address at which nothing answers; Ray would wait for half a minute."""
     address = config.cluster.joined_address
     if address is None or address == "auto":
         return
+
     field = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= LAST_PORT:
@@ -219,7 +219,7 @@ def _check_address(config: RunConfig) -> None:
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_LIMIT_S).close()
-    except (OSError, UnicodeError) as error:  # the latter where no host can be called that
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         raise ValueError(
             f"{field}: nothing answers at {address!r} ({error}). Start the head node with `ray "
             "start --head`, or leave it out to start Ray here."

@@ -1,4 +1,4 @@
-"""What a configured run must have computed for its estimator, and the keyword parameters that the estimator is called with."""
+"""Inputs that a configured run must compute, and the keyword parameters of its estimator."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from rlsys.registry import follow_token_limit
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
-    """What the driver must have computed before credit is assigned: for the estimator, unless the policy's ranks ask it, and for everything else."""
-    algorithm = config.algorithm
-    needs: set[Need] = (
-        set() if algorithm.advantage.recompute else set(estimator_needs(algorithm.advantage.name))
-    )
+    """Return the inputs that the driver must compute before it assigns credit."""
+    algorithm, policy = config.algorithm, config.policy
+    recomputes = algorithm.advantage.recompute
+    needs: set[Need] = set()
+    if not recomputes:  # otherwise the ranks of the policy call the estimator
+        needs |= estimator_needs(algorithm.advantage.name)
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
-    several_updates = (
-        config.policy.epochs * config.policy.num_mini_batches > 1
-        and not algorithm.advantage.recompute
-    )
-    if (
-        several_updates
-        or charges_tokens(config)
-        or algorithm.kl.target is not None
-        or "squared_score_norms" in needs
-    ):
+
+    several_updates = policy.epochs * policy.num_mini_batches > 1 and not recomputes
+    adapts_kl = algorithm.kl.target is not None
+    needs_score_norms = "squared_score_norms" in needs  # computed in the same forward pass
+    if several_updates or charges_tokens(config) or adapts_kl or needs_score_norms:
         needs.add("old_logprobs")
     return frozenset(needs)
 
 
-# What a run has for an estimator, besides the rewards of tokens: no critic, and no steps of a response.
+# Inputs that every run can provide. There is no critic, and a response is not split into steps.
 PROVIDED: frozenset[Need] = frozenset(
     (
         "rollout_logprobs",
@@ -45,7 +41,7 @@ PROVIDED: frozenset[Need] = frozenset(
 
 
 def missing_inputs(config: RunConfig) -> frozenset[Need]:
-    """Return what the configured estimator needs and no part of the run computes."""
+    """Return the inputs of the configured estimator that no part of the run computes."""
     algorithm = config.algorithm
     provided = set(PROVIDED)
     if charges_tokens(config):
@@ -54,13 +50,16 @@ def missing_inputs(config: RunConfig) -> frozenset[Need]:
 
 
 def charges_tokens(config: RunConfig) -> bool:
-    """Return whether a KL or an entropy is part of the reward of each token."""
+    """Return whether the reward of each token has a KL penalty or an entropy bonus."""
     kl, entropy = config.algorithm.kl, config.algorithm.entropy
     return (kl.coefficient > 0 and kl.placement == "reward") or entropy.temperature > 0
 
 
 def estimator_parameters(config: RunConfig) -> dict[str, Any]:
-    """The keyword parameters that the configured estimator is called with: a `max_tokens` that is null follows `generation.max_tokens`."""
+    """Return the keyword parameters of the configured estimator.
+
+    A `max_tokens` that is null becomes `generation.max_tokens`.
+    """
     advantage = config.algorithm.advantage
     estimator = get_advantage_estimator(advantage.name)
     return follow_token_limit(estimator, advantage.parameters, config.generation.max_tokens)

@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint of another configuration, and with what state."""
+"""Checks before a run continues from a checkpoint, and the state that it continues with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGINE_PACKAGES = (package for traits in ENGINES.values() for package in traits.
 LIBRARIES = ("torch", "transformers", "numpy", "ray", *ENGINE_PACKAGES)
 ABSENT = "absent"
 
-# What a checkpoint keeps of the advantage controller; a new value of a field makes it start afresh.
+# States of the advantage controller in a checkpoint, and the fields that reset them when changed.
 ADAPTED = {
     "kl_coefficient": ("algorithm.kl.coefficient",),
     "entropy_temperature": ("algorithm.entropy.temperature",),
@@ -39,31 +39,34 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the configuration of the run that wrote a checkpoint, with the names that fields have now."""
+    """Return the configuration of the run that wrote a checkpoint, under its present names."""
     return translated(checkpoint.state["config"])
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to continue where the rules of rlsys.config.resume_rules say that nothing fits.
+    """Refuse to continue with changes that rlsys.config.resume_rules does not allow.
 
     Raises:
-        ConfigError: naming each field, both values, the reason and the remedy, a line each.
+        ConfigError: a line for each field, with both values, the reason and the remedy.
     """
-    mistakes = [
-        f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. "
-        f"{rule_of(name).reason} Resume with --{name} {before}, "
-        f"or start a new run with --model.path {checkpoint.path}."
-        for name, before, after in _changes(saved_config(checkpoint), config)
-        if rule_of(name).verdict == "refused" and ABSENT not in (before, after)
-    ]
+    mistakes = []
+    for name, before, after in _changes(saved_config(checkpoint), config):
+        rule = rule_of(name)
+        if rule.verdict != "refused" or ABSENT in (before, after):
+            continue
+        mistakes.append(
+            f"{name}: {after!r}, but checkpoint {checkpoint.path} was written with {before!r}. "
+            f"{rule.reason} Resume with --{name} {before}, or start a new run with --model.path "
+            f"{checkpoint.path}."
+        )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """Return what has changed since the checkpoint and may change the result.
+    """Return the changes since the checkpoint that may change the results.
 
-    A line each, such as "trainer.steps: 60 -> 80".
+    Each is a line such as "trainer.steps: 60 -> 80"; versions of libraries are included.
     """
     now, before = dict(_installed()), checkpoint.state["versions"]
     libraries = [
@@ -75,7 +78,7 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return how `config` differs from a saved one, nested or flat by dotted name, in lines."""
+    """Return how `config` differs from a saved one (nested, or flat by dotted name), in lines."""
     return [
         f"{name}: {before} -> {after}"
         for name, before, after in _changes(saved, config)
@@ -93,9 +96,9 @@ def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
 def registered_states(
     checkpoint: Checkpoint, config: RunConfig, names: Iterable[str]
 ) -> dict[str, Any]:
-    """Return what each of the named parts of a run continues from.
+    """Return the state in the checkpoint of each of the named parts of a run.
 
-    States that an earlier version wrote are brought up to date.
+    States that an earlier version wrote are converted to the present format.
 
     Raises:
         ConfigError: the checkpoint holds no state of a part.
@@ -116,7 +119,7 @@ def registered_states(
 
 
 def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the position in the data; earlier checkpoints counted batches instead of prompts."""
+    """Return the position in the data; earlier versions counted batches instead of prompts."""
     state = dict(checkpoint.state["prompts"])
     if "prompts_taken" not in state:
         size = saved_config(checkpoint)["trainer"]["prompts_per_step"]
@@ -125,9 +128,9 @@ def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
-    """Return what the advantage controller continues with.
+    """Return the state of the advantage controller.
 
-    What a change of the configuration is to replace is left out.
+    Parts that a change of the configuration replaces are left out.
     """
     changed = {name for name, _, _ in _changes(saved_config(checkpoint), config)}
     return {
@@ -138,7 +141,7 @@ def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]
 
 
 def already_complete(checkpoint: Checkpoint, config: RunConfig, *, evaluates: bool) -> bool:
-    """Return whether all steps are taken and, where the run `evaluates`, all evaluations made."""
+    """Return whether all steps and, if the run `evaluates`, all evaluations are done."""
     step, evaluated_step = checkpoint.step, checkpoint.state["evaluated_step"]
     missed = evaluates and config.trainer.evaluation_is_due(step, evaluated_step)
     return step >= config.trainer.steps and not missed

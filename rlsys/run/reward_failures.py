@@ -1,6 +1,7 @@
-"""What reward functions failed at: shown, counted, and where it is most of what they were asked, the end of the run.
+"""Failures of reward functions: they are shown and counted, and too many end the run.
 
-A function that fails on every answer gives rewards of 0 that look like those of a policy that is always wrong.
+A function that fails on every response gives rewards of 0, which look like those of a policy that
+is always wrong.
 """
 
 from __future__ import annotations
@@ -13,26 +14,29 @@ from rlsys.data.batches import RewardBatch, RewardFailure
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SHARE = 0.5  # of the first batch on which a function may fail
+LARGEST_FRACTION = 0.5  # of the first batch that a function may fail on
 COUNTED_KINDS = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}
 
 
 class RewardFailureError(RuntimeError):
-    """A reward function failed on more than half of the first answers."""
+    """A failure of a reward function on more than half of the first batch."""
 
 
 class RewardFailureWatch:
-    """Sees every reward batch of a run. `notify` puts a text on the console; the log has it in any case."""
+    """Checks every reward batch of a run for failures."""
 
     def __init__(self, notify: Callable[[str], None] = lambda text: None) -> None:
+        """`notify` prints a text on the console; it is written to the log in any case."""
         self._notify = notify
         self._shown: set[str] = set()
         self._seen: set[str] = set()
 
     def check(self, batches: Sequence[RewardBatch], occasion: str) -> None:
-        """Look at the parts of one batch. The first failure of each function is shown with its traceback.
+        """Show the first failure of each function, with its traceback, and judge the first batch.
 
-        `occasion` is "training" or "evaluation": of each, the first batch is judged.
+        Args:
+            batches: the parts of one batch.
+            occasion: "training" or "evaluation". The first batch of each is judged.
 
         Raises:
             RewardFailureError: a function failed on more than half of the first batch.
@@ -55,22 +59,26 @@ class RewardFailureWatch:
         self._notify(text)
 
 
-def _judge(failures: Sequence[RewardFailure], answers: int, occasion: str) -> None:
+def _judge(failures: Sequence[RewardFailure], responses: int, occasion: str) -> None:
+    """Raise an error if a function failed on too many responses of a batch."""
     counts = Counter(failure.function for failure in failures)
-    failed = [name for name, count in counts.most_common() if count > LARGEST_SHARE * answers]
+    limit = LARGEST_FRACTION * responses
+    failed = [name for name, count in counts.most_common() if count > limit]
     if not failed:
         return
+
     worst, *others = failed
     first = next(failure for failure in failures if failure.function == worst)
     also = f" So did {', '.join(map(repr, others))}." if others else ""
     raise RewardFailureError(
-        f"reward.functions: {worst!r} failed on {counts[worst]} of the {answers} answers of the first {occasion} batch; the first: "
-        f"{first.kind}, {first.message}.{also} Repair the function: its rewards mean nothing."
+        f"reward.functions: {worst!r} failed on {counts[worst]} of the {responses} responses of "
+        f"the first {occasion} batch; the first failure: {first.kind}, {first.message}.{also} Fix "
+        "the function; its rewards are not usable."
     )
 
 
 def failure_counts(batches: Sequence[RewardBatch]) -> dict[str, int]:
-    """How often reward functions failed: `errors`, `timeouts`, `crashes`, and `failed/<function>` of each."""
+    """Count failures by kind (`errors`, `timeouts`, `crashes`) and function (`failed/<name>`)."""
     failures = [failure for batch in batches for failure in batch.failures]
     kinds = Counter(failure.kind for failure in failures)
     functions = Counter(failure.function for failure in failures)
@@ -80,14 +88,17 @@ def failure_counts(batches: Sequence[RewardBatch]) -> dict[str, int]:
 
 
 def failed_functions(values: Mapping[str, float]) -> str:
-    """Functions that failed in a step, with how often: "mine 3, format 1". Nothing where none did."""
+    """Return the functions that failed in a step, with counts: "mine 3, format 1"; "" for none."""
     prefix = "reward/failed/"
-    counts = {name.removeprefix(prefix): n for name, n in values.items() if name.startswith(prefix)}
-    return ", ".join(f"{name} {n:.0f}" for name, n in counts.items() if n)
+    failed = []
+    for name, count in values.items():
+        if name.startswith(prefix) and count:
+            failed.append(f"{name.removeprefix(prefix)} {count:.0f}")
+    return ", ".join(failed)
 
 
 def total_failures(steps: Iterable[Mapping[str, float]]) -> str:
-    """Functions that failed in the training steps with these metrics, with how often in all: "mine 12"."""
+    """Return the functions that failed over all `steps`, with total counts: "mine 12"."""
     totals: dict[str, float] = {}
     for values in steps:
         for name, number in values.items():

@@ -1,4 +1,4 @@
-"""run.log: everything that Python's logging gets to hear during a run."""
+"""run.log: all messages of Python's logging during a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 class HeldLog(MemoryHandler):
-    """Writes the run's log file.
+    """Handler that writes the run's log file.
 
-    While it is held, records wait in memory, so that a refused resume leaves the file as it was.
+    While it is held, records are kept in memory, so that a refused resume does not change the file.
     """
 
     def __init__(self, path: Path, *, held: bool) -> None:
@@ -27,13 +27,13 @@ class HeldLog(MemoryHandler):
             super().flush()
 
     def end_hold(self) -> None:
-        """Write what has waited, and everything from now on."""
+        """Write the records in memory, and every later one at once."""
         self._held = False
         self.flush()
 
 
 def log_to(path: Path, *, held: bool) -> HeldLog:
-    """Send the whole process's log to `path`, and nowhere else."""
+    """Send the log of the whole process to `path` only."""
     handler = HeldLog(path, held=held)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     return handler

@@ -1,8 +1,7 @@
-"""Charts as SVG: lines over steps, and stacked bars. Nothing here knows what the numbers mean.
+"""Charts as SVG: lines over steps, and stacked bars. This module does not interpret the numbers.
 
-Nothing is hidden: lines that lie on each other are told apart by their dashes, a value that is
-missing breaks its line and is marked, a bar that leaves the frame carries a sign, and thousands of
-steps are drawn as ranges that keep every peak.
+Lines that coincide differ by their dashes. A missing value breaks its line and is marked. A bar
+that exceeds the frame is marked too. Thousands of steps are drawn as ranges that keep every peak.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from typing import Any
 
 WIDTH, HEIGHT = 420, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
-COLOURS = 7  # of lines and bars in the page's style; each line has its dashes too
-FEW_POINTS = 8  # of a line; fewer are shown as they are, with dots
-MOST_POINTS = 400  # of a line; more are drawn as ranges of BUCKETS buckets
+COLOURS = 7  # styles of lines and bars in the page's CSS
+FEW_POINTS = 8  # a line with fewer points is drawn with dots, and is not smoothed
+MOST_POINTS = 400  # a line with more points is drawn as the ranges of BUCKETS buckets
 BUCKETS = 200
 BARS = 60
 DOT = 3.2  # radius
-TALL = 3.0  # times the median: a bar beyond is cut off rather than flatten all the others
-LOG_SPREAD = 300.0  # of the largest value over a small one: beyond, a linear axis shows one end
+TALL = 3.0  # a bar of more than this times the median is cut off, so that the others stay visible
+LOG_SPREAD = 300.0  # ratio of a large to a small value at which the axis becomes logarithmic
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. A y that is not finite is a value that is missing there."""
+    """One line of a chart. A y that is not finite is a missing value."""
 
     label: str
     points: tuple[Point, ...]
@@ -82,7 +81,7 @@ def format_number(value: float, *, percent: bool = False) -> str:
 
 
 def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
-    """Return labels with as many digits as tell neighbours apart."""
+    """Return labels with enough digits to distinguish neighbours."""
     labels = [format_number(tick, percent=percent) for tick in ticks]
     if len(set(labels)) == len(labels):
         return labels
@@ -92,7 +91,7 @@ def tick_labels(ticks: Sequence[float], *, percent: bool = False) -> list[str]:
 
 
 def needs_log(values: Sequence[float]) -> bool:
-    """Return whether a linear axis would show nothing but the largest of positive values."""
+    """Return whether a linear axis would show only the largest of the positive values."""
     positive = sorted(value for value in values if value > 0)
     if not positive or min(values) < 0:
         return False
@@ -112,7 +111,7 @@ class _Frame:
     ) -> None:
         self.percent, self.log = percent, log
         self.x_low, self.x_high = min(xs), max(xs)
-        if self.x_low == self.x_high:  # a single step stands in the middle
+        if self.x_low == self.x_high:  # a single step is drawn in the middle
             self.x_low, self.x_high = self.x_low - 0.5, self.x_high + 0.5
         if log:
             self.ticks = log_ticks(min(y for y in ys if y > 0), max(ys))
@@ -124,14 +123,14 @@ class _Frame:
     def _scaled(self, value: float) -> float:
         if not self.log:
             return value
-        return math.log10(max(value, self.ticks[0]))  # 0 lies on the lower edge
+        return math.log10(max(value, self.ticks[0]))  # 0 is drawn on the lower edge
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        share = (self._scaled(value) - self.y_low) / (self.y_high - self.y_low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        fraction = (self._scaled(value) - self.y_low) / (self.y_high - self.y_low)
+        return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
     def path(self, points: Sequence[Point]) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
@@ -140,7 +139,7 @@ class _Frame:
         return "".join([*self._horizontal_lines(), *self._step_labels()])
 
     def _horizontal_lines(self) -> Iterator[str]:
-        """A grid line for each tick, with its label at the left."""
+        """Yield a grid line for each tick, with its label at the left."""
         labels = tick_labels(self.ticks, percent=self.percent)
         for tick, label in zip(self.ticks, labels, strict=True):
             y = self.y(tick)
@@ -153,7 +152,7 @@ class _Frame:
             )
 
     def _step_labels(self) -> Iterator[str]:
-        """Whole numbers below the chart; the last one ends with the frame where it would be cut."""
+        """Yield the whole numbers below the chart; the last one is shifted into the frame."""
         for tick in nice_ticks(self.x_low, self.x_high, 5):
             if not self.x_low <= tick <= self.x_high or tick != round(tick):
                 continue
@@ -168,20 +167,20 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The drawn part of one line, and what the pointer says of it."""
+    """The drawn part of one line, and the values that the page shows under the pointer."""
 
     raw: tuple[Point, ...]
-    smooth: tuple[Point, ...]  # () where the raw line is enough
+    smooth: tuple[Point, ...]  # () where only the raw line is drawn
     hover: tuple[tuple[float, str, float], ...]  # x, its name, y
 
 
 def smoothed(
     points: Sequence[Point], *, weight: float = 0.8, floor: float | None = None
 ) -> list[Point]:
-    """Return the exponential moving average, with its start corrected as in Adam.
+    """Return the exponential moving average, with the bias correction of Adam.
 
-    A missing value stays missing and is not averaged. With `floor`, logarithms of at least that
-    value are averaged: for a logarithmic axis, on which one peak would hide a long stretch.
+    A missing value stays missing and is not averaged. With `floor`, for a logarithmic axis, the
+    logarithms are averaged, of at least that value: one peak would otherwise hide many later steps.
     """
     average, count, result = 0.0, 0, []
     for x, y in points:
@@ -197,7 +196,7 @@ def smoothed(
 
 
 def _drawn(line: Series, frame: _Frame, x_low: float, size: int) -> _Drawn:
-    """Reduce a line to what is drawn; `size`: steps of a bucket, where 1 draws every point."""
+    """Reduce a line to buckets of `size` steps; with a size of 1, keep every point."""
     smooth: tuple[Point, ...] = ()
     if line.smooth and not line.markers and len(line.points) >= FEW_POINTS:
         smooth = tuple(smoothed(line.points, floor=frame.ticks[0] if frame.log else None))
@@ -240,7 +239,7 @@ def _buckets(
 
 
 def _segments(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Yield runs of finite values: what is missing breaks the line."""
+    """Yield the runs of finite values between missing ones."""
     run: list[Point] = []
     for x, y in points:
         if math.isfinite(y):
@@ -260,10 +259,10 @@ def line_chart(
     may_be_log: bool = False,
     at: str = "step {}",
 ) -> str:
-    """Return an SVG of lines over steps, smoothed with the raw values behind.
+    """Return an SVG of lines over steps, smoothed, with the raw values behind them.
 
-    It is "" where there is nothing to draw. `at` names an x under the pointer. With `may_be_log`
-    the axis is logarithmic where the values need it; 0 then lies on the lower edge.
+    It is "" where there is nothing to draw. `at` is the text for an x under the pointer. With
+    `may_be_log` the axis is logarithmic where the values need it; 0 is then on the lower edge.
     """
     lines = [line for line in lines if line.finite]
     if not lines:
@@ -335,7 +334,7 @@ def _dot(frame: _Frame, point: Point, colour: int, radius: float) -> str:
 
 
 def _line_key(place: int, line: Series, before: Sequence[Series], *, percent: bool) -> str:
-    """Return colour and dashes, name, last value, and what a reader could miss."""
+    """Return the legend of a line: its style, name, last value, and remarks."""
     same = next((other.label for other in before if other.points == line.points), None)
     missing = len(line.points) - len(line.finite)
     remarks = [
@@ -369,8 +368,8 @@ def stacked_bars(
 ) -> str:
     """Return an SVG of parts of a whole, a bar for each (step, values).
 
-    Many steps share bars, which show their means. A bar more than three times the median is cut
-    off at the frame, with a sign on it and its height in the legend.
+    With many steps, a bar shows the mean of several. A bar of more than three times the median is
+    cut off at the frame and marked, and its height is in the legend.
     """
     if not steps:
         return ""
@@ -421,7 +420,7 @@ def _bar_keys(names: Sequence[str]) -> str:
 
 
 def _cut_off(frame: _Frame, bars: Sequence[_Bar], unit: str) -> str:
-    """Name the bars that leave the frame, in the legend."""
+    """Return the legend of the bars that are cut off."""
     cut = [
         f"step {bar.label}: {bar.height:.1f} {unit}" for bar in bars if bar.height > frame.y_high
     ]
@@ -432,7 +431,7 @@ def _cut_off(frame: _Frame, bars: Sequence[_Bar], unit: str) -> str:
 
 
 def _bar_shapes(frame: _Frame, bar: _Bar, width: float) -> str:
-    """Draw one bar, with a sign where it leaves the frame."""
+    """Draw one bar, with a mark where it is cut off."""
     x = frame.x(bar.start)
     shapes, base = [], 0.0
     for i, value in enumerate(bar.parts):

@@ -1,4 +1,4 @@
-"""A run on the console: a live panel on a terminal, plain lines elsewhere, and its summary."""
+"""Console output of a run: a live display on a terminal, plain lines elsewhere, and a summary."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def phase_line(values: Mapping[str, float]) -> str:
 
 
 class Progress(Observer):
-    """Shows a run on the console."""
+    """Observer that shows a run on the console."""
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self._console = console
@@ -77,7 +77,7 @@ class Progress(Observer):
         self._phase = "starting"
         self._values: Mapping[str, float] = {}
         self._evaluations: list[tuple[int, float]] = []
-        self._warned: set[str] = set()  # kinds of the notes on the step before
+        self._warned: set[str] = set()  # kinds of the notes on the previous step
         self._rows = 0
 
     def on_start(self, first_step: int, total_steps: int) -> None:
@@ -120,12 +120,12 @@ class Progress(Observer):
         if outcome == "finished":
             return
         line = f"run {outcome} after {self._step} steps"
-        if message and outcome != "failed":  # of a failure the command prints the reason
+        if message and outcome != "failed":  # the command prints the reason of a failure
             line += f": {message}"
         self._print(line)
 
     def notice(self, text: str) -> None:
-        """Print something that a person must see now."""
+        """Print a text for the user at once."""
         self._print(text)
 
     def _print(self, line: str) -> None:
@@ -147,9 +147,9 @@ class Progress(Observer):
         self._print(f"{step:>4}/{self._total:<4}{cells}{self._eta():>10}  {phases}")
 
     def _print_notes(self, step: int, values: Mapping[str, float]) -> None:
-        """Print below a row what its numbers do not say.
+        """Print the notes on a step below its row.
 
-        The live display shows the notes of its step; a warning that is new stays above it.
+        The live display shows the notes of the last step only; a new warning is printed above it.
         """
         notes = step_notes(values)
         for note in notes:
@@ -184,7 +184,7 @@ class Progress(Observer):
             yield Text(f"held-out accuracy  {curve}")
 
     def _figures(self) -> Iterator[Table]:
-        """Yield the columns of a row, in as many lines as a narrow terminal needs."""
+        """Yield the columns of a row, in as many lines as the terminal's width requires."""
         shown = [
             (name, cell(self._values, key, form))
             for name, key, form in COLUMNS
@@ -202,7 +202,7 @@ class Progress(Observer):
 def print_summary(
     console: Console, records: Sequence[MetricsRecord], directory: RunDirectory, seconds: float
 ) -> None:
-    """Print the table at the end of a run, and what it wrote."""
+    """Print the table at the end of a run, and the paths of its files."""
     summary = run_summary(records)
     table = Table(title="summary", show_header=False, title_justify="left")
     status = read_status(directory)
@@ -244,7 +244,7 @@ def _training_rows(training: TrainingSummary) -> Iterator[tuple[str, str]]:
     yield (
         "sampled tokens",
         f"{training.sampled_tokens:,.0f}, "
-        f"{training.tokens_per_second:.0f} a second while generating",
+        f"{training.tokens_per_second:.0f} per second while generating",
     )
     memory = [f"{name} {gib:.2f} GiB" for name, gib in training.peak_memory_gib.items()]
     yield "peak memory", ", ".join(memory) or "-"

@@ -1,7 +1,7 @@
-"""report.html: one self-contained page about a run, made from its directory.
+"""report.html: a self-contained page about a run, made from the files in its directory.
 
-The page opens from disk without a network: curves are SVG, the little script for hover values is
-inline. A run writes it as it goes; it can be made again at any time, also of a run that died:
+The page needs no network: curves are SVG, and the script for values under the pointer is inline. A
+run updates it regularly. It can be made again at any time, also for a run that was killed:
 
     python -m rlsys.run.observers.html_report runs/NAME
 """
@@ -36,7 +36,7 @@ SAMPLES_PER_STEP = 12
 
 
 def _tiles(summary: RunSummary, status: RunStatus | None) -> Iterator[tuple[str, str]]:
-    """Yield the figures at the top of the page: what each is, and its value."""
+    """Yield the figures at the top of the page, as label and value."""
     if summary.accuracy:
         yield "held-out accuracy", summary.accuracy.text("{:.1%}", arrow="→")
     training = summary.training
@@ -57,7 +57,7 @@ def _tiles(summary: RunSummary, status: RunStatus | None) -> Iterator[tuple[str,
 def status_line(status: RunStatus | None, now: float) -> tuple[str, str]:
     """Return (css class, text): how the run ended, or that it had not when the page was written."""
     if status is None:
-        return "unknown", "No status.json: nothing says how this run ended"
+        return "unknown", "No status.json: it is not known how this run ended"
     of_all = f" of {status.steps} steps" if status.steps else " steps"
     text = f"{status.state.capitalize()} after {status.step}{of_all}"
     if status.state == "finished":
@@ -83,7 +83,7 @@ def _samples(directory: RunDirectory) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _spread(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return some rows from all over a batch, with the columns that the table shows."""
+    """Return rows at regular intervals from a batch, with the columns that the table shows."""
     step = max(1, len(rows) // SAMPLES_PER_STEP)
     return [_sample(row) for row in rows[::step][:SAMPLES_PER_STEP]]
 
@@ -104,9 +104,9 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_advantage(row: Mapping[str, Any]) -> str:
-    """Return that of the first sampled token; a dash where the file holds none.
+    """Return the advantage of the first sampled token; a dash where the file has none.
 
-    It holds none where each mini-batch estimates its own, and for what was not trained.
+    It has none for responses that were not trained.
     """
     if row["advantages"] is None:
         return "–"
@@ -137,12 +137,12 @@ def render_report(directory: RunDirectory) -> str:
 
 
 def write_report(directory: RunDirectory) -> None:
-    """Write report.html, whole or not at all."""
+    """Write report.html atomically."""
     write_whole(directory.report, render_report(directory))
 
 
 def update_report(directory: RunDirectory) -> None:
-    """Write the report; one that cannot be drawn must not end a night of training."""
+    """Write the report; log an error instead of raising it, so that training goes on."""
     try:
         write_report(directory)
     except Exception:
@@ -150,7 +150,7 @@ def update_report(directory: RunDirectory) -> None:
 
 
 class ReportWriter(Observer):
-    """Keeps report.html up to date: after each evaluation and checkpoint, and at the end."""
+    """Observer that updates report.html after each evaluation and checkpoint, and at the end."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard events: every number of a run, as it comes."""
+"""metrics.jsonl and TensorBoard events: all metrics of a run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class MetricsRecord:
     step: int
     time: float  # seconds since the epoch
     values: Mapping[str, float]  # NaN where the file has null: not finite
-    notes: tuple[str, ...] = ()  # what a person should be told of the step
+    notes: tuple[str, ...] = ()  # remarks on the step, for the user
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
-    """Return all complete records; a last line that was cut off by a crash is left out.
+    """Return all complete records; a last line that a crash cut off is left out.
 
-    Metrics of an earlier version come under their present names.
+    Metrics that an earlier version wrote are returned under their present names.
     """
     if not path.exists():
         return []
@@ -61,9 +61,9 @@ def read_metrics(path: Path) -> list[MetricsRecord]:
 
 
 class MetricsLog(Observer):
-    """Appends to metrics.jsonl, flushed line by line, and to TensorBoard.
+    """Observer that appends to metrics.jsonl, flushed line by line, and to TensorBoard.
 
-    Nothing is written before the loop starts, so that a refused resume leaves every file as it was.
+    Nothing is written before the loop starts, so that a refused resume changes no file.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -78,11 +78,11 @@ class MetricsLog(Observer):
         return self._lines
 
     def load_state(self, lines: int) -> None:
-        """Go on behind the lines that a checkpoint knew."""
+        """Continue after the lines that were written before a checkpoint."""
         self._lines = min(lines, len(read_metrics(self._path)))
 
     def _opened(self) -> tuple[TextIO, SummaryWriter]:
-        """Return the open files; they are opened on first use, and the old lines cut then."""
+        """Return the files; on first use, open them and drop lines after the checkpoint."""
         if self._file is None or self._events is None:
             self._truncate()
             self._file = self._path.open("a")
@@ -90,7 +90,7 @@ class MetricsLog(Observer):
         return self._file, self._events
 
     def _truncate(self) -> None:
-        """Drop what a run that crashed wrote after its checkpoint."""
+        """Drop the lines that a crashed run wrote after its last checkpoint."""
         if not self._path.exists():
             return
         kept = self._path.read_text().splitlines(keepends=True)[: self._lines]

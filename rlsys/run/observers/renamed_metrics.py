@@ -1,6 +1,6 @@
-"""Metrics that an earlier version wrote under another name, so that its runs are shown whole."""
+"""Metrics that an earlier version wrote under another name, for the reports of its runs."""
 
-# Metric that an earlier version wrote, or the beginning of its name up to a "/": its name now.
+# Old name of a metric, or the beginning of its name up to a "/": the present one.
 RENAMED_METRICS = {
     "rollout/equal_reward_groups": "rollout/frac_reward_zero_std",
     "rollout/truncated_share": "rollout/truncated_fraction",
@@ -22,7 +22,7 @@ RENAMED_METRICS = {
 
 
 def current_name(metric: str) -> str:
-    """Return what a metric of an earlier version is called now."""
+    """Return the present name of a metric."""
     for old, new in RENAMED_METRICS.items():
         if metric == old or metric.startswith(f"{old}/"):
             return new + metric.removeprefix(old)

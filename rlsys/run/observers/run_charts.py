@@ -1,4 +1,4 @@
-"""The charts of a run's report: which metrics stand together, and under which title."""
+"""The charts of a run's report: their titles, and the metrics that each shows."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class ChartSpec:
     percent: bool = False
     may_be_log: bool = False
     unless_equal: tuple[tuple[str, str, str], ...] = ()  # drawn where they differ from the first
-    unless_zero: bool = False  # a chart of failures: not drawn where there are none
+    unless_zero: bool = False  # for failures: not drawn where there are none
 
 
 CHARTS = (
     ChartSpec(
         "Reward of all samples",
         (("mean", "reward/mean", "train"), ("standard deviation", "reward/std", "train")),
-        unless_equal=(("mean of those trained on", "trained/reward_mean", "train"),),
+        unless_equal=(("mean of trained samples", "trained/reward_mean", "train"),),
     ),
     ChartSpec(
         "Accuracy",
-        (("training samples", "reward/accuracy", "train"), ("held out", "eval/accuracy", "eval")),
+        (("all samples", "reward/accuracy", "train"), ("held out", "eval/accuracy", "eval")),
         percent=True,
-        unless_equal=(("those trained on", "trained/accuracy", "train"),),
+        unless_equal=(("trained samples", "trained/accuracy", "train"),),
     ),
     ChartSpec("Response length (tokens)", (("mean", "rollout/response_length", "train"),)),
-    ChartSpec("Entropy (nats a token)", (("policy", "policy/entropy", "train"),)),
+    ChartSpec("Entropy (nats per token)", (("policy", "policy/entropy", "train"),)),
     ChartSpec(
-        "KL to the reference (nats a token)",
+        "KL to the reference (nats per token)",
         (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
         may_be_log=True,
     ),
@@ -51,7 +51,7 @@ CHARTS = (
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
     ChartSpec(
-        "Log-probability gap, engine and trainer",
+        "Log-prob difference of engine and trainer",
         (
             ("sampled tokens", "policy/logprob_difference_mean", "train"),
             ("probe after sync", "sync/logprob_difference_mean", "train"),
@@ -60,7 +60,7 @@ CHARTS = (
         may_be_log=True,
     ),
     ChartSpec(
-        "Share of groups and responses",
+        "Fractions of groups, responses and tokens",
         (
             ("groups of equal rewards", "rollout/frac_reward_zero_std", "train"),
             ("truncated responses", "rollout/truncated_fraction", "train"),
@@ -69,7 +69,7 @@ CHARTS = (
         percent=True,
     ),
     ChartSpec(
-        "Failures a step",
+        "Failures per step",
         (
             ("reward errors", "reward/errors", "train"),
             ("reward timeouts", "reward/timeouts", "train"),
@@ -80,7 +80,7 @@ CHARTS = (
         unless_zero=True,
     ),
     ChartSpec(
-        "Gradient second moment over that of the leave-one-out mean",
+        "Second moment of the gradient, relative to the leave-one-out baseline",
         (
             ("in use", "advantage/variance_ratio/used", "train"),
             ("group mean", "advantage/variance_ratio/group_mean", "train"),
@@ -89,19 +89,19 @@ CHARTS = (
         may_be_log=True,
     ),
     ChartSpec(
-        "True gradient variance over that of the leave-one-out mean",
+        "True variance of the gradient, relative to the leave-one-out baseline",
         (
             ("in use", "gradient/variance_ratio/used", "train"),
-            ("in use, as the proxy has it", "gradient/proxy_ratio/used", "train"),
+            ("in use, by the proxy", "gradient/proxy_ratio/used", "train"),
             ("group mean", "gradient/variance_ratio/group_mean", "train"),
         ),
         may_be_log=True,
     ),
     ChartSpec(
-        "Share of the gradient's second moment between different positions",
+        "Fraction of the gradient's second moment between different positions",
         (
             ("in use", "gradient/cross_position_fraction/used", "train"),
-            ("leave-one-out mean", "gradient/cross_position_fraction/leave_one_out", "train"),
+            ("leave-one-out", "gradient/cross_position_fraction/leave_one_out", "train"),
         ),
     ),
     ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),
@@ -126,12 +126,13 @@ def _chart(spec: ChartSpec, records: Sequence[MetricsRecord]) -> str:
     extra = [series_of(records, *line) for line in spec.unless_equal]
     lines += [line for line in extra if line.points != lines[0].points]
     if spec.unless_zero:
-        lines = [replace(line, smooth=False) for line in lines if any(y for _, y in line.points)]
+        nonzero = [line for line in lines if any(y for _, y in line.points)]
+        lines = [replace(line, smooth=False) for line in nonzero]
     return line_chart(spec.title, lines, percent=spec.percent, may_be_log=spec.may_be_log)
 
 
 def _reward_components(records: Sequence[MetricsRecord]) -> str:
-    """Draw each reward function, where there are several."""
+    """Draw the reward of each function, where there are several."""
     names = {name for record in records for name in record.values if name.startswith(COMPONENTS)}
     if len(names) < 2:
         return ""
@@ -153,7 +154,7 @@ def _time_by_phase(records: Sequence[MetricsRecord]) -> str:
         for record in records
         if record.kind == "train"
     ]
-    return stacked_bars("Time by phase (seconds a step)", PHASES, steps, "s")
+    return stacked_bars("Time by phase (seconds per step)", PHASES, steps, "s")
 
 
 def _seconds(record: MetricsRecord, phase: str) -> float:

@@ -1,7 +1,7 @@
-"""status.json: what a run is doing, or how it ended.
+"""status.json: the present state of a run, or how it ended.
 
-A run that is killed writes nothing any more: its file still says "running", but the process that
-it names is gone. Whoever looks calls `read_status`, which then says "died".
+A run that is killed can write nothing more: its file still says "running", but its process is gone.
+`read_status` checks that and then returns "died".
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ State = Literal["starting", "running", "finished", "interrupted", "failed", "die
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One look at a run."""
+    """The state of a run at one time."""
 
     state: State
     phase: str = ""  # "update of step 6"
     message: str = ""  # why it failed, or from where it can be continued
-    step: int = 0  # complete ones
-    steps: int = 0  # of the whole run; 0: not known yet
+    step: int = 0  # complete steps
+    steps: int = 0  # steps of the whole run; 0: not known yet
     time: float  # seconds since the epoch, when this was written
     host: str
     process: int
-    process_began: float  # tells a process from another one that got its number later
+    process_began: float  # distinguishes the process from a later one with the same number
 
     @property
     def is_over(self) -> bool:
@@ -56,7 +56,7 @@ def read_status(directory: RunDirectory) -> RunStatus | None:
         status,
         state="died",
         message=(
-            "its process is gone and said nothing; run.log may know more. Continue with --resume."
+            "its process is gone without a message; run.log may have more. Continue with --resume."
         ),
     )
 
@@ -71,13 +71,13 @@ def _is_alive(status: RunStatus) -> bool:
 
 
 class StatusWriter(Observer):
-    """Keeps status.json, from before the actors start until the end."""
+    """Observer that writes status.json, from before the actors start until the end."""
 
     def __init__(self, directory: RunDirectory, *, held: bool = False) -> None:
         """Write the status of a run that starts.
 
-        While it is `held`, nothing is written before the loop starts or the start fails, so that a
-        refused resume leaves the file as it was.
+        With `held`, nothing is written before the loop starts or the start fails, so that a refused
+        resume does not change the file.
         """
         self._path = directory.status
         self._status = RunStatus(
@@ -92,7 +92,7 @@ class StatusWriter(Observer):
             self._write()
 
     def fail(self, message: str) -> None:
-        """Say that the run failed; where the loop has said so already, this changes nothing."""
+        """Write that the run failed, unless its end was written already."""
         if not self._status.is_over:
             self._change(state="failed", message=message)
 

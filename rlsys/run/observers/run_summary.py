@@ -1,4 +1,4 @@
-"""Figures over all steps of a run: for the console at the end, and for the top of the report."""
+"""Statistics over all steps of a run, for the console at its end and for the top of the report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPart:
-    """The responses that entered the loss, where those are not all."""
+    """The responses that entered the loss, where not all of them did."""
 
     fraction: float  # of the sampled ones
     reward: Change
@@ -44,12 +44,12 @@ class Warnings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Figures over the training steps."""
+    """Statistics over the training steps."""
 
     last_step: int
-    averaged_steps: int  # a `Change` compares the means of so many first and last steps
+    averaged_steps: int  # each end of a `Change` is the mean over so many steps
     reward: Change
-    failed_rewards: str  # each function that failed, with how often; "" where none did
+    failed_rewards: str  # the functions that failed, with counts; "" where none did
     trained: TrainedPart | None  # None: all responses
     seconds: Mapping[str, float]  # time/<phase> and time/step, means per step
     sampled_tokens: float
@@ -60,19 +60,18 @@ class TrainingSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Figures over a run; a part that has none is None."""
+    """Statistics over a run; a part without records is None."""
 
     accuracy: Change | None  # held out, of the first and the last evaluation
-    evaluated_steps: tuple[int, int] | None  # after which those two were made
+    evaluated_steps: tuple[int, int] | None  # steps after which those two were made
     training: TrainingSummary | None
 
 
 def run_summary(records: Iterable[MetricsRecord]) -> RunSummary:
-    """Summarize the records of a run, or of as much as there is of it."""
-    train = []
-    evaluations = []
-    for record in records:
-        (train if record.kind == "train" else evaluations).append(record)
+    """Summarize the records of a run, which may still be going on."""
+    records = list(records)
+    train = [record for record in records if record.kind == "train"]
+    evaluations = [record for record in records if record.kind == "eval"]
     training = _training_summary(train) if train else None
     if not evaluations:
         return RunSummary(accuracy=None, evaluated_steps=None, training=training)

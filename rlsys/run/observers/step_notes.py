@@ -1,6 +1,6 @@
-"""Remarks on a step, made from its metrics: for the console, metrics.jsonl and the report.
+"""Remarks on a step, made from its metrics, for the console, metrics.jsonl and the report.
 
-Each rule is a function of the step's numbers. For a new remark, report a metric and add a rule.
+Each rule is a function of the step's metrics. To add a remark, report a metric and add a rule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Note:
-    """One remark on a step; its `kind` is that of its rule, so that remarks can be counted."""
+    """A remark on a step; its `kind` identifies the rule, so that remarks can be counted."""
 
     kind: str
     text: str
@@ -25,7 +25,8 @@ class Note:
 
 def step_notes(values: Numbers) -> list[Note]:
     """Return all remarks on a step with these metrics, warnings first."""
-    found = [note for rule in RULES if (note := rule(values)) is not None]
+    notes = [rule(values) for rule in RULES]
+    found = [note for note in notes if note is not None]
     return sorted(found, key=lambda note: not note.warning)
 
 
@@ -54,7 +55,9 @@ def _nothing_learned(values: Numbers) -> Note | None:
     if values.get("trained/responses") == 0 or values.get("advantage/mean_abs") != 0:
         return None
     reason = "every group has equal rewards, so " if _all_equal(values) else ""
-    return Note("advantages 0", f"{reason}all advantages are 0: the rewards taught nothing")
+    return Note(
+        "advantages 0", f"{reason}all advantages are 0: nothing was learned from the rewards"
+    )
 
 
 def _all_equal(values: Numbers) -> bool:
@@ -68,7 +71,7 @@ def _missing_groups(values: Numbers) -> Note | None:
     rounds = _number(values, "sampling/rounds")
     return Note(
         "groups missing",
-        "groups of equal rewards that fill the batch, "
+        "groups without a learning signal that fill the batch, "
         f"after {rounds:.0f} rounds of sampling: {missing:.0f}",
     )
 
@@ -77,11 +80,13 @@ def _skipped_updates(values: Numbers) -> Note | None:
     skipped = _number(values, "policy/skipped_updates")
     if not skipped or values.get("trained/responses") == 0:
         return None
+
     broken = _number(values, "policy/nonfinite_gradients")
-    reasons = [
-        *([f"{broken:.0f} with a gradient that is not finite"] if broken else []),
-        *([f"{skipped - broken:.0f} without a trained response"] if skipped > broken else []),
-    ]
+    reasons = []
+    if broken:
+        reasons.append(f"{broken:.0f} with a gradient that is not finite")
+    if skipped > broken:
+        reasons.append(f"{skipped - broken:.0f} without a trained response")
     tried = skipped + _number(values, "policy/updates")
     return Note(
         "updates skipped",
@@ -100,9 +105,9 @@ def _failed_rewards(values: Numbers) -> Note | None:
 
 
 def _is_broken(name: str, value: float) -> bool:
-    """Return whether a value is not finite and should be.
+    """Return whether a value should be finite and is not.
 
-    A diagnostic may be infinite, such as the condition number of equal layers.
+    A diagnostic may be infinite, such as the condition number of equal horizons.
     """
     return math.isnan(value) or (math.isinf(value) and not name.startswith("advantage/"))
 

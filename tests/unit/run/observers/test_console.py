@@ -150,7 +150,7 @@ def test_summary_and_report_say_what_was_trained_and_what_went_wrong(directory: 
     for part in (
         "trained on",
         "33.3% of the samples",
-        "mean of those trained on",
+        "mean of trained samples",
         "rewards failed",
     ):
         assert part in page
@@ -180,7 +180,7 @@ def test_summary(directory: RunDirectory):
         "10.0% -> 60.0% (steps 0 -> 2)",
         "0.250 -> 0.750",
         "2, 8.00 s each",
-        "200, 50 a second",
+        "200, 50 per second",
         "policy 3.00 GiB",
         "1 m 15 s",
     ):

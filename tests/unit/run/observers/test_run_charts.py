@@ -17,8 +17,8 @@ def test_lines_of_what_was_trained_are_drawn_only_where_it_differs(directory: Ru
     write_report(directory)
     page = directory.report.read_text()
     assert "Reward of all samples" in page
-    assert "mean of those trained on" not in page
-    assert "Failures a step" not in page
+    assert "mean of trained samples" not in page
+    assert "Failures per step" not in page
 
 
 def test_shares_over_position_are_drawn_for_the_first_the_middle_and_the_last_step_that_have_them(

@@ -110,7 +110,7 @@ def test_a_file_that_is_none_of_ours_is_no_status(directory: RunDirectory):
     for text in ("", "[]", '{"state": "running"}'):
         directory.status.write_text(text)
         assert read_status(directory) is None
-    assert "nothing says how this run ended" in reported(directory)
+    assert "it is not known how this run ended" in reported(directory)
 
 
 def test_the_report_can_be_made_again_from_the_command_line(

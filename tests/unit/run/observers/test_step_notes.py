@@ -49,17 +49,19 @@ def test_nothing_is_said_of_a_step_in_order():
                 "trained/responses": 0.0,
                 "policy/skipped_updates": 1,
             },
-            "every response was truncated at generation.max_tokens and masked out of the loss: nothing was trained",
+            "every response was truncated at generation.max_tokens and masked out of the loss: "
+            "nothing was trained",
         ),
         ({"trained/responses": 0.0}, "no response entered the loss: nothing was trained"),
         (
             {"trained/frac_reward_zero_std": 1.0, "advantage/mean_abs": 0.0},
-            "every group has equal rewards, so all advantages are 0: the rewards taught nothing",
+            "every group has equal rewards, so all advantages are 0: nothing was learned from the "
+            "rewards",
         ),
-        ({"advantage/mean_abs": 0.0}, "all advantages are 0: the rewards taught nothing"),
+        ({"advantage/mean_abs": 0.0}, "all advantages are 0: nothing was learned from the rewards"),
         (
             {"sampling/missing_groups": 2.0, "sampling/rounds": 3.0},
-            "groups of equal rewards that fill the batch, after 3 rounds of sampling: 2",
+            "groups without a learning signal that fill the batch, after 3 rounds of sampling: 2",
         ),
         (
             {
@@ -67,7 +69,8 @@ def test_nothing_is_said_of_a_step_in_order():
                 "policy/skipped_updates": 3.0,
                 "policy/nonfinite_gradients": 1.0,
             },
-            "3 of 4 updates skipped: 1 with a gradient that is not finite, 2 without a trained response",
+            "3 of 4 updates skipped: 1 with a gradient that is not finite, 2 without a trained "
+            "response",
         ),
         (
             {"reward/errors": 2.0, "reward/timeouts": 1.0},
