@@ -77,7 +77,7 @@ async def measure(config: RunConfig) -> dict[str, float]:
         cluster = Cluster.connect(config)
         try:
             probe = probe_tokens(config, prompts, model)
-            workers = await start_workers(cluster, config, model, model, probe, tell=print)
+            workers = await start_workers(cluster, config, model, model, probe, notify=print)
             store = CheckpointStore(directory.checkpoints, keep=1)
             session = Session(config, store, [MetricsLog(directory)])
             sampler = Sampler(config, workers.generator, workers.scorer)

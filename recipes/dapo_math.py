@@ -2,12 +2,13 @@
 
     python -m recipes.dapo_math
 
-Source: Yu et al. 2025 (arXiv:2503.14476). The preset `dapo` on `recipes.grpo_math`, and the paper's
-length punishment. No KL term. Two mini-batches per batch, so that the second meets ratios other than 1.
+Source: Yu et al. 2025 (arXiv:2503.14476). This is the preset `dapo` on `recipes.grpo_math`, with
+the paper's overlong penalty. There is no KL term. A batch has two mini-batches, so that the ratios
+of the second differ from 1.
 
-The paper's rewards are +1 and -1, less a punishment of at most 1 for length. Here they are 1 and 0,
-less half of the punishment: half of the paper's reward plus 1/2, from which the division by the
-standard deviation makes the same advantages.
+The paper's rewards are +1 and -1, minus a penalty of at most 1 for length. Here they are 1 and 0,
+minus half of the penalty. That is half of the paper's reward plus 1/2, which gives the same
+advantages after the division by the standard deviation.
 """
 
 from recipes.grpo_math import grpo_math
@@ -17,7 +18,10 @@ from rlsys.config.hardware import Hardware
 
 
 def dapo_math(hardware: Hardware) -> RunConfig:
-    """The default of this machine; the punishment grows over the last quarter of `generation.max_tokens`."""
+    """Return `grpo_math` for this machine with the preset `dapo` and the overlong penalty.
+
+    The penalty grows over the last quarter of `generation.max_tokens`.
+    """
     overlong = {
         "name": "soft_overlong",
         "weight": 0.5,

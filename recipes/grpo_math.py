@@ -1,16 +1,22 @@
 """GRPO on mathematics with verifiable answers.
 
-    python -m recipes.grpo_math                                      the embedded problems, on whatever this machine has
-    python -m recipes.grpo_math --data.train train.parquet --data.eval test.parquet --data.template chat_boxed
-    python -m recipes.grpo_math --preset gspo                        another published algorithm; --help lists them
+On generated problems, on the CPUs or GPUs of this machine:
 
-Differs from the preset `grpo`, the algorithm as published: the loss is the mean over all tokens, so
-that long responses count by their length (DAPO), and there is no KL, so no reference model runs.
+    python -m recipes.grpo_math
 
-On a CPU: SmolLM2-135M learns to answer one-digit sums and differences told in symbols and in
-words, in 60 steps. Fewer than 8 cores without bfloat16 instructions take three to five times as
-long for a step: there the default is 24 steps, in which most of the learning happens. On a GPU:
-Qwen2.5-Math-1.5B.
+On your own data, or with another published algorithm (--help lists them):
+
+    python -m recipes.grpo_math --data.train train.parquet --data.template chat_boxed
+    python -m recipes.grpo_math --preset gspo
+
+This differs from the preset `grpo`, the algorithm as published: the loss is the mean over all
+tokens, so that long responses count by their length (DAPO), and there is no KL, so no reference
+model runs.
+
+On a CPU, SmolLM2-135M learns to add and subtract one-digit numbers, given in symbols or in words,
+in 60 steps. A step takes three to five times as long on fewer than 8 cores without bfloat16
+instructions; the default there is 24 steps, in which most of the learning happens. On a GPU, the
+model is Qwen2.5-Math-1.5B.
 """
 
 from rlsys.config import (
@@ -30,15 +36,15 @@ from rlsys.config.hardware import Hardware
 
 
 def grpo_math(hardware: Hardware) -> RunConfig:
-    """The default of this machine."""
+    """Return the default configuration for this machine."""
     return on_gpus(hardware) if hardware.gpus else on_cpu(hardware)
 
 
-ENOUGH_CPUS = 8  # to take all steps in float32
+ENOUGH_CPUS = 8  # for the full number of steps in float32
 
 
 def on_cpu(hardware: Hardware) -> RunConfig:
-    """A run of minutes on two cores: short answers, groups of 8, one update per batch."""
+    """Return a run of some minutes on two cores: short answers, groups of 8, one update."""
     fast = bool(hardware.bfloat16_instructions) or hardware.cpus >= ENOUGH_CPUS
     steps, every = (60, 20) if fast else (24, 8)
     shortened = (
@@ -52,7 +58,7 @@ def on_cpu(hardware: Hardware) -> RunConfig:
         generation=GenerationConfig(
             samples_per_prompt=8,
             max_tokens=16,
-            cpus_per_worker=1 if hardware.cpus > 1 else 0,  # a single core is the policy's
+            cpus_per_worker=1 if hardware.cpus > 1 else 0,  # the policy reserves a single core
         ),
         policy=PolicyConfig(optimizer=OptimizerConfig(learning_rate=1e-5)),
         algorithm=AlgorithmConfig(aggregation="token_mean"),
@@ -67,7 +73,7 @@ def on_cpu(hardware: Hardware) -> RunConfig:
 
 
 def on_gpus(hardware: Hardware) -> RunConfig:
-    """MATH-style training: half of the GPUs generate, half train; one GPU is shared."""
+    """Return MATH-style training: half of the GPUs generate, half train; one GPU is shared."""
     shared = hardware.gpus == 1
     ranks = max(1, hardware.gpus // 2)
     return RunConfig(

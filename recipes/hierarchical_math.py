@@ -1,10 +1,13 @@
-"""Hierarchical token-level baselines, off-policy: four mini-batches a rollout batch, ratios and baselines recomputed before each.
+"""Hierarchical token-level baselines, off-policy.
 
     python -m recipes.hierarchical_math
 
-Source: docs/hierarchical_baselines.md. The policy-gradient weight of each token corrects for the policy having moved since it
-sampled, less a baseline for each horizon of that correction; the loss is the plain score function. Everything else is that of
-`recipes.grpo_math`.
+A rollout batch is split into four mini-batches. Before each of them, ratios and baselines are
+computed again with the live policy. The weight of a token's score is the reward times the
+importance ratio, minus a baseline for each horizon of that ratio. The loss is the plain policy
+gradient with these weights. Everything else is as in `recipes.grpo_math`.
+
+Source: docs/hierarchical_baselines.md.
 """
 
 from recipes.grpo_math import grpo_math
@@ -14,7 +17,7 @@ from rlsys.config.hardware import Hardware
 
 
 def hierarchical_math(hardware: Hardware) -> RunConfig:
-    """The default of this machine."""
+    """Return `grpo_math` for this machine with the preset `hierarchical`."""
     return evolve(grpo_math(hardware), {"recipe": "hierarchical_math", "preset": "hierarchical"})
 
 

@@ -1,4 +1,4 @@
-"""All actors of a run, placed and wired together: the only module that knows every part of `workers/`."""
+"""Start of all actors of a run. This is the only module that imports every part of `workers/`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from workers.weight_sync.object_store import ObjectStoreWeightSync
 def probe_tokens(
     config: RunConfig, prompts: LoadedPrompts, model_directory: Path
 ) -> list[NDArray[np.int32]]:
-    """Whole held-out prompts (training prompts where none are held out), on which engine and trainer are compared after each weight sync."""
+    """Return the prompts on which engine and trainer are compared after each weight sync.
 
+    They are whole held-out prompts, or training prompts where none are held out.
+    """
     longest = config.data.max_prompt_tokens + config.generation.max_tokens
     return probe_sequences(
         [prompt.token_ids for prompt in prompts.samples],
-        limit=longest - 1,  # an engine always samples a token behind what it reads
+        limit=longest - 1,  # an engine always samples one more token
         window=longest_window(model_directory, trust_remote_code=config.model.trust_remote_code),
     )
 
@@ -47,10 +49,12 @@ async def start_workers(
     model_directory: Path,
     reference_directory: Path,
     probe: Sequence[NDArray[np.int32]],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Workers:
-    """All actors of a run, placed, started and ready. `tell` gets what the user should know of them."""
+    """Start all actors of a run, and return them when they are ready.
 
+    `notify` is called with their notes for the user.
+    """
     model = str(model_directory)
     policy_actors = _spawn_ranks(cluster, PolicyWorker, config, config.policy, model)
     generation_actors = [
@@ -61,20 +65,23 @@ async def start_workers(
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
-        role, directory = config.reference_role(), str(reference_directory)
+        role = config.reference_role()
+        directory = str(reference_directory)
         reference_actors = _spawn_ranks(
             cluster, ReferenceWorker, config, role, directory, shares="policy"
         )
     await cluster.wait_until_ready()
-    policy, generator = PolicyGroup(policy_actors), GenerationGroup(generation_actors)
+
+    policy = PolicyGroup(policy_actors)
+    generator = GenerationGroup(generation_actors)
+    scorer = RewardWorkerClient(reward_actor)
+    controller = AdvantageControllerClient(controller_actor)
     reference = CausalLMGroup(reference_actors) if reference_actors else None
-    setups = await asyncio.gather(policy.setup(), *([reference.setup()] if reference else []))
+    optional = [reference] if reference else []
+
+    setups = await asyncio.gather(policy.setup(), *(group.setup() for group in optional))
     for note in itertools.chain.from_iterable(setups):
-        tell(note)
-    scorer, controller = (
-        RewardWorkerClient(reward_actor),
-        AdvantageControllerClient(controller_actor),
-    )
+        notify(note)
     return Workers(
         generator=generator,
         scorer=scorer,
@@ -82,7 +89,7 @@ async def start_workers(
         reference=reference,
         advantages=controller,
         weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
-        reporting=(generator, scorer, controller, *([reference] if reference else [])),
+        reporting=(generator, scorer, controller, *optional),
     )
 
 
@@ -95,7 +102,7 @@ def _spawn_ranks(
     *,
     shares: str | None = None,
 ) -> list[Any]:
-    """Start the ranks of one model, each in a place of its own or beside a rank of the role `shares`."""
+    """Start the ranks of one model, on resources of their own or on those of the role `shares`."""
     return [
         cluster.spawn(worker.role, rank, worker, config, directory, rank, role.ranks, shares=shares)
         for rank in range(role.ranks)

@@ -166,7 +166,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reward.functions.0.weight",
             "finite number",
         ),
-        (["--plugins", "broken"], "plugins: 'broken' failed", "broken.py line 1. Repair it"),
+        (["--plugins", "broken"], "plugins: 'broken' failed", "broken.py line 1. Fix it"),
         (["--data.template", "few_shots"], "data.template", "Did you mean few_shot"),
         (
             ["--algorithm.advantage.parameters.std_dof", "1"],

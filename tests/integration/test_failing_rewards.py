@@ -46,9 +46,9 @@ def test_a_run_whose_reward_always_fails_stops(tmp_path: Path):
 
     log = (tmp_path / "run" / "run.log").read_text()
     message = (
-        "reward.functions: 'raises' failed on 16 of the 16 answers of the first training batch; "
-        "the first: error, ZeroDivisionError: float division by zero. "
-        "Repair the function: its rewards mean nothing."
+        "reward.functions: 'raises' failed on 16 of the 16 responses of the first training batch; "
+        "the first failure: error, ZeroDivisionError: float division by zero. "
+        "Fix the function; its rewards are not usable."
     )
 
     for text in (done.stdout, log):
@@ -85,7 +85,7 @@ def test_each_way_to_fail_is_named(tmp_path: Path):
     for text in (done.stdout, log):
         for name, how in WAYS.items():
             assert text.count(f"reward {name!r} failed {how}") == 1, name
-        assert " failed on 16 of the 16 answers of the first training batch" in text
+        assert " failed on 16 of the 16 responses of the first training batch" in text
         assert "reward 'math' failed" not in text
     assert "INFO workers.reward_worker: scored a completion of" in log  # what it printed
     assert "INFO workers.reward_worker: last words" in log
@@ -94,7 +94,7 @@ def test_each_way_to_fail_is_named(tmp_path: Path):
 def test_a_first_evaluation_whose_rewards_fail_stops_the_run_too(tmp_path: Path):
     done = run(tmp_path / "run", "--reward.functions", "raises", "--trainer.evaluation.every", "1")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "'raises' failed on 4 of the 4 answers of the first evaluation batch" in done.stdout
+    assert "'raises' failed on 4 of the 4 responses of the first evaluation batch" in done.stdout
 
 
 @pytest.mark.parametrize("on_failure", ["zero", "drop"])

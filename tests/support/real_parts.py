@@ -63,7 +63,7 @@ async def started(config: RunConfig) -> AsyncIterator[Parts]:
     cluster = Cluster.connect(config)
     try:
         probe = probe_tokens(config, prompts, directory)
-        workers = await start_workers(cluster, config, directory, directory, probe, tell=print)
+        workers = await start_workers(cluster, config, directory, directory, probe, notify=print)
         yield Parts(workers, prompts, cluster)
     finally:
         cluster.shutdown()

@@ -132,13 +132,13 @@ def test_a_dry_run_shows_what_follows_the_token_limit(capsys: pytest.CaptureFixt
         (
             hierarchical_math,
             ("--algorithm.rollout_correction.level", "token"),
-            "algorithm.rollout_correction.level: 'token' would take the ratio old / rollout a "
+            "algorithm.rollout_correction.level: 'token' would apply the ratio old / rollout a "
             "second time",
         ),
         (
             hierarchical_math,
             ("--algorithm.rollout_correction.level", "sequence"),
-            "algorithm.rollout_correction.level: 'sequence' would take",
+            "algorithm.rollout_correction.level: 'sequence' would apply",
         ),
         (
             grpo_math,

@@ -736,7 +736,8 @@ def test_a_run_whose_rewards_fail_from_the_start_is_stopped(caplog: pytest.LogCa
     parts = [failing(4, 2), failing(4, 3, traceback="Traceback\n  line 3\nValueError: no\n")]
     with pytest.raises(
         RewardFailureError,
-        match=r"reward\.functions: 'mine' failed on 5 of the 8 answers of the first training batch; the first: error, ValueError: no\.",
+        match=r"reward\.functions: 'mine' failed on 5 of the 8 responses of the first training "
+        r"batch; the first failure: error, ValueError: no\.",
     ):
         watch.check(parts, "training")
     assert shown == ["reward 'mine' failed (error): ValueError: no"]  # once
