@@ -1,4 +1,7 @@
-"""docs/configuration.md, made from the config models: `python -m docs.generate.configuration docs/configuration.md`."""
+"""docs/configuration.md, made from the configuration models.
+
+python -m docs.generate.configuration docs/configuration.md
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlsys.config.command_line import SWITCHES
@@ -16,59 +21,65 @@ from rlsys.config.resume_rules import VERDICTS, resume_table
 
 INTRODUCTION = """# Configuration
 
-Generated from the models in `rlsys/config` by `make docs`; a test keeps it current. Each field is a flag (`--trainer.steps 50`) and a place in a
-YAML file (`trainer: {steps: 50}`, given with `--config`). A recipe sets its own values; the defaults here hold where it does not. Later wins:
-recipe, preset, file, other flags.
+Generated from the models in `rlsys/config` by `make docs`; a test checks that it is current. Each
+field is a flag (`--trainer.steps 50`) and an entry of a YAML file (`trainer: {steps: 50}`, given
+with `--config`). The defaults here apply where the recipe does not set a value of its own. Later
+overrides earlier: recipe, preset, file, other flags.
 
-Values are YAML; lists may be written `a,b`. Parameters of estimators, objectives and rewards are set one by one,
-`--algorithm.advantage.parameters.std_ddof 1`, and checked against the function's signature before anything starts.
+Values are YAML; lists may be written `a,b`. Parameters of estimators, objectives and rewards are
+set one by one, `--algorithm.advantage.parameters.std_ddof 1`, and are checked against the
+function's signature before anything starts.
 """
 
-
-PRESETS_OF = """
+PRESETS_INTRODUCTION = """
 ## Presets
 
-`--preset NAME` starts any recipe from a published algorithm: it replaces the section `algorithm`, and
-`policy.num_mini_batches`, the number of updates per batch. `--config` and the other flags change fields of
-it. Their settings side by side are in docs/algorithms.md.
+`--preset NAME` starts any recipe from a published algorithm: it replaces the section `algorithm`,
+and `policy.num_mini_batches`, the number of updates per batch. `--config` and the other flags
+change fields of it. docs/algorithms.md compares the settings of all presets.
 
 | preset | updates per batch | algorithm |
 |---|---|---|
 """
 
-
 RESUMING = """
 ## Resuming
 
-`--run.directory runs/NAME --resume` goes on from the newest complete checkpoint with the run's own `config.yaml`; nothing falls back to the
-recipe's values. Flags and `--config` change fields of it. Each change is printed ("trainer.steps: 60 -> 80"), and the first rule that fits decides:
+`--run.directory runs/NAME --resume` continues from the newest complete checkpoint, with the run's
+own `config.yaml`; the values of the recipe are not used. Flags and `--config` change fields of it.
+Each change is printed ("trainer.steps: 60 -> 80"). The first rule that matches a field applies:
 """
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     lines = [INTRODUCTION, "## Switches\n", "| flag | meaning |", "|---|---|"]
     lines += [f"| `{flag}` | {doc} |" for flag, doc in SWITCHES.items()]
-    section = None
-    for name, field in all_fields():
-        if name.split(".")[0] != section:
-            section = name.split(".")[0]
-            lines += [
-                "",
-                f"## {section}\n",
-                "| field | type | default | meaning |",
-                "|---|---|---|---|",
-            ]
-        default = field.get_default(call_default_factory=True)
-        shown = "required" if default is PydanticUndefined else _plain(default)
-        lines.append(
-            f"| `{name}` | {type_name(field.annotation).replace('|', ', ')} | `{shown}` | "
-            f"{(field.description or '').replace('|', ', ')} |"
-        )
-    lines += [PRESETS_OF + "\n".join(_preset_rows())]
+    lines += _field_tables()
+    lines += [PRESETS_INTRODUCTION + "\n".join(_preset_rows())]
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _field_tables() -> Iterator[str]:
+    """Yield the lines of a table for each section."""
+    previous = None
+    for name, field in all_fields():
+        section = name.split(".")[0]
+        if section != previous:
+            yield from ("", f"## {section}\n")
+            yield from ("| field | type | default | meaning |", "|---|---|---|---|")
+        previous = section
+        yield _field_row(name, field)
+
+
+def _field_row(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "required" if default is PydanticUndefined else _as_yaml(default)
+    kind = type_name(field.annotation).replace("|", ", ")
+    meaning = (field.description or "").replace("|", "\\|")
+    return f"| `{name}` | {kind} | `{shown}` | {meaning} |"
 
 
 def _preset_rows() -> Iterator[str]:
@@ -77,13 +88,15 @@ def _preset_rows() -> Iterator[str]:
         yield f"| `{name}` | {preset.num_mini_batches} | {description} |"
 
 
-def _plain(value: object) -> str:
-    """A default as YAML on one line."""
+def _as_yaml(value: object) -> str:
+    """Return a default as YAML on one line."""
     if isinstance(value, tuple):
-        value = [
-            item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value
-        ]  # pyright: ignore[reportAttributeAccessIssue]
+        value = [_plain(item) for item in value]
     return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+
+def _plain(item: object) -> object:
+    return item.model_dump(mode="json") if isinstance(item, BaseModel) else item
 
 
 if __name__ == "__main__":

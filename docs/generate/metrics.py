@@ -1,6 +1,9 @@
-"""docs/metrics.md: every metric that a run writes. `python -m docs.generate.metrics docs/metrics.md`.
+"""docs/metrics.md, the page about every metric that a run writes.
 
-Tests hold this table against the source and against what runs write: a metric that is not here fails them.
+    python -m docs.generate.metrics docs/metrics.md
+
+Tests compare this table with the source and with the metrics of runs; a metric that is missing here
+fails them.
 """
 
 from __future__ import annotations
@@ -12,32 +15,39 @@ from pathlib import Path
 
 INTRODUCTION = """# Metrics
 
-Generated from `docs/generate/metrics.py` by `make docs`. `metrics.jsonl` has a line for each step and each evaluation, `kind` "train" or
-"eval"; TensorBoard has the same numbers. A value that is not finite is `null`, for JSON has no NaN; a mean over nothing is absent. `notes` are the
-remarks that the console shows below the step's row.
+Generated from `docs/generate/metrics.py` by `make docs`. `metrics.jsonl` has a line for each step
+(`kind` "train") and each evaluation ("eval"); TensorBoard has the same numbers. A value that is not
+finite is `null`, since JSON has no NaN; a mean over nothing is absent. `notes` are the remarks that
+the console prints below the row of a step.
 
 ## Which responses
 
 | word | responses |
 |---|---|
-| all samples | everything that was sampled for training in the step: \
-also the groups that dynamic sampling dropped, and responses that are masked out of the loss. \
-Not the greedy responses of `remax`, and not evaluations |
-| trained | those that enter the loss: kept by dynamic sampling and not masked by `algorithm.overlong.mask_truncated`. \
-Groups of equal rewards enter it with advantages of 0 |
+| all samples | all responses that were sampled for training in the step, including groups that \
+dynamic sampling dropped and responses that are masked out of the loss; without the greedy \
+responses of `remax` and without evaluations |
+| trained | the responses that enter the loss: kept by dynamic sampling, and not masked by \
+`algorithm.overlong.mask_truncated`. Groups with equal rewards enter it with advantages of 0 |
 
-`reward/*` and `rollout/*` are over all samples and say how good the policy is. `trained/*` are the same numbers of what was trained: with dynamic
-sampling they say little of the policy, since groups that are all right or all wrong are dropped (an accuracy of 0.156 then shows as 0.281). Without
-dynamic sampling and masking the two are equal. Console, summary and report show the former, and the latter where they differ.
+`reward/*` and `rollout/*` are over all samples, and measure how good the policy is. `trained/*` are
+the same numbers over the trained responses. With dynamic sampling they do not measure the policy,
+since groups that are all correct or all wrong are dropped: an accuracy of 0.156 may show as 0.281.
+Without dynamic sampling and masking both are equal. Console, summary and report show the former,
+and the latter where they differ.
 
-A response is **correct** where its accuracy, the score of the first reward function clipped to 0..1, is at least 0.5 (`RewardBatch.correct`). That is so
-in `reward/accuracy`, `trained/accuracy`, `eval/*`, the column `correct` of the rollout files and the report. A response that could not be scored is not
-correct. The mean of a graded score is `reward/component/<function>`.
+A response is **correct** if its accuracy, which is the score of the first reward function clipped
+to 0..1, is at least 0.5 (`RewardBatch.correct`). This holds for `reward/accuracy`,
+`trained/accuracy`, `eval/*`, the column `correct` of the rollout files, and the report. A response
+that could not be scored is not correct. The mean of the unclipped score is
+`reward/component/<function>`.
 
-## How they add up
+## Reduction
 
-Over parts, mini-batches, epochs and ranks: *sum* adds; *mean* is weighted by what it is a mean of; *max* takes the largest. Facts that every rank
-knows are reported by one. NaN in one part makes the whole NaN.
+Metrics of several parts, mini-batches, epochs and ranks are combined by their reduction: *sum*
+adds; *mean* is weighted by the number of elements; *max* takes the largest. *driver* means that the
+driver computes the metric once. Facts that every rank knows are reported by one rank. NaN in one
+part makes the result NaN.
 
 ## All metrics
 """
@@ -45,392 +55,534 @@ knows are reported by one. NaN in one part makes the whole NaN.
 FILES = """
 ## Rollout files
 
-`rollouts/step_*.parquet` have a row for each of all samples of the step, also of those that were not trained:
+`rollouts/step_*.parquet` have a row for each of all samples of the step, trained or not:
 
 | column | |
 |---|---|
-| `trained` | whether the response entered the loss |
-| `metadata` | the other columns of the data as JSON, where a reward function takes a `RewardInput` |
-| `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | what the reward functions said |
-| `advantages` | as the update used them; null where the response was not trained. With `algorithm.advantage.recompute` \
-those that the ranks estimated, of the last epoch |
-| `rollout_logprobs` | of the engine |
-| `old_logprobs`, `ref_logprobs` | null where nothing reads them, and for dropped groups |
-| `token_ids`, `response_mask` | the prompt's tokens and the response's; the mask is true where the policy sampled the token |
+| `trained` | true if the response entered the loss |
+| `metadata` | the other columns of the data as JSON, where a reward function takes a \
+`RewardInput` |
+| `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | results of \
+the reward functions |
+| `advantages` | as used in the update; null where the response was not trained. With \
+`algorithm.advantage.recompute`, those of the last epoch |
+| `rollout_logprobs` | log-probabilities from the engine |
+| `old_logprobs`, `ref_logprobs` | log-probabilities from the trainer and the reference; null \
+where nothing reads them, and for dropped groups |
+| `token_ids`, `response_mask` | tokens of prompt and response; the mask is true where the policy \
+sampled the token |
 | `stop_reason` | `end`, or `length` where the response was truncated |
 
 ## status.json
 
-How a run ended, or what it is doing: `state` (starting, running, finished, interrupted, failed), `phase`, `message`, `step` of `steps`,
-and the process that writes it. A killed run cannot say so: its file still says "running", and whoever looks finds its process gone. The
-report says "Died" then, once it is made again: `python -m rlsys.run.observers.html_report runs/NAME`.
+The present state of a run, or how it ended: `state` (starting, running, finished, interrupted,
+failed), `phase`, `message`, `step` of `steps`, and the process that writes the file. A killed run
+cannot write its end: its file still says "running", but its process is gone. A report that is made
+again then says "Died": `python -m rlsys.run.observers.html_report runs/NAME`.
 """
 
 
 @dataclass(frozen=True)
 class MetricDoc:
-    """One row. `<words>` in the name stand for what the configuration or the data name."""
+    """One row. `<words>` in the name are placeholders, such as the name of a reward function."""
 
     name: str
-    reduction: str  # sum, mean, max; "driver": made once, by the driver
+    reduction: str  # sum, mean, max; "driver": computed once, by the driver
     over: str
     meaning: str
 
     @property
     def pattern(self) -> re.Pattern[str]:
         parts = re.split(r"(<\w+>)", self.name)
-        return re.compile(
-            "".join(".+" if part.startswith("<") else re.escape(part) for part in parts)
-        )
+        patterns = [".+" if part.startswith("<") else re.escape(part) for part in parts]
+        return re.compile("".join(patterns))
 
 
-ALL, TRAINED, TOKENS = "all samples", "trained", "trained tokens"
-STEP, RUN = "the step", "the run so far"
+# What a metric is taken over.
+ALL = "all samples"
+ALL_AND_GREEDY = "all samples and greedy responses"
+TRAINED = "trained"
+TOKENS = "trained tokens"
+MOVED = "trained tokens after an update"
+MINI_BATCHES = "mini-batches"
+MINI_BATCHES_OR_BATCH = "mini-batches or the batch"
+PROBE = "tokens of the probe"
+HELD_OUT = "held-out problems"
+STEP = "the step"
+RUN = "the run so far"
 
 METRICS = (
-    MetricDoc("reward/mean", "mean", ALL, "Reward: the weighted sum of the reward functions."),
-    MetricDoc("reward/std", "mean", ALL, "Its standard deviation over responses."),
-    MetricDoc("reward/accuracy", "mean", ALL, "Share of correct responses."),
-    MetricDoc("reward/format_rate", "mean", ALL, "Share whose verdict is not `no_answer`."),
+    MetricDoc("reward/mean", "mean", ALL, "Mean reward, the weighted sum of the reward functions."),
+    MetricDoc("reward/std", "mean", ALL, "Standard deviation of the reward over responses."),
+    MetricDoc("reward/accuracy", "mean", ALL, "Fraction of correct responses."),
+    MetricDoc(
+        "reward/format_rate",
+        "mean",
+        ALL,
+        "Fraction of responses in which an answer was found (reason other than `no_answer`).",
+    ),
     MetricDoc(
         "reward/component/<function>",
         "mean",
         ALL,
-        "Unweighted score of one reward function; of the responses that it could score.",
+        "Mean unweighted score of one reward function, over the responses that it could score.",
     ),
-    MetricDoc("reward/reason/<reason>", "sum", ALL, "Responses with that verdict."),
+    MetricDoc("reward/reason/<reason>", "sum", ALL, "Number of responses with this reason."),
     MetricDoc(
         "reward/errors",
         "sum",
-        "all samples and greedy responses",
-        "Reward functions that raised or returned what is no number, once for each response.",
+        ALL_AND_GREEDY,
+        "Number of responses on which a reward function raised an error or returned an invalid "
+        "score; each function counts.",
     ),
     MetricDoc(
         "reward/timeouts",
         "sum",
-        "all samples and greedy responses",
-        "Reward functions that took too long, once for each response.",
+        ALL_AND_GREEDY,
+        "Number of responses on which a reward function exceeded `reward.timeout_s`; each "
+        "function counts.",
     ),
     MetricDoc(
         "reward/crashes",
         "sum",
-        "all samples and greedy responses",
-        "Reward functions that ended their process, once for each response.",
+        ALL_AND_GREEDY,
+        "Number of responses on which a reward function ended its process; each function counts.",
     ),
     MetricDoc(
         "reward/failed/<function>",
         "sum",
-        "all samples and greedy responses",
-        "Responses on which this reward function failed, in any of these ways.",
+        ALL_AND_GREEDY,
+        "Number of responses on which this reward function failed in any of these ways.",
     ),
     MetricDoc(
         "reward/dropped",
         "sum",
         "kept samples",
-        "Responses without a reward (`reward.on_failure` drop): not in the statistics of their "
-        "group, not trained; absent where all have one.",
+        "Number of responses without a reward (`reward.on_failure` drop), which neither count "
+        "in the statistics of their group nor are trained on; absent where there are none.",
     ),
-    MetricDoc("rollout/responses", "sum", ALL, "Responses."),
-    MetricDoc("rollout/tokens", "sum", ALL, "Sampled tokens."),
+    MetricDoc("rollout/responses", "sum", ALL, "Number of responses."),
+    MetricDoc("rollout/tokens", "sum", ALL, "Number of sampled tokens."),
     MetricDoc(
         "rollout/greedy_tokens",
         "sum",
         "greedy responses",
-        "Tokens of the greedy responses, where an estimator compares with them.",
+        "Number of tokens of the greedy responses, for estimators that compare with them "
+        "(`remax`).",
     ),
-    MetricDoc("rollout/response_length", "mean", ALL, "Sampled tokens a response."),
-    MetricDoc("rollout/response_length_max", "max", ALL, "Of the longest."),
+    MetricDoc("rollout/response_length", "mean", ALL, "Mean length of a response, in tokens."),
     MetricDoc(
-        "rollout/truncated_fraction", "mean", ALL, "Share that ended at `generation.max_tokens`."
+        "rollout/response_length_max",
+        "max",
+        ALL,
+        "Length of the longest response, in tokens.",
+    ),
+    MetricDoc(
+        "rollout/truncated_fraction",
+        "mean",
+        ALL,
+        "Fraction of responses that were truncated at `generation.max_tokens`.",
     ),
     MetricDoc(
         "rollout/frac_reward_zero_std",
         "mean",
         "groups of all samples",
-        "Share of groups whose rewards are all equal.",
+        "Fraction of groups whose rewards are all equal.",
     ),
-    MetricDoc("trained/responses", "sum", TRAINED, "Responses; 0: nothing was trained."),
-    MetricDoc("trained/tokens", "sum", TRAINED, "Their tokens, counted once however many epochs."),
-    MetricDoc("trained/reward_mean", "mean", TRAINED, "Reward."),
-    MetricDoc("trained/reward_std", "mean", TRAINED, "Its standard deviation."),
-    MetricDoc("trained/accuracy", "mean", TRAINED, "Share of correct responses."),
-    MetricDoc("trained/response_length", "mean", TRAINED, "Tokens a response."),
-    MetricDoc("trained/truncated_fraction", "mean", TRAINED, "Share that was truncated."),
+    MetricDoc(
+        "trained/responses",
+        "sum",
+        TRAINED,
+        "Number of responses; 0 means that nothing was trained.",
+    ),
+    MetricDoc(
+        "trained/tokens",
+        "sum",
+        TRAINED,
+        "Number of their tokens, counted once however many epochs there are.",
+    ),
+    MetricDoc("trained/reward_mean", "mean", TRAINED, "Mean reward."),
+    MetricDoc("trained/reward_std", "mean", TRAINED, "Standard deviation of the reward."),
+    MetricDoc("trained/accuracy", "mean", TRAINED, "Fraction of correct responses."),
+    MetricDoc("trained/response_length", "mean", TRAINED, "Mean length of a response, in tokens."),
+    MetricDoc("trained/truncated_fraction", "mean", TRAINED, "Fraction of truncated responses."),
     MetricDoc(
         "trained/frac_reward_zero_std",
         "mean",
         "groups of the trained",
-        "Share of groups whose trained responses have equal rewards.",
+        "Fraction of groups whose trained responses have equal rewards.",
     ),
     MetricDoc(
         "sampling/rounds",
         "sum",
         STEP,
-        "Rounds of sampling (with `algorithm.dynamic_sampling`, as the next three).",
+        "Number of sampling rounds (only with `algorithm.dynamic_sampling`, as the next three).",
     ),
-    MetricDoc("sampling/replaced_groups", "sum", STEP, "Dropped groups that teach nothing."),
     MetricDoc(
-        "sampling/surplus_groups", "sum", STEP, "Dropped groups beyond the size of the batch."
+        "sampling/replaced_groups",
+        "sum",
+        STEP,
+        "Number of groups without a learning signal that were replaced by further sampling.",
+    ),
+    MetricDoc(
+        "sampling/surplus_groups",
+        "sum",
+        STEP,
+        "Number of good groups that were dropped because the batch was full.",
     ),
     MetricDoc(
         "sampling/missing_groups",
         "sum",
         STEP,
-        "Groups that fill the batch for want of better ones.",
+        "Number of groups without a learning signal that fill the batch, since there were not "
+        "enough good ones.",
     ),
     MetricDoc(
         "advantage/mean_abs",
         "mean",
         "tokens of the batch",
-        "Size of the advantages, masked responses included.",
+        "Mean absolute advantage, masked responses included.",
     ),
     MetricDoc("advantage/baseline", "mean", STEP, "`reinforce_baseline`: its moving average."),
     MetricDoc(
         "advantage/alpha",
         "mean",
         STEP,
-        "`gpg`: B / (B - M), what the responses with a gradient are scaled up by.",
+        "`gpg`: B / (B - M), the factor that scales up the responses with a gradient.",
     ),
     MetricDoc(
         "advantage/variance_ratio/<baseline>",
         "mean",
-        "mini-batches or the batch",
-        "`hierarchical`: second moment of the gradient's proxy over that of the leave-one-out mean "
-        "([hierarchical baselines](hierarchical_baselines.md), also for the next rows).",
+        MINI_BATCHES_OR_BATCH,
+        "`hierarchical`: second moment of the gradient (by a proxy) with this baseline, divided "
+        "by that with the leave-one-out baseline ([hierarchical "
+        "baselines](hierarchical_baselines.md), also for the next rows).",
     ),
-    MetricDoc("advantage/won", "mean", "mini-batches or the batch", "1 where that is below 1."),
+    MetricDoc(
+        "advantage/won",
+        "mean",
+        MINI_BATCHES_OR_BATCH,
+        "1 where that ratio is below 1 for the baseline in use.",
+    ),
     MetricDoc(
         "advantage/effective_fraction/at_<percent>",
         "mean",
-        "mini-batches or the batch",
-        "Effective share of the responses' ratios, at a position in percent of the longest "
-        "response.",
+        MINI_BATCHES_OR_BATCH,
+        "Effective sample size of the importance ratios, as a fraction of the responses, at a "
+        "position in percent of the longest response.",
     ),
     MetricDoc(
         "advantage/condition_number",
         "mean",
-        "mini-batches or the batch",
-        "Of the horizons; null where two are alike.",
+        MINI_BATCHES_OR_BATCH,
+        "Condition number of the regression on the horizons, median over positions; null where "
+        "two horizons coincide.",
     ),
     MetricDoc(
         "advantage/shrinkage_group",
         "mean",
-        "mini-batches or the batch",
-        "Shrinkage coefficient of the group's own fit.",
+        MINI_BATCHES_OR_BATCH,
+        "Shrinkage coefficient of the within-group fit.",
     ),
     MetricDoc(
         "advantage/shrinkage_batch",
         "mean",
-        "mini-batches or the batch",
+        MINI_BATCHES_OR_BATCH,
         "Shrinkage coefficient of the pooled fit.",
     ),
     MetricDoc(
         "advantage/shrinkage_network",
         "mean",
-        "mini-batches",
-        "Shrinkage coefficient of the baseline network that was in use.",
+        MINI_BATCHES,
+        "Shrinkage coefficient of the baseline network.",
     ),
     MetricDoc(
         "advantage/clip_fraction",
         "mean",
-        "mini-batches or the batch",
-        "Share of log-ratios that were clipped.",
+        MINI_BATCHES_OR_BATCH,
+        "Fraction of log-ratios that were clipped.",
     ),
     MetricDoc(
-        "kl/coefficient", "mean", STEP, "KL coefficient that this batch was made with (adaptive)."
+        "kl/coefficient",
+        "mean",
+        STEP,
+        "KL coefficient used for this batch, where it is adaptive.",
     ),
     MetricDoc(
         "kl/old_coefficient",
         "mean",
         STEP,
-        "Coefficient of KL(old, live) in the loss of this batch, `algorithm.kl_old` (adaptive).",
+        "Coefficient of KL(old || live) in the loss of this batch (`algorithm.kl_old`).",
     ),
     MetricDoc(
         "entropy/temperature",
         "mean",
         STEP,
-        "Entropy temperature that this batch was made with (adaptive).",
+        "Entropy temperature used for this batch, where it is adaptive.",
     ),
     MetricDoc(
         "policy/loss",
         "mean",
-        "mini-batches",
-        "Loss of a mini-batch: the sum over its packs and ranks; the mean over mini-batches and "
+        MINI_BATCHES,
+        "Loss of a mini-batch (summed over its packs and ranks), averaged over mini-batches and "
         "epochs.",
     ),
-    MetricDoc("policy/entropy", "mean", TOKENS, "Entropy in nats, at the sampling temperature."),
-    MetricDoc("policy/ratio_mean", "mean", TOKENS, "Probability ratio of live to old."),
-    MetricDoc("policy/ratio_max", "max", TOKENS, "The largest."),
+    MetricDoc(
+        "policy/entropy",
+        "mean",
+        TOKENS,
+        "Mean entropy of the policy in nats, at the sampling temperature.",
+    ),
+    MetricDoc("policy/ratio_mean", "mean", TOKENS, "Mean probability ratio live / old."),
+    MetricDoc("policy/ratio_max", "max", TOKENS, "Largest probability ratio live / old."),
     MetricDoc(
         "policy/effective_sample_size",
         "mean",
         TOKENS,
-        "(sum rho)^2 / (n sum rho^2), over all mini-batches together.",
+        "(sum rho)^2 / (n sum rho^2) of the ratios rho = live / old, over all mini-batches "
+        "together.",
     ),
-    MetricDoc("policy/clip_fraction", "mean", TOKENS, "Share whose gradient the clip removed."),
+    MetricDoc(
+        "policy/clip_fraction",
+        "mean",
+        TOKENS,
+        "Fraction of tokens whose gradient the clip removed.",
+    ),
     MetricDoc(
         "policy/logprob_difference_mean",
         "mean",
         TOKENS,
-        "|rollout - old|, engine and trainer at the same weights. With `advantage.recompute` from "
-        "the tokens before the first optimizer step of the batch alone, for later `old` has moved.",
+        "Mean absolute log-prob difference of engine and trainer at the same weights, |rollout "
+        "- old|. With `advantage.recompute`, only from the tokens before the first optimizer "
+        "step of the batch.",
     ),
-    MetricDoc("policy/logprob_difference_max", "max", TOKENS, "The largest."),
+    MetricDoc("policy/logprob_difference_max", "max", TOKENS, "Largest such difference."),
     MetricDoc(
         "policy/drift_mean",
         "mean",
-        "trained tokens after an update",
-        "|rollout - live| where the live policy has moved since it sampled (`advantage.recompute` "
-        "with several mini-batches or epochs).",
+        MOVED,
+        "Mean absolute log-prob difference |rollout - live| after the policy has moved since "
+        "sampling (`advantage.recompute` with several mini-batches or epochs).",
     ),
-    MetricDoc("policy/drift_max", "max", "trained tokens after an update", "The largest."),
+    MetricDoc("policy/drift_max", "max", MOVED, "Largest such difference."),
     MetricDoc("policy/kl_ref_k1", "mean", TOKENS, "KL to the reference, estimator k1."),
     MetricDoc("policy/kl_ref_k3", "mean", TOKENS, "KL to the reference, estimator k3."),
     MetricDoc(
         "policy/rollout_correction",
         "mean",
         TOKENS,
-        "Weight of `algorithm.rollout_correction`.",
+        "Mean importance weight of `algorithm.rollout_correction`.",
     ),
     MetricDoc(
-        "policy/rollout_masked_fraction", "mean", TOKENS, "Share that this correction dropped."
+        "policy/rollout_masked_fraction",
+        "mean",
+        TOKENS,
+        "Fraction of tokens that `algorithm.rollout_correction` masked.",
     ),
-    MetricDoc("policy/q", "mean", "mini-batches", "Exponent of `adaptive_power`."),
+    MetricDoc("policy/q", "mean", MINI_BATCHES, "Exponent q of `adaptive_power`."),
     MetricDoc(
         "policy/tokens",
         "sum",
         "trained tokens of every epoch",
-        "Tokens that went through updates: `trained/tokens` times the epochs.",
+        "Number of tokens in updates: `trained/tokens` times the epochs.",
     ),
     MetricDoc(
         "policy/grad_norm",
         "mean",
-        "mini-batches",
+        MINI_BATCHES,
         "Norm of the gradient before clipping, where it is finite.",
     ),
-    MetricDoc("policy/updates", "sum", "mini-batches", "Optimizer steps taken."),
-    MetricDoc("policy/skipped_updates", "sum", "mini-batches", "Optimizer steps not taken."),
+    MetricDoc("policy/updates", "sum", MINI_BATCHES, "Number of optimizer steps."),
+    MetricDoc(
+        "policy/skipped_updates",
+        "sum",
+        MINI_BATCHES,
+        "Number of optimizer steps that were skipped.",
+    ),
     MetricDoc(
         "policy/nonfinite_gradients",
         "sum",
-        "mini-batches",
-        "Those of them whose gradient was not finite; the others had no trained response.",
+        MINI_BATCHES,
+        "Number of skipped optimizer steps with a gradient that was not finite; the other "
+        "skipped ones had no trained response.",
     ),
     MetricDoc("policy/learning_rate", "mean", STEP, "Learning rate."),
     MetricDoc(
         "gradient/variance_ratio/<baseline>",
         "mean",
-        "mini-batches",
-        "`diagnostics.gradient`: true variance of the gradient over that of the leave-one-out "
-        "mean.",
+        MINI_BATCHES,
+        "`diagnostics.gradient`: true variance of the gradient with this baseline, divided by "
+        "that with the leave-one-out baseline.",
     ),
-    MetricDoc("gradient/proxy_ratio/<baseline>", "mean", "mini-batches", "The same of the proxy."),
+    MetricDoc(
+        "gradient/proxy_ratio/<baseline>",
+        "mean",
+        MINI_BATCHES,
+        "The same ratio by the proxy.",
+    ),
     MetricDoc(
         "gradient/cross_position_fraction/<baseline>",
         "mean",
-        "mini-batches",
-        "Share of the second moment between different positions.",
+        MINI_BATCHES,
+        "Fraction of the gradient's second moment that comes from pairs of different positions, "
+        "which the proxy neglects.",
     ),
-    MetricDoc("sync/bytes", "sum", STEP, "Size of the weights that were sent."),
+    MetricDoc("sync/bytes", "sum", STEP, "Size of the synced weights, in bytes."),
     MetricDoc(
         "sync/logprob_difference_mean",
         "mean",
-        "tokens of the probe",
-        "|engine - trainer| after the sync, over all workers.",
+        PROBE,
+        "Mean absolute log-prob difference of engine and trainer after the weight sync, over "
+        "all workers.",
     ),
-    MetricDoc("sync/logprob_difference_max", "max", "tokens of the probe", "The largest."),
+    MetricDoc("sync/logprob_difference_max", "max", PROBE, "Largest such difference."),
     MetricDoc(
         "time/generate",
         "driver",
         STEP,
-        "Seconds of the phase, as the next ones; together they are `time/step`.",
+        "Seconds of sampling. This phase and the next six add up to `time/step`.",
     ),
-    MetricDoc("time/logprobs", "driver", STEP, "old and ref log-probabilities."),
-    MetricDoc("time/reward", "driver", STEP, "Waiting for rewards that were not ready by then."),
-    MetricDoc("time/advantages", "driver", STEP, "Joining the batch and estimating advantages."),
-    MetricDoc("time/update", "driver", STEP, "Update, and writing the rollout file."),
-    MetricDoc("time/sync", "driver", STEP, "Weight sync and probe."),
-    MetricDoc("time/other", "driver", STEP, "The rest of the step."),
-    MetricDoc("time/step", "driver", STEP, "The whole step, without evaluation and checkpoint."),
+    MetricDoc(
+        "time/logprobs",
+        "driver",
+        STEP,
+        "Seconds of computing old and reference log-probabilities.",
+    ),
+    MetricDoc(
+        "time/reward",
+        "driver",
+        STEP,
+        "Seconds of waiting for rewards that were not ready by then.",
+    ),
+    MetricDoc(
+        "time/advantages",
+        "driver",
+        STEP,
+        "Seconds of joining the batch and estimating advantages.",
+    ),
+    MetricDoc(
+        "time/update",
+        "driver",
+        STEP,
+        "Seconds of the update, and of writing the rollout file.",
+    ),
+    MetricDoc("time/sync", "driver", STEP, "Seconds of the weight sync and its check."),
+    MetricDoc("time/other", "driver", STEP, "Seconds of the rest of the step."),
+    MetricDoc(
+        "time/step",
+        "driver",
+        STEP,
+        "Seconds of the whole step, without evaluation and checkpoint.",
+    ),
     MetricDoc(
         "time/checkpoint",
         "driver",
         "the checkpoint before the step",
-        "Seconds of a checkpoint, written with the step after it.",
+        "Seconds of saving a checkpoint, reported with the next step.",
     ),
     MetricDoc("time/evaluate", "driver", "an evaluation", "Seconds of an evaluation."),
     MetricDoc(
         "throughput/generate",
         "driver",
-        "all samples and greedy responses",
-        "Sampled tokens a second of `time/generate`.",
+        ALL_AND_GREEDY,
+        "Sampled tokens per second of `time/generate`.",
     ),
-    MetricDoc("throughput/update", "driver", STEP, "`policy/tokens` a second of `time/update`."),
+    MetricDoc("throughput/update", "driver", STEP, "`policy/tokens` per second of `time/update`."),
     MetricDoc(
         "throughput/step",
         "driver",
-        "all samples and greedy responses",
-        "Sampled tokens a second of `time/step`.",
+        ALL_AND_GREEDY,
+        "Sampled tokens per second of `time/step`.",
     ),
-    MetricDoc("memory/driver", "max", RUN, "Peak memory of the driver in GiB, as the next ones."),
-    MetricDoc("memory/generation", "max", RUN, "Of a generation worker, or its GPU."),
-    MetricDoc("memory/policy", "max", RUN, "Of a policy rank, or its GPU."),
-    MetricDoc("memory/reference", "max", RUN, "Of a reference rank, or its GPU."),
+    MetricDoc("memory/driver", "max", RUN, "Peak memory of the driver, in GiB."),
     MetricDoc(
-        "memory/reward", "max", STEP, "Of the reward worker, with what its pool holds at the time."
+        "memory/generation",
+        "max",
+        RUN,
+        "Peak memory of a generation worker, or of its GPU, in GiB.",
     ),
-    MetricDoc("memory/advantage", "max", RUN, "Of the advantage controller."),
+    MetricDoc("memory/policy", "max", RUN, "Peak memory of a policy rank, or of its GPU, in GiB."),
+    MetricDoc(
+        "memory/reference",
+        "max",
+        RUN,
+        "Peak memory of a reference rank, or of its GPU, in GiB.",
+    ),
+    MetricDoc(
+        "memory/reward",
+        "max",
+        STEP,
+        "Peak memory of the reward worker plus the present memory of its processes, in GiB.",
+    ),
+    MetricDoc("memory/advantage", "max", RUN, "Peak memory of the advantage controller, in GiB."),
     MetricDoc(
         "eval/accuracy",
         "driver",
-        "held-out problems",
-        "Share whose greedy response is correct.",
+        HELD_OUT,
+        "Fraction of problems whose greedy response is correct.",
     ),
-    MetricDoc("eval/response_length", "driver", "held-out problems", "Tokens of those responses."),
     MetricDoc(
-        "eval/mean@<k>", "driver", "held-out problems", "Share of correct ones of k samples."
+        "eval/response_length",
+        "driver",
+        HELD_OUT,
+        "Mean length of the greedy responses, in tokens.",
+    ),
+    MetricDoc(
+        "eval/mean@<k>",
+        "driver",
+        HELD_OUT,
+        "Fraction of correct responses among k samples per problem.",
     ),
     MetricDoc(
         "eval/pass@<k>",
         "driver",
-        "held-out problems",
-        "Unbiased estimate that one of k samples is correct.",
+        HELD_OUT,
+        "Unbiased estimate of the probability that at least one of k samples is correct.",
     ),
     MetricDoc(
         "eval/errors",
         "driver",
-        "held-out problems",
-        "Responses of the evaluation that could not be scored, as `reward/errors`; absent where "
-        "there are none, as the next three.",
+        HELD_OUT,
+        "As `reward/errors`, for the responses of the evaluation. Absent where there are none, "
+        "as the next three.",
     ),
-    MetricDoc("eval/timeouts", "driver", "held-out problems", "As `reward/timeouts`."),
-    MetricDoc("eval/crashes", "driver", "held-out problems", "As `reward/crashes`."),
-    MetricDoc(
-        "eval/failed/<function>", "driver", "held-out problems", "As `reward/failed/<function>`."
-    ),
+    MetricDoc("eval/timeouts", "driver", HELD_OUT, "As `reward/timeouts`."),
+    MetricDoc("eval/crashes", "driver", HELD_OUT, "As `reward/crashes`."),
+    MetricDoc("eval/failed/<function>", "driver", HELD_OUT, "As `reward/failed/<function>`."),
 )
 
 
 def documented(name: str) -> MetricDoc | None:
-    """The row of a metric; None: it has none."""
-    exact = (doc for doc in METRICS if doc.name == name)
-    return next(exact, None) or next((d for d in METRICS if d.pattern.fullmatch(name)), None)
+    """Return the row of a metric, or None where it has none."""
+    for doc in METRICS:
+        if doc.name == name:
+            return doc
+    for doc in METRICS:
+        if doc.pattern.fullmatch(name):
+            return doc
+    return None
 
 
 def reference() -> str:
-    """The page."""
-    rows = [f"| `{doc.name}` | {doc.over} | {doc.reduction} | {doc.meaning} |" for doc in METRICS]
-    plugins = "\nWhat an estimator of a plug-in puts into its `diagnostics` is written as `advantage/<name>`, a mean over mini-batches.\n"
-    return "\n".join(
-        [
-            INTRODUCTION + "\n| metric | over | adds up as | |",
-            "|---|---|---|---|",
-            *rows,
-            plugins,
-            FILES.strip(),
-            "",
-        ]
-    )
+    """Return the page."""
+    lines = [INTRODUCTION]
+    lines += ["| metric | over | reduction | meaning |", "|---|---|---|---|"]
+    for doc in METRICS:
+        lines.append(f"| `{doc.name}` | {doc.over} | {doc.reduction} | {_cell(doc.meaning)} |")
+    lines += [
+        "",
+        "The `diagnostics` of an estimator in a plug-in are written as `advantage/<name>`, means",
+        "over mini-batches.",
+        "",
+        FILES.strip(),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table, in which a | separates cells."""
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":
