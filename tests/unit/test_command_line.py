@@ -218,7 +218,7 @@ def test_a_file_that_is_no_text_or_has_numbers_as_names(tmp_path: Path):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was started with flags of its own."""
+    """Return a run that was started with flags of its own."""
     saved = evolve(
         RECIPE,
         {

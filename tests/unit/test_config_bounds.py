@@ -1,4 +1,4 @@
-"""Every field of the configuration refuses what means nothing: no number, no text, an empty list, a value out of its range."""
+"""Every field of the configuration refuses values of a wrong type or out of its range."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAY_BE_EMPTY = {"plugins", "generation.stop"}
 
 
 def kinds(annotation: Any) -> set[type]:
-    """The types that a value of the field may have, without null; those within a list too."""
+    """Return the types that a value of the field may have, without null; of lists, the items'."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return kinds(parts[0])
@@ -171,7 +171,7 @@ def test_out_of_range(name: str, value: Any):
 
 
 def test_a_number_without_bounds_is_no_oversight():
-    """Every int and float has a bound, so that a new field cannot forget it."""
+    """Every int and float field has a bound; a new field without one fails here."""
     unbounded = [
         name
         for name in {*fields_of(int), *fields_of(float)}

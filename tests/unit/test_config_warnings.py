@@ -1,4 +1,4 @@
-"""What a configuration is warned of: accepted, computed as configured, and easily not meant."""
+"""Warnings about configurations that are accepted but may not do what was intended."""
 
 from typing import Any
 
@@ -119,7 +119,8 @@ def test_a_warm_up_that_never_ends_is_a_warning():
     made = evolve(grpo_math(cpu), {"policy.optimizer.warmup_steps": 120})
     (warning,) = config_warnings(made)
     assert warning.startswith(
-        "policy.optimizer.warmup_steps: 120 is above trainer.steps 60, so the learning rate ends at "
+        "policy.optimizer.warmup_steps: 120 is above trainer.steps 60, so the learning rate ends "
+        "at "
     )
     assert "5e-06" in warning
     assert not list(config_warnings(evolve(made, {"trainer.steps": 120})))

@@ -1,4 +1,4 @@
-"""Reward functions that fail: in the pool's processes, in the records, in what a batch is trained on, and at registration."""
+"""Reward functions that fail: in the pool, in metrics, in training, and at registration."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def configured(*names: str, **fields: Any) -> RewardConfig:
 
 @pytest.fixture
 def pools() -> Iterator[list[RewardPool]]:
-    """Pools that a test adds are shut down."""
+    """Collect the pools of a test, and shut them down after it."""
     made: list[RewardPool] = []
     yield made
     for pool in made:
         pool.shutdown()
 
 
-# --- in this process -------------------------------------------------------------------------------------------------------------------------
+# --- in this process ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_objects_and_partials_are_reward_functions():
         check_reward_function("counts_a", {"scal": 2.0})
 
 
-# --- before a run ----------------------------------------------------------------------------------------------------------------------------
+# --- before a run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,9 @@ def test_what_cannot_be_a_reward_is_refused_at_registration():
         register_reward_function("number")(1.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="is not a name"):
         register_reward_function(Letters())  # pyright: ignore[reportArgumentType]
+    partial = functools.partial(verify_math)
     with pytest.raises(ValueError, match=r"'counts_a' is already registered by failing_rewards"):
-        register_reward_function("counts_a")(functools.partial(verify_math))  # pyright: ignore[reportArgumentType]
+        register_reward_function("counts_a")(partial)  # pyright: ignore[reportArgumentType]
 
 
 BROKEN_PLUGINS = {
@@ -299,7 +300,7 @@ def test_weights_that_make_every_reward_meaningless_are_refused(weight: str):
         parse(RunConfig(), ["--reward.functions", flag])
 
 
-# --- ground truths ---------------------------------------------------------------------------------------------------------------------------
+# --- ground truths --------------------------------------------------------------------------------
 
 GSM8K = "He sold 48/2 = <<48/2=24>>24 clips.\nThat makes 48+24 = 1,072.\n#### 1,072"
 
@@ -354,7 +355,8 @@ def test_unreadable_ground_truths_are_counted_with_examples():
     functions = configured("math", "counts_a").functions
     (line,) = ground_truth_notices(functions, {"data.train": truths, "data.eval": ["1"]})
     assert line.startswith(
-        "data.train: 6 of 8 ground truths cannot be parsed by the verifier of reward 'math', such as "
+        "data.train: 6 of 8 ground truths cannot be parsed by the verifier of reward 'math', such "
+        "as "
         r"'\\frac{1', '', '\\frac{2'. "
     )
     (line,) = ground_truth_notices(functions, {"data.eval": [GSM8K, "1"]})
@@ -377,7 +379,7 @@ def test_each_distinct_ground_truth_is_read_once_and_not_too_many(monkeypatch: p
     assert "10 of 10 ground truths (of 95) cannot be parsed" in line
 
 
-# --- the pool's processes --------------------------------------------------------------------------------------------------------------------
+# --- the pool's processes -------------------------------------------------------------------------
 
 
 def test_a_function_that_ends_or_hangs_its_process_costs_its_own_score_alone(
@@ -441,14 +443,17 @@ def test_what_a_function_prints_is_kept_until_it_is_taken(pools: list[RewardPool
 
 
 def test_a_function_that_never_succeeds_is_not_asked_for_ever(pools: list[RewardPool]):
-    """With a timeout of two seconds and a batch of a thousand, the first batch would take half an hour."""
+    """A batch of a thousand timeouts of two seconds each would take half an hour."""
     pool = RewardPool(configured("raises", "counts_a"), (PLUGIN,))
     pools.append(pool)
     scores = [
         pool.submit(RewardInput(completion="a", ground_truth="")).result()
         for _ in range(HOPELESS_AFTER + 2)
     ]
-    messages = [score.outcomes[0].message for score in scores]  # pyright: ignore[reportAttributeAccessIssue]
+    messages = []
+    for score in scores:
+        assert isinstance(score.outcomes[0], FunctionFailure)
+        messages.append(score.outcomes[0].message)
     assert len(set(messages[:HOPELESS_AFTER])) == 1
     assert set(messages[HOPELESS_AFTER:]) == {
         f"not asked: it had failed on all of the first {HOPELESS_AFTER} answers"
@@ -472,22 +477,19 @@ def test_a_plugin_that_fails_in_the_processes_only_is_named(
         pool.warm_up()
 
 
-# --- records ---------------------------------------------------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
 def scores(*rows: tuple[float | str, ...]) -> list[Score]:
-    """A row of numbers and failure kinds for each response."""
-    return [
-        Score(
-            outcomes=tuple(
-                FunctionFailure(kind=value, message=f"{value}!", traceback="Traceback")  # pyright: ignore[reportArgumentType]
-                if isinstance(value, str)
-                else FunctionScore(score=value)
-                for value in row
-            )
-        )
-        for row in rows
-    ]
+    """Return the scores of a batch, with a row of numbers and failure kinds for each response."""
+    return [Score(outcomes=tuple(map(outcome, row))) for row in rows]
+
+
+def outcome(value: float | str) -> FunctionScore | FunctionFailure:
+    if not isinstance(value, str):
+        return FunctionScore(score=value)
+    kind: Any = value
+    return FunctionFailure(kind=kind, message=f"{value}!", traceback="Traceback")
 
 
 TWO = (
@@ -557,13 +559,13 @@ def test_failures_in_metrics_and_files(tmp_path: Path):
     ]
 
 
-# --- what is trained on ----------------------------------------------------------------------------------------------------------------------
+# --- what is trained on ---------------------------------------------------------------------------
 
 KEPT = np.array([0, 2, 3, 4, 6, 7])
 
 
 def groups(rows: np.ndarray | None = None) -> RolloutBatch:
-    """Two groups of four responses of 1 to 4 tokens, or some of them."""
+    """Return two groups of four responses of 1 to 4 tokens, or some of them."""
     texts = [
         [[1, 2], [1, 2, 3, 4], [3], [2, 2, 2]],
         [[5, 5, 5], [5], [6, 7], [5, 6]],
@@ -587,7 +589,7 @@ def plain_rewards(array: list[float]) -> RewardBatch:
 
 
 def noise(made: RolloutBatch, rows: np.ndarray, seed: int) -> np.ndarray:
-    """One number for each sampled token, the same for a response whichever batch it is in."""
+    """Return a number for each sampled token, which does not depend on the batch."""
     flat = np.zeros(len(made.token_ids), dtype=np.float32)
     for i, row in enumerate(rows):
         first, last = made.sequence_offsets[i], made.sequence_offsets[i + 1]
@@ -619,7 +621,7 @@ BUILT_IN = [name for name in available_advantage_estimators() if not name.starts
 
 @pytest.mark.parametrize("estimator", BUILT_IN)
 def test_a_dropped_response_is_as_if_it_had_not_been_sampled(estimator: str):
-    """Advantages of the others equal those of a batch without it, for every estimator, greedy baselines included."""
+    """The other responses have the advantages of a batch without it, for every estimator."""
     in_advantage = "ref_logprobs" in estimator_needs(estimator)
     config = RunConfig(
         generation=GenerationConfig(max_tokens=4, min_tokens=0),
@@ -694,11 +696,11 @@ def test_a_batch_without_any_reward_trains_nothing():
     assert "reward/mean" not in values(batch_metrics(train))
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 def failing(rows: int, failed: int, *, function: str = "mine", traceback: str = "") -> RewardBatch:
-    """So many responses, the first of which failed."""
+    """Return a batch of responses, the first of which failed."""
     components = np.ones(rows, dtype=np.float32)
     components[:failed] = np.nan
     return RewardBatch(
@@ -722,7 +724,7 @@ def failing(rows: int, failed: int, *, function: str = "mine", traceback: str = 
 
 
 def _joined_functions(first: RewardBatch, second: RewardBatch) -> RewardBatch:
-    """The responses of `first` with the functions of both."""
+    """Return the responses of `first` with the functions of both."""
     return replace(
         first,
         components={**first.components, **second.components},

@@ -1,4 +1,4 @@
-"""Fields that contradict each other: refused when a configuration is built, all of them at once."""
+"""Fields that contradict each other are refused together when a configuration is built."""
 
 from __future__ import annotations
 
@@ -30,33 +30,94 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy.num_mini_batches": 3}, "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8."),
+        (
+            {"policy.num_mini_batches": 3},
+            "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8.",
+        ),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
         ({"generation.workers": 9}, "generation.workers: 9 workers share the 8 prompts"),
-        ({"generation.min_tokens": 17}, "generation.min_tokens: 17 is above generation.max_tokens 16. Lower it"),
-        ({"generation.max_model_tokens": 100}, "generation.max_model_tokens: 100 is less than data.max_prompt_tokens + generation.max_tokens = 176"),
-        ({"trainer.evaluation.pass_at": [1, 8]}, "trainer.evaluation.pass_at: pass@8 needs as many samples"),
-        ({"policy.optimizer.learning_rate": 0.5, "policy.optimizer.weight_decay": 2.0}, "policy.optimizer.weight_decay: 2 times"),
-        ({"reward.functions": [{"name": "math", "weight": 0.0}]}, "reward.functions: every weight is 0"),
-        ({"reward.functions": [{"name": "math"}, {"name": "math"}]}, "reward.functions: math, math names a function twice"),
+        (
+            {"generation.min_tokens": 17},
+            "generation.min_tokens: 17 is above generation.max_tokens 16. Lower it",
+        ),
+        (
+            {"generation.max_model_tokens": 100},
+            "generation.max_model_tokens: 100 is less than data.max_prompt_tokens + "
+            "generation.max_tokens = 176",
+        ),
+        (
+            {"trainer.evaluation.pass_at": [1, 8]},
+            "trainer.evaluation.pass_at: pass@8 needs as many samples",
+        ),
+        (
+            {"policy.optimizer.learning_rate": 0.5, "policy.optimizer.weight_decay": 2.0},
+            "policy.optimizer.weight_decay: 2 times",
+        ),
+        (
+            {"reward.functions": [{"name": "math", "weight": 0.0}]},
+            "reward.functions: every weight is 0",
+        ),
+        (
+            {"reward.functions": [{"name": "math"}, {"name": "math"}]},
+            "reward.functions: math, math names a function twice",
+        ),
         ({"reward.timeout_s": 1e20}, "reward.timeout_s: 1e+20 is more than a day"),
         ({"reward.memory_gb": 1e20}, "reward.memory_gb: 1e+20 is more than a process can have"),
-        ({"algorithm.kl.target": 0.1}, "algorithm.kl.target: 0.1 can only be reached from a coefficient above 0"),
-        ({**KL, "algorithm.kl.kind": "exact"}, "algorithm.kl.kind: 'exact' sums over the vocabulary"),
-        ({**KL, "algorithm.kl.level": "sequence"}, "algorithm.aggregation: 'token_mean' with algorithm.kl.level 'sequence'"),
-        ({**KL, "algorithm.kl.placement": "reward", "algorithm.kl.level": "sequence"}, "algorithm.kl.level: 'sequence' is for the KL in the loss"),
-        ({"algorithm.kl_old.target": 0.01}, "algorithm.kl_old.target: 0.01 can only be reached from"),
-        ({"algorithm.kl_old.coefficient": 1.0}, "algorithm.kl_old.coefficient: 1 does nothing in the one update per batch"),
-        ({**RECOMPUTE, "algorithm.kl_old.coefficient": 1.0}, "algorithm.kl_old.coefficient: 1 with algorithm.advantage.recompute"),
-        ({"algorithm.advantage.recompute": True}, "algorithm.objective.weight: 'ppo_clip' acts on a ratio"),
-        ({**RECOMPUTE, "algorithm.kl.importance_ratio": "token"}, "algorithm.kl.importance_ratio: 'token' with algorithm.advantage.recompute"),
-        ({**RECOMPUTE, **KL, "algorithm.kl.placement": "reward"}, "algorithm.advantage.recompute: true estimates again"),
-        ({**RECOMPUTE, "algorithm.entropy.temperature": 0.1}, "algorithm.advantage.recompute: true estimates again"),
-        ({"algorithm.entropy.target": 1.0}, "algorithm.entropy.target: 1 can only be reached from a temperature"),
-        ({MASK + "below": 2.0, MASK + "above": 1.0}, "algorithm.rollout_correction.mask_below: 2 is not below mask_above 1"),
+        (
+            {"algorithm.kl.target": 0.1},
+            "algorithm.kl.target: 0.1 can only be reached from a coefficient above 0",
+        ),
+        (
+            {**KL, "algorithm.kl.kind": "exact"},
+            "algorithm.kl.kind: 'exact' sums over the vocabulary",
+        ),
+        (
+            {**KL, "algorithm.kl.level": "sequence"},
+            "algorithm.aggregation: 'token_mean' with algorithm.kl.level 'sequence'",
+        ),
+        (
+            {**KL, "algorithm.kl.placement": "reward", "algorithm.kl.level": "sequence"},
+            "algorithm.kl.level: 'sequence' is for the KL in the loss",
+        ),
+        (
+            {"algorithm.kl_old.target": 0.01},
+            "algorithm.kl_old.target: 0.01 can only be reached from",
+        ),
+        (
+            {"algorithm.kl_old.coefficient": 1.0},
+            "algorithm.kl_old.coefficient: 1 does nothing in the one update per batch",
+        ),
+        (
+            {**RECOMPUTE, "algorithm.kl_old.coefficient": 1.0},
+            "algorithm.kl_old.coefficient: 1 with algorithm.advantage.recompute",
+        ),
+        (
+            {"algorithm.advantage.recompute": True},
+            "algorithm.objective.weight: 'ppo_clip' acts on a ratio",
+        ),
+        (
+            {**RECOMPUTE, "algorithm.kl.importance_ratio": "token"},
+            "algorithm.kl.importance_ratio: 'token' with algorithm.advantage.recompute",
+        ),
+        (
+            {**RECOMPUTE, **KL, "algorithm.kl.placement": "reward"},
+            "algorithm.advantage.recompute: true estimates again",
+        ),
+        (
+            {**RECOMPUTE, "algorithm.entropy.temperature": 0.1},
+            "algorithm.advantage.recompute: true estimates again",
+        ),
+        (
+            {"algorithm.entropy.target": 1.0},
+            "algorithm.entropy.target: 1 can only be reached from a temperature",
+        ),
+        (
+            {MASK + "below": 2.0, MASK + "above": 1.0},
+            "algorithm.rollout_correction.mask_below: 2 is not below mask_above 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_message_with_field_value_and_remedy(changes: Mapping[str, Any], message: str):
     with pytest.raises(ConfigError) as error:
         evolve(RECIPE, changes)

@@ -1,4 +1,4 @@
-"""--help shows the keyword parameters of the chosen functions, from their source alone."""
+"""--help shows the keyword parameters of the chosen functions, read from their source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets name what exists."""
+"""Presets use registered estimators, ratios and weights."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Presets on the recipe of every machine: they pass all checks, with a line of description each."""
+"""Presets on the recipes of a CPU and a GPU machine pass all checks and have a description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of an earlier version: refused with the new one, and translated in what a run wrote down."""
+"""Names of an earlier version are refused with the new name, and translated in saved runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_recipe_that_changes_an_old_name_is_told_the_new_one():
 
 
 def renamed_back(tree: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version would have written."""
+    """Return the configuration as an earlier version would have saved it."""
     tree["policy"]["updates"] = tree["policy"].pop("epochs")
     tree["trainer"]["saves"] = tree["trainer"].pop("checkpoints")
     parameters = tree["algorithm"]["advantage"]["parameters"]

@@ -1,4 +1,4 @@
-"""A run's directory, for tests of what is written there."""
+"""A run's directory, for tests of the files in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not there, whenever the process dies; damaged ones are found out."""
+"""Checkpoints are complete or absent, whenever the process dies; damaged ones are detected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_what_was_saved_is_found(tmp_path: Path) -> None:
 
 
 async def test_the_newest_are_kept_and_counted_by_number(tmp_path: Path) -> None:
-    """999,999 comes before 1,000,000, which a sort by name would turn round."""
+    """Steps are sorted by number: a sort by name would put 1,000,000 before 999,999."""
     store = CheckpointStore(tmp_path, keep=2)
     for step in (999_990, 999_999, 1_000_000):
         await store.save(step, write_weights, {})
@@ -141,7 +141,7 @@ async def test_a_damaged_checkpoint_is_replaced_when_the_run_passes_it_again(
 
 
 async def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
-    """Otherwise keep=2 could leave one good checkpoint and one bad."""
+    """A damaged checkpoint does not count: otherwise keep=2 might leave a single good one."""
     store = CheckpointStore(tmp_path, keep=2)
     for step in (10, 20):
         await store.save(step, write_weights, {})
@@ -168,7 +168,7 @@ async def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> 
     assert names(tmp_path) == ["step_000030"]  # the half-written one is cleared away
 
 
-# Saves step 20 over step 10 with keep=1, and kills itself at the n-th operation on a file or directory.
+# Saves step 20 after step 10 with keep=1, and kills itself at its n-th file operation.
 KILLED_SAVE = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -209,7 +209,7 @@ def save_and_die(directory: Path, fatal: int) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.save only says that a position is not the expected one."""
+    """The error of torch.save does not say that the disk is full."""
 
     async def fail(directory: Path) -> None:
         (directory / "model.safetensors").write_bytes(b"some")
@@ -222,7 +222,8 @@ async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     with pytest.raises(
         OSError,
-        match=r"trainer\.checkpoints: the disk of .* is full \(1 MiB were free\), so step_000002 was not written\. Free",
+        match=r"trainer\.checkpoints: the disk of .* is full \(1 MiB were free\), so step_000002 "
+        r"was not written\. Free",
     ):
         await store.save(2, fail, {})
     assert names(tmp_path) == ["step_000001"]
@@ -230,7 +231,7 @@ async def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 async def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    """With keep=1 there is never more than one to fall back on. Every file operation of a save is tried as the last one."""
+    """Kill a save at each of its file operations in turn; keep=1 leaves one fallback only."""
     total = int(save_and_die(tmp_path / "whole", 0).stdout)
     assert total > 15
     survivors = []

@@ -1,4 +1,4 @@
-"""Options that were set and do nothing: each row of the table fires in its setting, and in no other."""
+"""Options without an effect: each row of the table warns in its setting, and in no other."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ KL = {"algorithm.kl.coefficient": 0.1}
 SEVERAL = {"policy.num_mini_batches": 2}
 VLLM = {"generation.engine": "vllm"}
 
-# option, value, a setting in which it does nothing, one in which it does, and the machine.
+# option, value, a setting in which it has no effect, one in which it has, and the machine.
 CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
-    ("algorithm.objective.ratio", "sequence", {"algorithm.objective.weight": "none"} | SEVERAL, SEVERAL, CPU),
+    (
+        "algorithm.objective.ratio",
+        "sequence",
+        {"algorithm.objective.weight": "none"} | SEVERAL,
+        SEVERAL,
+        CPU,
+    ),
     ("algorithm.objective.ratio", "sequence", {}, SEVERAL, CPU),
     ("algorithm.objective.weight", "cispo", {}, SEVERAL, CPU),
     ("algorithm.objective.parameters.clip_low", 0.1, {}, {"policy.epochs": 2}, CPU),
@@ -42,10 +48,34 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("reference.ranks", 1, {}, KL, CPU),
     ("reference.compute_dtype", "float32", {}, KL, CPU),
     ("reference.microbatch_tokens", 64, {}, KL, CPU),
-    ("algorithm.entropy.learning_rate", 0.1, {}, {"algorithm.entropy.temperature": 0.1, "algorithm.entropy.target": 1.0}, CPU),
-    ("algorithm.rollout_correction.cap", 3.0, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
-    ("algorithm.rollout_correction.mask_below", 0.5, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
-    ("algorithm.rollout_correction.mask_above", 2.0, {}, {"algorithm.rollout_correction.level": "token"}, CPU),
+    (
+        "algorithm.entropy.learning_rate",
+        0.1,
+        {},
+        {"algorithm.entropy.temperature": 0.1, "algorithm.entropy.target": 1.0},
+        CPU,
+    ),
+    (
+        "algorithm.rollout_correction.cap",
+        3.0,
+        {},
+        {"algorithm.rollout_correction.level": "token"},
+        CPU,
+    ),
+    (
+        "algorithm.rollout_correction.mask_below",
+        0.5,
+        {},
+        {"algorithm.rollout_correction.level": "token"},
+        CPU,
+    ),
+    (
+        "algorithm.rollout_correction.mask_above",
+        2.0,
+        {},
+        {"algorithm.rollout_correction.level": "token"},
+        CPU,
+    ),
     ("algorithm.advantage.auxiliary.width", 8, {}, NETWORK, CPU),
     ("algorithm.advantage.auxiliary.learning_rate", 0.1, {}, NETWORK, CPU),
     ("generation.kv_cache_gib", 2.0, {"generation.engine": "transformers"}, VLLM, CPU),
@@ -69,17 +99,29 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("data.columns.id", "number", {}, {"data.eval": "a.jsonl"}, CPU),
     ("data.blank_rows", "refuse", {}, {"data.train": "a.jsonl"}, CPU),
     ("data.held_out", 0.2, {}, {"data.train": "a.jsonl"}, CPU),
-    ("data.held_out", 0.2, {"data.train": "a.jsonl", "data.eval": "b.jsonl"}, {"data.train": "a.jsonl"}, CPU),
+    (
+        "data.held_out",
+        0.2,
+        {"data.train": "a.jsonl", "data.eval": "b.jsonl"},
+        {"data.train": "a.jsonl"},
+        CPU,
+    ),
     ("data.eval_limit", 9, {"data.eval": "off"}, {}, CPU),
     ("trainer.evaluation.every", 5, {"data.eval": "off"}, {}, CPU),
     ("trainer.checkpoints.keep", 3, {"trainer.checkpoints.every": 0}, {}, CPU),
     ("trainer.evaluation.samples_per_prompt", 4, {"trainer.evaluation.every": 0}, {}, CPU),
-    ("trainer.evaluation.temperature", 0.6, {"trainer.evaluation.every": 0}, {"trainer.evaluation.samples_per_prompt": 4}, CPU),
+    (
+        "trainer.evaluation.temperature",
+        0.6,
+        {"trainer.evaluation.every": 0},
+        {"trainer.evaluation.samples_per_prompt": 4},
+        CPU,
+    ),
     ("trainer.evaluation.temperature", 0.6, {}, {"trainer.evaluation.samples_per_prompt": 4}, CPU),
     ("trainer.evaluation.pass_at", [1], {}, {"trainer.evaluation.samples_per_prompt": 4}, CPU),
     ("diagnostics.gradient_every", 3, {}, {"diagnostics.gradient": True}, CPU),
     ("cluster.object_store_gib", 2.0, {"cluster.address": "auto"}, {}, CPU),
-]  # fmt: skip
+]
 
 
 def warned(changes: Mapping[str, Any], explicit: set[str], hardware: Hardware) -> list[str]:
@@ -125,7 +167,7 @@ def test_a_value_that_asks_for_nothing_does_not_warn():
 
 
 def test_a_power_of_zero_ignores_the_ratio_too():
-    """What a weight reads is found out by asking it, so that a plug-in's weight is judged as well."""
+    """A weight that ignores the ratio is detected by calling it, so plug-ins are covered too."""
     changes = {
         "algorithm.objective.weight": "power",
         "algorithm.objective.parameters": {"q": 0.0},

@@ -1,4 +1,4 @@
-"""Fields that do not fit the machine, or what is installed on it."""
+"""Fields that do not fit this machine or its installed packages."""
 
 from __future__ import annotations
 
@@ -30,18 +30,60 @@ def test_the_recipe_of_a_machine_fits_it(hardware: Hardware):
 @pytest.mark.parametrize(
     ("changes", "hardware", "message"),
     [
-        ({"model.attention": "flash_attention_2"}, CPU, "model.attention: 'flash_attention_2' needs a GPU, and this machine has no GPU. Choose sdpa"),
-        ({"model.attention": "flex_attention"}, CPU, "model.attention: 'flex_attention' needs a GPU"),
-        ({"model.attention": "flex_attention", "policy.gpus_per_rank": 0.0}, GPU, "model.attention: 'flex_attention' needs a GPU, and policy.gpus_per_"),
-        ({"generation.tensor_parallel": 2}, CPU, "generation.tensor_parallel: 2 splits a model over GPUs, and this machine has none. Set it to 1"),
-        ({"generation.tensor_parallel": 2, "generation.gpus_per_worker": 0.5}, GPU, "generation.gpus_per_worker: 0.5 with generation.tensor_parallel 2"),
-        ({"generation.kv_cache_gib": 1.4}, CPU, "generation.kv_cache_gib: vllm takes whole GiB on a CPU, not 1.4. Give 1."),
-        ({"generation.kv_cache_gib": 16.0, "generation.workers": 2}, CPU, "generation.kv_cache_gib: 16 for each of 2 workers"),
-        ({"cluster.object_store_gib": 100.0}, CPU, "cluster.object_store_gib: 100 is more than the 24 GiB"),
-        ({"policy.ranks": 9, "generation.samples_per_prompt": 16}, CPU, "policy.ranks, generation.workers: 9 ranks and 1 workers need 10 CPUs"),
-        ({"policy.threads_per_rank": 9}, CPU, "policy.threads_per_rank: 9 threads for the 8 CPUs of this machine. Lower it"),
+        (
+            {"model.attention": "flash_attention_2"},
+            CPU,
+            "model.attention: 'flash_attention_2' needs a GPU, and this machine has no GPU. "
+            "Choose sdpa",
+        ),
+        (
+            {"model.attention": "flex_attention"},
+            CPU,
+            "model.attention: 'flex_attention' needs a GPU",
+        ),
+        (
+            {"model.attention": "flex_attention", "policy.gpus_per_rank": 0.0},
+            GPU,
+            "model.attention: 'flex_attention' needs a GPU, and policy.gpus_per_",
+        ),
+        (
+            {"generation.tensor_parallel": 2},
+            CPU,
+            "generation.tensor_parallel: 2 splits a model over GPUs, and this machine has none. "
+            "Set it to 1",
+        ),
+        (
+            {"generation.tensor_parallel": 2, "generation.gpus_per_worker": 0.5},
+            GPU,
+            "generation.gpus_per_worker: 0.5 with generation.tensor_parallel 2",
+        ),
+        (
+            {"generation.kv_cache_gib": 1.4},
+            CPU,
+            "generation.kv_cache_gib: vllm takes whole GiB on a CPU, not 1.4. Give 1.",
+        ),
+        (
+            {"generation.kv_cache_gib": 16.0, "generation.workers": 2},
+            CPU,
+            "generation.kv_cache_gib: 16 for each of 2 workers",
+        ),
+        (
+            {"cluster.object_store_gib": 100.0},
+            CPU,
+            "cluster.object_store_gib: 100 is more than the 24 GiB",
+        ),
+        (
+            {"policy.ranks": 9, "generation.samples_per_prompt": 16},
+            CPU,
+            "policy.ranks, generation.workers: 9 ranks and 1 workers need 10 CPUs",
+        ),
+        (
+            {"policy.threads_per_rank": 9},
+            CPU,
+            "policy.threads_per_rank: 9 threads for the 8 CPUs of this machine. Lower it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_message_with_field_value_and_remedy(
     changes: Mapping[str, Any], hardware: Hardware, message: str
 ):

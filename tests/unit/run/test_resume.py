@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, what is told, what refused, and from which state it goes on."""
+"""Changes on a resume: accepted, printed or refused; and the state that the run continues with."""
 
 from __future__ import annotations
 

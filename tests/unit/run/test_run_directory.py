@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, and whether anything can be written there."""
+"""The directory of a run: it is claimed by one run, and must be writable."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_file_is_no_directory(tmp_path: Path):
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_early():
-    """/proc lets nobody write, root neither."""
+    """Nobody can write to /proc, not even root."""
     directory = RunDirectory(Path("/proc/runs/a"))
     with pytest.raises(ValueError, match=r"run\.directory: '/proc/runs/a' cannot be written to"):
         directory.check(resume=False)
@@ -80,7 +80,7 @@ def test_the_configuration_is_replaced_whole(tmp_path: Path):
 
 
 def test_metrics_are_untouched_until_the_loop_starts(tmp_path: Path):
-    """A resume that is refused at set-up has made a `MetricsLog` already."""
+    """A resume that is refused at set-up has created a `MetricsLog` before."""
     run = RunDirectory(tmp_path / "run")
     run.create(RunConfig())
     log = MetricsLog(run)

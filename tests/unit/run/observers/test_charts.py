@@ -1,4 +1,4 @@
-"""Charts that hide nothing: equal lines, missing values, cut bars, one step, ten thousand."""
+"""Charts show equal lines, missing values, cut bars, a single step, and ten thousand steps."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from rlsys.run.observers.charts import (
 
 
 def polylines(chart: str, kind: str) -> list[list[tuple[float, float]]]:
-    """The coordinates of each polyline of a class such as "line c0"."""
+    """Return the coordinates of each polyline of a class such as "line c0"."""
     found = re.findall(rf'<polyline class="{kind}" points="([^"]*)"', chart)
-    return [
-        [tuple(map(float, pair.split(","))) for pair in points.split()]  # pyright: ignore[reportReturnType]
-        for points in found
-    ]
+    return [[_point(pair) for pair in points.split()] for points in found]
+
+
+def _point(pair: str) -> tuple[float, float]:
+    x, y = pair.split(",")
+    return float(x), float(y)
 
 
 def hover(chart: str) -> list[dict]:
-    """What the pointer is told."""
+    """Return the values that the page shows under the pointer."""
     found = re.search(r'data-series="([^"]*)"', chart)
     assert found is not None
     return json.loads(html.unescape(found[1]), parse_constant=lambda name: pytest.fail(name))
@@ -81,7 +83,7 @@ def test_a_chart_without_points_is_nothing_and_titles_are_escaped():
 
 
 def test_equal_lines_are_told_apart():
-    """Each has dashes of its own class, and the legend says that they are equal."""
+    """Each line has the dashes of its class, and the legend says that they are equal."""
     chart = line_chart("t", [line("k1", [0.1] * 20), line("k3", [0.1] * 20)])
     assert len(polylines(chart, "line c0")) == len(polylines(chart, "line c1")) == 1
     assert "k3 <b>0.1</b> <i>(= k1)</i>" in chart

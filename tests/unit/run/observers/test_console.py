@@ -1,4 +1,4 @@
-"""A run on the console: plain lines, the live panel, and the summary at the end."""
+"""Console output of a run: plain lines, the live display, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_live_panel_shows_step_phase_and_numbers():
 
 
 def test_summary_and_report_say_what_was_trained_and_what_went_wrong(directory: RunDirectory):
-    """Rewards of all samples first; a third of them trained; the highest memory, not the last; a failure in two steps; and no end yet."""
+    """A third of the samples is trained, two steps have failures, and the run is interrupted."""
     log, status = MetricsLog(directory), StatusWriter(directory)
     status.on_start(1, 60)
     for step in (1, 2, 3):

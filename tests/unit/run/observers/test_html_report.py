@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing else."""
+"""report.html: one self-contained page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(directory: RunDirectory)
 def test_the_report_shows_samples_with_the_advantage_that_their_file_holds(
     directory: RunDirectory, advantages: bool, shown: str
 ):
-    """Where each mini-batch estimates its own, there is none."""
+    """Show a dash for a response that has no advantages."""
     rollouts = random_rollouts(4)
     batch = ScoredBatch(rollouts=rollouts, rewards=rewards_of(rollouts))
     if advantages:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every number of a run, written line by line and read back."""
+"""metrics.jsonl: all metrics of a run, written line by line and read back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_metrics_are_written_line_by_line_and_read_back(directory: RunDirectory)
 
 
 def test_every_line_is_valid_json_whatever_the_numbers_are(directory: RunDirectory):
-    """NaN and infinities are null, numbers of NumPy are numbers, and a person is told."""
+    """NaN and infinities are written as null, NumPy numbers as numbers, and a note is added."""
 
     def refuse(name: str) -> float:
         raise AssertionError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""Which charts a report shows."""
+"""The charts that a report shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""status.json: how a run ended, also one that could not say so itself."""
+"""status.json: how a run ended, even if it was killed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_interrupted_run_does_not_look_finished(directory: RunDirectory):
 
 
 def test_a_killed_run_is_found_dead_at_the_next_look(directory: RunDirectory):
-    """A process that starts, says that it runs, and is gone without a word."""
+    """Start a process that writes "running" and is then killed."""
     code = f"""
 import os
 from pathlib import Path

@@ -12,7 +12,7 @@ from tests.support.step_values import PARTLY, STEP
 
 
 def train(step: int, **values: float) -> MetricsRecord:
-    """A training step; names are written with __ for the slash."""
+    """Return the record of a training step; names are written with __ for the slash."""
     named = {name.replace("__", "/"): value for name, value in values.items()}
     return MetricsRecord(kind="train", step=step, time=0.0, values=STEP | named)
 

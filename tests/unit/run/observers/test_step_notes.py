@@ -1,4 +1,4 @@
-"""Remarks on steps: each from the numbers that call for it, and silence without."""
+"""Remarks on steps: each appears for its metrics, and for no others."""
 
 from __future__ import annotations
 
