@@ -44,7 +44,7 @@ class RewardConfig(Section):
     )
     on_failure: Literal["zero", "drop"] = Field(
         default="zero",
-        description="If a function fails on a response. zero: its term of the sum is 0. drop: the "
+        description="Responses on which a function fails. zero: its term of the sum is 0. drop: the "
         "response has no reward, does not count in the statistics of its group, and is not trained "
         "on.",
     )

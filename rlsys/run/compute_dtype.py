@@ -31,8 +31,8 @@ from rlsys.models.catalogue import cache_directory
 from rlsys.models.loading import mlp_shape
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = (8, 0)  # Ampere; earlier GPUs emulate it
-# Least speed-up of products at which `auto` chooses bfloat16: casts, norms and softmax do not become
-# faster, and rounding costs accuracy.
+# Least speed-up of products at which `auto` chooses bfloat16: casts, norms and softmax do not gain,
+# and rounding costs accuracy.
 LEAST_SPEEDUP = 1.2
 TOKENS = 256  # rows of a measured product
 LARGEST_HIDDEN, LARGEST_INTERMEDIATE = 1024, 4096  # larger products run at the same rate
