@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlsys.data.packing import SegmentGroup
+from workers.training.shared_prefix_attention import (
+    PrefixSpans,
+    is_applicable,
+    prefix_spans,
+    shared_prefix_attention,
+)
 
 SHARING_KERNELS = ("sdpa", "eager", "flex_attention")
 
@@ -109,6 +115,7 @@ class PackedLayout:
         self._blocks: dict[int | None, list[list[AttentionBlock]]] = {}
         self._block_masks: dict[int | None, Any] = {}
         self._cumulative: Tensor | None = None
+        self._spans: dict[torch.dtype, list[PrefixSpans]] = {}
 
     def window(self, sliding_window: int | None) -> int | None:
         """Return the window if it hides any token of this pack from another, else None."""
@@ -123,6 +130,19 @@ class PackedLayout:
                 attention_blocks(group, self.device, window) for group in self.groups
             ]
         return self._blocks[window]
+
+    def spans(self, dtype: torch.dtype) -> list[PrefixSpans]:
+        """Return the calls of `shared_prefix_attention`, for queries of a dtype."""
+        if dtype not in self._spans:
+            self._spans[dtype] = [self._spans_of(group, dtype) for group in self.groups]
+        return self._spans[dtype]
+
+    def _spans_of(self, group: SegmentGroup, dtype: torch.dtype) -> PrefixSpans:
+        def additive_mask() -> Tensor:
+            visible = group_mask(group, self.device)
+            return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+        return prefix_spans(group, additive_mask)
 
     @property
     def cumulative_lengths(self) -> Tensor:
@@ -345,6 +365,20 @@ def _sdpa(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
+_sdpa_by_blocks = _per_group(_sdpa)
+
+
+def _sdpa_of_packs(call: _AttentionCall) -> Tensor:
+    """Attend with torch's fused kernel, on a CPU without copies of the prompt's keys."""
+    plain = call.window is None and call.softcap is None
+    if not plain or not is_applicable(call.query, call.value):
+        return _sdpa_by_blocks(call)
+
+    scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    spans = call.layout.spans(call.query.dtype)
+    return shared_prefix_attention(call.query, call.key, call.value, spans, scaling)
+
+
 def _eager(
     query: Tensor,
     key: Tensor,
@@ -414,7 +448,7 @@ def _flash(call: _AttentionCall) -> Tensor:
 
 
 _FUNCTIONS = {
-    "sdpa": _packed(_per_group(_sdpa)),
+    "sdpa": _packed(_sdpa_of_packs),
     "eager": _packed(_per_group(_eager)),
     "flex_attention": _packed(_flex),
     "flash_attention_2": _packed(_flash),
