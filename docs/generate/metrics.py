@@ -381,6 +381,13 @@ METRICS = (
     ),
     MetricDoc("policy/q", "mean", MINI_BATCHES, "Exponent q of `adaptive_power`."),
     MetricDoc(
+        "policy/skipped_fraction",
+        "mean",
+        "trained responses",
+        "Fraction without a backward pass, since all their advantages are 0 and no KL or entropy term "
+        "brings a gradient. The metrics of the policy are those of every fourth of their groups.",
+    ),
+    MetricDoc(
         "policy/tokens",
         "sum",
         "trained tokens of every epoch",

@@ -9,7 +9,7 @@ gradients add up over packs and ranks, and do not depend on how the tokens were 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -73,6 +73,11 @@ class PackLoss:
     loss: Tensor  # to differentiate
     sums: dict[str, float]  # over the pack's tokens, detached
     maxima: dict[str, float]  # over the pack's tokens, detached
+
+    def scaled(self, factor: float) -> PackLoss:
+        """Return the loss and sums of `factor` times as many tokens of the same kind."""
+        sums = {name: factor * value for name, value in self.sums.items()}
+        return replace(self, loss=factor * self.loss, sums=sums)
 
 
 TokenLoss = Callable[[ResultT, PackColumns, Denominators], PackLoss]

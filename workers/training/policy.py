@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +136,26 @@ class PolicyWorker(CausalLMWorker):
             all_rows: all its rows. Recomputed advantages are estimated over them, since the
                 responses that are not trained still belong to their groups.
         """
-        packs = self.packs_of(scored.rollouts, rows)
         batch, diagnostics, targets = self._with_advantages(scored, all_rows)
         diagnostics |= self._gradient_metrics(batch, rows)
 
-        parameters = self._objective_parameters(batch, packs)
+        parameters = self._objective_parameters(batch, rows)
         loss = PolicyLoss(
             batch=batch,
             algorithm=self.config.algorithm,
             objective_parameters=parameters,
             old_kl_coefficient=self.old_kl_coefficient,
         )
-        losses, tokens = self._backward(loss, rows, packs, targets)
+        # The auxiliary network learns from all rows.
+        active = rows if self.auxiliary else loss.rows_with_gradient(rows)
+        idle = np.setdiff1d(rows, active)
+        sizes = self._denominators(batch, rows)
+        # Forward passes come before the backward passes, after which the parameters are sharded.
+        losses, tokens = self._measure(loss, sizes, idle)
+        losses_of_active, active_tokens = self._backward(loss, sizes, active, targets)
+        losses += losses_of_active
+        tokens += active_tokens
+        diagnostics["policy/skipped_fraction"] = mean(len(idle) / len(rows), len(rows))
         if self.auxiliary:
             diagnostics |= self.auxiliary.step()
 
@@ -155,25 +164,31 @@ class PolicyWorker(CausalLMWorker):
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
         return measured | diagnostics | self._batch_statistics(parameters) | self._optimizer_step()
 
+    def _denominators(self, batch: TrainBatch, rows: NDArray[np.int64]) -> Denominators:
+        """Return the sizes of a mini-batch over all ranks.
+
+        So the loss depends neither on its packing nor on which rows have a gradient.
+        """
+        return Denominators(
+            num_tokens=max(1, int(batch.rollouts.response_lengths[rows].sum())),
+            num_sequences=len(rows),
+            max_tokens=self.config.generation.max_tokens,
+        )
+
     def _backward(
         self,
         loss: PolicyLoss,
+        sizes: Denominators,
         rows: NDArray[np.int64],
-        packs: Sequence[Pack],
         targets: NDArray[np.float32] | None,
-    ) -> tuple[list[PackLoss], int]:
-        """Accumulate the gradient of a mini-batch, and the statistics of the auxiliary network.
+    ) -> tuple[list[PackLoss], float]:
+        """Accumulate the gradient of `rows`, and the statistics of the auxiliary network.
 
         Returns:
             The losses of this rank's packs, and the number of tokens in them.
         """
         rollouts = loss.batch.rollouts
-        # The whole mini-batch over all ranks, so that the loss does not depend on its packing.
-        sizes = Denominators(
-            num_tokens=max(1, int(rollouts.response_lengths[rows].sum())),
-            num_sequences=len(rows),
-            max_tokens=self.config.generation.max_tokens,
-        )
+        packs = self._packs_with_gradient(rollouts, rows)
         losses: list[PackLoss] = []
         tokens = 0
         passes = backward_passes(self.backend, packs, loss, sizes, temperature=rollouts.temperature)
@@ -182,6 +197,46 @@ class PolicyWorker(CausalLMWorker):
             tokens += len(pack.targets)
             if self.auxiliary and targets is not None:
                 self.auxiliary.accumulate(result, pack, targets)
+        return losses, tokens
+
+    def _packs_with_gradient(self, rollouts: RolloutBatch, rows: NDArray[np.int64]) -> list[Pack]:
+        """Return this rank's packs of `rows`, or one padding pack where there are none.
+
+        The padding pack has a gradient of 0. With it the optimizer takes the same step as if all
+        rows had been computed: its moments decay, and so do the weights.
+        """
+        if len(rows):
+            return self.packs_of(rollouts, rows)
+
+        shortest = np.argmin(rollouts.sequence_lengths)
+        packs = self.packs_of(rollouts, np.array([shortest]))
+        return [replace(pack, is_padding=True) for pack in packs]
+
+    @torch.no_grad()
+    def _measure(
+        self, loss: PolicyLoss, sizes: Denominators, rows: NDArray[np.int64]
+    ) -> tuple[list[PackLoss], float]:
+        """Run a sample of rows without a gradient, for the metrics alone.
+
+        Returns:
+            The losses of this rank's packs, and the number of tokens that they stand for.
+        """
+        rollouts = loss.batch.rollouts
+        sample = measured_sample(rows, rollouts.group_ids)
+        if not len(sample):
+            return [], 0.0
+
+        lengths = rollouts.response_lengths
+        factor = float(lengths[rows].sum() / max(1, lengths[sample].sum()))
+        losses: list[PackLoss] = []
+        tokens = 0.0
+        for pack in self.packs_of(rollouts, sample):
+            result = self.run(pack, rollouts.temperature)
+            if pack.is_padding:
+                continue
+            columns = PackColumns(pack, self.backend.device)
+            losses.append(loss(result, columns, sizes).scaled(factor))
+            tokens += factor * len(pack.targets)
         return losses, tokens
 
     def _batch_statistics(self, parameters: Mapping[str, Any]) -> dict[str, Metric]:
@@ -302,7 +357,7 @@ class PolicyWorker(CausalLMWorker):
         return gradient_metrics(self.backend.module, batch, rows, plan, self.backend.device)
 
     @torch.no_grad()
-    def _objective_parameters(self, batch: TrainBatch, packs: Sequence[Pack]) -> dict[str, Any]:
+    def _objective_parameters(self, batch: TrainBatch, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Return the weight's parameters, with its statistic over the mini-batch if it has one.
 
         The statistic costs one more forward pass, except where the batch has no old
@@ -316,7 +371,7 @@ class PolicyWorker(CausalLMWorker):
         # Log-ratios of this rank's tokens; a rank may have none.
         own = [torch.zeros(0)]
         if batch.old_logprobs is not None:
-            for pack in packs:
+            for pack in self.packs_of(batch.rollouts, rows):
                 result = self.run(pack, batch.rollouts.temperature)
                 if pack.is_padding:
                     continue
@@ -412,6 +467,19 @@ class PolicyWorker(CausalLMWorker):
 
         if self.auxiliary:
             self.auxiliary.load(path)
+
+
+# Of the groups of rows without a gradient every fourth is measured.
+MEASURED_EVERY = 4
+
+
+def measured_sample(rows: NDArray[np.int64], group_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return those of `rows` that belong to every fourth of their groups, the first included.
+
+    Whole groups, because the rows of a group share the computation of their prompt.
+    """
+    groups = np.unique(group_ids[rows])
+    return rows[np.isin(group_ids[rows], groups[::MEASURED_EVERY])]
 
 
 def _trained_rows(batch: ScoredBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.algorithms.kl import KLLossTerms, kl_estimate, kl_loss, old_policy_kl
@@ -13,6 +15,7 @@ from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import (
     PolicyObjectiveInputs,
     PolicyObjectiveOutput,
+    is_zero_at_zero_advantage,
     log_ratios,
     policy_objective,
     rollout_correction,
@@ -36,6 +39,24 @@ class PolicyLoss:
     objective_parameters: Mapping[str, Any] = field(default_factory=dict)
     # Of the penalty KL(old || live); it may be adapted from step to step.
     old_kl_coefficient: float = 0.0
+
+    def rows_with_gradient(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of `rows` whose loss has a gradient.
+
+        A response whose advantages are all 0, as in a group of equal rewards, has none unless a KL
+        or entropy term brings one.
+        """
+        entropy = self.algorithm.entropy.bonus
+        reference = self.batch.ref_logprobs is not None and self.batch.kl_coefficient
+        if entropy or reference or self.old_kl_coefficient:
+            return rows
+        if not is_zero_at_zero_advantage(self.algorithm.objective.weight):
+            return rows
+
+        # NaN counts as a gradient, so that it is seen.
+        nonzero = self.batch.advantages != 0
+        offsets = self.batch.rollouts.sequence_offsets
+        return rows[np.logical_or.reduceat(nonzero, offsets[:-1])[rows]]
 
     def __call__(self, result: PackResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
         """Return the loss of a pack, as a term of the loss of the mini-batch."""

@@ -31,12 +31,12 @@ class UpdateCounts:
 
 
 def loss_metrics(
-    losses: Sequence[PackLoss], tokens: int, ranks: int, *, drifted: bool
+    losses: Sequence[PackLoss], tokens: float, ranks: int, *, drifted: bool
 ) -> dict[str, Metric]:
     """Return the loss, token-weighted means and maxima of one mini-batch on one rank.
 
     Args:
-        tokens: the number of tokens in `losses`.
+        tokens: the number of tokens that `losses` stand for.
         drifted: the old policy has been updated since the engine sampled, so the log-prob
             difference between them is drift, not a mismatch between engine and trainer.
     """

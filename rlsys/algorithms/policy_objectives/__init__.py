@@ -23,6 +23,7 @@ from rlsys.algorithms.policy_objectives.weights import (
     gradient_coefficient,
     ignores_ratio,
     is_one_at_ratio_one,
+    is_zero_at_zero_advantage,
     levels_of,
     register_weight,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "gradient_coefficient",
     "ignores_ratio",
     "is_one_at_ratio_one",
+    "is_zero_at_zero_advantage",
     "levels_of",
     "log_ratios",
     "policy_objective",

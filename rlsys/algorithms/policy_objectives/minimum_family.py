@@ -96,7 +96,12 @@ def _starts_with_slope_one(*, functions: list | None) -> bool:
     return first["kind"] in ("ratio", "clip")
 
 
-@register_weight("minimum", validate=_validate, one_at_ratio_one=_starts_with_slope_one)
+@register_weight(
+    "minimum",
+    validate=_validate,
+    one_at_ratio_one=_starts_with_slope_one,
+    zero_at_zero_advantage=True,
+)
 def minimum_weight(terms: TokenTerms, *, functions: list | None = None) -> Surrogate:
     """Return min_k f_k(rho) A: the general family of off-policy corrections.
 

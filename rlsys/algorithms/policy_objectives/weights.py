@@ -70,6 +70,7 @@ class WeightSpec:
     validate: Validate | None
     ignores_ratio: Declared
     one_at_ratio_one: Declared
+    zero_at_zero_advantage: bool
 
 
 WEIGHTS: Registry[WeightFunction] = Registry("weight")
@@ -84,6 +85,7 @@ def register_weight(
     validate: Validate | None = None,
     ignores_ratio: Declared = False,
     one_at_ratio_one: Declared = False,
+    zero_at_zero_advantage: bool = False,
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Register `function(terms: TokenTerms, *, keywords...) -> Surrogate` as a weight (decorator).
 
@@ -100,8 +102,11 @@ def register_weight(
         warning, because the weight does not correct for them.
     one_at_ratio_one: w(1, A) = 1. In one update per batch the weight does what `none` does, and a
         run that chose it gets a note.
+    zero_at_zero_advantage: a response whose advantages are all 0 has no gradient. Its backward pass
+        is then left out; without this declaration it is computed.
 
-    The last two may be functions of the keyword parameters, called as `validate` is.
+    `ignores_ratio` and `one_at_ratio_one` may be functions of the keyword parameters, called as
+    `validate` is.
     """
     register = WEIGHTS.register(name)
 
@@ -113,6 +118,7 @@ def register_weight(
             validate=validate,
             ignores_ratio=ignores_ratio,
             one_at_ratio_one=one_at_ratio_one,
+            zero_at_zero_advantage=zero_at_zero_advantage,
         )
         return function
 
@@ -149,6 +155,15 @@ def is_one_at_ratio_one(weight: str, parameters: Mapping[str, Any]) -> bool:
         ValueError: unknown weight.
     """
     return _holds(_spec(weight).one_at_ratio_one, weight, parameters)
+
+
+def is_zero_at_zero_advantage(weight: str) -> bool:
+    """Return whether responses whose advantages are all 0 are declared to have no gradient.
+
+    Raises:
+        ValueError: unknown weight.
+    """
+    return _spec(weight).zero_at_zero_advantage
 
 
 def check_weight(name: str, parameters: Mapping[str, Any]) -> None:
@@ -198,19 +213,24 @@ def _check_width(name: str, value: float, highest: float = float("inf")) -> None
         )
 
 
-@register_weight("none", ignores_ratio=True, one_at_ratio_one=True)
+@register_weight("none", ignores_ratio=True, one_at_ratio_one=True, zero_at_zero_advantage=True)
 def no_weight(terms: TokenTerms) -> Surrogate:
     """Return log pi A: the score-function estimator, whatever the ratio."""
     return _score(torch.ones_like(terms.advantages), terms)
 
 
-@register_weight("importance", one_at_ratio_one=True)
+@register_weight("importance", one_at_ratio_one=True, zero_at_zero_advantage=True)
 def importance_weight(terms: TokenTerms) -> Surrogate:
     """Return rho A: importance sampling without a trust region."""
     return _uncut(terms.ratios * terms.advantages)
 
 
-@register_weight("ppo_clip", validate=_validate_clip, one_at_ratio_one=True)
+@register_weight(
+    "ppo_clip",
+    validate=_validate_clip,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def ppo_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Surrogate:
@@ -240,7 +260,12 @@ def _validate_dual_clip(*, clip_c: float, **widths: float) -> None:
     _validate_clip(**widths)
 
 
-@register_weight("dual_clip", validate=_validate_dual_clip, one_at_ratio_one=True)
+@register_weight(
+    "dual_clip",
+    validate=_validate_dual_clip,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def dual_clip_weight(
     terms: TokenTerms, *, clip_low: float = 0.2, clip_high: float = 0.2, clip_c: float = 3.0
 ) -> Surrogate:
@@ -265,7 +290,12 @@ def dual_clip_weight(
     return Surrogate(values, cut | (negative & (surrogate < floor)))
 
 
-@register_weight("upper_clip", validate=_validate_clip, one_at_ratio_one=True)
+@register_weight(
+    "upper_clip",
+    validate=_validate_clip,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate:
     """Return stop(min(rho, 1 + clip_high)) log pi A: the importance weight, capped from above.
 
@@ -286,7 +316,11 @@ def _validate_power(*, q: float) -> None:
 
 
 @register_weight(
-    "power", validate=_validate_power, ignores_ratio=lambda q: q == 0, one_at_ratio_one=True
+    "power",
+    validate=_validate_power,
+    ignores_ratio=lambda q: q == 0,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
 )
 def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
     """Return stop(rho^q) log pi A: a partial importance correction.
@@ -358,6 +392,7 @@ def _validate_adaptive_power(*, target_ess: float, q: float | None) -> None:
     # Only equal weights keep the whole sample size.
     ignores_ratio=lambda target_ess, q: q == 0 or (q is None and target_ess == 1),
     one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
 )
 def adaptive_power_weight(
     terms: TokenTerms, *, target_ess: float = 0.9, q: float | None = None
@@ -387,7 +422,12 @@ def _validate_temperatures(*, tau_pos: float, tau_neg: float) -> None:
             )
 
 
-@register_weight("sapo", validate=_validate_temperatures, one_at_ratio_one=True)
+@register_weight(
+    "sapo",
+    validate=_validate_temperatures,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
     """Return 4/tau sigmoid(tau (rho - 1)) A: a trust region without an edge.
 
@@ -412,7 +452,12 @@ def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
     )
 
 
-@register_weight("sapo_sequence", validate=_validate_temperatures, one_at_ratio_one=True)
+@register_weight(
+    "sapo_sequence",
+    validate=_validate_temperatures,
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def sapo_sequence_weight(
     terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.05
 ) -> Surrogate:
@@ -435,7 +480,12 @@ def sapo_sequence_weight(
     return _score(terms.ratios * gate, terms)
 
 
-@register_weight("reward_time", levels=("prefix",), one_at_ratio_one=True)
+@register_weight(
+    "reward_time",
+    levels=("prefix",),
+    one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
+)
 def reward_time_weight(terms: TokenTerms) -> Surrogate:
     """Return stop(C_t) log pi: each reward weighted by the product of ratios up to its own time.
 
@@ -480,6 +530,7 @@ def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
     validate=_validate_clip,
     ignores_ratio=lambda clip_low, clip_high: clip_low == clip_high == 0,
     one_at_ratio_one=True,
+    zero_at_zero_advantage=True,
 )
 def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
     """Return stop(clip(rho)) log pi A: every token keeps a gradient, its weight is bounded.

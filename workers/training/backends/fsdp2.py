@@ -77,6 +77,8 @@ class FSDP2Backend:
         self._ranks = dist.get_world_size()
         self._rank = dist.get_rank()
 
+        # A module whose forward pass was the last shows unsharded parameters without gradients.
+        self._parameters = list(module.parameters())
         self._max_norm = math.inf
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
@@ -107,7 +109,7 @@ class FSDP2Backend:
     def step(self, learning_rate: float) -> float:
         """See `ModelBackend`."""
         optimizer = self.optimizer
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         value = float(_unsharded(norm))
 
         if math.isfinite(value):
@@ -151,11 +153,11 @@ class FSDP2Backend:
         """Return Adam's moments of this rank's shards, in parameter order."""
         return [
             {key: _local(value) for key, value in self.optimizer.state[parameter].items()}
-            for parameter in self.module.parameters()
+            for parameter in self._parameters
         ]
 
     def _load_optimizer_shards(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        for parameter, state in zip(self.module.parameters(), shards, strict=True):
+        for parameter, state in zip(self._parameters, shards, strict=True):
             for key, value in state.items():
                 # Moments are sharded like their parameter; the step count is one number.
                 if key != "step" and isinstance(parameter, DTensor):
