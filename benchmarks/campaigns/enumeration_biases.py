@@ -238,20 +238,20 @@ BIASES: tuple[Bias, ...] = (
         "entropy bonus in the loss",
         lambda case: case.entropy == "bonus",
         "rlsys/algorithms/entropy.py",
-        "Unlike an entropy bonus in the loss, credit also flows to the tokens that lead to "
+        "unlike an entropy bonus in the loss, it also gives credit to the tokens that lead to "
         "uncertain continuations",
     ),
     Bias(
         "k2 in the loss",
         lambda case: _loss_kl(case, "k2", "k3_k2"),
         KL,
-        "A token does not answer for the KL that it leads to.",
+        "A token gets no credit for the KL of later tokens.",
     ),
     Bias(
         "k3 in the loss without a ratio",
         lambda case: _loss_kl(case, "k3") and case.kl_ratio == "none",
         KL,
-        "without w that of the **forward** KL of each position",
+        "Without w that of the **forward** KL of each position",
     ),
     Bias(
         "k1 and k3 in the loss with the ratio of a token",
@@ -263,7 +263,7 @@ BIASES: tuple[Bias, ...] = (
         "forward KL of each position",
         lambda case: _loss_kl(case, "k1", "k3", direction="forward"),
         KL,
-        "with w that of the forward KL of each position",
+        "With w that of the forward KL of each position",
     ),
     Bias(
         "KL and entropy in the loss on the engine's samples",
