@@ -1,16 +1,20 @@
-"""All presets on one stored rollout batch: what each makes of the same responses once the policy has moved.
+"""All presets on one stored rollout batch, under a policy that has moved since.
 
-    python -m benchmarks.compare_objectives runs/NAME/rollouts/step_000001.parquet --model runs/NAME/checkpoints/step_000020
+    python -m benchmarks.compare_objectives runs/NAME/rollouts/step_000001.parquet \\
+        --model runs/NAME/checkpoints/step_000020
 
-The rollout file tells tokens, rewards and the log-probabilities at sampling; the model is the policy that has moved on. Prints a
-table and writes it with a figure beside the rollouts (`--output`). Nothing is trained, and Ray is not started.
+The rollout file has the tokens, the rewards and the log-probabilities at sampling; the model is the
+policy after its updates. Prints a table and writes it with a figure beside the rollouts
+(`--output`). Nothing is trained, and Ray is not started.
 
     mean w, max w    effective weight w(rho, A) before A grad log pi, over tokens
-    no gradient      share of tokens whose weight is 0
+    no gradient      fraction of tokens whose weight is 0
     ESS              effective sample size of the weights, (sum w)^2 / (n sum w^2)
-    bias proxy       sum |w - rho| |A| / sum rho |A|, rho the token's own ratio: distance from the full token-level correction
-    noise            N sum x^2 g^2 / (sum |x|)^2 with x = w A / (the aggregation's denominator) and g^2 the squared score with respect
-                     to the logits: second moment of the gradient against its size, so that presets with other scales compare
+    bias proxy       sum |w - rho| |A| / sum rho |A|, rho the token's own ratio: the distance from
+                     the full token-level correction
+    noise            N sum x^2 g^2 / (sum |x|)^2 with x = w A / (the aggregation's denominator) and
+                     g^2 the squared score norm with respect to the logits: the second moment of the
+                     gradient against its size, so that presets with other scales compare
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ class StoredBatch:
     live: NDArray[np.float32]  # [N] log-probabilities
 
     def inputs(self, algorithm: AlgorithmConfig) -> AdvantageInputs:
-        """Return what an estimator sees of the batch in a run with that configuration."""
+        """Return the inputs of an estimator in a run with that configuration."""
         costs = TokenCosts(
             kl_coefficient=algorithm.kl.coefficient,
             entropy_temperature=algorithm.entropy.temperature,
@@ -84,7 +88,8 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
     """
     if not path.is_file():
         raise ValueError(
-            f"rollouts: there is no file {path}. A run writes them as runs/NAME/rollouts/step_*.parquet."
+            f"rollouts: there is no file {path}."
+            " A run writes them as runs/NAME/rollouts/step_*.parquet."
         )
     rows = [row for row in read_rollouts(path) if row.get("trained", True)]
     if not rows or "rollout_logprobs" not in rows[0]:
@@ -112,7 +117,7 @@ def load(path: Path, model_path: str, temperature: float) -> StoredBatch:
 
 
 def _joined(parts: Sequence[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """Return [N] the values of all responses, one after the other."""
+    """Return [N] values of all responses, one after the other."""
     return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
 
 
@@ -156,7 +161,7 @@ def _rewards(rows: Sequence[Mapping[str, Any]]) -> RewardBatch:
 def _score(
     model: Any, token_ids: Sequence[int], start: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and score norms of the sequence, 0 before `start`."""
+    """Return log-probabilities and squared score norms of the sequence, 0 before `start`."""
     tokens = torch.tensor(token_ids)
     hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
     result = token_logprobs(
@@ -189,27 +194,30 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     weights = gradient_coefficient(
         preset.objective.weight, ratios[mask], advantages[mask], **preset.objective.parameters
     )
+
     sizes = advantages[mask].abs()
+    distance = ((weights - token).abs() * sizes).sum()
+    bias_proxy = distance / (token * sizes).sum().clamp(min=1e-30)
+
     lengths = mask.sum(1, keepdim=True).clamp(min=1).expand_as(mask)[mask]
     steps = weights * advantages[mask] / (lengths if preset.aggregation == "sequence_mean" else 1)
     total = float(steps.abs().sum())
+    noise = math.nan
+    if total:
+        moment = (steps.square() * inputs.squared_score_norms[mask]).sum()
+        noise = float(len(steps) * moment) / total**2
     return {
         "mean w": float(weights.mean()),
         "max w": float(weights.max()),
         "no gradient": float((weights == 0).double().mean()),
         "ESS": float(effective_sample_size(weights.clamp(min=1e-30).log())),
-        "bias proxy": float(
-            ((weights - token).abs() * sizes).sum() / (token * sizes).sum().clamp(min=1e-30)
-        ),
-        "noise": float(len(steps) * (steps.square() * inputs.squared_score_norms[mask]).sum())
-        / total**2
-        if total
-        else math.nan,
+        "bias proxy": float(bias_proxy),
+        "noise": noise,
     }
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown."""
+    """Return a Markdown table with a row per preset."""
     names = list(next(iter(rows.values())))
     lines = ["| preset | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
@@ -220,7 +228,11 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Weights against the ratio for both signs of the advantage, each preset's bias and effective sample size, importance weights over length."""
+    """Draw four panels.
+
+    They show the weights over the ratio for both signs of the advantage, each preset's bias and
+    effective sample size, and the variance of importance weights over the length.
+    """
     from matplotlib import pyplot
 
     figure, ((up, down), (batch, length)) = pyplot.subplots(
@@ -230,6 +242,7 @@ def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
         _draw_weights(axis, sign)
         axis.set_title(f"Effective weight, {title}")
     up.legend(fontsize=8)
+
     places = range(len(rows))
     batch.barh(
         [place - 0.2 for place in places],
@@ -247,6 +260,7 @@ def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
     batch.invert_yaxis()
     batch.legend(fontsize=8)
     batch.set_title("Presets on this batch")
+
     lengths = [2**k for k in range(8)]
     variances = [importance_variances(tokens) for tokens in lengths]
     length.loglog(lengths, [product for product, _ in variances], "o-", label="product (unbiased)")
@@ -257,6 +271,7 @@ def draw(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
         title="Importance weight of a whole response",
     )
     length.legend(fontsize=8)
+
     for axis in (batch, length):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
@@ -275,7 +290,7 @@ def _draw_weights(axis: Any, sign: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for bad input."""
+    """Compare the presets; exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -299,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
     rows = {name: compare(batch, preset.algorithm) for name, preset in PRESETS.items()}
     output = parsed.output or parsed.rollouts.parent
     output.mkdir(parents=True, exist_ok=True)

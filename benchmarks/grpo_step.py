@@ -1,11 +1,16 @@
 """Seconds of one GRPO step by phase, on the real actors.
 
-    python -m benchmarks.grpo_step                                                    SmolLM2-135M, float32 and bfloat16, KL 0 and 0.04
-    python -m benchmarks.grpo_step --cases tiny,float32,0                             the control plane alone
+SmolLM2-135M, float32 and bfloat16, KL 0 and 0.04:
 
-Each step samples 4 prompts x 8 responses, every response forced to 32 new tokens, and makes one update. The first two steps warm up and are not
-counted; the figures are medians over the others. Results are recorded in docs/measurements.md and
-docs/measurements_log.md.
+    python -m benchmarks.grpo_step
+
+The control plane alone:
+
+    python -m benchmarks.grpo_step --cases tiny,float32,0
+
+Each step samples 4 prompts x 8 responses, every response forced to 32 new tokens, and makes one
+update. The first two steps warm up and are not counted; the figures are medians over the remaining
+ones. Results are recorded in docs/measurements.md and docs/measurements_log.md.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ CASES = (
 
 
 def case_config(case: str, steps: int, more: dict[str, object]) -> RunConfig:
-    """The configuration of `model,dtype,KL coefficient`."""
+    """Return the configuration of `model,dtype,KL coefficient`."""
     model, dtype, coefficient = case.split(",")
     return evolve(
         on_cpu(detect_hardware()),
@@ -68,9 +73,10 @@ def case_config(case: str, steps: int, more: dict[str, object]) -> RunConfig:
 
 
 async def measure(config: RunConfig) -> dict[str, float]:
-    """Medians over the counted steps."""
+    """Run a case and return medians over the counted steps."""
     model = resolve_model(config.model.path)
     prompts = load_prompts(config, load_tokenizer(model))
+
     with tempfile.TemporaryDirectory() as scratch:
         directory = RunDirectory(Path(scratch))
         directory.create(config)
@@ -88,14 +94,16 @@ async def measure(config: RunConfig) -> dict[str, float]:
         finally:
             cluster.shutdown()
         steps = [record.values for record in read_metrics(directory.metrics)[WARM_UP:]]
-    names = sorted(
-        {name for step in steps for name in step if name.startswith(("time/", "memory/"))}
-        | {"rollout/tokens"}
-    )
-    return {name: statistics.median(step[name] for step in steps if name in step) for name in names}
+
+    names = {name for step in steps for name in step if name.startswith(("time/", "memory/"))}
+    medians = {}
+    for name in sorted(names | {"rollout/tokens"}):
+        medians[name] = statistics.median(step[name] for step in steps if name in step)
+    return medians
 
 
 def main() -> None:
+    """Measure each case and print its row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,20 +118,17 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     more: dict[str, object] = dict(item.split("=", 1) for item in arguments.set)
-    print(
-        "| model, precision, KL | step | "
-        + " | ".join(PHASES)
-        + " | tokens | policy GiB | engine GiB |"
-    )
+
+    phases = " | ".join(PHASES)
+    print(f"| model, precision, KL | step | {phases} | tokens | policy GiB | engine GiB |")
     print("|---" * (len(PHASES) + 5) + "|")
     for case in arguments.cases:
         figures = asyncio.run(measure(case_config(case, arguments.steps, more)))
-        cells = [f"{figures.get(f'time/{phase}', 0.0):.3f}" for phase in PHASES]
-        memory = [f"{figures.get(f'memory/{role}', 0.0):.2f}" for role in ("policy", "generation")]
-        print(
-            f"| {case} | **{figures['time/step']:.3f}** | {' | '.join(cells)} | {figures['rollout/tokens']:.0f} | {' | '.join(memory)} |",
-            flush=True,
-        )
+        cells = [case, f"**{figures['time/step']:.3f}**"]
+        cells += [f"{figures.get(f'time/{phase}', 0.0):.3f}" for phase in PHASES]
+        cells.append(f"{figures['rollout/tokens']:.0f}")
+        cells += [f"{figures.get(f'memory/{role}', 0.0):.2f}" for role in ("policy", "generation")]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Seconds and memory of hierarchical baselines at training size, beside a plain `lstsq` for every position.
+"""Seconds and memory of hierarchical baselines at training size, beside a plain `lstsq`.
 
-    python -m benchmarks.hierarchical_baselines                     1,024 responses x 8,192 tokens, every case, each in its own process
-    python -m benchmarks.hierarchical_baselines --responses 256     a smaller batch
+1,024 responses x 8,192 tokens, every case, each in its own process:
+
+    python -m benchmarks.hierarchical_baselines
+
+A smaller batch, and a single case:
+
+    python -m benchmarks.hierarchical_baselines --responses 256
     python -m benchmarks.hierarchical_baselines --case group,blocks,16
 
-The plain version forms and solves one least-squares problem a group and position with `torch.linalg.lstsq`, in sample, with neither
-leave-one-out nor shrinkage: less work by far. It is timed on a few positions and scaled to all. Results are recorded in
-docs/hierarchical_log.md.
+The plain version forms and solves one least-squares system per group and position with
+`torch.linalg.lstsq`, in sample, with neither leave-one-out nor shrinkage: far less work. It is
+timed at a few positions and scaled to all. Results are recorded in docs/hierarchical_log.md.
 """
 
 from __future__ import annotations
@@ -32,9 +37,10 @@ PLAIN_POSITIONS = 16
 
 
 def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
-    """Responses of different lengths, tool tokens in some, log-ratios that drift to a standard deviation of about 0.5, score norms mostly near 0.
+    """Return a batch of responses of different lengths, some with tool tokens.
 
-    Rewards follow the ratio of the response to some degree, or there would be nothing to fit and nothing would be.
+    Log-ratios drift to a standard deviation of about 0.5; squared score norms are mostly near 0.
+    Rewards depend on the ratio of the response to some degree: else there would be nothing to fit.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(tokens // 4, tokens + 1, (responses,), generator=generator)
@@ -44,7 +50,7 @@ def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
     old = -torch.rand(responses, tokens, generator=generator)
     noise = torch.randn(responses, tokens, generator=generator) * 0.5 / tokens**0.5
     ids = torch.arange(responses) // group
-    entropies = torch.rand(int(ids.max()) + 1, 1, generator=generator)  # one a prompt
+    entropies = torch.rand(int(ids.max()) + 1, 1, generator=generator)  # one per prompt
     return AdvantageInputs(
         rewards=(
             (noise * mask).sum(1) + 0.5 * torch.randn(responses, generator=generator) > 0
@@ -59,30 +65,23 @@ def batch_of(responses: int, tokens: int, group: int) -> AdvantageInputs:
 
 
 def plain_seconds(inputs: AdvantageInputs, horizons: str, group: int) -> float:
-    """Seconds of one `lstsq` a group and position, for all positions, from a few."""
+    """Return the seconds of one `lstsq` per group and position, scaled from a few positions."""
     assert inputs.old_logprobs is not None
     assert inputs.rollout_logprobs is not None
-    ratios = (
-        torch.where(
-            inputs.response_mask, inputs.old_logprobs.double() - inputs.rollout_logprobs, 0.0
-        )
-        .cumsum(1)
-        .exp()
-    )
+    differences = inputs.old_logprobs.double() - inputs.rollout_logprobs
+    ratios = torch.where(inputs.response_mask, differences, 0.0).cumsum(1).exp()
+
     length = ratios.shape[1]
-    boundaries = (
-        [*range(255, length - 1, 256), length - 1] if horizons == "blocks" else [length - 1]
-    )
+    boundaries = [length - 1]
+    if horizons == "blocks":
+        boundaries = [*range(255, length - 1, 256), length - 1]
+
     start = time.perf_counter()
     for t in torch.linspace(0, length - 1, PLAIN_POSITIONS).long().tolist():
         for rows in torch.arange(len(ratios)).split(group):
-            _one_plain_fit(
-                ratios[rows],
-                inputs.rewards[rows].double(),
-                inputs.response_mask[rows, t],
-                t,
-                boundaries,
-            )
+            rewards = inputs.rewards[rows].double()
+            alive = inputs.response_mask[rows, t]
+            _one_plain_fit(ratios[rows], rewards, alive, t, boundaries)
     return (time.perf_counter() - start) * length / PLAIN_POSITIONS
 
 
@@ -91,30 +90,41 @@ def _one_plain_fit(
 ) -> Tensor:
     features = ratios[:, [t, *(s for s in boundaries if s >= t)]] * alive[:, None]
     target = ratios[:, -1] * rewards * alive
-    return (
-        target
-        - features @ torch.linalg.lstsq(features, target[:, None], driver="gelsd").solution[:, 0]
-    )
+    fit = torch.linalg.lstsq(features, target[:, None], driver="gelsd")
+    return target - features @ fit.solution[:, 0]
 
 
 def run_case(case: str, responses: int, tokens: int, plain: bool) -> None:
+    """Measure one case in this process and print its row."""
     scope, horizons, group = case.split(",")
     inputs = batch_of(responses, tokens, int(group))
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     out = hierarchical_advantages(inputs, horizons=horizons, scope=scope)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    shrinkage = " ".join(
-        f"{k} {v:.2f}" for k, v in out.diagnostics.items() if k.startswith("shrinkage")
-    )
-    naive = f"{plain_seconds(inputs, horizons, int(group)):.0f}" if plain else "-"
-    print(
-        f"| {scope} | {horizons} | {group} | {seconds:.2f} | {peak / 2**20:.2f} | {(peak - before) / 2**20:.2f} | {naive} | {shrinkage} |"
-    )
+
+    shrinkage = [
+        f"{name} {value:.2f}"
+        for name, value in out.diagnostics.items()
+        if name.startswith("shrinkage")
+    ]
+    cells = [
+        scope,
+        horizons,
+        group,
+        f"{seconds:.2f}",
+        f"{peak / 2**20:.2f}",
+        f"{(peak - before) / 2**20:.2f}",
+        f"{plain_seconds(inputs, horizons, int(group)):.0f}" if plain else "-",
+        " ".join(shrinkage),
+    ]
+    print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
+    """Measure one case, or every case in its own process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +134,9 @@ def main() -> None:
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     if given.case:
-        return run_case(given.case, given.responses, given.tokens, given.plain)
+        run_case(given.case, given.responses, given.tokens, given.plain)
+        return
+
     header = (
         "scope",
         "horizons",
@@ -142,7 +154,6 @@ def main() -> None:
             [sys.executable, "-m", "benchmarks.hierarchical_baselines", "--case", case, *sizes],
             check=True,
         )
-    return None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,29 @@
-"""Variance of the true policy gradient under each baseline, on a language model whose policy is 0 to 8 updates ahead of its sampler.
+"""Variance of the true policy gradient under each baseline, on a language model.
+
+The policy is 0 to 8 updates ahead of its sampler.
 
     python -m recipes.grpo_math --trainer.steps 12 --run.directory runs/warm
     python -m benchmarks.hierarchical_real_model --model runs/warm/checkpoints/step_000012
 
 The results are in docs/hierarchical_log.md.
 
-Real engine, real FSDP2 policy, in one process. For each of P prompts the sampler draws R groups of G responses. The policy then makes updates of
-`recipes.hierarchical_math` on other samples of the same sampler. After some of them the gradient of each group is taken, by the last layer's down
-projection, under every baseline:
+Real engine, real FSDP2 policy, in one process. For each of P prompts the sampler draws R groups of
+G responses. The policy then makes updates of `recipes.hierarchical_math` on other samples of the
+same sampler. After some of them the gradient of each group is taken, with respect to the last
+layer's down projection, under every baseline:
 
-    g_pr = 1/G sum_i sum_t W_it score_it            V = sum_p 1/(R-1) sum_r || g_pr - mean_r g_pr ||^2
+    g_pr = 1/G sum_i sum_t W_it score_it
+    V    = sum_p 1/(R-1) sum_r || g_pr - mean_r g_pr ||^2
 
-Nothing is assumed: what responses share through their baselines and what positions have in common is in V. Each of the R replicates is a batch of its
-own for the estimator. Reported is V over that of the leave-one-out mean, with a jackknife error over prompts, and beside it what
-`diagnostics.gradient` makes of the same gradients from the spread within groups, the proxy, the share between positions, and the bias
-against the leave-one-out mean: R || mean difference ||^2 over the variance of the difference, 1 if both have the same mean.
+V needs no assumption: it contains the covariance between responses, through their baselines, and
+between positions. Each of the R replicates is a batch of its own for the estimator. The columns are
+
+    variance ratio       V over that of the leave-one-out mean, with a jackknife error over prompts
+    within groups        the same from the spread within groups, as `diagnostics.gradient` has it
+    proxy                the same by the proxy
+    between positions    the fraction of the second moment between different positions
+    bias                 against the leave-one-out mean: R || mean difference ||^2 over the variance
+                         of the difference, 1 if both have the same mean
 """
 
 from __future__ import annotations
@@ -60,10 +69,11 @@ from workers.generation.worker import build_rollouts
 from workers.training.gradient_diagnostics import scores_of_responses
 from workers.training.policy import PolicyWorker
 
-LAYERS = ("final", "current", "current_and_final", "blocks")
-METHODS = {
-    name: plain(name) for name in ("leave_one_out", "none", "group_mean", "opo", "optimal_token")
-} | {name: hierarchical(name) for name in LAYERS}
+HORIZONS = ("final", "current", "current_and_final", "blocks")
+BASELINES = ("leave_one_out", "none", "group_mean", "opo", "optimal_token")
+METHODS = {name: plain(name) for name in BASELINES} | {
+    name: hierarchical(name) for name in HORIZONS
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Scored:
 def sample_all(
     config: RunConfig, model: str, batches: Sequence[PromptBatch], sizes: Sequence[int]
 ) -> list[Scored]:
-    """One group for each entry of each batch, of as many responses as the batch's size says."""
+    """Sample one group for each entry of each batch; a group has the size of its batch."""
     engine = make_engine(config, model)
     return [
         sample(engine, config, *each, seed)
@@ -88,7 +98,7 @@ def sample_all(
 def sample(
     engine: RolloutEngine, config: RunConfig, prompts: PromptBatch, size: int, seed: int
 ) -> Scored:
-    """One group of `size` responses for each entry of `prompts`."""
+    """Sample one group of `size` responses for each entry of `prompts`."""
     generation = config.generation
     sampling = SamplingParameters(
         samples_per_prompt=size,
@@ -104,6 +114,7 @@ def sample(
         for group in some
     ]
     rollouts = build_rollouts(prompts, sorted(groups, key=lambda group: group.index), sampling, 0)
+
     truths = {
         int(group): prompt.ground_truth
         for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
@@ -130,8 +141,10 @@ def sample(
 
 
 def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
-    """[M, B, T] policy-gradient weight of each token under each method; replicates lie one after the other."""
+    """Return [M, B, T] policy-gradient weights of each token under each method.
 
+    Replicates lie one after the other.
+    """
     names = (
         "rewards",
         "response_mask",
@@ -153,7 +166,7 @@ def weights_of(inputs: AdvantageInputs, replicates: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptMoments:
-    """What the R groups of one prompt say of each of M methods; all [M]."""
+    """Moments of the R groups of one prompt, for each of M methods; all [M]."""
 
     between: Tensor  # 1/(R-1) sum_r || g_r - mean ||^2
     within: Tensor  # the same from the responses of each group, as `diagnostics.gradient` has it
@@ -165,6 +178,7 @@ class PromptMoments:
 
 
 def prompt_moments(groups: list[GroupMoments], size: int) -> PromptMoments:
+    """Return the moments of one prompt from those of its groups of `size` responses."""
     count = len(groups)
     spread = torch.stack([group.spread(size) for group in groups]).double().sum(0)
     gradients = torch.stack([group.gradient for group in groups]) / size  # [R, M, d, f]
@@ -172,9 +186,8 @@ def prompt_moments(groups: list[GroupMoments], size: int) -> PromptMoments:
 
     def about_mean(values: Tensor) -> tuple[Tensor, Tensor]:
         middle = values.mean(0)
-        return (values - middle).square().sum((0, 2, 3)).double() / (
-            count - 1
-        ), count * middle.square().sum((1, 2)).double()
+        variance = (values - middle).square().sum((0, 2, 3)).double() / (count - 1)
+        return variance, count * middle.square().sum((1, 2)).double()
 
     between, _ = about_mean(gradients)
     shift_variance, shift = about_mean(difference)
@@ -188,28 +201,35 @@ def prompt_moments(groups: list[GroupMoments], size: int) -> PromptMoments:
 
 
 class Experiment:
-    """A sampler, the samples that are looked at, and a policy that moves on."""
+    """A sampler, its samples under examination, and a policy that moves on."""
 
     def __init__(self, config: RunConfig, prompts: int, replicates: int, size: int) -> None:
-        self.config, self.prompts, self.replicates, self.size = config, prompts, replicates, size
+        self.config = config
+        self.prompts = prompts
+        self.replicates = replicates
+        self.size = size
+
         model = str(resolve_model(config.model.path))
-        loaded = load_prompts(config, load_tokenizer(model)).train
-        looked_at, others = loaded.next_batch().prompts[:prompts], loaded.next_batch()
+        stream = load_prompts(config, load_tokenizer(model)).train
+        examined = stream.next_batch().prompts[:prompts]
+        trained_on = stream.next_batch()
         repeated = PromptBatch(
-            batch_id=0, prompts=looked_at * replicates, group_ids=np.arange(prompts * replicates)
+            batch_id=0, prompts=examined * replicates, group_ids=np.arange(prompts * replicates)
         )
+
         # The engine in a process of its own: it would join a process group in this one.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             sizes = (size, config.generation.samples_per_prompt)
-            self.looked_at, self.trained_on = process.submit(
-                sample_all, config, model, (repeated, others), sizes
-            ).result()
+            batches = (repeated, trained_on)
+            future = process.submit(sample_all, config, model, batches, sizes)
+            self.examined, self.trained_on = future.result()
+
         self.policy = PolicyWorker(config, model, 0, 1)
         self.policy.setup(self.policy.rendezvous())
         self.updates = 0
 
     def update(self) -> None:
-        """One update, on the next two groups."""
+        """Make one update, on the next two groups."""
         rollouts, rewards = self.trained_on.rollouts, self.trained_on.rewards
         chosen = np.unique(rollouts.group_ids)[2 * self.updates : 2 * self.updates + 2]
         rows = np.flatnonzero(np.isin(rollouts.group_ids, chosen))
@@ -217,14 +237,12 @@ class Experiment:
         self.updates += 1
 
     def inputs(self) -> AdvantageInputs:
-        """What the estimators see of the responses that are looked at, under the policy as it is."""
-        rollouts, padding = (
-            self.looked_at.rollouts,
-            ResponsePadding.of(self.looked_at.rollouts.sequences),
-        )
+        """Return the estimators' inputs: the examined responses under the current policy."""
+        rollouts = self.examined.rollouts
+        padding = ResponsePadding.of(rollouts.sequences)
         live = self.policy.live(rollouts, self.policy.packs_of(rollouts, np.arange(len(rollouts))))
         return AdvantageInputs(
-            rewards=torch.from_numpy(self.looked_at.rewards.rewards),
+            rewards=torch.from_numpy(self.examined.rewards.rewards),
             response_mask=padding.pad(rollouts.response_mask),
             group_ids=torch.from_numpy(rollouts.group_ids),
             rollout_logprobs=padding.pad(rollouts.rollout_logprobs),
@@ -233,7 +251,7 @@ class Experiment:
         )
 
     def moments(self, weights: Tensor) -> list[PromptMoments]:
-        """Of each prompt."""
+        """Return the moments of each prompt."""
         found = []
         for prompt in range(self.prompts):
             groups = [
@@ -244,20 +262,26 @@ class Experiment:
         return found
 
     def _group(self, weights: Tensor, number: int) -> GroupMoments:
-        rollouts, parts = self.looked_at.rollouts, []
+        rollouts = self.examined.rollouts
         rows = np.arange(number * self.size, (number + 1) * self.size)
         packs = self.policy.packs_of(rollouts, rows, may_share=False)
+        backend = self.policy.backend
+
+        parts: list[GroupMoments] = []
         for scores in scores_of_responses(
-            self.policy.backend.module, packs, rollouts.temperature, self.policy.backend.device
+            backend.module, packs, rollouts.temperature, backend.device
         ):
-            parts.append(
-                scores.moments(weights[:, scores.row, torch.from_numpy(scores.positions)].float())
-            )
+            positions = torch.from_numpy(scores.positions)
+            parts.append(scores.moments(weights[:, scores.row, positions].float()))
         return sum(parts[1:], start=parts[0])
 
 
 def jackknife(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, M] variances by prompt -> [M] ratio of their sums to the first method's, and its error."""
+    """Return [M] ratios of the variances' sums to the first method's, and [M] errors.
+
+    Shapes:
+        values: [P, M] variances by prompt.
+    """
     ratio = values.sum(0) / values[:, 0].sum()
     left_out = (values.sum(0) - values) / (values[:, :1].sum(0) - values[:, :1])
     count = len(values)
@@ -265,35 +289,37 @@ def jackknife(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def report(ahead: int, inputs: AdvantageInputs, moments: list[PromptMoments]) -> None:
-    """The rows of one number of updates."""
+    """Print the rows of one number of updates."""
     assert inputs.old_logprobs is not None
     assert inputs.rollout_logprobs is not None
-    ratios = (
-        torch.where(inputs.response_mask, inputs.old_logprobs - inputs.rollout_logprobs, 0.0)
-        .double()
-        .cumsum(1)
-        .exp()
-    )
-    share = effective_fraction(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
+    differences = inputs.old_logprobs - inputs.rollout_logprobs
+    ratios = torch.where(inputs.response_mask, differences, 0.0).double().cumsum(1).exp()
+    fraction = effective_fraction(ratios[:, None, -1:], inputs.response_mask[:, None, :1])
     ratio, error = jackknife(torch.stack([each.between for each in moments]))
 
     def summed(name: str) -> Tensor:
         return torch.stack([getattr(each, name) for each in moments]).sum(0)
 
-    within, proxy = (summed(name) / summed(name)[0] for name in ("within", "proxy"))
-    cross, bias = (
-        1 - summed("same_position") / summed("squares"),
-        summed("shift") / summed("shift_variance").clamp(min=1e-30),
-    )
+    within = summed("within") / summed("within")[0]
+    proxy = summed("proxy") / summed("proxy")[0]
+    cross = 1 - summed("same_position") / summed("squares")
+    bias = summed("shift") / summed("shift_variance").clamp(min=1e-30)
     for k, name in enumerate(METHODS):
-        print(
-            f"| {ahead} | {float(share):.2f} | {name} | {ratio[k]:.3f} ± {error[k]:.3f} | {within[k]:.3f} | {proxy[k]:.3f} | {cross[k]:+.2f} "
-            f"| {'' if k == 0 else f'{bias[k]:.2f}'} |",
-            flush=True,
-        )
+        cells = [
+            f"{ahead}",
+            f"{float(fraction):.2f}",
+            name,
+            f"{ratio[k]:.3f} ± {error[k]:.3f}",
+            f"{within[k]:.3f}",
+            f"{proxy[k]:.3f}",
+            f"{cross[k]:+.2f}",
+            "" if k == 0 else f"{bias[k]:.2f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
+    """Measure after each requested number of updates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -310,7 +336,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[0, 1, 2, 4, 8],
-        help="updates after which gradients are looked at",
+        help="updates after which gradients are measured",
     )
     parser.add_argument(
         "--set",
@@ -320,9 +346,9 @@ def main() -> None:
         help="further fields of the configuration",
     )
     arguments = parser.parse_args()
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))
-    )  # a policy worker uses as many as it is told
+
+    # A policy worker uses as many threads as this variable says.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     config = evolve(
         hierarchical_math(detect_hardware()),
         {
@@ -332,18 +358,27 @@ def main() -> None:
         },
     )
     config = choose_dtypes(config, detect_hardware(), resolve_model(config.model.path)).config
+
     experiment = Experiment(config, arguments.prompts, arguments.replicates, arguments.size)
-    rewards = experiment.looked_at.rewards.rewards
-    mixed = [
-        0 < group.mean() < 1
-        for group in np.split(rewards, arguments.prompts * arguments.replicates)
-    ]
+    rewards = experiment.examined.rewards.rewards
+    groups = np.split(rewards, arguments.prompts * arguments.replicates)
+    mixed = np.mean([0 < group.mean() < 1 for group in groups])
     print(
-        f"{len(rewards)} responses, mean reward {rewards.mean():.3f}, {np.mean(mixed):.0%} of the groups with both rewards\n"
+        f"{len(rewards)} responses, mean reward {rewards.mean():.3f},"
+        f" {mixed:.0%} of the groups with both rewards\n"
     )
-    print(
-        "| ahead | effective share | baseline | variance ratio | within groups | proxy | between positions | bias |\n|---|---|---|---|---|---|---|---|"
+
+    names = (
+        "ahead",
+        "effective fraction",
+        "baseline",
+        "variance ratio",
+        "within groups",
+        "proxy",
+        "between positions",
+        "bias",
     )
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for ahead in sorted(arguments.ahead):
         while experiment.updates < ahead:
             experiment.update()

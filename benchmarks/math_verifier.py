@@ -1,11 +1,20 @@
-"""The verifier against the ones people use: accuracy, false positives, speed, identity on MATH, fuzzing, adversarial input.
+"""The verifier against the ones that people use.
 
-    python -m benchmarks.math_verifier                          the labelled set, speed, and MATH where it is found
-    python -m benchmarks.math_verifier --fuzz 50000             random pairs of strings: it never raises and is symmetric
-    python -m benchmarks.math_verifier --pool 2                 verdicts a second through the reward pool, by number of processes
+Accuracy and false positives on the labelled set, adversarial input, speed, and identity on MATH
+where it is found:
 
-The labelled set is tests/data/math_verifier_cases.jsonl: `answer` (put into a box) or `completion`, `ground_truth`, `expected`, and a kind.
-Results are recorded in docs/math_verifier.md.
+    python -m benchmarks.math_verifier
+
+Random pairs of strings, on which it never raises and is symmetric:
+
+    python -m benchmarks.math_verifier --fuzz 50000
+
+Verdicts per second through the reward pool, by number of processes:
+
+    python -m benchmarks.math_verifier --pool 2
+
+The labelled set is tests/data/math_verifier_cases.jsonl: `answer` (put into a box) or `completion`,
+`ground_truth`, `expected`, and a kind. Results are recorded in docs/math_verifier.md.
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ Verifier = Callable[[dict[str, Any]], bool]
 
 
 def load_cases() -> list[dict[str, Any]]:
-    """The labelled set, each case with its `completion` and `extraction`."""
+    """Return the labelled set, each case with its `completion` and `extraction`."""
     cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
     for case in cases:
         case.setdefault("completion", f"So the answer is $\\boxed{{{case.get('answer', '')}}}$.")
@@ -39,15 +48,13 @@ def load_cases() -> list[dict[str, Any]]:
 
 
 def ours(case: dict[str, Any]) -> bool:
-    """rlsys."""
-    return (
-        verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"]).score
-        == 1.0
-    )
+    """Verify with rlsys."""
+    verdict = verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"])
+    return verdict.score == 1.0
 
 
 def math_verify_alone(case: dict[str, Any]) -> bool:
-    """math-verify as its README uses it."""
+    """Verify with math-verify as its README uses it."""
     from math_verify import parse, verify
 
     try:
@@ -57,33 +64,28 @@ def math_verify_alone(case: dict[str, Any]) -> bool:
 
 
 def math_paper(case: dict[str, Any]) -> bool:
-    """The string normalisation of the MATH paper (Hendrycks et al., arXiv:2103.03874, appendix), written from its description."""
+    """Verify with the string normalisation of the MATH paper, written from its description.
+
+    Source: Hendrycks et al., arXiv:2103.03874, appendix.
+    """
     answer = last_boxed(case["completion"])
     return answer is not None and normalised(answer) == normalised(case["ground_truth"])
 
 
 def normalised(text: str) -> str:
-    """What the MATH paper compares."""
-    text = (
-        text.replace("\n", "")
-        .replace("\\!", "")
-        .replace("\\\\", "\\")
-        .replace("tfrac", "frac")
-        .replace("dfrac", "frac")
-    )
-    text = (
-        text.replace("\\left", "")
-        .replace("\\right", "")
-        .replace("^{\\circ}", "")
-        .replace("^\\circ", "")
-        .replace("\\$", "")
-    )
+    """Return the string that the MATH paper compares."""
+    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for removed in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        text = text.replace(removed, "")
     text = text.split("\\text{ ")[0].replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     if text.startswith("."):
         text = "0" + text
+
     left, equals, right = text.partition("=")
     if equals and "=" not in right and len(left) <= 2:
         text = right
+
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text).replace(" ", "")
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
@@ -94,9 +96,8 @@ def normalised(text: str) -> str:
 def accuracy(cases: list[dict[str, Any]], verifiers: dict[str, Verifier], show: bool) -> None:
     """Print the table of docs/math_verifier.md, by verifier and by kind."""
     by_kind: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    print(
-        "| verifier | accuracy | false positives | false negatives | seconds | cases/s |\n|---|---|---|---|---|---|"
-    )
+    print("| verifier | accuracy | false positives | false negatives | seconds | cases/s |")
+    print("|---|---|---|---|---|---|")
     negatives = sum(not case["expected"] for case in cases)
     for name, verifier in verifiers.items():
         verifier(cases[0])  # imports
@@ -109,48 +110,52 @@ def accuracy(cases: list[dict[str, Any]], verifiers: dict[str, Verifier], show: 
             if verdict != case["expected"]
         ]
         false_positives = sum(verdict for _, verdict in wrong)
-        print(
-            f"| {name} | {1 - len(wrong) / len(cases):.2%} | {false_positives / negatives:.2%} ({false_positives} of {negatives}) | "
-            f"{(len(wrong) - false_positives) / (len(cases) - negatives):.2%} | {seconds:.1f} | {len(cases) / seconds:,.0f} |",
-            flush=True,
-        )
+        false_negatives = len(wrong) - false_positives
+        cells = [
+            name,
+            f"{1 - len(wrong) / len(cases):.2%}",
+            f"{false_positives / negatives:.2%} ({false_positives} of {negatives})",
+            f"{false_negatives / (len(cases) - negatives):.2%}",
+            f"{seconds:.1f}",
+            f"{len(cases) / seconds:,.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
         for case, verdict in zip(cases, verdicts, strict=True):
             by_kind[case["kind"]][name].append(verdict == case["expected"])
         if show and verifier is ours:
             for case, verdict in wrong:
-                print(
-                    "   ",
-                    verdict,
-                    case.get("answer", case["completion"][-60:]),
-                    "|",
-                    case["ground_truth"],
-                )
+                answer = case.get("answer", case["completion"][-60:])
+                print("   ", verdict, answer, "|", case["ground_truth"])
+
     print("\n| kind | cases | " + " | ".join(verifiers) + " |\n|---|---|" + "---|" * len(verifiers))
     for kind, results in sorted(by_kind.items()):
-        counts = [len(verdicts) for verdicts in results.values()]
-        print(
-            f"| {kind} | {counts[0]} | "
-            + " | ".join(f"{sum(v) / len(v):.0%}" for v in results.values())
-            + " |"
-        )
+        count = len(next(iter(results.values())))
+        cells = [f"{sum(correct) / len(correct):.0%}" for correct in results.values()]
+        print(f"| {kind} | {count} | {' | '.join(cells)} |")
 
 
 def typical_completions(count: int = 2000) -> list[tuple[str, str]]:
-    """2,000 characters each; integers and fractions, every other one right."""
+    """Return completions of 2,000 characters: integers and fractions, every other one right."""
     generator = random.Random(0)
-    filler = "We move every term to one side, so that $x^2 - 5x + 6 = 0$ and the factors can be read off. "
+    sentence = (
+        "We move every term to one side, so that $x^2 - 5x + 6 = 0$"
+        " and the factors can be read off. "
+    )
     pairs = []
     for i in range(count):
         a, b = generator.randint(-999, 999), generator.randint(2, 99)
         truth = str(a) if i % 3 else f"\\frac{{{a}}}{{{b}}}"
-        given = truth if i % 2 else (str(a + 1) if i % 3 else f"\\dfrac{{{a + 1}}}{{{b}}}")
+        wrong = str(a + 1) if i % 3 else f"\\dfrac{{{a + 1}}}{{{b}}}"
+        given = truth if i % 2 else wrong
         ending = f"Therefore the answer is $\\boxed{{{given}}}$."
-        pairs.append(((filler * 30)[: 2000 - len(ending)] + ending, truth))
+        beginning = (sentence * 30)[: 2000 - len(ending)]
+        pairs.append((beginning + ending, truth))
     return pairs
 
 
 def throughput(repeats: int = 5) -> None:
-    """Verdicts a second on one core, best of a few passes."""
+    """Print verdicts per second on one core, the best of a few passes."""
     pairs = typical_completions()
     best = float("inf")
     for _ in range(repeats):
@@ -164,7 +169,7 @@ def throughput(repeats: int = 5) -> None:
 
 
 def pool_throughput(most: int) -> None:
-    """Verdicts a second through the reward pool."""
+    """Print verdicts per second through the reward pool."""
     from rlsys.config import RewardConfig
     from rlsys.rewards import RewardInput
     from rlsys.rewards.pool import RewardPool
@@ -179,14 +184,17 @@ def pool_throughput(most: int) -> None:
         start = time.perf_counter()
         for future in [pool.submit(one) for one in inputs]:
             future.result()
-        print(
-            f"pool of {processes}: {len(inputs) / (time.perf_counter() - start):,.0f} verdicts/s over the labelled set"
-        )
+        rate = len(inputs) / (time.perf_counter() - start)
+        print(f"pool of {processes}: {rate:,.0f} verdicts/s over the labelled set")
         pool.shutdown()
 
 
 def identity_on_math(pairs: int) -> None:
-    """Every ground truth equals itself in a box; pairs of different answers do not, unless they truly are equal."""
+    """Print the ground truths that do not equal themselves, and the random pairs that are equal.
+
+    Every ground truth should equal itself in a box. Random pairs of different strings should not be
+    equal, unless they are so mathematically.
+    """
     if not MATH.exists():
         print(f"\nMATH is not at {MATH}: identity is not measured")
         return
@@ -200,36 +208,40 @@ def identity_on_math(pairs: int) -> None:
     different = [a for a in answers if verify_math(f"\\boxed{{{a}}}", a).score != 1.0]
     empty = sum(not answer.strip() for answer in answers)
     print(
-        f"\nMATH: {len(answers)} answers, {len(different)} not equal to themselves, of which {empty} are empty (an empty box is no answer)"
+        f"\nMATH: {len(answers)} answers, {len(different)} not equal to themselves,"
+        f" of which {empty} are empty (an empty box is not an answer)"
     )
+
     generator = random.Random(0)
     distinct = sorted(set(answers))
     drawn = [generator.sample(distinct, 2) for _ in range(pairs)]
     start = time.perf_counter()
     hits = [(a, b) for a, b in drawn if same_answer_text(a, b)[0]]
-    print(
-        f"{pairs} random pairs of different strings: {len(hits)} equal ({time.perf_counter() - start:.1f} s)"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{pairs} random pairs of different strings: {len(hits)} equal ({seconds:.1f} s)")
     for a, b in hits:
         print(f"    {a}   {b}")
 
 
 def fuzz(examples: int) -> None:
-    """Strings of all kinds: no exception, symmetric, reflexive."""
+    """Verify strings of all kinds: no exception, symmetric, reflexive."""
     from tests.unit.test_math_verifier import check_any_pair
 
     start = time.perf_counter()
     check_any_pair(examples)
+    seconds = time.perf_counter() - start
     print(
-        f"\n{examples:,} random pairs of strings: no exception, symmetric and reflexive ({time.perf_counter() - start:.0f} s)"
+        f"\n{examples:,} random pairs of strings: no exception, symmetric and reflexive"
+        f" ({seconds:.0f} s)"
     )
 
 
 def adversarial() -> None:
-    """The slowest of the adversarial answers, against every kind of ground truth."""
+    """Print the slowest of the adversarial answers, against every kind of ground truth."""
     from tests.unit.test_math_verifier import ADVERSARIAL, GROUND_TRUTHS
 
-    slowest, count = (0.0, ""), 0
+    slowest = (0.0, "")
+    count = 0
     for answer in ADVERSARIAL:
         for truth in GROUND_TRUTHS:
             for completion, wanted in (
@@ -240,13 +252,16 @@ def adversarial() -> None:
                 verify_math(completion, wanted)
                 slowest = max(slowest, (time.perf_counter() - start, answer[:40]))
                 count += 1
+
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"\nadversarial: {count} verdicts, slowest {slowest[0]:.2f} s ({slowest[1]!r}), peak memory of this process {memory:.0f} MiB"
+        f"\nadversarial: {count} verdicts, slowest {slowest[0]:.2f} s ({slowest[1]!r}),"
+        f" peak memory of this process {memory:.0f} MiB"
     )
 
 
 def main() -> None:
+    """Run the requested measurement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -262,6 +277,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the cases that rlsys gets wrong")
     parser.add_argument("--ours-only", action="store_true", help="leave the other verifiers out")
     arguments = parser.parse_args()
+
     logging.disable(logging.WARNING)  # math-verify's
     if arguments.fuzz:
         fuzz(arguments.fuzz)

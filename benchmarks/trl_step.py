@@ -1,10 +1,12 @@
 """Seconds of the same GRPO step in TRL, the single-process trainer that people would otherwise use.
 
-    python3.11 -m venv /tmp/trl && /tmp/trl/bin/pip install "torch==2.13.0" "trl==1.16.*" accelerate datasets
+    python3.11 -m venv /tmp/trl
+    /tmp/trl/bin/pip install "torch==2.13.0" "trl==1.16.*" accelerate datasets
     /tmp/trl/bin/python benchmarks/trl_step.py MODEL_DIRECTORY --dtype bfloat16 --micro-batch 16
 
-TRL is no dependency of this project: it runs from an environment of its own. The work is that of `benchmarks/grpo_step.py`: 4 prompts of 99 tokens x 8
-responses, each forced to 32 new tokens, one update with AdamW, float32 masters; medians over the steps after two of warm-up.
+TRL is not a dependency of this project: it runs from an environment of its own. The work is that of
+`benchmarks/grpo_step.py`: 4 prompts of 99 tokens x 8 responses, each forced to 32 new tokens, one
+update with AdamW, float32 masters; medians over the steps after two of warm-up.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PROMPTS, SAMPLES, NEW_TOKENS, PROMPT_TOKENS, WARM_UP = 4, 8, 32, 99, 2
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, the generation that belongs to it included."""
+    """Seconds of each optimizer step, including its generation."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -37,7 +39,7 @@ class StepTimes(TrainerCallback):
 
 
 def prompts_of(tokenizer, count: int) -> list[str]:
-    """Texts of about PROMPT_TOKENS tokens, all different."""
+    """Return texts of about PROMPT_TOKENS tokens, all different."""
     texts = []
     for number in range(count):
         text = f"Question {number}: what is {number} plus {number % 7}?"
@@ -48,23 +50,26 @@ def prompts_of(tokenizer, count: int) -> list[str]:
 
 
 def length_reward(completions: list[str], **_: object) -> list[float]:
-    """Something that differs within a group, so that there is a gradient."""
+    """Return rewards that differ within a group, so that there is a gradient."""
     return [float(len(completion) % 7) for completion in completions]
 
 
 def main() -> None:
+    """Train a few steps and print the median seconds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--micro-batch", type=int, default=16, help="responses a forward pass")
+    parser.add_argument("--micro-batch", type=int, default=16, help="responses per forward pass")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=4, help="counted steps")
     arguments = parser.parse_args()
+
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    steps, times = arguments.steps + WARM_UP, StepTimes()
+    steps = arguments.steps + WARM_UP
+    times = StepTimes()
     with tempfile.TemporaryDirectory() as output:
         settings = GRPOConfig(
             output_dir=output,
@@ -94,9 +99,12 @@ def main() -> None:
             callbacks=[times],
         )
         trainer.train()
+
+    seconds = statistics.median(times.seconds[WARM_UP:])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     print(
-        f"TRL {arguments.dtype}, KL {arguments.kl}, micro-batch {arguments.micro_batch}: {statistics.median(times.seconds[WARM_UP:]):.2f} s a step, "
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
+        f"TRL {arguments.dtype}, KL {arguments.kl}, micro-batch {arguments.micro_batch}: "
+        f"{seconds:.2f} s per step, peak memory {peak:.2f} GiB"
     )
 
 

@@ -3,15 +3,15 @@
     python -m benchmarks.campaigns.architectures            the listed families and all others
     python -m benchmarks.campaigns.architectures --small    one of each kind
 
-Each model is tiny and has random weights. It is loaded, checked and sharded as a policy rank does it.
+Each model is tiny and has random weights. It is loaded, checked and sharded as in a policy rank.
 Three differences to the model's own forward pass on single sequences are measured:
 
     log-prob     of sampled tokens in the trainer
     gradient     of a random combination of them, relative to the norm of the true one
     sampling     of the log-probabilities that the transformers engine reports while it samples
 
-Exit code 1 where one is too large or a family that must be packed is not. Writes docs/data/architectures.json,
-from which `docs/models.md` is made.
+Exit code 1 where one is too large, or where a family that must be packed is not. Writes
+docs/data/architectures.json, from which `docs/models.md` is generated.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlsys.config import DataConfig, GenerationConfig, ModelConfig, PolicyConfig, RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters
@@ -74,7 +75,7 @@ LOGPROB_LIMIT, GRADIENT_LIMIT, SAMPLING_LIMIT = 2e-3, 1e-3, 2e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What became of one architecture."""
+    """The outcome for one architecture."""
 
     name: str
     model_type: str
@@ -192,12 +193,12 @@ def _gradient_error(sharded: torch.nn.Module, own: torch.nn.Module) -> float:
         got = parameter.grad
         if true is None and got is None:
             continue
-        got = (
-            torch.zeros(parameter.shape)
-            if got is None
-            else getattr(got, "full_tensor", lambda g=got: g)()
-        )
-        true = torch.zeros_like(got) if true is None else true
+        if got is None:
+            got = torch.zeros(parameter.shape)
+        elif isinstance(got, DTensor):
+            got = got.full_tensor()
+        if true is None:
+            true = torch.zeros_like(got)
         difference += float((got - true).double().square().sum())
         norm += float(true.double().square().sum())
     return (difference / norm) ** 0.5
@@ -245,12 +246,15 @@ def _line(error: Exception) -> str:
 
 
 class TooLongError(BaseException):
-    """No `Exception`: the check of the forward pass takes those for a failure of the model."""
+    """A time limit; not an `Exception`, which the forward check takes for a failing model."""
 
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TooLongError` where the block takes longer: some architectures are slow without their own kernels."""
+    """Raise `TooLongError` where the block takes longer.
+
+    Some architectures are slow without their own kernels.
+    """
 
     def interrupt(*_: object) -> None:
         raise TooLongError(f"took longer than {seconds} s")
@@ -266,7 +270,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 @contextmanager
 def single_rank() -> Iterator[None]:
-    """A process group of this process alone, and an empty cache of verdicts."""
+    """Provide a process group of this process alone, and an empty cache of verdicts."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as cache:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -280,6 +284,7 @@ def single_rank() -> Iterator[None]:
 
 
 def main() -> int:
+    """Measure the chosen architectures; exit code 1 where one has a fault."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

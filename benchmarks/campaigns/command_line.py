@@ -1,18 +1,30 @@
-"""Random and wrong configurations through the real command line, with checks of what must hold whatever was asked for.
+"""Random and wrong configurations through the real command line, checked against fixed rules.
 
-    python -m benchmarks.campaigns.command_line --seed 0 --trials 300           every field, file and plug-in; of the random ones each tenth runs
-    python -m benchmarks.campaigns.command_line --seed 0 --trials 30 --small    a sample, under a minute
-    python -m benchmarks.campaigns.command_line --only data                     one kind: field edge parameter silent data plug-in reward random run
+Every field, file and plug-in; of the random configurations each tenth runs for real:
 
-A trial is a recipe with flags. Most are dry runs inside this process, through `run_recipe` as the command calls it. What must hold:
+    python -m benchmarks.campaigns.command_line --seed 0 --trials 300
 
-    exit code      0, 2 for bad input, 130 when interrupted; a run that was accepted does not end with 1
-    refusals       each line begins with `error:` and a field of the configuration, has its value, and says what to do
-    no traceback   on the console, but for a user's own reward function
-    a run          ends with a report, a checkpoint and finite metrics; its config.yaml reads back to what was asked for
+A sample, under a minute:
+
+    python -m benchmarks.campaigns.command_line --seed 0 --trials 30 --small
+
+One kind of: field edge parameter silent data plug-in reward random run:
+
+    python -m benchmarks.campaigns.command_line --only data
+
+A trial is a recipe with flags. Most are dry runs inside this process, through `run_recipe` as the
+command calls it. These rules hold for every trial:
+
+    exit code      0, 2 for bad input, 130 when interrupted; an accepted run does not end with 1
+    refusals       each line begins with `error:` and a field of the configuration, shows the value
+                   and names a remedy
+    no traceback   on the console, except from a user's own reward function
+    a run          ends with a report, a checkpoint and finite metrics; its config.yaml reads back
+                   to the requested configuration
     first update   of a fresh batch: mean ratio 1, nothing clipped
 
-A trial that breaks one is a finding and is printed with its command; then the exit code is 1. Files of the trials lie in runs/campaigns.
+A trial that breaks a rule is a finding and is printed with its command; the exit code is then 1.
+Files of the trials lie in runs/campaigns.
 """
 
 from __future__ import annotations
@@ -62,14 +74,14 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKSPACE = Path("runs") / "campaigns"
 LIMIT_S = 240.0  # of one run
 SMALL_SAMPLE = 120  # dry runs of the small version
-RUNS_SHARE = 10  # of so many random trials one runs
+TRIALS_PER_RUN = 10  # random trials of which one runs for real
 ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2}  # of the mean ratio of a first update
 TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a trial's command said."""
+    """Exit code and output of a trial's command."""
 
     code: int
     out: str
@@ -79,40 +91,36 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A trial that broke something."""
+    """A trial that broke a rule."""
 
     trial: Trial
-    problems: tuple[str, ...]
+    faults: tuple[str, ...]
     said: str  # the last words on the console
 
     def text(self) -> str:
-        """For people: what, the command, and what it said."""
-        return "\n".join(
-            [
-                *(f"- {problem}" for problem in self.problems),
-                f"  {command(self.trial)}",
-                f"    {self.said}",
-            ]
-        )
+        """Return the faults, the command and its output, for people."""
+        faults = [f"- {fault}" for fault in self.faults]
+        return "\n".join([*faults, f"  {command(self.trial)}", f"    {self.said}"])
 
 
 def command(trial: Trial) -> str:
-    """The command that repeats a trial."""
+    """Return the command that repeats a trial."""
     path = f"PYTHONPATH={shlex.quote(trial.python_path)} " if trial.python_path else ""
     return f"{path}python -m recipes.{trial.recipe} {shlex.join(trial.flags())}"
 
 
-# --- running trials ---------------------------------------------------------------------------------------------------------------
+# --- running trials ---
 
 
 def recipe_of(name: str):
-    """The function of a recipe's module."""
+    """Return the function of a recipe's module."""
     return getattr(importlib.import_module(f"recipes.{name}"), name)
 
 
 def in_this_process(trial: Trial) -> Result:
-    """A dry run through the command's own entry point."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    """Make a dry run through the command's own entry point."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
     if trial.python_path:
         sys.path.insert(0, trial.python_path)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -127,7 +135,7 @@ def in_this_process(trial: Trial) -> Result:
 
 
 def in_a_fork(trial: Trial) -> Result:
-    """The same in a child of this process, so that what a plug-in registers ends with it."""
+    """Make a dry run in a child of this process, with which a plug-in's registrations end."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -146,17 +154,19 @@ def in_a_fork(trial: Trial) -> Result:
 
 
 def for_real(trial: Trial, directory: Path) -> Result:
-    """The whole run as a command in processes of its own."""
+    """Make the whole run as a command in processes of its own."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *([trial.python_path] if trial.python_path else [])]
+    arguments = [sys.executable, "-m", f"recipes.{trial.recipe}", *trial.flags()]
+    variables = {
+        "PYTHONPATH": ":".join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", f"recipes.{trial.recipe}", *trial.flags()),
-            *("--run.directory", str(directory)),
-        ],
+        [*arguments, "--run.directory", str(directory)],
         cwd=ROOT,
-        env=os.environ
-        | {"PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -171,13 +181,16 @@ def for_real(trial: Trial, directory: Path) -> Result:
     return Result(code=process.returncode, out=out, err=err, directory=directory)
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------------------
+# --- the rules ---
 
 FIELDS = tuple(name for name, _ in all_fields())
 
 
 def is_field(name: str) -> bool:
-    """A field of the configuration, a section of it, or something inside a field, such as a parameter or an element."""
+    """Return whether a name is a field, a section, or something inside a field.
+
+    Inside a field are its parameters and elements.
+    """
     name = name.strip().removeprefix("--")
     if name in ("RAY_ADDRESS", "config", "resume"):
         return True
@@ -187,8 +200,8 @@ def is_field(name: str) -> bool:
     )
 
 
-def refusal_problems(trial: Trial, result: Result) -> Iterator[str]:
-    """Of exit code 2: what is wrong with the message."""
+def refusal_faults(trial: Trial, result: Result) -> Iterator[str]:
+    """Yield the faults of the message of a command that ended with 2."""
     lines = [line for line in result.err.splitlines() if line.strip()]
     if not lines:
         yield "refused without a word"
@@ -203,8 +216,9 @@ def refusal_problems(trial: Trial, result: Result) -> Iterator[str]:
         explained = "does not fit: " in line and line.endswith(")")
         if not explained and not re.search(rf"\b({REMEDIES})\b", line):
             yield f"says no remedy: {line[:160]!r}"
-    if trial.expect not in ("refused", "told"):
+    if trial.expect not in ("refused", "reported"):
         return
+
     about = [
         line
         for line in lines
@@ -217,11 +231,12 @@ def refusal_problems(trial: Trial, result: Result) -> Iterator[str]:
 
 
 def has_value(line: str, value: str) -> bool:
-    """Whether a message shows a value, as it was typed or as it was read."""
+    """Return whether a message shows a value, as it was typed or as it was read."""
     try:
         read = yaml.safe_load(value)
     except yaml.YAMLError:
         read = value
+
     shown = {value, value.strip(".-"), *value.split(",")}
     for part in [read, *inner_values(read)]:
         shown |= {str(part), repr(part)}
@@ -233,7 +248,7 @@ def has_value(line: str, value: str) -> bool:
 
 
 def inner_values(tree: object) -> Iterator[object]:
-    """Keys and values of a nested value."""
+    """Yield keys and values of a nested value."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from (key, value)
@@ -244,8 +259,8 @@ def inner_values(tree: object) -> Iterator[object]:
             yield from inner_values(value)
 
 
-def dry_problems(trial: Trial, result: Result) -> Iterator[str]:
-    """Of a dry run that was accepted."""
+def dry_faults(trial: Trial, result: Result) -> Iterator[str]:
+    """Yield the faults of a dry run that was accepted."""
     text, _, plan = result.out.partition("\nmachine  ")
     config = RunConfig.model_validate(yaml.safe_load(text))
     recipe = recipe_of(trial.recipe)(detect_hardware())
@@ -257,12 +272,13 @@ def dry_problems(trial: Trial, result: Result) -> Iterator[str]:
     if trial.problems is not None:
         counted = re.search(r"^data +(\d+) training", plan, re.MULTILINE)
         if counted is None or int(counted[1]) != trial.problems:
-            yield f"plans with {counted[1] if counted else 'no'} training problems, the file has {trial.problems}"
+            planned = counted[1] if counted else "no"
+            yield f"plans with {planned} training problems, the file has {trial.problems}"
         yield from odd_texts(config)
 
 
 def odd_texts(config: RunConfig) -> Iterator[str]:
-    """Problems and answers that are no text of the file, but Python's way to print something else."""
+    """Yield problems and answers that are not text of the file but a printed Python object."""
     from rlsys.data.prompt_stream import load_problems
 
     for problem in load_problems(config).train:
@@ -273,7 +289,7 @@ def odd_texts(config: RunConfig) -> Iterator[str]:
 
 
 def numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every float of a nested configuration, with its dotted name."""
+    """Yield every float of a nested configuration, with its dotted name."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from numbers(value, f"{name}.{key}".strip("."))
@@ -284,29 +300,33 @@ def numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, tree
 
 
-def run_problems(trial: Trial, result: Result) -> Iterator[str]:
-    """Of a run that ended with 0."""
+def run_faults(trial: Trial, result: Result) -> Iterator[str]:
+    """Yield the faults of a run that ended with 0."""
     from rlsys.config.command_line import load_yaml
     from rlsys.run.observers.metrics_log import read_metrics
 
     directory = result.directory
     assert directory is not None
     config = load_yaml(directory / "config.yaml")
-    asked = parse(recipe_of(trial.recipe)(detect_hardware()), trial.flags()).config
-    if config != evolve(asked, {"run.directory": str(directory)}):
-        yield "config.yaml is not what was asked for"
+    requested = parse(recipe_of(trial.recipe)(detect_hardware()), trial.flags()).config
+    if config != evolve(requested, {"run.directory": str(directory)}):
+        yield "config.yaml is not the requested configuration"
+
     if not (directory / "report.html").exists():
         yield "ends without a report"
     if not list((directory / "checkpoints").glob("step_*")):
         yield "ends without a checkpoint"
+
     records = read_metrics(directory / "metrics.jsonl")
     steps = [record for record in records if record.kind == "train"]
     if len(steps) != config.trainer.steps:
-        yield f"metrics of {len(steps)} steps, {config.trainer.steps} were asked for"
+        yield f"metrics of {len(steps)} steps, {config.trainer.steps} were requested"
     for record in records:
         odd = [name for name, value in record.values.items() if not math.isfinite(value)]
         if odd:
             yield f"metrics that are not finite in step {record.step}: {', '.join(odd)}"
+
+    # The policy has not moved before the only update of a batch.
     policy = config.policy
     if steps and policy.epochs * policy.num_mini_batches == 1:
         first = steps[0].values
@@ -317,13 +337,13 @@ def run_problems(trial: Trial, result: Result) -> Iterator[str]:
             yield f"{first['policy/clip_fraction']:.1%} clipped in the first update"
 
 
-def problems_of(trial: Trial, result: Result) -> Iterator[str]:
-    """Everything that a result breaks."""
+def faults_of(trial: Trial, result: Result) -> Iterator[str]:
+    """Yield every rule that a result breaks."""
     said = result.out + result.err
     if TRACEBACK in said and trial.kind != "reward function":
         yield "a traceback on the console"
     if result.code == 2:
-        yield from refusal_problems(trial, result)
+        yield from refusal_faults(trial, result)
         if trial.expect == "accepted":
             yield "is refused, and should work"
         return
@@ -339,32 +359,33 @@ def problems_of(trial: Trial, result: Result) -> Iterator[str]:
     if trial.expect == "refused":
         yield f"accepts {trial.value!r} for {trial.field}" if trial.value else "is accepted"
     plan = result.out.partition("\nmachine  ")[2] + result.err
-    if trial.expect == "told" and not (trial.field in plan and trial.value in plan):
+    if trial.expect == "reported" and not (trial.field in plan and trial.value in plan):
         yield f"{trial.field} {trial.value} has no effect here, and nothing says so"
-    yield from run_problems(trial, result) if trial.runs else dry_problems(trial, result)
+    yield from run_faults(trial, result) if trial.runs else dry_faults(trial, result)
 
 
 def examine(trial: Trial, directory: Path) -> Finding | None:
-    """Run a trial and check it."""
+    """Run a trial and check it; None where it breaks no rule."""
     if trial.runs:
         result = for_real(trial, directory)
     elif trial.python_path:
         result = in_a_fork(trial)
     else:
         result = in_this_process(trial)
+
     try:
-        found = tuple(problems_of(trial, result))
+        found = tuple(faults_of(trial, result))
     except Exception as error:  # an output that the checks cannot read is a finding as well
         found = (f"cannot be checked: {type(error).__name__}: {error}",)
     words = (result.err.strip() or result.out.strip()).splitlines() or [""]
-    return Finding(trial=trial, problems=found, said=words[-1][:300]) if found else None
+    return Finding(trial=trial, faults=found, said=words[-1][:300]) if found else None
 
 
-# --- the campaign -----------------------------------------------------------------------------------------------------------------
+# --- the campaign ---
 
 
 def dry_trials(seed: int, count: int) -> list[Trial]:
-    """Everything that is tried without a run, in a fixed order."""
+    """Return all trials without a run, in a fixed order."""
     draw = random.Random(seed)
     return [
         *field_trials(),
@@ -379,7 +400,7 @@ def dry_trials(seed: int, count: int) -> list[Trial]:
 
 
 def real_trials(seed: int, count: int) -> list[Trial]:
-    """What runs: reward functions that fail on every answer, and random configurations that a dry run accepts."""
+    """Return the trials that run: failing reward functions, and random accepted configurations."""
     draw = random.Random(seed + 1)
     chosen = [trial for trial in reward_trials(WORKSPACE / "rewards") if trial.runs]
     accepted = 0
@@ -393,7 +414,7 @@ def real_trials(seed: int, count: int) -> list[Trial]:
 
 
 def examine_all(dry: Sequence[Trial], real: Sequence[Trial], processes: int) -> list[Finding]:
-    """Dry runs side by side, runs one after the other."""
+    """Examine all trials: dry runs side by side, runs one after the other."""
     nowhere = [WORKSPACE] * len(dry)
     if processes == 1:
         found = [examine(trial, place) for trial, place in zip(dry, nowhere, strict=True)]
@@ -408,14 +429,14 @@ def examine_all(dry: Sequence[Trial], real: Sequence[Trial], processes: int) -> 
 
 
 def write_json(trials: Sequence[Trial], findings: Sequence[Finding], path: Path) -> None:
-    """Counts by kind, and every finding."""
+    """Write the counts by kind, and every finding."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "trials": Counter(trial.kind for trial in trials),
         "findings": [
             {
                 "kind": finding.trial.kind,
-                "problems": finding.problems,
+                "faults": finding.faults,
                 "command": command(finding.trial),
                 "said": finding.said,
             }
@@ -437,8 +458,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, default=None, help="Where to write the findings.")
     options = parser.parse_args()
+
     start = time.perf_counter()
-    runs = options.trials // RUNS_SHARE if options.runs is None else options.runs
+    runs = options.trials // TRIALS_PER_RUN if options.runs is None else options.runs
     dry = dry_trials(options.seed, options.trials)
     if options.small:
         dry, runs = random.Random(options.seed).sample(dry, SMALL_SAMPLE), 1
@@ -447,6 +469,7 @@ def main() -> int:
     if options.small:
         real = real[-1:]  # a reward function that fails takes a run each
     real = [trial for trial in real if trial.kind.startswith(options.only)]
+
     findings = examine_all(dry, real, options.processes)
     trials = [*dry, *real]
     for finding in findings:

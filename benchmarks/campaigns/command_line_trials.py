@@ -1,4 +1,4 @@
-"""What the command-line campaign tries: flags, files and plug-ins, each with what must come of it."""
+"""Trials of the command-line campaign: flags, files, plug-ins, and their expected outcomes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import yaml
+from pydantic.fields import FieldInfo
 
 from rlsys.config.command_line import all_fields
 from rlsys.config.presets import PRESETS
 
-Expectation = Literal["accepted", "refused", "either", "told", "seen"]
+Expectation = Literal["accepted", "refused", "either", "reported", "seen"]
 RECIPES = ("grpo_math", "dapo_math", "hierarchical_math")
 # A run of seconds on a CPU.
 TINY = (
@@ -27,20 +28,27 @@ TINY = (
     *("--generation.max_tokens", "8", "--generation.samples_per_prompt", "4"),
     *("--trainer.prompts_per_step", "4", "--trainer.steps", "2"),
 )
-# Words that tell what to do about it. A refusal without any of them leaves its reader alone.
+# Words with which a message names a remedy. A refusal needs at least one of them.
 REMEDIES = (
-    "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Give|Install|It takes|Join|Keep|Known|Leave|Lower|Make|Mend|Name|"
-    "Look|Pass|Pick|Put|Quote|Raise|Remove|Repair|Return|Sample|Save|See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|"
-    "name the|should be|should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form|is called with"
+    "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Fix|Give|Install|It takes|Join|Keep|Known|"
+    "Leave|Lower|Make|Mend|Name|Look|Pass|Pick|Put|Quote|Raise|Remove|Repair|Return|Sample|Save|"
+    "See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|name the|should be|"
+    "should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form|"
+    "is called with"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One command line.
+    """One command line and the outcome that is expected of it.
 
-    `expect`: accepted (exit 0); refused (exit 2, with `field` and `value` in the message); either; told (exit 2, or the output names `field`: an option
-    without effect); seen (a run that cannot end well: exit 2, or not 0 with `value` on the console).
+    | `expect` | means |
+    |---|---|
+    | accepted | exit code 0 |
+    | refused | exit code 2, with `field` and `value` in the message |
+    | either | one of these two |
+    | reported | refused, or the output names `field`: an option without effect |
+    | seen | a run that cannot end well: exit code 2, or not 0 with `value` on the console |
     """
 
     kind: str
@@ -54,11 +62,11 @@ class Trial:
     problems: int | None = None  # how many training problems the plan must count
 
     def flags(self) -> list[str]:
-        """Of the whole command line."""
+        """Return all flags of the command line."""
         return [*TINY, *self.arguments, *([] if self.runs else ["--dry-run"])]
 
 
-# --- every field, with values that it must not take -------------------------------------------------------------------------------
+# --- every field, with values that it must not take ---
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -68,7 +76,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bounds(metadata: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Values just outside, and at the bounds that are allowed."""
+    """Return the values just outside a field's bounds, and those at the bounds."""
     outside: list[float] = []
     inside: list[float] = []
     for bound in metadata:
@@ -76,7 +84,8 @@ def _bounds(metadata: Sequence[Any]) -> tuple[list[float], list[float]]:
             outside.append(bound.ge - 1)  # pyright: ignore[reportOperatorIssue, reportArgumentType]
             inside.append(bound.ge)  # pyright: ignore[reportArgumentType]
         if isinstance(bound, annotated_types.Gt):
-            outside += [bound.gt, bound.gt - 1]  # pyright: ignore[reportOperatorIssue, reportArgumentType]
+            outside.append(bound.gt)  # pyright: ignore[reportArgumentType]
+            outside.append(bound.gt - 1)  # pyright: ignore[reportOperatorIssue, reportArgumentType]
         if isinstance(bound, annotated_types.Le):
             outside.append(bound.le + 1)  # pyright: ignore[reportOperatorIssue, reportArgumentType]
             inside.append(bound.le)  # pyright: ignore[reportArgumentType]
@@ -89,21 +98,19 @@ def _typed(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else repr(value)
 
 
-# Fields for which an empty text means something, and those that name a thing which a dry run cannot look up.
+# Fields for which an empty text, or null, has a meaning.
 EMPTY_IS_FINE = {"cluster.address"}
 NULL_IS_FINE = {"data.eval"}
 
 
 def field_trials() -> Iterator[Trial]:
-    """Each leaf field with values below and above its bounds, not finite, empty, null, huge, and of other types."""
-    for name, field in all_fields():
-        parts = _parts(field.annotation)
-        origins = {get_origin(part) for part in parts}
-        outside, inside = _bounds(field.metadata)
-        optional = type(None) in parts
+    """Yield each leaf field with values that it may not take.
 
-        def trial(value: str, expect: Expectation, name: str = name) -> Trial:
-            return Trial(
+    They lie outside its bounds, are not finite, empty, null, huge, or of another type.
+    """
+    for name, field in all_fields():
+        for value, expect in _field_values(name, field):
+            yield Trial(
                 kind="field",
                 arguments=(f"--{name}={value}",),
                 expect=expect,
@@ -111,43 +118,59 @@ def field_trials() -> Iterator[Trial]:
                 value=value,
             )
 
-        for value in outside:
-            yield trial(_typed(value), "refused")
-        for value in inside:
-            yield trial(_typed(value), "either")
-        yield trial("null", "either" if optional or name in NULL_IS_FINE else "refused")
-        mapping = dict in origins or str in parts  # text is taken as it is typed
-        yield trial("{a: 1}", "either" if mapping else "refused")
-        kinds = {part for part in parts if isinstance(part, type)}
-        if float in kinds:
-            for value in (".nan", ".inf", "-.inf", "abc", "[1.0]", "''"):
-                yield trial(value, "refused")
-            yield trial("1e300", "either")
-        elif bool in kinds:
-            for value in ("maybe", "2", "[true]", "''"):
-                yield trial(value, "refused")
-        elif int in kinds:
-            for value in ("1.5", ".nan", ".inf", "abc", "[1]", "''"):
-                yield trial(value, "refused")
-            yield trial("1" + "0" * 30, "either")
-        elif str in kinds:
-            empty: Expectation = "either" if name in EMPTY_IS_FINE else "refused"
-            yield trial("", empty)
-            yield trial(" ", empty)
-            yield trial("[a, b]", "either")
-        elif Literal in origins:
-            for value in ("nonsense", "''", "0"):
-                yield trial(value, "refused")
-        elif tuple in origins:
-            for value in ("{a: 1}", "[[1]]", "[null]"):
-                yield trial(value, "refused")
-        elif dict in origins:
-            for value in ("5", "abc", "{no_such_keyword: 1}"):
-                yield trial(value, "refused")
+
+def _field_values(name: str, field: FieldInfo) -> Iterator[tuple[str, Expectation]]:
+    """Yield values of a field, each with its expected outcome."""
+    parts = _parts(field.annotation)
+    origins = {get_origin(part) for part in parts}
+
+    outside, inside = _bounds(field.metadata)
+    for value in outside:
+        yield _typed(value), "refused"
+    for value in inside:
+        yield _typed(value), "either"
+
+    optional = type(None) in parts or name in NULL_IS_FINE
+    yield "null", "either" if optional else "refused"
+    mapping = dict in origins or str in parts  # text is taken as it is typed
+    yield "{a: 1}", "either" if mapping else "refused"
+    yield from _values_of_type(name, parts)
+
+
+# The first type of a field decides about the values of another type.
+_REFUSED_BY_TYPE: dict[Any, tuple[str, ...]] = {
+    float: (".nan", ".inf", "-.inf", "abc", "[1.0]", "''"),
+    bool: ("maybe", "2", "[true]", "''"),
+    int: ("1.5", ".nan", ".inf", "abc", "[1]", "''"),
+    str: (),
+    Literal: ("nonsense", "''", "0"),
+    tuple: ("{a: 1}", "[[1]]", "[null]"),
+    dict: ("5", "abc", "{no_such_keyword: 1}"),
+}
+_HUGE = {float: "1e300", int: "1" + "0" * 30}
+
+
+def _values_of_type(name: str, parts: Sequence[Any]) -> Iterator[tuple[str, Expectation]]:
+    """Yield values that the type of a field refuses, and huge ones that it may take."""
+    types_and_origins = {*parts, *(get_origin(part) for part in parts)}
+    known = [kind for kind in _REFUSED_BY_TYPE if kind in types_and_origins]
+    if not known:
+        return
+
+    kind = known[0]
+    for value in _REFUSED_BY_TYPE[kind]:
+        yield value, "refused"
+    if kind in _HUGE:
+        yield _HUGE[kind], "either"
+    if kind is str:
+        empty: Expectation = "either" if name in EMPTY_IS_FINE else "refused"
+        yield "", empty
+        yield " ", empty
+        yield "[a, b]", "either"
 
 
 def edge_trials() -> Iterator[Trial]:
-    """Values that types let through and that cannot work."""
+    """Yield values that types let through and that cannot work."""
 
     def refused(field: str, value: str, *more: str) -> Trial:
         return Trial(
@@ -201,7 +224,7 @@ def edge_trials() -> Iterator[Trial]:
             arguments=(f"--reward.functions={functions}",),
             expect="refused",
             field="reward.functions",
-            value=next(iter(reversed(list(parameters.values()))), "").__str__(),
+            value=str(list(parameters.values())[-1]),
         )
     yield Trial(
         kind="edge", arguments=("--reward.functions", "math,format_boxed"), expect="accepted"
@@ -219,7 +242,7 @@ def edge_trials() -> Iterator[Trial]:
 
 
 def parameter_trials() -> Iterator[Trial]:
-    """Each keyword parameter of each estimator and weight, with values that no formula can take."""
+    """Yield each keyword parameter of each estimator and weight with values of no formula."""
     import torch  # noqa: F401  (the registries need it; the fields above do not)
 
     from rlsys.algorithms.advantages import (
@@ -262,7 +285,7 @@ def parameter_trials() -> Iterator[Trial]:
 
 
 def silent_trials() -> Iterator[Trial]:
-    """Options that have no effect beside the others: refused, or told."""
+    """Yield options that have no effect beside the other ones: refused, or reported."""
     settings: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "algorithm.objective.ratio",
@@ -292,10 +315,16 @@ def silent_trials() -> Iterator[Trial]:
         ),
     )
     for field, arguments in settings:
-        yield Trial(kind="silent", arguments=arguments, expect="told", field=field)
+        yield Trial(kind="silent", arguments=arguments, expect="reported", field=field)
 
 
-# --- data files -------------------------------------------------------------------------------------------------------------------
+# --- data files ---
+
+
+def _flow_yaml(value: Any) -> str:
+    """Return a value on one line, as it is typed behind a flag."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.strip().removesuffix("...").strip()
 
 
 def _row(number: int) -> dict[str, Any]:
@@ -303,7 +332,7 @@ def _row(number: int) -> dict[str, Any]:
 
 
 def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
-    """Files as people have them. The bad row of a bad file stands anywhere in it."""
+    """Yield files as people have them. The bad row of a bad file is drawn at random."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -382,11 +411,12 @@ def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
     )
     yield trial(jsonl("one_list", changed(answer=["4"])), "refused", *off, value=line)
     yield trial(jsonl("dict_problem", changed(problem={"text": "?"})), "refused", *off, value=line)
-    yield trial(jsonl("null_answer", changed(answer=None)), "told", *off, value=f"line {line}")
-    yield trial(parquet("null_answer", changed(answer=None)), "told", *off, value=f"row {bad}")
-    yield trial(jsonl("null_problem", changed(problem=None)), "told", *off, value=f"line {line}")
-    yield trial(jsonl("empty_problem", changed(problem="")), "told", *off, value=f"line {line}")
-    yield trial(jsonl("empty_answer", changed(answer=" ")), "told", *off, value=f"line {line}")
+    at_line, at_row = f"line {line}", f"row {bad}"
+    yield trial(jsonl("null_answer", changed(answer=None)), "reported", *off, value=at_line)
+    yield trial(parquet("null_answer", changed(answer=None)), "reported", *off, value=at_row)
+    yield trial(jsonl("null_problem", changed(problem=None)), "reported", *off, value=at_line)
+    yield trial(jsonl("empty_problem", changed(problem="")), "reported", *off, value=at_line)
+    yield trial(jsonl("empty_answer", changed(answer=" ")), "reported", *off, value=at_line)
     yield trial(jsonl("no_object", [*rows[:bad], 7, *rows[bad:]]), "refused", *off, value=line)
     broken = good.splitlines()
     broken[bad] = broken[bad][:-3]
@@ -408,12 +438,12 @@ def data_trials(folder: Path, draw: random.Random) -> Iterator[Trial]:
     yield Trial(
         kind="data",
         arguments=("--data.train", str(same), "--data.eval", str(same)),
-        expect="told",
+        expect="reported",
         field="data.eval",
     )
 
 
-# --- plug-ins and reward functions ------------------------------------------------------------------------------------------------
+# --- plug-ins and reward functions ---
 
 _REWARD = """
 import asyncio, os, time
@@ -421,65 +451,40 @@ from rlsys.rewards import register_reward_function
 
 {definition}
 """
-# name -> (source, what must come of it, what the console must say)
+_REGISTERED = "@register_reward_function('trial')\n"
+_TWO_ARGUMENTS = _REGISTERED + "def trial(completion, ground_truth):\n"
+# name -> (source, expected outcome, text on the console)
 REWARD_FUNCTIONS: dict[str, tuple[str, Expectation, str]] = {
     "raises": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    raise KeyError('a plain mistake')",
+        _TWO_ARGUMENTS + "    raise KeyError('a plain mistake')",
         "seen",
         "a plain mistake",
     ),
-    "returns_nan": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    return float('nan')",
-        "seen",
-        "nan",
-    ),
-    "returns_none": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    return None",
-        "seen",
-        "None",
-    ),
-    "returns_list": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    return [1.0]",
-        "seen",
-        "list",
-    ),
-    "returns_huge": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    return 1e39",
-        "seen",
-        "1e+39",
-    ),
+    "returns_nan": (_TWO_ARGUMENTS + "    return float('nan')", "seen", "nan"),
+    "returns_none": (_TWO_ARGUMENTS + "    return None", "seen", "None"),
+    "returns_list": (_TWO_ARGUMENTS + "    return [1.0]", "seen", "list"),
+    "returns_huge": (_TWO_ARGUMENTS + "    return 1e39", "seen", "1e+39"),
     "is_async": (
-        "@register_reward_function('trial')\nasync def trial(completion, ground_truth):\n    return 1.0",
+        _REGISTERED + "async def trial(completion, ground_truth):\n    return 1.0",
         "refused",
         "trial",
     ),
     "wants_more": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth, context):\n    return 1.0",
+        _REGISTERED + "def trial(completion, ground_truth, context):\n    return 1.0",
         "refused",
         "trial",
     ),
-    "wants_less": (
-        "@register_reward_function('trial')\ndef trial(completion):\n    return 1.0",
-        "refused",
-        "trial",
-    ),
-    "is_slow": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    time.sleep(60)",
-        "seen",
-        "timeout",
-    ),
-    "exits": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    os._exit(3)",
-        "seen",
-        "trial",
-    ),
+    "wants_less": (_REGISTERED + "def trial(completion):\n    return 1.0", "refused", "trial"),
+    "is_slow": (_TWO_ARGUMENTS + "    time.sleep(60)", "seen", "timeout"),
+    "exits": (_TWO_ARGUMENTS + "    os._exit(3)", "seen", "trial"),
     "fine": (
-        "@register_reward_function('trial')\ndef trial(completion, ground_truth):\n    print('scored')\n    return len(completion) % 3 / 2",
+        _TWO_ARGUMENTS + "    print('scored')\n    return len(completion) % 3 / 2",
         "accepted",
         "",
     ),
     "callable_object": (
-        "class Scorer:\n    def __call__(self, completion, ground_truth):\n        return len(completion) % 2\n"
+        "class Scorer:\n    def __call__(self, completion, ground_truth):\n"
+        "        return len(completion) % 2\n"
         "register_reward_function('trial')(Scorer())",
         "either",
         "trial",
@@ -491,9 +496,18 @@ _ESTIMATOR = """
 import torch
 from rlsys.algorithms.advantages import AdvantageOutput, register_advantage_estimator
 
-{definition}
+@register_advantage_estimator('trial')
+def trial({arguments}):
+    {body}
+
 """
-# name -> (source, what must come of a dry run, in the message)
+
+
+def _estimator(body: str, arguments: str = "inputs") -> str:
+    return _ESTIMATOR.format(arguments=arguments, body=body)
+
+
+# name -> (source, expected outcome of a dry run, text of the message)
 PLUGINS: dict[str, tuple[str, Expectation, str]] = {
     "syntax": ("def broken(:\n", "refused", "{module}"),
     "raises_at_import": ("raise RuntimeError('at import')\n", "refused", "at import"),
@@ -501,50 +515,31 @@ PLUGINS: dict[str, tuple[str, Expectation, str]] = {
     "missing_import": ("import no_such_package\n", "refused", "no_such_package"),
     "takes_a_name": (
         "from rlsys.rewards import register_reward_function\n"
-        "@register_reward_function('math')\ndef mine(completion, ground_truth):\n    return 1.0\n",
+        "@register_reward_function('math')\n"
+        "def mine(completion, ground_truth):\n    return 1.0\n",
         "refused",
         "math",
     ),
-    "wrong_type": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial(inputs):\n    return inputs.rewards\n"
-        ),
-        "refused",
-        "trial",
-    ),
+    "wrong_type": (_estimator("return inputs.rewards"), "refused", "trial"),
     "wrong_shape": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial(inputs):\n    return AdvantageOutput(advantages=inputs.rewards)\n"
-        ),
+        _estimator("return AdvantageOutput(advantages=inputs.rewards)"),
         "refused",
         "trial",
     ),
-    "estimator_raises": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial(inputs):\n    raise KeyError('a plain mistake')\n"
-        ),
-        "refused",
-        "trial",
-    ),
-    "no_arguments": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial():\n    return None\n"
-        ),
-        "refused",
-        "trial",
-    ),
+    "estimator_raises": (_estimator("raise KeyError('a plain mistake')"), "refused", "trial"),
+    "no_arguments": (_estimator("return None", arguments=""), "refused", "trial"),
     "not_finite": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial(inputs):\n"
-            "    return AdvantageOutput(advantages=torch.full(inputs.response_mask.shape, torch.nan))\n"
+        _estimator(
+            "return AdvantageOutput(advantages=torch.full(inputs.response_mask.shape, torch.nan))"
         ),
         "refused",
         "trial",
     ),
     "fine": (
-        _ESTIMATOR.format(
-            definition="@register_advantage_estimator('trial')\ndef trial(inputs, *, scale: float = 1.0):\n"
-            "    return AdvantageOutput(advantages=inputs.response_mask * inputs.rewards[:, None] * scale)\n"
+        _estimator(
+            "return AdvantageOutput("
+            "advantages=inputs.response_mask * inputs.rewards[:, None] * scale)",
+            arguments="inputs, *, scale: float = 1.0",
         ),
         "accepted",
         "",
@@ -553,7 +548,7 @@ PLUGINS: dict[str, tuple[str, Expectation, str]] = {
 
 
 def plugin_trials(folder: Path) -> Iterator[Trial]:
-    """Modules that people get wrong."""
+    """Yield plug-in modules as people get them wrong."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (source, expect, message) in PLUGINS.items():
         module = f"trial_plugin_{name}"
@@ -570,7 +565,10 @@ def plugin_trials(folder: Path) -> Iterator[Trial]:
 
 
 def reward_trials(folder: Path) -> Iterator[Trial]:
-    """Reward functions that fail on every answer. What can be known at the start is tried dry, everything else runs."""
+    """Yield reward functions that fail on every answer.
+
+    Those that can be refused at the start are dry runs, the other ones run for real.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, (definition, expect, message) in REWARD_FUNCTIONS.items():
         module = f"trial_reward_{name}"
@@ -589,11 +587,14 @@ def reward_trials(folder: Path) -> Iterator[Trial]:
         )
 
 
-# --- random configurations --------------------------------------------------------------------------------------------------------
+# --- random configurations ---
 
 
 def random_trial(draw: random.Random, *, runs: bool = False) -> Trial:
-    """A configuration that a user might write, of options that each make sense: it is refused by name, or it works."""
+    """Return a configuration that a user might write, of options that each make sense.
+
+    It is refused by the name of a field, or it works.
+    """
     flags: dict[str, Any] = {}
 
     def maybe(probability: float, name: str, *choices: Any) -> None:
@@ -672,10 +673,7 @@ def random_trial(draw: random.Random, *, runs: bool = False) -> Trial:
         [{"name": "math"}, {"name": "repetition", "weight": 0.1, "parameters": {"ngram": 2}}],
     )
     maybe(0.3, "reward.functions", *functions)
-    arguments = tuple(
-        f"--{name}={yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix('...').strip()}"
-        for name, value in flags.items()
-    )
+    arguments = tuple(f"--{name}={_flow_yaml(value)}" for name, value in flags.items())
     return Trial(
         kind="run" if runs else "random",
         recipe=draw.choice(RECIPES),

@@ -1,15 +1,26 @@
-"""Is the gradient of every accepted configuration the one that the documents state? Exactly, by enumeration.
+"""The exact gradient of every accepted configuration against the one that the documents state.
 
-    python -m benchmarks.campaigns.enumeration --seed 0             everything: slices and 1,500 random combinations, about ten minutes on two cores
-    python -m benchmarks.campaigns.enumeration --seed 0 --small     a sample of each, under a minute
-    python -m benchmarks.campaigns.enumeration --only "estimator=rloo recompute=True"       cases whose name contains this, with their numbers
+Everything, which is slices and 1,500 random combinations, about ten minutes on two cores:
 
-Every combination of estimator, ratio, weight, aggregation, KL, entropy, correction, staleness and shape of the batch lands in one class:
+    python -m benchmarks.campaigns.enumeration --seed 0
 
-    refused              `check_config` refuses it, by field
-    exact                the expected gradient of the real pipeline is that of the regularised objective
-    biased, documented   it is not, a sentence of the documents says so (`BIASES`), and it equals the method's own formula, written again here
-    finding              anything else; then the exit code is 1
+A sample of each, under a minute:
+
+    python -m benchmarks.campaigns.enumeration --seed 0 --small
+
+Cases whose name contains these words, with their numbers:
+
+    python -m benchmarks.campaigns.enumeration --only "estimator=rloo recompute=True"
+
+Every combination of estimator, ratio, weight, aggregation, KL, entropy, correction, staleness and
+shape of the batch gets one class:
+
+    refused              preflight refuses it, by field
+    exact                the expected gradient of the real pipeline is that of the regularised
+                         objective
+    biased, documented   it is not, a sentence of the documents says so (`BIASES`), and it equals
+                         the method's own formula, written again here
+    finding              anything else; the exit code is then 1
 
 The classes of all combinations go to docs/data/enumeration.csv.
 """
@@ -57,7 +68,10 @@ FIELD = re.compile(r"^[a-z_]+(\.[a-z_]+)*")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Where one case landed. Errors are relative to the length of what is compared with; NaN where there is nothing to compare."""
+    """The class of one case.
+
+    Errors are relative to the norm of the stated gradient; NaN where there is nothing to compare.
+    """
 
     case: Case
     kind: str
@@ -68,7 +82,7 @@ class Outcome:
 
 
 def relative_error(found: Tensor, wanted: Tensor, *, any_length: bool = False) -> float:
-    """||c found - wanted|| / ||wanted||, c = 1 or the best factor."""
+    """Return ||c found - wanted|| / ||wanted|| with c = 1, or with the best c."""
     size = float(wanted.norm())
     if size < 1e-12:
         return float(found.norm())
@@ -79,21 +93,26 @@ def relative_error(found: Tensor, wanted: Tensor, *, any_length: bool = False) -
 
 
 def examine(case: Case, seed: int) -> Outcome:
-    """The class of one case."""
+    """Return the class of one case."""
     message = refusal(case)
     if message is not None:
         named = FIELD.match(message)
         return Outcome(case=case, kind="refused" if named else "finding", message=message)
-    config, world, resolved = case.config(), World.of(case, seed), case.resolved()
+
+    config = case.config()
+    world = World.of(case, seed)
+    resolved = case.resolved()
     try:
         found = expected_gradient(case, config, world)
     except Exception as error:  # what is accepted must not fail while it runs
         return Outcome(case=case, kind="finding", message=f"{type(error).__name__}: {error}")
     if not bool(torch.isfinite(found).all()):
         return Outcome(case=case, kind="finding", message="the gradient is not finite")
+
     wanted, length_is_stated = true_gradient(resolved, world)
     if case.staleness != "far" and float(found.norm()) < NOTHING < float(wanted.norm()):
         return Outcome(case=case, kind="finding", message="every update is 0", error=1.0)
+
     error = relative_error(found, wanted, any_length=not length_is_stated)
     formula_error = float("nan")
     if has_statement(resolved):
@@ -102,10 +121,11 @@ def examine(case: Case, seed: int) -> Outcome:
 
 
 def judge(case: Case, resolved: Case, error: float, formula_error: float) -> Outcome:
-    """The class that two errors mean."""
+    """Return the class that two errors mean."""
     limit = SINGLE if resolved.recompute else EXACT
     reasons: tuple[Bias, ...] = documented(resolved)
     names = tuple(bias.name for bias in reasons)
+
     if formula_error > limit:
         kind, message = "finding", "differs from the method's own formula"
     elif error <= limit:
@@ -125,7 +145,7 @@ def judge(case: Case, resolved: Case, error: float, formula_error: float) -> Out
 
 
 def refusal(case: Case) -> str | None:
-    """What the command line says to the case; None: it accepts it."""
+    """Return the command line's message about the case; None where it accepts it."""
     return _refusal(json.dumps(case.flags(), sort_keys=True))
 
 
@@ -141,7 +161,7 @@ def _refusal(flags: str) -> str | None:
 
 
 def cases(seed: int, *, small: bool) -> list[Case]:
-    """Slices and random combinations, each once."""
+    """Return slices and random combinations, each once."""
     draw = random.Random(seed)
     ordered = list(dict.fromkeys(slices()))
     count = RANDOM_CASES
@@ -151,7 +171,7 @@ def cases(seed: int, *, small: bool) -> list[Case]:
 
 
 def examine_all(chosen: Sequence[Case], seed: int, processes: int) -> list[Outcome]:
-    """In the order of the cases, whatever the number of processes."""
+    """Examine cases; the result has their order, whatever the number of processes."""
     if processes == 1:
         return [examine(case, seed) for case in chosen]
     with ProcessPoolExecutor(processes) as pool:
@@ -159,7 +179,7 @@ def examine_all(chosen: Sequence[Case], seed: int, processes: int) -> list[Outco
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """One row a case."""
+    """Write one row per case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -178,9 +198,10 @@ def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Counts, the size of each documented bias, and findings."""
+    """Return counts, the size of each documented bias, and findings."""
     counts = Counter(outcome.kind for outcome in outcomes)
     lines = [f"{counts[kind]:6d}  {kind}" for kind in sorted(counts)]
+
     sizes: dict[str, list[float]] = {}
     for outcome in outcomes:
         if outcome.kind == "biased, documented" and len(outcome.reasons) == 1:
@@ -193,11 +214,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         f"{len(found):6d}  {min(found):8.1e} {median(found):8.1e} {max(found):8.1e}  {reason}"
         for reason, found in sorted(sizes.items())
     ]
+
     findings = [outcome for outcome in outcomes if outcome.kind == "finding"]
-    lines += ["", f"findings: {len(findings)}"] + [
-        f"  {outcome.case.name()}: {outcome.message} (error {outcome.error:.1e}, from its formula {outcome.formula_error:.1e})"
-        for outcome in findings
-    ]
+    lines += ["", f"findings: {len(findings)}"]
+    for outcome in findings:
+        errors = f"error {outcome.error:.1e}, from its formula {outcome.formula_error:.1e}"
+        lines.append(f"  {outcome.case.name()}: {outcome.message} ({errors})")
     return "\n".join(lines)
 
 
@@ -210,6 +232,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--csv", type=Path, default=None, help=f"Where to write; {DATA} for docs.")
     options = parser.parse_args()
+
     start = time.perf_counter()
     chosen = [
         case
@@ -217,6 +240,7 @@ def main() -> int:
         if all(word in case.name().split() for word in options.only.split())
     ]
     outcomes = examine_all(chosen, options.seed, options.processes)
+
     if options.csv:
         write_csv(outcomes, options.csv)
     print(summary(outcomes))

@@ -1,8 +1,8 @@
-"""Which combinations are expected to be biased, why, and where the documents say so.
+"""The known biases: which combinations have them, why, and where the documents say so.
 
-A reason counts only while its sentence stands in its file: a text that is taken away, or that never was there, makes findings of its cases. Reasons are
-about what a method is, or what it states that it neglects. What no method states (a KL in the reward with another gradient, a ratio taken twice) has no
-place here.
+A reason counts only while its sentence is in its file: where the text is missing, the cases become
+findings. A reason is part of what a method is, or of what it states that it neglects. An error that
+no method states (a KL in the reward with another gradient, a ratio taken twice) is not a reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOUNDED = (
 
 @dataclass(frozen=True)
 class Bias:
-    """A reason for a bias: which cases have it, and a sentence that must stand in a file."""
+    """A reason for a bias: the cases that have it, and a sentence that must be in a file."""
 
     name: str
     applies: Callable[[Case], bool]
@@ -34,7 +34,7 @@ class Bias:
     sentence: str
 
     def is_documented(self) -> bool:
-        """Whether the sentence stands in the file, whatever the line breaks."""
+        """Return whether the sentence is in the file, whatever the line breaks."""
         return " ".join(self.sentence.split()) in _words(self.file)
 
 
@@ -59,12 +59,8 @@ def _whitens(case: Case) -> bool:
 
 
 def _weighted_baseline(case: Case) -> bool:
-    """That has seen the response itself."""
-    weighted = case.estimator in (
-        "opo",
-        "optimal_baseline",
-        "optimal_token_baseline",
-    )  # as published
+    """Return whether a weighted baseline has seen the response itself, as published."""
+    weighted = case.estimator in ("opo", "optimal_baseline", "optimal_token_baseline")
     return weighted and not _has(case, "leave_one_out")
 
 
@@ -77,7 +73,7 @@ def _partial_length(case: Case) -> bool:
 
 
 def _corrects_itself(case: Case) -> bool:
-    """Advantages hold the whole ratio to the live policy, and the objective none."""
+    """Return whether the advantages hold the whole ratio to the live policy."""
     return case.estimator == "hierarchical" and case.recompute
 
 
@@ -104,17 +100,18 @@ def _stale_fit(case: Case) -> bool:
 
 
 def _uncorrected_engine(case: Case) -> bool:
-    return case.gap and case.correction == "none" and case.estimator != "hierarchical"
+    return case.mismatch and case.correction == "none" and case.estimator != "hierarchical"
 
 
 def _partial_correction(case: Case) -> bool:
     bounds = dict(case.correction_parameters)
     whole = case.correction == "sequence" and bounds.get("cap", 2.0) > 1e3
-    return case.gap and case.correction != "none" and not whole and case.estimator != "hierarchical"
+    partial = case.correction != "none" and not whole
+    return case.mismatch and partial and case.estimator != "hierarchical"
 
 
 def _loss_kl(case: Case, *kinds: str, direction: str = "reverse") -> bool:
-    """A KL in the loss of one of these kinds, where it is not exact."""
+    """Return whether the loss has a KL of one of these kinds that is not exact."""
     named = case.kl_kind in kinds and case.kl_direction == direction
     return case.kl_placement == "loss" and named and not _is_exact_kl(case)
 
@@ -130,7 +127,8 @@ def _is_exact_kl(case: Case) -> bool:
 
 def _uncorrected_terms(case: Case) -> bool:
     beside = case.kl_placement == "loss" or case.entropy == "bonus" or case.kl_old > 0
-    return case.gap and (case.correction != "none" or case.estimator == "hierarchical") and beside
+    corrected = case.correction != "none" or case.estimator == "hierarchical"
+    return case.mismatch and corrected and beside
 
 
 def _stale_costs(case: Case) -> bool:
@@ -140,15 +138,35 @@ def _stale_costs(case: Case) -> bool:
 
 
 BIASES: tuple[Bias, ...] = (
-    Bias("division by the group's deviation", _divides_by_std, PAGE, "Dividing by the standard deviation of a group that contains the response"),
-    Bias("whitening over the batch", _whitens, PAGE, "Whitening over the batch has the same effect"),
-    Bias("weighted baseline that contains the response", _weighted_baseline, PAGE, "A weighted baseline that contains the response itself"),
-    Bias("discount or lambda below 1", _discounts, PAGE, "A discount or a lambda below 1"),
+    Bias(
+        "division by the group's deviation",
+        _divides_by_std,
+        PAGE,
+        "Dividing by the standard deviation of a group that contains the response",
+    ),
+    Bias(
+        "whitening over the batch",
+        _whitens,
+        PAGE,
+        "Whitening over the batch has the same effect",
+    ),
+    Bias(
+        "weighted baseline that contains the response",
+        _weighted_baseline,
+        PAGE,
+        "A weighted baseline that contains the response itself",
+    ),
+    Bias(
+        "discount or lambda below 1",
+        _discounts,
+        PAGE,
+        "A discount or a lambda below 1",
+    ),
     Bias(
         "token_kl_grpo: deviation of the position",
         lambda case: case.estimator == "token_kl_grpo",
         PAGE,
-        "`token_kl_grpo` divides by the deviation of those still alive at the position",
+        "`token_kl_grpo` divides by the deviation of the responses with a token at the position",
     ),
     Bias(
         "clipped log-ratios",
@@ -168,13 +186,48 @@ BIASES: tuple[Bias, ...] = (
         "rlsys/algorithms/advantages/gpg.py",
         "alpha depends on the rewards that it multiplies",
     ),
-    Bias("divisor that depends on the lengths", _partial_length, PAGE, "divide by lengths that the responses themselves decide"),
-    Bias("ratio of a part of the response", _ratio_of_a_part, PAGE, "Every ratio but `product` covers a part of the response"),
-    Bias("bounded weight", _bounded_weight, PAGE, "Every weight but `importance` and `power` with q = 1 is bounded"),
-    Bias("no weight after the policy has moved", _no_weight, PAGE, "weight `none` in later updates of a batch does not correct at all"),
-    Bias("hierarchical fit of an older policy", _stale_fit, PAGE, "the hierarchical weights are those of the first update"),
-    Bias("engine's policy taken for the trainer's", _uncorrected_engine, PAGE, "the engine's policy counts as the trainer's"),
-    Bias("truncated or tokenwise correction", _partial_correction, PAGE, "A correction of level `token`, a cap that binds and a mask"),
+    Bias(
+        "divisor that depends on the lengths",
+        _partial_length,
+        PAGE,
+        "divide by lengths that the responses themselves decide",
+    ),
+    Bias(
+        "ratio of a part of the response",
+        _ratio_of_a_part,
+        PAGE,
+        "Every ratio but `product` covers a part of the response",
+    ),
+    Bias(
+        "bounded weight",
+        _bounded_weight,
+        PAGE,
+        "Every weight but `importance` and `power` with q = 1 is bounded",
+    ),
+    Bias(
+        "no weight after the policy has moved",
+        _no_weight,
+        PAGE,
+        "weight `none` in later updates of a batch does not correct at all",
+    ),
+    Bias(
+        "hierarchical fit of an older policy",
+        _stale_fit,
+        PAGE,
+        "the hierarchical weights are those of the first update",
+    ),
+    Bias(
+        "engine's policy taken for the trainer's",
+        _uncorrected_engine,
+        PAGE,
+        "the engine's policy counts as the trainer's",
+    ),
+    Bias(
+        "truncated or tokenwise correction",
+        _partial_correction,
+        PAGE,
+        "A correction of level `token`, a cap that binds and a mask",
+    ),
     Bias(
         "truncated responses masked",
         lambda case: case.mask_truncated and case.lengths == "mixed",
@@ -185,14 +238,20 @@ BIASES: tuple[Bias, ...] = (
         "entropy bonus in the loss",
         lambda case: case.entropy == "bonus",
         "rlsys/algorithms/entropy.py",
-        "Unlike an entropy bonus in the loss, credit also flows to the tokens that lead to uncertain continuations",
+        "unlike an entropy bonus in the loss, it also gives credit to the tokens that lead to "
+        "uncertain continuations",
     ),
-    Bias("k2 in the loss", lambda case: _loss_kl(case, "k2", "k3_k2"), KL, "A token does not answer for the KL that it leads to."),
+    Bias(
+        "k2 in the loss",
+        lambda case: _loss_kl(case, "k2", "k3_k2"),
+        KL,
+        "A token gets no credit for the KL of later tokens.",
+    ),
     Bias(
         "k3 in the loss without a ratio",
         lambda case: _loss_kl(case, "k3") and case.kl_ratio == "none",
         KL,
-        "without w that of the **forward** KL of each position",
+        "Without w that of the **forward** KL of each position",
     ),
     Bias(
         "k1 and k3 in the loss with the ratio of a token",
@@ -204,9 +263,14 @@ BIASES: tuple[Bias, ...] = (
         "forward KL of each position",
         lambda case: _loss_kl(case, "k1", "k3", direction="forward"),
         KL,
-        "with w that of the forward KL of each position",
+        "With w that of the forward KL of each position",
     ),
-    Bias("KL and entropy in the loss on the engine's samples", _uncorrected_terms, PAGE, "A correction weighs the objective and not the terms beside it"),
+    Bias(
+        "KL and entropy in the loss on the engine's samples",
+        _uncorrected_terms,
+        PAGE,
+        "A correction weighs the objective and not the terms beside it",
+    ),
     Bias(
         "ratio beyond its cap",
         lambda case: case.staleness == "far" and case.weight != "none",
@@ -219,17 +283,22 @@ BIASES: tuple[Bias, ...] = (
         PAGE,
         "Dynamic sampling leaves out the groups that are all right or all wrong",
     ),
-    Bias("costs of the policy before it moved", _stale_costs, PAGE, "Costs in the reward are those of the policy at the start of the step"),
-)  # fmt: skip
+    Bias(
+        "costs of the policy before it moved",
+        _stale_costs,
+        PAGE,
+        "Costs in the reward are those of the policy at the start of the step",
+    ),
+)
 
 
 def documented(case: Case) -> tuple[Bias, ...]:
-    """The reasons that hold for a case and that a document states."""
+    """Return the reasons that hold for a case and that a document states."""
     return tuple(bias for bias in BIASES if bias.applies(case) and bias.is_documented())
 
 
 def undocumented() -> list[str]:
-    """Reasons whose sentence stands nowhere: their cases are findings."""
+    """Return the reasons whose sentence is missing: their cases are findings."""
     return [
         f"no document says {bias.sentence!r} in {bias.file} ({bias.name})"
         for bias in BIASES

@@ -1,4 +1,4 @@
-"""What the enumeration tries: one `Case` is one configuration on one small world."""
+"""Cases of the enumeration: one `Case` is one configuration on one small world."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 
 Parameters = tuple[tuple[str, Any], ...]
-# Many CPUs, so that nothing is refused for want of them.
+# Many CPUs, so that nothing is refused because there are too few.
 MACHINE = Hardware(cpus=64, memory_gib=64.0, gpus=0, gpu_memory_gib=0.0)
 KL, BONUS, TEMPERATURE = 0.3, 0.2, 0.4
 
@@ -43,7 +43,7 @@ class Case:
     mask_truncated: bool = False
     preset: str = ""
     # The world.
-    staleness: str = "on_policy"  # | live_moved | engine_gap | both | far
+    staleness: str = "on_policy"  # | live_moved | engine_mismatch | both | far
     lengths: str = "mixed"  # | equal
     rewards: str = "normal"  # | binary
     prompts: int = 1
@@ -53,16 +53,16 @@ class Case:
 
     @property
     def moved(self) -> bool:
-        """Whether the update is a later one of its batch: the policy is no longer `old`."""
+        """Return whether the update is a later one of its batch: the policy is no longer `old`."""
         return self.staleness in ("live_moved", "both", "far")
 
     @property
-    def gap(self) -> bool:
-        """Whether another policy than `old` sampled."""
-        return self.staleness in ("engine_gap", "both")
+    def mismatch(self) -> bool:
+        """Return whether another policy than `old` sampled."""
+        return self.staleness in ("engine_mismatch", "both")
 
     def name(self) -> str:
-        """What differs from the default case."""
+        """Return the differences to the default case."""
         changed = [
             f"{field.name}={_short(getattr(self, field.name))}"
             for field in fields(self)
@@ -71,7 +71,7 @@ class Case:
         return " ".join(changed) or "reinforce"
 
     def flags(self) -> dict[str, Any]:
-        """The configuration, by dotted name: what a user would set."""
+        """Return the configuration as a user would set it, by dotted name."""
         changes: dict[str, Any] = {
             "model.path": "tiny",
             "generation.engine": "transformers",
@@ -90,49 +90,46 @@ class Case:
         if self.preset:
             preset = PRESETS[self.preset].algorithm.model_dump(mode="json")
             return changes | {f"algorithm.{name}": value for name, value in preset.items()}
-        return (
-            changes
-            | {
-                "algorithm.advantage.name": self.estimator,
-                "algorithm.advantage.parameters": self._estimator_parameters(),
-                "algorithm.advantage.recompute": self.recompute,
-                "algorithm.objective.ratio": self.ratio,
-                "algorithm.objective.weight": self.weight,
-                "algorithm.objective.parameters": dict(self.weight_parameters),
-                "algorithm.aggregation": self.aggregation,
-                "algorithm.kl.coefficient": 0.0 if self.kl_placement == "none" else KL,
-                "algorithm.entropy.bonus": BONUS if self.entropy == "bonus" else 0.0,
-                "algorithm.entropy.temperature": TEMPERATURE
-                if self.entropy == "temperature"
-                else 0.0,
-                "algorithm.rollout_correction.level": self.correction,
-                "algorithm.overlong.mask_truncated": self.mask_truncated,
+
+        temperature = TEMPERATURE if self.entropy == "temperature" else 0.0
+        changes |= {
+            "algorithm.advantage.name": self.estimator,
+            "algorithm.advantage.parameters": self._estimator_parameters(),
+            "algorithm.advantage.recompute": self.recompute,
+            "algorithm.objective.ratio": self.ratio,
+            "algorithm.objective.weight": self.weight,
+            "algorithm.objective.parameters": dict(self.weight_parameters),
+            "algorithm.aggregation": self.aggregation,
+            "algorithm.kl.coefficient": 0.0 if self.kl_placement == "none" else KL,
+            "algorithm.entropy.bonus": BONUS if self.entropy == "bonus" else 0.0,
+            "algorithm.entropy.temperature": temperature,
+            "algorithm.rollout_correction.level": self.correction,
+            "algorithm.overlong.mask_truncated": self.mask_truncated,
+        }
+        for name, value in self.correction_parameters:
+            changes[f"algorithm.rollout_correction.{name}"] = value
+        if self.kl_placement != "none":
+            changes |= {
+                "algorithm.kl.placement": self.kl_placement,
+                "algorithm.kl.kind": self.kl_kind,
+                "algorithm.kl.direction": self.kl_direction,
+                "algorithm.kl.level": self.kl_level,
+                "algorithm.kl.importance_ratio": self.kl_ratio,
             }
-            | {
-                f"algorithm.rollout_correction.{name}": value
-                for name, value in self.correction_parameters
-            }
-            | (
-                {}
-                if self.kl_placement == "none"
-                else {
-                    "algorithm.kl.placement": self.kl_placement,
-                    "algorithm.kl.kind": self.kl_kind,
-                    "algorithm.kl.direction": self.kl_direction,
-                    "algorithm.kl.level": self.kl_level,
-                    "algorithm.kl.importance_ratio": self.kl_ratio,
-                }
-            )
-            | ({"algorithm.kl_old.coefficient": self.kl_old} if self.kl_old else {})
-        )
+        if self.kl_old:
+            changes["algorithm.kl_old.coefficient"] = self.kl_old
+        return changes
 
     def _estimator_parameters(self) -> dict[str, Any]:
-        """Without the measurements of the hierarchical fit, which take most of its time and change no gradient."""
+        """Return the parameters, without the diagnostics of the hierarchical fit.
+
+        The diagnostics take most of its time and change no gradient.
+        """
         quiet = {"diagnostics": False} if self.estimator == "hierarchical" else {}
         return quiet | dict(self.parameters)
 
     def config(self) -> RunConfig:
-        """The whole configuration.
+        """Return the whole configuration.
 
         Raises:
             ConfigError: the configuration's models refuse it.
@@ -140,13 +137,16 @@ class Case:
         return evolve(grpo_math(MACHINE), self.flags())
 
     def resolved(self) -> Case:
-        """The case with the preset's fields in place of its name, for statements about it."""
+        """Return the case with the preset's fields in place of its name."""
         if not self.preset:
             return self
         preset = PRESETS[self.preset].algorithm
-        kl, entropy = preset.kl, "none"
-        if preset.entropy.bonus or preset.entropy.temperature:
-            entropy = "bonus" if preset.entropy.bonus else "temperature"
+        kl = preset.kl
+        entropy = "none"
+        if preset.entropy.bonus:
+            entropy = "bonus"
+        elif preset.entropy.temperature:
+            entropy = "temperature"
         return replace(
             self,
             estimator=preset.advantage.name,
@@ -169,14 +169,17 @@ class Case:
 
     @property
     def resamples(self) -> bool:
-        """Whether groups that teach nothing are sampled again, and left out of the loss where they could not be replaced."""
+        """Return whether groups without a gradient are sampled again.
+
+        They are left out of the loss where they could not be replaced.
+        """
         if not self.preset:
             return False
         return PRESETS[self.preset].algorithm.dynamic_sampling.max_rounds > 1
 
     @property
     def kl_coefficient(self) -> float:
-        """beta."""
+        """Return beta."""
         if self.preset:
             return PRESETS[self.preset].algorithm.kl.coefficient
         return 0.0 if self.kl_placement == "none" else KL
@@ -245,7 +248,7 @@ KL_KINDS = ("k1", "k2", "k3", "k3_k2")
 DIRECTIONS = ("reverse", "forward")
 KL_LEVELS = ("token", "sequence")
 KL_RATIOS = ("none", "token", "prefix", "product")
-STALENESS = ("on_policy", "live_moved", "engine_gap", "both")
+STALENESS = ("on_policy", "live_moved", "engine_mismatch", "both")
 CORRECTIONS: tuple[tuple[str, Parameters], ...] = (
     ("token", _p(cap=1e6)),
     ("token", ()),
@@ -256,7 +259,23 @@ SHAPES = ((1, 2), (1, 3), (2, 2), (3, 1))  # prompts, group
 
 
 def slices() -> Iterator[Case]:
-    """Each dimension against those that it meets in the pipeline, everything else as simple as it can be."""
+    """Yield each dimension against those that it meets in the pipeline, all else at its default."""
+    yield from _estimator_slices()
+    yield from _objective_slices()
+    yield from _kl_slices()
+    yield from _entropy_slices()
+    yield from _correction_slices()
+    yield from _recompute_slices()
+    yield from _hierarchical_slices()
+    yield from _preset_slices()
+
+
+def _placement_of(estimator: str) -> str:
+    """Return the KL placement without which an estimator is refused."""
+    return "advantage" if estimator == "token_kl_grpo" else "none"
+
+
+def _estimator_slices() -> Iterator[Case]:
     for (estimator, parameters), aggregation, (prompts, group), lengths in itertools.product(
         ESTIMATORS, AGGREGATIONS, SHAPES, ("mixed", "equal")
     ):
@@ -269,8 +288,11 @@ def slices() -> Iterator[Case]:
             prompts=prompts,
             group=group,
             lengths=lengths,
-            kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
+            kl_placement=_placement_of(estimator),
         )
+
+
+def _objective_slices() -> Iterator[Case]:
     for ratio, (weight, parameters), staleness, estimator in itertools.product(
         RATIOS, WEIGHTS, (*STALENESS, "far"), ("reinforce", "rloo", "hierarchical")
     ):
@@ -284,6 +306,9 @@ def slices() -> Iterator[Case]:
             staleness=staleness,
             max_tokens=3 if estimator == "reinforce" else 2,
         )
+
+
+def _kl_slices() -> Iterator[Case]:
     for kind, direction, placement, staleness, aggregation in itertools.product(
         KL_KINDS, DIRECTIONS, ("loss", "reward", "advantage"), STALENESS, AGGREGATIONS
     ):
@@ -298,6 +323,7 @@ def slices() -> Iterator[Case]:
                 staleness=staleness,
                 aggregation=aggregation,
             )
+
     for kind, direction, level, ratio, staleness in itertools.product(
         KL_KINDS, DIRECTIONS, KL_LEVELS, KL_RATIOS, STALENESS
     ):
@@ -313,6 +339,7 @@ def slices() -> Iterator[Case]:
                 staleness=staleness,
                 aggregation=aggregation,
             )
+
     for staleness, aggregation, weight in itertools.product(
         STALENESS, AGGREGATIONS, ("importance", "none", "ppo_clip")
     ):
@@ -323,8 +350,13 @@ def slices() -> Iterator[Case]:
             staleness=staleness,
             aggregation=aggregation,
         )
-    for kind, direction in itertools.product(KL_KINDS, DIRECTIONS):  # a single token
+
+    # Responses of a single token.
+    for kind, direction in itertools.product(KL_KINDS, DIRECTIONS):
         yield Case(kl_placement="loss", kl_kind=kind, kl_direction=direction, max_tokens=1)
+
+
+def _entropy_slices() -> Iterator[Case]:
     for (estimator, parameters), entropy, staleness in itertools.product(
         ESTIMATORS, ("bonus", "temperature"), ("on_policy", "live_moved")
     ):
@@ -333,12 +365,15 @@ def slices() -> Iterator[Case]:
             parameters=parameters,
             entropy=entropy,
             staleness=staleness,
-            kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
+            kl_placement=_placement_of(estimator),
             ratio="product",
             weight="importance",
         )
+
+
+def _correction_slices() -> Iterator[Case]:
     for (estimator, parameters), (level, bounds), staleness, weight in itertools.product(
-        ESTIMATORS, CORRECTIONS, ("engine_gap", "both"), ("none", "importance")
+        ESTIMATORS, CORRECTIONS, ("engine_mismatch", "both"), ("none", "importance")
     ):
         yield Case(
             estimator=estimator,
@@ -346,10 +381,13 @@ def slices() -> Iterator[Case]:
             correction=level,
             correction_parameters=bounds,
             staleness=staleness,
-            kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
+            kl_placement=_placement_of(estimator),
             ratio="product",
             weight=weight,
         )
+
+
+def _recompute_slices() -> Iterator[Case]:
     for (estimator, parameters), recompute, staleness, weight, masked in itertools.product(
         ESTIMATORS, (False, True), STALENESS, ("none", "ppo_clip"), (False, True)
     ):
@@ -360,13 +398,20 @@ def slices() -> Iterator[Case]:
             staleness=staleness,
             weight=weight,
             mask_truncated=masked,
-            kl_placement="advantage" if estimator == "token_kl_grpo" else "none",
+            kl_placement=_placement_of(estimator),
             group=3,
         )
-    # Drifted batches of several groups, in which one group's shrinkage may follow from another's lengths.
-    hierarchical = [parameters for name, parameters in ESTIMATORS if name == "hierarchical"]
+
+
+def _hierarchical_slices() -> Iterator[Case]:
+    """Yield drifted batches of several groups.
+
+    One group's shrinkage coefficient may follow from another's lengths there.
+    """
+    variants = [parameters for name, parameters in ESTIMATORS if name == "hierarchical"]
+    drifts = (("engine_mismatch", False), ("both", True))
     for parameters, (prompts, group), (staleness, recompute), max_tokens in itertools.product(
-        hierarchical, ((1, 3), (2, 3)), (("engine_gap", False), ("both", True)), (2, 3)
+        variants, ((1, 3), (2, 3)), drifts, (2, 3)
     ):
         if prompts * max_tokens > 4:
             continue  # 400 batches
@@ -379,16 +424,23 @@ def slices() -> Iterator[Case]:
             group=group,
             max_tokens=max_tokens,
         )
+
+
+def _preset_slices() -> Iterator[Case]:
     for preset, staleness, rewards, (prompts, group) in itertools.product(
         PRESETS, STALENESS, ("normal", "binary"), ((1, 3), (2, 2))
     ):
         yield Case(
-            preset=preset, staleness=staleness, rewards=rewards, prompts=prompts, group=group
+            preset=preset,
+            staleness=staleness,
+            rewards=rewards,
+            prompts=prompts,
+            group=group,
         )
 
 
 def random_case(draw: random.Random) -> Case:
-    """Every dimension at once."""
+    """Draw a case from every dimension at once."""
     estimator, parameters = draw.choice(ESTIMATORS)
     weight, weight_parameters = draw.choice(WEIGHTS)
     correction, bounds = draw.choice([("none", ()), ("none", ()), *CORRECTIONS])

@@ -1,9 +1,14 @@
-"""The expected gradient of one update, through the code that trains: every batch that a small policy can sample, with its probability.
+"""The expected gradient of one update, through the code that trains.
 
-    all batches of P x G responses --CreditAssigner--> TrainBatch --PolicyWorker.update--> gradient      sum over batches of probability x gradient
+Every batch that a small policy can sample is taken with its probability:
 
-The policy is a table of logits that is called with packs, as a language model would be: row (position, token before) gives the logits of the next
-token. Everything else is the trainer's own code, in float64 where it keeps the precision that it is given.
+    all batches of P x G responses --CreditAssigner--> TrainBatch --PolicyWorker.update--> gradient
+
+    expected gradient = sum over batches of probability x gradient
+
+The policy is a table of logits that is called with packs, as a language model would be: row
+(position, token before) gives the logits of the next token. Everything else is the trainer's own
+code, in float64 where it keeps the precision of its inputs.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from workers.training.policy import PolicyWorker
 PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations
 FAR = 30.0  # of one logit: its token's log-ratio leaves the range of the clamp
-# What an estimator kept of earlier batches: an average that has nothing to do with this one.
+# The state of an estimator after earlier batches: an average that is unrelated to this one.
 EARLIER = {"average": 0.3, "weight": 1.0}
 
 
@@ -59,7 +64,7 @@ class World:
 
     @staticmethod
     def of(case: Case, seed: int) -> World:
-        """The world of a case. Worlds of one seed differ in what the case asks for alone."""
+        """Return the world of a case; worlds of one seed differ only in the fields of the case."""
         mixed = case.lengths == "mixed"
         space = ResponseSpace.of(2, case.max_tokens, end_token=mixed)
         draw = torch.Generator().manual_seed(seed)
@@ -67,22 +72,23 @@ class World:
         def logits(scale: float) -> Tensor:
             return space.random_logits(draw, scale)
 
-        old, ref, moved, gap = logits(1.0), logits(1.0), logits(DRIFT), logits(DRIFT)
+        old, ref = logits(1.0), logits(1.0)
+        moved, mismatch = logits(DRIFT), logits(DRIFT)
         live = old + moved if case.staleness in ("live_moved", "both") else old
-        rollout = old + gap if case.staleness in ("engine_gap", "both") else old
+        rollout = old + mismatch if case.staleness in ("engine_mismatch", "both") else old
         if case.staleness == "far":
             rollout = old = old.clone()
             old[0] = torch.tensor([FAR / 2, -FAR / 2], dtype=torch.float64)
             live = old.clone()
             live[0] = 0.0
+
         rewards = torch.randn(3, len(space.tokens), generator=draw, dtype=torch.float64).numpy()
         if case.rewards == "binary":
             rewards = (rewards > np.median(rewards)).astype(np.float64)
-        ended = (
-            (space.tokens.eq(0) & space.mask).any(1).numpy()
-            if mixed
-            else np.ones(len(space.tokens), dtype=np.bool_)
-        )
+
+        ended = np.ones(len(space.tokens), dtype=np.bool_)
+        if mixed:
+            ended = (space.tokens.eq(0) & space.mask).any(1).numpy()
         return World(
             space=space,
             rollout=rollout,
@@ -95,23 +101,28 @@ class World:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[S] tokens of each response."""
+        """Return [S] tokens of each response."""
         return self.space.mask.sum(1).numpy()
 
     def batches(self, group: int) -> Iterator[tuple[NDArray[np.int64], float]]:
-        """([P, G] indices of responses, probability) of every batch that can be sampled, up to the order within its groups."""
+        """Yield every batch that can be sampled: ([P, G] indices of responses, probability).
+
+        The order within a group does not matter: each multiset of responses is one group.
+        """
         probabilities = self.space.probabilities(self.rollout).numpy()
         groups = []
         for drawn in itertools.combinations_with_replacement(range(len(probabilities)), group):
             counts = np.bincount(drawn)
             orders = math.factorial(group) / math.prod(map(math.factorial, counts.tolist()))
             groups.append((drawn, orders * math.prod(probabilities[list(drawn)].tolist())))
+
         for batch in itertools.product(groups, repeat=len(self.rewards)):
-            yield np.asarray([drawn for drawn, _ in batch]), math.prod(p for _, p in batch)
+            responses = np.asarray([drawn for drawn, _ in batch])
+            yield responses, math.prod(probability for _, probability in batch)
 
 
 class TablePolicy(nn.Module):
-    """A table of logits that takes packs and gives what `PackedCausalLM` gives."""
+    """A table of logits with the interface of `PackedCausalLM`."""
 
     packing = True
 
@@ -133,7 +144,7 @@ class TablePolicy(nn.Module):
                 self.rows[position, token] = row
 
     def forward(self, pack: PackTensors) -> PackResult:
-        """Log-probabilities, entropies and score norms of the pack's sampled tokens."""
+        """Return log-probabilities, entropies and squared score norms of the sampled tokens."""
         position = pack.position_ids[0, pack.predict_positions]
         before = pack.token_ids[0, pack.predict_positions]
         logs = (self.table[self.rows[position, before]] / pack.temperature).log_softmax(dim=1)
@@ -150,7 +161,10 @@ class TablePolicy(nn.Module):
 
 
 class TableBackend:
-    """Implements `ModelBackend` for a table: keeps the gradient of a step and leaves the weights alone."""
+    """A `ModelBackend` for a table.
+
+    It keeps the gradient of a step and leaves the weights alone.
+    """
 
     def __init__(self, table: TablePolicy) -> None:
         self.module: Any = table
@@ -191,7 +205,7 @@ class EnumeratedPolicy(PolicyWorker):
     """One rank of the policy whose model is a table."""
 
     def setup_table(self, world: World) -> None:
-        """`setup` with a table for a language model."""
+        """Set up the worker with a table in place of a language model."""
         join_alone()
         self.table = TableBackend(TablePolicy(world.space, world.live))
         self.backend = self.table
@@ -208,17 +222,18 @@ class EnumeratedPolicy(PolicyWorker):
 
 
 def join_alone() -> None:
-    """A process group of one, in this process, for the collectives of an update."""
+    """Make a process group of this process alone, for the collectives of an update."""
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
-    """[rows * V] the gradient that the pipeline ascends, in expectation over all batches.
+    """Return [rows * V] the gradient that the pipeline ascends, in expectation over all batches.
 
-    `config` is what the user set. With a policy that has moved since sampling, the update is one of the later ones of its batch: it gets
-    `old_logprobs` as the driver would have computed them, and is then the only one.
+    `config` is the user's configuration. With a policy that has moved since sampling, the update is
+    one of the later ones of its batch: it gets `old_logprobs` as the driver would have computed
+    them, and is then the only one.
     """
     needs = required_inputs(config)
     once = config.model_copy(
@@ -227,14 +242,14 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
     policy = EnumeratedPolicy(once, "", 0, 1)
     torch.set_num_threads(1)
     policy.setup_table(world)
+
     total = torch.zeros_like(world.live)
     for drawn, probability in world.batches(case.group):
         rollouts = _rollouts(world, drawn)
         assigner = CreditAssigner(config)
         assigner.load_state({**assigner.state(), "estimator": dict(EARLIER)})
-        old = _logprobs(
-            world, rollouts, drawn, world.old, with_norms="squared_score_norms" in needs
-        )
+        with_norms = "squared_score_norms" in needs
+        old = _logprobs(world, rollouts, drawn, world.old, with_norms=with_norms)
         ref = _logprobs(world, rollouts, drawn, world.ref)
         greedy = _greedy(world) if "greedy_rewards" in needs else None
         batch, _ = assigner.assign(
@@ -249,7 +264,7 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
 
 
 def _flat(world: World, drawn: NDArray[np.int64], per_response: Tensor) -> NDArray[np.float64]:
-    """[S, L] values of responses -> [N] of the batch's sequences, 0 at the prompts."""
+    """Lay [S, L] values of responses out as [N] of the batch's sequences, 0 at the prompts."""
     parts = []
     for index in drawn.reshape(-1):
         parts.append(np.concatenate([[0.0], per_response[index].numpy()[: world.lengths[index]]]))
@@ -267,12 +282,13 @@ def _rollouts(world: World, drawn: NDArray[np.int64]) -> RolloutBatch:
         for p in range(len(drawn))
     )
     groups = np.arange(len(drawn), dtype=np.int64)
+    rollout_logprobs: Any = _flat(world, drawn, world.space.logprobs(world.rollout))  # float64
     return RolloutBatch(
         prompts=PromptBatch(batch_id=0, prompts=prompts, group_ids=groups),
         sequences=TokenSequences.of(
             [(PROMPT_TOKEN,)] * len(rows), responses, group_ids=np.repeat(groups, drawn.shape[1])
         ),
-        rollout_logprobs=_flat(world, drawn, world.space.logprobs(world.rollout)),  # pyright: ignore[reportArgumentType]
+        rollout_logprobs=rollout_logprobs,
         oldest_weight_version=np.zeros(len(rows), dtype=np.int32),
         newest_weight_version=np.zeros(len(rows), dtype=np.int32),
         stop_reasons=np.where(world.ended[rows], StopReason.END, StopReason.LENGTH).astype(np.int8),
@@ -311,15 +327,19 @@ def _logprobs(
     *,
     with_norms: bool = False,
 ) -> LogprobBatch:
-    norms = squared_score_norms(world.space, logits)
+    # Float64, where a run has float32.
+    logprobs: Any = _flat(world, drawn, world.space.logprobs(logits))
+    norms: Any = None
+    if with_norms:
+        norms = _flat(world, drawn, squared_score_norms(world.space, logits))
     return LogprobBatch(
         batch_id=0,
         rows=np.arange(len(rollouts)),
-        logprobs=_flat(world, drawn, world.space.logprobs(logits)),  # pyright: ignore[reportArgumentType]
-        squared_score_norms=_flat(world, drawn, norms) if with_norms else None,  # pyright: ignore[reportArgumentType]
+        logprobs=logprobs,
+        squared_score_norms=norms,
     )
 
 
 def squared_score_norms(space: ResponseSpace, logits: Tensor) -> Tensor:
-    """[S, L] squared norm of each token's score with respect to its row of logits."""
+    """Return [S, L] squared norms of each token's score with respect to its row of logits."""
     return space.scores(logits).square().sum(dim=2)

@@ -1,7 +1,8 @@
-"""What the documents state: the gradient of the regularised objective, and each method's own formula, written again and slowly.
+"""The documented gradients: of the regularised objective, and of each method's own formula.
 
-`true_gradient` differentiates the exact expectation. `stated_gradient` is the score-function form that a method's docstring states, in loops over
-responses and tokens: it shares no code with the library, so that an error there is not repeated here.
+`true_gradient` differentiates the exact expectation. `Stated` is the score-function form of a
+method's docstring, in loops over responses and tokens: it shares no code with the library, so that
+an error there is not repeated here.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
 
 
 def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
-    """Gradient at the live policy of what the settings say is maximised, and whether its length is stated too.
+    """Return the gradient of the configured objective, and whether its length is stated too.
 
-        J = f E[R] - beta KL + alpha H      f: what a mean that contains the response leaves, 1 - 1/G or 1 - 1/B
+        J = f E[R] - beta KL + alpha H
 
-    divided by what `aggregation` divides by. Its length is not stated where that depends on the responses' own lengths.
+    at the live policy, divided by the divisor of `aggregation`. f is 1 - 1/G or 1 - 1/B with a mean
+    that contains the response itself, else 1. The length of the gradient is not stated where the
+    divisor depends on the responses' own lengths.
     """
     table = world.live.clone().requires_grad_()
     space = world.space
@@ -36,6 +39,7 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
     rewards = torch.from_numpy(world.rewards.mean(0))
     in_reward = (probabilities * rewards).sum()
     in_loss = torch.zeros((), dtype=torch.float64)
+
     beta = case.kl_coefficient
     if beta:
         kl = (probabilities * (logs - ref).sum(1)).sum()
@@ -47,6 +51,7 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
             in_loss = in_loss - beta * kl
         else:
             in_reward = in_reward - beta * kl
+
     if case.entropy != "none":
         entropy = -(probabilities * logs.sum(1)).sum()
         if case.entropy == "bonus":
@@ -56,7 +61,8 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
     if case.kl_old:
         old = space.logprobs(world.old)
         in_loss = in_loss + case.kl_old * (old.sum(1).exp() * logs.sum(1)).sum()
-    objective = own_share(case) * in_reward + in_loss
+
+    objective = baseline_factor(case) * in_reward + in_loss
     (gradient,) = torch.autograd.grad(objective, table)
     if case.aggregation == "sequence_sum":
         return gradient.flatten(), True
@@ -65,8 +71,11 @@ def true_gradient(case: Case, world: World) -> tuple[Tensor, bool]:
     return gradient.flatten() / length, stated
 
 
-def own_share(case: Case) -> float:
-    """What a baseline that contains the response itself leaves of the gradient, where the documents state it."""
+def baseline_factor(case: Case) -> float:
+    """Return the factor that a baseline with the response itself puts on the gradient.
+
+    It is 1 where the documents do not state one.
+    """
     parameters = dict(case.parameters)
     plain = case.estimator == "grpo" and not parameters.get("divide_by_std", True)
     if plain or case.estimator == "gpg":
@@ -78,7 +87,7 @@ def own_share(case: Case) -> float:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One batch of B responses, as plain arrays; positions beyond a response's length hold zeros."""
+    """One batch of B responses, as plain arrays, with zeros beyond the length of a response."""
 
     group: Array  # [B]
     rewards: Array  # [B]
@@ -89,18 +98,23 @@ class Drawn:
     greedy: Array  # [B]
 
     def alive(self, i: int, t: int) -> bool:
+        """Return whether response i has a token at t."""
         return t < self.lengths[i]
 
     def members(self, i: int) -> list[int]:
+        """Return the responses of i's group, i included."""
         return [j for j in range(len(self.group)) if self.group[j] == self.group[i]]
 
     def total(self, i: int) -> float:
+        """Return reward and token rewards of response i."""
         return float(self.rewards[i] + self.costs[i].sum())
 
     def to_go(self, i: int, t: int) -> float:
+        """Return reward and token rewards of response i from t on."""
         return float(self.rewards[i] + self.costs[i, t:].sum())
 
     def tokens(self) -> list[tuple[int, int]]:
+        """Return (response, position) of every token."""
         return [(i, t) for i in range(len(self.group)) for t in range(self.lengths[i])]
 
 
@@ -109,6 +123,8 @@ STATEMENTS: dict[str, Statement] = {}
 
 
 def states(name: str) -> Callable[[Statement], Statement]:
+    """Register the formula of an estimator's advantages."""
+
     def decorator(function: Statement) -> Statement:
         STATEMENTS[name] = function
         return function
@@ -190,16 +206,17 @@ def _grpo(d: Drawn, case: Case, p: dict) -> dict:
 
 @states("gpg")
 def _gpg(d: Drawn, case: Case, p: dict) -> dict:
-    """alpha = B / (B - M), M the responses of groups whose rewards are all equal."""
+    """Apply alpha = B / (B - M), M the responses of groups whose rewards are all equal."""
     groups = {i: [d.total(j) for j in d.members(i)] for i in range(len(d.group))}
     different = [i for i, group in groups.items() if not _equal(group)]
     alpha = len(groups) / max(len(different), 1)
-    return {
-        (i, t): alpha * (d.total(i) - math.fsum(groups[i]) / len(groups[i]))
-        if i in different
-        else 0.0
-        for i, t in d.tokens()
-    }
+
+    found = {}
+    for i, t in d.tokens():
+        found[i, t] = 0.0
+        if i in different:
+            found[i, t] = alpha * (d.total(i) - math.fsum(groups[i]) / len(groups[i]))
+    return found
 
 
 @states("grpo_process")
@@ -252,14 +269,17 @@ def _optimal_baseline(d: Drawn, case: Case, p: dict) -> dict:
 
 @states("optimal_token_baseline")
 def _optimal_token_baseline(d: Drawn, case: Case, p: dict) -> dict:
-    """Among those that sampled a token here; alone here, against the others of the group with all that they had."""
+    """Compare a token with the responses of the group that sampled one at the same position.
+
+    A response that is alone there is compared with all other responses of the group.
+    """
     found = {}
     for i, t in d.tokens():
         others = [j for j in d.members(i) if j != i]
         here = [j for j in others if d.alive(j, t)]
         weights = {j: float(d.norms[j, : t + 1].sum()) for j in [*others, i]}
         values = {j: d.to_go(j, t) for j in [*others, i]}
-        compared = others  # alone here, against all of the group
+        compared = others
         if here:
             compared = here if p.get("leave_one_out") else [*here, i]
         total = math.fsum(weights[j] for j in compared)
@@ -280,7 +300,7 @@ def _reinforce_plus_plus(d: Drawn, case: Case, p: dict) -> dict:
 
 @states("token_kl_grpo")
 def _token_kl_grpo(d: Drawn, case: Case, p: dict) -> dict:
-    """With one H for all responses, as in the source: the number of tokens that may be generated."""
+    """Take one H for all responses, as in the source: the limit of generated tokens."""
     rate = case.kl_coefficient / case.max_tokens
     returns = {
         (i, t): d.total(i) - rate * float(d.old_over_ref[i, t:].sum()) for i, t in d.tokens()
@@ -294,7 +314,7 @@ def _token_kl_grpo(d: Drawn, case: Case, p: dict) -> dict:
 
 
 def kl_value(kind: str, direction: str, d: float) -> float:
-    """The estimators of the table in `rlsys.algorithms.kl`, d = log pi - log ref."""
+    """Return the KL estimate of the table in `rlsys.algorithms.kl`, d = log pi - log ref."""
     r = math.exp(-d)
     if direction == "forward":
         return {"k1": -r * d, "k2": r * d * d / 2, "k3": 1 - r - r * d}[kind]
@@ -302,7 +322,7 @@ def kl_value(kind: str, direction: str, d: float) -> float:
 
 
 def kl_slope(kind: str, direction: str, d: float) -> float:
-    """Their derivatives with respect to log pi."""
+    """Return the derivative of `kl_value` with respect to log pi."""
     r = math.exp(-d)
     if direction == "forward":
         return {"k1": r * d - r, "k2": r * d - r * d * d / 2, "k3": r * d}[kind]
@@ -310,7 +330,7 @@ def kl_slope(kind: str, direction: str, d: float) -> float:
 
 
 def log_ratio(level: str, differences: Array, t: int) -> float:
-    """One response's log-ratio of a level at t, from its own tokens' differences."""
+    """Return the log-ratio of a level at t, from the log-prob differences of one response."""
     return {
         "token": lambda: differences[t],
         "sequence": lambda: differences.mean(),
@@ -321,7 +341,7 @@ def log_ratio(level: str, differences: Array, t: int) -> float:
 
 
 def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
-    """w(rho, A) of the table in `rlsys.algorithms.policy_objectives.weights`."""
+    """Return w(rho, A) of the table in `rlsys.algorithms.policy_objectives.weights`."""
     rho = capped_ratio(log_rho)
     low, high = p.get("clip_low", 0.2), p.get("clip_high", 0.2)
     if name == "none":
@@ -351,12 +371,12 @@ def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
 
 
 def capped_ratio(log_ratio: float) -> float:
-    """exp of a log-ratio, capped as `bounded_ratio` documents it."""
+    """Return exp of a log-ratio, capped as `bounded_ratio` documents it."""
     return math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
 
 
 def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> float:
-    """rho f'(rho) of the first function whose product with the advantage is smallest."""
+    """Return rho f'(rho) of the first function with the smallest product with the advantage."""
     values = {
         "one": lambda f: (1.0, 0.0),
         "ratio": lambda f: (rho, rho),
@@ -373,30 +393,37 @@ def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> fl
 
 
 def reward_time_weight(ratios: list[float], advantages: list[float], t: int) -> float:
-    """sum_{s>=t} rho_{<=s} (A_s - A_{s+1}), each reward with the ratios up to its own time."""
+    """Return sum_{s>=t} rho_{<=s} (A_s - A_{s+1}): each reward with the ratios up to its time."""
     following = [*advantages[1:], 0.0]
     return math.fsum(ratios[s] * (advantages[s] - following[s]) for s in range(t, len(advantages)))
 
 
 def adaptive_q(log_ratios: list[float], target: float) -> float:
-    """The largest power with the wanted effective sample size, by bisection on its definition."""
+    """Return the largest power with the effective sample size `target`, by bisection."""
     values = np.asarray(log_ratios)
 
-    def share(q: float) -> float:
+    def effective_fraction(q: float) -> float:
         weights = np.exp(q * values)
         return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
 
-    if share(1.0) >= target:
+    if effective_fraction(1.0) >= target:
         return 1.0
+
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) >= target else (low, middle)
+        if effective_fraction(middle) >= target:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def has_statement(case: Case) -> bool:
-    """Whether the method has a formula here: the hierarchical fit has none, and is compared with the true gradient alone."""
+    """Return whether the method has a formula here.
+
+    The hierarchical fit has none, and is compared with the true gradient alone.
+    """
     return case.estimator in STATEMENTS
 
 
@@ -410,7 +437,8 @@ class Stated:
             name: space.logprobs(getattr(world, name)).numpy()
             for name in ("rollout", "old", "live", "ref")
         }
-        # Where advantages are estimated again, the live policy takes the place of `old` in the estimate, and nowhere else.
+        # Where advantages are estimated again, the live policy takes the place of `old` in the
+        # estimate, and nowhere else.
         self.estimates_with = "live" if case.recompute else "old"
         self.norms = squared_score_norms(space, getattr(world, self.estimates_with)).numpy()
         self.scores = space.scores(world.live).numpy()
@@ -419,21 +447,19 @@ class Stated:
         self.greedy = world.rewards[:, int(space.probabilities(world.rollout).argmax())]
 
     def _entropy_slopes(self) -> Array:
-        """[S, L, P] gradient of the entropy of each visited row."""
+        """Return [S, L, P] gradients of the entropy of each visited row."""
         space = self.world.space
         table = self.world.live.clone().requires_grad_()
         logs = table.log_softmax(1)
         entropies = -(logs.exp() * logs).sum(1)
-        slopes = torch.stack(
-            [
-                torch.autograd.grad(value, table, retain_graph=True)[0].flatten()
-                for value in entropies
-            ]
-        )
-        return slopes[space.rows].numpy()
+        slopes = []
+        for value in entropies:
+            (slope,) = torch.autograd.grad(value, table, retain_graph=True)
+            slopes.append(slope.flatten())
+        return torch.stack(slopes)[space.rows].numpy()
 
     def _costs(self) -> Array:
-        """[S, L] token rewards."""
+        """Return [S, L] token rewards: KL and entropy."""
         case, mask = self.case, self.world.space.mask.numpy()
         costs = np.zeros(mask.shape)
         for s, t in zip(*np.nonzero(mask), strict=True):
@@ -445,14 +471,16 @@ class Stated:
         return costs
 
     def gradient(self) -> Tensor:
-        """[rows * V] the stated gradient, in expectation."""
+        """Return [rows * V] the stated gradient, in expectation."""
         total = np.zeros(self.scores.shape[2])
         for drawn, probability in self.world.batches(self.case.group):
             total += probability * self.of_batch(drawn)
         return torch.from_numpy(total)
 
     def of_batch(self, drawn: NDArray[np.int64]) -> Array:
-        case, rows = self.case, drawn.reshape(-1)
+        """Return [rows * V] the stated gradient of one batch."""
+        case = self.case
+        rows = drawn.reshape(-1)
         prompt = np.repeat(np.arange(len(drawn)), drawn.shape[1])
         d = Drawn(
             group=prompt.astype(np.float64),
@@ -464,18 +492,21 @@ class Stated:
             greedy=self.greedy[prompt],
         )
         advantages = STATEMENTS[case.estimator](d, case, dict(case.parameters))
+
+        trained: list[tuple[int, int]] = []
+        for i, t in d.tokens():
+            masked = case.mask_truncated and not self.world.ended[rows[i]]
+            left_out = case.resamples and not _is_mixed(d, i)
+            if not masked and not left_out:
+                trained.append((i, t))
+
         parameters = dict(case.weight_parameters)
-        trained = [
-            (i, t)
-            for i, t in d.tokens()
-            if (not case.mask_truncated or self.world.ended[rows[i]])
-            and (not case.resamples or _is_mixed(d, i))
-        ]
         if case.weight == "adaptive_power":
             ratios = [self._log_ratio(rows[i], t) for i, t in trained]
             parameters["q"] = adaptive_q(ratios, 0.9) if ratios else 1.0
         elif case.weight == "power":
             parameters.setdefault("q", 0.5)
+
         total = np.zeros(self.scores.shape[2])
         sequences = len({i for i, _ in trained})
         for i, t in trained:
@@ -488,14 +519,17 @@ class Stated:
             else:
                 log_rho = self._log_ratio(s, t)
                 push = advantage * weight_of(case.weight, parameters, log_rho, advantage)
+
             slope = self._correction(s, t) * push
             if case.kl_old:
                 slope -= case.kl_old * (math.exp(self.logs["live"][s, t] - self._old()[s, t]) - 1)
+
             vector = slope * self.scores[s, t]
             if case.kl_placement == "loss":
                 vector = vector - case.kl_coefficient * self._kl_loss_gradient(s, t)
             if case.entropy == "bonus":
                 vector = vector + BONUS * self.entropy_slopes[s, t]
+
             divisor = {
                 "token_mean": len(trained),
                 "sequence_mean": sequences * d.lengths[i],
@@ -506,7 +540,7 @@ class Stated:
         return total
 
     def _kl_loss_gradient(self, s: int, t: int) -> Array:
-        """Gradient of w k(d) at one token; k2 and k3_k2 take w as a number."""
+        """Return the gradient of w k(d) at one token; k2 and k3_k2 take w as a number."""
         case, length = self.case, self.world.lengths[s]
         differences = (self.logs["live"] - self.logs["ref"])[s, :length]
         steps = (self.logs["live"] - self._old())[s, :length]
@@ -520,7 +554,8 @@ class Stated:
         elif case.kl_ratio == "product":
             w, reached = float(steps.sum()), scores.sum(0)
         if case.kl_level == "sequence":
-            # Each token carries the whole response's value, and the gradient through its own log-probability.
+            # Each token carries the whole response's value, and the gradient through its own
+            # log-probability.
             d, reached = float(differences.sum()), scores[t]
         weight = math.exp(w)
         gradient = weight * kl_slope(case.kl_kind, case.kl_direction, d) * scores[t]
@@ -534,7 +569,7 @@ class Stated:
         return float(log_ratio(self.case.ratio, differences, t))
 
     def _old(self) -> Array:
-        """`old` of the objective: the trainer's weights at the start of the step."""
+        """Return log-probabilities of `old`: the trainer's weights at the start of the step."""
         return self.logs["old"]
 
     def _correction(self, s: int, t: int) -> float:
@@ -551,6 +586,9 @@ class Stated:
 
 
 def _is_mixed(d: Drawn, i: int) -> bool:
-    """Whether the group has a right and a wrong response (DAPO, equation 11); right is a first reward of at least 0.5."""
+    """Return whether the group has a right and a wrong response (DAPO, equation 11).
+
+    A response is right where its first reward is at least 0.5.
+    """
     right = [d.rewards[j] >= 0.5 for j in d.members(i)]
     return any(right) and not all(right)

@@ -1,14 +1,19 @@
 """A rule-based verifier for mathematical answers in LaTeX.
 
 ```text
-completion --extraction--> answer --same text?--same number?--choice, time?--> parser --> tree --comparison--> equal or not
-                                                                                |                    |
-                                                                          words (as text)     evaluation (50 digits)
+completion --extraction--> answer --same text?--same number?--choice, time?--+
+                                                                              |
+              +---------------------------------------------------------------+
+              v
+            parser --> tree --comparison--> equal or not
+              |                    |
+       words (as text)     evaluation (50 digits)
 ```
 
-Cheap exact rules decide most answers. The others are parsed by a grammar of our own from a closed list of tokens into a tree of plain values, and
-compared by kind and by value. Nothing in a completion is ever evaluated as code, and every step is bounded by the sizes in `limits`; wall-clock
-time is limited by the reward worker, which runs this in a process that it can kill.
+Cheap exact rules decide most answers. The rest are parsed by a grammar of our own, from a closed
+list of tokens into a tree of plain values, and compared by kind and by value. Nothing in a
+completion is ever evaluated as code. Every step is bounded by the sizes in `limits`. Wall-clock
+time is limited by the reward worker, which runs the verifier in a process that it can kill.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerdict:
-    """What was decided about one completion, and by which rule."""
+    """The decision about one completion, and the rule that made it."""
 
     score: float  # 1 equal to the ground truth, else 0
     answer: str | None  # as extracted
@@ -63,18 +68,21 @@ class MathVerdict:
 
 
 def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed") -> MathVerdict:
-    """Whether the answer of `completion` equals `ground_truth`. Never raises, whatever the two strings.
+    """Decide whether the answer of `completion` equals `ground_truth`. Never raises.
 
-    `extraction` says where the answer stands: see `extract_answer`. Equality is of mathematical objects, not of forms: an unsimplified fraction or
-    an unexpanded product is right. `docs/math_verifier.md` has the conventions.
+    `extraction` says where the answer stands: see `extract_answer`. Mathematical objects are
+    compared, not their forms: an unsimplified fraction or an unexpanded product is right.
+    `docs/math_verifier.md` has the conventions.
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
     answer = extract_answer(completion, extraction)
+
     if answer is None:
         return MathVerdict(
             score=0.0, answer=None, normal_form=None, rule="extraction", reason="no_answer"
         )
+
     if len(answer) > MAX_ANSWER_CHARACTERS and answer != ground_truth.strip():
         return MathVerdict(
             score=0.0,
@@ -83,6 +91,7 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
             rule="extraction",
             reason="too_long",
         )
+
     equal, rule, reason = same_answer_text(answer, ground_truth_answer(ground_truth))
     return MathVerdict(
         score=float(equal),
@@ -94,9 +103,12 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
 
 
 def ground_truth_answer(ground_truth: str) -> str:
-    r"""The answer in a ground truth: what follows its last `####` (GSM8K), else its last box, else all of it.
+    r"""Return the answer in a ground truth.
 
-    Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and `ground_truth_answer(r"\boxed{72}")` are `"72"`.
+    It is what follows the last `####` (GSM8K), else the last box, else the whole text.
+
+    Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and
+    `ground_truth_answer(r"\boxed{72}")` are `"72"`.
     """
     marked = after_hashes(ground_truth)
     text = ground_truth if marked is None else marked
@@ -104,15 +116,18 @@ def ground_truth_answer(ground_truth: str) -> str:
 
 
 def reads_ground_truth(ground_truth: str) -> bool:
-    """Whether the verifier knows what a ground truth means: a number, a choice, a time, an expression, or a few words.
+    """Return whether the verifier understands a ground truth.
 
-    Any other text is right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar does not know, is False.
+    It understands a number, a choice, a time, an expression, or a few words. Any other text is
+    right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar
+    does not know, gives False.
     """
     truth = ground_truth_answer(ground_truth)
     if not truth or len(truth) > MAX_ANSWER_CHARACTERS:
         return False
     if plain_number(truth) is not None or words.clock(truth) or words.choice(truth):
         return True
+
     try:
         return bool(readings(words.meaning(truth)))
     except TooLargeError:
@@ -128,16 +143,25 @@ def _is_a_few_words(phrase: str) -> bool:
 
 
 def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
-    """Whether two answers are equal, the rule that decided, and the reason where they are not. Symmetric; never raises."""
+    """Compare two answers: (whether they are equal, the rule that decided, the reason if not).
+
+    Symmetric; never raises.
+    """
     if answer == truth:
         return True, "text", "correct"
+
     first, second = plain_number(answer), plain_number(truth)
     if first is not None and second is not None:
         return first == second, "number", "wrong"
-    if (times := _same_time(answer, truth)) is not None:
-        return times, "time", "wrong"
-    if (choices := _same_choice(answer, truth)) is not None:
-        return choices, "choice", "wrong"
+
+    same_time = _same_time(answer, truth)
+    if same_time is not None:
+        return same_time, "time", "wrong"
+
+    same_choice = _same_choice(answer, truth)
+    if same_choice is not None:
+        return same_choice, "choice", "wrong"
+
     try:
         return _same_parsed(words.meaning(answer), words.meaning(truth))
     except (UnparsableError, RecursionError):
@@ -152,7 +176,9 @@ def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
         return False, "expression", "too_large"
     except (UnparsableError, RecursionError):
         raise
-    except Exception:  # numerical code fails in many ways at singularities, all of which mean: not shown to be equal
+    except Exception:
+        # Numerical code fails in many ways at singularities. All of them mean: not shown to be
+        # equal.
         return False, "expression", "unparsable"
 
 
@@ -168,30 +194,45 @@ def _same_time(answer: str, truth: str) -> bool | None:
     if first is None and second is None:
         return None
     if first is None or second is None:
-        return False if (first or second or (0, ""))[1] else None
+        _, half_of_day = first or second or (0, "")
+        return False if half_of_day else None
     if not first[1] and not second[1]:
         return None  # 3:5 may be a ratio
     return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
 
 
 def _same_choice(answer: str, truth: str) -> bool | None:
-    """Letters of a multiple-choice question; a label and what it stands for may come together. None where it is no such question."""
+    """Compare the letters of a multiple-choice question; None where the answers are not choices.
+
+    A label and the text of its option may come together.
+    """
     first, second = words.choice(answer), words.choice(truth)
     if first is not None and second is not None:
-        if first[0] == second[0]:
-            return (
-                True if not first[1] or not second[1] else same_answer_text(first[1], second[1])[0]
-            )
-        if first[2] or second[2]:
-            return (
-                first[0].upper() == second[0].upper()
-                and first[0].upper() in "ABCDEFGHIJ"
-                and not (first[1] and second[1])
-            )
-        return None
+        return _same_labels(first, second)
+
     for labelled, other in ((first, truth), (second, answer)):
         if labelled is not None and labelled[1]:
             return same_answer_text(labelled[1], other)[0] or None
+    return None
+
+
+def _same_labels(first: tuple[str, str, bool], second: tuple[str, str, bool]) -> bool | None:
+    """Compare two choices as `words.choice` returns them: letter, text, whether it is marked."""
+    first_letter, first_text, first_marked = first
+    second_letter, second_text, second_marked = second
+
+    if first_letter == second_letter:
+        if not first_text or not second_text:
+            return True
+        return same_answer_text(first_text, second_text)[0]
+
+    # Letters that differ in case alone may be two variables, unless one is marked as a choice.
+    if first_marked or second_marked:
+        return (
+            first_letter.upper() == second_letter.upper()
+            and first_letter.upper() in "ABCDEFGHIJ"
+            and not (first_text and second_text)
+        )
     return None
 
 
@@ -200,22 +241,24 @@ def _only_letters(text: str) -> bool:
 
 
 def _same_words(answer: str, truth: str) -> tuple[bool, str, str]:
-    """Text that is no mathematics: equal words, or lists of the same words."""
+    """Compare text that is not mathematics: equal words, or lists of the same words."""
     first, second = words.phrase(answer), words.phrase(truth)
     if not first or not second:
         return False, "words", "unparsable"
-    if first == second or (
-        _only_letters(first) and "".join(first.split()) == "".join(second.split())
-    ):
+
+    if first == second:
         return True, "words", "correct"
-    if (
-        re.search("[a-z]{3}", first)
-        and first.replace(",", "").split() == second.replace(",", "").split()
-    ):
+    if _only_letters(first) and "".join(first.split()) == "".join(second.split()):
+        return True, "words", "correct"
+
+    # Commas do not matter between words, but they do between single letters and numbers.
+    same_without_commas = first.replace(",", "").split() == second.replace(",", "").split()
+    if re.search("[a-z]{3}", first) and same_without_commas:
         return True, "words", "correct"
     if words.items(answer) == words.items(truth) and len(words.items(truth)) > 1:
         return True, "words", "correct"
-    known = any(character.isalpha() for character in first) and not any(
-        character in "\\^_{}" for character in first
-    )
+
+    has_letters = any(character.isalpha() for character in first)
+    has_latex = any(character in "\\^_{}" for character in first)
+    known = has_letters and not has_latex
     return False, "words", "wrong" if known else "unparsable"

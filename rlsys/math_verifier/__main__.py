@@ -1,11 +1,19 @@
 """Verdicts from the command line.
 
-    python -m rlsys.math_verifier "so it is \\boxed{0.5}" "\\frac{1}{2}"      one verdict, and the rule that decided
-    python -m rlsys.math_verifier --file pairs.jsonl --out verdicts.parquet  a file of {"completion": ..., "ground_truth": ...}
-    python -m rlsys.math_verifier --compare before.parquet after.parquet     where two runs disagree
+One verdict, and the rule that decided:
 
-Other columns of a file (an id, an expected score) are carried along. Files may also be Parquet, such as the rollouts of a run
-(`--completion-column response`).
+    python -m rlsys.math_verifier "so it is \\boxed{0.5}" "\\frac{1}{2}"
+
+A file of {"completion": ..., "ground_truth": ...}:
+
+    python -m rlsys.math_verifier --file pairs.jsonl --out verdicts.parquet
+
+The rows on which two runs disagree:
+
+    python -m rlsys.math_verifier --compare before.parquet after.parquet
+
+Other columns of a file (an id, an expected score) are carried along. Files may also be Parquet,
+such as the rollouts of a run (`--completion-column response`).
 """
 
 from __future__ import annotations
@@ -23,7 +31,10 @@ from rlsys.math_verifier import EXTRACTIONS, verify_math
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 where a single completion is wrong or two runs disagree."""
+    """Run the command line and return the exit status.
+
+    0 is success; 1: a single completion is wrong, or two runs disagree; 2: bad input.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m rlsys.math_verifier",
         description=__doc__,
@@ -59,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="two files written by --file",
     )
     options = parser.parse_args(arguments)
+
     try:
         if options.compare:
             return compare(*options.compare)
@@ -67,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
     if options.completion is None or options.ground_truth is None:
         parser.error("give a completion and a ground truth, --file, or --compare")
+
     verdict = verify_math(options.completion, options.ground_truth, extraction=options.extraction)
     for name, value in asdict(verdict).items():
         print(f"{name.replace('_', ' '):12} {value}")
@@ -82,19 +96,18 @@ def score_file(options: argparse.Namespace) -> int:
     from rich.progress import track
 
     rows = read_rows(options.file, (options.completion_column, options.ground_truth_column))
-    scored = []
+    scored: list[dict[str, Any]] = []
     for row in track(rows, description="scoring", disable=not sys.stderr.isatty()):
-        completion, truth = (
-            str(row[options.completion_column]),
-            str(row[options.ground_truth_column]),
-        )
+        completion = str(row[options.completion_column])
+        truth = str(row[options.ground_truth_column])
         verdict = verify_math(completion, truth, extraction=options.extraction)
         scored.append(row | {"extraction": options.extraction} | asdict(verdict))
+
     out = options.out or options.file.with_suffix(".verdicts.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(scored), out)
-    print(
-        f"{len(scored)} completions, {sum(row['score'] for row in scored) / max(len(scored), 1):.2%} right, written to {out}"
-    )
+
+    right = sum(row["score"] for row in scored) / max(len(scored), 1)
+    print(f"{len(scored)} completions, {right:.2%} right, written to {out}")
     for column in ("reason", "rule"):
         counts = Counter(row[column] for row in scored)
         print(f"{column}s: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
@@ -102,54 +115,74 @@ def score_file(options: argparse.Namespace) -> int:
 
 
 def read_rows(path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file.
+    """Return the rows of a JSONL or Parquet file.
 
     Raises:
-        ValueError: there is no such file; a row lacks a needed column, or is no JSON: the message has its number.
+        ValueError: there is no such file; a row lacks a needed column or is not valid JSON. The
+            message has the row's number.
     """
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}. Name a JSONL or Parquet file with a completion and a ground truth in each row."
+            f"there is no file {path}. Name a JSONL or Parquet file with a completion and a"
+            " ground truth in each row."
         )
+
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
     else:
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: no JSON ({error}). Write one object a line."
-                    ) from None
+        rows = _read_json_lines(path)
+
     for number, row in enumerate(rows, start=1):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
             columns = ", ".join(row) if isinstance(row, dict) else "no columns"
             raise ValueError(
-                f"{path}, row {number}: no column {missing[0]!r} among {columns}. Name it with --completion-column and the like."
+                f"{path}, row {number}: no column {missing[0]!r} among {columns}. Name it with"
+                " --completion-column or --ground-truth-column."
             )
     return rows
 
 
+def _read_json_lines(path: Path) -> list[Any]:
+    rows: list[Any] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error}). Write one object per line."
+            ) from None
+    return rows
+
+
 def compare(before: Path, after: Path) -> int:
-    """Print the rows, joined by position, on which two runs disagree."""
+    """Print the rows, joined by position, on which two runs disagree.
+
+    Returns 1 where they disagree, else 0.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    first, second = read_rows(before, ("score",)), read_rows(after, ("score",))
+    first = read_rows(before, ("score",))
+    second = read_rows(after, ("score",))
     if len(first) != len(second):
         raise ValueError(
-            f"{before} has {len(first)} rows and {after} {len(second)}: compare runs over the same file."
+            f"{before} has {len(first)} rows and {after} {len(second)}: compare runs over the"
+            " same file."
         )
+
     for number, (old, new) in enumerate(zip(first, second, strict=True), start=1):
-        if old.get("ground_truth") != new.get("ground_truth"):
+        old_truth, new_truth = old.get("ground_truth"), new.get("ground_truth")
+        if old_truth != new_truth:
             raise ValueError(
-                f"row {number}: the ground truths differ ({old.get('ground_truth')!r} and {new.get('ground_truth')!r}). Compare runs over the same file."
+                f"row {number}: the ground truths differ ({old_truth!r} and {new_truth!r})."
+                " Compare runs over the same file."
             )
+
     table = Table(
         "row", "answer", "ground truth", "before", "after", title=f"{before.name} and {after.name}"
     )
@@ -158,15 +191,18 @@ def compare(before: Path, after: Path) -> int:
         for i, (a, b) in enumerate(zip(first, second, strict=True))
         if a["score"] != b["score"]
     ]
+
     for i, old, new in different:
         cells = [str(i), str(new.get("answer")), str(new.get("ground_truth"))]
         cells += [f"{row['score']:g} {row.get('rule')}: {row.get('reason')}" for row in (old, new)]
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
-    gained = sum(new["score"] > old["score"] for _, old, new in different)
+
     if different:
         Console().print(table)
+    gained = sum(new["score"] > old["score"] for _, old, new in different)
+    lost = len(different) - gained
     print(
-        f"{len(first)} rows, {len(different)} disagreements: {gained} now right, {len(different) - gained} now wrong"
+        f"{len(first)} rows, {len(different)} disagreements: {gained} now right, {lost} now wrong"
     )
     return int(bool(different))
 

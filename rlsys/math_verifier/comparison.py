@@ -1,8 +1,9 @@
-"""Whether two answers are equal: first by what kind of thing each is, then by value."""
+"""The comparison of two answers: first by their kinds, then by value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 
 from rlsys.math_verifier.evaluation import exact, real_value, same_value
@@ -52,13 +53,13 @@ from rlsys.math_verifier.real_sets import (
 )
 from rlsys.math_verifier.units import parse_unit
 
-# Digits that a value said to be rounded must show, to equal another decimal or an exact value.
+# Digits that an approximate value must show, to equal another decimal or an exact value.
 MIN_DIGITS_OF_DECIMAL = 3
 MIN_DIGITS_OF_EXACT = 4
 
 
 def same_answer(left: Node, right: Node) -> bool:
-    """Whether two parsed answers are equal.
+    """Decide whether two parsed answers are equal.
 
     Raises:
         TooLargeError, UndefinedError: it could not be decided.
@@ -70,7 +71,10 @@ def same_answer(left: Node, right: Node) -> bool:
 
 
 def simplified(node: Node) -> Node:
-    """An answer without what only says where it comes from: chains of equal values, lists of one, plus-minus signs spelled out."""
+    """Return an answer without what only says where it comes from.
+
+    Chains of equal values and lists of one become a value; plus-minus signs are spelled out.
+    """
     if isinstance(node, Relation):
         return _simplified_relation(node)
     if isinstance(node, Measured):
@@ -83,92 +87,101 @@ def simplified(node: Node) -> Node:
     if isinstance(node, Listing):
         return _simplified_listing(node)
     if isinstance(node, SetOf):
-        parts = [simplified(item) for item in node.items]
-        return SetOf(
-            tuple(
-                item
-                for part in parts
-                for item in (part.items if isinstance(part, Listing) else (part,))
-            )
-        )
+        return SetOf(_flattened(node.items))
     if isinstance(node, SetOperation):
         return node
+
     node = _grouped_matrix(node)
     values = signs(node)
     return Listing(tuple(values), "and") if len(values) > 1 else node
 
 
+def _flattened(items: Sequence[Node]) -> tuple[Node, ...]:
+    """Simplify items; a listing among them gives its own items."""
+    found: list[Node] = []
+    for item in items:
+        inner = simplified(item)
+        found.extend(inner.items if isinstance(inner, Listing) else (inner,))
+    return tuple(found)
+
+
 def _grouped_matrix(node: Node) -> Node:
-    """[[1, 2], [3, 4]] is a matrix."""
-    if (
-        isinstance(node, Group)
-        and node.opening == "["
-        and node.items
-        and all(isinstance(i, Group) and i.opening == "[" for i in node.items)
-    ):
-        rows = tuple(item.items for item in node.items if isinstance(item, Group))
-        if len({len(row) for row in rows}) == 1:
-            return Matrix(rows)
+    """Return [[1, 2], [3, 4]] as a matrix, and any other node unchanged."""
+    if not isinstance(node, Group) or node.opening != "[" or not node.items:
+        return node
+    rows = [item for item in node.items if isinstance(item, Group) and item.opening == "["]
+    if len(rows) == len(node.items) and len({len(row.items) for row in rows}) == 1:
+        return Matrix(tuple(row.items for row in rows))
     return node
 
 
 def _simplified_listing(node: Listing) -> Node:
-    if isinstance(node.items[0], Relation) and node.items[0].operators == ("=",):
-        name = node.items[0].parts[0]
-        if is_name(name) and not any(
-            isinstance(item, Relation) for item in node.items[1:]
-        ):  # x = 2, 3
-            return _named(
-                name,
-                _simplified_listing(
-                    Listing((node.items[0].parts[1], *node.items[1:]), node.separator)
-                ),
-            )
-        if all(
-            isinstance(item, Relation)
-            and item.operators == ("=",)
-            and _same_variable(item.parts[0], name)
-            for item in node.items
-        ):
-            values = tuple(i.parts[1] for i in node.items if isinstance(i, Relation))
-            return _named(name, _simplified_listing(Listing(values, node.separator)))
-    if (
-        node.separator == "and"
-        and len(node.items) == 2
-        and all(isinstance(item, Measured) for item in node.items)
-    ):
-        first, second = node.items
-        try:
-            if (
-                isinstance(first, Measured)
-                and isinstance(second, Measured)
-                and first.unit != second.unit
-            ):
-                return added(first, second)  # 3 hours and 20 minutes
-        except UnparsableError:
-            pass
-    items: list[Node] = []
-    for item in node.items:
-        inner = simplified(item)
-        items.extend(inner.items if isinstance(inner, Listing) else (inner,))
-    if (
-        node.separator == "or"
-        and not any(isinstance(item, Relation) for item in items)
-        and all(_item(items[0], item) for item in items[1:])
-    ):
+    values_of_name = _values_of_one_name(node)
+    if values_of_name is not None:
+        name, values = values_of_name
+        return _named(name, _simplified_listing(Listing(values, node.separator)))
+
+    if node.separator == "and" and len(node.items) == 2:
+        total = _total(node.items)
+        if total is not None:
+            return total
+
+    items = _flattened(node.items)
+    if node.separator == "or" and _are_one_value(items):
         return items[0]  # 0.5 or 1/2
-    return Listing(tuple(items), node.separator)
+    return Listing(items, node.separator)
+
+
+def _total(items: tuple[Node, ...]) -> Measured | None:
+    """Return the sum of two values with different units: 3 hours and 20 minutes."""
+    first, second = items
+    if not isinstance(first, Measured) or not isinstance(second, Measured):
+        return None
+    if first.unit == second.unit:
+        return None
+    try:
+        return added(first, second)
+    except UnparsableError:
+        return None
+
+
+def _are_one_value(items: tuple[Node, ...]) -> bool:
+    if any(isinstance(item, Relation) for item in items):
+        return False
+    return all(_item(items[0], item) for item in items[1:])
+
+
+def _values_of_one_name(node: Listing) -> tuple[Node, tuple[Node, ...]] | None:
+    """Return the name and the values of `x = 2, 3` and `x = 2, x = 3`; None for other lists."""
+    first = node.items[0]
+    if not isinstance(first, Relation) or first.operators != ("=",):
+        return None
+    name, value = first.parts
+
+    if is_name(name) and not any(isinstance(item, Relation) for item in node.items[1:]):
+        return name, (value, *node.items[1:])
+
+    equations = [
+        item
+        for item in node.items
+        if isinstance(item, Relation)
+        and item.operators == ("=",)
+        and _same_variable(item.parts[0], name)
+    ]
+    if len(equations) < len(node.items):
+        return None
+    return name, tuple(item.parts[1] for item in equations)
 
 
 def _named(name: Node, values: Node) -> Node:
-    """x = 2, 3: the values and whose they are."""
+    """Return `x = 2, 3` as one relation, where the name is a variable."""
     if isinstance(name, Symbol):
         return Relation((Symbol(name.name.split("_")[0]), values), ("=",))
     return values
 
 
 def _same_variable(left: Node, right: Node) -> bool:
-    """x = 2 or x = 3; x_1 = 2, x_2 = 3."""
+    """Return whether two names are the same, up to an index: x and x, x_1 and x_2."""
     if not isinstance(left, Symbol) or not isinstance(right, Symbol):
         return False
     first, second = left.name.split("_"), right.name.split("_")
@@ -176,7 +189,10 @@ def _same_variable(left: Node, right: Node) -> bool:
 
 
 def signs(node: Node) -> list[Node]:
-    """The values of an expression with plus-minus signs; two signs are first read as belonging together."""
+    """Return the values of an expression with plus-minus signs.
+
+    All upper signs belong together, and all lower ones.
+    """
     count = _count_signs(node)
     if count == 0:
         return [node]
@@ -190,7 +206,7 @@ def _count_signs(node: Node) -> int:
 
 
 def _with_sign(node: Node, sign: int) -> Node:
-    """`node` with upper signs (1) or lower signs (-1)."""
+    """Return `node` with upper signs (1) or lower signs (-1)."""
     match node:
         case PlusMinus(term, upper):
             inner = _with_sign(term, sign)
@@ -223,13 +239,16 @@ def _is_part_of_name(node: Node) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    """Whether a side of an equation only names what the other side gives: x, f(x), AB, P(A), (x, y)."""
+    """Return whether a side of an equation only names the value of the other side.
+
+    Names are x, f(x), AB, P(A), (x, y).
+    """
     if isinstance(node, Symbol):
         return node != REALS
     if isinstance(node, Call):
-        return node.name.startswith("undefined ") or (
-            node.name == "abs" and is_name(node.arguments[0])
-        )
+        if node.name == "abs":
+            return is_name(node.arguments[0])
+        return node.name.startswith("undefined ")
     if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
         return (
             0 < len(node.factors) <= 3
@@ -242,47 +261,49 @@ def is_name(node: Node) -> bool:
 
 
 def _simplified_relation(node: Relation) -> Node:
-    """A value where a chain of equations has one; contradictory chains have none."""
+    """Reduce a chain of equations to its value, and refuse contradictory chains."""
     parts, operators = list(node.parts), list(node.operators)
     if "~" in operators and set(operators) <= {"=", "~"}:
         return _rounded_chain(parts, operators)
+    if operators == ["in"]:
+        return Relation(tuple(simplified(part) for part in parts), node.operators)
     if set(operators) != {"="}:
-        return Relation(
-            tuple(simplified(p) if operators == ["in"] else p for p in parts), node.operators
-        )
+        return node
+
     if len(parts) == 2 and is_name(parts[1]) and not is_name(parts[0]):
         parts.reverse()
     named = is_name(parts[0])
     values = parts[1:] if named else parts
-    if len(values) > 1 and (named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))):
+
+    # Two sides with a variable are an equation; any other chain states equal values.
+    is_chain = named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))
+    if len(values) > 1 and is_chain:
         if not all(same_answer(values[0], value) for value in values[1:]):
             raise UnparsableError("a chain of different values")
         values = values[-1:]
+
     if not named:
         return simplified(values[0]) if len(values) == 1 else Relation(tuple(parts), ("=",))
     value = simplified(values[0])
     if isinstance(parts[0], Group):
         return value
-    return (
-        _named(parts[0], value)
-        if isinstance(value, Listing)
-        else Relation((parts[0], value), ("=",))
-    )
+    if isinstance(value, Listing):
+        return _named(parts[0], value)
+    return Relation((parts[0], value), ("=",))
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
-    """`2/3 ~ 0.67`: the exact value, if the rounding is right."""
+    """Return `2/3 ~ 0.67` as the exact and the rounded value, if the rounding is right."""
     if is_name(parts[0]):
         parts, first = parts[1:], operators[0]
         operators = operators[1:]
         if len(parts) == 1:
             return Approximate(simplified(parts[0])) if first == "~" else simplified(parts[0])
+
     values = [_without_unit(simplified(part)) for part in parts]
-    if (
-        len(values) != 2
-        or not isinstance(values[1], Number)
-        or not _rounds_to(values[0], values[1], minimum=1)
-    ):
+    if len(values) != 2 or not isinstance(values[1], Number):
+        raise UnparsableError("a wrong approximation")
+    if not _rounds_to(values[0], values[1], minimum=1):
         raise UnparsableError("a wrong approximation")
     return Listing((parts[0], Approximate(parts[1])), "~")
 
@@ -291,33 +312,24 @@ def _without_unit(node: Node) -> Node:
     return node.value if isinstance(node, Measured) else node
 
 
-def _equation_sides(node: Node) -> Node | None:
-    if isinstance(node, Relation) and node.operators == ("=",):
-        return Sum((node.parts[0], negative(node.parts[1])))
-    return None
-
-
 def _equations(left: Node, right: Node) -> bool:
-    """x = 3 against 3, and equations that are multiples of each other."""
+    """Compare x = 3 with 3, and equations that are multiples of each other."""
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        return (
-            is_name(left.parts[0])
-            and not isinstance(right, Ratio)
-            and same_answer(left.parts[1], right)
-        )
+        if not is_name(left.parts[0]) or isinstance(right, Ratio):
+            return False
+        return same_answer(left.parts[1], right)
     if right.operators != ("=",):
         return False
+
     first, second = left.parts[0], right.parts[0]
     if first == second and is_name(first):
         return same_answer(left.parts[1], right.parts[1])
-    if (
-        _is_function_name(first)
-        and _is_function_name(second)
-        and same_answer(left.parts[1], right.parts[1])
-    ):
+    both_functions = _is_function_name(first) and _is_function_name(second)
+    if both_functions and same_answer(left.parts[1], right.parts[1]):
         return True
+
     try:
         return bool(same_equation(_difference(left), _difference(right), ordered=False))
     except UnparsableError:
@@ -333,70 +345,70 @@ def _difference(node: Relation) -> Node:
 
 
 def _inequalities(left: Node, right: Node) -> bool:
-    """The same inequality, turned round or multiplied."""
-    if not (
-        isinstance(left, Relation)
-        and isinstance(right, Relation)
-        and len(left.operators) == len(right.operators) == 1
-    ):
+    """Compare inequalities that are turned round or multiplied."""
+    if not isinstance(left, Relation) or not isinstance(right, Relation):
         return False
+    if len(left.operators) != 1 or len(right.operators) != 1:
+        return False
+
     first, second = left.operators[0], right.operators[0]
     if first not in FLIPPED or second not in FLIPPED or "=" in (first, second):
         return False
-    try:
+
+    with suppress(UnparsableError, UndefinedError):
         if real_set(left) and real_set(right):
             return False  # the rule for sets decides, exactly
-    except (UnparsableError, UndefinedError):
-        pass
+
     try:
         sign = same_equation(_difference(left), _difference(right), ordered=True)
     except UnparsableError:
         return False
-    return first == second if sign > 0 else first == FLIPPED[second] if sign < 0 else False
+    if sign == 0:
+        return False
+    return first == (second if sign > 0 else FLIPPED[second])
 
 
 def _assignments(left: Node, right: Node) -> bool:
-    """x = 3, y = -1 against (3, -1), the variables in alphabetical order; AB = 9, CD = 4 in any order."""
-    if not (
-        isinstance(left, Listing)
-        and all(
-            isinstance(i, Relation) and i.operators == ("=",) and is_name(i.parts[0])
-            for i in left.items
-        )
-    ):
+    """Compare x = 3, y = -1 with (3, -1), and AB = 9, CD = 4 with the same in any order.
+
+    The variables of a tuple are in alphabetical order.
+    """
+    if not isinstance(left, Listing) or not all(_is_equation(item) for item in left.items):
         return False
-    pairs = {str(i.parts[0]): i.parts[1] for i in left.items if isinstance(i, Relation)}
-    if len(pairs) != len(left.items):
+    equations = [item for item in left.items if isinstance(item, Relation)]
+    if not all(is_name(equation.parts[0]) for equation in equations):
+        return False
+
+    values = {str(equation.parts[0]): equation.parts[1] for equation in equations}
+    if len(values) != len(left.items):
         return False
     if isinstance(right, Group) and (right.opening, right.closing) in (("(", ")"), ("<", ">")):
-        return _same_items([pairs[name] for name in sorted(pairs)], right.items)
-    if isinstance(right, Listing) and all(
-        isinstance(i, Relation) and i.operators == ("=",) for i in right.items
-    ):
+        return _same_items([values[name] for name in sorted(values)], right.items)
+    if isinstance(right, Listing) and all(_is_equation(item) for item in right.items):
         return _same_multiset(left.items, right.items)
     return False
+
+
+def _is_equation(node: Node) -> bool:
+    return isinstance(node, Relation) and node.operators == ("=",)
 
 
 # Sets, tuples, lists
 
 
 def _sets(left: Node, right: Node) -> bool:
-    """Sets of real numbers in whatever notation; finite ones are compared by their members."""
+    """Compare sets of real numbers in any notation; finite ones are compared by their members."""
     infinite = Group | SetOperation | Relation
-    if isinstance(left, Measured | Approximate) or not (
-        isinstance(left, infinite | Listing) or left == REALS
-    ):
+    if not isinstance(left, infinite | Listing) and left != REALS:
         return False
-    if (
-        isinstance(left, Relation)
-        and left.operators == ("in",)
-        and isinstance(left.parts[1], SetOf | Listing)
-    ):
-        return same_answer(left.parts[1], right)
-    if isinstance(left, Group) and isinstance(right, Group | Listing) and isinstance(right, Group):
+    match left:
+        case Relation((_, SetOf() | Listing() as members), ("in",)):
+            return same_answer(members, right)
+    if isinstance(left, Group) and isinstance(right, Group):
         return False  # two pairs are compared as pairs
     if not isinstance(right, infinite | Listing | SetOf) and right != REALS:
         return False
+
     try:
         return same_set(real_set(left), real_set(right))
     except (UnparsableError, UndefinedError):
@@ -404,7 +416,7 @@ def _sets(left: Node, right: Node) -> bool:
 
 
 def _memberships(left: Node, right: Node) -> bool:
-    """k in Z against k in Z, or against Z."""
+    """Compare `k in Z` with `k in Z`, or with Z."""
     if not isinstance(left, Relation) or left.operators != ("in",):
         return False
     if isinstance(right, Relation) and right.operators == ("in",):
@@ -415,22 +427,21 @@ def _memberships(left: Node, right: Node) -> bool:
 def _finite_sets(left: Node, right: Node) -> bool:
     if not isinstance(left, SetOf):
         return False
-    if (isinstance(right, Listing) and right.separator != "~") or isinstance(right, SetOf):
-        others = right.items
-    elif (
-        len(left.items) == 1
-        and not isinstance(right, Group | Matrix | SetOperation)
-        and left.items[0] != EMPTY_SET
-    ):
+
+    is_rounding = isinstance(right, Listing) and right.separator == "~"
+    if not isinstance(right, Listing | SetOf) or is_rounding:
+        if len(left.items) != 1 or left.items[0] == EMPTY_SET:
+            return False
+        if isinstance(right, Group | Matrix | SetOperation):
+            return False
         return same_answer(left.items[0], right)
-    else:
+
+    _bound(left.items, right.items)
+    if not left.items or not right.items:
+        return not left.items and not right.items
+    if not all(any(_item(a, b) for b in right.items) for a in left.items):
         return False
-    _bound(left.items, others)
-    if not left.items or not others:
-        return not left.items and not others
-    return all(any(_item(a, b) for b in others) for a in left.items) and all(
-        any(_item(a, b) for a in left.items) for b in others
-    )
+    return all(any(_item(a, b) for a in left.items) for b in right.items)
 
 
 def _bound(left: Sequence[Node], right: Sequence[Node]) -> None:
@@ -448,12 +459,10 @@ def _item(left: Node, right: Node) -> bool:
 def _lists(left: Node, right: Node) -> bool:
     if not isinstance(left, Listing):
         return False
-    if left.separator == "~":
-        return (
-            any(_item(item, right) for item in left.items)
-            if not isinstance(right, Listing)
-            else _same_items(left.items, right.items)
-        )
+    if left.separator == "~":  # an exact and a rounded value
+        if isinstance(right, Listing):
+            return _same_items(left.items, right.items)
+        return any(_item(item, right) for item in left.items)
     if not isinstance(right, Listing):
         return False
     return _same_multiset(left.items, right.items)
@@ -463,6 +472,7 @@ def _same_multiset(left: Sequence[Node], right: Sequence[Node]) -> bool:
     if len(left) != len(right):
         return False
     _bound(left, right)
+
     rest = list(right)
     for item in left:
         match = next((i for i, other in enumerate(rest) if _item(item, other)), None)
@@ -477,33 +487,28 @@ def _same_items(left: Sequence[Node], right: Sequence[Node]) -> bool:
 
 
 def _tuples(left: Node, right: Node) -> bool:
-    """Tuples, vectors and intervals with the same brackets; angle brackets are as good as round ones."""
+    """Compare tuples, vectors and intervals with the same brackets; <...> counts as (...)."""
     if not isinstance(left, Group) or not isinstance(right, Group):
         return False
-    shape = {"<": "(", ">": ")"}
-    brackets = [
-        (shape.get(g.opening, g.opening), shape.get(g.closing, g.closing)) for g in (left, right)
-    ]
-    if brackets[0] != brackets[1] and not (
-        len(left.items) > 2 and set(brackets) == {("(", ")"), ("[", "]")}
-    ):
+
+    first, second = _brackets(left), _brackets(right)
+    # With more than two items there is no interval, and [1, 2, 3] is the vector (1, 2, 3).
+    both_vectors = len(left.items) > 2 and {first, second} == {("(", ")"), ("[", "]")}
+    if first != second and not both_vectors:
         return False
     return _same_items(left.items, right.items)
 
 
-def _same_end(left: Node, right: Node) -> bool:
-    return (
-        is_infinite(left) == is_infinite(right)
-        if is_infinite(left) or is_infinite(right)
-        else _item(left, right)
-    )
+def _brackets(group: Group) -> tuple[str, str]:
+    shape = {"<": "(", ">": ")"}
+    return shape.get(group.opening, group.opening), shape.get(group.closing, group.closing)
 
 
 # Matrices
 
 
 def as_matrix(node: Node) -> Matrix | None:
-    """A matrix that sums, multiples and transposes of matrices and vectors make; None for anything else."""
+    """Evaluate sums, multiples and transposes of matrices and vectors; None for anything else."""
     match node:
         case Matrix():
             return node
@@ -530,28 +535,25 @@ def _multiple(factors: tuple[Node, ...]) -> Matrix | None:
     ]
     if sum(matrix is not None for matrix in matrices) != 1:
         return _unit_vectors(Product(factors))
+
     matrix = next(matrix for matrix in matrices if matrix is not None)
-    scalar = Product(
-        tuple(factor for factor, m in zip(factors, matrices, strict=True) if m is None)
-    )
-    return Matrix(
-        tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows),
-        matrix.determinant,
-    )
+    scalars = [factor for factor, m in zip(factors, matrices, strict=True) if m is None]
+    scalar = Product(tuple(scalars))
+    rows = tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows)
+    return Matrix(rows, matrix.determinant)
 
 
 def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
     matrices = [as_matrix(term) if _holds_matrix(term) else None for term in terms]
-    shapes = {(len(m.rows), len(m.rows[0])) for m in matrices if m is not None}
-    if None in matrices or len(shapes) != 1:
+    present = [matrix for matrix in matrices if matrix is not None]
+    shapes = {(len(matrix.rows), len(matrix.rows[0])) for matrix in present}
+    if len(present) < len(matrices) or len(shapes) != 1:
         return None
-    present = [m for m in matrices if m is not None]
-    return Matrix(
-        tuple(
-            tuple(Sum(cells) for cells in zip(*rows, strict=True))
-            for rows in zip(*(m.rows for m in present), strict=True)
-        )
-    )
+
+    rows = []
+    for same_row in zip(*(matrix.rows for matrix in present), strict=True):
+        rows.append(tuple(Sum(cells) for cells in zip(*same_row, strict=True)))
+    return Matrix(tuple(rows))
 
 
 def _holds_matrix(node: Node) -> bool:
@@ -559,11 +561,12 @@ def _holds_matrix(node: Node) -> bool:
 
 
 def _unit_vectors(node: Node) -> Matrix | None:
-    """2 i + 3 j with bold or hatted letters."""
+    """Return 2 i + 3 j, with bold or hatted letters, as a column vector."""
     names = [f"unit vector {letter}" for letter in "ijk"]
     used = symbols(node)
     if not used & set(names):
         return None
+
     size = 3 if names[2] in used else 2
     rows = []
     for chosen in names[:size]:
@@ -577,6 +580,7 @@ def _unit_vectors(node: Node) -> Matrix | None:
 def _matrices(left: Node, right: Node) -> bool:
     if not (_is_matrix(left) or _is_matrix(right)):
         return False
+
     first, second = as_matrix(left), as_matrix(right)
     if first is None or second is None or first.determinant != second.determinant:
         return False
@@ -588,9 +592,9 @@ def _matrices(left: Node, right: Node) -> bool:
 
 
 def _is_matrix(node: Node) -> bool:
-    return not isinstance(node, Group | Listing | Relation | SetOf | SetOperation) and (
-        _holds_matrix(node) or _has_unit_vectors(node)
-    )
+    if isinstance(node, Group | Listing | Relation | SetOf | SetOperation):
+        return False
+    return _holds_matrix(node) or _has_unit_vectors(node)
 
 
 def _has_unit_vectors(node: Node) -> bool:
@@ -616,7 +620,10 @@ def _values(left: Node, right: Node) -> bool:
 
 
 def _same_without_mark(left: Node, right: Node) -> bool:
-    """90 for 90 degrees, 50 for 50 %. A bare number below 1 is a share and no percentage: 0.5 is not 0.5 %."""
+    """Accept 90 for 90 degrees and 50 for 50 %.
+
+    A bare number below 1 is a fraction, not a percentage: 0.5 is not 0.5 %.
+    """
     for marked, bare in ((left, right), (right, left)):
         if _mark(marked) == "degree" and not _mark(bare):
             return same_value(_unmarked(marked), bare)
@@ -627,11 +634,14 @@ def _same_without_mark(left: Node, right: Node) -> bool:
 
 
 def _mark(node: Node) -> str:
-    """The mark on a whole value, looking through signs, sums and factors but not into functions."""
+    """Return the mark on a whole value, looking through sums and factors but not into functions."""
     if isinstance(node, Marked):
         return node.mark
     if isinstance(node, Sum | Product):
-        return next((mark for child in children(node) if (mark := _mark(child))), "")
+        for child in children(node):
+            mark = _mark(child)
+            if mark:
+                return mark
     return ""
 
 
@@ -664,17 +674,15 @@ _RADIAN = parse_unit("radian")
 
 
 def _units(left: Node, right: Node) -> bool:
-    """A unit may be left out. Two known units must be of one dimension, and are converted."""
+    """Compare measured values.
+
+    A unit may be left out. Two known units must be of one dimension, and are converted.
+    """
     if not isinstance(left, Measured):
         return False
     if not isinstance(right, Measured):
-        if _mark(right) == "degree" and parse_unit(left.unit) == _RADIAN:
-            return isinstance(left.value, _EXPRESSIONS) and same_value(left.value, right)
-        if not isinstance(right, _EXPRESSIONS) and _holds_unit(right):
-            return False  # a relation or a rounding; the rules for those look inside
-        if isinstance(right, _EXPRESSIONS) and _mark(right) and parse_unit(left.unit) is not None:
-            return False  # dollars and percents
-        return _item(left.value, right)
+        return _with_and_without_unit(left, right)
+
     first, second = parse_unit(left.unit), parse_unit(right.unit)
     if first is None or second is None:
         return _item(left.value, right.value)
@@ -682,17 +690,30 @@ def _units(left: Node, right: Node) -> bool:
         return False
     if first[1] == second[1]:
         return _item(left.value, right.value)
-    return (
-        isinstance(left.value, _EXPRESSIONS)
-        and isinstance(right.value, _EXPRESSIONS)
-        and same_value(
-            Product((left.value, Number(first[1]))), Product((right.value, Number(second[1])))
-        )
-    )
+    if not isinstance(left.value, _EXPRESSIONS) or not isinstance(right.value, _EXPRESSIONS):
+        return False
+    left_size = Product((left.value, Number(first[1])))
+    right_size = Product((right.value, Number(second[1])))
+    return same_value(left_size, right_size)
+
+
+def _with_and_without_unit(left: Measured, right: Node) -> bool:
+    unit = parse_unit(left.unit)
+    is_expression = isinstance(right, _EXPRESSIONS)
+    if _mark(right) == "degree" and unit == _RADIAN:
+        return isinstance(left.value, _EXPRESSIONS) and same_value(left.value, right)
+    if not is_expression and _holds_unit(right):
+        return False  # a relation or a rounding; the rules for those look inside
+    if is_expression and _mark(right) and unit is not None:
+        return False  # dollars and percents
+    return _item(left.value, right)
 
 
 def _rounds_to(value: Node, rounded: Number, *, minimum: int) -> bool:
-    """Whether `rounded` is `value` to the decimals it is written with, and has digits enough to tell."""
+    """Return whether `rounded` is `value`, to the decimals that it is written with.
+
+    It must have at least `minimum` significant digits.
+    """
     decimals = rounded.decimals or 0
     digits = str(abs(int(rounded.value * 10**decimals))).lstrip("0")
     if decimals == 0 or len(digits) < minimum:
@@ -701,43 +722,47 @@ def _rounds_to(value: Node, rounded: Number, *, minimum: int) -> bool:
         number = real_value(value)
     except UnparsableError:
         return False
-    distance = abs(
-        number - rounded.value.numerator / real_value(Number(Fraction(rounded.value.denominator)))
-    )
-    return bool(distance <= real_value(Number(Fraction(1, 2 * 10**decimals))) * (1 + 1e-12))
+
+    denominator = real_value(Number(Fraction(rounded.value.denominator)))
+    distance = abs(number - rounded.value.numerator / denominator)
+    half_a_unit = real_value(Number(Fraction(1, 2 * 10**decimals)))
+    return bool(distance <= half_a_unit * (1 + 1e-12))
 
 
 def _roundings(left: Node, right: Node) -> bool:
-    """A value said to be approximate equals what rounds to it."""
+    """Compare an approximate value with a value that rounds to it."""
     if not isinstance(left, Approximate):
         return False
-    value, other = left.value, right.value if isinstance(right, Approximate) else right
+    value = left.value
+    other = right.value if isinstance(right, Approximate) else right
     if isinstance(other, Listing) and other.separator == "~":
         return any(_item(left, item) for item in other.items)
     if _item(value, other):
         return True
-    if _different_units(value, other) or _mark(_without_unit(value)) != _mark(_without_unit(other)):
+    if _different_units(value, other):
         return False
+
     plain, against = _without_unit(value), _without_unit(other)
+    if _mark(plain) != _mark(against):
+        return False
     if not isinstance(plain, Number) or not isinstance(against, _EXPRESSIONS) or symbols(against):
         return False
-    decimal = isinstance(against, Number) and against.decimals is not None
-    return _rounds_to(
-        against, plain, minimum=MIN_DIGITS_OF_DECIMAL if decimal else MIN_DIGITS_OF_EXACT
-    )
+    is_decimal = isinstance(against, Number) and against.decimals is not None
+    minimum = MIN_DIGITS_OF_DECIMAL if is_decimal else MIN_DIGITS_OF_EXACT
+    return _rounds_to(against, plain, minimum=minimum)
 
 
 def _ratios(left: Node, right: Node) -> bool:
     if not isinstance(left, Ratio):
         return False
     if not isinstance(right, Ratio):
-        return (
-            len(left.parts) == 2
-            and isinstance(right, _EXPRESSIONS)
-            and _item(Product((left.parts[0], Power(left.parts[1], Number(Fraction(-1))))), right)
-        )
+        if len(left.parts) != 2 or not isinstance(right, _EXPRESSIONS):
+            return False
+        above, below = left.parts
+        return _item(Product((above, Power(below, Number(Fraction(-1))))), right)
     if len(left.parts) != len(right.parts):
         return False
+
     first, second = left.parts[0], right.parts[0]
     if any(exact(part) == 0 for part in (*left.parts, *right.parts)):
         return _same_items(left.parts, right.parts)

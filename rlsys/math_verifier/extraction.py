@@ -1,4 +1,4 @@
-"""Finding the answer in a completion. Every search is linear in the completion's length."""
+"""The search for the answer in a completion. Every search is linear in the completion's length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 EXTRACTIONS = ("boxed", "answer_tag", "after_hashes", "lenient")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 _BARE = re.compile(r"[^\s${}\\]+")
 _ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
 _DISPLAYED = re.compile(
@@ -17,8 +18,9 @@ MAX_LINE = 1000
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` with its braces balanced; None where there is none or it never closes.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, with its braces balanced.
 
+    None where there is no box or where it never closes.
     `\boxed 5`, without braces, holds what follows up to the next space, brace or command.
 
     Example: `last_boxed(r"so \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
@@ -33,7 +35,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def has_one_filled_box(text: str) -> bool:
-    """Whether there is exactly one box, closed and not empty."""
+    """Return whether there is exactly one box, closed and not empty."""
     boxes = sum(1 for _ in _BOX.finditer(text))
     content = last_boxed(text) if boxes == 1 else None
     return bool(content and content.strip())
@@ -41,32 +43,31 @@ def has_one_filled_box(text: str) -> bool:
 
 def _last_box(text: str) -> re.Match[str] | None:
     end = len(text)
-    while (start := max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))) >= 0:
-        if match := _BOX.match(text, start):
+    while True:
+        start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if start < 0:
+            return None
+        match = _BOX.match(text, start)
+        if match:
             return match
         end = start
-    return None
 
 
 def _balanced(text: str, start: int) -> str | None:
     depth = 1
-    position = start
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(
-        text, start
-    ):  # an escaped brace does not count
+    for match in _BRACE.finditer(text, start):
         token = match[0]
         if token == "{":
             depth += 1
         elif token == "}":
             depth -= 1
-            if depth == 0:
-                position = match.start()
-                return text[start:position]
+        if depth == 0:
+            return text[start : match.start()]
     return None
 
 
 def last_answer_tag(text: str) -> str | None:
-    """The content of the last `<answer>...</answer>`; None where there is none."""
+    """Return the content of the last `<answer>...</answer>`; None where there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start < 0 or text.find("<answer>", end) >= 0:  # a last tag that never closes is no answer
@@ -75,7 +76,7 @@ def last_answer_tag(text: str) -> str | None:
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last `####` on its line, as in the answers of GSM8K; None where there is none.
+    """Return what follows the last `####` on its line, as in GSM8K; None where there is none.
 
     Example: `after_hashes("48 + 24 = 72 clips\\n#### 72")` is `"72"`.
     """
@@ -87,12 +88,15 @@ def after_hashes(text: str) -> str | None:
 
 
 def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
-    """The answer of a completion, None where it has none (also where its last box is empty or never closes).
+    """Return the answer of a completion; None where it has none.
+
+    A last box that is empty or never closes is no answer.
 
     - `boxed`: the last box; in a completion without any box, the last <answer> element.
     - `answer_tag`: the last <answer> element; a box inside it is unpacked.
     - `after_hashes`: what follows the last `####` on its line, as in GSM8K.
-    - `lenient`: as `boxed`, then as `after_hashes`, then what follows the last "the answer is", then the last formula or number of the last line.
+    - `lenient`: as `boxed`, then as `after_hashes`, then what follows the last "the answer is",
+      then the last formula or number of the last line.
 
     Raises:
         ValueError: an unknown `extraction`.
@@ -105,18 +109,21 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         return _cleaned(last_answer_tag(completion))
     if extraction == "after_hashes":
         return _cleaned(after_hashes(completion))
+
     if _last_box(completion) is not None:
         return _cleaned(last_boxed(completion))
     tag = last_answer_tag(completion)
     if tag is not None or extraction == "boxed" or "<answer>" in completion:
         return _cleaned(tag)
-    if (marked := after_hashes(completion)) is not None:
+
+    marked = after_hashes(completion)
+    if marked is not None:
         return _cleaned(marked)
     return _cleaned(_announced(completion) or _last_line(completion))
 
 
 def _cleaned(answer: str | None) -> str | None:
-    """Without white space and without boxes around the whole answer."""
+    """Strip white space, and boxes around the whole answer."""
     if answer is None:
         return None
     answer = answer.strip()
@@ -137,8 +144,10 @@ def _announced(completion: str) -> str | None:
         last = match
     if last is None:
         return None
+
     sentence = completion[last.end() : last.end() + MAX_LINE].strip().split("\n")[0]
-    if formula := _DISPLAYED.match(sentence.lstrip("* ")):
+    formula = _DISPLAYED.match(sentence.lstrip("* "))
+    if formula:
         return next(group for group in formula.groups() if group is not None)
     sentence = re.split(r"(?<=[^\s])\.(?:\s|$)|[!?]", sentence)[0]
     return sentence.strip(" *_`") or None
@@ -152,6 +161,8 @@ def _last_line(completion: str) -> str | None:
     if formulas:
         line = next(group for group in formulas[-1].groups() if group is not None)
         return line.split("=")[-1].strip() or None
-    if numbers := _LAST_LINE_NUMBER.findall(line):
+
+    numbers = _LAST_LINE_NUMBER.findall(line)
+    if numbers:
         return numbers[-1]
     return line if 0 < len(line) <= 30 and not line.endswith(":") else None

@@ -1,7 +1,8 @@
-"""What bounds the work on one answer, before any of it is done.
+"""Limits of the work on one answer, checked before any of it is done.
 
-Every limit is checked on sizes that are known beforehand (characters, tokens, depth, bits of a power to be), so an adversarial answer is
-refused in time proportional to its length. The reward pool's wall clock is the second line of defence, not the first.
+Every limit is on a size that is known beforehand (characters, tokens, depth, bits of a power), so
+an adversarial answer is refused in time proportional to its length. The reward pool's wall clock is
+the second line of defence, not the first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAX_SIGN_CHOICES = 4  # plus-minus signs in one item: 2^4 values
 
 
 class UnparsableError(Exception):
-    """The text is no mathematical answer that the grammar knows."""
+    """The text is not a mathematical answer that the grammar knows."""
 
 
 class TooLargeError(Exception):
@@ -27,4 +28,7 @@ class TooLargeError(Exception):
 
 
 class UndefinedError(Exception):
-    """An expression has no value where it was evaluated: a zero denominator, the root of a negative number in the reals."""
+    """An expression has no value at the point where it was evaluated.
+
+    It has a zero denominator, or the root of a negative number in the reals.
+    """

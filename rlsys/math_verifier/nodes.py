@@ -1,4 +1,8 @@
-"""The syntax tree of an answer. Nodes are immutable values: equal trees are equal answers, and a tree never holds code or SymPy objects."""
+"""The syntax tree of an answer.
+
+Nodes are immutable values: equal trees are equal answers, and a tree never holds code or SymPy
+objects.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """An exact rational. `decimals` is how many digits were written after the point (None for an integer)."""
+    """An exact rational.
+
+    `decimals` is the number of digits written after the point (None for an integer).
+    """
 
     value: Fraction
     decimals: int | None = None
@@ -16,7 +23,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A variable, an index included in its name (`x_1`), or an object of geometry (`AB`)."""
+    """A variable, with an index as part of its name (`x_1`), or an object of geometry (`AB`)."""
 
     name: str
 
@@ -30,23 +37,29 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
+    """terms[0] + terms[1] + ..."""
+
     terms: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
+    """factors[0] * factors[1] * ..."""
+
     factors: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
+    """base^exponent; a quotient is a product with the power -1."""
+
     base: Node
     exponent: Node
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function of the list in `evaluation`, or one that the answer leaves undefined (`f(4 - x)`)."""
+    """A function that `evaluation` knows, or one that the answer leaves undefined (`f(4 - x)`)."""
 
     name: str
     arguments: tuple[Node, ...]
@@ -54,7 +67,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class PlusMinus:
-    """Both signs of a term; `upper` is the sign where the other plus-minus signs of the item are read as plus."""
+    """Both signs of a term.
+
+    `upper` is the sign where the other plus-minus signs of the item are read as plus.
+    """
 
     term: Node
     upper: int
@@ -93,12 +109,17 @@ class Numeral:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
+    """parts[0] : parts[1] : ..."""
+
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Items between brackets: a tuple or an interval, which only the other side of a comparison tells apart."""
+    """Items between brackets: a tuple or an interval.
+
+    Only the other side of a comparison tells which.
+    """
 
     opening: str  # ( [ < (for angle brackets)
     items: tuple[Node, ...]
@@ -107,11 +128,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class SetOf:
+    """A finite set, written with its members."""
+
     items: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SetOperation:
+    """Two sets and what is done with them."""
+
     operation: str  # union | intersection | difference
     left: Node
     right: Node
@@ -127,6 +152,8 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
+    """A matrix, or the determinant of one."""
+
     rows: tuple[tuple[Node, ...], ...]
     determinant: bool = False
 
@@ -140,8 +167,8 @@ class Relation:
 
 
 Node = (
-    Number | Symbol | Constant | Sum | Product | Power | Call | PlusMinus | Marked | Measured | Approximate | Numeral | Ratio
-    | Group | SetOf | SetOperation | Listing | Matrix | Relation
+    Number | Symbol | Constant | Sum | Product | Power | Call | PlusMinus | Marked | Measured
+    | Approximate | Numeral | Ratio | Group | SetOf | SetOperation | Listing | Matrix | Relation
 )  # fmt: skip
 
 ONE = Number(Fraction(1))
@@ -152,14 +179,14 @@ INFINITY = Constant("infinity")
 
 
 def negative(node: Node) -> Node:
-    """-node, a number's sign folded in."""
+    """Return -node, with a number's sign folded in."""
     if isinstance(node, Number):
         return Number(-node.value, node.decimals)
     return Product((MINUS_ONE, node))
 
 
 def children(node: Node) -> tuple[Node, ...]:
-    """The direct parts of a node."""
+    """Return the direct parts of a node."""
     match node:
         case (
             Sum(parts)
@@ -186,7 +213,7 @@ def children(node: Node) -> tuple[Node, ...]:
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """Names of the variables in a node."""
+    """Return the names of the variables in a node."""
     if isinstance(node, Symbol):
         return frozenset((node.name,))
     found: frozenset[str] = frozenset()

@@ -1,4 +1,7 @@
-"""A short canonical spelling of an answer, for people who read verdicts; equality is decided by `comparison`, not by this text."""
+"""A short canonical spelling of an answer, for people who read verdicts.
+
+Equality is decided by `comparison`, not by this text.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,11 @@ MAX_CHARACTERS = 500
 
 
 def normal_form(answer: str) -> str:
-    """Numbers reduced, commuting parts sorted, brackets explicit; words in small letters."""
+    """Spell an answer: reduced numbers, sorted commuting parts, brackets, words in lower case."""
     number = plain_number(answer)
     if number is not None:
         return str(number)[:MAX_CHARACTERS]
+
     try:
         return spelled(parse(words.meaning(answer)))[:MAX_CHARACTERS]
     except (UnparsableError, UndefinedError, TooLargeError, RecursionError, ValueError):
@@ -47,13 +51,22 @@ def normal_form(answer: str) -> str:
 
 
 def spelled(node: Node) -> str:
-    """The spelling of one node."""
+    """Return the spelling of one node."""
     try:
         value = exact(node)
     except (TooLargeError, UndefinedError):
         value = None
     if value is not None and abs(value) < Fraction(10) ** 60:
         return str(value)
+
+    spelling = _spelled_expression(node)
+    if spelling is None:
+        spelling = _spelled_collection(node)
+    return spelling
+
+
+def _spelled_expression(node: Node) -> str | None:
+    """Spell a value or an expression; None for a node of another kind."""
     match node:
         case Number(value, _):
             return f"{float(value):.6e}" if abs(value) < Fraction(10) ** 300 else "a large number"
@@ -73,10 +86,17 @@ def spelled(node: Node) -> str:
             return spelled(inner) + {"degree": "°", "percent": "%"}[mark]
         case Measured(inner, unit):
             return f"{spelled(inner)} [{unit}]"
-        case Approximate(inner):
-            return f"≈{spelled(inner)}"
         case Numeral(digits, base):
             return f"{digits}_{base}"
+        case _:
+            return None
+
+
+def _spelled_collection(node: Node) -> str:
+    """Spell a node that holds several values, or says something about them."""
+    match node:
+        case Approximate(inner):
+            return f"≈{spelled(inner)}"
         case Ratio(parts):
             return ":".join(map(spelled, parts))
         case Group(opening, parts, closing):
@@ -90,6 +110,13 @@ def spelled(node: Node) -> str:
         case Matrix(rows, _):
             return "[" + "; ".join(", ".join(map(spelled, row)) for row in rows) + "]"
         case Relation(parts, operators):
-            return spelled(parts[0]) + "".join(
-                f" {o} {spelled(p)}" for o, p in zip(operators, parts[1:], strict=True)
-            )
+            return _spelled_relation(parts, operators)
+        case _:
+            raise UnparsableError("not an answer")
+
+
+def _spelled_relation(parts: tuple[Node, ...], operators: tuple[str, ...]) -> str:
+    text = spelled(parts[0])
+    for operator, part in zip(operators, parts[1:], strict=True):
+        text += f" {operator} {spelled(part)}"
+    return text

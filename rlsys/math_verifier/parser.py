@@ -1,8 +1,10 @@
-"""From tokens to the tree of an answer: recursive descent, one method a level of precedence.
+"""The parser: turns tokens into the tree of an answer.
+
+Recursive descent, one method per level of precedence.
 
 ```text
 answer    = clause (("," | ";" | "and" | "or") clause)*          several answers
-clause    = set (("=" | "<" | "in" | ...) set)*                  an equation, a chain of inequalities, a membership
+clause    = set (("=" | "<" | "in" | ...) set)*                  equation, inequalities, membership
 set       = ratio (("union" | "intersection" | "difference") ratio)*
 ratio     = sum (":" sum)*
 sum       = product (("+" | "-" | "+-" | "-+") product)*
@@ -51,6 +53,7 @@ from rlsys.math_verifier.units import parse_unit
 from rlsys.math_verifier.words import plain
 
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
+_SIGNS = frozenset({"+", "-", "+-", "-+"})
 _SEPARATORS = frozenset({",", ";", "and", "or"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
 _INVERSE = {
@@ -63,85 +66,66 @@ _INVERSE = {
 }
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
-_FILLERS = frozenset(
-    [
-        "the",
-        "answer",
-        "is",
-        "final",
-        "so",
-        "thus",
-        "are",
-        "equals",
-        "approximately",
-        "about",
-        "roughly",
-        "nearly",
-        "at",
-        "exactly",
-    ]
-)
+_FILLERS = frozenset({
+    "the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about",
+    "roughly", "nearly", "at", "exactly",
+})  # fmt: skip
 _INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
 _ROUNDED = frozenset(["approximately", "about", "roughly", "nearly"])
 _BASE_WORDS = {
-    w: i
-    for i, w in enumerate(
-        [
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-        ],
-        start=2,
-    )
-} | {"sixteen": 16}
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
+}  # fmt: skip
 _FUNCTION_LETTERS = frozenset("fgFG")
 MAX_SCIENTIFIC_EXPONENT = 4000
 
 
 def readings(text: str) -> list[Node]:
-    """The ways to read an answer: one, or two where a comma may separate thousands or answers (`1,234`).
+    """Return the ways to read an answer.
+
+    There is one, or two where a comma may separate thousands or answers (`1,234`).
 
     Raises:
-        UnparsableError: it is no mathematical answer.
+        UnparsableError: it is not a mathematical answer.
     """
-    if (numeral := _numeral_with_letters(text)) is not None:
+    numeral = _numeral_with_letters(text)
+    if numeral is not None:
         return [numeral]
+
     first = parse(text)
     if isinstance(first, Number) and "," in text and "{,}" not in text and "!" not in text:
         second = _Parser(tokenize(text, thousands=False)).answer()
-        if isinstance(second, Listing) and all(
-            isinstance(item, Number) and item.value >= 100 and item.decimals is None
-            for item in second.items[1:]
-        ):
+        if isinstance(second, Listing) and all(map(_is_group_of_digits, second.items[1:])):
             return [first, second]
     return [first]
 
 
+def _is_group_of_digits(item: Node) -> bool:
+    return isinstance(item, Number) and item.value >= 100 and item.decimals is None
+
+
 def parse(text: str) -> Node:
-    """The tree of an answer, a comma between groups of three digits read as a thousands separator."""
+    """Return the tree of an answer; a comma before three digits separates thousands."""
     return _Parser(tokenize(text)).answer()
 
 
 _NUMERAL = re.compile(
-    r"\(?([0-9A-Z]+)\)?(?:_\{\(?(\d\d?|[a-z]+)\)?\}|_(\d\d?|[a-z]+)|,?\(?(?:in)?base(\d\d?|[a-z]+)\)?)"
+    r"\(?([0-9A-Z]+)\)?"
+    r"(?:_\{\(?(\d\d?|[a-z]+)\)?\}|_(\d\d?|[a-z]+)|,?\(?(?:in)?base(\d\d?|[a-z]+)\)?)"
 )
 
 
 def _numeral_with_letters(text: str) -> Numeral | None:
-    """2B7_{12} or "101 base 2"; digits beyond 9 are letters, which the grammar would multiply."""
+    """Read 2B7_{12} or "101 base 2"; None for anything else.
+
+    Digits beyond 9 are letters, which the grammar would multiply.
+    """
     if ("_" not in text and "base" not in text) or len(text) > 100:
         return None
     match = _NUMERAL.fullmatch("".join(plain(text).split()))
     if not match:
         return None
+
     written = match[2] or match[3] or match[4]
     base = int(written) if written.isdecimal() else _BASE_WORDS.get(written, 0)
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in match[1]):
@@ -150,23 +134,24 @@ def _numeral_with_letters(text: str) -> Numeral | None:
 
 
 def added(first: Measured, second: Node) -> Measured:
-    """5 ft + 6 in, in the first unit."""
-    units = [
-        parse_unit(part.unit) if isinstance(part, Measured) else None for part in (first, second)
-    ]
-    if (
-        units[0] is None
-        or units[1] is None
-        or units[0][0] != units[1][0]
-        or not isinstance(second, Measured)
-    ):
+    """Return 5 ft + 6 in, in the first unit.
+
+    Raises:
+        UnparsableError: the second has no unit of the same dimension.
+    """
+    if not isinstance(second, Measured):
         raise UnparsableError("several units")
-    return Measured(
-        Sum((first.value, Product((second.value, Number(units[1][1] / units[0][1]))))), first.unit
-    )
+    first_unit, second_unit = parse_unit(first.unit), parse_unit(second.unit)
+    if first_unit is None or second_unit is None or first_unit[0] != second_unit[0]:
+        raise UnparsableError("several units")
+
+    size = Number(second_unit[1] / first_unit[1])
+    return Measured(Sum((first.value, Product((second.value, size)))), first.unit)
 
 
 class _Parser:
+    """The state of the descent: tokens, position, depth, units of the current clause."""
+
     def __init__(self, tokens: list[Token]) -> None:
         while tokens and tokens[-1].text in (",", ";", ":", "...", "\\\\"):
             if tokens[-1].text == "...":
@@ -180,12 +165,11 @@ class _Parser:
     # Tokens
 
     def _peek(self, ahead: int = 0) -> str:
+        """Return the name of a coming token; empty for a number, letter or word and at the end."""
         position = self._position + ahead
-        return (
-            self._tokens[position].text
-            if position < len(self._tokens) and self._tokens[position].kind == "name"
-            else ""
-        )
+        if position >= len(self._tokens) or self._tokens[position].kind != "name":
+            return ""
+        return self._tokens[position].text
 
     def _kind(self, ahead: int = 0) -> str:
         position = self._position + ahead
@@ -218,14 +202,15 @@ class _Parser:
     # Answers and clauses
 
     def answer(self) -> Node:
-        """The whole text."""
+        """Return the tree of the whole text."""
         node = self._nested(self._listing)
         if self._position < len(self._tokens):
             raise UnparsableError(f"unexpected {self._tokens[self._position].text!r}")
         return node
 
     def _listing(self) -> Node:
-        items, separators = [self._clause()], set()
+        items = [self._clause()]
+        separators: set[str] = set()
         while self._peek() in _SEPARATORS:
             separator = self._next().text
             if separator in (",", ";") and self._peek() in ("and", "or"):  # "1, 2, and 3"
@@ -234,18 +219,24 @@ class _Parser:
             items.append(self._clause())
         if len(items) == 1:
             return items[0]
-        kind = "or" if "or" in separators else "and" if "and" in separators else ","
-        return Listing(tuple(items), kind)
+        for word in ("or", "and"):
+            if word in separators:
+                return Listing(tuple(items), word)
+        return Listing(tuple(items), ",")
 
     def _clause(self) -> Node:
-        outer, self._units = self._units, []
+        outer = self._units
+        self._units = []
         rounded = self._skip_fillers()
         if self._accept("~"):
             rounded = True
-        parts, operators = [self._set()], []
+
+        parts = [self._set()]
+        operators: list[str] = []
         while self._peek() in _RELATIONS:
             operators.append(self._next().text)
             parts.append(self._set())
+
         node: Node = Relation(tuple(parts), tuple(operators)) if operators else parts[0]
         node = self._measured(node)
         while self._kind() == "number" and isinstance(node, Measured):  # 5 ft 6 in
@@ -260,19 +251,19 @@ class _Parser:
         return Measured(node, units.pop()) if units else node
 
     def _skip_fillers(self) -> bool:
-        rounded = False
+        """Skip words such as "the answer is"; return whether they say that the value is rounded."""
         start = self._position
         while self._kind() == "word":
             self._position += 1
         words = [token.text.lower() for token in self._tokens[start : self._position]]
-        rounded = any(word in _ROUNDED for word in words)
+
         introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() in (":", "="))
         if not introduced and not all(word in _FILLERS for word in words):
             self._position = start
             return False
         if words:
             self._accept(":", "=")
-        return rounded
+        return any(word in _ROUNDED for word in words)
 
     def _set(self) -> Node:
         left = self._ratio()
@@ -280,9 +271,9 @@ class _Parser:
             left == REALS and self._peek() in ("-", "/")
         ):
             operation = self._next().text
-            left = SetOperation(
-                "difference" if operation in "-/" else operation, left, self._ratio()
-            )
+            if operation in ("-", "/"):
+                operation = "difference"
+            left = SetOperation(operation, left, self._ratio())
         return left
 
     def _ratio(self) -> Node:
@@ -295,22 +286,21 @@ class _Parser:
 
     def _sum(self) -> Node:
         terms = [self._term()]
-        while self._peek() in ("+", "-", "+-", "-+") and terms[0] != REALS:
+        while self._peek() in _SIGNS and terms[0] != REALS:
             terms.append(self._term())
         return Sum(tuple(terms)) if len(terms) > 1 else terms[0]
 
     def _term(self) -> Node:
-        if self._peek() in ("+", "-", "+-", "-+"):
-            sign = self._next().text
-            term = (
-                self._nested(self._term)
-                if self._peek() in ("+", "-", "+-", "-+")
-                else self._product()
-            )
-            if sign in ("+", "-"):
-                return term if sign == "+" else _negated(term)
-            return PlusMinus(term, 1 if sign == "+-" else -1)
-        return self._product()
+        if self._peek() not in _SIGNS:
+            return self._product()
+
+        sign = self._next().text
+        term = self._nested(self._term) if self._peek() in _SIGNS else self._product()
+        if sign == "+":
+            return term
+        if sign == "-":
+            return _negated(term)
+        return PlusMinus(term, 1 if sign == "+-" else -1)
 
     def _product(self) -> Node:
         factors = [self._power()]
@@ -337,52 +327,57 @@ class _Parser:
         return self._power()
 
     def _adjacent(self, factors: list[Node]) -> Node:
-        """A factor without a sign between: a product, or the fraction of a mixed number; two plain numbers are neither."""
-        number = self._kind() == "number"
+        """Parse a factor without a sign before it.
+
+        It is multiplied, or it is the fraction of a mixed number. Two plain numbers are neither.
+        """
+        is_number = self._kind() == "number"
         position = self._position
         factor = self._power()
         last = factors[-1]
         if isinstance(factor, Numeral):
             raise UnparsableError("a numeral beside a factor")
+
         if isinstance(last, Number) and last.decimals is None and last.value.denominator == 1:
-            if (
-                number
-                and self._tokens[position].spaced
-                and isinstance(factor, Number)
-                and self._accept("/")
-            ):
-                denominator = self._power()  # "2 1/2"
-                if not isinstance(denominator, Number) or not 0 < factor.value < denominator.value:
-                    raise UnparsableError("two numbers side by side")
-                factor = Number(factor.value / denominator.value)
-                return self._mixed(factors, last, factor)
-            if (
-                _is_proper_fraction(factor)
-                and self._tokens[position].text == "frac"
-                and len(factors) == 1
-            ):
-                return self._mixed(factors, last, factor)
-            if (
-                isinstance(factor, Marked)
-                and _is_proper_fraction(factor.value)
-                and self._tokens[position].text == "frac"
-            ):
-                return replace(factor, value=self._mixed(factors, last, factor.value))
-        if number:
-            if isinstance(last, Symbol | Constant | Call) or (
-                isinstance(last, Group | Sum | Product | Power) and not isinstance(factor, Number)
-            ):
-                return factor
-            if self._tokens[position - 1].text in (")", "|", "}"):
-                return factor
-            raise UnparsableError("two numbers side by side")
-        return factor
+            mixed = self._mixed_number(factors, last, factor, position)
+            if mixed is not None:
+                return mixed
+
+        if not is_number or isinstance(last, Symbol | Constant | Call):
+            return factor
+        if isinstance(last, Group | Sum | Product | Power) and not isinstance(factor, Number):
+            return factor
+        if self._tokens[position - 1].text in (")", "|", "}"):
+            return factor
+        raise UnparsableError("two numbers side by side")
+
+    def _mixed_number(
+        self, factors: list[Node], whole: Number, factor: Node, position: int
+    ) -> Node | None:
+        """Return the mixed number of an integer and the factor after it; None where it is none.
+
+        `position` is that of the factor's first token.
+        """
+        token = self._tokens[position]
+        is_spaced_number = token.kind == "number" and token.spaced
+        if is_spaced_number and isinstance(factor, Number) and self._accept("/"):  # "2 1/2"
+            denominator = self._power()
+            if not isinstance(denominator, Number) or not 0 < factor.value < denominator.value:
+                raise UnparsableError("two numbers side by side")
+            return self._mixed(factors, whole, Number(factor.value / denominator.value))
+
+        if token.text != "frac":
+            return None
+        if _is_proper_fraction(factor) and len(factors) == 1:
+            return self._mixed(factors, whole, factor)
+        if isinstance(factor, Marked) and _is_proper_fraction(factor.value):
+            return replace(factor, value=self._mixed(factors, whole, factor.value))
+        return None
 
     def _mixed(self, factors: list[Node], whole: Number, fraction: Node) -> Node:
-        factors.pop()
-        value = whole.value + _fraction_value(fraction)
-        factors.append(Number(Fraction(1)))
-        return Number(value)
+        """Return the mixed number, which takes the place of the integer among the factors."""
+        factors[-1] = Number(Fraction(1))
+        return Number(whole.value + _fraction_value(fraction))
 
     def _starts_factor(self) -> bool:
         kind, name = self._kind(), self._peek()
@@ -396,48 +391,56 @@ class _Parser:
         ):
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
-            "(", "[", "{", "frac", "sqrt", "binom", "pi", "i", "infinity", "begin", "\\$", "lfloor", "lceil", "<|", "pounds", "euro", "yen", "reals",
+            "(", "[", "{", "frac", "sqrt", "binom", "pi", "i", "infinity", "begin", "\\$", "lfloor",
+            "lceil", "<|", "pounds", "euro", "yen", "reals",
         )  # fmt: skip
 
     _bars = 0
 
     def _closing_bar(self) -> bool:
-        """Whether a bar at this position has a partner before anything that ends the expression."""
-        return any(
-            token.kind == "name" and token.text == "|"
-            for token in self._tokens[self._position + 1 :]
-        )
+        """Return whether there is another bar after the one at this position."""
+        following = self._tokens[self._position + 1 :]
+        return any(token.kind == "name" and token.text == "|" for token in following)
 
     def _power(self) -> Node:
         node = self._nested(self._primary)
         for _ in range(MAX_DEPTH):
-            if self._peek() == "^":
-                node = self._superscript(node)
-            elif self._accept("!"):
-                node = Call("double factorial" if self._accept("!") else "factorial", (node,))
-            elif self._peek() == "\\$" and self._kind(1) not in ("number", "letter"):
-                self._position += 1
-                self._units.append("dollars")
-            elif self._peek() == "mod" or (self._peek() == "(" and self._peek(1) == "mod"):
-                self._modulus()
-            elif self._accept("ordinal"):
-                pass
-            elif self._accept("%"):
-                node = Marked(node, "percent")
-            elif self._accept("degree"):
-                node = self._degrees(node)
-            elif self._peek() == "circ":
-                self._next()
-                node = self._degrees(node)
-            elif self._peek() == "_" and isinstance(node, Number):
-                node = self._numeral(node)
-            elif self._accept("'"):
-                raise UnparsableError("a derivative")
-            elif self._kind() == "word":
-                node = self._suffix_words(node)
-            else:
+            if self._skip_suffix():
+                continue
+            changed = self._operator_after(node)
+            if changed is None:
                 return node
+            node = changed
         raise UnparsableError("nested too deeply")
+
+    def _skip_suffix(self) -> bool:
+        """Skip what follows a value and leaves it as it is: a currency, a modulus, 4th."""
+        if self._peek() == "\\$" and self._kind(1) not in ("number", "letter"):
+            self._position += 1
+            self._units.append("dollars")
+            return True
+        if self._peek() == "mod" or (self._peek() == "(" and self._peek(1) == "mod"):
+            self._modulus()
+            return True
+        return self._accept("ordinal")
+
+    def _operator_after(self, node: Node) -> Node | None:
+        """Apply the operator or the word that follows a value; None where there is none."""
+        if self._peek() == "^":
+            return self._superscript(node)
+        if self._accept("!"):
+            return Call("double factorial" if self._accept("!") else "factorial", (node,))
+        if self._accept("%"):
+            return Marked(node, "percent")
+        if self._accept("degree", "circ"):
+            return self._degrees(node)
+        if self._peek() == "_" and isinstance(node, Number):
+            return self._numeral(node)
+        if self._accept("'"):
+            raise UnparsableError("a derivative")
+        if self._kind() == "word":
+            return self._suffix_words(node)
+        return None
 
     def _superscript(self, node: Node) -> Node:
         self._expect("^")
@@ -447,35 +450,25 @@ class _Parser:
             self._position += 3 if braces else 1
             if inner == "prime":
                 raise UnparsableError("a derivative")
-            return (
-                self._degrees(node)
-                if inner in ("circ", "degree")
-                else Call("transpose", (node,))
-                if inner == "top"
-                else node
-            )
+            if inner == "top":
+                return Call("transpose", (node,))
+            return node if inner == "ordinal" else self._degrees(node)
+
         if node == REALS:
             sign = self._next().text
             if sign not in "+-":
                 raise UnparsableError("a power of the reals")
             return Relation((Symbol("x"), Number(Fraction(0))), (">" if sign == "+" else "<",))
-        if (
-            isinstance(node, Number)
-            and braces
-            and [t.text for t in self._tokens[self._position + 1 : self._position + 3]]
-            in (["t", "h"], ["n", "d"])
-        ):
-            self._position += 4
-            return node
-        exponent = self._nested(self._exponent)
-        if self._matrix_like(node) and isinstance(exponent, Symbol) and exponent.name in ("T", "t"):
-            return Call("transpose", (node,))
-        if self._units and isinstance(exponent, Number) and not isinstance(node, Number):
-            return Power(node, exponent)
-        return Power(node, exponent)
 
-    def _matrix_like(self, node: Node) -> bool:
-        return isinstance(node, Matrix | Group)
+        letters = [token.text for token in self._tokens[self._position + 1 : self._position + 3]]
+        if isinstance(node, Number) and braces and letters in (["t", "h"], ["n", "d"]):
+            self._position += 4  # 4^{th}
+            return node
+
+        exponent = self._nested(self._exponent)
+        if isinstance(node, Matrix | Group) and exponent in (Symbol("T"), Symbol("t")):
+            return Call("transpose", (node,))
+        return Power(node, exponent)
 
     def _exponent(self) -> Node:
         if self._peek() == "{":
@@ -495,7 +488,7 @@ class _Parser:
         return Marked(node, "degree")
 
     def _numeral(self, node: Number) -> Node:
-        """Digits with a base below them."""
+        """Parse the base below a number's digits."""
         digits = self._tokens[self._position - 1].text
         if digits == ")":
             digits = self._tokens[self._position - 2].text
@@ -503,9 +496,9 @@ class _Parser:
         braces = self._accept("{")
         brackets = self._accept("(")
         token = self._next()
-        base = _BASE_WORDS.get(token.text.lower()) or (
-            int(token.text) if token.kind == "number" and token.text.isdecimal() else 0
-        )
+        base = _BASE_WORDS.get(token.text.lower(), 0)
+        if token.kind == "number" and token.text.isdecimal():
+            base = int(token.text)
         if (brackets and not self._accept(")")) or (braces and not self._accept("}")):
             raise UnparsableError("a base")
         if not 2 <= base <= 36 or not digits.isdecimal() or any(int(d) >= base for d in digits):
@@ -513,16 +506,14 @@ class _Parser:
         return Numeral(digits.lstrip("0") or "0", base)
 
     def _modulus(self) -> None:
-        """7 (mod 11): the modulus is a unit, which may be left out but not be another."""
+        """Parse the modulus of 7 (mod 11): a unit, which may be left out but must not differ."""
         brackets = self._accept("(")
         self._expect("mod")
         braces = self._accept("{")
         token = self._next()
-        if (
-            token.kind != "number"
-            or (braces and not self._accept("}"))
-            or (brackets and not self._accept(")"))
-        ):
+        if token.kind != "number":
+            raise UnparsableError("a modulus")
+        if (braces and not self._accept("}")) or (brackets and not self._accept(")")):
             raise UnparsableError("a modulus")
         self._units.append(f"modulus:{token.text}")
 
@@ -551,24 +542,25 @@ class _Parser:
                 unit += " /"
             elif self._peek() in ("*", ":") and self._kind(1) == "word":
                 self._position += 1
-            elif self._peek() == "^":
-                self._position += 1
-                braces = self._accept("{")
-                sign = "-" if self._accept("-") else ""
-                token = self._next()
-                if (
-                    token.kind != "number"
-                    or not token.text.isdecimal()
-                    or (braces and not self._accept("}"))
-                ):
-                    raise UnparsableError("a unit's exponent")
-                unit += f"^{sign}{token.text}"
+            elif self._accept("^"):
+                unit += self._exponent_of_unit()
             else:
                 break
+
         if start and self._units:
             self._units[-1] += " " + unit.strip()
         else:
             self._units.append(unit.strip())
+
+    def _exponent_of_unit(self) -> str:
+        braces = self._accept("{")
+        sign = "-" if self._accept("-") else ""
+        token = self._next()
+        if token.kind != "number" or not token.text.isdecimal():
+            raise UnparsableError("a unit's exponent")
+        if braces and not self._accept("}"):
+            raise UnparsableError("a unit's exponent")
+        return f"^{sign}{token.text}"
 
     # Primaries
 
@@ -578,10 +570,11 @@ class _Parser:
             return self._plain_number()
         if kind == "letter":
             return self._letter()
+        if kind == "word":
+            raise UnparsableError("a word where a value should stand")
         if kind != "name":
-            raise UnparsableError(
-                "a word where a value should stand" if kind == "word" else "it ends too early"
-            )
+            raise UnparsableError("it ends too early")
+
         name = self._next().text
         if name in FUNCTIONS and name not in ("sqrt",):
             return self._function(name)
@@ -603,12 +596,13 @@ class _Parser:
         if self._peek() == "_":
             self._position += 1
             name += "_" + self._index()
-        elif name == "e" or (name == "i"):
+        elif name in ("e", "i"):
             return Constant(name)
         elif name in ("triangle", "angle", "measuredangle"):
             if self._kind() != "letter":
                 raise UnparsableError("a figure without its name")
             return Symbol(name + self._next().text)
+
         while self._accept("'"):
             name += "'"
         if name in ("C", "P") and self._peek() == "(":
@@ -626,31 +620,26 @@ class _Parser:
                     raise UnparsableError("an index")
                 parts.append(token.text)
             return "".join(parts)
+
+        # x_12 is x_1 2 in TeX, and nobody means that: all digits are the index.
         token = self._next()
-        if (
-            token.kind == "number" and len(token.text) > 1
-        ):  # x_12 is x_1 2 in TeX, and nobody means that
-            return token.text
         if token.kind == "name":
             raise UnparsableError("an index")
         return token.text
 
     def _chosen(self, name: str) -> Node:
-        """C(n, k) and P(n, k); anything else in the brackets multiplies or names a value."""
+        """Parse C(n, k); anything else in the brackets multiplies or names a value."""
         position = self._position
         node = self._primary()
-        if (
-            name == "C"
-            and isinstance(node, Group)
-            and len(node.items) == 2
-            and (node.opening, node.closing) == ("(", ")")
-        ):
-            return Call("binomial", node.items)
+        if name == "C":
+            match node:
+                case Group("(", (_, _) as items, ")"):
+                    return Call("binomial", items)
         self._position = position
         return Symbol(name)
 
     def _undefined_function(self, name: str) -> Node:
-        """f(x) and f^{-1}(x): the same arguments give the same unknown value."""
+        """Parse f(x) and f^{-1}(x): the same arguments give the same unknown value."""
         position = self._position
         texts = [token.text for token in self._tokens[position : position + 6]]
         if texts[:1] == ["^"]:
@@ -673,6 +662,7 @@ class _Parser:
                 exponent = self._nested(self._exponent)
             else:
                 base = self._nested(self._exponent)
+
         argument = self._nested(self._argument_of_function)
         arguments = argument.items if isinstance(argument, Group | SetOf) else (argument,)
         if exponent == MINUS_ONE and name in _INVERSE:
@@ -681,27 +671,20 @@ class _Parser:
             arguments = (*arguments, base)
         elif base is not None:
             raise UnparsableError("an index of a function")
-        call: Node = (
-            Power(Constant("e"), arguments[0])
-            if name == "exp" and len(arguments) == 1
-            else Call(name, arguments)
-        )
+
+        call: Node = Call(name, arguments)
+        if name == "exp" and len(arguments) == 1:
+            call = Power(Constant("e"), arguments[0])
         return Power(call, exponent) if exponent is not None else call
 
     def _argument_of_function(self) -> Node:
-        """`\\sin 2x \\cos x` is sin(2x) cos x: the argument runs to the next function, sign or bracketed factor."""
+        """Parse the argument of a function.
+
+        It runs to the next function, sign or bracketed factor: `\\sin 2x \\cos x` is sin(2x) cos x.
+        """
         if self._peek() in ("(", "{", "[", "|", "\\{"):
-            node = self._primary()
-            while self._peek() == "circ" or (self._peek() == "^" and self._peek(1) in ("circ",)):
-                node = (
-                    self._superscript(node)
-                    if self._peek() == "^"
-                    else (self._next(), self._degrees(node))[1]
-                )
-            if self._peek() == "/" and self._tokens[self._position - 1].text == "}":
-                self._position += 1
-                return Product((node, Power(self._power(), MINUS_ONE)))
-            return node
+            return self._bracketed_argument()
+
         factors = [self._signed_power()]
         while True:
             if self._kind() in ("number", "letter") or self._peek() in ("frac", "pi", "sqrt", "i"):
@@ -712,8 +695,22 @@ class _Parser:
             else:
                 return Product(tuple(factors)) if len(factors) > 1 else factors[0]
 
+    def _bracketed_argument(self) -> Node:
+        node = self._primary()
+        while True:
+            if self._accept("circ"):
+                node = self._degrees(node)
+            elif self._peek() == "^" and self._peek(1) == "circ":
+                node = self._superscript(node)
+            else:
+                break
+        if self._peek() == "/" and self._tokens[self._position - 1].text == "}":
+            self._position += 1
+            return Product((node, Power(self._power(), MINUS_ONE)))
+        return node
+
     def _braces(self) -> Node:
-        """A TeX group: transparent, except for \\over and \\choose."""
+        """Parse a TeX group: transparent, except for \\over and \\choose."""
         self._expect("{")
         return self._rest_of_braces()
 
@@ -726,16 +723,13 @@ class _Parser:
         if self._peek() in ("over", "choose"):
             name = self._next().text
             other = self._nested(self._listing)
-            node = (
-                Call("binomial", (node, other))
-                if name == "choose"
-                else Product((node, Power(other, MINUS_ONE)))
-            )
+            quotient = Product((node, Power(other, MINUS_ONE)))
+            node = Call("binomial", (node, other)) if name == "choose" else quotient
         self._expect("}")
         return node
 
     def _choose_with_indices(self) -> Node:
-        """{}_{10}C_3."""
+        """Parse {}_{10}C_3."""
         upper = self._exponent()
         letter = self._next()
         self._expect("_")
@@ -744,35 +738,31 @@ class _Parser:
         return Call("binomial", (upper, self._exponent()))
 
     def _bracketed(self, opening: str) -> Node:
-        """A bracketed expression, a tuple, or an interval."""
-        bars, self._bars = self._bars, 0
+        """Parse a bracketed expression, a tuple, or an interval."""
+        bars = self._bars
+        self._bars = 0
         node = self._nested(self._listing)
         self._bars = bars
         closing = self._next().text
         if closing not in _CLOSERS[opening]:
             raise UnparsableError("a bracket is not closed")
-        if isinstance(node, Listing) and node.separator in (",",):
-            if opening == "]":
-                opening = "("
-            if closing == "[":
-                closing = ")"
-            return Group(
-                "<" if opening == "<|" else opening, node.items, ">" if closing == "|>" else closing
-            )
+
+        if isinstance(node, Listing) and node.separator == ",":
+            # ]0, 1[ is the open interval (0, 1).
+            opening = {"]": "(", "<|": "<"}.get(opening, opening)
+            closing = {"[": ")", "|>": ">"}.get(closing, closing)
+            return Group(opening, node.items, closing)
         if isinstance(node, Group) and opening == "[" == node.opening:
             return Group("[", (node,), closing)
-        if (
-            opening in ("(", "[")
-            and not isinstance(node, Listing)
-            and closing == {"(": ")", "[": "]"}[opening]
-        ):
+        if not isinstance(node, Listing) and (opening, closing) in (("(", ")"), ("[", "]")):
             return node
         raise UnparsableError("brackets around no tuple")
 
     def _set_braces(self) -> Node:
         if self._accept("\\}"):
             return EMPTY_SET
-        bars, self._bars = self._bars, 1  # a bar is "such that" here
+        bars = self._bars
+        self._bars = 1  # a bar is "such that" here
         head = self._nested(self._listing_or_head)
         self._bars = bars
         if self._accept("|", ":"):
@@ -805,14 +795,11 @@ class _Parser:
     def _fraction(self) -> Node:
         if self._peek() == "{" and self._kind(1) == "word":
             return self._unit_fraction()
-        numerator, denominator = self._tex_argument(), self._tex_argument()
-        if (
-            isinstance(numerator, Number)
-            and isinstance(denominator, Number)
-            and denominator.value
-            and None is numerator.decimals is denominator.decimals
-        ):
-            return Number(numerator.value / denominator.value)
+        numerator = self._tex_argument()
+        denominator = self._tex_argument()
+        match numerator, denominator:
+            case Number(above, None), Number(below, None) if below != 0:
+                return Number(above / below)
         return Product((numerator, Power(denominator, MINUS_ONE)))
 
     def _unit_fraction(self) -> Node:
@@ -825,39 +812,41 @@ class _Parser:
         return Number(Fraction(1))
 
     def _tex_argument(self) -> Node:
-        """A group in braces, one digit, or one symbol: \\frac12 is one half."""
+        """Parse a group in braces, one digit, or one symbol: \\frac12 is one half."""
         if self._peek() == "{":
             return self._nested(self._braces)
-        if self._kind() == "number":
+        if self._kind() != "number":
+            return self._nested(self._primary)
+
+        if self._has_several_digits():
+            # \\frac12: take one digit, leave the others.
             token = self._tokens[self._position]
-            if (
-                len(token.text) > 1 and token.text.isdecimal()
-            ):  # \frac12: take one digit, leave the others
-                self._tokens = [
-                    *self._tokens[: self._position],
-                    Token("number", token.text[0], token.spaced),
-                    Token("number", token.text[1:], False),
-                    *self._tokens[self._position + 1 :],
-                ]
-            return self._plain_number()
-        return self._nested(self._primary)
+            first = Token("number", token.text[0], token.spaced)
+            rest = Token("number", token.text[1:], False)
+            before = self._tokens[: self._position]
+            after = self._tokens[self._position + 1 :]
+            self._tokens = [*before, first, rest, *after]
+        return self._plain_number()
+
+    def _has_several_digits(self) -> bool:
+        """Return whether the next token is an integer of several digits."""
+        if self._kind() != "number":
+            return False
+        text = self._tokens[self._position].text
+        return len(text) > 1 and text.isdecimal()
 
     def _root(self) -> Node:
         degree: Node = Number(Fraction(2))
         if self._accept("["):
             degree = self._nested(self._listing)
             self._expect("]")
-        if (
-            self._kind() == "number"
-            and len(self._tokens[self._position].text) > 1
-            and self._tokens[self._position].text.isdecimal()
-        ):
-            radicand: Node = self._tex_argument()
-            if self._kind() == "number" and not self._tokens[self._position].spaced:
-                return Product((Call("root", (radicand, degree)), self._plain_number()))
-        else:
-            radicand = self._tex_argument()
-        return Call("root", (radicand, degree))
+        several_digits = self._has_several_digits()
+        root = Call("root", (self._tex_argument(), degree))
+        # \\sqrt12 is sqrt(1) 2.
+        digits_follow = several_digits and self._kind() == "number"
+        if digits_follow and not self._tokens[self._position].spaced:
+            return Product((root, self._plain_number()))
+        return root
 
     def _binomial(self) -> Node:
         return Call("binomial", (self._tex_argument(), self._tex_argument()))
@@ -870,7 +859,7 @@ class _Parser:
         return Call("abs", (node,))
 
     def _overlined(self) -> Node:
-        """A conjugate; over letters only the name of a segment or a mean."""
+        """Parse a conjugate; over letters only the name of a segment or a mean."""
         node = self._tex_argument()
         return node if isinstance(node, Symbol) else Call("conjugate", (node,))
 
@@ -888,6 +877,7 @@ class _Parser:
         if name == "array" and self._accept("{"):
             while not self._accept("}"):
                 self._next()
+
         rows: list[tuple[Node, ...]] = []
         while self._peek() != "end":
             cells = [self._nested(self._set)]
@@ -896,13 +886,14 @@ class _Parser:
             rows.append(tuple(cells))
             if not self._accept("\\\\"):
                 break
+
         self._expect("end")
         if self._environment_name() != name or not rows or len({len(row) for row in rows}) != 1:
             raise UnparsableError("an irregular matrix")
         return Matrix(tuple(rows), name == "vmatrix")
 
     def _system(self) -> Node:
-        """Equations that hold together."""
+        """Parse equations that hold together."""
         rows = [self._nested(self._clause)]
         while self._accept("\\\\", ",") and self._peek() != "end":
             rows.append(self._nested(self._clause))
@@ -949,11 +940,10 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
 
 
 def _negated(term: Node) -> Node:
-    """-term; a minus before a mixed number or a measured value belongs to all of it."""
+    """Return -term; a minus before a mixed number or a measured value belongs to all of it."""
     if isinstance(term, Product) and isinstance(term.factors[0], Number):
-        return Product(
-            (Number(-term.factors[0].value, term.factors[0].decimals), *term.factors[1:])
-        )
+        first, *rest = term.factors
+        return Product((negative(first), *rest))
     return negative(term)
 
 

@@ -1,4 +1,4 @@
-"""The quick path: most answers are integers, decimals or fractions, and need no parser."""
+"""The fast path: most answers are integers, decimals or fractions, and need no parser."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ _SLASH = re.compile(r"(-?\d{1,200})/(\d{1,200})", re.ASCII)
 
 
 def plain_number(answer: str) -> Fraction | None:
-    """The exact value of an integer, decimal or fraction without any dress; None for anything else."""
+    """Return the exact value of a bare integer, decimal or fraction; None for anything else."""
     if len(answer) > 450:
         return None
     if _NUMBER.fullmatch(answer):
         return Fraction(answer)
-    if match := _FRACTION.fullmatch(answer):
+
+    match = _FRACTION.fullmatch(answer)
+    if match:
         sign, above, below, first, second = match.groups()
-        numerator, denominator = int(above or first), int(below or second)
-        return Fraction(-numerator if sign else numerator, denominator) if denominator else None
-    if (match := _SLASH.fullmatch(answer)) and int(match[2]):
+        numerator = int(above or first)
+        denominator = int(below or second)
+        if denominator == 0:
+            return None
+        return Fraction(-numerator if sign else numerator, denominator)
+
+    match = _SLASH.fullmatch(answer)
+    if match and int(match[2]):
         return Fraction(int(match[1]), int(match[2]))
     return None

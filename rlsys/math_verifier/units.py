@@ -1,4 +1,7 @@
-"""Units of measurement: a left-out unit is forgiven, a wrong one is not, and units of one dimension are converted."""
+"""Units of measurement.
+
+A missing unit is forgiven, a wrong one is not, and units of one dimension are converted.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,9 @@ _PART = re.compile(r"(/|\^-?\d+|[^\s/^]+)")
 
 
 def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
-    """Dimension and size of a unit written as words, `/` and `^n`; None where a word is not known ("ways", "units").
+    """Return dimension and size of a unit that is written as words, `/` and `^n`.
+
+    None where a word is not known ("ways", "units").
 
     Example: `parse_unit("km / h")` is `((("length", 1), ("time", -1)), Fraction(5, 18))`.
     """
@@ -85,11 +90,14 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
         return ((text, 1),), Fraction(1)
     if text.lower().replace(".", "") in ("am", "pm"):
         return ((text.lower().replace(".", ""), 1),), Fraction(1)
+
     powers: dict[str, int] = {}
     size = Fraction(1)
-    sign, coming = 1, 1
-    last: tuple[str, Fraction, int] | None = None
-    for part in _PART.findall(" ".join(_WHOLE.get(word, word) for word in text.split())):
+    sign = 1  # -1 after a slash
+    coming = 1  # the power of the next unit, 2 after "square"
+    last: tuple[str, Fraction, int] | None = None  # the unit that an exponent belongs to
+    written_out = " ".join(_WHOLE.get(word, word) for word in text.split())
+    for part in _PART.findall(written_out):
         if part in ("/", "per"):
             sign, last = -1, None
         elif part.startswith("^") or part in ("squared", "cubed"):
@@ -109,8 +117,8 @@ def parse_unit(text: str) -> tuple[Dimension, Fraction] | None:
             last = (name, factor, power // abs(power)) if abs(power) == 1 else None
         else:
             return None
-    return (
-        (tuple(sorted((name, power) for name, power in powers.items() if power)), size)
-        if powers
-        else None
-    )
+
+    if not powers:
+        return None
+    dimension = sorted((name, power) for name, power in powers.items() if power)
+    return tuple(dimension), size

@@ -36,43 +36,56 @@ CASES = [
     .read_text(encoding="utf-8")
     .splitlines()
 ]
-EXAMPLES = int(
-    os.environ.get("RLSYS_FUZZ_EXAMPLES", "400")
-)  # python -m benchmarks.math_verifier --fuzz 50000 runs more
-LIMIT_S = 2.0  # of processor time, which other work on the machine does not change
+# python -m benchmarks.math_verifier --fuzz 50000 runs more.
+EXAMPLES = int(os.environ.get("RLSYS_FUZZ_EXAMPLES", "400"))
+LIMIT_S = 2.0  # of processor time, on which other work on the machine has no influence
 
 GROUND_TRUTHS = [
-    "42", r"\frac{1}{2}", "x^2+1", "(1,2)", r"\{1,2\}", r"(-\infty,1]", r"\begin{pmatrix}1\\2\end{pmatrix}", "B", r"2\sqrt{3}", r"x\ge 2",
-    r"\text{Friday}", "2,3", "1:2", r"5\text{ cm}", r"50\%", r"9^{9^{9^{9}}}",
+    "42", r"\frac{1}{2}", "x^2+1", "(1,2)", r"\{1,2\}", r"(-\infty,1]",
+    r"\begin{pmatrix}1\\2\end{pmatrix}", "B", r"2\sqrt{3}", r"x\ge 2", r"\text{Friday}", "2,3",
+    "1:2", r"5\text{ cm}", r"50\%", r"9^{9^{9^{9}}}",
 ]  # fmt: skip
 ADVERSARIAL = [
     # towers, factorials, sizes that no machine holds
-    r"9^{9^{9^{9^{9}}}}", "2^{2^{2^{2^{2^{2}}}}}", "((((9^9)^9)^9)^9)^9", "9999999999!", "((((9!)!)!)!)!", "3!!!!!!", r"\binom{10^9}{10^8}",
-    r"e^{e^{e^{e^{10}}}}", r"\exp(\exp(\exp(100)))", r"\tan(10^{500})", r"\sin(10^{1900})", "((x+1)^{1000}+1)^{1000}", "(x+1)^{10^{9}}",
-    r"(1+10^{-9})^{10^{12}}", r"\left(1+\frac1x\right)^{10^{300}}", "1e999999999", r"10^{-10^{10}}", r"\sqrt[10^{100}]{2}", r"\cosh(9999)",
-    "(" * 30 + "x" + "+1)^{99}" * 30, "(" * 36 + "3" + ")^{3}" * 36, "x!" * 300, r"0.\overline{" + "123456789" * 190 + "}", "50" + "%" * 1500,
-    "0." + "1" * 1900 + "2...",
+    r"9^{9^{9^{9^{9}}}}", "2^{2^{2^{2^{2^{2}}}}}", "((((9^9)^9)^9)^9)^9", "9999999999!",
+    "((((9!)!)!)!)!", "3!!!!!!", r"\binom{10^9}{10^8}", r"e^{e^{e^{e^{10}}}}",
+    r"\exp(\exp(\exp(100)))", r"\tan(10^{500})", r"\sin(10^{1900})", "((x+1)^{1000}+1)^{1000}",
+    "(x+1)^{10^{9}}", r"(1+10^{-9})^{10^{12}}", r"\left(1+\frac1x\right)^{10^{300}}",
+    "1e999999999", r"10^{-10^{10}}", r"\sqrt[10^{100}]{2}", r"\cosh(9999)",
+    "(" * 30 + "x" + "+1)^{99}" * 30, "(" * 36 + "3" + ")^{3}" * 36, "x!" * 300,
+    r"0.\overline{" + "123456789" * 190 + "}", "50" + "%" * 1500, "0." + "1" * 1900 + "2...",
     # length and nesting
-    "9" * 100_000, "(" * 100_000, "{" * 100_000, r"\frac{" * 20_000, "(" * 900 + "1" + ")" * 900, r"\sqrt{" * 300 + "2" + "}" * 300,
-    r"\sqrt" * 400 + "2", "-" * 1900 + "1", "2^" * 900 + "2", r"\pm 1" * 200, "(1,2)," * 300 + "(1,2)", r"\{" * 900 + r"\}" * 900, "|" * 1900,
-    r"\text{" * 300 + "a" + "}" * 300, r"\left(" * 300 + r"\right)" * 300, "[[" * 400, r"\begin{pmatrix}" * 100, "1<x<2 or " * 150 + "x>3",
-    r"\begin{pmatrix}" + "&".join(["1"] * 400) + r"\\" + "&".join(["1"] * 400) + r"\end{pmatrix}", r"\cup".join(f"({i},{i + 1})" for i in range(200)),
-    r"\{" + ",".join(map(str, range(400))) + r"\}", "+".join(f"\\sqrt{{{i}}}" for i in range(2, 180)), "+".join(f"\\sin({i}x)" for i in range(2, 170)),
+    "9" * 100_000, "(" * 100_000, "{" * 100_000, r"\frac{" * 20_000, "(" * 900 + "1" + ")" * 900,
+    r"\sqrt{" * 300 + "2" + "}" * 300, r"\sqrt" * 400 + "2", "-" * 1900 + "1", "2^" * 900 + "2",
+    r"\pm 1" * 200, "(1,2)," * 300 + "(1,2)", r"\{" * 900 + r"\}" * 900, "|" * 1900,
+    r"\text{" * 300 + "a" + "}" * 300, r"\left(" * 300 + r"\right)" * 300, "[[" * 400,
+    r"\begin{pmatrix}" * 100, "1<x<2 or " * 150 + "x>3",
+    r"\begin{pmatrix}" + "&".join(["1"] * 400) + r"\\" + "&".join(["1"] * 400) + r"\end{pmatrix}",
+    r"\cup".join(f"({i},{i + 1})" for i in range(200)),
+    r"\{" + ",".join(map(str, range(400))) + r"\}",
+    "+".join(f"\\sqrt{{{i}}}" for i in range(2, 180)),
+    "+".join(f"\\sin({i}x)" for i in range(2, 170)),
     # undefined
-    r"\frac{1}{0}", "1/0/0", "0^{0}", "0^{-1}", r"\infty-\infty", r"\infty^{\infty}", r"\ln 0", r"\log_1 2", r"\sqrt[0]{2}", r"\tan\frac{\pi}{2}",
+    r"\frac{1}{0}", "1/0/0", "0^{0}", "0^{-1}", r"\infty-\infty", r"\infty^{\infty}", r"\ln 0",
+    r"\log_1 2", r"\sqrt[0]{2}", r"\tan\frac{\pi}{2}",
     # strange characters
-    "\x00" * 1000, "1\x002", "٤٢", "𝟒𝟐", "①", "x" * 1900, "\ud800", "\u202e24", "1\u200b2x", "🙂" * 500, "\\" * 1999, "$" * 1901, "&" * 1900,
+    "\x00" * 1000, "1\x002", "٤٢", "𝟒𝟐", "①", "x" * 1900, "\ud800", "\u202e24",
+    "1\u200b2x", "🙂" * 500, "\\" * 1999, "$" * 1901, "&" * 1900,
     # code
-    "__import__('os').system('true')", "().__class__.__mro__[1].__subclasses__()", "lambda x: x", "exec('1')", "{{7*7}}", "Integer(10)**10**10",
-    r"\write18{true}", r"\input{/etc/passwd}", r"\def\x{5}\x",
+    "__import__('os').system('true')", "().__class__.__mro__[1].__subclasses__()", "lambda x: x",
+    "exec('1')", "{{7*7}}", "Integer(10)**10**10", r"\write18{true}", r"\input{/etc/passwd}",
+    r"\def\x{5}\x",
 ]  # fmt: skip
 
 _CHARACTERS = r"0123456789+-*/^_=<>()[]{}|,.;:!%&$\ xyzabeniπ√∞°"
 _PIECES = [
-    r"\frac", r"\sqrt", r"\text{", r"\left(", r"\right)", r"\cup", r"\pm", r"\infty", r"\pi", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", "&",
-    r"\{", r"\}", "(", ")", "[", "]", "{", "}", "^", "_", "1", "2", "10", "0", "x", "y", "i", "e", "n", ",", ";", "=", "<", r"\le", r"\in",
-    r"\mathbb{R}", r"\sin", r"\log", "!", "%", r"^\circ", " cm", r"\$", "+", "-", "*", "/", "|", r"\binom", r"\text{ and }", " or ", r"\approx", ":",
-    "0.5", "f(", r"\boxed{", "<answer>", "</answer>", r"\overline", r"\lfloor", r"\rfloor", "A", "B", "'", "th", "^T", r"\setminus", ".", "\\",
+    r"\frac", r"\sqrt", r"\text{", r"\left(", r"\right)", r"\cup", r"\pm", r"\infty", r"\pi",
+    r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", "&", r"\{", r"\}", "(", ")", "[", "]", "{", "}",
+    "^", "_", "1", "2", "10", "0", "x", "y", "i", "e", "n", ",", ";", "=", "<", r"\le", r"\in",
+    r"\mathbb{R}", r"\sin", r"\log", "!", "%", r"^\circ", " cm", r"\$", "+", "-", "*", "/", "|",
+    r"\binom", r"\text{ and }", " or ", r"\approx", ":", "0.5", "f(", r"\boxed{", "<answer>",
+    "</answer>", r"\overline", r"\lfloor", r"\rfloor", "A", "B", "'", "th", "^T", r"\setminus",
+    ".", "\\",
 ]  # fmt: skip
 STRINGS = st.one_of(
     st.text(max_size=80),
@@ -83,13 +96,10 @@ STRINGS = st.one_of(
 
 
 def verdict(case: dict) -> bool:
-    completion = case["completion"] if "completion" in case else f"so \\boxed{{{case['answer']}}}."
-    return (
-        verify_math(
-            completion, case["ground_truth"], extraction=case.get("extraction", "boxed")
-        ).score
-        == 1.0
-    )
+    boxed = f"so \\boxed{{{case.get('answer')}}}."
+    completion = case.get("completion", boxed)
+    extraction = case.get("extraction", "boxed")
+    return verify_math(completion, case["ground_truth"], extraction=extraction).score == 1.0
 
 
 def test_labelled_set():
@@ -97,17 +107,20 @@ def test_labelled_set():
     false_positives = [case for case in wrong if not case["expected"]]
     assert len(CASES) >= 800
     assert len(wrong) <= 0.01 * len(CASES), wrong
-    assert len(false_positives) <= 0.002 * sum(not case["expected"] for case in CASES), (
-        false_positives
-    )
+    negatives = sum(not case["expected"] for case in CASES)
+    assert len(false_positives) <= 0.002 * negatives, false_positives
 
 
 def test_symmetric_and_reflexive_on_the_labelled_set():
     pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case]
-    assert [
-        pair for pair in pairs if same_answer_text(*pair)[0] != same_answer_text(*reversed(pair))[0]
-    ] == []
-    assert [text for pair in pairs for text in pair if not same_answer_text(text, text)[0]] == []
+    asymmetric = [
+        (first, second)
+        for first, second in pairs
+        if same_answer_text(first, second)[0] != same_answer_text(second, first)[0]
+    ]
+    assert asymmetric == []
+    texts = [text for pair in pairs for text in pair]
+    assert [text for text in texts if not same_answer_text(text, text)[0]] == []
 
 
 @pytest.mark.parametrize(
@@ -136,14 +149,14 @@ def test_verdicts_say_how_they_came_about(
 
 
 def test_unknown_extraction_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, after_hashes, lenient",
-    ):
+    message = (
+        r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, after_hashes, lenient"
+    )
+    with pytest.raises(ValueError, match=message):
         extract_answer("", "box")
 
 
-def test_cancellation_and_size_are_no_way_to_equality():
+def test_cancellation_and_size_do_not_make_answers_equal():
     for answer in (
         r"\tan(10^{500})",
         r"\sin(10^{300})",
@@ -162,9 +175,8 @@ def test_cancellation_and_size_are_no_way_to_equality():
         ):
             assert not same_answer_text(answer, truth)[0], (answer, truth)
     assert same_answer_text(r"\sqrt{2}\sqrt{3}-\sqrt{6}", "0")[0]
-    assert not same_answer_text(r"e^{\pi\sqrt{163}}", "262537412640768744")[
-        0
-    ]  # equal to 12 decimals
+    # Equal to 12 decimals.
+    assert not same_answer_text(r"e^{\pi\sqrt{163}}", "262537412640768744")[0]
     assert same_answer_text(r"10^{40}+\sqrt2", r"\sqrt2+10^{40}")[0]
     assert not same_answer_text(r"10^{60}+\sqrt2", r"10^{60}+\sqrt3")[0]
 
@@ -187,10 +199,8 @@ def test_adversarial_answers_end_in_time_and_are_wrong(answer: str):
             (f"\\boxed{{{truth}}}", answer),
             (answer, truth),
         ):
-            assert (
-                verify_math(completion, wanted, extraction="lenient").score == 0.0
-                or completion == answer
-            )
+            found = verify_math(completion, wanted, extraction="lenient")
+            assert found.score == 0.0 or completion == answer
         assert time.process_time() - start < LIMIT_S, answer[:50]
 
 
@@ -206,7 +216,7 @@ def test_extraction_is_linear(filler: str):
 
 
 def test_adversarial_answers_need_little_memory():
-    """The whole list in a process that may not use more than 1 GB."""
+    """Verify the whole list in a process that may not use more than 1 GB."""
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))\n"
         "from tests.unit.test_math_verifier import ADVERSARIAL\n"
@@ -253,7 +263,7 @@ def test_no_payload_creates_a_file(tmp_path: Path):
 
 
 def check_any_pair(examples: int) -> None:
-    """No pair of strings raises; equality is symmetric and reflexive."""
+    """Check that no pair of strings raises, and that equality is symmetric and reflexive."""
 
     @given(STRINGS, STRINGS)
     @settings(
@@ -315,7 +325,7 @@ def test_command_line_says_what_is_wrong_with_a_file(
     assert "row 1: no column 'ground_truth' among completion. Name it" in capsys.readouterr().err
     file.write_text("{\n")
     assert main(["--file", str(file)]) == 2
-    assert "line 1: no JSON" in capsys.readouterr().err
+    assert "line 1: not valid JSON" in capsys.readouterr().err
 
 
 MEASURED = [
