@@ -1,11 +1,11 @@
-"""From a scored batch to an advantage estimator and back: the one place that builds its inputs.
+"""The advantage estimator's inputs, built here and nowhere else, and its call.
 
     rewards ------------------------------+
-    log-probs, norms, auxiliary (flat) ---+--> AdvantageInputs [B, T] --> estimator --> AdvantageOutput
-    costs of tokens (KL, entropy) --------+
+    log-probs, norms, auxiliary (flat) ---+--> AdvantageInputs --> estimator --> AdvantageOutput
+    costs of tokens (KL, entropy) --------+         [B, T]                           [B, T]
 
-The advantage controller estimates once per batch; with `algorithm.advantage.recompute` the policy's ranks
-estimate before each mini-batch. Both call the functions here.
+The advantage controller estimates once per batch; with `algorithm.advantage.recompute` the ranks of
+the policy estimate before each mini-batch. Both call the functions here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlsys.run.required_inputs import estimator_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class TokenArrays:
-    """What policy and reference say of a batch's tokens, flat. None: nobody was asked."""
+    """Values per token from policy and reference, flat. None: they were not computed."""
 
     old: NDArray[np.float32] | None = None  # [N]
     ref: NDArray[np.float32] | None = None  # [N]
@@ -41,21 +41,22 @@ class TokenArrays:
     def join(
         rollouts: RolloutBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]
     ) -> TokenArrays:
-        """Return what all ranks' parts say, in the order of the batch."""
+        """Join the parts of all ranks, in the order of the batch."""
         offsets = rollouts.sequence_offsets
-        with_norms = bool(old) and all(part.squared_score_norms is not None for part in old)
+        norms = None
+        if old and all(part.squared_score_norms is not None for part in old):
+            norms = LogprobBatch.scatter(old, offsets, "squared_score_norms")
+
         return TokenArrays(
             old=LogprobBatch.scatter(old, offsets) if old else None,
             ref=LogprobBatch.scatter(ref, offsets) if ref else None,
-            squared_score_norms=LogprobBatch.scatter(old, offsets, "squared_score_norms")
-            if with_norms
-            else None,
+            squared_score_norms=norms,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCosts:
-    """The present weights of what each token is charged for; they may be adapted from batch to batch."""
+    """Current coefficients of the costs per token; they may be adapted from batch to batch."""
 
     kl_coefficient: float = 0.0
     entropy_temperature: float = 0.0
@@ -63,13 +64,13 @@ class TokenCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorContext:
-    """What an estimator reads besides the responses and their log-probabilities."""
+    """Inputs of an estimator besides the responses and their log-probabilities."""
 
     costs: TokenCosts = TokenCosts()
-    greedy: RewardBatch | None = (
-        None  # of one greedy response per prompt, in the order of the prompts
-    )
-    state: Mapping[str, Any] = field(default_factory=dict)  # what it kept of the batch before
+    # Of one greedy response per prompt, in the order of the prompts.
+    greedy: RewardBatch | None = None
+    # Kept by the estimator from the batch before.
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 def advantage_inputs(
@@ -80,14 +81,14 @@ def advantage_inputs(
     context: EstimatorContext,
     rows: NDArray[np.int64] | None = None,
 ) -> AdvantageInputs:
-    """Return the inputs of the configured estimator for the responses `rows`, padded to the longest of the batch.
+    """Return the inputs of the configured estimator for the responses `rows`.
 
-    `rows` None: all. A response without a reward must not be among them: it is not there for the
-    estimator, so its group is one smaller.
+    They are padded to the longest response of the batch. `rows` None: all. A response without a
+    reward must not be among them: the estimator does not see it, so its group is one smaller.
 
     Raises:
-        ValueError: `algorithm.kl` charges tokens for an estimate of the KL that has no right gradient
-            there.
+        ValueError: `algorithm.kl` puts an estimate of the KL into the reward that has no right
+            gradient there.
     """
     padding = ResponsePadding.of(rollouts.sequences)
     index = torch.arange(len(rollouts)) if rows is None else torch.from_numpy(rows)
@@ -99,8 +100,11 @@ def advantage_inputs(
         return torch.from_numpy(values.copy())[index]
 
     mask = padding.pad(rollouts.response_mask)[index]
-    old, ref = padded(arrays.old), padded(arrays.ref)
-    greedy, in_advantage = context.greedy, algorithm.kl.placement == "advantage"
+    old = padded(arrays.old)
+    ref = padded(arrays.ref)
+    greedy = context.greedy
+    in_advantage = algorithm.kl.placement == "advantage"
+
     return AdvantageInputs(
         rewards=chosen(rewards.rewards),
         response_mask=mask,
@@ -125,30 +129,33 @@ def _token_rewards(
     ref: Tensor | None,
     mask: Tensor,
 ) -> Tensor | None:
-    """Return [B, T] the KL penalty and the entropy bonus of each token; None where neither is asked for."""
-    kl, parts = algorithm.kl, []
+    """Return [B, T] the sum of each token's KL penalty and entropy bonus; None without either."""
+    kl = algorithm.kl
+    parts = []
     if kl.placement == "reward" and costs.kl_coefficient > 0:
         check_kl_in_reward(kl.estimator, kl.direction, kl.placement)
         assert old is not None, "a KL in the reward has old log-probabilities computed"
         assert ref is not None, "and those of the reference"
         parts.append(kl_rewards(old, ref, mask, costs.kl_coefficient))
+
     if costs.entropy_temperature > 0:
         assert old is not None, "an entropy in the reward has old log-probabilities computed"
         parts.append(entropy_rewards(old, mask, costs.entropy_temperature))
+
     return sum(parts[1:], parts[0]) if parts else None
 
 
 def of_each_response(rollouts: RolloutBatch, greedy: RewardBatch) -> NDArray[np.float32]:
-    """Return [B] at each response the reward of its prompt's greedy response."""
+    """Return [B] the reward of the greedy response to each response's prompt."""
     index = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
     return greedy.rewards[[index[int(group)] for group in rollouts.group_ids]]
 
 
 def estimate_advantages(config: RunConfig, inputs: AdvantageInputs) -> AdvantageOutput:
-    """Return what the configured estimator makes of `inputs`.
+    """Run the configured estimator on `inputs`.
 
     Raises:
-        ValueError: an input that it needs is missing, or its result has the wrong type or shape, or is
-            not finite.
+        ValueError: an input that it needs is missing, or its result has the wrong type or shape, or
+            is not finite.
     """
     return run_estimator(config.algorithm.advantage.name, inputs, estimator_parameters(config))

@@ -1,10 +1,11 @@
-"""What the samples of a step say: everything that was sampled, and what of it was trained.
+"""Metrics of the samples of a step: of everything that was sampled, and of what was trained on.
 
     sampled = kept by dynamic sampling + dropped by it        reward/*  rollout/*
     trained = kept and not masked out of the loss             trained/*
 
-The two differ only with `algorithm.dynamic_sampling` and `algorithm.overlong.mask_truncated`. How well the policy does is what it samples, so
-reward and accuracy are over all of that; dynamic sampling keeps groups that are neither all right nor all wrong, whose mean says little.
+The two differ only with `algorithm.dynamic_sampling` and `algorithm.overlong.mask_truncated`.
+Reward and accuracy are over everything that was sampled, since that is what the policy does.
+Dynamic sampling keeps groups that are neither all right nor all wrong, so their mean says little.
 """
 
 from __future__ import annotations
@@ -23,24 +24,30 @@ from rlsys.run.reward_failures import failure_counts
 def batch_metrics(
     batch: ScoredBatch, dropped: ScoredBatch | None = None, greedy: RewardBatch | None = None
 ) -> dict[str, Metric]:
-    """`reward/*` and `rollout/*` over everything that was sampled, `trained/*` over what enters the loss.
+    """Return `reward/*` and `rollout/*` of what was sampled, `trained/*` of what enters the loss.
 
-    `greedy` are the greedy responses that an estimator compares with: they count among the failures and nowhere else.
+    `greedy` are the rewards of the greedy responses that an estimator compares with. They count
+    among the failures and nowhere else.
     """
     sampled = [batch] if dropped is None else [batch, dropped]
     everything = _Columns.of(sampled)
-    scored = [part.rewards for part in sampled] + ([] if greedy is None else [greedy])
-    failures = {f"reward/{name}": total(n) for name, n in failure_counts(scored).items()}
+    trained = _Columns.of([batch]).where(batch.trained)
+
+    rewards = [part.rewards for part in sampled]
+    if greedy is not None:
+        rewards.append(greedy)
+    failures = {f"reward/{name}": total(n) for name, n in failure_counts(rewards).items()}
+
     return (
         _sampled_metrics(everything)
         | _reward_details(sampled)
         | failures
-        | _trained_metrics(_Columns.of([batch]).where(batch.trained))
+        | _trained_metrics(trained)
     )
 
 
 class _Columns:
-    """Numbers of some responses, one a response."""
+    """Numbers of some responses, one per response."""
 
     def __init__(
         self,
@@ -50,11 +57,15 @@ class _Columns:
         truncated: NDArray[np.bool_],
         groups: NDArray[np.int64],
     ) -> None:
-        self.rewards, self.correct, self.lengths = rewards, correct, lengths
-        self.truncated, self.groups = truncated, groups
+        self.rewards = rewards
+        self.correct = correct
+        self.lengths = lengths
+        self.truncated = truncated
+        self.groups = groups
 
     @staticmethod
     def of(batches: Sequence[ScoredBatch]) -> _Columns:
+        """Return the columns of all responses of `batches`."""
         rollouts: list[RolloutBatch] = [batch.rollouts for batch in batches]
         return _Columns(
             np.concatenate([batch.rewards.rewards for batch in batches]),
@@ -65,7 +76,7 @@ class _Columns:
         )
 
     def where(self, chosen: NDArray[np.bool_] | None) -> _Columns:
-        """Of the responses `chosen`; None: all."""
+        """Return the columns of the responses `chosen`; None: all."""
         if chosen is None:
             return self
         return _Columns(
@@ -77,21 +88,29 @@ class _Columns:
         )
 
     def frac_reward_zero_std(self) -> Metric:
-        """Share of the groups in which no two rewards differ; one that is missing differs from none."""
+        """Return the fraction of the groups in which no two rewards differ.
+
+        Missing rewards are not compared: fmax and fmin ignore NaN.
+        """
         ids, index = np.unique(self.groups, return_inverse=True)
-        highest, lowest = np.full(len(ids), -np.inf), np.full(len(ids), np.inf)
+        highest = np.full(len(ids), -np.inf)
+        lowest = np.full(len(ids), np.inf)
         np.fmax.at(highest, index, self.rewards)
         np.fmin.at(lowest, index, self.rewards)
         return _mean_of(highest <= lowest)
 
 
 def _mean_of(values: NDArray) -> Metric:
-    """Mean of one number a response or group. A score that is missing (NaN) is left out, and so is the mean of none when numbers are written."""
+    """Return the mean of one number per response or group.
+
+    A missing value (NaN) is left out. Without any value the weight is 0, and no number is written.
+    """
     present = values[~np.isnan(values)]
     return mean(float(present.mean()) if len(present) else 0.0, len(present))
 
 
 def _std_of(values: NDArray) -> Metric:
+    """Return the standard deviation, with the conventions of `_mean_of`."""
     present = values[~np.isnan(values)]
     return mean(float(present.std()) if len(present) else 0.0, len(present))
 
@@ -111,16 +130,15 @@ def _sampled_metrics(columns: _Columns) -> dict[str, Metric]:
 
 
 def _reward_details(batches: Sequence[ScoredBatch]) -> dict[str, Metric]:
-    """Components and verdicts of the reward functions."""
+    """Return the means of the components, and counts of the reasons that reward functions gave."""
     rewards = [batch.rewards for batch in batches]
+    components = {}
+    for name in rewards[0].components:
+        values = np.concatenate([part.components[name] for part in rewards])
+        components[f"reward/component/{name}"] = _mean_of(values)
+
     reasons = [reason for part in rewards for reason in part.reasons]
     answered = np.array([reason != "no_answer" for reason in reasons])
-    components = {
-        f"reward/component/{name}": _mean_of(
-            np.concatenate([part.components[name] for part in rewards])
-        )
-        for name in rewards[0].components
-    }
     verdicts = {
         f"reward/reason/{reason}": total(number) for reason, number in Counter(reasons).items()
     }

@@ -1,10 +1,11 @@
-"""From rewards to advantages: everything that happens to a batch between the reward worker and the update.
+"""Credit assignment: the way of a batch from its rewards to its advantages.
 
     outcome rewards -----------------+
     KL to the reference, per token --+--> advantage estimator --> TrainBatch
     entropy, per token --------------+
 
-Three things outlive a batch: the KL coefficient, the entropy temperature and what the estimator asks to keep. They are saved in checkpoints.
+Three things outlive a batch: the KL coefficient, the entropy temperature and the estimator's own
+state. They are saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from rlsys.metrics import Metric, mean, total
 
 
 class Credited(NamedTuple):
-    """What becomes of a step's records."""
+    """The result of assigning credit to a step's records."""
 
     batch: ScoredBatch  # a `TrainBatch`, unless the policy's ranks estimate the advantages
     dropped: ScoredBatch | None  # sampled and not kept; None: everything was kept
@@ -55,16 +56,15 @@ class Credited(NamedTuple):
 
 
 def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> dict[str, Metric]:
-    """`advantage/<name>` of some responses with so many tokens each; advantages are 0 where there is no token."""
+    """Return `advantage/<name>` of responses of `lengths` tokens; padding has advantage 0."""
     tokens = int(lengths.sum())
     size = mean(float(output.advantages.abs().sum()) / max(tokens, 1), tokens)
-    return {"advantage/mean_abs": size} | {
-        f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()
-    }
+    own = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
+    return {"advantage/mean_abs": size} | own
 
 
 class CreditAssigner:
-    """Turns scored rollouts into train batches, one after the other."""
+    """A converter of scored rollouts into train batches, one after the other."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -73,7 +73,7 @@ class CreditAssigner:
         self._estimator_state: Mapping[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on from here, ready for JSON."""
+        """Return what `load_state` needs to continue from here, ready for JSON."""
         return {
             "kl_coefficient": self._kl_coefficient,
             "entropy_temperature": self._temperature,
@@ -81,7 +81,11 @@ class CreditAssigner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`. A fixed coefficient or temperature stays what the configuration says, and so does what `state` leaves out."""
+        """Continue from `state`.
+
+        A fixed coefficient or temperature keeps the configured value, and so does one that `state`
+        leaves out.
+        """
         if self._config.algorithm.kl.target is not None:
             self._kl_coefficient = state.get("kl_coefficient", self._kl_coefficient)
         if self._config.algorithm.entropy.target is not None:
@@ -89,7 +93,7 @@ class CreditAssigner:
         self._estimator_state = state.get("estimator", {})
 
     def credit(self, records: StepRecords) -> Credited:
-        """Return the batch of a step with its advantages, what was dropped, and metrics of both.
+        """Return the batch of a step with its advantages, the dropped one, and metrics of both.
 
         Raises:
             ValueError: see `assign`.
@@ -97,12 +101,14 @@ class CreditAssigner:
         rollouts = RolloutBatch.concatenate(records.rollouts)
         rewards = RewardBatch.concatenate(records.rewards)
         greedy = RewardBatch.concatenate(records.greedy) if records.greedy else None
+
         dropped = None
         if records.dropped_rollouts:
             dropped = ScoredBatch(
                 rollouts=RolloutBatch.concatenate(records.dropped_rollouts),
                 rewards=RewardBatch.concatenate(records.dropped_rewards),
             )
+
         batch, metrics = self.assign(rollouts, rewards, records.old, records.ref, greedy)
         return Credited(batch, dropped, batch_metrics(batch, dropped, greedy) | metrics)
 
@@ -116,23 +122,28 @@ class CreditAssigner:
     ) -> tuple[ScoredBatch, dict[str, Metric]]:
         """Return the batch of a joined step, and metrics.
 
-        A `TrainBatch`; with `algorithm.advantage.recompute` a `ScoredBatch`, of which `recomputed`
-        estimates each mini-batch. `greedy` has one response for each prompt of `rollouts`, in its order.
+        The batch is a `TrainBatch`; with `algorithm.advantage.recompute` a `ScoredBatch`, for which
+        `recomputed` estimates each mini-batch. `greedy` has one response for each prompt of
+        `rollouts`, in their order.
 
         Raises:
-            ValueError: the estimator lacks an input, or its result has the wrong type or shape or is not
-                finite.
+            ValueError: the estimator lacks an input, or its result has the wrong type or shape, or
+                is not finite.
         """
         arrays = TokenArrays.join(rollouts, old, ref)
         scored = _scored(rollouts, rewards, greedy)
-        batch, metrics = self._scored_batch(rollouts, rewards, arrays, scored), {}
+        batch = self._scored_batch(rollouts, rewards, arrays, scored)
+        metrics: dict[str, Metric] = {}
+
         if not self._config.algorithm.advantage.recompute:
             context = EstimatorContext(
                 costs=self._costs(), greedy=greedy, state=self._estimator_state
             )
             batch, metrics = self._credited(batch, arrays, context, scored)
+
         if not scored.all():
             metrics["reward/dropped"] = total(int((~scored).sum()))
+        # The coefficients move last: this batch was computed with their present values.
         return batch, metrics | self._adapt(rollouts, arrays)
 
     def _costs(self) -> TokenCosts:
@@ -147,23 +158,26 @@ class CreditAssigner:
         context: EstimatorContext,
         scored: NDArray[np.bool_],
     ) -> tuple[TrainBatch, dict[str, Metric]]:
-        """Return the batch with the advantages of the responses that have a reward, and their metrics."""
-        rollouts, rows = batch.rollouts, np.flatnonzero(scored)
+        """Return the batch with the advantages of the responses `scored`, and their metrics."""
+        rollouts = batch.rollouts
+        rows = np.flatnonzero(scored)
         if not len(rows):
-            return batch.credited(np.zeros(len(rollouts.token_ids), dtype=np.float32)), {}
+            nothing = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+            return batch.credited(nothing), {}
 
         inputs = advantage_inputs(
             self._config.algorithm, rollouts, batch.rewards, arrays, context, rows
         )
         output = estimate_advantages(self._config, inputs)
         self._estimator_state = output.state
-        # float32, but in exact enumerations
+
+        # The precision of the rollouts: float32 in runs, float64 in exact enumerations.
         precision = rollouts.rollout_logprobs.dtype
-        returns = output.returns
-        credited = batch.credited(
-            _flat(rollouts, output.advantages, rows, precision),
-            returns=None if returns is None else _flat(rollouts, returns, rows, precision),
-        )
+        advantages = _flat(rollouts, output.advantages, rows, precision)
+        returns = None
+        if output.returns is not None:
+            returns = _flat(rollouts, output.returns, rows, precision)
+        credited = batch.credited(advantages, returns=returns)
         return credited, _advantage_metrics(output, rollouts.response_lengths[rows])
 
     def _scored_batch(
@@ -184,22 +198,26 @@ class CreditAssigner:
         )
 
     def _adapt(self, rollouts: RolloutBatch, arrays: TokenArrays) -> dict[str, Metric]:
-        """Move the adaptive coefficient and temperature, from what this batch shows; the values that this batch was made with are reported."""
-        kl, entropy, mask = (
-            self._config.algorithm.kl,
-            self._config.algorithm.entropy,
-            rollouts.response_mask,
-        )
+        """Adapt the KL coefficient and the entropy temperature to this batch.
+
+        Return the values with which this batch was computed, as metrics.
+        """
+        kl = self._config.algorithm.kl
+        entropy = self._config.algorithm.entropy
+        mask = rollouts.response_mask
         metrics: dict[str, Metric] = {}
+
         if kl.coefficient > 0:
             metrics["kl/coefficient"] = mean(self._kl_coefficient)
         if kl.target is not None and arrays.old is not None and arrays.ref is not None:
-            old, ref = torch.from_numpy(arrays.old[mask]), torch.from_numpy(arrays.ref[mask])
+            old = torch.from_numpy(arrays.old[mask])
+            ref = torch.from_numpy(arrays.ref[mask])
             # NaN where no token was sampled: the coefficient stays then.
             measured = float(kl_estimate(finite_logprobs(old), ref, "k3").mean())
             self._kl_coefficient = adapted_coefficient(
                 self._kl_coefficient, measured, target=kl.target, horizon=kl.horizon
             )
+
         if entropy.temperature > 0:
             metrics["entropy/temperature"] = mean(self._temperature)
             if entropy.target is not None and arrays.old is not None:
@@ -214,7 +232,7 @@ class CreditAssigner:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveLogprobs:
-    """What the live policy says of a batch, flat."""
+    """Values per token of a batch under the live policy, flat."""
 
     logprobs: NDArray[np.float32]  # [N]
     squared_score_norms: NDArray[np.float32]  # [N]
@@ -224,11 +242,11 @@ class LiveLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputed:
-    """A batch whose advantages were estimated again, and what else the estimator gave."""
+    """A batch whose advantages were estimated again, with the estimator's other results."""
 
     batch: TrainBatch
     metrics: dict[str, Metric]
-    auxiliary_targets: NDArray[np.float32] | None  # [N, q] what its auxiliary network is to learn
+    auxiliary_targets: NDArray[np.float32] | None  # [N, q] targets of its auxiliary network
     state: Mapping[str, Any]  # for the next mini-batch's `recomputed`
 
 
@@ -239,15 +257,16 @@ def recomputed(
     live: LiveLogprobs,
     state: Mapping[str, Any],
 ) -> Recomputed:
-    """Return `batch` with the live log-probabilities as `old_logprobs` and, at the responses `rows`, advantages estimated from them.
+    """Return `batch` with advantages estimated from the live log-probabilities.
 
-    For `algorithm.advantage.recompute`. `state` is what the estimator kept of the mini-batch before: not
-    that of `CreditAssigner`, which has seen these responses. Costs of tokens and greedy responses do not
-    go with it (refused before a run starts).
+    For `algorithm.advantage.recompute`. The live log-probabilities become `old_logprobs`; the
+    responses `rows` get advantages. `state` is what the estimator kept of the mini-batch before. It
+    is not that of `CreditAssigner`, which has seen these responses. Costs of tokens and greedy
+    responses cannot be combined with it (refused before a run starts).
 
     Raises:
-        ValueError: the estimator lacks an input, or its result has the wrong type or shape or is not
-            finite.
+        ValueError: the estimator lacks an input, or its result has the wrong type or shape, or is
+            not finite.
     """
     rollouts = batch.rollouts
     rows = rows[batch.rewards.scored[rows]]
@@ -272,7 +291,7 @@ def recomputed(
 def _flat(
     rollouts: RolloutBatch, values: Tensor, rows: NDArray[np.int64], precision: DTypeLike
 ) -> NDArray[Any]:
-    """[b, T, ...] of the responses `rows` -> [N, ...], 0 at the others."""
+    """Flatten [b, T, ...] of the responses `rows` into [N, ...]; the other responses get 0."""
     padding = ResponsePadding.of(rollouts.sequences)
     whole = torch.zeros(*padding.shape, *values.shape[2:], dtype=values.dtype)
     whole[torch.from_numpy(rows)] = values
@@ -285,9 +304,14 @@ def _trained(
     rewards: RewardBatch,
     scored: NDArray[np.bool_],
 ) -> NDArray[np.bool_] | None:
-    """[B] the responses that enter the loss; None: all. Statistics are over all that are scored."""
+    """Return [B] which responses enter the loss; None: all.
+
+    Group statistics do not depend on it: they are over all responses that have a reward.
+    """
     algorithm = config.algorithm
-    conditions = [] if scored.all() else [scored]
+    conditions = []
+    if not scored.all():
+        conditions.append(scored)
     if algorithm.overlong.mask_truncated:
         conditions.append(rollouts.stop_reasons != StopReason.LENGTH)
     if algorithm.dynamic_sampling.max_rounds > 1:
@@ -299,7 +323,10 @@ def _trained(
 def _scored(
     rollouts: RolloutBatch, rewards: RewardBatch, greedy: RewardBatch | None
 ) -> NDArray[np.bool_]:
-    """[B] whether a response has a reward, and its prompt's greedy response one too where there is one to compare with."""
+    """Return [B] which responses have a reward.
+
+    Where an estimator compares with greedy responses, the greedy one must have a reward too.
+    """
     if greedy is None:
         return rewards.scored
     return rewards.scored & ~np.isnan(of_each_response(rollouts, greedy))

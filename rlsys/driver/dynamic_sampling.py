@@ -1,4 +1,4 @@
-"""Which groups dynamic sampling keeps (DAPO)."""
+"""The groups that dynamic sampling keeps (DAPO)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def kept_responses(
 
     Source: Yu et al. 2025, DAPO, equation 11 (arXiv:2503.14476), is `accuracy`.
 
-    Conventions: a response is correct where its accuracy, the score of the first reward function, is at least 0.5. The other rewards have
-    no say then: a group of wrong responses that differ in a length penalty is not kept. A response without a reward (NaN) is not compared.
+    Conventions: a response is correct where its accuracy, the value of the first reward function,
+    is at least 0.5. The other rewards do not count then: a group of wrong responses that differ in
+    a length penalty is not kept. A response without a reward (NaN) is not compared.
 
-    Example: a group of accuracies (0, 0) and rewards (0, -1) is kept by `reward` and not by `accuracy`.
+    Example: a group of accuracies (0, 0) and rewards (0, -1) is kept by `reward` and not by
+    `accuracy`.
     """
     values = rewards.correct if by == "accuracy" else rewards.rewards
     kept = np.zeros(len(values), dtype=np.bool_)

@@ -13,9 +13,8 @@ from rlsys.data.batches import PromptBatch, RewardBatch
 from rlsys.driver.sampling import Sampler, sampling_parameters
 from rlsys.run.reward_failures import failure_counts
 
-EVALUATION_SEED = (
-    20240401  # always the same, so that evaluations of one run differ by the policy alone
-)
+# Always the same, so that evaluations of one run differ by the policy alone.
+EVALUATION_SEED = 20240401
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -51,7 +50,7 @@ class _Sampled:
 
 
 class Evaluator:
-    """Runs held-out prompts through the generation group and the reward worker of training."""
+    """Evaluation of held-out prompts by the generation group and the reward worker of training."""
 
     def __init__(self, config: RunConfig, prompts: PromptBatch, sampler: Sampler) -> None:
         self._config = config
@@ -59,11 +58,11 @@ class Evaluator:
         self._sampler = sampler
 
     async def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the present weights.
+        """Return the metrics of the current weights.
 
-        `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k` and each
-        `eval/pass@k`; where rewards failed `eval/timeouts`, `eval/crashes` and `eval/errors`.
-        A response is right or wrong as in training: `RewardBatch.correct`.
+        These are `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k`
+        and each `eval/pass@k`; where rewards failed also `eval/timeouts`, `eval/crashes` and
+        `eval/errors`. A response is right or wrong as in training: `RewardBatch.correct`.
         """
         settings = self._config.trainer.evaluation
         greedy = await self._sample(samples=1, temperature=0.0)
@@ -87,7 +86,7 @@ class Evaluator:
         return values | failures
 
     async def _sample(self, *, samples: int, temperature: float) -> _Sampled:
-        """Sample `samples` responses to each prompt, and have them scored."""
+        """Sample `samples` responses to each prompt, with their rewards."""
         sampling = sampling_parameters(
             self._config, samples=samples, temperature=temperature, seed=EVALUATION_SEED
         )

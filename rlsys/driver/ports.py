@@ -1,8 +1,9 @@
-"""What the driver needs of the workers, as async Protocols. The loop knows nothing else.
+"""The driver's view of the workers, as async Protocols. The loop knows nothing else.
 
-A `Handle[T]` stands for a record that lives elsewhere (in Ray, an ObjectRef; in tests, a finished future). The driver passes
-handles on and never opens the large ones; a worker that gets a handle as an argument receives the record. Methods that start work
-and return a handle return at once; methods that are awaited come back when the work is done, with small records only.
+A `Handle[T]` stands for a record that lives elsewhere (in Ray, an ObjectRef; in tests, a finished
+future). The driver passes handles on and never opens the large ones; a worker that gets a handle as
+an argument receives the record. Methods that start work and return a handle return at once; methods
+that are awaited come back when the work is done, with small records only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Handle(Protocol[T_co]):
-    """A record somewhere in the cluster. Awaiting it brings the record here."""
+    """A record somewhere in the cluster. Awaiting it fetches the record."""
 
     def __await__(self) -> Any: ...
 
@@ -38,17 +39,17 @@ class Handle(Protocol[T_co]):
 class RolloutPart:
     """One whole group of a batch, as soon as its worker has finished it."""
 
-    prompt_index: int  # in the PromptBatch; parts ordered by it are in prompt order
+    prompt_index: int  # in the PromptBatch; parts sorted by it are in prompt order
     num_response_tokens: int
     rollouts: Handle[RolloutBatch]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepHandles:
-    """Everything that the workers made of the samples of one step; groups in prompt order.
+    """All records of the samples of one step; groups in prompt order.
 
-    An empty sequence of log-probabilities means that there are none. Dropped parts were sampled and not
-    kept: they are counted in the metrics and get no advantages.
+    An empty sequence of log-probabilities means that there are none. Dropped parts were sampled and
+    not kept: they are counted in the metrics and get no advantages.
     """
 
     rollouts: Sequence[Handle[RolloutBatch]]
@@ -88,7 +89,7 @@ class StepRecords:
 
 @dataclass(frozen=True, kw_only=True)
 class CreditedBatch:
-    """A batch in the object store, with the metrics of everything that was sampled, of what is trained, and of the advantages."""
+    """A batch in the object store, with metrics of the samples, the trained part and advantages."""
 
     # A `TrainBatch`; a `ScoredBatch` where the policy's ranks estimate the advantages.
     batch: Handle[ScoredBatch]
@@ -102,11 +103,14 @@ class Generator(Protocol):
     def generate(
         self, prompts: PromptBatch, sampling: SamplingParameters
     ) -> AsyncIterator[RolloutPart]:
-        """Sample responses; parts come in the order in which they finish and cover each prompt once."""
+        """Sample responses.
+
+        Parts come in the order in which they finish and cover each prompt once.
+        """
         ...
 
     async def metrics(self) -> MetricMap:
-        """Peak memory and the like of the workers."""
+        """Return peak memory and the like of the workers."""
         ...
 
 
@@ -114,45 +118,56 @@ class RewardScorer(Protocol):
     """The reward worker."""
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
-        """Start scoring the responses of one part."""
+        """Start computing the rewards of one part's responses."""
         ...
 
     async def metrics(self) -> MetricMap: ...
 
 
 class LogprobSource(Protocol):
-    """Anything that can tell log-probabilities of sampled tokens: the policy (`old`) or the reference (`ref`)."""
+    """A model that computes log-probabilities of sampled tokens.
+
+    The policy computes `old`, the reference `ref`.
+    """
 
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
     ) -> Sequence[Handle[LogprobBatch]]:
-        """Log-probabilities of the whole batch, given as its parts in prompt order; one handle a rank."""
+        """Compute the log-probabilities of a batch, given as its parts in prompt order.
+
+        Return one handle per rank.
+        """
         ...
 
 
 class Policy(LogprobSource, Protocol):
-    """The actor group."""
+    """The actor group of the policy that is trained."""
 
     async def update(self, batch: Handle[ScoredBatch]) -> MetricMap:
-        """All epochs and mini-batches on one batch. Metrics are merged over ranks.
+        """Train all epochs and mini-batches of one batch; return metrics merged over ranks.
 
-        A `TrainBatch`; with `advantage.recompute` a `ScoredBatch`, whose advantages the ranks estimate.
+        The batch is a `TrainBatch`; with `advantage.recompute` a `ScoredBatch`, whose advantages
+        the ranks estimate.
         """
         ...
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
-        """[N] advantages that the last `update` estimated itself (`advantage.recompute`), NaN where it estimated none.
+        """Return [N] the advantages that the last `update` estimated itself.
 
-        With several epochs those of the last one. None: it took the batch's.
+        For `advantage.recompute`: NaN where it estimated none, and with several epochs those of the
+        last one. None: it used those of the batch.
         """
         ...
 
     async def save(self, directory: Path) -> None:
-        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`, which exists and is empty."""
+        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
+
+        The directory exists and is empty.
+        """
         ...
 
     async def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote."""
+        """Continue from the files that `save` wrote."""
         ...
 
 
@@ -164,11 +179,14 @@ class AdvantageComputer(Protocol):
         ...
 
     async def state(self) -> dict[str, Any]:
-        """What outlives a batch (adaptive coefficients, moving averages), ready for JSON; saved in checkpoints."""
+        """Return what outlives a batch (adaptive coefficients, moving averages), ready for JSON.
+
+        It is saved in checkpoints.
+        """
         ...
 
     async def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` returned."""
         ...
 
     async def write_rollouts(
@@ -179,19 +197,22 @@ class AdvantageComputer(Protocol):
         dropped: Handle[ScoredBatch] | None = None,
         advantages: Handle[NDArray[np.float32]] | None = None,
     ) -> None:
-        """Write everything that was sampled in one step as Parquet. `advantages` are `Policy.estimated_advantages`, of a batch that has none."""
+        """Write everything that was sampled in one step as Parquet.
+
+        `advantages` are `Policy.estimated_advantages`, for a batch that has none.
+        """
         ...
 
     async def metrics(self) -> MetricMap:
-        """Peak memory."""
+        """Return the peak memory."""
         ...
 
 
 class WeightSync(Protocol):
-    """Moves the policy's weights into the generation group."""
+    """The transfer of the policy's weights into the generation group."""
 
     async def sync(self, version: int) -> MetricMap:
-        """Install the policy's present weights as `version` everywhere, and prove it with a probe.
+        """Install the policy's current weights as `version` everywhere, and verify it with a probe.
 
         Raises:
             WeightSyncError: engine and trainer disagree by more than the tolerance.
@@ -200,7 +221,10 @@ class WeightSync(Protocol):
 
 
 class WeightSyncError(RuntimeError):
-    """Engine and trainer disagree after a weight sync; the message names the parameter groups that differ."""
+    """A disagreement of engine and trainer after a weight sync.
+
+    The message names the parameter groups that differ.
+    """
 
 
 class PromptSource(Protocol):
@@ -226,7 +250,7 @@ class Workers:
     generator: Generator
     scorer: RewardScorer
     policy: Policy
-    reference: LogprobSource | None  # None where no KL term is asked for
+    reference: LogprobSource | None  # None where no KL term is configured
     advantages: AdvantageComputer
     weights: WeightSync
     reporting: Sequence[HasMetrics] = ()

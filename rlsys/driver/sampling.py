@@ -1,9 +1,9 @@
-"""Sampling of responses, with a reward for each: what every loop that generates has in common.
+"""Sampling of responses with their rewards, for every loop that generates.
 
     prompts ---> generation group ---group by group---> reward worker
 
-A group leaves for the reward worker the moment it is there, so rewards are computed while the
-engines go on.
+A group goes to the reward worker as soon as it is complete, so rewards are computed while the
+engines continue.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class SampledGroups:
 
     kept: Sequence[ScoredGroup]
     dropped: Sequence[ScoredGroup] = ()  # by dynamic sampling
-    metrics: MetricMap  # how they came about
+    metrics: MetricMap  # of the sampling itself
 
 
 def sampling_parameters(
     config: RunConfig, *, samples: int, temperature: float, seed: int
 ) -> SamplingParameters:
-    """Return how to sample; a temperature of 0 is greedy, which takes no top_p or top_k."""
+    """Return the parameters of sampling; at temperature 0 it is greedy, without top_p and top_k."""
     generation = config.generation
     greedy = temperature == 0
     return SamplingParameters(
@@ -63,8 +63,8 @@ def sampling_parameters(
 def batch_seed(run_seed: int, batch_id: int, round_number: int = 0) -> int:
     """Return the seed of one batch of prompts.
 
-    It depends on the run's seed and the batch alone, so that a resumed run samples what the
-    uninterrupted one would have sampled.
+    It depends on the run's seed and the batch alone, so that a resumed run samples the same
+    responses as an uninterrupted one.
     """
     entropy = [run_seed, batch_id]
     if round_number:
@@ -73,7 +73,7 @@ def batch_seed(run_seed: int, batch_id: int, round_number: int = 0) -> int:
 
 
 class Sampler:
-    """Samples groups of responses and has them scored. Training and evaluation share one."""
+    """The source of groups of responses with rewards. Training and evaluation share one."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Sampler:
         scorer: RewardScorer,
         notify: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`notify` shows a person the first failure of each reward function."""
+        """Create a sampler; `notify` shows the user the first failure of each reward function."""
         self._config = config
         self._generator = generator
         self._scorer = scorer
@@ -90,7 +90,7 @@ class Sampler:
         self._compares_with_greedy = "greedy_rewards" in required_inputs(config)
 
     async def sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> list[ScoredGroup]:
-        """Return one group per prompt, in prompt order; their rewards may still be on the way."""
+        """Return one group per prompt, in prompt order; their rewards may still be pending."""
         groups: dict[int, ScoredGroup] = {}
         async for part in self._generator.generate(prompts, sampling):
             rewards = self._scorer.score(part.rollouts)
@@ -103,7 +103,7 @@ class Sampler:
         return [groups[index] for index in sorted(groups)]
 
     async def rewards(self, groups: Sequence[ScoredGroup], occasion: str) -> list[RewardBatch]:
-        """Wait for the rewards of `groups`, which are small records: a few numbers per response.
+        """Wait for the rewards of `groups`; they are small records, a few numbers per response.
 
         Raises:
             RewardFailureError: a function failed on more than half of the first batch of this
@@ -116,9 +116,9 @@ class Sampler:
     async def sample_step(self, stream: PromptSource) -> SampledGroups:
         """Sample the groups of one training step, in prompt order.
 
-        With `algorithm.dynamic_sampling`, groups that teach nothing are replaced by those of
-        further prompts. After the last allowed round such groups fill what is still missing, so
-        that the batch always has its size.
+        With `algorithm.dynamic_sampling`, groups without a learning signal are replaced by those of
+        further prompts. After the last allowed round such groups fill the rest of the batch, so
+        that it always has its size.
         """
         prompts = stream.next_batch()
         if self._config.algorithm.dynamic_sampling.max_rounds > 1:
@@ -129,7 +129,7 @@ class Sampler:
     async def _sample_dynamically(
         self, prompts: PromptBatch, stream: PromptSource
     ) -> SampledGroups:
-        """Sample rounds of groups until there are enough that dynamic sampling keeps."""
+        """Sample rounds of groups until dynamic sampling keeps enough of them."""
         dynamic = self._config.algorithm.dynamic_sampling
         wanted = self._config.trainer.prompts_per_step
         batch_id = prompts.batch_id
@@ -142,7 +142,10 @@ class Sampler:
             groups = await self._sample_round(prompts, round_number=rounds)
             scored = await self.rewards(groups, "training")
             for group, rewards in zip(groups, scored, strict=True):
-                (useful if keeps_group(rewards, dynamic.by) else equal).append(group)
+                if keeps_group(rewards, dynamic.by):
+                    useful.append(group)
+                else:
+                    equal.append(group)
             rounds += 1
 
         groups = useful + equal
@@ -160,7 +163,8 @@ class Sampler:
 
     async def _sample_round(self, prompts: PromptBatch, round_number: int) -> list[ScoredGroup]:
         """Sample one group per prompt, with a greedy response each where the estimator reads it."""
-        generation, seed = self._config.generation, self._config.trainer.seed
+        generation = self._config.generation
+        seed = self._config.trainer.seed
         sampling = sampling_parameters(
             self._config,
             samples=generation.samples_per_prompt,

@@ -1,6 +1,6 @@
-"""All that a training loop needs beside its step: clock, observers, evaluation, checkpoints, stop.
+"""Everything of a training loop but its step: clock, observers, evaluation, checkpoints, stopping.
 
-A loop registers what a checkpoint must hold, and lets the session run it:
+A loop registers the parts of a checkpoint, and lets the session run it:
 
     session.register("prompts", stream)       # anything with state() and load_state()
     session.register_model(policy)            # anything with save(directory) and load(directory)
@@ -42,7 +42,7 @@ class HasState(Protocol):
     """A part of a run with a small state; both methods may be coroutines."""
 
     def state(self) -> Any:
-        """Return what the part goes on from, ready for JSON."""
+        """Return what `load_state` needs to continue from here, ready for JSON."""
         ...
 
     def load_state(self, state: Any, /) -> Any:
@@ -59,7 +59,7 @@ class HasFiles(Protocol):
 
 
 class HeldOutEvaluation(Protocol):
-    """Anything that measures the present weights on held-out data."""
+    """Anything that measures the current weights on held-out data."""
 
     async def evaluate(self) -> Mapping[str, float]: ...
 
@@ -87,7 +87,7 @@ class PhaseClock:
 
 
 class Session:
-    """The state of one run that does not depend on how a step is made."""
+    """The state of one run that does not depend on the kind of its step."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class Session:
         self._parts[name] = part
 
     def register_model(self, model: HasFiles, directory: str = "") -> None:
-        """Keep the files of `model` in every checkpoint, in `directory` of it.
+        """Keep the files of `model` in `directory` of every checkpoint.
 
-        The policy's lie at the top, so that the checkpoint itself is a Hugging Face model.
+        Those of the policy are at the top, so that the checkpoint itself is a Hugging Face model.
         """
         assert directory not in self._models, f"{directory!r} is registered already"
         self._models[directory] = model
@@ -130,7 +130,7 @@ class Session:
     async def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was written; call it before `run`.
 
-        What has changed since then is named in the log.
+        Fields and versions that have changed since then are named in the log.
 
         Raises:
             ValueError: the checkpoint is of another model, sharding, data or kind of run.
@@ -138,12 +138,16 @@ class Session:
         check_resumable(checkpoint, self._config)
         for change in differences(checkpoint, self._config):
             logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
+
         states = registered_states(checkpoint, self._config, self._parts)
         for name, part in self._parts.items():
             await _settled(part.load_state(states[name]))
         for directory, model in self._models.items():
             await model.load(checkpoint.path / directory)
-        self.step = self._current_step = self._saved_step = checkpoint.step
+
+        self.step = checkpoint.step
+        self._current_step = checkpoint.step
+        self._saved_step = checkpoint.step
         self._evaluated_step = checkpoint.state["evaluated_step"]
 
     async def save(self) -> None:
@@ -154,6 +158,7 @@ class Session:
         for name, part in self._parts.items():
             state[name] = await _settled(part.state())
         state |= describe_origin(self._config)
+
         path = await self._checkpoints.save(self.step, self._write_models, state)
         self._saved_step = self.step
         self._save_time = {"time/checkpoint": time.perf_counter() - start}
@@ -168,13 +173,14 @@ class Session:
     # The whole run
 
     async def run(self, train: Callable[[], Awaitable[None]]) -> Outcome:
-        """Await `train`, until the last step or until a stop is requested, and save what results.
+        """Await `train`, until the last step or until a stop is requested, and save the result.
 
         Raises:
-            Whatever a worker raised, with a note that says in which phase of which step, and from
-            where to resume.
+            Exception: raised by a worker, with a note that names the phase and step, and the
+                checkpoint from which to resume.
         """
-        first_step, steps = self.step + 1, self._config.trainer.steps
+        first_step = self.step + 1
+        steps = self._config.trainer.steps
         self._tell(lambda observer: observer.on_start(first_step, steps))
         try:
             await train()
@@ -188,18 +194,19 @@ class Session:
             error.add_note(f"This happened during {self._place}; {self._newest_checkpoint()}.")
             self._end("failed", f"{self._place}: {type(error).__name__}: {reason}")
             raise
+
         complete = self.step >= steps and not self._evaluation_is_due()
         return self._end("finished" if complete else "interrupted", "")
 
     def request_stop(self) -> None:
-        """End after the step in progress, with a checkpoint; a running evaluation is abandoned.
+        """End after the step in progress, with a checkpoint; a running evaluation is cancelled.
 
-        Called from a signal handler.
+        A signal handler calls it.
         """
         self._stop_requested.set()
 
     def goes_on(self) -> bool:
-        """Return whether there is a further step to take."""
+        """Return whether there is another step to take."""
         return self.step < self._config.trainer.steps and not self._stop_requested.is_set()
 
     def _end(self, outcome: Outcome, message: str) -> Outcome:
@@ -232,32 +239,35 @@ class Session:
     def measurements(self) -> dict[str, float]:
         """Return the times of the step so far, and the driver's peak memory.
 
-        The memory must not grow with the batch: what is large stays in the object store.
+        The memory must not grow with the batch: large records stay in the object store.
         """
         return self._clock.values() | {"memory/driver": peak_memory_gib()}
 
     async def end_step(self, values: Mapping[str, float]) -> None:
-        """Count the step, tell its numbers, evaluate and save where that is due."""
+        """Count the step, report its numbers, and evaluate and save where that is due."""
         self.step = self._current_step
         reported = {**values, **self._save_time}
         self._save_time = {}
         self._tell(lambda observer: observer.on_step(self.step, reported))
+
         await self.evaluate_if_due()
         every = self._config.trainer.checkpoints.every
         if every and self.step % every == 0:
             await self.save()
 
     async def evaluate_if_due(self) -> None:
-        """Evaluate the present weights, unless that was done or a stop is requested."""
+        """Evaluate the current weights, unless that was done or a stop is requested."""
         if self._evaluator is None or not self._evaluation_is_due():
             return
         if self._stop_requested.is_set():
             return
+
         self._enter("evaluate")
         start = time.perf_counter()
         report = await _unless_stopped(self._evaluator.evaluate(), self._stop_requested)
         if report is None:
             return
+
         values = {**report, "time/evaluate": time.perf_counter() - start}
         self._tell(lambda observer: observer.on_evaluation(self.step, values))
         self._evaluated_step = self.step
@@ -285,7 +295,8 @@ async def _settled(result: Any) -> Any:
 
 async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
     """Return the result of `work`, or None when `stop` was set first; then `work` is cancelled."""
-    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    task = asyncio.create_task(work)
+    stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -6,8 +6,7 @@
                           (where they are needed)                                        |
                                                            next step <-- sync weights <--+
 
-Everything that is large stays in the object store; this module handles references and small
-metrics only.
+Large records stay in the object store; this module handles references and small metrics only.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rlsys.run.required_inputs import required_inputs
 
 
 class SynchronousLoop:
-    """One policy, trained on what it just sampled. `run` is the whole of it."""
+    """Training of one policy on its own latest samples. `run` is the whole of it."""
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class SynchronousLoop:
         session.register_model(workers.policy)
 
     async def run(self) -> Outcome:
-        """Train until the last step or a stop request; the weights that result are always saved."""
+        """Train until the last step or a stop request; the resulting weights are always saved."""
         return await self._session.run(self._train)
 
     async def _train(self) -> None:
@@ -65,22 +64,25 @@ class SynchronousLoop:
             await session.end_step(await self._train_step())
 
     async def _train_step(self) -> dict[str, float]:
-        """One step: the drawing at the top of this file.
+        """Run one step: the drawing at the top of this file.
 
         All handles are dropped when it returns, so the object store is free again.
         """
         session, workers = self._session, self._workers
         step = session.begin_step()
+
         with session.phase("generate"):
             sampled = await self._sampler.sample_step(self._prompts)
         groups = sampled.kept
         rollouts = [group.part.rollouts for group in groups]
         rewards = [group.rewards for group in groups]
         greedy = [group.greedy for group in groups if group.greedy is not None]
+
         with session.phase("logprobs"):  # the reward pool works meanwhile
             old, ref = await self._old_and_ref_logprobs(rollouts)
         with session.phase("reward"):
             await self._sampler.rewards([*groups, *greedy], "training")
+
         with session.phase("advantages"):
             credited = await workers.advantages.credit(
                 StepHandles(
@@ -93,10 +95,12 @@ class SynchronousLoop:
                     dropped_rewards=[group.rewards for group in sampled.dropped],
                 )
             )
+
         with session.phase("update"):
             update = await self._update(step, credited)
         with session.phase("sync"):
             sync = await workers.weights.sync(step)
+
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
         metrics = combine([sampled.metrics, credited.metrics, update, sync, *memory])
         return _with_throughput(values(metrics) | session.measurements())
@@ -104,7 +108,7 @@ class SynchronousLoop:
     async def _old_and_ref_logprobs(
         self, rollouts: Sequence[Handle]
     ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[LogprobBatch]]]:
-        """Compute both side by side, each only where it is needed."""
+        """Compute both concurrently, each only where it is needed."""
         policy, reference = self._workers.policy, self._workers.reference
         return await asyncio.gather(
             policy.logprobs(rollouts) if "old_logprobs" in self._needs else _none(),
@@ -112,9 +116,9 @@ class SynchronousLoop:
         )
 
     async def _update(self, step: int, credited: CreditedBatch) -> MetricMap:
-        """Train on a batch, and write what was sampled.
+        """Train on a batch, and write the samples of the step.
 
-        It is written meanwhile, or afterwards where the update itself estimates the advantages.
+        They are written meanwhile, or afterwards where the update itself estimates the advantages.
         """
         policy = self._workers.policy
         if not self._config.algorithm.advantage.recompute:
@@ -122,6 +126,7 @@ class SynchronousLoop:
                 policy.update(credited.batch), self._write_rollouts(step, credited)
             )
             return metrics
+
         metrics = await policy.update(credited.batch)
         await self._write_rollouts(step, credited, await policy.estimated_advantages())
         return metrics
@@ -147,7 +152,7 @@ async def _none() -> Sequence[Handle[LogprobBatch]]:
 
 
 def _with_throughput(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Add tokens per second: of all that the engines sampled, and of those that the update read."""
+    """Add tokens per second: those that the engines sampled, and those that the update read."""
     sampled = numbers.get("rollout/tokens", 0.0) + numbers.get("rollout/greedy_tokens", 0.0)
     trained = numbers.get("policy/tokens", 0.0)
     return {
