@@ -3,8 +3,9 @@
     PromptBatch -> RolloutBatch -> RewardBatch ---+
                         +--------> LogprobBatch --+--> ScoredBatch -> TrainBatch
 
-Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat, as in `TokenSequences`,
-which a `RolloutBatch` contains. Nothing is padded here and no mask is inferred from a pad id.
+Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat, as in
+`TokenSequences`, which a `RolloutBatch` contains. Nothing is padded here and no mask is inferred
+from a pad id.
 
 B responses, P prompts, N tokens. A sequence is a prompt followed by its response.
 """
@@ -23,7 +24,7 @@ from rlsys.data.sequences import TokenSequences
 
 
 class StopReason(IntEnum):
-    """Why a response ended; the values are stored in `RolloutBatch.stop_reasons`."""
+    """The reason why a response ended; the values are stored in `RolloutBatch.stop_reasons`."""
 
     END = 0  # the end-of-sequence token, or a stop string
     LENGTH = 1  # max_tokens reached: the response is truncated
@@ -31,7 +32,7 @@ class StopReason(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One problem as the policy sees it. `token_ids` are final: nobody tokenizes the text again."""
+    """One problem as the policy sees it. `token_ids` are final: the text is not tokenized again."""
 
     problem_id: str
     token_ids: tuple[int, ...]
@@ -43,7 +44,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """P prompts. `group_ids` are unique within the run for training, within the call for evaluation."""
+    """P prompts.
+
+    `group_ids` are unique within the run for training, within the call for evaluation.
+    """
 
     batch_id: int
     prompts: tuple[Prompt, ...]
@@ -58,7 +62,10 @@ class PromptBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """How responses are sampled. `temperature` 0 is greedy (then log-probabilities are taken at temperature 1)."""
+    """Parameters of sampling.
+
+    `temperature` 0 is greedy; log-probabilities are taken at temperature 1 then.
+    """
 
     samples_per_prompt: int
     temperature: float
@@ -72,7 +79,7 @@ class SamplingParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """B sampled responses, whole groups only, the responses of a group adjacent and in the order of `prompts`."""
+    """B sampled responses: whole groups only, each contiguous, in the order of `prompts`."""
 
     prompts: PromptBatch
     sequences: TokenSequences  # the loss mask is True where the policy sampled the token
@@ -81,9 +88,8 @@ class RolloutBatch:
     newest_weight_version: NDArray[np.int32]  # [B]
     stop_reasons: NDArray[np.int8]  # [B] StopReason
     response_texts: tuple[str, ...]  # [B]
-    temperature: (
-        float  # at which rollout_logprobs are taken, and every other log-probability must be
-    )
+    # At which rollout_logprobs are taken, and every other log-probability must be.
+    temperature: float
 
     def __post_init__(self) -> None:
         responses = len(self.sequences)
@@ -105,7 +111,7 @@ class RolloutBatch:
 
     @property
     def sequence_offsets(self) -> NDArray[np.int64]:
-        """[B + 1] where each sequence begins in the flat arrays."""
+        """[B + 1] begin of each sequence in the flat arrays."""
         return self.sequences.offsets
 
     @property
@@ -120,7 +126,7 @@ class RolloutBatch:
 
     @property
     def group_ids(self) -> NDArray[np.int64]:
-        """[B] equal iff two responses answer the same prompt."""
+        """[B] equal exactly where two responses answer the same prompt."""
         return self.sequences.group_ids
 
     @property
@@ -144,12 +150,14 @@ class RolloutBatch:
         if len(batches) == 1:
             return batches[0]
         assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
+
+        prompts = PromptBatch(
+            batch_id=batches[0].batch_id,
+            prompts=tuple(prompt for batch in batches for prompt in batch.prompts.prompts),
+            group_ids=np.concatenate([batch.prompts.group_ids for batch in batches]),
+        )
         return RolloutBatch(
-            prompts=PromptBatch(
-                batch_id=batches[0].batch_id,
-                prompts=tuple(prompt for batch in batches for prompt in batch.prompts.prompts),
-                group_ids=np.concatenate([batch.prompts.group_ids for batch in batches]),
-            ),
+            prompts=prompts,
             sequences=TokenSequences.concatenate([batch.sequences for batch in batches]),
             rollout_logprobs=np.concatenate([batch.rollout_logprobs for batch in batches]),
             oldest_weight_version=np.concatenate(
@@ -169,30 +177,31 @@ FailureKind = Literal["error", "timeout", "crash"]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFailure:
-    """A reward function that gave no number for one response."""
+    """A failure of one reward function on one response."""
 
     row: int  # the response, in its batch
     function: str
     kind: FailureKind
     message: str  # one line
-    traceback: str = ""  # of the first failure of a function in a part; "" for the others
+    traceback: str = ""  # of the first failure of a function in a part; "" for later ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBatch:
-    """What the reward worker adds to the responses of one `RolloutBatch`, in its order.
+    """The rewards of the responses of one `RolloutBatch`, in its order.
 
-    A reward function that failed at a response leaves NaN in its component there, and a `RewardFailure`. Its term of the sum is 0, or, with
-    `reward.on_failure: drop`, the whole reward is NaN: the response is not `scored`, has no part in the statistics of its group, and is not trained on.
+    A reward function that failed on a response leaves NaN in its component there, and a
+    `RewardFailure`. Its term of the sum is 0, or, with `reward.on_failure: drop`, the whole reward
+    is NaN: the response is not `scored`. It does not enter the statistics of its group then, and is
+    not trained on.
     """
 
     batch_id: int
     rewards: NDArray[np.float32]  # [B] weighted sum of the components; NaN: not scored
-    accuracies: NDArray[
-        np.float32
-    ]  # [B] score of the first reward function, clipped to 0..1; NaN: it failed
+    # [B] value of the first reward function, clipped to 0..1; NaN: it failed
+    accuracies: NDArray[np.float32]
     components: Mapping[str, NDArray[np.float32]]  # name -> [B], unweighted; NaN: it failed
-    reasons: tuple[str, ...]  # [B] why a response got its score: "ok", "no_answer", "timeout", ...
+    reasons: tuple[str, ...]  # [B] why a response got its reward: "ok", "no_answer", "timeout", ...
     extracted_answers: tuple[str, ...]  # [B] "" where there is none
     failures: tuple[RewardFailure, ...] = ()
 
@@ -201,20 +210,21 @@ class RewardBatch:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """[B] what counts as a correct response, in training, in evaluation and in the report: an accuracy of at least 0.5.
+        """[B] True for correct responses: those of an accuracy of at least 0.5.
 
-        A response without an accuracy (NaN: it could not be scored) is not correct.
+        The same holds in training, in evaluation and in the report. A response without an accuracy
+        (NaN: its reward could not be computed) is not correct.
         """
         return self.accuracies >= 0.5
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """[B] whether a response has a reward."""
+        """[B] True for responses that have a reward."""
         return ~np.isnan(self.rewards)
 
     @property
     def all_equal(self) -> bool:
-        """Whether no two scored responses have different rewards."""
+        """True if all responses that have a reward have the same one."""
         rewards = self.rewards[self.scored]
         return len(rewards) == 0 or bool(rewards.max() == rewards.min())
 
@@ -223,7 +233,13 @@ class RewardBatch:
         """Join the parts of one batch, in the order given."""
         assert batches, "nothing to concatenate"
         assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
+
+        # A failure names its row in the part; in the whole batch it moves by the rows before it.
         starts = np.cumsum([0] + [len(batch) for batch in batches]).tolist()
+        failures = []
+        for batch, start in zip(batches, starts, strict=False):
+            failures += [replace(failure, row=failure.row + start) for failure in batch.failures]
+
         return RewardBatch(
             batch_id=batches[0].batch_id,
             rewards=np.concatenate([batch.rewards for batch in batches]),
@@ -236,27 +252,23 @@ class RewardBatch:
             extracted_answers=tuple(
                 answer for batch in batches for answer in batch.extracted_answers
             ),
-            failures=tuple(
-                replace(failure, row=failure.row + start)
-                for batch, start in zip(batches, starts, strict=False)
-                for failure in batch.failures
-            ),
+            failures=tuple(failures),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobBatch:
-    """Log-probabilities of some rows of a batch under one policy: what one rank returns.
+    """Log-probabilities of some rows of a batch under one policy, as one rank returns them.
 
-    `logprobs` holds the rows' tokens one after the other (prompt and response, as in `RolloutBatch`), 0 outside the mask.
+    `logprobs` holds the rows' tokens one after the other (prompt and response, as in
+    `RolloutBatch`), 0 outside the mask.
     """
 
     batch_id: int
     rows: NDArray[np.int64]  # [b] indices into the whole batch
     logprobs: NDArray[np.float32]  # [n]
-    squared_score_norms: NDArray[np.float32] | None = (
-        None  # [n] proxy of ||grad log pi||^2; None: nobody reads them
-    )
+    # [n] proxy of ||grad log pi||^2; None: no estimator reads them
+    squared_score_norms: NDArray[np.float32] | None = None
 
     @staticmethod
     def scatter(
@@ -264,34 +276,41 @@ class LogprobBatch:
         sequence_offsets: NDArray[np.int64],
         array: Literal["logprobs", "squared_score_norms"] = "logprobs",
     ) -> NDArray[np.float32]:
-        """Put one array of all ranks' parts in the order of the whole batch: `[N]`, in the precision of the parts. Every row must come exactly once."""
+        """Put one array of all ranks' parts in the order of the whole batch.
+
+        Return `[N]` in the precision of the parts. Every row must come exactly once.
+        """
         precision = np.result_type(*(getattr(part, array).dtype for part in parts))
         whole = np.zeros(int(sequence_offsets[-1]), dtype=precision)
         seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
+
         for part in parts:
+            values = getattr(part, array)
             start = 0
             for row in part.rows:
-                first, last = sequence_offsets[row], sequence_offsets[row + 1]
-                whole[first:last] = getattr(part, array)[start : start + last - first]
+                first = sequence_offsets[row]
+                last = sequence_offsets[row + 1]
+                whole[first:last] = values[start : start + last - first]
                 start += last - first
                 seen[row] += 1
             assert start == len(part.logprobs)
+
         assert (seen == 1).all(), "each row must come from exactly one rank"
         return whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
-    """Responses with their rewards and what else an update needs, but no advantages.
+    """Responses with their rewards and everything else that an update needs, but no advantages.
 
-    What dynamic sampling did not keep stays one; so does a batch whose advantages the policy's ranks
-    estimate before each mini-batch (`advantage.recompute`). Flat arrays are aligned with
-    `rollouts.token_ids` and 0 outside the mask.
+    Responses that dynamic sampling did not keep stay in this form, and so does a batch whose
+    advantages the policy's ranks estimate before each mini-batch (`advantage.recompute`). Flat
+    arrays are aligned with `rollouts.token_ids` and 0 outside the mask.
     """
 
     rollouts: RolloutBatch
     rewards: RewardBatch
-    # [N]; None: one update per batch, so old = live at that update
+    # [N]; None: one update per batch, at which old and live are the same
     old_logprobs: NDArray[np.float32] | None = None
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
     kl_coefficient: float = 0.0  # of the KL term in the loss
@@ -315,7 +334,7 @@ class ScoredBatch:
         returns: NDArray[np.float32] | None = None,
         old_logprobs: NDArray[np.float32] | None = None,
     ) -> TrainBatch:
-        """Return the batch with its advantages, perhaps those of another `old` policy."""
+        """Return the batch with its advantages, optionally with other `old` log-probabilities."""
         known = {field.name: getattr(self, field.name) for field in fields(ScoredBatch)}
         if old_logprobs is not None:
             known["old_logprobs"] = old_logprobs

@@ -1,4 +1,4 @@
-"""Problems kept out of training: drawn by a hash of their text, so that no problem is on both sides."""
+"""Problems kept out of training, drawn by a hash of their text so that none is on both sides."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from rlsys.data.problems import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Training and held-out problems, and further copies of held-out ones, which are in neither."""
+    """Training and held-out problems."""
 
     train: list[Problem]
     held_out: list[Problem]
-    copies: int
+    copies: int  # further copies of held-out problems, which are in neither list
 
 
 def problem_key(problem: Problem) -> str:
-    """What makes two problems the same: their text, or conversation, up to white space."""
+    """Return the text of a problem, or its conversation, with white space normalized.
+
+    Two problems are the same where their keys are equal.
+    """
     turns = problem.messages or ()
     parts = [f"{turn.role}\n{turn.content}" for turn in turns] or [f"user\n{problem.problem}"]
     return "\n\n".join(" ".join(part.split()) for part in parts)
@@ -28,9 +31,9 @@ def problem_key(problem: Problem) -> str:
 def hold_out(problems: Sequence[Problem], *, fraction: float, limit: int) -> Split:
     """Hold out the `fraction` of the different problems whose texts have the smallest hashes.
 
-    At least one and at most `limit` (0: no limit); both lists keep the order of the file. The choice
-    depends on the texts alone: not on seed, order or answers, and a larger fraction holds out the
-    same problems and more.
+    At least one is held out and at most `limit` (0: no limit). Both lists keep the order of the
+    file. The choice depends on the texts alone, not on seed, order or answers; a larger fraction
+    holds out the same problems and more.
 
     Raises:
         ValueError: fewer than two different problems.
@@ -56,6 +59,6 @@ def _hash(key: str) -> bytes:
 
 
 def shared_problems(train: Sequence[Problem], held_out: Sequence[Problem]) -> int:
-    """How many held-out problems are training problems too."""
+    """Count the held-out problems that are training problems too."""
     trained = set(map(problem_key, train))
     return sum(problem_key(problem) in trained for problem in held_out)

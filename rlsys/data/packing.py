@@ -1,13 +1,16 @@
-"""From ragged sequences to packed forward passes.
+"""Packing of ragged sequences into forward passes.
 
-A `Segment group` is a prompt followed by some of its responses; responses see the prompt and themselves, never one another:
+A `SegmentGroup` is a prompt followed by some of its responses; responses see the prompt and
+themselves, never one another. Here a prompt of 3 tokens with the responses a, b and c, each without
+its last token:
 
-    tokens      p0 p1 p2 | a0 a1 | b0 b1 b2 | c0         a prompt of 3 and the responses a, b, c without their last tokens
+    tokens      p0 p1 p2 | a0 a1 | b0 b1 b2 | c0
     positions   0  1  2  | 3  4  | 3  4  5  | 3
     predicts             a0 -> a1     b0 -> b1 ...       and p2 -> a0, b0 and c0 at once
 
-The prompt is computed once for all its responses (`shared_prefix_packing`), or once for each. A response's last token predicts nothing and is left out.
-**The next-token shift happens here and nowhere else**: `predict_positions[k]` is the packed position whose hidden state predicts the token
+The prompt is computed once for all its responses (`shared_prefix_packing`), or once for each. A
+response's last token predicts nothing and is left out. **The next-token shift happens here and
+nowhere else**: `predict_positions[k]` is the packed position whose hidden state predicts the token
 `targets[k]`, which lies at `flat_positions[k]` of the sequences.
 """
 
@@ -24,9 +27,9 @@ from rlsys.data.sequences import TokenSequences
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """One prompt with responses, inside a pack: where it begins, and the lengths of its parts in packed tokens."""
+    """One prompt with responses, inside a pack; lengths are in packed tokens."""
 
-    start: int
+    start: int  # position of its first token in the pack
     prompt_length: int
     response_lengths: tuple[int, ...]
 
@@ -48,9 +51,8 @@ class Pack:
     rows: NDArray[np.int64]  # [b] into the batch's sequences
     response_index: NDArray[np.int64]  # [m] which of the b responses
     response_positions: NDArray[np.int64]  # [m] index within the response's span
-    is_padding: bool = (
-        False  # computed only so that every rank has equally many passes; contributes nothing
-    )
+    # Computed only so that every rank has equally many passes; contributes nothing.
+    is_padding: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -58,8 +60,8 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """Some responses of one group: the smallest thing that is moved between ranks and packs."""
+class _PackingUnit:
+    """Some responses of one group, which stay together: they go to one rank and into one pack."""
 
     rows: tuple[int, ...]
     num_tokens: int
@@ -67,13 +69,18 @@ class _Unit:
 
 def _units(
     sequences: TokenSequences, rows: NDArray[np.int64], budget: int, shared_prefix_packing: bool
-) -> list[_Unit]:
-    """Whole groups where they fit the budget, parts of them where not, single responses without sharing."""
-    lengths = sequences.lengths
-    units: list[_Unit] = []
+) -> list[_PackingUnit]:
+    """Split the responses `rows` into units within the budget.
+
+    With shared-prefix packing a unit is a whole group, or a part of one that does not fit; without
+    it each response is a unit.
+    """
     members: dict[int, list[int]] = {}
     for row in rows:
         members.setdefault(int(sequences.group_ids[row]), []).append(int(row))
+
+    lengths = sequences.lengths
+    units: list[_PackingUnit] = []
     for group_rows in members.values():
         prompt = int(sequences.prompt_lengths[group_rows[0]])
         current: list[int] = []
@@ -81,30 +88,35 @@ def _units(
         for row in group_rows:
             extra = max(int(lengths[row]) - prompt - 1, 0)
             if current and (not shared_prefix_packing or size + extra > budget):
-                units.append(_Unit(tuple(current), size))
-                current, size = [], prompt
+                units.append(_PackingUnit(tuple(current), size))
+                current = []
+                size = prompt
             current.append(row)
             size += extra
-        units.append(_Unit(tuple(current), size))
+        units.append(_PackingUnit(tuple(current), size))
     return units
 
 
-def _balance(units: Sequence[_Unit], ranks: int) -> list[list[_Unit]]:
-    """Longest first, each to the rank with the fewest tokens so far; ties go to the lower rank, so all ranks agree."""
-    shares: list[list[_Unit]] = [[] for _ in range(ranks)]
+def _balance(units: Sequence[_PackingUnit], ranks: int) -> list[list[_PackingUnit]]:
+    """Assign units to ranks: longest first, each to the rank with the fewest tokens so far.
+
+    Ties go to the lower rank, so that all ranks compute the same plan.
+    """
+    assigned: list[list[_PackingUnit]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for unit in sorted(units, key=lambda unit: (-unit.num_tokens, unit.rows)):
         rank = loads.index(min(loads))
-        shares[rank].append(unit)
+        assigned[rank].append(unit)
         loads[rank] += unit.num_tokens
-    return shares
+    return assigned
 
 
-def _bins(units: Sequence[_Unit], budget: int, *, padded: bool) -> list[list[_Unit]]:
-    """First-fit decreasing: `units` come longest first, so the first of a bin is as wide as its padding."""
-    bins: list[list[_Unit]] = []
+def _bins(units: Sequence[_PackingUnit], budget: int, *, padded: bool) -> list[list[_PackingUnit]]:
+    """Fill bins by first-fit decreasing; `units` come longest first."""
+    bins: list[list[_PackingUnit]] = []
     loads: list[int] = []
     for unit in units:
+        # The first unit of a bin is its longest: the width to which the others are padded.
         costs = [content[0].num_tokens if padded else unit.num_tokens for content in bins]
         fits = (load + cost <= budget for load, cost in zip(loads, costs, strict=True))
         place = next((i for i, fit in enumerate(fits) if fit), None)
@@ -127,21 +139,28 @@ def pack_rows(
     shared_prefix_packing: bool,
     padded: bool = False,
 ) -> list[Pack]:
-    """The packs of one rank for the responses `rows`; every rank gets equally many, the last ones perhaps padding packs.
+    """Return the packs of one rank for the responses `rows`.
 
-    A sequence longer than `budget` tokens travels alone. Every rank computes the same plan from the same batch.
-    `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared then.
+    Every rank gets equally many; the last ones may be padding packs. A sequence longer than
+    `budget` tokens has a pack of its own. Every rank computes the same plan from the same batch.
+    `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared
+    then.
     """
     assert not (padded and shared_prefix_packing), "a padded row has a prompt of its own"
-    shares = _balance(_units(sequences, rows, budget, shared_prefix_packing), ranks)
-    bins = [_bins(share, budget, padded=padded) for share in shares]
-    passes = max(map(len, bins))
+    units = _units(sequences, rows, budget, shared_prefix_packing)
+    assigned = _balance(units, ranks)
+    bins = [_bins(own, budget, padded=padded) for own in assigned]
     packs = [_pack(sequences, content, is_padding=False) for content in bins[rank]]
-    smallest = min((unit for share in shares for unit in share), key=lambda unit: unit.num_tokens)
+
+    # Passes contain collective calls, so all ranks need the same number of them.
+    passes = max(map(len, bins))
+    in_rank_order = [unit for own in assigned for unit in own]
+    smallest = min(in_rank_order, key=lambda unit: unit.num_tokens)
     return packs + [_pack(sequences, [smallest], is_padding=True)] * (passes - len(packs))
 
 
-def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_padding: bool) -> Pack:
+def _pack(sequences: TokenSequences, units: Sequence[_PackingUnit], *, is_padding: bool) -> Pack:
+    """Lay out the prompts and responses of `units` as one forward pass."""
     tokens: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
     groups: list[SegmentGroup] = []
@@ -150,33 +169,39 @@ def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_padding: bool
     index: list[NDArray[np.int64]] = []
     within: list[NDArray[np.int64]] = []
     rows = [row for unit in units for row in unit.rows]
+
     start = 0
     for unit in units:
         prompt = int(sequences.prompt_lengths[unit.rows[0]])
         first = int(sequences.offsets[unit.rows[0]])
         tokens.append(sequences.token_ids[first : first + prompt])
         positions.append(np.arange(prompt))
+
         lengths = []
         place = start + prompt
         for row in unit.rows:
-            begin, end = (
-                int(sequences.offsets[row]) + prompt,
-                int(sequences.offsets[row + 1]),
-            )
+            begin = int(sequences.offsets[row]) + prompt
+            end = int(sequences.offsets[row + 1])
             span = np.arange(end - begin)
             sampled = span[sequences.loss_mask[begin:end]]
+
+            # All tokens of the response but the last, which predicts nothing.
             packed = max(end - begin - 1, 0)
             tokens.append(sequences.token_ids[begin : begin + packed])
             positions.append(prompt + span[:packed])
-            # Token s of the response is predicted by its predecessor: the prompt's last token for s = 0.
+
+            # Token s of the response is predicted by its predecessor; token 0 by the last token of
+            # the prompt, which other responses may separate from it.
             predict.append(np.where(sampled == 0, start + prompt - 1, place + sampled - 1))
             flat.append(begin + sampled)
             within.append(sampled)
             index.append(np.full(len(sampled), len(index)))
+
             lengths.append(packed)
             place += packed
         groups.append(SegmentGroup(start, prompt, tuple(lengths)))
         start = place
+
     flat_positions = np.concatenate(flat)
     return Pack(
         token_ids=np.concatenate(tokens).astype(np.int64),
@@ -195,7 +220,10 @@ def _pack(sequences: TokenSequences, units: Sequence[_Unit], *, is_padding: bool
 def mini_batch_rows(
     sequences: TokenSequences, *, num_mini_batches: int, epochs: int, seed: int, batch_id: int
 ) -> Iterator[NDArray[np.int64]]:
-    """The rows of each mini-batch of each epoch: whole groups, equally many in each, in an order given by (seed, batch, epoch).
+    """Yield the rows of each mini-batch of each epoch.
+
+    A mini-batch consists of whole groups, equally many in each. Their order depends on seed, batch
+    and epoch alone.
 
     Raises:
         ValueError: the groups cannot be split evenly.

@@ -1,4 +1,4 @@
-"""Between flat token arrays and the [B, T] tensors of response tokens that algorithm functions take."""
+"""Conversion of flat token arrays to the [B, T] tensors of algorithm functions, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rlsys.data.sequences import TokenSequences
 
 @dataclass(frozen=True)
 class ResponsePadding:
-    """Where each flat position of a response's span lies in [B, T]. The span runs from the end of the prompt to the end of the sequence."""
+    """The place in [B, T] of each flat position of a response's span.
+
+    The span runs from the end of the prompt to the end of the sequence.
+    """
 
     flat: NDArray[np.int64]  # [n] positions in the flat arrays
     rows: NDArray[np.int64]  # [n]
@@ -36,7 +39,7 @@ class ResponsePadding:
         )
 
     def pad(self, values: NDArray) -> Tensor:
-        """[N, ...] -> [B, T, ...], zeros (False) beyond each span."""
+        """Pad [N, ...] to [B, T, ...], with zeros (False) beyond each span."""
         padded = np.zeros((*self.shape, *values.shape[1:]), dtype=values.dtype)
         padded[self.rows, self.columns] = values[self.flat]
         return torch.from_numpy(padded)
@@ -44,7 +47,7 @@ class ResponsePadding:
     def unpad(
         self, padded: Tensor, num_tokens: int, dtype: DTypeLike = np.float32
     ) -> NDArray[np.float32]:
-        """[B, T, ...] -> [N, ...], zeros on the prompts; float32 where nothing else is asked for."""
+        """Flatten [B, T, ...] to [N, ...] of `dtype`, with zeros on the prompts."""
         flat = np.zeros((num_tokens, *padded.shape[2:]), dtype=dtype)
         flat[self.flat] = padded.numpy()[self.rows, self.columns]
         return flat

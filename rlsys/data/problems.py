@@ -1,4 +1,4 @@
-"""A problem with its answer: what every source of data yields."""
+"""A problem with its answer, as every source of data yields it."""
 
 import hashlib
 import json

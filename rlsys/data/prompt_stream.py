@@ -19,10 +19,11 @@ from rlsys.data.synthetic_problems import generate_problems
 
 
 class PromptStream:
-    """Batches of `prompts_per_step` prompts for ever: each epoch is a new permutation, a batch may span two epochs.
+    """An endless stream of batches of `prompts_per_step` prompts.
 
-    The stream's whole state is the number of prompts and of batches taken, since epoch e is always permuted by the seed (seed, e). The size of a
-    batch may change on the way.
+    Each epoch is a new permutation, and a batch may span two epochs. The stream's whole state is
+    the number of prompts and of batches taken, since epoch e is always permuted with the seed
+    (seed, e). A resumed run may use another batch size.
     """
 
     def __init__(
@@ -34,7 +35,10 @@ class PromptStream:
         shuffle: bool,
         digest: str | None = None,
     ) -> None:
-        """`digest` is the `problems_digest` of what the prompts were made of; None: it is not known, and not compared on a resume."""
+        """Create a stream; `digest` is the `problems_digest` of the problems behind the prompts.
+
+        None: it is unknown, and not compared on a resume.
+        """
         assert prompts, "an empty stream"
         self._prompts = prompts
         self._size = prompts_per_step
@@ -43,9 +47,11 @@ class PromptStream:
         self._digest = digest
         self._batches_taken = 0
         self._prompts_taken = 0
+        self._cached_epoch = -1  # none yet
+        self._cached_order = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Prompts of one epoch."""
+        """Return the number of prompts of one epoch."""
         return len(self._prompts)
 
     @property
@@ -59,11 +65,12 @@ class PromptStream:
         return sum(len(prompt.token_ids) for prompt in self._prompts) / len(self._prompts)
 
     def next_batch(self) -> PromptBatch:
-        """The next batch; group ids are unique within the run."""
+        """Return the next batch; group ids are unique within the run."""
         batch_id = self._batches_taken
         positions = range(self._prompts_taken, self._prompts_taken + self._size)
         self._batches_taken += 1
         self._prompts_taken += self._size
+
         return PromptBatch(
             batch_id=batch_id,
             prompts=tuple(self._prompts[self._index(position)] for position in positions),
@@ -75,15 +82,14 @@ class PromptStream:
         return int(self._order(epoch)[place]) if self._shuffle else place
 
     def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached_epoch", None) != epoch:
-            self._cached_epoch, self._cached_order = (
-                epoch,
-                np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)),
-            )
+        if self._cached_epoch != epoch:
+            rng = np.random.default_rng([self._seed, epoch])
+            self._cached_order = rng.permutation(len(self._prompts))
+            self._cached_epoch = epoch
         return self._cached_order
 
     def state(self) -> dict[str, Any]:
-        """JSON-compatible position of the stream."""
+        """Return the position of the stream, ready for JSON."""
         return {
             "batches_taken": self._batches_taken,
             "prompts_taken": self._prompts_taken,
@@ -99,31 +105,34 @@ class PromptStream:
         """
         if state["prompts"] != len(self._prompts):
             raise ValueError(
-                f"data.train: the checkpoint was written with {state['prompts']} prompts, now there are {len(self._prompts)}. Resume with "
-                "the same data and filters."
+                f"data.train: the checkpoint was written with {state['prompts']} prompts, now "
+                f"there are {len(self._prompts)}. Resume with the same data and filters."
             )
+
         # An earlier version kept none, or one of other fields under another name.
         digest = state.get("problems_digest")
         if digest is not None and self._digest is not None and digest != self._digest:
             raise ValueError(
-                f"data.train: the {len(self._prompts)} prompts are not those that the checkpoint was written with, or in another order. Resume "
-                "with the same data and filters, or start a new run from the checkpoint with --model.path."
+                f"data.train: the {len(self._prompts)} prompts are not those that the checkpoint "
+                "was written with, or in another order. Resume with the same data and filters, or "
+                "start a new run from the checkpoint with --model.path."
             )
+
         self._batches_taken = int(state["batches_taken"])
         self._prompts_taken = int(state["prompts_taken"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedProblems:
-    """Problems of one run before they are worded. No `evaluation`: data.eval is off."""
+    """Problems of one run before they become prompts. No `evaluation`: data.eval is off."""
 
     train: list[Problem]
     evaluation: list[Problem]
-    origin: str  # where the held-out problems come from, for people
-    notices: tuple[str, ...]  # what the user should know of these data
+    origin: str  # of the held-out problems, for messages
+    notices: tuple[str, ...]  # about these data, for the user
 
     def describe(self) -> str:
-        """One line: how many problems, and what is evaluated on."""
+        """Return one line: how many problems there are, and which are evaluated."""
         if not self.evaluation:
             return f"{len(self.train)} training problems, no evaluation ({self.origin})"
         return (
@@ -140,11 +149,11 @@ class LoadedPrompts:
     evaluation: PromptBatch
     dropped_train: int
     dropped_evaluation: int
-    notices: tuple[str, ...]  # what the user should know of these data
+    notices: tuple[str, ...]  # about these data, for the user
 
     @property
     def samples(self) -> Sequence[Prompt]:
-        """Prompts to try engine and trainer on: the held-out ones, else those of training."""
+        """Prompts for comparing engine and trainer: the held-out ones, else those of training."""
         return self.evaluation.prompts or self.train.prompts
 
 
@@ -158,6 +167,7 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
     data = config.data
     notices: list[str] = []
     _check_sources(data)
+
     if data.train == "synthetic":
         train, held_out = _synthetic(config)
     else:
@@ -174,6 +184,7 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
         notices += _copies_notices(split.copies)
     else:
         evaluation, origin = _read(data, data.eval, "data.eval", notices, metadata), data.eval
+
     evaluation = evaluation[: data.eval_limit or None]
     notices += _shared_notices(train, evaluation)
 
@@ -189,7 +200,7 @@ def _check_sources(data: DataConfig) -> None:
         )
     if data.eval == "synthetic" and data.train != "synthetic":
         raise ValueError(
-            f"data.eval: 'synthetic' problems say nothing of data.train {data.train!r}. Set it to "
+            f"data.eval: 'synthetic' problems do not measure data.train {data.train!r}. Set it to "
             "auto to hold problems out of data.train, to a file, or to off."
         )
     reads_no_file = data.train == "synthetic" and data.eval in ("auto", "off", "synthetic")
@@ -232,7 +243,8 @@ def _copies_notices(copies: int) -> Iterator[str]:
 
 
 def _shared_notices(train: Sequence[Problem], evaluation: Sequence[Problem]) -> Iterator[str]:
-    if shared := shared_problems(train, evaluation):
+    shared = shared_problems(train, evaluation)
+    if shared:
         yield (
             f"data.eval: WARNING: {shared} of its {len(evaluation)} problems are also in "
             "data.train, so accuracy on them is not held out. Drop them from one of the two, or "
@@ -243,10 +255,11 @@ def _shared_notices(train: Sequence[Problem], evaluation: Sequence[Problem]) -> 
 def load_prompts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, problems: LoadedProblems | None = None
 ) -> LoadedPrompts:
-    """Word and tokenize the problems.
+    """Render and tokenize the problems as prompts.
 
     Raises:
-        ValueError: as `load_problems`; prompts beyond `data.max_prompt_tokens` where those are refused, or all of them.
+        ValueError: as `load_problems`; prompts longer than `data.max_prompt_tokens` where those are
+            refused, or where all are longer.
     """
     problems = problems or load_problems(config)
     renderer = PromptRenderer(config.data.template, tokenizer, chat=config.data.chat)
@@ -256,6 +269,7 @@ def load_prompts(
     )
     dropped_train = len(problems.train) - len(train)
     dropped_evaluation = len(problems.evaluation) - len(evaluation)
+
     stream = PromptStream(
         [prompt for _, prompt in train],
         prompts_per_step=config.trainer.prompts_per_step,
@@ -269,17 +283,18 @@ def load_prompts(
         group_ids=np.arange(len(evaluation), dtype=np.int64),
     )
     limit = config.data.max_prompt_tokens
+    notices = (
+        *problems.notices,
+        *_dropped_notices("data.train", dropped_train, len(problems.train), limit),
+        *_dropped_notices("data.eval", dropped_evaluation, len(problems.evaluation), limit),
+        *_few_notices(len(train), config.trainer.prompts_per_step),
+    )
     return LoadedPrompts(
         train=stream,
         evaluation=held_out,
         dropped_train=dropped_train,
         dropped_evaluation=dropped_evaluation,
-        notices=(
-            *problems.notices,
-            *_dropped_notices("data.train", dropped_train, len(problems.train), limit),
-            *_dropped_notices("data.eval", dropped_evaluation, len(problems.evaluation), limit),
-            *_few_notices(len(train), config.trainer.prompts_per_step),
-        ),
+        notices=notices,
     )
 
 
@@ -303,7 +318,11 @@ def _few_notices(prompts: int, prompts_per_step: int) -> Iterator[str]:
 def _encode(
     problems: Sequence[Problem], renderer: PromptRenderer, data: DataConfig, field: str
 ) -> list[tuple[Problem, Prompt]]:
-    """The problems whose prompts are short enough, with those prompts."""
+    """Return the problems whose prompts are short enough, with those prompts.
+
+    Raises:
+        ValueError: there are longer ones and they are refused, or all are longer.
+    """
     prompts = [renderer.encode(problem) for problem in problems]
     kept = [
         (problem, prompt)
@@ -313,9 +332,12 @@ def _encode(
     dropped = len(prompts) - len(kept)
     if dropped and (data.overlong_prompts == "refuse" or not kept):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        remedy = "Raise the limit, or set data.overlong_prompts to drop."
+        if not kept:
+            remedy = "Raise the limit."
         raise ValueError(
-            f"data.max_prompt_tokens: {dropped} of {len(prompts)} prompts of {field} are longer than {data.max_prompt_tokens} tokens (the "
-            f"longest, {longest.problem_id!r}, has {len(longest.token_ids)}). Raise the limit"
-            + (", or set data.overlong_prompts to drop." if kept else ".")
+            f"data.max_prompt_tokens: {dropped} of {len(prompts)} prompts of {field} are longer "
+            f"than {data.max_prompt_tokens} tokens (the longest, {longest.problem_id!r}, has "
+            f"{len(longest.token_ids)}). {remedy}"
         )
     return kept

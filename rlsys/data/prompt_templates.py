@@ -1,20 +1,23 @@
-"""From a problem to the tokens of a prompt.
+"""Prompt templates: from a problem to the tokens of a prompt.
 
-    few_shot     three worked examples, for models that were never told to box their answers
+    few_shot     three worked examples, for models that were not trained to box their answers
     chat_boxed   the model's own chat template around the problem and a boxed-answer instruction
     chat         the model's own chat template around the problem as it is
-    r1_zero      <think> reasoning </think> <answer> answer </answer>; the prompt opens the first tag
+    r1_zero      <think> reasoning </think> <answer> answer </answer>; the prompt opens <think>
     a path       a Jinja file of the user's, with {{ problem }}
 
-A template is a Jinja file, here in `templates/` or the user's own. Front matter between two lines of
---- declares what else belongs to it: `chat: true` wraps the prompt in the model's chat template, and
-`stop: [...]` names the strings that end a response.
+A template is a Jinja file, here in `templates/` or the user's own. Front matter between two lines
+of --- declares what else belongs to it: `chat: true` wraps the prompt in the model's chat
+template, and `stop: [...]` names the strings that end a response.
 
-A problem that is a conversation keeps its turns where the prompt is wrapped in the chat template; the
-template words the last one. Elsewhere there is no place for turns, and conversations are refused.
+A problem that is a conversation keeps its turns where the prompt is wrapped in the chat template;
+the template is applied to the last one. Elsewhere there is no place for turns, and conversations
+are refused.
 
-Tokens are made here, once. Nobody tokenizes a prompt's text again. A prompt begins with what the tokenizer puts before every text (BOS, where it has
-one), once, also where the template writes it; it never ends with what the tokenizer puts behind (EOS), since the response is to follow.
+A prompt is tokenized here, once; its text is not tokenized again anywhere. It begins with the
+tokens that the tokenizer puts before every text (BOS, where it has one), exactly once, also where
+the template writes them itself. It never ends with those that the tokenizer puts behind (EOS),
+since the response follows.
 """
 
 from __future__ import annotations
@@ -41,15 +44,15 @@ FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """How a problem becomes a prompt, and what the template's front matter declares beside it."""
+    """The text of a template, and the declarations of its front matter."""
 
     source: str  # Jinja, with {{ problem }}
     chat: bool = False  # the model's chat template goes around it
-    stop: tuple[str, ...] = ()  # what ends a response, beside the end-of-sequence token
+    stop: tuple[str, ...] = ()  # strings that end a response, beside the end-of-sequence token
 
 
 def load_template(template: str) -> PromptTemplate:
-    """Return the template of a name or file.
+    """Return the template called `template`, or that of a file.
 
     Raises:
         ValueError: no such name or file, its front matter declares something else, or its text does
@@ -69,8 +72,8 @@ def _text(template: str) -> str:
     near = difflib.get_close_matches(template, TEMPLATE_NAMES, n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        f"data.template: {template!r} is neither one of {', '.join(TEMPLATE_NAMES)} nor an existing "
-        f"Jinja file.{hint}"
+        f"data.template: {template!r} is neither one of {', '.join(TEMPLATE_NAMES)} nor an "
+        f"existing Jinja file.{hint}"
     )
 
 
@@ -92,8 +95,11 @@ def _parts(template: str, text: str) -> tuple[dict[str, Any], str]:
             f"data.template: the front matter of {template!r} declares {declared!r}. It may hold "
             "chat (true or false) and stop (strings that end a response)."
         )
-    chat, stop = declared.get("chat", False), declared.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
+    chat = declared.get("chat", False)
+    stop = declared.get("stop", [])
+    if isinstance(stop, str):
+        stop = [stop]
+
     if not isinstance(chat, bool):
         raise ValueError(f"data.template: chat of {template!r} is {chat!r}. Write true or false.")
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -108,8 +114,8 @@ def _check_source(template: str, source: str) -> None:
         text = _compiled(source).render(problem="PROBLEM")
     except jinja2.TemplateError as error:
         raise ValueError(
-            f"data.template: {template!r} is no usable Jinja template ({error}). Use {{{{ problem "
-            "}}}} and nothing else."
+            f"data.template: {template!r} is not a valid Jinja template ({error}). Use "
+            "{{ problem }} and nothing else."
         ) from error
     if "PROBLEM" not in text:
         raise ValueError(
@@ -124,7 +130,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def stop_strings(template: str, configured: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what ends a response: the user's `generation.stop`, else the template's own."""
+    """Return the strings that end a response: `generation.stop`, else the template's own."""
     return configured or load_template(template).stop
 
 
@@ -137,25 +143,28 @@ def check_template_takes(problems: Sequence[Problem], data: DataConfig, field: s
     """Refuse conversations where the prompt has no place for turns.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: the message names the first of them.
     """
     conversations = [problem for problem in problems if problem.messages]
     if conversations and not uses_chat_template(data):
         raise ValueError(
-            f"data.template: {data.template!r} without the model's chat template cannot word chat "
-            f"messages, and {len(conversations)} of {len(problems)} problems of {field} are (the "
-            f"first is {conversations[0].problem_id!r}). Use chat, or chat_boxed for a boxed-answer "
-            "instruction after the last message, or set data.chat to true."
+            f"data.template: {data.template!r} without the model's chat template has no place for "
+            f"chat messages, and {len(conversations)} of {len(problems)} problems of {field} are "
+            f"conversations (the first is {conversations[0].problem_id!r}). Use chat, or "
+            "chat_boxed for a boxed-answer instruction after the last message, or set data.chat "
+            "to true."
         )
 
 
 class PromptRenderer:
-    """Turns problems into prompts with one template and one tokenizer."""
+    """A converter of problems into prompts with one template and one tokenizer."""
 
     def __init__(
         self, template: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None
     ) -> None:
-        """`chat` wraps prompts in the model's chat template; None: where the template declares it.
+        """Create a renderer; `chat` None: as the template declares.
+
+        With `chat`, prompts are wrapped in the model's chat template.
 
         Raises:
             ValueError: see `load_template`; a chat template that the tokenizer does not have.
@@ -168,12 +177,12 @@ class PromptRenderer:
         if self._chat and not tokenizer.chat_template:
             cause = f"data.template: {template!r}" if chat is None else "data.chat: true"
             raise ValueError(
-                f"{cause} needs a chat template, and this model's tokenizer has none. Use few_shot, "
-                "r1_zero or a Jinja file of your own, and leave data.chat at null."
+                f"{cause} needs a chat template, and this model's tokenizer has none. Use "
+                "few_shot, r1_zero or a Jinja file of your own, and leave data.chat at null."
             )
 
     def encode(self, problem: Problem) -> Prompt:
-        """The prompt of one problem, tokenized.
+        """Return the prompt of one problem, tokenized.
 
         Raises:
             ValueError: the model's chat template refuses the conversation.
@@ -191,7 +200,7 @@ class PromptRenderer:
         )
 
     def _conversation(self, problem: Problem, last: str) -> str:
-        """The model's chat template around the turns so far and `last`, the worded last one."""
+        """Apply the model's chat template to the turns so far and `last`, the rendered last one."""
         turns = [{"role": turn.role, "content": turn.content} for turn in problem.messages[:-1]]
         turns.append({"role": "user", "content": last})
         roles = ", ".join(turn["role"] for turn in turns)
@@ -208,7 +217,8 @@ class PromptRenderer:
                 "conversations, or use another model."
             ) from error
 
-        for turn in turns:  # of the assistant's some templates cut the reasoning, as they should
+        # Some templates cut the reasoning out of the assistant's turns, as they should.
+        for turn in turns:
             if turn["role"] != "assistant" and turn["content"].strip() not in text:
                 raise ValueError(
                     f"data.template: the model's chat template leaves out the {turn['role']} "
@@ -218,7 +228,7 @@ class PromptRenderer:
         return text
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        """Tokens of a whole prompt; a chat template has written the special tokens itself."""
+        """Tokenize a whole prompt; a chat template has written the special tokens itself."""
         tokens = _without_special_tokens(self._tokenizer, text)
         if self._chat or tokens[:1] == self._beginning[:1]:
             return tokens
@@ -226,15 +236,21 @@ class PromptRenderer:
 
 
 def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Special tokens that a tokenizer puts before a text; those that it puts behind are left out."""
+    """Return the special tokens that a tokenizer puts before a text, without those behind it.
+
+    Raises:
+        ValueError: the tokenizer changes the text's own tokens when it adds special ones.
+    """
     plain = _without_special_tokens(tokenizer, "a")
     whole = tuple(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
+
     raise ValueError(
-        f"data.template: the tokenizer {type(tokenizer).__name__} reads a text differently with its special tokens than without. Give the model "
-        "directory a tokenizer that only puts special tokens around the text."
+        f"data.template: the tokenizer {type(tokenizer).__name__} reads a text differently with "
+        "its special tokens than without. Give the model directory a tokenizer that only puts "
+        "special tokens around the text."
     )
 
 

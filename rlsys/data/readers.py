@@ -1,4 +1,4 @@
-"""Problems from files and Hugging Face data sets: every row is checked, and named if it is unfit."""
+"""Problems from files and Hugging Face data sets. Every row is checked, and reported if unfit."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ def read_problems(
         field: name of the config field that holds `source`, for messages.
         where: values by column, as in `data.where`.
         metadata: give each problem the columns that are not its text, answer or id.
-        on_dropped: drops rows without a problem or an answer, and is told which. None: such rows
-            are refused like all others that cannot be used.
+        on_dropped: called with a notice of the rows that were dropped because they lack a problem
+            or an answer. None: such rows are refused like all others that cannot be used.
 
     Raises:
         ValueError: the source is missing or unreadable, lacks a column, has rows that cannot be
             used, or holds nothing after the filters.
     """
     filters = _Filters.of(where or {})
-    used = [columns.problem, columns.answer, *([columns.id] if columns.id else []), *filters.wanted]
+    used = [columns.problem, columns.answer, *filters.wanted]
+    if columns.id:
+        used.append(columns.id)
     table = read_table(source, needed=None if metadata else used, field=field)
     _check_columns(table, columns, filters, source, field)
 
@@ -59,23 +61,26 @@ def read_problems(
             f"{field}: {len(refused)} of {len(table.rows)} rows of {source!r} cannot be used: "
             f"{_examples(refused)}. {_remedies(refused)}"
         )
+
     if unfit and on_dropped:
         on_dropped(
             f"{field}: {len(unfit)} of {len(table.rows)} rows of {source!r} lack a problem or an "
             f"answer and were dropped: {_examples(unfit)}"
         )
+
     kept = [problem for problem, keys in rows if filters.keep(keys)]
     if not kept:
+        found = filters.found([keys for _, keys in rows])
         raise ValueError(
-            f"data.where: {filters} leaves no problem of {field} {source!r} ({len(rows)} rows read; "
-            f"{filters.found([keys for _, keys in rows])}). Drop or widen the filters."
+            f"data.where: {filters} leaves no problem of {field} {source!r} ({len(rows)} rows "
+            f"read; {found}). Drop or widen the filters."
         )
     return kept
 
 
 @dataclass(frozen=True)
 class _Filters:
-    """`data.where`: the keys to keep (see `filter_key`) and the values as they were given."""
+    """The filters of `data.where`: the keys to keep (see `filter_key`) and the values as given."""
 
     wanted: Mapping[str, frozenset[str | None]]
     given: Mapping[str, Sequence[Any]]
@@ -86,7 +91,7 @@ class _Filters:
         return _Filters(keys, where)
 
     def keys_of(self, row: Mapping[str, Any]) -> tuple[str | None, ...]:
-        """Return what the row has in each column of the filters.
+        """Return the row's key in each column of the filters.
 
         Raises:
             Unfit: a value that cannot be compared.
@@ -94,12 +99,12 @@ class _Filters:
         return tuple(_optional(row, name, filter_key) for name in self.wanted)
 
     def keep(self, keys: Sequence[str | None]) -> bool:
-        """Return whether a row passes all filters; one without a value passes none."""
+        """Return whether a row passes all filters; a missing value passes none."""
         columns = zip(keys, self.wanted.values(), strict=True)
         return all(key is not None and key in wanted for key, wanted in columns)
 
     def found(self, rows: Sequence[Sequence[str | None]]) -> str:
-        """Say which values the columns of the filters hold."""
+        """Return text that lists the values of the filters' columns."""
         columns = zip(self.wanted, zip(*rows, strict=True), strict=True)
         return "; ".join(f"{name} holds {_distinct(keys)}" for name, keys in columns)
 
@@ -126,7 +131,7 @@ def _check_columns(
     The default name of id may be absent.
     """
     if not table.columns:
-        return  # every row is defective, which is said with the rows
+        return  # every row is defective, which is reported with the rows
     required = {
         "data.columns.problem": columns.problem,
         "data.columns.answer": columns.answer,
@@ -157,7 +162,7 @@ def _columns(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _UnfitRow:
-    """A row that is no problem, and why."""
+    """A row that cannot become a problem, and the reason."""
 
     place: str
     error: Unfit
@@ -174,7 +179,7 @@ class _UnfitRow:
 def _problems(
     table: Table, columns: ColumnNames, filters: _Filters, *, metadata: bool
 ) -> tuple[list[tuple[Problem, tuple[str | None, ...]]], list[_UnfitRow]]:
-    """Return a problem a row with its values in the filters' columns, and the rows that are none."""
+    """Return one problem per row with its keys in the filters' columns, and the unfit rows."""
     problems: list[tuple[Problem, tuple[str | None, ...]]] = []
     unfit: list[_UnfitRow] = []
     for number, row in enumerate(table.rows):
@@ -187,7 +192,7 @@ def _problems(
 
 
 def _examples(unfit: Sequence[_UnfitRow]) -> str:
-    """The first few rows with place and reason, and how many more there are."""
+    """Return the first few rows with place and reason, and the number of the rest."""
     shown = "; ".join(map(str, unfit[:EXAMPLES]))
     rest = len(unfit) - EXAMPLES
     return shown + (f"; and {rest} more" if rest > 0 else "")
@@ -199,7 +204,7 @@ def _remedies(unfit: Sequence[_UnfitRow]) -> str:
 
 def _problem(row: Row, columns: ColumnNames, number: int, *, metadata: bool) -> Problem:
     if row.defect is not None:
-        raise Unfit(row.defect, "Mend or drop the rows.")
+        raise Unfit(row.defect, "Fix or drop the rows.")
     text, messages = _cell(row.values, columns.problem, prompt_parts)
     return Problem(
         problem_id=_optional(row.values, columns.id, lambda value: id_text(value, number)),
@@ -232,7 +237,7 @@ def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
 
 
 def _optional(row: Mapping[str, Any], name: str | None, convert: Callable[[Any], T]) -> T:
-    """The converted value, or that of null where the row has no such column."""
+    """Convert the value of a column, or null where the row has no such column."""
     try:
         value = lookup(row, name) if name else None
     except KeyError:

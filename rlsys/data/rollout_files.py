@@ -1,7 +1,8 @@
 """One step's rollouts as a Parquet file, readable with pyarrow or pandas.
 
-A row for each response that was sampled in the step. `trained` says which of them entered the loss: not those that dynamic sampling dropped, and
-not those that are masked out. Only trained responses have advantages; what was dropped has no `old` and no `ref` log-probabilities either.
+Each response that was sampled in the step has a row. `trained` is true for those that entered the
+loss: not for those that dynamic sampling dropped, and not for those that are masked out. Only
+trained responses have advantages; dropped ones have no `old` and no `ref` log-probabilities either.
 """
 
 from __future__ import annotations
@@ -24,23 +25,27 @@ def write_rollouts(
     dropped: ScoredBatch | None = None,
     advantages: NDArray[np.float32] | None = None,
 ) -> None:
-    """Write a row for each response: texts, tokens, log-probabilities, rewards, advantages. Token arrays cover prompt and response.
+    """Write a row for each response: texts, tokens, log-probabilities, rewards, advantages.
 
-    `dropped` are responses that were sampled and not kept. `advantages` `[N]` are those that the update
-    estimated itself, NaN where it estimated none, of a batch that has none.
+    Token arrays cover prompt and response. `dropped` are responses that were sampled and not kept.
+    `advantages` `[N]` are those that the update estimated itself, for a batch that has none; NaN
+    where it estimated none.
     """
-    trained = (
-        np.ones(len(batch.rollouts), dtype=np.bool_) if batch.trained is None else batch.trained
-    )
+    trained = batch.trained
+    if trained is None:
+        trained = np.ones(len(batch.rollouts), dtype=np.bool_)
     if advantages is None and isinstance(batch, TrainBatch):
         advantages = batch.advantages
+
+    offsets = batch.rollouts.sequence_offsets
     kept = _sample_columns(batch) | {
         "trained": pa.array(trained),
-        "old_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.old_logprobs),
-        "ref_logprobs": _ragged(batch.rollouts.sequence_offsets, batch.ref_logprobs),
-        "advantages": _ragged(batch.rollouts.sequence_offsets, advantages, trained),
+        "old_logprobs": _ragged(offsets, batch.old_logprobs),
+        "ref_logprobs": _ragged(offsets, batch.ref_logprobs),
+        "advantages": _ragged(offsets, advantages, trained),
     }
     tables = [pa.table(kept)]
+
     if dropped is not None:
         nothing = _ragged(dropped.rollouts.sequence_offsets, None)
         columns = _sample_columns(dropped) | {
@@ -48,14 +53,18 @@ def write_rollouts(
             **dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages"), nothing),
         }
         tables.append(pa.table(columns))
+
+    # A reader never sees half a file.
     partial = path.with_name(f".{path.name}.partial")
     pyarrow.parquet.write_table(pa.concat_tables(tables), partial)
     partial.rename(path)
 
 
 def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
-    """What every sampled response has."""
-    rollouts, rewards, offsets = batch.rollouts, batch.rewards, batch.rollouts.sequence_offsets
+    """Return the columns that every sampled response has."""
+    rollouts = batch.rollouts
+    rewards = batch.rewards
+    offsets = rollouts.sequence_offsets
     position = {int(group): i for i, group in enumerate(rollouts.prompts.group_ids)}
     prompts = [rollouts.prompts.prompts[position[int(group)]] for group in rollouts.group_ids]
     return {
@@ -87,7 +96,7 @@ def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
 def _ragged(
     offsets: NDArray[np.int64], values: NDArray | None, present: NDArray[np.bool_] | None = None
 ) -> pa.Array:
-    """Flat values as a list for each response; null where there are none, or where the response is not `present`."""
+    """Return flat values as one list per response; null without values or where not `present`."""
     if values is None:
         return pa.nulls(len(offsets) - 1, pa.list_(pa.float32()))
     absent = None if present is None else pa.array(~present)
@@ -97,7 +106,10 @@ def _ragged(
 
 
 def _failures(rewards: RewardBatch) -> list[str]:
-    """[B] which reward functions failed on a response and how; "" where none did. Their scores are NaN."""
+    """Return [B] the reward functions that failed on a response, with reasons; "" where none did.
+
+    Their components are NaN.
+    """
     texts: list[list[str]] = [[] for _ in range(len(rewards))]
     for failure in rewards.failures:
         texts[failure.row].append(f"{failure.function}: {failure.kind}, {failure.message}")
@@ -105,5 +117,5 @@ def _failures(rewards: RewardBatch) -> list[str]:
 
 
 def read_rollouts(path: Path) -> list[dict]:
-    """The rows of a file written by `write_rollouts`."""
+    """Return the rows of a file written by `write_rollouts`."""
     return pyarrow.parquet.read_table(path).to_pylist()

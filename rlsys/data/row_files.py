@@ -1,4 +1,4 @@
-"""Rows of Parquet, JSONL, JSON, CSV and TSV files and of Hugging Face data sets, each with its place.
+"""Rows of Parquet, JSONL, JSON, CSV and TSV files and of Hugging Face data sets, with places.
 
     .parquet        rows counted from 0, as pandas and datasets count them
     .jsonl          one object a line; lines end with \\n or \\r\\n and nothing else
@@ -33,7 +33,7 @@ LONGEST_CELL = 2**31 - 1  # the csv module stops at 131072 characters by default
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row: its values by column, or what keeps it from having any."""
+    """One row: its values by column, or the defect for which it has none."""
 
     place: str  # "line 3" or "row 3"
     values: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Table:
 
 
 def read_table(source: str, *, needed: Sequence[str] | None, field: str) -> Table:
-    """Read a file, or a data set of the hub (`id` or `id:split`).
+    """Read the table of a file, or of a data set of the hub (`id` or `id:split`).
 
     Args:
         needed: columns that will be used; Parquet files are not read beyond them. None: all.
@@ -109,7 +109,7 @@ def _refuse_repeated(names: Iterable[str], path: Path, field: str) -> None:
 
 
 def _read_text(path: Path, field: str) -> str:
-    """The text of a UTF-8 file without its byte order mark."""
+    """Return the text of a UTF-8 file without its byte order mark."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -123,8 +123,8 @@ def _read_text(path: Path, field: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{field}: line {line} of {str(path)!r} is not UTF-8 (byte 0x{content[error.start]:02x})."
-            " Save the file as UTF-8."
+            f"{field}: line {line} of {str(path)!r} is not UTF-8 "
+            f"(byte 0x{content[error.start]:02x}). Save the file as UTF-8."
         ) from error
     if not text.strip():
         raise ValueError(f"{field}: {str(path)!r} is empty. Give a file with problems.")
@@ -132,11 +132,11 @@ def _read_text(path: Path, field: str) -> str:
 
 
 class _RepeatedKeyError(ValueError):
-    """A JSON object names a key twice, of which json keeps the last without a word."""
+    """A JSON object with a repeated key, of which json silently keeps the last value."""
 
 
 def _parse_json(text: str) -> Any:
-    """The value of a JSON text; numbers with a fraction or an exponent as Decimal."""
+    """Parse a JSON text; numbers with a fraction or an exponent become Decimal."""
     return json.loads(text, parse_float=Decimal, object_pairs_hook=_object)
 
 
@@ -161,13 +161,13 @@ def _read_jsonl(path: Path, needed: Sequence[str] | None, field: str) -> Table:
     table = _parse_jsonl(text)
     if text.lstrip().startswith("[") and all(row.defect for row in table.rows):
         raise ValueError(
-            f"{field}: {str(path)!r} looks like one array, not one object a line. Name it .json."
+            f"{field}: {str(path)!r} looks like one array, not one object per line. Name it .json."
         )
     return table
 
 
 def _parse_jsonl(text: str) -> Table:
-    """One object a line. Only \\n ends a line: U+2028 and U+0085 may stand in a JSON text."""
+    """Parse one object per line. Only \\n ends a line: JSON text may contain U+2028 and U+0085."""
     lines = enumerate(text.split("\n"), start=1)
     rows = [_json_row(line, f"line {number}") for number, line in lines if line.strip(" \t\r")]
     return Table(rows=rows, columns=_all_columns(row.values for row in rows))
@@ -177,18 +177,18 @@ def _json_row(line: str, place: str) -> Row:
     try:
         value = _parse_json(line)
     except (ValueError, RecursionError) as error:
-        return Row(place=place, values={}, defect=f"is no JSON ({_json_error(error)})")
+        return Row(place=place, values={}, defect=f"is not valid JSON ({_json_error(error)})")
     return _object_row(value, place)
 
 
 def _object_row(value: Any, place: str) -> Row:
     if isinstance(value, dict):
         return Row(place=place, values=value)
-    return Row(place=place, values={}, defect=f"is no JSON object but {json_kind(value)}")
+    return Row(place=place, values={}, defect=f"is not a JSON object but {json_kind(value)}")
 
 
 def json_kind(value: Any) -> str:
-    """What a value of JSON is called, for messages."""
+    """Return the name of a JSON value's kind, for messages."""
     if value is None:
         return "null"
     kinds = {str: "text", bool: "true or false", list: "an array", dict: "an object"}
@@ -196,7 +196,7 @@ def json_kind(value: Any) -> str:
 
 
 def _read_json(path: Path, needed: Sequence[str] | None, field: str) -> Table:
-    """One array of objects; a file with one object a line is read as JSONL."""
+    """Read one array of objects; a file with one object per line is read as JSONL."""
     text = _read_text(path, field)
     try:
         value = _parse_json(text)
@@ -205,14 +205,15 @@ def _read_json(path: Path, needed: Sequence[str] | None, field: str) -> Table:
         if not any(row.defect is None for row in table.rows):
             line = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) else ""
             raise ValueError(
-                f"{field}: {str(path)!r} is no JSON ({line}{_json_error(error)}). Write an array "
-                "of objects."
+                f"{field}: {str(path)!r} is not valid JSON ({line}{_json_error(error)}). Write an "
+                "array of objects."
             ) from error
         return table
+
     if not isinstance(value, list):
         raise ValueError(
             f"{field}: {str(path)!r} holds {json_kind(value)}, not an array of objects. Write "
-            "[{...}, ...], or one object a line into a .jsonl file."
+            "[{...}, ...], or one object per line into a .jsonl file."
         )
     rows = [_object_row(item, f"row {number}") for number, item in enumerate(value)]
     return Table(rows=rows, columns=_all_columns(row.values for row in rows))
@@ -227,10 +228,14 @@ def _read_tsv(path: Path, needed: Sequence[str] | None, field: str) -> Table:
 
 
 def _parse_csv(text: str, delimiter: str, path: Path, field: str) -> Table:
-    """Cells by the header; a row's place is the line on which it begins."""
+    """Parse cells by the header; a row's place is the line on which it begins."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    begin, header, rows = 1, None, []
+    header = None
+    rows = []
+
+    # A quoted cell may hold line breaks, so the reader is at the last line of the row that it read.
+    begin = 1
     try:
         for cells in reader:
             line, begin = begin, reader.line_num + 1
@@ -247,6 +252,7 @@ def _parse_csv(text: str, delimiter: str, path: Path, field: str) -> Table:
             f"({error}). Quote cells with commas, quotes or line breaks, and double the quotes "
             "inside."
         ) from error
+
     return Table(rows=rows, columns=tuple(header or ()))
 
 
@@ -278,9 +284,9 @@ def _read_parquet(path: Path, needed: Sequence[str] | None, field: str) -> Table
 
 
 def _used_columns(names: Sequence[str], needed: Iterable[str] | None) -> list[str]:
-    """The columns to read: of `reward_model.ground_truth` that is `reward_model`.
+    """Return the columns to read: `reward_model` for `reward_model.ground_truth`.
 
-    If the source has none of them the first one, so that its rows are counted.
+    A source with none of them has its first column read, so that its rows are counted.
     """
     if needed is None:
         return list(names)
@@ -304,7 +310,7 @@ def _python_values(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> list
 
 
 def _shortest(value: Any, kind: pyarrow.DataType) -> Any:
-    """0.1 as float32 is 0.1, not 0.10000000149011612, which is what Python makes of it."""
+    """Return a narrow float with its own shortest digits: 0.1, not 0.10000000149011612."""
     import pyarrow.types
 
     if value is None:
@@ -327,7 +333,7 @@ def _read_hub(source: str, needed: Sequence[str] | None, field: str) -> Table:
         names = dataset.column_names
         used = dataset.select_columns(_used_columns(names, needed))
         rows = list(_arrow_rows(used.with_format("arrow")[:]))
-    except Exception as error:  # of many kinds, which all mean that it is not to be had
+    except Exception as error:  # of many kinds, which all mean that it cannot be loaded
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{field}: the data set {source!r} could not be loaded ({reason}). Check the id and "

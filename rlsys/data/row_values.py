@@ -1,7 +1,7 @@
-"""What a value of a row means in each role: prompt, answer, id, filter, metadata.
+"""Conversion of a row's values for each role: prompt, answer, id, filter, metadata.
 
-Text is taken as it is. A number becomes text without an exponent and without trailing zeros, so that
-4, 4.0 and 4.00 are all "4", and 0.5 is "0.5". Whatever has no one right text is unfit, and says so.
+Text is used as it is. A number becomes text without an exponent and without trailing zeros, so that
+4, 4.0 and 4.00 are all "4", and 0.5 is "0.5". A value without exactly one right text is unfit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,99})(?:\.\d{1,99})?")  # no code wi
 
 
 class Unfit(ValueError):  # noqa: N818  (one row's defect, gathered by the reader)
-    """A value that cannot be used: what it is, the remedy, and later the column that holds it."""
+    """A value that cannot be used: the reason, the remedy, and later the column that holds it."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -34,12 +34,16 @@ class Blank(Unfit):
     """No value at all: null, NaN, or text of white space only."""
 
     def __init__(self, value: object) -> None:
-        reason = "null" if value is None else "blank" if isinstance(value, str) else "NaN"
+        reason = "NaN"
+        if value is None:
+            reason = "null"
+        elif isinstance(value, str):
+            reason = "blank"
         super().__init__(f"is {reason}", "Fill in the values or drop the rows.")
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, or of a field inside one: `reward_model.ground_truth`.
+    """Return the value of a column, or of a field inside one: `reward_model.ground_truth`.
 
     Raises:
         KeyError: the row has no such column.
@@ -57,7 +61,7 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's scalars and arrays as Python's own."""
+    """Convert NumPy's scalars and arrays to Python's own values."""
     if isinstance(value, np.floating):
         return Decimal(str(value))  # the shortest digits of its own precision
     if isinstance(value, np.generic | np.ndarray):
@@ -66,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """A value in a message: "null", "a list (['4'])"."""
+    """Return the words for a value in a message, such as "null" or "a list (['4'])"."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -91,21 +95,24 @@ def _is_number(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-    """Null, or NaN, which is how pandas writes it."""
+    """Return whether a value is null, or NaN, as which pandas writes null."""
     return value is None or (isinstance(value, float | Decimal) and value != value)
 
 
 def number_text(value: int | float | Decimal) -> str:
-    """A number in full, without trailing zeros: "4" of 4.0, "0.5" of 0.50, "0.0000001" of 1e-7.
+    """Write a number in full, without trailing zeros.
+
+    4.0 becomes "4", 0.50 becomes "0.5" and 1e-7 becomes "0.0000001".
 
     Raises:
         Unfit: NaN, infinite, or of more than 1000 digits.
     """
     number = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
     if not number.is_finite():
-        raise Unfit(f"is {value}", "Mend or drop the rows.")
+        raise Unfit(f"is {value}", "Fix or drop the rows.")
     if number == 0:
         return "0"
+
     exponent = number.as_tuple().exponent
     assert isinstance(exponent, int)
     if number.adjusted() > MAX_NUMBER_DIGITS or exponent < -MAX_NUMBER_DIGITS:
@@ -115,7 +122,7 @@ def number_text(value: int | float | Decimal) -> str:
 
 
 def _checked_text(value: str) -> str:
-    """Text that a tokenizer can take."""
+    """Return text that a tokenizer can take, or refuse it."""
     if not value.strip():
         raise Blank(value)
     return _encodable(value)
@@ -126,16 +133,16 @@ def _encodable(value: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise Unfit(
-            f"holds half of a surrogate pair at character {error.start}", "Mend the text."
+            f"holds half of a surrogate pair at character {error.start}", "Fix the text."
         ) from None
     return value
 
 
 def answer_text(value: Any) -> str:
-    """The ground truth as text.
+    """Return the ground truth as text.
 
     Raises:
-        Unfit: anything but text that is not blank and finite numbers.
+        Unfit: neither text that is not blank nor a finite number.
     """
     if isinstance(value, str):
         return _checked_text(value)
@@ -148,13 +155,14 @@ def answer_text(value: Any) -> str:
     if isinstance(value, Mapping):
         raise Unfit(
             f"is {describe(value)}",
-            "Name the field inside the object, as in data.columns.answer reward_model.ground_truth.",
+            "Name the field inside the object, as in data.columns.answer "
+            "reward_model.ground_truth.",
         )
     raise Unfit(f"is {describe(value)}", "Write one answer as text.")
 
 
 def prompt_parts(value: Any) -> tuple[str, tuple[ChatMessage, ...]]:
-    """A problem's text, and the messages if it is a conversation.
+    """Return a problem's text, and the messages if it is a conversation.
 
     Raises:
         Unfit: neither text nor a list of messages that ends with the user's.
@@ -202,7 +210,7 @@ def _message(item: Mapping[str, Any], number: int) -> ChatMessage:
         shown = "no role" if role is None else f"the role {_shortened(repr(role))}"
         raise Unfit(f"has {shown} in message {number}", f"Roles are {', '.join(ROLES)}.")
     try:
-        # An empty system message is a way to switch a chat template's own off.
+        # An empty system message is a way to disable the chat template's own.
         text = _content(content)
         checked = _encodable(text) if role == "system" else _checked_text(text)
         return ChatMessage(role=role, content=checked)
@@ -211,7 +219,7 @@ def _message(item: Mapping[str, Any], number: int) -> ChatMessage:
 
 
 def _content(content: Any) -> str:
-    """The text of a message, or of its parts one after the other."""
+    """Return the text of a message, or of its parts one after the other."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -229,7 +237,7 @@ def _part(part: Any) -> str:
 
 
 def id_text(value: Any, number: int) -> str:
-    """An id as text; the row's number where there is none.
+    """Return an id as text; the row's number where there is none.
 
     Raises:
         Unfit: neither text nor a number.
@@ -244,7 +252,7 @@ def id_text(value: Any, number: int) -> str:
 
 
 def filter_key(value: Any) -> str | None:
-    """Return what `data.where` compares; equal keys are equal values. None where there is no value.
+    """Return the key that `data.where` compares; equal values have equal keys, null has None.
 
     Numbers are equal by value, also as text: 3, 3.0, "3" and "3.0", but not "03", which may be a
     code. True and false are equal to the texts, in any case. Other text is compared as it is,
@@ -268,7 +276,7 @@ def filter_key(value: Any) -> str | None:
 
 
 def metadata_value(value: Any) -> Any:
-    """Return a value as rewards get it: plain Python, with numbers that compute as int or float."""
+    """Return a value as reward functions get it: plain Python, with numbers as int or float."""
     value = _plain(value)
     if isinstance(value, Decimal):
         return float(value)

@@ -1,7 +1,7 @@
-"""Ragged token sequences: what packing needs of a batch, and nothing else.
+"""Ragged token sequences: the part of a batch that packing needs, and nothing else.
 
 A sequence is a prompt followed by a response. The tokens of all sequences lie one after the other,
-and `offsets` says where each begins:
+and `offsets` holds the beginning of each:
 
     token_ids   p0 p1 a0 a1 a2 | p0 p1 b0
     offsets     0                5        8
@@ -95,7 +95,7 @@ class TokenSequences:
 
     @staticmethod
     def of_texts(texts: Sequence[NDArray[np.int32]]) -> TokenSequences:
-        """Return each text as a sequence of its own group in which all but the first token count."""
+        """Return each text as a sequence of its own group; all tokens but the first count."""
         return TokenSequences.of(
             [text[:1] for text in texts],
             [text[1:] for text in texts],
@@ -118,5 +118,5 @@ class TokenSequences:
 
 
 def _counts_before(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[N] -> [N + 1] how many are True before each place."""
+    """Return [N + 1] the number of True values before each place of the [N] in `mask`."""
     return np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])

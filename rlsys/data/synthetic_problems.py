@@ -1,12 +1,13 @@
 """The embedded generator: integer problems in symbols and in words, at five levels of difficulty.
 
-    level 1   one-digit sums and differences                    7 + 8, "Ann has 7 pens and gets 8 more ..."
+    level 1   one-digit sums and differences                    7 + 8, "Ann has 7 pens and ..."
     level 2   two-digit sums and differences                    34 + 57
     level 3   one-digit products, and three one-digit terms     6 * 7, 4 + 9 - 3
     level 4   two-digit by one-digit products, exact quotients  34 * 6, 91 / 7
     level 5   two operations with two-digit numbers             (12 + 35) * 4
 
-Train and held-out problems are disjoint by the arithmetic itself: if 7 + 8 is held out, no wording of 7 + 8 is trained on.
+Train and held-out problems are disjoint by the arithmetic itself: if 7 + 8 is held out, no wording
+of 7 + 8 is trained on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ THINGS = ("apples", "books", "coins", "pens", "shells")
 
 @dataclass(frozen=True)
 class _Expression:
-    """Arithmetic before it is worded."""
+    """An arithmetic expression before it becomes a question."""
 
     symbols: str
     answer: int
@@ -44,7 +45,8 @@ def _sums_and_differences(low: int, high: int) -> Iterator[_Expression]:
         yield _Expression(
             f"{a} + {b}",
             a + b,
-            f"{{name}} has {a} {{things}} and gets {b} more. How many {{things}} does {{name}} have?",
+            f"{{name}} has {a} {{things}} and gets {b} more. "
+            "How many {things} does {name} have?",
         )
         if a >= b:
             yield _Expression(
@@ -59,7 +61,8 @@ def _level_3() -> Iterator[_Expression]:
         yield _Expression(
             f"{a} * {b}",
             a * b,
-            f"{{name}} has {a} bags with {b} {{things}} each. How many {{things}} does {{name}} have?",
+            f"{{name}} has {a} bags with {b} {{things}} each. "
+            "How many {things} does {name} have?",
         )
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         yield _Expression(f"{a} + {b} + {c}", a + b + c)
@@ -72,12 +75,14 @@ def _level_4() -> Iterator[_Expression]:
         yield _Expression(
             f"{a} * {b}",
             a * b,
-            f"{{name}} has {b} boxes with {a} {{things}} each. How many {{things}} does {{name}} have?",
+            f"{{name}} has {b} boxes with {a} {{things}} each. "
+            "How many {things} does {name} have?",
         )
         yield _Expression(
             f"{a * b} / {b}",
             a,
-            f"{{name}} shares {a * b} {{things}} equally among {b} friends. How many does each get?",
+            f"{{name}} shares {a * b} {{things}} equally among {b} friends. "
+            "How many does each get?",
         )
 
 
@@ -97,7 +102,7 @@ LEVELS: dict[int, Callable[[], Iterator[_Expression]]] = {
 
 
 def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[Problem]:
-    """Every way to ask for one expression, in symbols and in words by turns as long as there are both."""
+    """Return all wordings of one expression: symbols and words alternate while both last."""
     symbols = [form.format(expression.symbols) for form in SYMBOLIC]
     stories = []
     if expression.story:
@@ -107,6 +112,7 @@ def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[P
         ]
     rng.shuffle(symbols)
     rng.shuffle(stories)
+
     turns = itertools.chain.from_iterable(itertools.zip_longest(symbols, stories))
     texts = [text for text in turns if text is not None]
     key = f"synthetic-{level}-{expression.symbols.replace(' ', '')}"
@@ -124,23 +130,25 @@ def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[P
 def generate_problems(
     levels: Sequence[int], *, train_size: int, eval_size: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems, always the same for the same arguments.
+    """Return training and held-out problems, always the same for the same arguments.
 
-    A fifth of all expressions is held out. Problems come in symbols and in words about equally often, as long as the wordings last.
+    A fifth of all expressions is held out. Problems come in symbols and in words about equally
+    often, as long as the wordings last.
 
     Raises:
-        ValueError: an unknown level, or more problems asked for than the levels hold.
+        ValueError: an unknown level, or more problems requested than the levels hold.
     """
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown:
-        raise ValueError(
-            f"data.synthetic.levels: unknown level {unknown[0]}. Choose from {', '.join(map(str, LEVELS))}."
-        )
+        known = ", ".join(map(str, LEVELS))
+        raise ValueError(f"data.synthetic.levels: unknown level {unknown[0]}. Choose from {known}.")
+
     rng = random.Random(seed)
     expressions = [
         (expression, level) for level in sorted(set(levels)) for expression in LEVELS[level]()
     ]
     rng.shuffle(expressions)
+
     held_out = len(expressions) // 5
     evaluation = _draw(expressions[:held_out], eval_size, "eval_size", rng)
     training = _draw(expressions[held_out:], train_size, "train_size", rng)
@@ -150,19 +158,24 @@ def generate_problems(
 def _draw(
     expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random
 ) -> list[Problem]:
-    """`size` different problems, going round the expressions so that each is asked about equally often."""
+    """Draw `size` different problems, in rounds over the expressions so that all are as frequent.
+
+    Raises:
+        ValueError: the expressions have fewer wordings.
+    """
     pools = [_wordings(expression, level, rng) for expression, level in expressions]
     available = sum(map(len, pools))
     if size > available:
         raise ValueError(
-            f"data.synthetic.{field}: {size} problems were asked for, the levels hold {available}. Ask for fewer, or add levels to "
-            "data.synthetic.levels."
+            f"data.synthetic.{field}: {size} problems were requested, the levels hold {available}. "
+            "Lower it, or add levels to data.synthetic.levels."
         )
+
+    # One round over the expressions then holds about half symbols and half words.
     for i, pool in enumerate(pools):
-        if (
-            i % 2 and len(pool) > 1
-        ):  # so that one round over the expressions holds about half of each kind
+        if i % 2 and len(pool) > 1:
             pool[0], pool[1] = pool[1], pool[0]
+
     drawn: list[Problem] = []
     for rank in itertools.count():
         round_of_problems = [pool[rank] for pool in pools if rank < len(pool)]

@@ -44,9 +44,8 @@ def test_synthetic_problems_are_right_disjoint_and_reproducible(levels: tuple[in
     def expression(problem: Problem) -> str:
         return problem.problem_id.split("-", 2)[2].rsplit("-", 1)[0]
 
-    assert not {expression(p) for p in train} & {
-        expression(p) for p in held_out
-    }  # not even in another wording
+    # Not even in another wording.
+    assert not {expression(p) for p in train} & {expression(p) for p in held_out}
     for problem in train + held_out:
         assert eval(expression(problem)) == int(problem.answer)
 
@@ -54,7 +53,7 @@ def test_synthetic_problems_are_right_disjoint_and_reproducible(levels: tuple[in
 def test_too_many_problems_are_refused():
     with pytest.raises(
         ValueError,
-        match=r"data\.synthetic\.train_size: 10000000 problems were asked for, the levels hold \d+",
+        match=r"data\.synthetic\.train_size: 10000000 problems were requested, the levels hold \d+",
     ):
         generate_problems((1,), train_size=10**7, eval_size=1, seed=0)
     with pytest.raises(ValueError, match=r"data\.synthetic\.levels: unknown level 9"):
@@ -90,11 +89,13 @@ def test_jsonl_with_a_column_mapping_and_filters(tmp_path: Path):
         ("{dir}/broken.parquet", r"data\.train: cannot read .*broken\.parquet' as Parquet"),
         (
             "{dir}/broken.jsonl",
-            r"1 of 2 rows of .*broken\.jsonl' cannot be used: line 2: is no JSON .*Mend or drop",
+            r"1 of 2 rows of .*broken\.jsonl' cannot be used: line 2: is not valid JSON "
+            r".*Fix or drop",
         ),
         (
             "{dir}/columns.jsonl",
-            r"has no column 'problem'\. Its columns are answer, question; name the right one in data\.columns\.problem",
+            r"has no column 'problem'\. Its columns are answer, question; name the right one in "
+            r"data\.columns\.problem",
         ),
         ("{dir}/notes.txt", r"notes\.txt' is not one of \.parquet, "),
         ("{dir}/empty.jsonl", "is empty"),
@@ -123,7 +124,7 @@ def test_nothing_left_after_filters_says_what_there_is(tmp_path: Path):
 
 
 def refusal(path: Path, **options: Any) -> str:
-    """The one line with which a file is refused."""
+    """Return the one line with which a file is refused."""
     options = {"columns": COLUMNS, "on_dropped": lambda notice: None} | options
     with pytest.raises(ValueError, match=r"^data\.") as error:
         read_problems(str(path), field="data.train", **options)
@@ -158,7 +159,7 @@ def test_every_row_is_checked_and_a_handful_is_shown(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv", "tsv"])
-def test_rows_without_a_problem_or_an_answer_are_dropped_with_a_word_or_refused(
+def test_rows_without_a_problem_or_an_answer_are_dropped_with_a_notice_or_refused(
     tmp_path: Path, suffix: str
 ):
     rows = [
@@ -191,7 +192,7 @@ def test_rows_without_a_problem_or_an_answer_are_dropped_with_a_word_or_refused(
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """The rows as a file of the kind that its suffix says, by pandas, as users write it."""
+    """Write the rows with pandas, as users do, in the format of the suffix."""
     frame = pandas.DataFrame(rows)
     if path.suffix == ".parquet":
         frame.to_parquet(path)
@@ -380,7 +381,8 @@ def test_chat_template_is_tokenized_once_with_its_special_tokens(tokenizer):
         [
             {
                 "role": "user",
-                "content": "What is 1 + 1?\n\nReason step by step, and put the final answer in \\boxed{}.",
+                "content": "What is 1 + 1?\n\nReason step by step, and put the final answer in "
+                "\\boxed{}.",
             }
         ],
         add_generation_prompt=True,
@@ -434,11 +436,12 @@ def test_chat_without_messages_is_the_problem_alone(tokenizer):
     [
         (
             "{{ raise_exception('roles must alternate') }}",
-            r"refuses problem '7' with the roles system, user, assistant, user \(roles must alternate\)\."
-            " Change or drop",
+            r"refuses problem '7' with the roles system, user, assistant, user "
+            r"\(roles must alternate\)\. Change or drop",
         ),
         (
-            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
             r"leaves out the system message of problem '7'",
         ),
         ("{{ messages[0].content }} {{ messages[-1].content }}", "leaves out the user message"),
@@ -463,8 +466,8 @@ def test_other_templates_refuse_conversations(tmp_path: Path):
     rows = [{"problem": [{"role": "user", "content": f"p{i}"}], "answer": "1"} for i in range(9)]
     source = jsonl(tmp_path / "x.jsonl", rows)
     message = (
-        r"data\.template: 'few_shot' without the model's chat template cannot word chat messages, "
-        r"and 8 of 8 problems of data\.train"
+        r"data\.template: 'few_shot' without the model's chat template has no place for chat "
+        r"messages, and 8 of 8 problems of data\.train"
     )
     with pytest.raises(ValueError, match=message):
         load_problems(config(train=source, template="few_shot"))
@@ -534,8 +537,11 @@ def test_lines_of_dashes_elsewhere_are_text(tmp_path: Path, tokenizer):
         ("---\nstop: [\n---\n{{ problem }}", "is not valid YAML"),
         ("---\nchat: true\n---\nno variable", "never uses"),
         ("no variable", "never uses"),
-        ("{{ problem }} {{ other }}", "no usable Jinja template"),
-        ("{{ problem", "no usable Jinja template"),
+        (
+            "{{ problem }} {{ other }}",
+            r"is not a valid Jinja template .*Use \{\{ problem \}\} and nothing",
+        ),
+        ("{{ problem", "is not a valid Jinja template"),
     ],
 )
 def test_unusable_templates(tmp_path: Path, text: str, message: str):
@@ -604,7 +610,8 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tokenizer, tmp_path: Pa
     assert (len(loaded.train), loaded.dropped_train, loaded.dropped_evaluation) == (2, 1, 1)
     with pytest.raises(
         ValueError,
-        match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens .*'2', has \d+",
+        match=r"data\.max_prompt_tokens: 1 of 3 prompts of data\.train are longer than 100 tokens "
+        r".*'2', has \d+",
     ):
         load_prompts(
             config(
@@ -653,7 +660,7 @@ def test_auto_is_synthetic_for_synthetic_problems_and_off_is_none():
     assert off.describe() == "1000 training problems, no evaluation (data.eval is off)"
 
 
-def test_without_an_evaluation_prompts_to_try_the_engine_on_are_those_of_training(tokenizer):
+def test_without_an_evaluation_engine_and_trainer_are_compared_on_training_prompts(tokenizer):
     off = load_prompts(config(eval="off"), tokenizer)
     assert len(off.evaluation) == 0
     assert list(off.samples) == list(off.train.prompts)
@@ -671,7 +678,7 @@ def test_off_as_yaml_writes_it(value: object):
     [
         (
             {"eval": "synthetic"},
-            r"data\.eval: 'synthetic' problems say nothing of data\.train .*Set it to auto",
+            r"data\.eval: 'synthetic' problems do not measure data\.train .*Set it to auto",
         ),
         ({"train": "off"}, r"data\.train: 'off' is a value of data\.eval"),
         (
@@ -708,7 +715,7 @@ def test_a_blank_answer_reaches_the_console_and_is_refused_on_request(tmp_path: 
         load_problems(config(train=source, blank_rows="refuse"))
 
 
-def test_fewer_prompts_than_a_step_takes_are_repeated_with_a_word(tmp_path: Path, tokenizer):
+def test_fewer_prompts_than_a_step_takes_are_repeated_with_a_notice(tmp_path: Path, tokenizer):
     loaded = load_prompts(config(train=numbered(tmp_path / "x.jsonl", 4)), tokenizer)
     assert loaded.notices == (
         "trainer.prompts_per_step: WARNING: 7 is more than the 3 training prompts, so each step "

@@ -69,11 +69,11 @@ def test_unusable_lines_of_jsonl_are_all_named(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a"\n[1]\n"text"\n{"a": 1, "b": 2, "a": 3}\n' + "[" * 100_000)
     assert [defect for _, defect in places(table(path))[1:]] == [
-        "is no JSON (Expecting ':' delimiter at column 5)",
-        "is no JSON object but an array",
-        "is no JSON object but text",
-        "is no JSON (the key 'a' twice in one object)",
-        "is no JSON (nested too deeply)",
+        "is not valid JSON (Expecting ':' delimiter at column 5)",
+        "is not a JSON object but an array",
+        "is not a JSON object but text",
+        "is not valid JSON (the key 'a' twice in one object)",
+        "is not valid JSON (nested too deeply)",
     ]
 
 
@@ -100,7 +100,7 @@ def test_json_is_an_array_of_objects_or_jsonl(tmp_path: Path):
     assert places(table(path)) == [
         ("row 0", {"a": 1}),
         ("row 1", {"a": 2}),
-        ("row 2", "is no JSON object but a number"),
+        ("row 2", "is not a JSON object but a number"),
     ]
     path.write_text('{"a": 1}\n{"a": 2}\n')
     assert places(table(path)) == [("line 1", {"a": 1}), ("line 2", {"a": 2})]
@@ -195,7 +195,7 @@ def test_a_hub_data_set_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch):
         ("x.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16. Save it as UTF-8"),
         ("x.jsonl", b'[{"a": 1},\n {"a": 2}]', "looks like one array.* Name it .json"),
         ("x.json", b'{"a": 1}', "holds an object, not an array of objects. Write"),
-        ("x.json", b'[{"a": 1}\n {"a"]', "is no JSON .line 2, Expecting ',' delimiter"),
+        ("x.json", b'[{"a": 1}\n {"a"]', "is not valid JSON .line 2, Expecting ',' delimiter"),
         ("x.json", b'[{"a": 1, "a": 2}]', "the key 'a' twice"),
         ("x.csv", b"a,b,a\n1,2,3\n", "more than one column 'a'. Rename"),
         ("x.csv", b'a,b\n1,2\n"1,2\n3,4\n', "row that begins on line 3 .*unexpected end"),
