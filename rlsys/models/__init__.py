@@ -1,4 +1,4 @@
-"""Models: from a name to weights and tokenizer."""
+"""Models: weights and tokenizer of a name or directory."""
 
 from rlsys.models.catalogue import cache_directory, check_model_path, resolve_model
 

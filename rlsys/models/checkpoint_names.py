@@ -1,8 +1,9 @@
-"""Between the weights of a module and those of a Hugging Face checkpoint.
+"""Conversion of a module's weights to those of a Hugging Face checkpoint, and back.
 
-transformers holds some weights under other names, and in other shapes, than its checkpoints: the experts of a mixture are one tensor in memory and one a
-projection of each expert on disk. Everything that leaves the trainer (weight sync, saved models) has the names of the checkpoint, which is what vLLM,
-`from_pretrained` and every other program read.
+transformers holds some weights under other names, and in other shapes, than its checkpoints: the
+experts of a mixture are one tensor in memory, and one tensor per projection and expert on disk.
+Everything that leaves the trainer (weight sync, saved models) has the names of the checkpoint,
+which vLLM, `from_pretrained` and every other program read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 def to_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole `weights` of `model` as `save_pretrained` would write them.
 
-    Conventions: the conversions that loading used are reverted; where it used none (a model made from its config, or files that hold the names of the
-    module), the default ones of the model's type are, as vLLM expects.
+    Conventions: the conversions that loading used are reverted. Where it used none (a model built
+    from its config, or files with the names of the module), the default ones of the model's type
+    are reverted, as vLLM expects.
     """
     if not getattr(model, "_weight_conversions", None):
         setattr(model, "_weight_conversions", None)  # noqa: B010  ([] would mean: as in the module)
@@ -29,13 +31,15 @@ def to_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict
 
 
 def from_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint under the names of `model`, the inverse of `to_checkpoint`.
+    """Return the weights of a checkpoint under the names of `model`: `to_checkpoint` inverted.
 
     Raises:
         ValueError: the checkpoint lacks weights of the model.
     """
     if set(weights) <= set(model.state_dict()):
         return dict(weights)
+
+    # Only from_pretrained knows the conversions of each type of model, so it loads a copy.
     dtype = next(iter(weights.values())).dtype
     load: Any = type(model).from_pretrained
     converted, report = load(
@@ -47,20 +51,22 @@ def from_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> di
         output_loading_info=True,
     )
     if report["missing_keys"]:
-        raise ValueError(
-            f"checkpoint: no weights for {', '.join(sorted(report['missing_keys'])[:3])}; it belongs to another model"
-        )
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"checkpoint: no weights for {missing}; it belongs to another model")
     return converted.state_dict()
 
 
 def names_without_mapping(model: PreTrainedModel, directory: Path | str) -> list[str]:
-    """Return the names of stacked weights (three or more dimensions) that `to_checkpoint` leaves as no file of `directory` has them.
+    """Return the stacked weights that `to_checkpoint` exports under names that no file has.
 
-    Empty where the directory has no safetensors to compare with.
+    Stacked weights have three or more dimensions; the files are those of `directory`. Empty where
+    it has no safetensors to compare with.
     """
     on_disk = _names_on_disk(Path(directory))
     if not on_disk:
         return []
+
+    # Names do not depend on values: tensors without storage suffice.
     shapes = {
         name: torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
         for name, tensor in model.state_dict().items()

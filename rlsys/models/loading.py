@@ -22,13 +22,13 @@ from rlsys.config import ConfigError
 
 
 class UnsupportedModelError(ConfigError):
-    """A model that cannot be trained right, found out when it was loaded or tried."""
+    """A model that cannot be trained correctly, as detected when it was loaded or tried."""
 
 
 def load_tokenizer(
     directory: Path | str, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory."""
+    """Load the tokenizer of a model directory."""
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
@@ -38,8 +38,9 @@ def load_causal_lm(
     """Load the language model onto the CPU, in evaluation mode.
 
     Args:
-        attention: a name that transformers or `AttentionInterface` knows. `sdpa` becomes `eager` for
-            models that need it: torch's kernel would leave out their attention softcap or sinks.
+        attention: a name that transformers or `AttentionInterface` knows. `sdpa` becomes `eager`
+            for models that need it: torch's kernel would leave out their attention softcap or
+            sinks.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if attention == "sdpa" and needs_eager_attention(config):
@@ -63,7 +64,7 @@ def _load(
 
 
 def needs_eager_attention(config: PretrainedConfig) -> bool:
-    """Return whether the model caps its attention scores, which transformers' SDPA attention leaves out."""
+    """Return whether the model caps its attention logits, which SDPA attention leaves out."""
     text = config.get_text_config()
     return bool(getattr(text, "attn_logit_softcapping", None))
 
@@ -71,34 +72,34 @@ def needs_eager_attention(config: PretrainedConfig) -> bool:
 def check_architecture(
     directory: Path | str, *, field: str, longest: int, trust_remote_code: bool
 ) -> None:
-    """Refuse a model that cannot be trained right, as far as its configuration tells.
+    """Refuse a model that cannot be trained correctly, as far as its configuration shows.
 
     Args:
         field: the config field that names the model, for messages.
         longest: tokens of the longest sequence, prompt and response.
 
     Raises:
-        ValueError: no causal language model, remote code that is not allowed, quantized weights, or
-            position encodings that change with the length of a sequence.
+        ValueError: not a causal language model, remote code that is not allowed, quantized weights,
+            or position encodings that change with the length of a sequence.
     """
     facts = json.loads((Path(directory) / "config.json").read_text())
     kind = facts.get("model_type")
     remote = "AutoModelForCausalLM" in facts.get("auto_map", {})
     if remote and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
         raise ValueError(
-            f"{field}: a model of type {kind!r} runs Python code that comes with it. Read the code in "
-            f"{directory}, then set model.trust_remote_code true."
+            f"{field}: a model of type {kind!r} runs Python code that comes with it. Read the code "
+            f"in {directory}, then set model.trust_remote_code true."
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
         raise ValueError(
-            f"{field}: transformers knows no causal language model of type {kind!r}. Choose a decoder "
-            "such as Llama, Qwen or Mistral."
+            f"{field}: transformers has no causal language model of type {kind!r}. Choose a "
+            "decoder such as Llama, Qwen or Mistral."
         )
     if "quantization_config" in facts:
         method = facts["quantization_config"].get("quant_method", "an unknown method")
         raise ValueError(
-            f"{field}: the weights are quantized ({method}), and quantized weights cannot be trained. "
-            "Choose the model in float32 or bfloat16."
+            f"{field}: the weights are quantized ({method}), and quantized weights cannot be "
+            "trained. Choose the model in float32 or bfloat16."
         )
     _check_rope(facts.get("text_config", facts), field=field, longest=longest)
 
@@ -106,8 +107,8 @@ def check_architecture(
 def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:
     """Refuse lengths at which the frequencies of RoPE depend on how long a sequence has become.
 
-    The log-probability of a token would depend on the tokens after it: engine and trainer, which see
-    sequences at different moments, would never agree.
+    The log-probability of a token would depend on the tokens after it. Engine and trainer see a
+    sequence at different lengths, so they would never agree.
     """
     rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
@@ -120,27 +121,30 @@ def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:
         )
         if limit is not None and longest > limit:
             raise ValueError(
-                f"{field}: its RoPE ({kind}) changes the frequencies of sequences beyond {limit} tokens, and "
-                f"data.max_prompt_tokens + generation.max_tokens is {longest}. Lower them to {limit} in "
-                "all, or choose another model."
+                f"{field}: its RoPE ({kind}) changes the frequencies of sequences beyond {limit} "
+                f"tokens, and data.max_prompt_tokens + generation.max_tokens is {longest}. Lower "
+                f"them to {limit} in all, or choose another model."
             )
 
 
 def end_token_ids(directory: Path | str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a response: those of generation_config.json, else of config.json, and the tokenizer's own. Empty where none is named.
+    """Return the tokens that end a response; empty where none is named.
 
-    Conventions: vLLM takes the tokenizer's and generation_config.json's, `generate` of transformers the latter only. A chat model's tokenizer often
-    names the end of a turn where its config names the end of a text: either ends a response here, in every engine.
+    These are the tokens of generation_config.json, else of config.json, and the tokenizer's own.
+
+    Conventions: vLLM uses the tokenizer's and those of generation_config.json, `generate` of
+    transformers the latter only. A chat model's tokenizer often names the end of a turn where its
+    config names the end of a text: either ends a response here, in every engine.
     """
-    named = _eos_of(Path(directory) / "generation_config.json") or _eos_of(
-        Path(directory) / "config.json"
-    )
+    named = _eos_of(Path(directory) / "generation_config.json")
+    if not named:
+        named = _eos_of(Path(directory) / "config.json")
     own = tokenizer.eos_token_id
     return named | ({own} if isinstance(own, int) else set())
 
 
 def _eos_of(file: Path) -> frozenset[int]:
-    """`eos_token_id` of a JSON file, or of its `text_config`: a number, several, or none."""
+    """Return the `eos_token_id` of a JSON file or of its `text_config`: one, several, or none."""
     if not file.is_file():
         return frozenset()
     config = json.loads(file.read_text())
@@ -152,7 +156,10 @@ def _eos_of(file: Path) -> frozenset[int]:
 
 
 def context_length(directory: Path | str) -> int | None:
-    """The longest sequence that the model's positions allow, in tokens; None where its config does not say."""
+    """Return the longest sequence that the model's positions allow, in tokens.
+
+    None: its config does not say.
+    """
     config = json.loads((Path(directory) / "config.json").read_text())
     text = config.get("text_config", config)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last two: GPT-2, MPT
@@ -160,7 +167,10 @@ def context_length(directory: Path | str) -> int | None:
 
 
 def longest_window(directory: Path | str, *, trust_remote_code: bool = False) -> int | None:
-    """The widest attention window of the model's layers, in tokens; None where every layer sees everything."""
+    """Return the widest attention window of the model's layers, in tokens.
+
+    None: no layer has a window.
+    """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     windows = [
@@ -171,9 +181,9 @@ def longest_window(directory: Path | str, *, trust_remote_code: bool = False) ->
 
 
 def mlp_shape(directory: Path | str) -> tuple[int, int]:
-    """Return hidden and intermediate size, which most of a model's matrix products have.
+    """Return hidden and intermediate size, the shape of most of a model's matrix products.
 
-    Where config.json does not say: that of a small model, and four times the hidden size.
+    Defaults where config.json does not say: 512, and four times the hidden size.
     """
     config = json.loads((Path(directory) / "config.json").read_text())
     text = {**config, **(config.get("text_config") or {})}
@@ -190,13 +200,13 @@ def _largest(value: int | list[int]) -> int:
 
 
 def parameter_count(directory: Path | str) -> int:
-    """Parameters by the shapes in the safetensors headers; no weights are read."""
+    """Count the parameters by the shapes in the safetensors headers; no weights are read."""
     from safetensors import safe_open
 
     count = 0
     for file in Path(directory).glob("*.safetensors"):
         with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for name in tensors.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
                 size = 1
                 for length in tensors.get_slice(name).get_shape():
                     size *= length

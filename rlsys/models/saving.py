@@ -1,4 +1,4 @@
-"""What a saved model takes over from the directory that it came from."""
+"""The files that a saved model inherits from the directory that it was loaded from."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from rlsys.models.catalogue import MANIFEST
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 )
-# model.safetensors.index.json, pytorch_model.bin.index.fp16.json and the like, and weights beside an ONNX graph.
+# model.safetensors.index.json, pytorch_model.bin.index.fp16.json and the like, and weights beside
+# an ONNX graph.
 WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
 # Written by the model catalogue, or by a checkpoint of another run that the model comes from.
 STATE_FILES = frozenset({MANIFEST, "manifest.json", "trainer_state.json", "policy_state.json"})
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copy all of a model directory but weights: config, tokenizer in any format, Python code, templates, licences, subdirectories.
+    """Copy everything of a model directory but weights.
 
-    Conventions: hidden files, compiled Python and the state of other runs stay behind; where `target` lies inside `source`, so does the subdirectory
-    that holds it.
+    That is the config, the tokenizer in any format, Python code, templates, licences and
+    subdirectories.
+
+    Conventions: hidden files, compiled Python and the state of other runs are not copied; where
+    `target` lies inside `source`, neither is the subdirectory that holds it.
     """
-    source, target = source.absolute(), target.absolute()
+    source = source.absolute()
+    target = target.absolute()
     own = target.relative_to(source).parts[0] if target.is_relative_to(source) else None
+
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         if file.is_file() and relative.parts[0] != own and _belongs_to_a_model(relative):

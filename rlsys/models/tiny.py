@@ -1,4 +1,4 @@
-"""The smallest model that behaves like a real one: a two-layer Llama with random weights and its own tokenizer."""
+"""The smallest model that behaves like a real one: a two-layer Llama with random weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 VOCABULARY_LIMIT = 512
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def build_tiny_model(directory: Path) -> None:
-    """Write the model into `directory`: 0.1 M parameters, tied embeddings, byte-level BPE, always the same weights."""
+    """Write the model and its tokenizer into `directory`.
+
+    It has 0.1 M parameters, tied embeddings, byte-level BPE, and always the same weights.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,9 +38,12 @@ def build_tiny_model(directory: Path) -> None:
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     )
+
+    # A caller's random numbers must not depend on whether the model was in the cache.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
+
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -44,14 +52,17 @@ def _build_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    names, verbs = ("Ann", "Ben", "Eva", "Tom"), ("has", "gets", "loses", "finds")
+    names = ("Ann", "Ben", "Eva", "Tom")
+    verbs = ("has", "gets", "loses", "finds")
     text = [
         f"Problem: {a} {verb} {i} and {i * 7 % 101}.\nAnswer: \\boxed{{{i}}}\n\n"
         for i, (a, verb) in enumerate(itertools.product(names, verbs))
     ]
-    text += [
-        "What is the answer? How many are left? Put the final answer in \\boxed{}. <think> reasoning </think> <answer> 1 </answer>"
-    ]
+    text.append(
+        "What is the answer? How many are left? Put the final answer in \\boxed{}. "
+        "<think> reasoning </think> <answer> 1 </answer>"
+    )
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,6 +74,7 @@ def _build_tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text, trainer)
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",

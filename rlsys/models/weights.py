@@ -1,6 +1,7 @@
-"""Weights on their way from the trainer to the engines: a manifest and flat byte shards.
+"""Transport of weights from the trainer to the engines: a manifest and flat byte shards.
 
-The shards are NumPy byte arrays, so that Ray's object store can hold them and every engine on a node reads the same memory.
+The shards are NumPy byte arrays, so that Ray's object store can hold them and every engine on a
+node reads the same memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ DEFAULT_SHARD_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True, kw_only=True)
 class WeightEntry:
-    """Where one tensor lies."""
+    """The place of one tensor in the shards."""
 
     name: str  # as in the Hugging Face state dict
     shape: tuple[int, ...]
@@ -49,7 +50,10 @@ def pack_weights(
     dtype: torch.dtype,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> tuple[WeightManifest, list[NDArray[np.uint8]]]:
-    """Cast `tensors` to `dtype` and lay them into shards of about `shard_bytes`, a tensor never split."""
+    """Cast `tensors` to `dtype` and put them into shards of about `shard_bytes`.
+
+    A tensor is never split.
+    """
     entries: list[WeightEntry] = []
     shards: list[NDArray[np.uint8]] = []
     parts: list[NDArray[np.uint8]] = []
@@ -72,6 +76,7 @@ def pack_weights(
         )
         if size and size + data.nbytes > shard_bytes:
             close_shard()
+
         entries.append(
             WeightEntry(
                 name=name,
@@ -85,6 +90,7 @@ def pack_weights(
         )
         parts.append(data)
         size += data.nbytes
+
     close_shard()
     return WeightManifest(version=version, entries=tuple(entries)), shards
 
@@ -92,30 +98,35 @@ def pack_weights(
 def unpack_weights(
     manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a manifest, as views of the shards: read them, never write.
+    """Yield the tensors of a manifest, as views of the shards: read them, never write.
 
     Raises:
         ValueError: the shards are not those of the manifest.
     """
     for entry in manifest.entries:
-        if (
-            entry.shard >= len(shards)
-            or entry.offset + entry.num_bytes > shards[entry.shard].nbytes
-        ):
+        end = entry.offset + entry.num_bytes
+        if entry.shard >= len(shards) or end > shards[entry.shard].nbytes:
             raise ValueError(
-                f"weights version {manifest.version}: {entry.name} lies outside the shards that came with the manifest"
+                f"weights version {manifest.version}: {entry.name} lies outside the shards that "
+                "came with the manifest"
             )
-        data = shards[entry.shard][entry.offset : entry.offset + entry.num_bytes]
+
+        data = shards[entry.shard][entry.offset : end]
         if _checksum(data) != entry.checksum:
             raise ValueError(
-                f"weights version {manifest.version}: {entry.name} was damaged on the way (checksum differs)"
+                f"weights version {manifest.version}: {entry.name} was damaged on the way "
+                "(checksum differs)"
             )
+
         tensor = _view(data)
         yield entry.name, tensor.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
 def _view(data: NDArray[np.uint8]) -> torch.Tensor:
-    """A tensor over memory that may be read-only, without the copy that would silence torch's warning."""
+    """Return a tensor over memory that may be read-only.
+
+    torch warns of that; a copy would avoid the warning at the cost of the memory.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(data)
