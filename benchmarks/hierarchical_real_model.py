@@ -61,7 +61,7 @@ from rlsys.data.prompt_templates import stop_strings
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from rlsys.rewards import RewardInput
-from rlsys.rewards.scoring import score_completion
+from rlsys.rewards.scoring import run_functions
 from rlsys.run.compute_dtype import choose_dtypes
 from workers.generation.engines import make_engine
 from workers.generation.engines.engine import RolloutEngine
@@ -120,7 +120,7 @@ def sample(
         for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
     }
     scores = [
-        score_completion(
+        run_functions(
             config.reward.functions,
             RewardInput(completion=text, ground_truth=truths[int(group)]),
         )

@@ -21,7 +21,7 @@ from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
 from rlsys.rewards import RewardInput, with_token_limit
 from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.scoring import FunctionFailure, Score
+from rlsys.rewards.scoring import CompletionOutcomes, FunctionFailure
 
 # Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0
@@ -50,8 +50,8 @@ class RewardWorker:
         futures = [
             asyncio.wrap_future(self._pool.submit(inputs)) for inputs in reward_inputs(rollouts)
         ]
-        scores = await asyncio.gather(*futures)
-        return reward_batch(rollouts.batch_id, self._config, scores)
+        outcomes = await asyncio.gather(*futures)
+        return reward_batch(rollouts.batch_id, self._config, outcomes)
 
     async def output(self) -> list[str]:
         """Return the printed lines and failures of reward functions since the last call."""
@@ -100,20 +100,22 @@ def reward_inputs(rollouts: RolloutBatch) -> Iterator[RewardInput]:
         )
 
 
-def reward_batch(batch_id: int, config: RewardConfig, scores: Sequence[Score]) -> RewardBatch:
-    """Return the reward batch of some responses, in the order of `scores`.
+def reward_batch(
+    batch_id: int, config: RewardConfig, outcomes: Sequence[CompletionOutcomes]
+) -> RewardBatch:
+    """Return the reward batch of some responses, in the order of `outcomes`.
 
         reward = sum over functions of weight * the function's reward
 
     The term of a failed function is 0; with `on_failure: drop` the whole reward is NaN.
 
     Args:
-        scores: the results of all functions for each response.
+        outcomes: the results of all functions for each response.
     """
     functions = config.functions
     # Without responses NumPy would not know the number of columns.
-    shape = (len(scores), len(functions))
-    components = np.asarray([score.components for score in scores], dtype=np.float64)
+    shape = (len(outcomes), len(functions))
+    components = np.asarray([response.components for response in outcomes], dtype=np.float64)
     components = components.reshape(shape)
 
     weights = np.asarray([function.weight for function in functions], dtype=np.float64)
@@ -126,13 +128,15 @@ def reward_batch(batch_id: int, config: RewardConfig, scores: Sequence[Score]) -
             function.name: components[:, i].astype(np.float32)
             for i, function in enumerate(functions)
         },
-        reasons=tuple(score.reason for score in scores),
-        extracted_answers=tuple(score.answer for score in scores),
-        failures=_failures(config, scores),
+        reasons=tuple(response.reason for response in outcomes),
+        extracted_answers=tuple(response.answer for response in outcomes),
+        failures=_failures(config, outcomes),
     )
 
 
-def _failures(config: RewardConfig, scores: Sequence[Score]) -> tuple[RewardFailure, ...]:
+def _failures(
+    config: RewardConfig, outcomes: Sequence[CompletionOutcomes]
+) -> tuple[RewardFailure, ...]:
     """Return the failures in the order of the responses.
 
     Only the first failure of each function has a traceback, so that a batch in which all responses
@@ -140,8 +144,8 @@ def _failures(config: RewardConfig, scores: Sequence[Score]) -> tuple[RewardFail
     """
     failures: list[RewardFailure] = []
     shown: set[str] = set()
-    for row, score in enumerate(scores):
-        for function, outcome in zip(config.functions, score.outcomes, strict=True):
+    for row, response in enumerate(outcomes):
+        for function, outcome in zip(config.functions, response.outcomes, strict=True):
             if not isinstance(outcome, FunctionFailure):
                 continue
             failure = RewardFailure(

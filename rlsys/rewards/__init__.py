@@ -1,4 +1,4 @@
-"""Rewards: registered functions from a response to a number, or to a result with its reason."""
+"""Rewards: registered functions of a response that return a number, or one with its reason."""
 
 from rlsys.math_verifier import MathVerdict, verify_math
 from rlsys.rewards.functions import (

@@ -1,7 +1,8 @@
-"""What the configured reward functions can do with the ground truths of the data, asked before a run starts."""
+"""Checks before a run: can the configured reward functions read the ground truths of the data?"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,10 +19,11 @@ MAX_SECONDS = 5.0
 def ground_truth_notices(
     functions: Sequence[RewardFunctionConfig], answers: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Lines for a person: how many ground truths a function cannot read, with examples, and which of them are written as in GSM8K.
+    """Return notices for the user on ground truths that are unreadable or written as in GSM8K.
 
-    `answers` has the ground truths of each source by the name of its config field. Each distinct one is read once, at most `MAX_DISTINCT` of a source
-    and for at most `MAX_SECONDS`. Only functions that declare `reads_ground_truth` are asked.
+    A notice has the number of them and examples. `answers` has the ground truths of each source by
+    the name of its config field. Each distinct one is read once, at most `MAX_DISTINCT` of a source
+    and for at most `MAX_SECONDS`. Functions that do not declare `reads_ground_truth` are skipped.
     """
     notices = []
     for function in functions:
@@ -37,24 +39,30 @@ def ground_truth_notices(
 def _unread(
     name: str, reads: Callable[[str], bool], field: str, truths: Sequence[str]
 ) -> list[str]:
+    # A sample is spread over the data, which may be sorted.
     distinct = list(dict.fromkeys(truths))
-    # Spread over the data, which may be sorted.
-    chosen = distinct[:: -(-len(distinct) // MAX_DISTINCT) or 1]
+    step = math.ceil(len(distinct) / MAX_DISTINCT) or 1
+    chosen = distinct[::step]
+
     until = time.monotonic() + MAX_SECONDS
     known: dict[str, bool] = {}
     for truth in chosen:
         known[truth] = reads(truth)
         if time.monotonic() > until:
             break
+
     looked_at = [truth for truth in truths if truth in known]
     unread = [truth for truth in looked_at if not known[truth]]
     if not unread:
         return []
-    examples = ", ".join(_shown(truth) for truth in list(dict.fromkeys(unread))[:EXAMPLES])
-    part = f" (of {len(truths)})" if len(looked_at) < len(truths) else ""
+
+    first = list(dict.fromkeys(unread))[:EXAMPLES]
+    examples = ", ".join(map(_shown, first))
+    whole = f" (of {len(truths)})" if len(looked_at) < len(truths) else ""
     return [
-        f"{field}: {len(unread)} of {len(looked_at)} ground truths{part} cannot be parsed by the verifier of reward {name!r}, such as {examples}. A "
-        "response to them is right only where it repeats the text: check data.columns.answer."
+        f"{field}: {len(unread)} of {len(looked_at)} ground truths{whole} cannot be parsed by the "
+        f"verifier of reward {name!r}, such as {examples}. A response to them is right only where "
+        "it repeats the text: check data.columns.answer."
     ]
 
 
@@ -63,8 +71,9 @@ def _with_hashes(field: str, truths: Sequence[str]) -> list[str]:
     if not marked:
         return []
     return [
-        f"{field}: {marked} of {len(truths)} ground truths hold '####', as in GSM8K: the answer is what follows it. Responses are read as the reward's "
-        "parameter extraction says (after_hashes for '#### 72')."
+        f"{field}: {marked} of {len(truths)} ground truths hold '####', as in GSM8K: the answer is "
+        "the text after it. Responses are read as the reward's parameter extraction says "
+        "(after_hashes for '#### 72')."
     ]
 
 

@@ -1,8 +1,9 @@
-"""A pool of processes that score completions under a wall-clock limit.
+"""A pool of processes that compute rewards of completions under a wall-clock limit.
 
-A process that takes too long is killed and replaced, and so is one that dies; either costs one function's score of one answer. The limit
-holds inside C code too, and starts when the function's turn begins. Memory is limited as well. What the processes print is collected. Run
-as a module, this file is the process's side.
+A process that takes too long is killed and replaced, and so is one that dies; either costs the
+reward of one function for one completion. The limit also holds inside C code, and its time starts
+with the function's turn. Memory is limited as well. Lines that the processes print are collected.
+Run as a module, this file is the process's side.
 """
 
 from __future__ import annotations
@@ -30,27 +31,34 @@ from rlsys.config import RewardConfig, RewardFunctionConfig
 from rlsys.plugins import load_plugins
 from rlsys.rewards.records import RewardInput
 from rlsys.rewards.registry import reads_metadata, reward_hooks
-from rlsys.rewards.scoring import FunctionFailure, FunctionScore, Outcome, Score, run_function
+from rlsys.rewards.scoring import (
+    CompletionOutcomes,
+    FunctionFailure,
+    FunctionReward,
+    Outcome,
+    run_function,
+)
 
 START_LIMIT_S = 120.0  # importing the plug-ins
 FIRST_CALL_S = 10.0  # more for a function's first answer in a process, which may import modules
 END_LIMIT_S = 1.0  # for a process to end that has closed its connection
-KEPT_LINES = 1000  # of output that nobody has taken
+KEPT_LINES = 1000  # of output, until they are taken
 MAX_LINE_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200  # of a completion on which a function failed
-# A function that fails this often and never succeeds is not asked again: with timeouts, a batch would take hours to say the same.
+# A function that fails this often and never succeeds is not called again: with timeouts, a batch
+# would take hours and fail in the same way.
 HOPELESS_AFTER = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A process's first word: it can score, and whether a function reads more than two texts."""
+    """The first message of a process, sent when it can compute rewards."""
 
-    reads_all: bool
+    reads_all: bool  # a function takes a whole `RewardInput`, not only two texts
 
 
 class Output:
-    """Lines that reward functions printed, until somebody takes them; where they are too many the oldest go."""
+    """Lines that reward functions printed, until they are taken; the oldest are dropped first."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -64,15 +72,19 @@ class Output:
             self._lines.append(line[:MAX_LINE_CHARACTERS])
 
     def take(self) -> list[str]:
-        """The lines since the last call, with a note where some were lost."""
+        """Return the lines since the last call, with a note where some were lost."""
         with self._lock:
-            lines, lost = list(self._lines), self._lost
+            lines = list(self._lines)
+            lost = self._lost
             self._lines.clear()
             self._lost = 0
-        return ([f"({lost} earlier lines were lost)"] if lost else []) + lines
+
+        if lost:
+            lines.insert(0, f"({lost} earlier lines were lost)")
+        return lines
 
     def follow(self, stream: IO[bytes]) -> threading.Thread:
-        """Add what comes out of `stream`, line by line, until it ends."""
+        """Add the lines of `stream` until it ends."""
 
         def read() -> None:
             with contextlib.suppress(OSError, ValueError), stream:
@@ -85,7 +97,7 @@ class Output:
 
 
 class RewardPool:
-    """`config.processes` processes, each driven by one thread of this one."""
+    """A pool of `config.processes` processes, each driven by one thread of this process."""
 
     def __init__(self, config: RewardConfig, plugins: Sequence[str]) -> None:
         self._config = config
@@ -96,16 +108,15 @@ class RewardPool:
         self._closed = False
         self._failed = [0] * len(config.functions)
         self._succeeded = [0] * len(config.functions)
-        self._slow_to_start: set[int] = (
-            set()
-        )  # had more time for a first answer, and needed more still
+        # Functions that exceeded even the longer limit of a first answer.
+        self._slow_to_start: set[int] = set()
         self.output = Output()
 
     def warm_up(self) -> None:
-        """Start every process; returns when all are ready.
+        """Start every process, and return when all are ready.
 
         Raises:
-            RuntimeError: a process could not be started, with what it said.
+            RuntimeError: a process could not be started; the message has its output.
         """
         barrier = threading.Barrier(self._config.processes)
 
@@ -113,45 +124,53 @@ class RewardPool:
             try:
                 self._process()
             except BaseException:
-                barrier.abort()  # or the others would wait for ever
+                barrier.abort()  # or the other threads would wait forever
                 raise
             barrier.wait()  # keeps one thread from starting twice
 
         started = [self._threads.submit(start) for _ in range(self._config.processes)]
-        errors = [error for future in started if (error := future.exception()) is not None]
-        told = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        errors = [error for error in map(Future.exception, started) if error is not None]
+        # A broken barrier is only the consequence of another thread's error.
+        causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
         if errors:
-            raise (told or errors)[0]
+            raise (causes or errors)[0]
 
-    def submit(self, inputs: RewardInput) -> Future[Score]:
-        """Score one completion. The future never fails: what goes wrong becomes an outcome of the score."""
-        return self._threads.submit(self._score, inputs)
+    def submit(self, inputs: RewardInput) -> Future[CompletionOutcomes]:
+        """Compute the rewards of one completion. The future never fails: failures are outcomes."""
+        return self._threads.submit(self._outcomes, inputs)
 
-    def _score(self, inputs: RewardInput) -> Score:
+    def _outcomes(self, inputs: RewardInput) -> CompletionOutcomes:
         functions = range(len(self._config.functions))
         outcomes: dict[int, Outcome] = {
             i: self._hopeless() for i in functions if self._is_hopeless(i)
         }
+
+        # A function that costs the process ends a call; the rest run in the next process.
         pending = [i for i in functions if i not in outcomes]
         while pending:
-            answered = self._ask(pending, inputs)
+            answered = self._call(pending, inputs)
             outcomes.update(zip(pending, answered, strict=False))
             self._count(pending, answered, inputs.completion)
             pending = pending[len(answered) :]
-        return Score(outcomes=tuple(outcomes[i] for i in functions))
 
-    def _ask(self, functions: Sequence[int], inputs: RewardInput) -> list[Outcome]:
-        """Outcomes of the first of `functions`, at least one: up to and with the one that costs the process."""
+        return CompletionOutcomes(outcomes=tuple(outcomes[i] for i in functions))
+
+    def _call(self, functions: Sequence[int], inputs: RewardInput) -> list[Outcome]:
+        """Return outcomes of the first of `functions`, at least of one.
+
+        The last one is that of the function at which the process was lost, if it was.
+        """
         try:
             process = self._process()
         except (RuntimeError, TimeoutError) as error:
             message = " ".join(f"no process to run it in: {error}".split())
             return [FunctionFailure(kind="crash", message=message)] * len(functions)
+
         outcomes: list[Outcome] = []
         try:
-            # What no function reads does not travel: most rewards read two texts.
-            question = inputs if process.reads_all else _texts_of(inputs)
-            process.send((list(functions), tuple(question)))
+            # Most functions read two texts only: other fields are not pickled for them.
+            request = inputs if process.reads_all else _texts_of(inputs)
+            process.send((list(functions), tuple(request)))
             for function in functions:
                 outcomes.append(process.receive(self._limit_s(process, function)))
                 process.answered.add(function)
@@ -173,18 +192,19 @@ class RewardPool:
         self, functions: Sequence[int], outcomes: Sequence[Outcome], completion: str
     ) -> None:
         for i, outcome in zip(functions, outcomes, strict=False):
-            if isinstance(outcome, FunctionScore):
+            if isinstance(outcome, FunctionReward):
                 self._succeeded[i] += 1
                 continue
             self._failed[i] += 1
-            name, end = self._config.functions[i].name, completion[-SHOWN_CHARACTERS:]
+            name = self._config.functions[i].name
+            end = completion[-SHOWN_CHARACTERS:]
             self.output.add(f"reward {name!r}: {outcome.kind}, {outcome.message}; on ...{end!r}")
 
     def _is_hopeless(self, function: int) -> bool:
         return not self._succeeded[function] and self._failed[function] >= HOPELESS_AFTER
 
     def _hopeless(self) -> FunctionFailure:
-        message = f"not asked: it had failed on all of the first {HOPELESS_AFTER} answers"
+        message = f"not called: it had failed on all of the first {HOPELESS_AFTER} responses"
         return FunctionFailure(kind="error", message=message)
 
     def _process(self) -> _Process:
@@ -204,7 +224,7 @@ class RewardPool:
             self._local.process = None
 
     def process_ids(self) -> list[int]:
-        """Of the processes alive now."""
+        """Return the ids of the processes that are alive."""
         return [process.pid for process in self._processes]
 
     def shutdown(self) -> None:
@@ -220,25 +240,24 @@ def _texts_of(inputs: RewardInput) -> RewardInput:
 
 
 class _Process:
-    """This side of one scoring process."""
+    """The pool's side of one process."""
 
     def __init__(self, config: RewardConfig, plugins: Sequence[str], output: Output) -> None:
-        """Raises RuntimeError where the process does not come up, TimeoutError where it takes too long."""
+        """Start the process.
+
+        Raises:
+            RuntimeError: it could not start.
+            TimeoutError: it took too long.
+        """
         ours, theirs = socket.socketpair()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",  # what is printed gets out, however the process ends
+            "PYTHONUNBUFFERED": "1",  # no printed line is lost, however the process ends
         }
-        command = [
-            sys.executable,
-            "-m",
-            "rlsys.rewards.pool",
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
+        arguments = [str(theirs.fileno()), str(os.getpid())]
         self._popen = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "rlsys.rewards.pool", *arguments],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -250,8 +269,8 @@ class _Process:
         output.follow(self._popen.stdout)
         self._connection = Connection(ours.detach())
         self.pid = self._popen.pid
-        self.reads_all = False  # of what is known of a response
-        self.answered: set[int] = set()  # functions that have given an answer here
+        self.reads_all = False  # see `Ready`
+        self.answered: set[int] = set()  # functions that have returned a result here
         try:
             self._start(config, plugins)
         except BaseException:
@@ -270,16 +289,16 @@ class _Process:
             raise RuntimeError(f"a reward process could not start: {answer}")
         self.reads_all = answer.reads_all
 
-    def send(self, question: object) -> None:
-        """Ask.
+    def send(self, request: object) -> None:
+        """Send a request to the process.
 
         Raises:
             OSError: the process died.
         """
-        self._connection.send_bytes(pickle.dumps(question))
+        self._connection.send_bytes(pickle.dumps(request))
 
     def receive(self, limit_s: float) -> Any:
-        """The process's next answer.
+        """Return the next answer of the process.
 
         Raises:
             TimeoutError: none came within the limit.
@@ -290,7 +309,7 @@ class _Process:
         return pickle.loads(self._connection.recv_bytes())
 
     def ending(self) -> str:
-        """How a process ended that has closed its connection."""
+        """Describe how a process ended that has closed its connection."""
         try:
             code = self._popen.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -312,11 +331,11 @@ def _die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however that ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
-        os._exit(1)  # it ended before we asked
+        os._exit(1)  # the parent ended before the kernel knew of the request
 
 
 def _limit_memory(memory_gb: float) -> None:
-    """Let this process grow by so much from now on; beyond it an answer fails with a MemoryError."""
+    """Limit the further growth of this process; beyond it a function fails with a MemoryError."""
     if memory_gb:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + int(memory_gb * 1024**3)
@@ -324,7 +343,7 @@ def _limit_memory(memory_gb: float) -> None:
 
 
 def _warm_up(functions: Sequence[RewardFunctionConfig]) -> None:
-    """Do what the first answer would otherwise wait for, where a function has declared it."""
+    """Run the warm-up of each function that declares one."""
     for function in functions:
         warm_up = reward_hooks(function.name).warm_up
         if warm_up is not None:
@@ -332,6 +351,7 @@ def _warm_up(functions: Sequence[RewardFunctionConfig]) -> None:
 
 
 def _serve(connection: Connection) -> None:
+    """Answer requests until the connection is closed."""
     functions, plugins, memory_gb = pickle.loads(connection.recv_bytes())
     try:
         load_plugins(plugins)
@@ -340,6 +360,7 @@ def _serve(connection: Connection) -> None:
         traceback.print_exc()
         connection.send_bytes(pickle.dumps(str(error)))
         return
+
     _limit_memory(memory_gb)
     connection.send_bytes(pickle.dumps(Ready(reads_all=reads_metadata(functions))))
     while True:

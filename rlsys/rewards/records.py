@@ -1,8 +1,8 @@
-"""What a reward function may take, and what it may return.
+"""The records that a reward function may take and return.
 
-Plain Python values: they are pickled to the processes of the reward pool, which need no NumPy. As
-each answer travels by itself, they are named tuples, which pickle several times faster than
-dataclasses.
+They hold plain Python values: they are pickled to the processes of the reward pool, which need no
+NumPy. Each response is pickled by itself, so they are named tuples, which pickle several times
+faster than dataclasses.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 
 class RewardInput(NamedTuple):
-    """One response with everything that is known of it. Read it by field."""
+    """One response with everything that is known about it. Read it by field name."""
 
     completion: str  # the response's text, without special tokens
     ground_truth: str
     prompt: str = ""  # as the model saw it, special tokens included
-    problem: str = ""  # as the data have it; of a conversation, the last message
+    problem: str = ""  # as in the data; of a conversation, the last message
     metadata: Mapping[str, Any] = {}  # the other columns of the data
     token_ids: Sequence[int] = ()  # of the response, exactly as sampled
     num_tokens: int = 0  # that the policy sampled
@@ -25,8 +25,8 @@ class RewardInput(NamedTuple):
 
 
 class RewardResult(NamedTuple):
-    """A score with its explanation, for functions that have more to say than a number."""
+    """A reward with its reason and the extracted answer, for functions that explain themselves."""
 
-    score: float
-    reason: str = "ok"  # why it got this score: one word, which is counted in the metrics
+    score: float  # the reward
+    reason: str = "ok"  # for this reward: one word, which is counted in the metrics
     answer: str | None = None  # as found in the completion

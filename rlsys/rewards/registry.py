@@ -1,4 +1,4 @@
-"""Reward functions by name: how each is called, and the checks before a run."""
+"""Reward functions by name, with the way to call each and the checks before a run."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class Call(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardHooks:
-    """What may be declared beside a reward function.
+    """The optional declarations of a reward function.
 
-    validate: called before a run starts as `validate(**parameters)`, with all keyword parameters, defaults included; raises a ValueError, with the
-        remedy, for values that the function cannot take.
-    reads_ground_truth: whether the function can do anything with a ground truth; counted over the data before a run starts.
-    warm_up: called once in each process of the pool before the first answer, where time and memory have no limit yet.
+    validate: called before a run starts as `validate(**parameters)`, with all keyword parameters,
+        defaults included. Raises a ValueError, with the remedy, for values that the function cannot
+        take.
+    reads_ground_truth: returns whether the function can read a ground truth. It is called on the
+        data before a run starts.
+    warm_up: called once in each process of the pool before the first response, while time and
+        memory are not limited yet.
     """
 
     validate: Validate | None = None
@@ -65,15 +68,16 @@ def register_reward_function(
     reads_ground_truth: Callable[[str], bool] | None = None,
     warm_up: Callable[[], object] | None = None,
 ) -> Callable[[F], F]:
-    """Decorator: make `function(inputs: RewardInput, *, keywords...)` available in `reward.functions`.
+    """Return a decorator that registers a reward function for `reward.functions`.
 
-    It returns a number or a `RewardResult`. A function may also take `(completion, ground_truth)`, or
-    `(completion, ground_truth, completion_tokens)` with the number of sampled tokens.
-    A `functools.partial` and an object with `__call__` are registered by a call: `register_reward_function("mine")(Mine())`. The keywords are
-    explained at `RewardHooks`.
+    The function is `function(inputs: RewardInput, *, keywords...)` and returns a number or a
+    `RewardResult`. It may also take `(completion, ground_truth)`, or `(completion, ground_truth,
+    completion_tokens)` with the number of sampled tokens. A `functools.partial` and an object with
+    `__call__` are registered by a call: `register_reward_function("mine")(Mine())`. The keywords
+    are explained at `RewardHooks`.
 
     Raises:
-        ValueError: the name is taken, or the thing cannot be called as a function.
+        ValueError: the name is taken, or the object cannot be called as a function.
     """
     register = _REWARDS.register(name)
     hooks = RewardHooks(validate=validate, reads_ground_truth=reads_ground_truth, warm_up=warm_up)
@@ -88,7 +92,7 @@ def register_reward_function(
 
 
 def get_reward_function(name: str) -> RewardFunction:
-    """The reward function called `name`.
+    """Return the reward function called `name`.
 
     Raises:
         ValueError: unknown name, with the nearest ones.
@@ -99,25 +103,23 @@ def get_reward_function(name: str) -> RewardFunction:
 def with_token_limit(
     functions: Sequence[RewardFunctionConfig], limit: int
 ) -> tuple[RewardFunctionConfig, ...]:
-    """The functions of a run whose responses have at most `limit` tokens: a parameter `max_tokens` that is null or left out follows it.
+    """Return the functions with the token limit of a run in their parameters.
+
+    A parameter `max_tokens` that is null or left out becomes `limit`.
 
     Raises:
         ValueError: unknown name.
     """
-    return tuple(
-        function.model_copy(
-            update={
-                "parameters": follow_token_limit(
-                    get_reward_function(function.name), function.parameters, limit
-                )
-            }
-        )
-        for function in functions
-    )
+    limited = []
+    for function in functions:
+        registered = get_reward_function(function.name)
+        parameters = follow_token_limit(registered, function.parameters, limit)
+        limited.append(function.model_copy(update={"parameters": parameters}))
+    return tuple(limited)
 
 
 def reward_hooks(name: str) -> RewardHooks:
-    """What was declared beside the function called `name`.
+    """Return the declarations of the function called `name`.
 
     Raises:
         ValueError: unknown name.
@@ -128,7 +130,7 @@ def reward_hooks(name: str) -> RewardHooks:
 
 @functools.cache
 def call_of(name: str) -> Call:
-    """Return how the function called `name` is to be called.
+    """Return the arguments that the function called `name` takes.
 
     Raises:
         ValueError: unknown name.
@@ -149,7 +151,11 @@ def _call(function: RewardFunction) -> Call:
 
 
 def _takes_input(function: RewardFunction, signature: inspect.Signature) -> bool:
-    """Return whether the first argument is annotated so, or is the only one and not that of a text."""
+    """Return whether the function takes a `RewardInput`.
+
+    Its first argument is annotated so, or is the only one, without annotation and without the name
+    of a text.
+    """
     positional = _positional(signature)
     if not positional:
         return False
@@ -165,22 +171,24 @@ def _takes_input(function: RewardFunction, signature: inspect.Signature) -> bool
 def reads_metadata(functions: Sequence[RewardFunctionConfig]) -> bool:
     """Return whether a function takes a `RewardInput`, and so may read other columns of the data.
 
-    Unknown names do not; they are refused elsewhere.
+    Unknown names are ignored; they are refused elsewhere.
     """
     names = {function.name for function in functions} & set(available_reward_functions())
     return any(call_of(name) is Call.INPUT for name in names)
 
 
 def available_reward_functions() -> tuple[str, ...]:
-    """All registered names, sorted."""
+    """Return all registered names, sorted."""
     return _REWARDS.names()
 
 
 def check_reward_function(name: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse what cannot work, without calling the function: its kind, its arguments, and its parameters with their values.
+    """Refuse a function or parameters that cannot work, without calling the function.
+
+    Its kind, its arguments, and its parameters with their values are checked.
 
     Raises:
-        ValueError: names field and remedy.
+        ValueError: the message names field and remedy.
     """
     function = get_reward_function(name)
     _check_kind(name, function)
@@ -195,7 +203,8 @@ def _check_kind(name: str, function: RewardFunction) -> None:
     if is_async or inspect.isgeneratorfunction(plain):
         kind = "an async function" if is_async else "a generator"
         raise ValueError(
-            f"reward.functions.name: {name!r} ({full_name(function)}) is {kind}. Write it as a plain function that returns one number."
+            f"reward.functions.name: {name!r} ({full_name(function)}) is {kind}. Write it as a "
+            "plain function that returns one number."
         )
 
 
@@ -204,8 +213,10 @@ def _check_arguments(name: str, function: RewardFunction) -> None:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"reward.functions.name: {name!r} has no signature that Python can tell. Wrap it in a def. {CONVENTION}."
+            f"reward.functions.name: {name!r} has no signature that Python can inspect. Wrap it in "
+            f"a def. {CONVENTION}."
         ) from error
+
     who = f"reward.functions.name: {name!r} ({full_name(function)}{signature})"
     required = {
         parameter: None
@@ -215,6 +226,7 @@ def _check_arguments(name: str, function: RewardFunction) -> None:
     if _takes_input(function, signature):
         _check_binding(who, signature, (None,), required)
         return
+
     first, second = _names_of_two_arguments(signature)
     if first in BATCH_ARGUMENTS:
         raise ValueError(
@@ -224,6 +236,7 @@ def _check_arguments(name: str, function: RewardFunction) -> None:
         raise ValueError(
             f"{who} takes ground_truth and completion in the wrong order. {CONVENTION}."
         )
+
     tokens = signature.parameters.get("completion_tokens")
     if tokens is not None and tokens.kind is tokens.KEYWORD_ONLY:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Scoring one completion with all configured reward functions: what a process of the reward pool does.
+"""Evaluation of all configured reward functions on one completion, in a process of the pool.
 
-Each function counts for itself: one that fails leaves the others' scores as they are.
+Functions are independent: a failure of one does not change the rewards of the rest.
 """
 
 from __future__ import annotations
@@ -27,69 +27,69 @@ REASON = re.compile(r"[\w.:-]{1,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionScore:
-    """What one function said of one completion."""
+class FunctionReward:
+    """The reward of one function for one completion."""
 
-    score: float
+    reward: float
     reason: str = "ok"
     answer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionFailure:
-    """Why one function gave no number for one completion."""
+    """The failure of one function on one completion."""
 
     kind: FailureKind
     message: str  # one line
     traceback: str = ""
 
 
-Outcome = FunctionScore | FunctionFailure
+Outcome = FunctionReward | FunctionFailure
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """The outcomes of one completion, in the order of the functions."""
+class CompletionOutcomes:
+    """The outcomes of all functions for one completion, in their order."""
 
     outcomes: tuple[Outcome, ...]
 
     @property
     def components(self) -> tuple[float, ...]:
-        """The unweighted scores; NaN where a function failed."""
+        """The unweighted rewards; NaN where a function failed."""
         return tuple(
-            outcome.score if isinstance(outcome, FunctionScore) else math.nan
+            outcome.reward if isinstance(outcome, FunctionReward) else math.nan
             for outcome in self.outcomes
         )
 
     @property
     def reason(self) -> str:
-        """What the first function said, or how it failed."""
+        """The reason that the first function gave, or the kind of its failure."""
         first = self.outcomes[0]
-        return first.reason if isinstance(first, FunctionScore) else first.kind
+        return first.reason if isinstance(first, FunctionReward) else first.kind
 
     @property
     def answer(self) -> str:
         """The answer that the first function found; "" where there is none."""
         first = self.outcomes[0]
-        return first.answer if isinstance(first, FunctionScore) else ""
+        return first.answer if isinstance(first, FunctionReward) else ""
 
 
-def score_completion(functions: Sequence[RewardFunctionConfig], inputs: RewardInput) -> Score:
+def run_functions(
+    functions: Sequence[RewardFunctionConfig], inputs: RewardInput
+) -> CompletionOutcomes:
     """Run all functions on one completion."""
-    return Score(
-        outcomes=tuple(
-            run_function(function, inputs, terms=len(functions)) for function in functions
-        )
-    )
+    terms = len(functions)
+    outcomes = tuple(run_function(function, inputs, terms=terms) for function in functions)
+    return CompletionOutcomes(outcomes=outcomes)
 
 
 def run_function(function: RewardFunctionConfig, inputs: RewardInput, *, terms: int) -> Outcome:
-    """Return what one function makes of one completion; nothing that it raises gets out.
+    """Run one function on one completion; whatever it raises becomes a failure.
 
-    `terms`: how many functions are summed.
+    `terms` is the number of functions whose rewards are summed.
     """
     try:
-        return _score(function, inputs, terms)
+        return _reward(function, inputs, terms)
     except SystemExit as error:
         return _failure(error, f"it called sys.exit({error.code!r})")
     except MemoryError as error:
@@ -99,7 +99,7 @@ def run_function(function: RewardFunctionConfig, inputs: RewardInput, *, terms: 
 
 
 def _failure(error: BaseException, message: str) -> FunctionFailure:
-    """With the part of the traceback that is in the function."""
+    """Return a failure with the part of the traceback that is in the function."""
     shown = error.__traceback__
     while shown is not None and shown.tb_frame.f_code.co_filename == __file__:
         shown = shown.tb_next
@@ -111,15 +111,24 @@ def _failure(error: BaseException, message: str) -> FunctionFailure:
     )
 
 
-def _score(function: RewardFunctionConfig, inputs: RewardInput, terms: int) -> FunctionScore:
-    reward = get_reward_function(function.name)
-    result = reward(*_arguments(call_of(function.name), inputs), **function.parameters)
+def _reward(function: RewardFunctionConfig, inputs: RewardInput, terms: int) -> FunctionReward:
+    """Call the function and check its result.
+
+    Raises:
+        Exception: raised by the function, or a TypeError, ValueError or OverflowError for a result
+            that cannot be used.
+    """
+    call = get_reward_function(function.name)
+    arguments = _arguments(call_of(function.name), inputs)
+    result = call(*arguments, **function.parameters)
     if not isinstance(result, RewardResult):
         result = RewardResult(result)
 
     value = _number(result.score)
     _check_size(value, function.weight, terms)
-    return FunctionScore(score=value, reason=_reason(result.reason), answer=_answer(result.answer))
+    return FunctionReward(
+        reward=value, reason=_reason(result.reason), answer=_answer(result.answer)
+    )
 
 
 def _arguments(call: Call, inputs: RewardInput) -> tuple[Any, ...]:
@@ -150,10 +159,13 @@ def _answer(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    """`value` as a float; a bool, an integer, a NumPy number and a tensor of no dimension are numbers too.
+    """Return `value` as a float.
+
+    A bool, an integer, a NumPy number and a tensor without dimensions are numbers too.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
+        OverflowError: it is beyond the range of a float.
     """
     if inspect.iscoroutine(value):
         value.close()
@@ -174,7 +186,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_size(value: float, weight: float, terms: int) -> None:
-    """Refuse what would make the weighted sum infinite or NaN in float32."""
+    """Refuse a reward that could make the weighted sum infinite or NaN in float32."""
     if not math.isfinite(value):
         raise ValueError(f"it returned {value}; a reward must be finite")
     if max(abs(value), abs(value * weight) * terms) > LARGEST_REWARD:

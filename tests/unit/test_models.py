@@ -55,7 +55,7 @@ def test_unusable_paths_get_one_clear_message(tmp_path: Path):
         (str(tmp_path / "mute"), "has no tokenizer"),
         (str(tmp_path / "none.gguf"), "no such file"),
         ("smolm2-135m", "Did you mean smollm2-135m?"),
-        ("/no/such/dir", "no existing directory"),
+        ("/no/such/dir", "nor an existing directory"),
     ]:
         with pytest.raises(ValueError, match=r"^model\.path: ") as error:
             check_model_path(path)

@@ -49,7 +49,7 @@ from rlsys.rewards import (
     verify_math,
 )
 from rlsys.rewards.pool import HOPELESS_AFTER, RewardPool
-from rlsys.rewards.scoring import FunctionFailure, FunctionScore, Score, score_completion
+from rlsys.rewards.scoring import CompletionOutcomes, FunctionFailure, FunctionReward, run_functions
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.console import Progress, print_summary
 from rlsys.run.observers.metrics_log import MetricsRecord
@@ -105,7 +105,7 @@ def pools() -> Iterator[list[RewardPool]]:
     ],
 )
 def test_each_function_counts_for_itself(name: str, message: str):
-    score = score_completion(
+    score = run_functions(
         configured("math", name, "counts_a").functions,
         RewardInput(completion=r"a \boxed{1}", ground_truth="1"),
     )
@@ -117,7 +117,7 @@ def test_each_function_counts_for_itself(name: str, message: str):
 
 
 def test_the_traceback_begins_in_the_function():
-    (failure,) = score_completion(
+    (failure,) = run_functions(
         configured("raises").functions, RewardInput(completion="x", ground_truth="1")
     ).outcomes
     assert isinstance(failure, FunctionFailure)
@@ -131,7 +131,7 @@ def test_the_traceback_begins_in_the_function():
 @pytest.mark.parametrize("value", [True, 1, np.float32(1), np.int64(1), np.array(1.0)])
 def test_what_counts_as_a_number(value: Any):
     register_reward_function("number_for_test")(lambda completion, ground_truth: value)
-    assert score_completion(
+    assert run_functions(
         configured("number_for_test").functions, RewardInput(completion="", ground_truth="")
     ).components == (1.0,)
 
@@ -143,7 +143,7 @@ def test_a_sum_that_float32_cannot_hold_is_a_failure_of_its_largest_term():
             RewardFunctionConfig(name="counts_a", weight=weight, parameters={"scale": 1e38})
             for _ in range(times)
         )
-        scores = [score_completion(functions, RewardInput(completion="a", ground_truth=""))]
+        scores = [run_functions(functions, RewardInput(completion="a", ground_truth=""))]
         batch = reward_batch(0, RewardConfig(functions=functions), scores)
         assert np.isfinite(batch.rewards).all()
         assert len(batch.failures) == times
@@ -157,7 +157,7 @@ def test_objects_and_partials_are_reward_functions():
     )
     for function in functions:
         check_reward_function(function.name, function.parameters)
-    assert score_completion(
+    assert run_functions(
         functions, RewardInput(completion="banana", ground_truth="")
     ).components == (6.0, 0.0)
     with pytest.raises(ValueError, match=r"scal: CountsLetter has no such parameter.*scale"):
@@ -401,7 +401,7 @@ def test_a_function_that_ends_or_hangs_its_process_costs_its_own_score_alone(
         pool.submit(RewardInput(completion=r"a \boxed{1}", ground_truth="1")).result().outcomes
     )
     told = [
-        outcome.score if isinstance(outcome, FunctionScore) else (outcome.kind, outcome.message)
+        outcome.reward if isinstance(outcome, FunctionReward) else (outcome.kind, outcome.message)
         for outcome in outcomes
     ]
     assert told == [
@@ -456,7 +456,7 @@ def test_a_function_that_never_succeeds_is_not_asked_for_ever(pools: list[Reward
         messages.append(score.outcomes[0].message)
     assert len(set(messages[:HOPELESS_AFTER])) == 1
     assert set(messages[HOPELESS_AFTER:]) == {
-        f"not asked: it had failed on all of the first {HOPELESS_AFTER} answers"
+        f"not called: it had failed on all of the first {HOPELESS_AFTER} responses"
     }
     assert {score.components[1] for score in scores} == {1.0}
 
@@ -480,14 +480,14 @@ def test_a_plugin_that_fails_in_the_processes_only_is_named(
 # --- records --------------------------------------------------------------------------------------
 
 
-def scores(*rows: tuple[float | str, ...]) -> list[Score]:
+def scores(*rows: tuple[float | str, ...]) -> list[CompletionOutcomes]:
     """Return the scores of a batch, with a row of numbers and failure kinds for each response."""
-    return [Score(outcomes=tuple(map(outcome, row))) for row in rows]
+    return [CompletionOutcomes(outcomes=tuple(map(outcome, row))) for row in rows]
 
 
-def outcome(value: float | str) -> FunctionScore | FunctionFailure:
+def outcome(value: float | str) -> FunctionReward | FunctionFailure:
     if not isinstance(value, str):
-        return FunctionScore(score=value)
+        return FunctionReward(reward=value)
     kind: Any = value
     return FunctionFailure(kind=kind, message=f"{value}!", traceback="Traceback")
 

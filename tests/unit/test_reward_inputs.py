@@ -24,7 +24,7 @@ from rlsys.rewards import (
 )
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.registry import Call, call_of
-from rlsys.rewards.scoring import FunctionFailure, score_completion
+from rlsys.rewards.scoring import FunctionFailure, run_functions
 from tests.support.rollout_examples import rollouts
 from workers.reward_worker import reward_inputs
 
@@ -91,7 +91,7 @@ def test_each_kind_of_function_gets_its_arguments(name: str, call: Call, score: 
     check_reward_function(name, {})
     assert call_of(name) is call
     assert reads_metadata(functions("math", name)) == (call is Call.INPUT)
-    assert score_completion(functions(name), INPUT).components == (score,)
+    assert run_functions(functions(name), INPUT).components == (score,)
 
 
 def test_parameters_of_a_function_of_an_input_are_checked():
@@ -110,7 +110,7 @@ def test_a_function_that_wants_more_than_an_input_is_refused():
 
 
 def test_a_result_has_a_reason_and_an_answer():
-    score = score_completion(functions("object_for_inputs", "math"), INPUT)
+    score = run_functions(functions("object_for_inputs", "math"), INPUT)
     assert (score.reason, score.answer) == ("half", "Count!")
     assert math_reward(r"so \boxed{3}", "3") == RewardResult(1.0, reason="correct", answer="3")
     assert math_reward("so 3", "3") == RewardResult(0.0, reason="no_answer", answer=None)
@@ -127,7 +127,7 @@ def test_a_result_has_a_reason_and_an_answer():
 )
 def test_results_that_cannot_be_used_are_failures(result: RewardResult, message: str):
     register_reward_function("result_for_inputs")(lambda inputs: result)
-    (outcome,) = score_completion(functions("result_for_inputs"), INPUT).outcomes
+    (outcome,) = run_functions(functions("result_for_inputs"), INPUT).outcomes
     assert isinstance(outcome, FunctionFailure)
     assert outcome.message.startswith(message)
 

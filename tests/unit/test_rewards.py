@@ -20,7 +20,7 @@ from rlsys.rewards import (
     verify_math,
 )
 from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.scoring import score_completion
+from rlsys.rewards.scoring import run_functions
 
 MATH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "math"
 
@@ -239,7 +239,7 @@ def test_scoring_hands_out_token_counts_and_parameters():
         ),
         RewardFunctionConfig(name="repetition", parameters={"ngram": 1}),
     )
-    score = score_completion(
+    score = run_functions(
         functions,
         RewardInput(completion="\\boxed{1} <answer> 2 </answer>", ground_truth="2", num_tokens=90),
     )
