@@ -1,7 +1,9 @@
-"""Every port of the driver, in this process: a small policy that really learns, and handles that the driver cannot open.
+"""Fakes of every port of the driver, in this process, with a small policy that really learns.
 
-The policy is a table of logits [problems, positions, vocabulary]. Token t of problem p is drawn from softmax(logits[p, t]). A response
-is right when its first token is the problem's answer, so REINFORCE raises the reward within a few dozen steps.
+The policy is a table of logits [problems, positions, vocabulary]. Token t of problem p is drawn
+from softmax(logits[p, t]). A response is right when its first token is the problem's answer, so
+REINFORCE raises the reward within a few dozen steps. The driver cannot open the handles of large
+records.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ class OpenedByDriverError(AssertionError):
 
 
 class InProcessHandle(Generic[T]):
-    """A record that workers open with `open`; awaiting it, which is the driver's way, is refused unless it is small."""
+    """A record that workers open with `open`.
+
+    Awaiting it, as the driver does, is refused unless the record is small.
+    """
 
     def __init__(self, record: T | Coroutine[Any, Any, T], *, small: bool) -> None:
         self._task = asyncio.ensure_future(record) if asyncio.iscoroutine(record) else None
@@ -63,31 +68,40 @@ class InProcessHandle(Generic[T]):
 
 
 async def _open_all(handles: Sequence[Handle]) -> list[Any]:
-    return [await handle.open() for handle in handles]  # pyright: ignore[reportAttributeAccessIssue]
+    own: Sequence[Any] = handles  # all are of `InProcessHandle`
+    return [await handle.open() for handle in own]
 
 
 @dataclass
 class Stage:
-    """What the fakes share: a journal of calls, the handles that are alive, and places where a test can wait or fail."""
+    """The state that the fakes share.
+
+    It has a journal of calls, the handles that are alive, and hooks with which a test can wait or
+    fail at a call.
+    """
 
     journal: list[str] = field(default_factory=list)
     handles: WeakSet[InProcessHandle] = field(default_factory=WeakSet)
     hooks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=dict)
 
     def put(self, record: T | Coroutine[Any, Any, T], *, small: bool = False) -> InProcessHandle[T]:
+        """Return a handle of `record`, and count it while it is alive."""
         handle = InProcessHandle(record, small=small)
         self.handles.add(handle)
         return handle
 
     async def enter(self, event: str) -> None:
-        """Write `event` down, then do what the test has hung there."""
+        """Add `event` to the journal, then run the test's hook for it."""
         self.journal.append(event)
         if event in self.hooks:
             await self.hooks[event]()
 
 
 def make_prompts(config: RunConfig) -> PromptStream:
-    """The training stream: PROBLEMS problems, one token each, the answer of problem p is token (3 p + 1) mod VOCABULARY."""
+    """Return the training stream of PROBLEMS problems, one token each.
+
+    The answer of problem p is token (3 p + 1) mod VOCABULARY.
+    """
     return PromptStream(
         _prompts(),
         prompts_per_step=config.trainer.prompts_per_step,
@@ -97,7 +111,7 @@ def make_prompts(config: RunConfig) -> PromptStream:
 
 
 def held_out_prompts() -> PromptBatch:
-    """All problems once."""
+    """Return all problems once."""
     return PromptBatch(
         batch_id=-1, prompts=_prompts(), group_ids=np.arange(PROBLEMS, dtype=np.int64)
     )
@@ -122,10 +136,15 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class TablePolicy:
-    """Implements `ports.Policy`: policy gradient with momentum on a table of logits. `word` is "old" or "ref", for the journal."""
+    """A `ports.Policy`: policy gradient with momentum on a table of logits.
 
-    def __init__(self, stage: Stage, config: RunConfig, *, word: str = "old") -> None:
-        self._stage, self._config, self._word = stage, config, word
+    `prefix` is "old" or "ref", for the journal.
+    """
+
+    def __init__(self, stage: Stage, config: RunConfig, *, prefix: str = "old") -> None:
+        self._stage = stage
+        self._config = config
+        self._prefix = prefix
         self.logits = np.zeros((PROBLEMS, config.generation.max_tokens, VOCABULARY))
         self.momentum = np.zeros_like(self.logits)
         self.updates = 0
@@ -134,28 +153,31 @@ class TablePolicy:
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
     ) -> Sequence[Handle[LogprobBatch]]:
-        await self._stage.enter(f"logprobs:{self._word}")
+        await self._stage.enter(f"logprobs:{self._prefix}")
         batch = RolloutBatch.concatenate(await _open_all(rollouts))
         flat, norms = self._flat_logprobs(batch)
-        return [
-            self._stage.put(
-                LogprobBatch(
-                    batch_id=batch.batch_id,
-                    rows=rows,
-                    logprobs=_rows_of(flat, rows, batch),
-                    squared_score_norms=_rows_of(norms, rows, batch),
-                )
+
+        # Two parts, as from two ranks.
+        parts = []
+        for rows in (np.arange(0, len(batch), 2), np.arange(1, len(batch), 2)):
+            part = LogprobBatch(
+                batch_id=batch.batch_id,
+                rows=rows,
+                logprobs=_rows_of(flat, rows, batch),
+                squared_score_norms=_rows_of(norms, rows, batch),
             )
-            # as two ranks would
-            for rows in (np.arange(0, len(batch), 2), np.arange(1, len(batch), 2))
-        ]
+            parts.append(self._stage.put(part))
+        return parts
 
     def _flat_logprobs(self, batch: RolloutBatch) -> NDArray[np.float32]:
-        """[2, N] log-probabilities and score norms under the table as it is."""
+        """Return [2, N] log-probabilities and squared score norms under the current table."""
         problems, positions, tokens = _coordinates(batch)
         logprobs = _log_softmax(self.logits)[problems, positions]
+
+        # The score in the space of logits is onehot(y) - p, of squared length 1 - 2 p_y + sum p^2.
         chosen = logprobs[np.arange(len(tokens)), tokens]
         norms = 1 - 2 * np.exp(chosen) + np.exp(2 * logprobs).sum(axis=-1)
+
         flat = np.zeros((2, len(batch.token_ids)), dtype=np.float32)
         flat[:, batch.response_mask] = chosen, norms
         return flat
@@ -166,39 +188,43 @@ class TablePolicy:
         advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)
         if train.trained is not None and not train.trained.any():
             return {"policy/updates": total(0), "policy/skipped_updates": total(1)}
+
         problems, positions, tokens = _coordinates(train.rollouts)
         if train.trained is not None:
             advantages *= np.repeat(train.trained, train.rollouts.response_lengths)
+
+        # grad log pi of the logits is onehot(token) - softmax(logits).
         logprobs = _log_softmax(self.logits)[problems, positions]
         scores = -np.exp(logprobs)
         scores[np.arange(len(tokens)), tokens] += 1
         gradient = np.zeros_like(self.logits)
-        np.add.at(
-            gradient, (problems, positions), scores * advantages[:, None] / len(train.rollouts)
-        )
+        weighted = scores * advantages[:, None] / len(train.rollouts)
+        np.add.at(gradient, (problems, positions), weighted)
+
         self.momentum = 0.9 * self.momentum + gradient
         self.logits = self.logits + 2.0 * self.momentum
         self.updates += 1
+
+        entropy = float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean())
         return {
             "policy/grad_norm": mean(float(np.linalg.norm(gradient))),
-            "policy/entropy": mean(
-                float(-(np.exp(logprobs) * logprobs).sum(axis=-1).mean()), len(tokens)
-            ),
+            "policy/entropy": mean(entropy, len(tokens)),
             "policy/tokens": total(len(tokens)),
             "policy/updates": total(1),
             "policy/skipped_updates": total(0),
         }
 
     def _advantages(self, train: ScoredBatch) -> NDArray[np.float32]:
-        """Those of the batch; estimated here where it has none, as `algorithm.advantage.recompute` asks."""
+        """Return the batch's advantages, or estimate them for `algorithm.advantage.recompute`."""
         self._estimated = None
         if isinstance(train, TrainBatch):
             return train.advantages
+
         rollouts = train.rollouts
         flat, norms = self._flat_logprobs(rollouts)
         live = LiveLogprobs(logprobs=flat, squared_score_norms=norms)
-        made = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
-        self._estimated = made.batch.advantages
+        result = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
+        self._estimated = result.batch.advantages
         return self._estimated
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
@@ -226,7 +252,7 @@ def _rows_of(
 def _coordinates(
     batch: RolloutBatch,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Problem, position and token of every sampled token."""
+    """Return problem, position and token id of every sampled token."""
     lengths = batch.response_lengths
     prompts = batch.token_ids[batch.sequence_offsets[:-1]].astype(np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -234,13 +260,12 @@ def _coordinates(
 
 
 class TableGenerator:
-    """Implements `ports.Generator` with its own copy of the logits; the last prompt first."""
+    """A `ports.Generator` with its own copy of the logits; the last prompt comes first."""
 
     def __init__(self, stage: Stage, config: RunConfig) -> None:
         self._stage = stage
-        self.logits = np.full(
-            (PROBLEMS, config.generation.max_tokens, VOCABULARY), np.nan
-        )  # until the first sync
+        shape = (PROBLEMS, config.generation.max_tokens, VOCABULARY)
+        self.logits = np.full(shape, np.nan)  # until the first sync
         self.version = -1
         self.requests: list[SamplingParameters] = []
 
@@ -267,18 +292,22 @@ class TableGenerator:
         responses: list[list[int]] = []
         logprobs: list[float] = []
         texts: list[str] = []
+        greedy = sampling.temperature == 0
         temperature = sampling.temperature or 1.0
-        length, samples = sampling.max_tokens, sampling.samples_per_prompt
+        samples = sampling.samples_per_prompt
+
         for prompt, group in zip(prompts.prompts, prompts.group_ids, strict=True):
             generator = np.random.default_rng([sampling.seed, int(group)])
             table = _log_softmax(self.logits[prompt.token_ids[0]] / temperature)
             for _ in range(samples):
-                greedy = sampling.temperature == 0
+                # The maximum of logits with Gumbel noise is a sample of their softmax.
                 noise = 0.0 if greedy else generator.gumbel(size=table.shape)
                 response = (table + noise).argmax(axis=-1)
+                chosen = table[np.arange(sampling.max_tokens), response]
                 responses.append(response.tolist())
-                logprobs += [0.0, *table[np.arange(length), response].tolist()]
+                logprobs += [0.0, *chosen.tolist()]
                 texts.append(" ".join(map(str, response)))
+
         count = len(texts)
         return RolloutBatch(
             prompts=prompts,
@@ -300,7 +329,10 @@ class TableGenerator:
 
 
 class FirstTokenScorer:
-    """Implements `ports.RewardScorer`: 1 where the first token is the answer. The next `failures` responses cannot be scored."""
+    """A `ports.RewardScorer`: 1 where the first token is the answer.
+
+    On the next `failures` responses it fails.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -319,10 +351,12 @@ class FirstTokenScorer:
             answer == truths[group].ground_truth
             for answer, group in zip(answers, batch.group_ids.tolist(), strict=True)
         ]
+
         failed = min(self.failures, len(right))
         self.failures -= failed
         rewards = np.asarray([False] * failed + right[failed:], dtype=np.float32)
         self._stage.journal.append("scored")
+
         return RewardBatch(
             batch_id=batch.batch_id,
             rewards=rewards,
@@ -331,7 +365,7 @@ class FirstTokenScorer:
             reasons=("error",) * failed + ("ok",) * (len(right) - failed),
             extracted_answers=answers,
             failures=tuple(
-                RewardFailure(row=row, function="first_token", kind="error", message="as asked")
+                RewardFailure(row=row, function="first_token", kind="error", message="on request")
                 for row in range(failed)
             ),
         )
@@ -341,7 +375,7 @@ class FirstTokenScorer:
 
 
 class InProcessAdvantages:
-    """Implements `ports.AdvantageComputer` with the real controller's arithmetic."""
+    """A `ports.AdvantageComputer` with the real controller's arithmetic."""
 
     def __init__(self, stage: Stage, config: RunConfig) -> None:
         self._stage = stage
@@ -353,14 +387,15 @@ class InProcessAdvantages:
         handles = step.all()
         records = dict(zip(handles, await _open_all(handles), strict=True))
         credited = self._assigner.credit(step.opened(records))
-        train, dropped = credited.batch, credited.dropped
-        mask = train.rollouts.response_mask
+        train = credited.batch
+        dropped = credited.dropped
+
         self.batches.append(
             {
                 "versions": set(train.rollouts.newest_weight_version.tolist()),
                 "group_ids": train.rollouts.prompts.group_ids.tolist(),
-                "old_gap": _gap(train.old_logprobs, train.rollouts.rollout_logprobs, mask),
-                "ref_gap": _gap(train.ref_logprobs, train.rollouts.rollout_logprobs, mask),
+                "old_difference": _largest_difference(train.old_logprobs, train.rollouts),
+                "ref_difference": _largest_difference(train.ref_logprobs, train.rollouts),
             }
         )
         return CreditedBatch(
@@ -394,39 +429,46 @@ class InProcessAdvantages:
         return {"memory/advantage": maximum(0.0)}
 
 
-def _gap(
-    logprobs: NDArray[np.float32] | None, rollout: NDArray[np.float32], mask: NDArray[np.bool_]
+def _largest_difference(
+    logprobs: NDArray[np.float32] | None, rollouts: RolloutBatch
 ) -> float | None:
-    return None if logprobs is None else float(np.abs(logprobs - rollout)[mask].max())
+    """Return the largest log-prob difference to the engine over the sampled tokens."""
+    if logprobs is None:
+        return None
+    differences = np.abs(logprobs - rollouts.rollout_logprobs)
+    return float(differences[rollouts.response_mask].max())
 
 
 class TableSync:
-    """Implements `ports.WeightSync`: copies the table."""
+    """A `ports.WeightSync` that copies the table."""
 
     def __init__(self, stage: Stage, policy: TablePolicy, generator: TableGenerator) -> None:
-        self._stage, self._policy, self._generator = stage, policy, generator
+        self._stage = stage
+        self._policy = policy
+        self._generator = generator
 
     async def sync(self, version: int) -> dict[str, Metric]:
         await self._stage.enter("sync")
-        self._generator.logits, self._generator.version = self._policy.logits.copy(), version
+        self._generator.logits = self._policy.logits.copy()
+        self._generator.version = version
         return {"sync/bytes": total(self._policy.logits.nbytes)}
 
 
 def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
-    """A fresh set of everything; a reference only where the configuration asks for a KL term."""
-    policy, generator, scorer = (
-        TablePolicy(stage, config),
-        TableGenerator(stage, config),
-        FirstTokenScorer(stage),
-    )
+    """Return new workers; a reference only where a KL term is configured."""
+    policy = TablePolicy(stage, config)
+    generator = TableGenerator(stage, config)
+    scorer = FirstTokenScorer(stage)
     advantages = InProcessAdvantages(stage, config)
+    reference = None
+    if config.algorithm.kl.coefficient:
+        reference = TablePolicy(stage, config, prefix="ref")
+
     return Workers(
         generator=generator,
         scorer=scorer,
         policy=policy,
-        reference=TablePolicy(stage, config, word="ref")
-        if config.algorithm.kl.coefficient
-        else None,
+        reference=reference,
         advantages=advantages,
         weights=TableSync(stage, policy, generator),
         reporting=(generator, scorer, advantages),

@@ -1,4 +1,4 @@
-"""Whole runs of the synchronous loop against the in-process fakes, and what tests ask of them."""
+"""Whole runs of the synchronous loop against the in-process fakes, with helpers for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import pytest
@@ -49,32 +49,34 @@ from tests.support.in_process_fakes import (
 DEADLOCK_S = 20  # a test that waits for an overlap which never comes fails after this
 
 
+class AlgorithmOptions(TypedDict, total=False):
+    """The fields of an algorithm that tests of the loop vary."""
+
+    estimator: str
+    kl: float
+    placement: Literal["loss", "reward", "advantage"]
+    temperature: float
+    sampling_rounds: int
+    by: GroupFilter
+
+
 def make_config(
     *,
     steps: int = 6,
     evaluate: int = 0,
     save: int = 0,
-    kl: float = 0.0,
-    placement: Literal["loss", "reward", "advantage"] = "loss",
-    temperature: float = 0.0,
-    estimator: str = "grpo",
-    sampling_rounds: int = 1,
-    by: GroupFilter = "accuracy",
     num_mini_batches: int = 1,
     seed: int = 3,
     pass_at: int = 1,
+    **algorithm: Unpack[AlgorithmOptions],
 ) -> RunConfig:
+    """Return a configuration for the fakes: 4 prompts per step, 8 responses of 2 tokens each."""
     return RunConfig(
         generation=GenerationConfig(
             samples_per_prompt=8, min_tokens=0, max_tokens=2, stop=("</answer>",)
         ),
         policy=PolicyConfig(num_mini_batches=num_mini_batches),
-        algorithm=AlgorithmConfig(
-            advantage=AdvantageConfig(name=estimator),
-            kl=KLConfig(coefficient=kl, placement=placement),
-            entropy=EntropyConfig(temperature=temperature),
-            dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds, by=by),
-        ),
+        algorithm=_algorithm(**algorithm),
         trainer=TrainerConfig(
             steps=steps,
             prompts_per_step=4,
@@ -87,9 +89,26 @@ def make_config(
     )
 
 
+def _algorithm(
+    *,
+    estimator: str = "grpo",
+    kl: float = 0.0,
+    placement: Literal["loss", "reward", "advantage"] = "loss",
+    temperature: float = 0.0,
+    sampling_rounds: int = 1,
+    by: GroupFilter = "accuracy",
+) -> AlgorithmConfig:
+    return AlgorithmConfig(
+        advantage=AdvantageConfig(name=estimator),
+        kl=KLConfig(coefficient=kl, placement=placement),
+        entropy=EntropyConfig(temperature=temperature),
+        dynamic_sampling=DynamicSamplingConfig(max_rounds=sampling_rounds, by=by),
+    )
+
+
 @dataclass
 class Recorder(Observer):
-    """Writes everything down; `react` is called at each phase."""
+    """An observer that records everything; `react` is called at each phase."""
 
     journal: list[str]
     react: Callable[[int, str], None] = lambda step, phase: None
@@ -124,6 +143,8 @@ class Recorder(Observer):
 
 @dataclass
 class Run:
+    """One run of the loop with its parts."""
+
     stage: Stage
     workers: Workers
     recorder: Recorder
@@ -133,6 +154,7 @@ class Run:
     loop: SynchronousLoop
 
     async def finish(self) -> Outcome:
+        """Run the loop to its end."""
         return await asyncio.wait_for(self.loop.run(), DEADLOCK_S)
 
     @property
@@ -152,44 +174,51 @@ class Run:
 
 
 async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
-    """A run with new workers, as a new process would make them; with `resume`, restored from the newest checkpoint."""
+    """Return a run with new workers, as in a new process.
+
+    With `resume` it is restored from the newest checkpoint.
+    """
     stage = Stage()
-    workers, directory = in_process_workers(stage, config), RunDirectory(path)
+    workers = in_process_workers(stage, config)
+    directory = RunDirectory(path)
     directory.create(config)
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
     checkpoint = store.latest() if resume else None
-    log, recorder = MetricsLog(directory), Recorder(stage.journal)
+
+    log = MetricsLog(directory)
+    recorder = Recorder(stage.journal)
     sampler = Sampler(config, workers.generator, workers.scorer)
-    evaluator = Evaluator(config, held_out_prompts(), sampler)
-    session = Session(
-        config, store, [log, recorder], None if config.data.eval == "off" else evaluator
-    )
+    evaluator = None
+    if config.data.eval != "off":
+        evaluator = Evaluator(config, held_out_prompts(), sampler)
+
+    session = Session(config, store, [log, recorder], evaluator)
     session.register("metrics_position", log)
     loop = SynchronousLoop(
         config, workers, make_prompts(config), sampler, session, directory.rollouts
     )
     if checkpoint:
         await session.restore(checkpoint)
+
     return Run(stage, workers, recorder, store, directory, session, loop)
 
 
 def without_times(records: list[MetricsRecord]) -> list[tuple]:
-    """What must be equal between two runs of one configuration."""
+    """Return the part of the metrics that is equal in two runs of one configuration."""
     measured = ("time/", "throughput/", "memory/")
-    return [
-        (
-            record.kind,
-            record.step,
-            {name: value for name, value in record.values.items() if not name.startswith(measured)},
-        )
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        computed = {
+            name: value for name, value in record.values.items() if not name.startswith(measured)
+        }
+        rows.append((record.kind, record.step, computed))
+    return rows
 
 
 def assert_same_metrics(left: Path, right: Path) -> None:
-    first, second = (
-        without_times(read_metrics(RunDirectory(path).metrics)) for path in (left, right)
-    )
+    """Assert that two runs have the same records, to 1e-6, without their times."""
+    first = without_times(read_metrics(RunDirectory(left).metrics))
+    second = without_times(read_metrics(RunDirectory(right).metrics))
     assert [record[:2] for record in first] == [record[:2] for record in second]
     for (_, _, expected), (_, _, found) in zip(first, second, strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
@@ -200,7 +229,7 @@ async def wait(event: asyncio.Event) -> None:
 
 
 def break_rewards(run: Run, fails: Callable[[int], bool], *, drop: bool = False) -> None:
-    """The scorer's function fails on the responses of a part for which `fails` says so."""
+    """Let the reward function fail on the rows of each part for which `fails` is true."""
     scorer = run.workers.scorer
     assert isinstance(scorer, FirstTokenScorer)
     score = scorer._score

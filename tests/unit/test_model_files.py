@@ -1,4 +1,4 @@
-"""What is read from a model directory, and what a saved model takes from it."""
+"""Facts read from a model directory, and the files that a saved model copies from it."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Packing: where each token goes, what predicts it, how work is shared out."""
+"""Packing: the place of each token, its predicting position, the balance over ranks."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ def test_golden_shared_prompt():
     (pack,) = pack_rows(
         batch.sequences, np.arange(2), budget=100, rank=0, ranks=1, shared_prefix_packing=True
     )
-    # the prompt once, then the responses without their last tokens: 20 21 of the first, nothing of the second
+    # The prompt once, then the responses without their last tokens: 20 and 21 of the first, nothing
+    # of the second.
     assert pack.token_ids.tolist() == [10, 11, 12, 20, 21]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 4]
     assert pack.targets.tolist() == [20, 21, 22, 30]

@@ -7,7 +7,7 @@ from rlsys.data.probe import BEYOND_WINDOW, probe_sequences
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    """Prompts of these lengths, all different."""
+    """Return prompts of these lengths, all different."""
     return [[100 * number + place for place in range(n)] for number, n in enumerate(lengths)]
 
 

@@ -41,5 +41,5 @@ def test_the_digest_covers_every_field(changed: Problem):
 
 
 def test_the_digest_does_not_move_between_processes_and_versions():
-    """Checkpoints hold it: a change here needs another name in the state of the stream."""
+    """Checkpoints hold the digest: a change needs another name in the state of the stream."""
     assert problems_digest([ONE]).startswith("fa7f86c6aa91722f")

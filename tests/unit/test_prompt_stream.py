@@ -1,4 +1,4 @@
-"""The position in the data: prompts taken, of these very problems."""
+"""The saved position of the stream: prompts taken, and the digest of the problems."""
 
 from __future__ import annotations
 

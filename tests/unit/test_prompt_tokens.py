@@ -1,4 +1,4 @@
-"""Special tokens around prompts: BOS once at the beginning where the tokenizer wants it, never EOS at the end."""
+"""Special tokens around prompts: BOS once at the beginning, where there is one; EOS never."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5")
 
 
 def tokenizer_that_adds(pattern: str) -> Any:
-    """The tiny tokenizer with special tokens around every text, as in `<|im_start|> $A <|im_end|>`."""
+    """Return the tiny tokenizer with special tokens around texts: `<|im_start|> $A <|im_end|>`."""
     tokenizer: Any = load_tokenizer(resolve_model("tiny"))
     special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (BOS, EOS)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -321,7 +321,7 @@ def test_answer_of_a_ground_truth(ground_truth: str, answer: str):
         ("so\n#### 1072", "after_hashes", 1.0),
         ("#### 5\n#### 1,072\nthat is all", "after_hashes", 1.0),
         ("so\n#### 1072", "lenient", 1.0),
-        ("so\n#### 1072", "boxed", 0.0),  # a box is what was asked for
+        ("so\n#### 1072", "boxed", 0.0),  # only a box is accepted
         (r"\boxed{1072}", "after_hashes", 0.0),
         ("####", "after_hashes", 0.0),
     ],
@@ -481,7 +481,7 @@ def test_a_plugin_that_fails_in_the_processes_only_is_named(
 
 
 def scores(*rows: tuple[float | str, ...]) -> list[CompletionOutcomes]:
-    """Return the scores of a batch, with a row of numbers and failure kinds for each response."""
+    """Return the outcomes of a batch, with a row of numbers and failure kinds for each response."""
     return [CompletionOutcomes(outcomes=tuple(map(outcome, row))) for row in rows]
 
 

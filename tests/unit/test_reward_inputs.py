@@ -1,4 +1,4 @@
-"""Functions of a `RewardInput`, results with a reason, and what reaches them from data and rollouts."""
+"""Functions of a `RewardInput`, results with a reason, and their inputs from data and rollouts."""
 
 from __future__ import annotations
 
@@ -122,7 +122,10 @@ def test_a_result_has_a_reason_and_an_answer():
         (RewardResult(float("nan")), "ValueError: it returned nan"),
         (RewardResult(1.0, reason="two words"), "TypeError: its reason is 'two words' (str)"),
         (RewardResult(1.0, reason=""), "TypeError: its reason is '' (str)"),
-        (RewardResult(1.0, answer=3), "TypeError: its answer is 3 (int)"),  # pyright: ignore[reportArgumentType]
+        (
+            RewardResult(1.0, answer=3),  # pyright: ignore[reportArgumentType]
+            "TypeError: its answer is 3 (int)",
+        ),
     ],
 )
 def test_results_that_cannot_be_used_are_failures(result: RewardResult, message: str):

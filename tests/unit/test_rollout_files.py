@@ -1,4 +1,4 @@
-"""The file of a step: everything that was sampled, and what was trained."""
+"""The rollout file of a step: everything that was sampled, and the trained part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 def test_the_file_of_a_step_holds_everything_that_was_sampled_and_says_what_was_trained(
     directory: RunDirectory,
 ):
-    """Two responses are masked out, a further group was dropped; only the other responses have advantages."""
+    """Two responses are masked out and a further group was dropped: those have no advantages."""
     batch = train_batch(random_rollouts(4), 4)
     trained = np.arange(len(batch.rollouts)) >= 2
     rest = random_rollouts(5, groups=1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlsys.data.row_files import Table, read_table
 
-# What str.splitlines takes for the end of a line and JSON does not.
+# Characters that end a line for str.splitlines, but not in JSON.
 SEPARATORS = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(SEPARATORS), max_size=8)
 

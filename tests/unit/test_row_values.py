@@ -1,4 +1,4 @@
-"""What a value of a row means as prompt, answer, id and level."""
+"""Values of a row as prompt, answer, id and filter."""
 
 import re
 from decimal import Decimal

@@ -19,7 +19,7 @@ from rlsys.rewards import register_reward_function
 def sign_advantages(
     inputs: AdvantageInputs, *, threshold: float = 0.5, scale: float = 1.0
 ) -> AdvantageOutput:
-    """Return +scale for responses whose reward exceeds the threshold, and -scale for all others."""
+    """Return +scale for responses whose reward exceeds the threshold, and -scale for the rest."""
     signs = torch.where(inputs.rewards > threshold, scale, -scale)
     advantages = torch.where(inputs.response_mask, signs[:, None], 0.0)
     return AdvantageOutput(

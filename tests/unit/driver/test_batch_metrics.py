@@ -1,4 +1,4 @@
-"""What the samples of a step say, with the arithmetic beside it."""
+"""Metrics of the samples of a step, with the arithmetic beside them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.rollout_examples import rollouts
 
 
 def scored(first_group: int, lengths: list[list[int]], rewards: list[float]) -> ScoredBatch:
-    """Groups of responses with so many tokens."""
+    """Return groups of responses of the given lengths, with their rewards."""
     batch = rollouts(
         [([1, 2], [[3] * length for length in group]) for group in lengths],
         first_group=first_group,
     )
     array = np.asarray(rewards, dtype=np.float32)
     right = (array > 0).astype(np.float32)
-    made = RewardBatch(
+    scored_rewards = RewardBatch(
         batch_id=0,
         rewards=array,
         accuracies=right,
@@ -37,7 +37,7 @@ def scored(first_group: int, lengths: list[list[int]], rewards: list[float]) -> 
         reasons=("ok",) * len(array),
         extracted_answers=("",) * len(array),
     )
-    return ScoredBatch(rollouts=batch, rewards=made)
+    return ScoredBatch(rollouts=batch, rewards=scored_rewards)
 
 
 def trained_on(batch: ScoredBatch, mask: list[bool] | None = None) -> TrainBatch:
@@ -56,10 +56,14 @@ def truncated(batch: RolloutBatch, rows: list[int]) -> RolloutBatch:
 
 
 def test_everything_sampled_counts_and_what_was_trained_is_named_so():
-    """One kept group with rewards 1 -1 (punished when wrong), dropped ones of -1 -1 and -1 -1: accuracy 1/6, not 1/2."""
+    """One group with rewards 1 and -1 is kept, two with -1 and -1 are dropped.
+
+    The accuracy is 1/6, not 1/2.
+    """
     kept = scored(0, [[2, 4]], [1.0, -1.0])
     dropped = scored(1, [[6, 6], [1, 5]], [-1.0, -1.0, -1.0, -1.0])
     dropped = replace(dropped, rollouts=truncated(dropped.rollouts, [0, 1]))
+
     numbers = values(batch_metrics(trained_on(kept), dropped))
     expected = {
         "reward/mean": -4 / 6,
@@ -86,7 +90,7 @@ def test_everything_sampled_counts_and_what_was_trained_is_named_so():
 
 
 def test_masked_responses_are_sampled_and_not_trained():
-    """Of two groups of two the truncated responses are masked out: one is left of the first, none of the second."""
+    """Truncated responses are masked out: one of the first group is left, none of the second."""
     batch = scored(0, [[1, 3], [3, 3]], [1.0, 0.0, 1.0, 1.0])
     numbers = values(batch_metrics(trained_on(batch, [True, False, False, False])))
     assert numbers["rollout/responses"] == 4
@@ -106,7 +110,7 @@ def test_with_nothing_trained_there_is_no_mean_of_it():
 
 
 def failing(rewards: RewardBatch, *kinds: FailureKind) -> RewardBatch:
-    """The same rewards, with a failure of the function `math` at each of the first responses."""
+    """Return the same rewards, with a failure of `math` on each of the first responses."""
     failures = tuple(
         RewardFailure(row=row, function="math", kind=kind, message="no")
         for row, kind in enumerate(kinds)
@@ -115,7 +119,7 @@ def failing(rewards: RewardBatch, *kinds: FailureKind) -> RewardBatch:
 
 
 def test_failures_are_counted_where_they_happened():
-    """In kept, dropped and greedy responses of this batch."""
+    """They count in kept, dropped and greedy responses of this batch."""
     kept, dropped = scored(0, [[1, 1]], [1.0, 0.0]), scored(1, [[1, 1]], [0.0, 0.0])
     kept = replace(kept, rewards=failing(kept.rewards, "timeout"))
     dropped = replace(dropped, rewards=failing(dropped.rewards, "error", "error"))
@@ -125,8 +129,8 @@ def test_failures_are_counted_where_they_happened():
     assert found == (1, 3, 1)
 
 
-def test_a_score_that_is_missing_is_no_score():
-    """NaN in a component: its mean is over the others; as an accuracy it is not correct."""
+def test_a_missing_value_is_not_counted():
+    """The mean of a component skips NaN; a response with an accuracy of NaN is not correct."""
     batch = scored(0, [[1, 1, 1]], [1.0, 0.0, 1.0])
     partly = np.array([np.nan, 0.5, 1.0], dtype=np.float32)
     rewards = replace(batch.rewards, components={"math": partly}, accuracies=partly)

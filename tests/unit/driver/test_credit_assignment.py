@@ -1,4 +1,4 @@
-"""From rewards to a train batch: penalties, costs of tokens, adaptive numbers, and what a checkpoint keeps."""
+"""Credit assignment: costs per token, masks, adaptive coefficients, and the saved state."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_config(
 
 
 def batch() -> RolloutBatch:
-    """Two groups of two: responses of 2, 4, 1 and 3 tokens."""
+    """Return two groups of two: responses of 2, 4, 1 and 3 tokens."""
     return rollouts([([9], [[1, 2], [1, 2, 3, 4]]), ([8, 8], [[5], [5, 6, 7]])])
 
 
@@ -78,7 +78,7 @@ def rewards(values: list[float]) -> RewardBatch:
 
 
 def logprobs(made: RolloutBatch, value: float, *, norm: float | None = None) -> list[LogprobBatch]:
-    """The same log-probability at every sampled token, from one rank."""
+    """Return the same log-probability for every sampled token, from one rank."""
     flat = np.where(made.response_mask, value, 0.0).astype(np.float32)
     norms = None if norm is None else np.where(made.response_mask, norm, 0.0).astype(np.float32)
     return [
@@ -108,14 +108,16 @@ def test_required_inputs():
         "old_logprobs",
     }
     assert required_inputs(make_config("remax")) == {"greedy_rewards"}
-    assert (
-        required_inputs(make_config("hierarchical", recompute=True, num_mini_batches=4))
-        == frozenset()
-    )  # the ranks ask themselves
+    # With `recompute` the ranks compute the inputs themselves.
+    recomputing = make_config("hierarchical", recompute=True, num_mini_batches=4)
+    assert required_inputs(recomputing) == frozenset()
 
 
-def test_the_kl_in_the_reward_is_paid_by_the_tokens_up_to_it():
-    """K = 0.5 a token, beta 0.1: a token pays 0.05 for itself and for each that follows; the loss has no KL term of its own then."""
+def test_the_kl_in_the_reward_is_charged_to_the_tokens_up_to_it():
+    """With K = 0.5 per token and beta 0.1, a token costs 0.05 for itself and each later one.
+
+    The loss has no KL term of its own then.
+    """
     made = batch()
     assigner = CreditAssigner(
         make_config(kl=KLConfig(coefficient=0.1, placement="reward", kind="k1"))
@@ -146,7 +148,10 @@ def test_the_kl_in_the_loss_leaves_the_advantages_alone():
 
 
 def test_the_kl_in_the_advantage_reaches_the_estimator():
-    """r_j = r - (beta / H) sum K with H 4, K = 1 and beta 1: lengths 2 and 4 pay (2/4, 1/4) and (4/4, 3/4, 2/4, 1/4)."""
+    """r_j = r - (beta / H) sum K with H 4, K = 1 and beta 1.
+
+    Responses of lengths 2 and 4 are charged (2/4, 1/4) and (4/4, 3/4, 2/4, 1/4).
+    """
     made = batch()
     assigner = CreditAssigner(
         make_config("token_kl_grpo", kl=KLConfig(coefficient=1.0, placement="advantage"))
@@ -159,8 +164,8 @@ def test_the_kl_in_the_advantage_reaches_the_estimator():
     assert second == pytest.approx([-1.0, -1.0, 0.0, 0.0], abs=1e-4)  # alone at the last two
 
 
-def test_what_each_mini_batch_estimates_for_itself_is_not_estimated_before(tmp_path: Path):
-    """Group rewards (1, 0): advantages 1/2 under the mean of the group, 1 under that of the other."""
+def test_with_recompute_advantages_are_estimated_before_each_mini_batch_only(tmp_path: Path):
+    """For group rewards (1, 0) the leave-one-out baseline gives advantages of 1 and -1."""
     made, config = batch(), make_config("rloo", recompute=True)
     train, metrics = CreditAssigner(config).assign(made, rewards([1, 0, 1, 0]), [], [])
     assert not isinstance(train, TrainBatch)
@@ -196,10 +201,13 @@ def test_truncated_responses_can_be_left_out_of_the_loss():
 
 
 def test_masking_truncated_responses_leaves_the_statistics_alone():
-    """The same advantages with and without the mask, estimated before the update or before a mini-batch; all ratios are 1, so it is RLOO."""
+    """Advantages are the same with and without the mask, and with and without `recompute`.
+
+    All ratios are 1, so the estimator equals RLOO.
+    """
     made = batch()
     object.__setattr__(made, "stop_reasons", np.array([0, 1, 0, 0], dtype=np.int8))
-    scores, flat = rewards([1, 0, 1, 0]), made.rollout_logprobs
+    flat = made.rollout_logprobs
     norms = np.ones_like(flat)
     found = []
     for masked in (False, True):
@@ -214,7 +222,7 @@ def test_masking_truncated_responses_leaves_the_statistics_alone():
                     batch_id=0, rows=np.arange(4), logprobs=flat, squared_score_norms=norms
                 )
             ]
-            train, _ = CreditAssigner(config).assign(made, scores, old, [])
+            train, _ = CreditAssigner(config).assign(made, rewards([1, 0, 1, 0]), old, [])
             if recompute:
                 live = LiveLogprobs(logprobs=flat, squared_score_norms=norms)
                 train = recomputed(config, train, np.arange(4), live, {}).batch
@@ -224,22 +232,22 @@ def test_masking_truncated_responses_leaves_the_statistics_alone():
 
 
 def scored(accuracies: list[float], total: list[float]) -> RewardBatch:
-    """Rewards that are not the accuracies."""
+    """Return rewards that differ from the accuracies."""
     return dataclasses.replace(rewards(total), accuracies=np.asarray(accuracies, dtype=np.float32))
 
 
 def test_groups_that_dynamic_sampling_does_not_keep_stay_out_of_the_loss():
-    """Both groups are mixed in reward; the second has two wrong responses, of which the longer one is punished."""
-    made, scores = batch(), scored([1, 0, 0, 0], [1, 0, 0, -0.5])
+    """Both groups have different rewards; the second has two wrong responses, one penalized."""
+    made, mixed = batch(), scored([1, 0, 0, 0], [1, 0, 0, -0.5])
     kept = {}
     for by in ("accuracy", "reward"):
         config = make_config("grpo", dynamic_sampling=DynamicSamplingConfig(max_rounds=2, by=by))
-        train, _ = CreditAssigner(config).assign(made, scores, [], [])
+        train, _ = CreditAssigner(config).assign(made, mixed, [], [])
         assert train.trained is not None
         kept[by] = train.trained.tolist()
-        assert advantages_of(made, train)[2][0] > 0.9  # what it would be taught
+        assert advantages_of(made, train)[2][0] > 0.9  # which would train it
     assert kept == {"accuracy": [True, True, False, False], "reward": [True] * 4}
-    off, _ = CreditAssigner(make_config("grpo")).assign(made, scores, [], [])
+    off, _ = CreditAssigner(make_config("grpo")).assign(made, mixed, [], [])
     assert off.trained is None
 
 
@@ -266,7 +274,10 @@ LONG, LONGER = 70, 60  # tokens of the response, and how many more it gets
 
 
 def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
-    """Advantages of the first LONG tokens of response 0, whose ratio is 1 from there on: its length changes, and nothing else."""
+    """Return the advantages of the first LONG tokens of response 0.
+
+    Its ratio is 1 from there on, so with `longer` only its length changes.
+    """
     rng = np.random.default_rng(seed)
     groups, size = 16, 8
     lengths = rng.integers(LONG // 2, LONG, groups * size)
@@ -277,7 +288,7 @@ def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
     norms = rng.random(rollout.shape)
     old[0, LONG:] = rollout[0, LONG:]
     drift = np.where(np.arange(width) < lengths[:, None], old - rollout, 0.0).sum(1)
-    score = (rng.random(len(lengths)) < 1 / (1 + np.exp(-4 * drift))).astype(np.float32)
+    outcomes = (rng.random(len(lengths)) < 1 / (1 + np.exp(-4 * drift))).astype(np.float32)
     lengths[0] += LONGER * longer
 
     of_group = lengths.reshape(groups, size)
@@ -296,7 +307,7 @@ def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
     config = make_config("hierarchical", parameters=parameters | {"diagnostics": False})
     generation = config.generation.model_copy(update={"max_tokens": 140})
     config = config.model_copy(update={"generation": generation})
-    train, _ = CreditAssigner(config).assign(made, rewards(score.tolist()), [part], [])
+    train, _ = CreditAssigner(config).assign(made, rewards(outcomes.tolist()), [part], [])
     assert isinstance(train, TrainBatch)
     return train.advantages[1 : 1 + LONG]
 
@@ -306,7 +317,7 @@ def own_advantages(seed: int, *, longer: bool, parameters: dict) -> np.ndarray:
 )
 @pytest.mark.parametrize("seed", [7, 10, 21])
 def test_a_responses_own_length_does_not_move_its_own_baselines(seed: int, parameters: dict):
-    """Horizons and shrinkage are laid over generation.max_tokens, whatever the longest response of the batch is."""
+    """Horizons and shrinkage depend on generation.max_tokens, not on the longest response."""
     short = own_advantages(seed, longer=False, parameters=parameters)
     long = own_advantages(seed, longer=True, parameters=parameters)
     assert np.abs(short).max() > 0.1
@@ -322,8 +333,8 @@ def test_greedy_rewards_reach_the_responses_of_their_prompt():
     assert [row[0] for row in advantages_of(made, train)] == [0.75, -0.25, 0.25, -0.75]
 
 
-def test_score_norms_come_with_the_old_logprobs():
-    """Lengths 2 and 4 with equal norms weigh 1 to 2: b = 1/3 for rewards 1 and 0."""
+def test_squared_score_norms_come_with_the_old_logprobs():
+    """Responses of 2 and 4 tokens with equal norms weigh 1 to 2: b = 1/3 for rewards 1 and 0."""
     made = batch()
     train, _ = CreditAssigner(make_config("optimal_baseline")).assign(
         made, rewards([1, 0, 0, 0]), logprobs(made, -1.0, norm=0.5), []
@@ -334,27 +345,31 @@ def test_score_norms_come_with_the_old_logprobs():
 
 
 def test_adaptive_numbers_move_and_survive_a_checkpoint():
-    """KL of k3 at d = 0.5: e^-0.5 - 0.5 = 0.107, above its target; entropy 1, below its own: both numbers rise, and the next batch is made with them."""
+    """Both coefficients rise, and the next batch uses their new values.
+
+    The KL of k3 at d = 0.5 is e^-0.5 - 0.5 = 0.107, above its target; the entropy of 1 is below its
+    target.
+    """
     config = make_config(
         "reinforce_baseline",
         parameters={"baseline": "moving_average"},
         kl=KLConfig(coefficient=0.1, target=0.05, horizon=10),
         entropy=EntropyConfig(temperature=0.2, target=2.0, learning_rate=0.1),
     )
-    made, scores = batch(), rewards([1, 0, 1, 0])
+    made, outcomes = batch(), rewards([1, 0, 1, 0])
     first = CreditAssigner(config)
-    train, metrics = first.assign(made, scores, logprobs(made, -1.0), logprobs(made, -1.5))
+    train, metrics = first.assign(made, outcomes, logprobs(made, -1.0), logprobs(made, -1.5))
     assert train.kl_coefficient == 0.1
     assert values(metrics)["entropy/temperature"] == 0.2
+
     second = CreditAssigner(config)
     second.load_state(json.loads(json.dumps(first.state())))
     for assigner in (first, second):
-        train, metrics = assigner.assign(made, scores, logprobs(made, -1.0), logprobs(made, -1.5))
+        train, metrics = assigner.assign(made, outcomes, logprobs(made, -1.0), logprobs(made, -1.5))
         assert train.kl_coefficient == pytest.approx(0.1 * 1.02)
         assert values(metrics)["entropy/temperature"] == pytest.approx(0.2 * np.exp(0.1))
-        assert values(metrics)["advantage/baseline"] == pytest.approx(
-            1.0
-        )  # of the batch before: 0.5, and 0.2 for each of 2.5 tokens
+        # The mean of the batch before: rewards of 0.5, and 0.2 for each of 2.5 tokens.
+        assert values(metrics)["advantage/baseline"] == pytest.approx(1.0)
 
 
 def test_a_batch_without_sampled_tokens_leaves_the_kl_coefficient_alone():
@@ -374,6 +389,7 @@ def test_advantages_that_are_not_finite_are_refused():
     made = batch()
     with pytest.raises(
         ValueError,
-        match=r"algorithm\.advantage\.name: 'reinforce' returned advantages of which 4 of 10 .* not finite",
+        match=r"algorithm\.advantage\.name: 'reinforce' returned advantages of which 4 of 10 .* "
+        "not finite",
     ):
         CreditAssigner(make_config()).assign(made, rewards([1, float("inf"), 0, 0]), [], [])

@@ -26,21 +26,25 @@ from tests.support.in_process_fakes import (
 
 
 def test_pass_at_k_golden() -> None:
-    """n = 4, c = 2, k = 2: of the 6 pairs one has no right sample, so 5/6. n = 5, c = 1, k = 3: 6 of 10 triples hold the right one."""
+    """Two cases by hand.
+
+    n = 4, c = 2, k = 2: of the 6 pairs one has no right sample, so 5/6.
+    n = 5, c = 1, k = 3: 6 of 10 triples hold the right one.
+    """
     assert pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
     assert pass_at_k(5, 1, 3) == pytest.approx(6 / 10)
     assert pass_at_k(4, 0, 4) == 0.0
     assert pass_at_k(4, 1, 4) == 1.0
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_one() -> None:
     """The definition itself, by enumeration, for every n up to 7."""
     for n in range(1, 8):
         for c in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations(range(n), k))
-                share = sum(min(subset) < c for subset in subsets) / len(subsets)
-                assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12), (n, c, k)
+                fraction = sum(min(subset) < c for subset in subsets) / len(subsets)
+                assert pass_at_k(n, c, k) == pytest.approx(fraction, abs=1e-12), (n, c, k)
 
 
 def test_pass_at_k_is_stable_for_many_samples() -> None:
@@ -50,7 +54,7 @@ def test_pass_at_k_is_stable_for_many_samples() -> None:
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 5), (4, 5, 1), (4, -1, 1), (4, 2, 0)])
-def test_pass_at_k_refuses_what_has_no_meaning(n: int, c: int, k: int) -> None:
+def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match=f"k={k}, samples={n}, correct={c}"):
         pass_at_k(n, c, k)
 
@@ -80,11 +84,8 @@ def make(
     stage = Stage()
     generator = TableGenerator(stage, config)
     generator.logits = np.zeros_like(generator.logits)
-    return (
-        stage,
-        generator,
-        Evaluator(config, held_out_prompts(), Sampler(config, generator, scorer(stage))),
-    )
+    sampler = Sampler(config, generator, scorer(stage))
+    return stage, generator, Evaluator(config, held_out_prompts(), sampler)
 
 
 def teach(generator: TableGenerator, problems: range, logit: float) -> None:
@@ -94,7 +95,7 @@ def teach(generator: TableGenerator, problems: range, logit: float) -> None:
 
 
 async def test_greedy_accuracy_counts_the_right_answers() -> None:
-    """Four of six problems are known; greedy decoding takes token 0 for the others, which happens to be the answer of the last."""
+    """Four of six problems are known; the last has answer 0, the greedy token of equal logits."""
     _, generator, evaluator = make(1, (1,))
     teach(generator, range(4), 0.1)
     assert await evaluator.evaluate() == {
@@ -102,35 +103,34 @@ async def test_greedy_accuracy_counts_the_right_answers() -> None:
         "eval/response_length": 2.0,
     }
     (request,) = generator.requests
-    assert (request.temperature, request.samples_per_prompt, request.top_k, request.top_p) == (
-        0.0,
-        1,
-        0,
-        1.0,
-    )
+    assert (request.temperature, request.samples_per_prompt) == (0.0, 1)
+    assert (request.top_k, request.top_p) == (0, 1.0)
     assert (request.max_tokens, request.stop, request.seed) == (2, ("</answer>",), EVALUATION_SEED)
 
 
 async def test_sampled_metrics_follow_the_counts_of_each_problem() -> None:
-    """Problems 0 to 2 are always right, 3 to 5 never: mean@8 = pass@1 = pass@8 = 1/2, whatever the order of the parts."""
+    """Problems 0 to 2 are always right, 3 to 5 never.
+
+    mean@8 = pass@1 = pass@8 = 1/2, in any order of the parts.
+    """
     _, generator, evaluator = make(8, (1, 8), temperature=0.5)
     teach(generator, range(3), 50.0)
     teach(generator, range(3, PROBLEMS), -50.0)
     values = await evaluator.evaluate()
-    assert (
-        values["eval/mean@8"]
-        == values["eval/pass@1"]
-        == values["eval/pass@8"]
-        == pytest.approx(0.5)
-    )
+    for name in ("eval/mean@8", "eval/pass@1", "eval/pass@8"):
+        assert values[name] == pytest.approx(0.5)
     greedy, sampled = generator.requests
     assert (greedy.temperature, sampled.temperature) == (0.0, 0.5)
     assert (sampled.samples_per_prompt, sampled.top_k, sampled.top_p) == (8, 5, 0.9)
 
 
 async def test_pass_at_k_of_a_mixture() -> None:
-    """At chance 1/8 the estimates must be near 1/8 and 1 - (7/8)^4. Standard errors with 6 x 512 samples: sqrt(7/64 / 3072) = 0.006, and
-    4 (7/8)^3 times that = 0.016. Five of each bound the error: a false alarm in less than one of a million seeds, and the seed is fixed."""
+    """At chance 1/8 the estimates must be near 1/8 and 1 - (7/8)^4.
+
+    The standard errors with 6 x 512 samples are sqrt(7/64 / 3072) = 0.006, and 4 (7/8)^3 times
+    that, 0.016. Five of each bound the error: a false alarm for fewer than one in a million seeds,
+    and the seed is fixed.
+    """
     _, _, evaluator = make(512, (1, 4))
     values = await evaluator.evaluate()
     assert values["eval/pass@1"] == pytest.approx(values["eval/mean@512"])
@@ -139,7 +139,10 @@ async def test_pass_at_k_of_a_mixture() -> None:
 
 
 async def test_right_means_the_same_in_training_and_in_evaluation() -> None:
-    """A first reward function with scores between 0 and 1: at least 0.5 is right, in both. Their mean (0.4 here) is a reward's, not an accuracy."""
+    """A first reward function with values between 0 and 1: at least 0.5 is right, in both.
+
+    The mean of the values, 0.4 here, is that of the rewards and not the accuracy.
+    """
 
     class HalfScorer(FirstTokenScorer):
         async def _score(self, rollouts):
@@ -151,6 +154,7 @@ async def test_right_means_the_same_in_training_and_in_evaluation() -> None:
     scorer = HalfScorer(stage)
     values = await evaluator.evaluate()
     assert values["eval/mean@8"] == 0.5
+
     config = RunConfig(
         generation=GenerationConfig(samples_per_prompt=8, min_tokens=0, max_tokens=2)
     )
@@ -170,14 +174,14 @@ async def test_two_evaluations_of_one_policy_are_equal() -> None:
 
 
 async def test_nothing_is_held_after_an_evaluation() -> None:
-    """The fakes refuse to be opened by the evaluator, but for rewards; and it keeps none of them."""
+    """The evaluator can open rewards only, and keeps no handle."""
     stage, _, evaluator = make(4, (1,))
     await evaluator.evaluate()
     assert len(stage.handles) == 0
     assert stage.journal.count("score") == 2 * PROBLEMS
 
 
-async def test_a_lost_prompt_is_found_out() -> None:
+async def test_a_lost_prompt_is_detected() -> None:
     _, generator, evaluator = make(1, (1,))
     generate = generator.generate
 

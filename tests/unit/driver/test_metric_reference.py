@@ -1,4 +1,4 @@
-"""docs/metrics.md says everything that a run writes."""
+"""docs/metrics.md documents every metric that a run writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ NAME = re.compile(rf"({'|'.join(NAMESPACES)})/[\w@<>/]+")
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """Strings of a source file that look like metrics; what a format string fills in becomes <x>."""
+    """Yield the strings of a source file that look like metrics.
+
+    A replacement field of a format string becomes <x>.
+    """
     inside: set[ast.AST] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -48,9 +51,10 @@ def sources() -> list[Path]:
 
 
 def fits(name: str) -> bool:
-    """Whether some row may be what this string becomes."""
+    """Return whether a documented metric can have this name."""
     if "<x>" not in name:
-        return name == "policy/ratio_square" or documented(name) is not None  # the group takes it
+        # The rank group consumes policy/ratio_square, so that no run writes it.
+        return name == "policy/ratio_square" or documented(name) is not None
     pattern = re.compile(re.escape(name).replace("<x>", ".+"))
     return any(pattern.fullmatch(doc.name) for doc in METRICS)
 
@@ -61,12 +65,12 @@ def test_every_metric_that_the_source_names_is_documented():
     assert [item for item in sorted(found) if not fits(item[0])] == []
 
 
-def test_no_name_stands_twice():
+def test_no_name_is_documented_twice():
     assert len({doc.name for doc in METRICS}) == len(METRICS)
 
 
 @pytest.mark.parametrize("name", available_advantage_estimators())
-def test_what_estimators_diagnose_is_documented(name: str):
+def test_diagnostics_of_estimators_are_documented(name: str):
     generator = torch.Generator().manual_seed(0)
     zeros = torch.zeros(6, 4)
     inputs = AdvantageInputs(

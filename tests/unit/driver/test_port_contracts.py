@@ -1,4 +1,4 @@
-"""The fakes keep the contracts of the ports, so what the loop's tests say about them holds for the real parts."""
+"""The fakes keep the contracts of the ports, which the real workers keep too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups on their way from the engines to the update: rewards, seeds, dynamic sampling, greedy responses."""
+"""Sampling of groups: rewards, seeds, dynamic sampling, greedy responses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from rlsys.data.batches import RewardBatch, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.ports import Handle
 from rlsys.run.reward_failures import RewardFailureError
-from tests.support.in_process_fakes import (
-    FirstTokenScorer,
-)
+from tests.support.in_process_fakes import FirstTokenScorer
 from tests.support.in_process_runs import (
     assert_same_metrics,
     break_rewards,
@@ -33,7 +31,7 @@ async def test_parts_are_joined_in_prompt_order(tmp_path: Path) -> None:
     assert [batch["group_ids"] for batch in run.batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-async def test_rewards_are_scored_while_generation_goes_on(tmp_path: Path) -> None:
+async def test_rewards_are_computed_while_generation_continues(tmp_path: Path) -> None:
     """The last part is held back until the first one is being scored."""
     run = await start(tmp_path, make_config(steps=1))
     scoring = asyncio.Event()
@@ -46,20 +44,19 @@ async def test_rewards_are_scored_while_generation_goes_on(tmp_path: Path) -> No
 
 
 async def test_sampling_seed_depends_on_run_and_batch_alone(tmp_path: Path) -> None:
-    """Golden: the first word of NumPy's SeedSequence([seed, batch_id]), which NumPy promises to keep."""
+    """The seed is the first word of SeedSequence([seed, batch_id]), which NumPy keeps stable."""
     run = await start(tmp_path, make_config(steps=2, seed=3))
     await run.finish()
     assert [request.seed for request in run.generator.requests] == [
         np.random.SeedSequence([3, 0]).generate_state(1)[0],
         np.random.SeedSequence([3, 1]).generate_state(1)[0],
     ]
-    assert (
-        run.generator.requests[0].seed == 1576890651
-    )  # written down from NumPy 2.3: another value would change every resumed run
+    # Recorded with NumPy 2.3: another value would change every resumed run.
+    assert run.generator.requests[0].seed == 1576890651
     assert all(request.stop == ("</answer>",) for request in run.generator.requests)
 
 
-async def test_a_generator_that_loses_a_prompt_is_found_out(tmp_path: Path) -> None:
+async def test_a_generator_that_loses_a_prompt_is_detected(tmp_path: Path) -> None:
     run = await start(tmp_path, make_config())
     generate = run.generator.generate
 
@@ -74,7 +71,10 @@ async def test_a_generator_that_loses_a_prompt_is_found_out(tmp_path: Path) -> N
 
 
 async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path) -> None:
-    """Trained groups have mixed rewards as long as the rounds suffice; what is missing is filled up, and everything is counted."""
+    """Trained groups have different rewards as long as the rounds suffice.
+
+    Other groups fill the rest of the batch, and everything is counted.
+    """
     plain = await start(tmp_path / "plain", make_config(steps=3))
     await plain.finish()
     run = await start(tmp_path / "dynamic", make_config(steps=3, sampling_rounds=4))
@@ -94,21 +94,24 @@ async def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path: Path)
 
 
 @pytest.mark.parametrize("by", ["accuracy", "reward"])
-async def test_dynamic_sampling_goes_by_correctness_unless_it_is_told_otherwise(
+async def test_dynamic_sampling_compares_correctness_unless_configured_otherwise(
     tmp_path: Path, by: GroupFilter
 ) -> None:
-    """With a punishment that differs within every group, all groups are mixed in reward: only correctness tells which teach."""
+    """With a penalty that differs within every group, no group has equal rewards.
+
+    Only correctness shows which groups have a learning signal.
+    """
     run = await start(tmp_path, make_config(steps=2, sampling_rounds=3, by=by))
     scorer = run.workers.scorer
     assert isinstance(scorer, FirstTokenScorer)
     score = scorer._score
 
-    async def punishing(rollouts: Handle[RolloutBatch]) -> RewardBatch:
+    async def penalizing(rollouts: Handle[RolloutBatch]) -> RewardBatch:
         scored = await score(rollouts)
-        punished = scored.rewards - np.linspace(0, 0.4, len(scored), dtype=np.float32)
-        return replace(scored, rewards=punished)
+        penalized = scored.rewards - np.linspace(0, 0.4, len(scored), dtype=np.float32)
+        return replace(scored, rewards=penalized)
 
-    scorer._score = punishing
+    scorer._score = penalizing
     await run.finish()
     for _, step in run.recorder.steps:
         if by == "reward":
@@ -119,10 +122,13 @@ async def test_dynamic_sampling_goes_by_correctness_unless_it_is_told_otherwise(
             assert step["trained/responses"] == (4 - step["sampling/missing_groups"]) * 8
 
 
-async def test_with_dynamic_sampling_metrics_and_files_are_of_everything_that_was_sampled(
+async def test_with_dynamic_sampling_metrics_and_files_cover_everything_that_was_sampled(
     tmp_path: Path,
 ) -> None:
-    """Against the files, which hold every response: dropped groups count in reward, accuracy, tokens and throughput, and are not trained."""
+    """Dropped groups count in reward, accuracy, tokens and throughput, and are not trained on.
+
+    The metrics are compared with the files, which hold every response.
+    """
     run = await start(tmp_path, make_config(steps=3, sampling_rounds=4))
     await run.finish()
     differed = 0
@@ -148,7 +154,7 @@ async def test_with_dynamic_sampling_metrics_and_files_are_of_everything_that_wa
 
 
 async def test_greedy_responses_count_in_the_throughput(tmp_path: Path) -> None:
-    """They are sampled too, a response of two tokens for each of four prompts."""
+    """Each of four prompts has a greedy response of two tokens."""
     run = await start(tmp_path, make_config(steps=1, estimator="remax"))
     await run.finish()
     ((_, step),) = run.recorder.steps
@@ -174,7 +180,7 @@ async def test_rewards_that_fail_from_the_start_end_the_run(
 async def test_dropped_responses_make_no_difference_to_a_group_of_equal_rewards(
     tmp_path: Path,
 ) -> None:
-    """Dynamic sampling asks for two different rewards among those that are there."""
+    """Dynamic sampling requires two different rewards among the responses that have one."""
     run = await start(tmp_path, make_config(steps=2, sampling_rounds=3))
     break_rewards(run, lambda row: row == 0, drop=True)
     await run.finish()
@@ -196,7 +202,7 @@ async def test_dynamic_sampling_resumes_to_the_same_result(tmp_path: Path) -> No
     assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
 
 
-async def test_a_greedy_response_a_prompt_is_sampled_where_the_estimator_reads_it(
+async def test_a_greedy_response_per_prompt_is_sampled_where_the_estimator_reads_it(
     tmp_path: Path,
 ) -> None:
     run = await start(tmp_path, make_config(steps=2, estimator="remax"))

@@ -1,4 +1,4 @@
-"""Session and sampler serve another loop as well: neither knows how a step is made."""
+"""Session and sampler serve another loop too: neither depends on the kind of a step."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from tests.support.in_process_runs import assert_same_metrics, make_config
 
 
 class CollectingLoop:
-    """Counts the right responses per prompt and trains nothing: half of expert iteration."""
+    """A loop that counts the right responses per prompt and trains nothing."""
 
     def __init__(self, sampler: Sampler, prompts: PromptStream, session: Session) -> None:
-        self._sampler, self._prompts, self._session = sampler, prompts, session
+        self._sampler = sampler
+        self._prompts = prompts
+        self._session = session
         self.collected: list[int] = []
         session.register("prompts", prompts)
         session.register("collected", self)
@@ -60,7 +62,7 @@ class CollectingLoop:
 
 
 class StoppingAt(Observer):
-    """Requests a stop during a step; an observer of one event."""
+    """An observer that requests a stop during a step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -74,7 +76,7 @@ class StoppingAt(Observer):
 async def collect(
     path: Path, config: RunConfig, *, stop_at: int = 0, resume: bool = False
 ) -> tuple[CollectingLoop, Outcome]:
-    """Run a loop as a new process would, and return how it ended."""
+    """Run a loop as in a new process, and return it with its outcome."""
     directory = RunDirectory(path)
     directory.create(config)
     store = CheckpointStore(directory.checkpoints, keep=2)
@@ -170,7 +172,7 @@ async def saved(path: Path) -> Checkpoint:
 
 
 async def test_several_models_lie_side_by_side_in_a_checkpoint(tmp_path: Path) -> None:
-    """The first lies at the top, where Hugging Face looks for it; damage to either counts."""
+    """The first is at the top, where Hugging Face looks for it; damage to either is detected."""
     checkpoint = await saved(tmp_path)
     assert json.loads((checkpoint.path / "weights.json").read_text()) == 1
     assert json.loads((checkpoint.path / "critic" / "weights.json").read_text()) == 2

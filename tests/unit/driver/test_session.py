@@ -1,4 +1,4 @@
-"""Evaluation, checkpoints, stops and failures, which do not depend on how a step is made."""
+"""Evaluation, checkpoints, stops and failures, which do not depend on the kind of a step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlsys.config import (
-    DataConfig,
-    RunConfig,
-)
+from rlsys.config import DataConfig, RunConfig
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.console import print_summary
 from rlsys.run.observers.html_report import write_report
 from rlsys.run.observers.metrics_log import read_metrics
-from tests.support.in_process_fakes import (
-    PROBLEMS,
-    FirstTokenScorer,
-)
+from tests.support.in_process_fakes import PROBLEMS, FirstTokenScorer
 from tests.support.in_process_runs import (
     DEADLOCK_S,
     assert_same_metrics,
@@ -33,7 +27,10 @@ from tests.support.in_process_runs import (
 
 
 async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Eight steps at once; and eight with an actor's death in step 6, resumed from step 4: the same lines of metrics, to 1e-6."""
+    """Eight steps at once have the same metrics, to 1e-6, as eight with a resume.
+
+    There an actor dies in step 6, and the run is resumed from step 4.
+    """
     config = make_config(steps=8, evaluate=2, save=2, kl=0.05, num_mini_batches=2, pass_at=2)
     whole = await start(tmp_path / "whole", config)
     await whole.finish()
@@ -50,7 +47,9 @@ async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None
     killed.stage.hooks = {"update": die}
     with pytest.raises(RuntimeError, match="the worker died"):
         await killed.finish()
-    assert read_metrics(killed.directory.metrics)[-1].step == 5  # beyond the checkpoint: must go
+    assert (
+        read_metrics(killed.directory.metrics)[-1].step == 5
+    )  # beyond the checkpoint: to be removed
 
     resumed = await start(tmp_path / "killed", config, resume=True)
     assert await resumed.finish() == "finished"
@@ -61,14 +60,16 @@ async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None
 
 
 async def test_different_seeds_differ(tmp_path: Path) -> None:
-    """So that the equality above says something."""
+    """Otherwise the equality above would prove nothing."""
     for seed in (1, 2):
         await (await start(tmp_path / str(seed), make_config(seed=seed))).finish()
     with pytest.raises(AssertionError):
         assert_same_metrics(tmp_path / "1", tmp_path / "2")
 
 
-async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+async def test_a_failure_is_reported_with_its_place_and_leaves_the_checkpoint(
+    tmp_path: Path,
+) -> None:
     run = await start(tmp_path, make_config(steps=6, save=2))
     count = 0
 
@@ -82,7 +83,8 @@ async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_pa
     with pytest.raises(ConnectionError) as caught:
         await run.finish()
     assert caught.value.__notes__ == [
-        "This happened during update of step 3; the newest checkpoint is that of step 2, from which --resume continues."
+        "This happened during update of step 3; the newest checkpoint is that of step 2, from "
+        "which --resume continues."
     ]
     assert run.recorder.ends == [
         ("failed", "update of step 3: ConnectionError: its node left the cluster")
@@ -97,7 +99,7 @@ async def test_a_failure_is_told_with_its_place_and_leaves_the_checkpoint(tmp_pa
     ["generate", "part:last", "scoring", "logprobs:old", "logprobs:ref", "credit", "sync", "save"],
 )
 async def test_a_failure_anywhere_ends_the_run(tmp_path: Path, event: str) -> None:
-    """Also one in work that nobody waits for at that moment, such as scoring during generation."""
+    """Failures of background work, such as scoring during generation, end the run too."""
     run = await start(tmp_path, make_config(steps=2, kl=0.1, num_mini_batches=2))
 
     async def fail() -> None:
@@ -115,7 +117,10 @@ async def test_a_failure_anywhere_ends_the_run(tmp_path: Path, event: str) -> No
 async def test_a_stop_request_ends_after_the_step_with_a_checkpoint(
     tmp_path: Path, phase: str
 ) -> None:
-    """Step 2 is due for an evaluation, which is not made; the resumed run makes it up and equals the uninterrupted one."""
+    """An evaluation is due after step 2, but the run stops without it.
+
+    The resumed run evaluates first, and equals the uninterrupted one.
+    """
     config = make_config(steps=4, evaluate=2)
     run = await start(tmp_path / "stopped", config)
     run.recorder.react = lambda step, at: (
@@ -150,7 +155,7 @@ async def test_a_stop_request_abandons_an_evaluation(tmp_path: Path) -> None:
     assert [step for step, _ in run.recorder.evaluations] == [0]
 
 
-async def test_a_stop_in_the_last_evaluation_is_made_up_after_a_resume(tmp_path: Path) -> None:
+async def test_a_last_evaluation_that_was_stopped_is_done_after_a_resume(tmp_path: Path) -> None:
     """All steps are done, but the run is not finished without its last evaluation."""
     config = make_config(steps=2, evaluate=2)
     run = await start(tmp_path, config)
@@ -196,7 +201,7 @@ async def test_a_stop_before_the_first_step_trains_nothing(tmp_path: Path) -> No
 
 
 async def test_cancellation_leaves_at_once(tmp_path: Path) -> None:
-    """The second Ctrl-C: no waiting, no checkpoint, and the display is told."""
+    """A second Ctrl-C ends without waiting and without a checkpoint; observers are notified."""
     run = await start(tmp_path, make_config(steps=4, save=1))
     updating = asyncio.Event()
     count = 0
@@ -251,7 +256,7 @@ async def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
     assert run.directory.metrics.read_text() == before
 
 
-async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
+async def test_checkpoint_holds_the_state_for_a_resume(tmp_path: Path) -> None:
     run = await start(tmp_path, make_config(steps=3, save=2, evaluate=2))
     await run.finish()
     assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == [
@@ -267,7 +272,7 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
         "batches_taken": 2,
         "prompts_taken": taken,
         "prompts": PROBLEMS,
-        "problems_digest": None,  # the stream of these fakes was not made of problems
+        "problems_digest": None,  # the prompts of these fakes have no problems behind them
     }
     assert state["metrics_position"] == 4  # evaluations 0 and 2, steps 1 and 2
     assert state["config"]["trainer"]["steps"] == 3
@@ -275,7 +280,7 @@ async def test_checkpoint_holds_what_a_resume_needs(tmp_path: Path) -> None:
 
 
 async def test_failures_of_an_evaluation_are_its_own(tmp_path: Path) -> None:
-    """Half of the responses of the evaluation before the first step fail; the first step counts none of them."""
+    """Half of the responses of the first evaluation fail; the first step counts none of them."""
     run = await start(tmp_path, make_config(steps=1, evaluate=1))
     scorer = run.workers.scorer
     assert isinstance(scorer, FirstTokenScorer)
@@ -290,7 +295,7 @@ async def test_failures_of_an_evaluation_are_its_own(tmp_path: Path) -> None:
 
 
 async def test_adaptive_numbers_resume_with_the_run(tmp_path: Path) -> None:
-    """The entropy temperature is tuned from batch to batch; a resumed run goes on with the value it had."""
+    """The entropy temperature is tuned from batch to batch; a resumed run continues with it."""
 
     def tuned() -> RunConfig:
         made = make_config(steps=4, save=2, temperature=0.1)

@@ -1,4 +1,4 @@
-"""The loop against in-process fakes: what it computes, in which order, and what it leaves behind."""
+"""The synchronous loop on in-process fakes: its results, its order of calls, its files."""
 
 from __future__ import annotations
 
@@ -9,27 +9,17 @@ import numpy as np
 import pytest
 
 from docs.generate.metrics import documented
-from rlsys.config import (
-    AdvantageConfig,
-    OverlongConfig,
-)
+from rlsys.config import AdvantageConfig, OverlongConfig
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.sampling import sampling_parameters
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import PHASES
-from tests.support.in_process_fakes import (
-    OpenedByDriverError,
-    make_prompts,
-)
-from tests.support.in_process_runs import (
-    make_config,
-    start,
-    wait,
-)
+from tests.support.in_process_fakes import OpenedByDriverError, make_prompts
+from tests.support.in_process_runs import make_config, start, wait
 
 
 async def test_learns(tmp_path: Path) -> None:
-    """Chance is 1/8; REINFORCE with group baselines must get well beyond it, on training samples and on greedy answers."""
+    """Group baselines must get far beyond chance, 1/8, on training samples and greedy answers."""
     run = await start(tmp_path, make_config(steps=30, evaluate=10))
     assert await run.finish() == "finished"
     rewards = [values["reward/mean"] for _, values in run.recorder.steps]
@@ -51,7 +41,7 @@ async def test_order_of_a_step_and_versions(tmp_path: Path) -> None:
 
 
 async def test_old_and_ref_run_side_by_side_and_beside_rewards(tmp_path: Path) -> None:
-    """old waits for ref to begin and ref for old; scoring waits for both."""
+    """`old` waits for `ref` to begin and `ref` for `old`; scoring waits for both."""
     run = await start(tmp_path, make_config(steps=1, kl=0.1, num_mini_batches=2))
     old, ref = asyncio.Event(), asyncio.Event()
 
@@ -72,30 +62,21 @@ async def test_old_and_ref_run_side_by_side_and_beside_rewards(tmp_path: Path) -
 
 
 async def test_waiting_for_rewards_is_a_phase_of_its_own(tmp_path: Path) -> None:
-    """A reward that comes only once the loop waits for nothing else is counted under time/reward."""
+    """The time of a reward for which the loop only waits is counted under time/reward."""
     run = await start(tmp_path, make_config(steps=1))
     waiting = asyncio.Event()
     run.recorder.react = lambda _, phase: waiting.set() if phase == "reward" else None
     run.stage.hooks = {"scoring": lambda: wait(waiting)}
     assert await run.finish() == "finished"
-    assert [
-        event
-        for event in run.stage.journal
-        if event in ("phase:reward", "scored", "phase:advantages")
-    ] == [
-        "phase:reward",
-        "scored",
-        "scored",
-        "scored",
-        "scored",
-        "phase:advantages",
-    ]
+    watched = ("phase:reward", "scored", "phase:advantages")
+    events = [event for event in run.stage.journal if event in watched]
+    assert events == ["phase:reward", *["scored"] * 4, "phase:advantages"]
 
 
-async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
+async def test_logprobs_are_computed_only_where_needed(tmp_path: Path) -> None:
     cases = {
         "one update, no KL": (make_config(steps=1), set()),
-        "two updates a batch": (make_config(steps=1, num_mini_batches=2), {"logprobs:old"}),
+        "two updates per batch": (make_config(steps=1, num_mini_batches=2), {"logprobs:old"}),
         "the estimator reads them": (
             make_config(steps=1, kl=0.01, estimator="token_kl_grpo"),
             {"logprobs:old", "logprobs:ref"},
@@ -114,20 +95,23 @@ async def test_logprobs_are_asked_for_only_where_needed(tmp_path: Path) -> None:
             name
         )
         (batch,) = run.batches
-        assert (batch["old_gap"] is not None) == ("logprobs:old" in expected)
-        assert (batch["ref_gap"] is not None) == ("logprobs:ref" in expected)
+        assert (batch["old_difference"] is not None) == ("logprobs:old" in expected)
+        assert (batch["ref_difference"] is not None) == ("logprobs:ref" in expected)
 
 
 async def test_old_logprobs_reach_their_rows(tmp_path: Path) -> None:
-    """Two ranks return alternate rows; joined, they equal what the engine sampled with, while the reference falls behind."""
+    """Two ranks return alternate rows, which are joined.
+
+    They equal the engine's log-probabilities, while the reference differs more and more.
+    """
     run = await start(tmp_path, make_config(steps=4, kl=0.01, num_mini_batches=2))
     await run.finish()
-    assert max(batch["old_gap"] for batch in run.batches) < 1e-6
-    assert run.batches[0]["ref_gap"] < 1e-6 < 0.1 < run.batches[3]["ref_gap"]
+    assert max(batch["old_difference"] for batch in run.batches) < 1e-6
+    assert run.batches[0]["ref_difference"] < 1e-6 < 0.1 < run.batches[3]["ref_difference"]
 
 
 async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
-    """By reference counts alone: the object store cannot wait for a garbage collection."""
+    """Reference counts suffice: the object store cannot wait for a garbage collection."""
     run = await start(tmp_path, make_config(steps=4, kl=0.1, num_mini_batches=2, evaluate=2))
     alive: list[int] = []
     run.recorder.at_step = lambda: alive.append(len(run.stage.handles))
@@ -140,13 +124,12 @@ async def test_handles_are_dropped_after_each_step(tmp_path: Path) -> None:
     run.stage.hooks = {"update": count}
     await run.finish()
     assert alive == [0, 0, 0, 0]
-    assert (
-        most == 4 + 4 + 2 + 2 + 1
-    )  # rollouts and rewards of four groups, old and ref of two ranks, the train batch
+    # Rollouts and rewards of four groups, old and ref of two ranks, the train batch.
+    assert most == 4 + 4 + 2 + 2 + 1
 
 
 async def test_the_fakes_catch_a_driver_that_opens_a_batch(tmp_path: Path) -> None:
-    """What all tests here rely on."""
+    """All tests here rely on it."""
     run = await start(tmp_path, make_config())
     await run.workers.weights.sync(0)
     prompts = make_prompts(make_config()).next_batch()
@@ -176,7 +159,7 @@ async def test_metrics_of_a_step(tmp_path: Path) -> None:
 async def test_a_run_writes_no_metric_that_is_not_documented(
     tmp_path: Path, estimator: str
 ) -> None:
-    """docs/metrics.md, with everything on that the fakes can do."""
+    """Every option that the fakes support is enabled; docs/metrics.md has all of their metrics."""
     config = make_config(
         steps=2,
         evaluate=1,
@@ -208,7 +191,7 @@ async def test_rollouts_of_each_step_are_written(tmp_path: Path) -> None:
 
 
 async def test_the_file_holds_the_advantages_that_the_update_estimated(tmp_path: Path) -> None:
-    """With `recompute` the batch has none; those of the file are the estimator's of the same rewards."""
+    """With `recompute` the batch has none; the file has those of RLOO for its rewards."""
     config = make_config(steps=2)
     algorithm = config.algorithm.model_copy(
         update={"advantage": AdvantageConfig(name="rloo", recompute=True)}
@@ -222,11 +205,11 @@ async def test_the_file_holds_the_advantages_that_the_update_estimated(tmp_path:
             groups.setdefault(row["group_id"], []).append(row["reward"])
         for row in rows:
             rewards = groups[row["group_id"]]
-            others = (sum(rewards) - row["reward"]) / (len(rewards) - 1)
-            assert row["advantages"] == pytest.approx([0.0, *[row["reward"] - others] * 2])
+            baseline = (sum(rewards) - row["reward"]) / (len(rewards) - 1)
+            assert row["advantages"] == pytest.approx([0.0, *[row["reward"] - baseline] * 2])
 
 
-async def test_a_step_in_which_everything_is_masked_is_told(tmp_path: Path) -> None:
+async def test_a_step_in_which_everything_is_masked_has_a_note(tmp_path: Path) -> None:
     """The fake's responses all reach the limit."""
     config = make_config(steps=1)
     algorithm = config.algorithm.model_copy(
@@ -240,7 +223,8 @@ async def test_a_step_in_which_everything_is_masked_is_told(tmp_path: Path) -> N
     assert step["rollout/truncated_fraction"] == 1
     (record,) = read_metrics(run.directory.metrics)
     assert record.notes == (
-        "every response was truncated at generation.max_tokens and masked out of the loss: nothing was trained",
+        "every response was truncated at generation.max_tokens and masked out of the loss: nothing "
+        "was trained",
     )
     rows = read_rollouts(run.directory.rollouts / "step_000001.parquet")
     assert not any(row["trained"] or row["advantages"] for row in rows)
