@@ -1,4 +1,4 @@
-"""The records that travel between the stages of a step.
+"""The records that pass between the stages of a step.
 
     PromptBatch -> RolloutBatch -> RewardBatch ---+
                         +--------> LogprobBatch --+--> ScoredBatch -> TrainBatch

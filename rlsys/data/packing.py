@@ -116,7 +116,7 @@ def _bins(units: Sequence[_PackingUnit], budget: int, *, padded: bool) -> list[l
     bins: list[list[_PackingUnit]] = []
     loads: list[int] = []
     for unit in units:
-        # The first unit of a bin is its longest: the width to which the others are padded.
+        # The first unit of a bin is its longest: all of its units are padded to that width.
         costs = [content[0].num_tokens if padded else unit.num_tokens for content in bins]
         fits = (load + cost <= budget for load, cost in zip(loads, costs, strict=True))
         place = next((i for i, fit in enumerate(fits) if fit), None)

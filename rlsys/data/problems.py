@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:
-    """One turn of a conversation; `role` is one of those that the model's chat template knows."""
+    """One turn of a conversation; `role` is one that the model's chat template accepts."""
 
     role: str
     content: str

@@ -41,7 +41,7 @@ def read_problems(
         where: values by column, as in `data.where`.
         metadata: give each problem the columns that are not its text, answer or id.
         on_dropped: called with a notice of the rows that were dropped because they lack a problem
-            or an answer. None: such rows are refused like all others that cannot be used.
+            or an answer. None: such rows are refused like every row that cannot be used.
 
     Raises:
         ValueError: the source is missing or unreadable, lacks a column, has rows that cannot be

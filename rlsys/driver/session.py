@@ -162,7 +162,7 @@ class Session:
         path = await self._checkpoints.save(self.step, self._write_models, state)
         self._saved_step = self.step
         self._save_time = {"time/checkpoint": time.perf_counter() - start}
-        self._tell(lambda observer: observer.on_checkpoint(self.step, str(path)))
+        self._notify(lambda observer: observer.on_checkpoint(self.step, str(path)))
 
     async def _write_models(self, checkpoint: Path) -> None:
         for directory, model in self._models.items():
@@ -181,7 +181,7 @@ class Session:
         """
         first_step = self.step + 1
         steps = self._config.trainer.steps
-        self._tell(lambda observer: observer.on_start(first_step, steps))
+        self._notify(lambda observer: observer.on_start(first_step, steps))
         try:
             await train()
             if self._saved_step < self.step:
@@ -210,7 +210,7 @@ class Session:
         return self.step < self._config.trainer.steps and not self._stop_requested.is_set()
 
     def _end(self, outcome: Outcome, message: str) -> Outcome:
-        self._tell(lambda observer: observer.on_end(outcome, message))
+        self._notify(lambda observer: observer.on_end(outcome, message))
         return outcome
 
     def _newest_checkpoint(self) -> str:
@@ -231,7 +231,7 @@ class Session:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Tell the observers that a phase of the step begins, and time it."""
+        """Notify the observers of a phase of the step, and time it."""
         self._enter(name)
         with self._clock.phase(name):
             yield
@@ -248,7 +248,7 @@ class Session:
         self.step = self._current_step
         reported = {**values, **self._save_time}
         self._save_time = {}
-        self._tell(lambda observer: observer.on_step(self.step, reported))
+        self._notify(lambda observer: observer.on_step(self.step, reported))
 
         await self.evaluate_if_due()
         every = self._config.trainer.checkpoints.every
@@ -269,7 +269,7 @@ class Session:
             return
 
         values = {**report, "time/evaluate": time.perf_counter() - start}
-        self._tell(lambda observer: observer.on_evaluation(self.step, values))
+        self._notify(lambda observer: observer.on_evaluation(self.step, values))
         self._evaluated_step = self.step
 
     def _evaluation_is_due(self) -> bool:
@@ -281,9 +281,9 @@ class Session:
     def _enter(self, phase: str) -> None:
         step = self._current_step
         self._place = f"{phase} of step {step}"
-        self._tell(lambda observer: observer.on_phase(step, phase))
+        self._notify(lambda observer: observer.on_phase(step, phase))
 
-    def _tell(self, event: Callable[[Observer], None]) -> None:
+    def _notify(self, event: Callable[[Observer], None]) -> None:
         for observer in self._observers:
             event(observer)
 

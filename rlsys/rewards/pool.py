@@ -321,7 +321,7 @@ class _Process:
         return f"its process was ended by signal {-code}"
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process and close its connection."""
         self._popen.kill()
         self._popen.wait()
         self._connection.close()

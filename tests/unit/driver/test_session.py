@@ -47,9 +47,8 @@ async def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None
     killed.stage.hooks = {"update": die}
     with pytest.raises(RuntimeError, match="the worker died"):
         await killed.finish()
-    assert (
-        read_metrics(killed.directory.metrics)[-1].step == 5
-    )  # beyond the checkpoint: to be removed
+    # A record beyond the checkpoint, which the resume must remove.
+    assert read_metrics(killed.directory.metrics)[-1].step == 5
 
     resumed = await start(tmp_path / "killed", config, resume=True)
     assert await resumed.finish() == "finished"
