@@ -1,13 +1,13 @@
 """Seconds of one policy update by operation, beside the matrix products that it cannot do without.
 
     . .venv/bin/activate
-    python -m benchmarks.policy_update                               32 and 220 tokens, the precision of this machine
-    python -m benchmarks.policy_update --tokens 220 --profile        where the time goes, by operation
-    python -m benchmarks.policy_update --equal 7                     seven of eight groups have equal rewards
+    python -m benchmarks.policy_update                           responses of 32 tokens
+    python -m benchmarks.policy_update --tokens 220 --profile    where the time goes
+    python -m benchmarks.policy_update --groups 8 --equal 7      7 of 8 groups have no gradient
 
-One process, one rank, random tokens: 4 prompts of 100 tokens x 8 responses. The floor is the time of
-the model's linear layers alone, forward and backward, on as many tokens as the packs hold. Results
-are recorded in docs/measurements.md.
+One process, one rank, random tokens: prompts of 100 tokens, each with 8 responses. "Products" are
+those of the model's linear layers alone, forward and backward, on as many tokens as the packs hold.
+Results are recorded in docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def floor_seconds(worker: PolicyWorker, num_tokens: int, dtype: torch.dtype) -> 
         for _ in range(3):
             began = time.perf_counter()
             nn.functional.linear(inputs, weight)
-            outputs @ weight
-            outputs.t() @ inputs
+            torch.mm(outputs, weight)
+            torch.mm(outputs.t(), inputs)
             seconds.append(time.perf_counter() - began)
         total += times * min(seconds)
     return total
@@ -131,7 +131,8 @@ def main() -> None:
     median = statistics.median(seconds)
     print(
         f"{config.policy.compute_dtype}, {arguments.tokens} tokens, {num_tokens} in packs: "
-        f"update {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}; {min(busy):.2f} CPU seconds), products {floor:.2f} s, "
+        f"update {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}; "
+        f"{min(busy):.2f} CPU seconds), products {floor:.2f} s, "
         f"ratio {median / floor:.2f}, peak {peak:.2f} GiB"
     )
     if arguments.profile:

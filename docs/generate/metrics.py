@@ -384,8 +384,9 @@ METRICS = (
         "policy/skipped_fraction",
         "mean",
         "trained responses",
-        "Fraction without a backward pass, since all their advantages are 0 and no KL or entropy term "
-        "brings a gradient. The metrics of the policy are those of every fourth of their groups.",
+        "Fraction without a backward pass, since all their advantages are 0 and no KL or entropy "
+        "term brings a gradient. "
+        "The metrics of the policy are those of every fourth of their groups.",
     ),
     MetricDoc(
         "policy/tokens",

@@ -44,9 +44,9 @@ class RewardConfig(Section):
     )
     on_failure: Literal["zero", "drop"] = Field(
         default="zero",
-        description="Responses on which a function fails. zero: its term of the sum is 0. drop: the "
-        "response has no reward, does not count in the statistics of its group, and is not trained "
-        "on.",
+        description="Responses on which a function fails. zero: its term of the sum is 0. drop: "
+        "the response has no reward, does not count in the statistics of its group, and is not "
+        "trained on.",
     )
     processes: int = Field(default=1, ge=1, description="Processes that run reward functions.")
     memory_gb: float = Field(
