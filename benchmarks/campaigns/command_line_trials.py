@@ -31,7 +31,7 @@ TINY = (
 # Words with which a message names a remedy. A refusal needs at least one of them.
 REMEDIES = (
     "Add|Ask|Check|Choose|Convert|Did you mean|Drop|Fix|Give|Install|It takes|Join|Keep|Known|"
-    "Leave|Lower|Make|Mend|Name|Look|Pass|Pick|Put|Quote|Raise|Remove|Repair|Return|Sample|Save|"
+    "Leave|Lower|Make|Name|Look|Pass|Pick|Put|Quote|Raise|Remove|Repair|Return|Sample|Save|"
     "See|Set|Start|Turn|Unset|Use|Widen|Write|choose|expects|give|must be|name the|should be|"
     "should have|should match|widen|allows|needs|is none of|is neither|is outside|of the form|"
     "is called with"

@@ -221,7 +221,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--algorithm.kl.target", ".inf"], "algorithm.kl.target", "null: the coefficient"),
         (["--model.attention", "flash_attention_2"], "model.attention", "Choose sdpa or auto"),
         (["--model.attention", "flex_attention"], "model.attention", "Choose sdpa or auto"),
-        (["--reference.path", "/no/model"], "reference.path", "no existing directory"),
+        (["--reference.path", "/no/model"], "reference.path", "nor an existing directory"),
         (
             ["--reference.path", "{files}/other_tokens", "--algorithm.kl.coefficient", "0.1"],
             "reference.path",
