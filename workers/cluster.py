@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 RESERVATION_TIMEOUT_S = 120.0
 
+# An actor that reserves no GPU sees all of them. With a part of its host's it sees that one alone.
+GUEST_GPUS = 0.01
+
 # glibc returns large blocks to the system when they are freed, and the system zeroes them before
 # they are used again. Keeping them makes a training step on a CPU a quarter faster.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
@@ -47,6 +50,7 @@ class Bundle:
     index: int
     cpus: float
     gpus: float
+    guest_gpus: float = 0.0  # of `gpus`, for an actor that shares the place
 
     @property
     def resources(self) -> dict[str, float]:
@@ -65,8 +69,17 @@ def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
     gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
     gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
 
+    has_reference = config.algorithm.kl.coefficient > 0
+    guest_gpus = min(GUEST_GPUS, gpus_per_rank / 2) if has_reference else 0
+
     ranks = [
-        Bundle(role="policy", index=rank, cpus=policy.cpus_per_rank, gpus=gpus_per_rank)
+        Bundle(
+            role="policy",
+            index=rank,
+            cpus=policy.cpus_per_rank,
+            gpus=gpus_per_rank,
+            guest_gpus=guest_gpus,
+        )
         for rank in range(policy.ranks)
     ]
     workers = [
@@ -136,8 +149,9 @@ class Cluster:
         """Start `actor_class(*args)` as actor number `index` of `role`.
 
         Args:
-            shares: a role in whose bundle the actor is placed, without CPUs of its own. Otherwise
-                it is placed in the bundle of `role`, or anywhere if that has none.
+            shares: a role in whose bundle the actor is placed, on the same GPU and without CPUs of
+                its own. Otherwise it is placed in the bundle of `role`, or anywhere if that has
+                none.
             options: Ray's options of an actor (max_concurrency, num_gpus, ...).
         """
         place = shares or role
@@ -147,9 +161,12 @@ class Cluster:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self.reservation, placement_group_bundle_index=position
             )
-            if not shares:
-                options["num_cpus"] = self.bundles[position].cpus
-                options["num_gpus"] = self.bundles[position].gpus
+            bundle = self.bundles[position]
+            if shares:
+                options["num_gpus"] = bundle.guest_gpus
+            else:
+                options["num_cpus"] = bundle.cpus
+                options["num_gpus"] = bundle.gpus - bundle.guest_gpus
 
         # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
         environment = {
@@ -210,7 +227,7 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
         "logging_level": logging.ERROR,
         "configure_logging": False,
     }
-    # Ray leaves GPUs visible to an actor that reserves none; the reference runs on them.
+    # Ray 2.60 asks for a choice: an actor that reserves no GPU goes on seeing all of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
     if address:
