@@ -8,15 +8,16 @@ The control plane alone:
 
     python -m benchmarks.grpo_step --cases tiny,float32,0
 
-Each step samples 4 prompts x 8 responses, every response forced to 32 new tokens, and makes one
-update. The first two steps warm up and are not counted; the figures are medians over the remaining
-ones. Results are recorded in docs/measurements.md and docs/measurements_log.md.
+Each step samples 4 prompts x 8 responses, each forced to 32 new tokens (`--tokens`), and
+makes one update. The first two steps warm up and are not counted; the figures are medians over the
+remaining ones. Results are recorded in docs/measurements.md and docs/measurements_log.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -48,7 +49,7 @@ CASES = (
 )
 
 
-def case_config(case: str, steps: int, more: dict[str, object]) -> RunConfig:
+def case_config(case: str, steps: int, tokens: int, more: dict[str, object]) -> RunConfig:
     """Return the configuration of `model,dtype,KL coefficient`."""
     model, dtype, coefficient = case.split(",")
     return evolve(
@@ -58,10 +59,12 @@ def case_config(case: str, steps: int, more: dict[str, object]) -> RunConfig:
             "generation.dtype": dtype,
             "policy.compute_dtype": dtype,
             "algorithm.kl.coefficient": float(coefficient),
-            "generation.min_tokens": 32,  # every response has its full length
-            "generation.max_tokens": 32,
+            "generation.min_tokens": tokens,  # every response has its full length
+            "generation.max_tokens": tokens,
             "generation.stop": ["never-sampled"],
             "generation.samples_per_prompt": 8,
+            "plugins": ["benchmarks.varied_reward"],
+            "reward.functions": ["text_length"],
             "trainer.prompts_per_step": 4,
             "trainer.steps": steps + WARM_UP,
             "trainer.evaluation.every": 0,
@@ -109,6 +112,10 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="*", default=CASES, help="model,dtype,KL coefficient")
     parser.add_argument("--steps", type=int, default=5, help="counted steps")
+    parser.add_argument("--tokens", type=int, default=32, help="of each response")
+    parser.add_argument(
+        "--json", action="store_true", help="print the medians of each case as JSON"
+    )
     parser.add_argument(
         "--set",
         nargs="*",
@@ -119,11 +126,19 @@ def main() -> None:
     arguments = parser.parse_args()
     more: dict[str, object] = dict(item.split("=", 1) for item in arguments.set)
 
+    configs = {
+        case: case_config(case, arguments.steps, arguments.tokens, more) for case in arguments.cases
+    }
+    if arguments.json:
+        for config in configs.values():
+            print(json.dumps(asyncio.run(measure(config))), flush=True)
+        return
+
     phases = " | ".join(PHASES)
     print(f"| model, precision, KL | step | {phases} | tokens | policy GiB | engine GiB |")
     print("|---" * (len(PHASES) + 5) + "|")
-    for case in arguments.cases:
-        figures = asyncio.run(measure(case_config(case, arguments.steps, more)))
+    for case, config in configs.items():
+        figures = asyncio.run(measure(config))
         cells = [case, f"**{figures['time/step']:.3f}**"]
         cells += [f"{figures.get(f'time/{phase}', 0.0):.3f}" for phase in PHASES]
         cells.append(f"{figures['rollout/tokens']:.0f}")

@@ -5,13 +5,15 @@
     /tmp/trl/bin/python benchmarks/trl_step.py MODEL_DIRECTORY --dtype bfloat16 --micro-batch 16
 
 TRL is not a dependency of this project: it runs from an environment of its own. The work is that of
-`benchmarks/grpo_step.py`: 4 prompts of 99 tokens x 8 responses, each forced to 32 new tokens, one
-update with AdamW, float32 masters; medians over the steps after two of warm-up.
+`benchmarks/grpo_step.py`: 4 prompts of 99 tokens x 8 responses, each forced to 32 new tokens
+(`--tokens`), one update with AdamW, float32 masters; medians over the steps after two of warm-up.
+`benchmarks/side_by_side.py` makes the environment and runs both in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
 import tempfile
@@ -22,7 +24,7 @@ from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-PROMPTS, SAMPLES, NEW_TOKENS, PROMPT_TOKENS, WARM_UP = 4, 8, 32, 99, 2
+PROMPTS, SAMPLES, PROMPT_TOKENS, WARM_UP = 4, 8, 99, 2
 
 
 class StepTimes(TrainerCallback):
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--micro-batch", type=int, default=16, help="responses per forward pass")
+    parser.add_argument("--tokens", type=int, default=32, help="of each response")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=4, help="counted steps")
     arguments = parser.parse_args()
@@ -78,8 +82,8 @@ def main() -> None:
             per_device_train_batch_size=arguments.micro_batch,
             gradient_accumulation_steps=PROMPTS * SAMPLES // arguments.micro_batch,
             num_generations=SAMPLES,
-            max_completion_length=NEW_TOKENS,
-            generation_kwargs={"min_new_tokens": NEW_TOKENS},
+            max_completion_length=arguments.tokens,
+            generation_kwargs={"min_new_tokens": arguments.tokens},
             beta=arguments.kl,
             gradient_checkpointing=False,
             learning_rate=1e-5,
@@ -102,6 +106,9 @@ def main() -> None:
 
     seconds = statistics.median(times.seconds[WARM_UP:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    if arguments.json:
+        print(json.dumps({"seconds": seconds, "gib": peak}))
+        return
     print(
         f"TRL {arguments.dtype}, KL {arguments.kl}, micro-batch {arguments.micro_batch}: "
         f"{seconds:.2f} s per step, peak memory {peak:.2f} GiB"
