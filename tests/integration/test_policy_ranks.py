@@ -347,6 +347,33 @@ async def test_loss_and_counts_do_not_grow_with_ranks_mini_batches_and_epochs(
         assert report["policy/tokens"] == epochs * whole["policy/tokens"]
 
 
+@pytest.mark.parametrize("with_gradient", [1, 0], ids=["one row", "no row"])
+async def test_rows_without_gradient_are_left_out_on_any_ranks(
+    ranks: RankProcesses, with_gradient: int
+):
+    """Keep the advantages of at most one response, so that a rank has a padding pack alone."""
+    batch = example()
+    rows = np.arange(len(batch.rollouts)) < with_gradient
+    kept = np.repeat(rows, batch.rollouts.sequence_lengths)
+    batch = dataclasses.replace(
+        batch, advantages=np.where(kept, batch.advantages, 0.0), ref_logprobs=None
+    )
+    results = []
+    for count, budget in ((1, 4096), (2, 50)):
+        plan = config(count, microbatch_tokens=budget)
+        plan = plan.model_copy(update={"algorithm": AlgorithmConfig()})
+        results.append(await updated(ranks, plan, batch))
+
+    (weights, report), (other_weights, other_report) = results
+    assert report["policy/skipped_fraction"] == pytest.approx(1 - with_gradient / 24)
+    assert (report["policy/grad_norm"] > 0) == bool(with_gradient)
+    for name, tensor in weights.items():
+        assert torch.allclose(other_weights[name], tensor, atol=1e-6), name
+    for metric in ("skipped_fraction", "tokens", "entropy", "grad_norm", "loss"):
+        found = other_report[f"policy/{metric}"]
+        assert found == pytest.approx(report[f"policy/{metric}"], rel=1e-4, abs=1e-7), metric
+
+
 @pytest.mark.parametrize("count", [1, 2])
 async def test_estimates_of_the_ranks_come_back_and_drift_is_not_mismatch(
     ranks: RankProcesses, count: int
@@ -357,7 +384,10 @@ async def test_estimates_of_the_ranks_come_back_and_drift_is_not_mismatch(
     """
     rollouts = random_rollouts(0, groups=6, samples=4)
     trained = np.arange(len(rollouts)) != 5
-    batch = ScoredBatch(rollouts=rollouts, rewards=rewards_of(rollouts), trained=trained)
+    drawn = rewards_of(rollouts)
+    # Rewards of 1 and 2: no row is without a gradient, so the metrics are over all of them.
+    rewarded = dataclasses.replace(drawn, rewards=drawn.rewards + 1)
+    batch = ScoredBatch(rollouts=rollouts, rewards=rewarded, trained=trained)
     algorithm = AlgorithmConfig(
         advantage=AdvantageConfig(name="reinforce", recompute=True),
         objective=ObjectiveConfig(weight="none"),
