@@ -37,6 +37,12 @@ class SegmentGroup:
     def length(self) -> int:
         return self.prompt_length + sum(self.response_lengths)
 
+    @property
+    def visible_products(self) -> int:
+        """Query-key products without those between responses; causality is not counted."""
+        prompt = self.prompt_length
+        return prompt**2 + sum(length * (prompt + length) for length in self.response_lengths)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:

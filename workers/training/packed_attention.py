@@ -85,9 +85,8 @@ def attention_blocks(
     The cheaper of the two is chosen.
     """
     prompt = group.prompt_length
-    split_cost = prompt**2 + sum(length * (prompt + length) for length in group.response_lengths)
     whole = group_mask(group, device, window)
-    if group.length**2 <= SPLIT_WHEN_WASTED * split_cost:
+    if group.length**2 <= SPLIT_WHEN_WASTED * group.visible_products:
         return [AttentionBlock((0, group.length), ((0, group.length),), whole)]
 
     blocks = [AttentionBlock((0, prompt), ((0, prompt),), whole[:prompt, :prompt])]

@@ -76,8 +76,7 @@ def prefix_spans(group: SegmentGroup, make_mask: Callable[[], Tensor]) -> Prefix
     prompt, start = group.prompt_length, group.start
     stop = start + group.length
     lengths = group.response_lengths
-    needed = prompt**2 + sum(length * (prompt + length) for length in lengths)
-    if group.length**2 <= SPLIT_WHEN_WASTED * needed:
+    if group.length**2 <= SPLIT_WHEN_WASTED * group.visible_products:
         whole = Span(start, stop, start, stop, causal=False, mask=make_mask())
         return PrefixSpans((whole,), None)
 
