@@ -22,7 +22,7 @@ from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
 from workers.training.policy import PolicyWorker
-from workers.training.rank_group import CausalLMGroup, PolicyGroup
+from workers.training.rank_group import PolicyGroup, ReferenceGroup
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
@@ -76,12 +76,14 @@ async def start_workers(
     generator = GenerationGroup(generation_actors)
     scorer = RewardWorkerClient(reward_actor)
     controller = AdvantageControllerClient(controller_actor)
-    reference = CausalLMGroup(reference_actors) if reference_actors else None
+    reference = ReferenceGroup(reference_actors) if reference_actors else None
     optional = [reference] if reference else []
 
     setups = await asyncio.gather(policy.setup(), *(group.setup() for group in optional))
     for note in itertools.chain.from_iterable(setups):
         notify(note)
+    if reference and config.algorithm.kl.estimator == "exact":
+        await policy.load_reference_head(reference_directory)
     return Workers(
         generator=generator,
         scorer=scorer,

@@ -117,6 +117,8 @@ def _loss_kl(case: Case, *kinds: str, direction: str = "reverse") -> bool:
 
 
 def _is_exact_kl(case: Case) -> bool:
+    if case.kl_kind == "exact":
+        return case.max_tokens == 1
     if case.kl_kind in ("k2", "k3_k2"):
         whole = case.kl_level == "sequence" or case.max_tokens == 1
         return whole and (not case.moved or case.kl_ratio != "none")
@@ -126,14 +128,15 @@ def _is_exact_kl(case: Case) -> bool:
 
 
 def _uncorrected_terms(case: Case) -> bool:
-    beside = case.kl_placement == "loss" or case.entropy == "bonus" or case.kl_old > 0
+    exact = case.kl_placement == "reward" and case.kl_kind == "exact"
+    beside = case.kl_placement == "loss" or exact or case.entropy == "bonus" or case.kl_old > 0
     corrected = case.correction != "none" or case.estimator == "hierarchical"
     return case.mismatch and corrected and beside
 
 
 def _stale_costs(case: Case) -> bool:
     costs = case.kl_placement in ("reward", "advantage") or case.entropy == "temperature"
-    allowed = case.kl_kind == "k1" and case.kl_direction == "reverse"
+    allowed = case.kl_kind in ("k1", "exact") and case.kl_direction == "reverse"
     return case.moved and costs and (allowed or case.kl_placement in ("none", "advantage"))
 
 
@@ -246,6 +249,12 @@ BIASES: tuple[Bias, ...] = (
         lambda case: _loss_kl(case, "k2", "k3_k2"),
         KL,
         "A token gets no credit for the KL of later tokens.",
+    ),
+    Bias(
+        "exact KL in the loss alone",
+        lambda case: _loss_kl(case, "exact"),
+        KL,
+        "As a loss it has the gradient of each position's KL given its prefix.",
     ),
     Bias(
         "k3 in the loss without a ratio",

@@ -244,7 +244,7 @@ WEIGHTS: tuple[tuple[str, Parameters], ...] = (
     ("reward_time", ()),
 )
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
-KL_KINDS = ("k1", "k2", "k3", "k3_k2")
+KL_KINDS = ("k1", "k2", "k3", "k3_k2", "exact")
 DIRECTIONS = ("reverse", "forward")
 KL_LEVELS = ("token", "sequence")
 KL_RATIOS = ("none", "token", "prefix", "product")
@@ -323,6 +323,16 @@ def _kl_slices() -> Iterator[Case]:
                 staleness=staleness,
                 aggregation=aggregation,
             )
+
+    for estimator, parameters in ESTIMATORS:
+        yield Case(
+            estimator=estimator,
+            parameters=parameters,
+            ratio="product",
+            weight="importance",
+            kl_placement="reward",
+            kl_kind="exact",
+        )
 
     for kind, direction, level, ratio, staleness in itertools.product(
         KL_KINDS, DIRECTIONS, KL_LEVELS, KL_RATIOS, STALENESS

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.campaigns.enumeration_cases import Case
+from rlsys.algorithms.kl import exact_token_kl
 from rlsys.config import RunConfig
 from rlsys.data.batches import (
     LogprobBatch,
@@ -36,6 +37,7 @@ from rlsys.data.batches import (
     RolloutBatch,
     StopReason,
 )
+from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.run.required_inputs import required_inputs
@@ -152,11 +154,15 @@ class TablePolicy(nn.Module):
         probabilities = logs.exp()
         with torch.no_grad():
             norms = 1 - 2 * chosen.exp() + probabilities.square().sum(1)
+        exact_kl = None
+        if pack.ref_hidden is not None:
+            exact_kl = exact_token_kl(logs, pack.ref_hidden)
         return PackResult(
             logprobs=chosen,
             entropies=-(probabilities * logs).sum(1),
             squared_score_norms=norms,
             hidden=logs.detach(),
+            exact_kl=exact_kl,
         )
 
 
@@ -211,9 +217,10 @@ class EnumeratedPolicy(PolicyWorker):
         self.backend = self.table
         self.shared_prefix_packing = self.config.policy.shared_prefix_packing
 
-    def ascent(self, batch: Any) -> Tensor:
+    def ascent(self, batch: Any, ref_hidden: JoinedStates | None) -> Tensor:
         """Return minus the gradient of the loss of one update; 0 where the update is skipped."""
         self.table.gradient = None
+        self.ref_hidden = ref_hidden
         self.estimator_state = {}
         self.old_kl_coefficient = self.config.algorithm.kl_old.coefficient  # it adapts
         self.update(batch)
@@ -251,6 +258,10 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
         with_norms = "squared_score_norms" in needs
         old = _logprobs(world, rollouts, drawn, world.old, with_norms=with_norms)
         ref = _logprobs(world, rollouts, drawn, world.ref)
+        ref_hidden = None
+        if config.algorithm.kl.coefficient and config.algorithm.kl.estimator == "exact":
+            ref_hidden = _ref_hidden(world, rollouts, drawn)
+            old = replace(old, exact_kl=_exact_kl(world, drawn))
         greedy = _greedy(world) if "greedy_rewards" in needs else None
         batch, _ = assigner.assign(
             rollouts,
@@ -259,7 +270,7 @@ def expected_gradient(case: Case, config: RunConfig, world: World) -> Tensor:
             [ref] if "ref_logprobs" in needs else [],
             greedy,
         )
-        total += probability * policy.ascent(batch)
+        total += probability * policy.ascent(batch, ref_hidden)
     return total.flatten()
 
 
@@ -338,6 +349,20 @@ def _logprobs(
         logprobs=logprobs,
         squared_score_norms=norms,
     )
+
+
+def _ref_hidden(world: World, rollouts: RolloutBatch, drawn: NDArray[np.int64]) -> JoinedStates:
+    """Return the reference's hidden states: a token's row of log-probabilities."""
+    rows = world.ref.log_softmax(1)[world.space.rows]
+    states = torch.cat([rows[s][world.space.mask[s]] for s in drawn.reshape(-1)])
+    positions = np.flatnonzero(rollouts.response_mask)
+    return JoinedStates([HiddenStates.of(0, positions, states)], len(rollouts.token_ids))
+
+
+def _exact_kl(world: World, drawn: NDArray[np.int64]) -> Any:
+    """Return [N] the KL of `old` to the reference at each sampled token, in float64."""
+    of_rows = exact_token_kl(world.old, world.ref)[world.space.rows]
+    return _flat(world, drawn, torch.where(world.space.mask, of_rows, 0.0))
 
 
 def squared_score_norms(space: ResponseSpace, logits: Tensor) -> Tensor:

@@ -443,6 +443,7 @@ class Stated:
         self.norms = squared_score_norms(space, getattr(world, self.estimates_with)).numpy()
         self.scores = space.scores(world.live).numpy()
         self.entropy_slopes = self._entropy_slopes()
+        self.exact_slopes = self._exact_slopes()
         self.costs = self._costs()
         self.greedy = world.rewards[:, int(space.probabilities(world.rollout).argmax())]
 
@@ -458,12 +459,29 @@ class Stated:
             slopes.append(slope.flatten())
         return torch.stack(slopes)[space.rows].numpy()
 
+    def _exact_kl(self, table: Tensor) -> Tensor:
+        """Return [rows] the KL of each row of a table to the reference's, over the vocabulary."""
+        logs, ref = table.log_softmax(1), self.world.ref.log_softmax(1)
+        return (logs.exp() * (logs - ref)).sum(1)
+
+    def _exact_slopes(self) -> Array:
+        """Return [S, L, P] gradients of the exact KL of each visited row."""
+        table = self.world.live.clone().requires_grad_()
+        slopes = []
+        for value in self._exact_kl(table):
+            (slope,) = torch.autograd.grad(value, table, retain_graph=True)
+            slopes.append(slope.flatten())
+        return torch.stack(slopes)[self.world.space.rows].numpy()
+
     def _costs(self) -> Array:
         """Return [S, L] token rewards: KL and entropy."""
         case, mask = self.case, self.world.space.mask.numpy()
         costs = np.zeros(mask.shape)
+        exact = self._exact_kl(self.world.old)[self.world.space.rows].numpy()
         for s, t in zip(*np.nonzero(mask), strict=True):
-            if case.kl_placement == "reward":
+            if case.kl_placement == "reward" and case.kl_kind == "exact":
+                costs[s, t] -= case.kl_coefficient * exact[s, t]
+            elif case.kl_placement == "reward":
                 d = float(self.logs["old"][s, t] - self.logs["ref"][s, t])
                 costs[s, t] -= case.kl_coefficient * kl_value(case.kl_kind, case.kl_direction, d)
             if case.entropy == "temperature":
@@ -525,7 +543,9 @@ class Stated:
                 slope -= case.kl_old * (math.exp(self.logs["live"][s, t] - self._old()[s, t]) - 1)
 
             vector = slope * self.scores[s, t]
-            if case.kl_placement == "loss":
+            if case.kl_placement in ("loss", "reward") and case.kl_kind == "exact":
+                vector = vector - case.kl_coefficient * self.exact_slopes[s, t]
+            elif case.kl_placement == "loss":
                 vector = vector - case.kl_coefficient * self._kl_loss_gradient(s, t)
             if case.entropy == "bonus":
                 vector = vector + BONUS * self.entropy_slopes[s, t]

@@ -183,8 +183,13 @@ def reference() -> str:
         *step_table(),
         "",
         "### Exact, over the vocabulary\n",
-        "A function of the library; a run refuses `algorithm.kl.kind: exact`, because the logits "
-        "of policy and reference are in different processes.\n",
+        "`algorithm.kl.kind: exact`. The reference sends its last hidden states at the sampled "
+        "tokens, and the policy computes both distributions in chunks. With placement loss, the "
+        "loss has the gradient of the KL at each position. With placement reward, the KL of a "
+        "position is also a cost in the reward of the tokens before it, which together is the "
+        "gradient of the KL of whole responses; the estimator must be unbiased and on the "
+        "reward's own scale (`rloo`, `reinforce`, `remax`, ...). Cost: one more product with each "
+        "LM head, and the hidden states in the object store.\n",
         _block(exact_token_kl),
         "### Adaptive coefficient\n",
         _block(adapted_coefficient),

@@ -368,6 +368,12 @@ METRICS = (
     MetricDoc("policy/kl_ref_k1", "mean", TOKENS, "KL to the reference, estimator k1."),
     MetricDoc("policy/kl_ref_k3", "mean", TOKENS, "KL to the reference, estimator k3."),
     MetricDoc(
+        "policy/kl_ref_exact",
+        "mean",
+        TOKENS,
+        "KL to the reference over the vocabulary (with `algorithm.kl.kind: exact`).",
+    ),
+    MetricDoc(
         "policy/rollout_correction",
         "mean",
         TOKENS,

@@ -291,6 +291,29 @@ def check_kl_in_reward(kind: str, direction: str, placement: str) -> None:
         )
 
 
+def check_exact_kl(direction: str, level: str, importance_ratio: str, placement: str) -> None:
+    """Refuse variants of the KL over the vocabulary that are not implemented.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    for field, value, only in (
+        ("direction", direction, "reverse"),
+        ("level", level, "token"),
+        ("importance_ratio", importance_ratio, "none"),
+    ):
+        if value != only:
+            raise ValueError(
+                f"algorithm.kl.{field}: {value!r} is for estimates from the sampled tokens, and "
+                f"algorithm.kl.kind 'exact' sums over the vocabulary. Set {only}, or another kind."
+            )
+    if placement == "advantage":
+        raise ValueError(
+            "algorithm.kl.kind: 'exact' with placement 'advantage': the estimator has a KL of its "
+            "own. Leave kind null, or set placement loss or reward."
+        )
+
+
 def exact_token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Compute KL(policy || reference) over the vocabulary at each position, without sampling noise.
 

@@ -96,7 +96,7 @@ def token_logprobs_of_logits(
 
     Shapes: logits [n, V], targets [n] int64 -> [n], [n], [n].
     """
-    scaled = logits.to(_work_dtype(logits.dtype)) / temperature
+    scaled = logits.to(work_dtype(logits.dtype)) / temperature
     logs = scaled.log_softmax(dim=1)
     probabilities = logs.exp()
     logprobs = logs.gather(1, targets[:, None])[:, 0]
@@ -110,11 +110,11 @@ def token_logprobs_of_logits(
     return TokenLogprobs(logprobs, entropies, norms)
 
 
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scaled_logits(
+def scaled_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -124,7 +124,7 @@ def _scaled_logits(
     """Return z of one chunk in a fresh tile, [c, V] in the work dtype."""
     logits = hidden @ weight.t()
     # One fresh float32 tile per chunk in low precision; in float32 the product itself is changed.
-    logits = logits.to(_work_dtype(logits.dtype))
+    logits = logits.to(work_dtype(logits.dtype))
     if bias is not None:
         logits += bias
     if transform.scale != 1.0:
@@ -147,13 +147,13 @@ class _TokenLogprobs(torch.autograd.Function):
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = len(hidden)
-        work = _work_dtype(hidden.dtype)
+        work = work_dtype(hidden.dtype)
         logprobs, entropies, norms, normalizers = (
             torch.empty(n, dtype=work, device=hidden.device) for _ in range(4)
         )
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            logits = _scaled_logits(hidden[part], weight, bias, temperature, transform)
+            logits = scaled_logits(hidden[part], weight, bias, temperature, transform)
             chosen = logits.gather(1, targets[part, None])[:, 0]
 
             # One pass over the tile; `total` normalizes what follows instead of the tile itself.
@@ -183,17 +183,14 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizers, entropies = ctx.saved_tensors
         transform: LogitTransform = ctx.transform
-        work = _work_dtype(weight.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=work, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=work)
+        gradient = HeadGradient(hidden, weight, bias)
         use_entropy = bool((grad_entropies != 0).any())
 
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = _scaled_logits(hidden[part], weight, bias, ctx.temperature, transform)
+            logits = scaled_logits(hidden[part], weight, bias, ctx.temperature, transform)
             # Before the logits are changed in place.
-            slope = _slope(logits, ctx.temperature, transform)
+            slope = logit_slope(logits, ctx.temperature, transform)
             logs = logits.sub_(normalizers[part, None])  # log pi
             probabilities = logs.exp()
 
@@ -203,22 +200,49 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad -= grad_entropies[part, None] * probabilities * (logs + entropies[part, None])
             if slope is not None:
                 grad *= slope
+            gradient.add(part, grad)
 
-            if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[part] = grad @ weight
-            if grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad.t(), hidden[part])
-            else:
-                grad_weight += grad.t() @ hidden[part]
-
-        if bias is not None and grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+        return *gradient.result(), None, None, None, None
 
 
-def _slope(logits: Tensor, temperature: float, transform: LogitTransform) -> Tensor | float | None:
+class HeadGradient:
+    """Gradients of hidden states [n, d], head weight [V, d] and bias [V], from chunks of tokens.
+
+    Those of weight and bias are summed in float32 (float64 for float64 inputs).
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        work = work_dtype(weight.dtype)
+        self._inputs = (hidden, weight, bias)
+        self._hidden = torch.empty_like(hidden)
+        self._weight = torch.zeros(weight.shape, dtype=work, device=weight.device)
+        self._bias = None if bias is None else torch.zeros_like(bias, dtype=work)
+
+    def add(self, part: slice, grad: Tensor) -> None:
+        """Add the gradient [c, V] with respect to h W^T + b of the tokens `part`."""
+        hidden, weight, _ = self._inputs
+        if self._bias is not None:
+            self._bias += grad.sum(dim=0)
+
+        grad = grad.to(hidden.dtype)
+        self._hidden[part] = grad @ weight
+        if self._weight.dtype == hidden.dtype:
+            self._weight.addmm_(grad.t(), hidden[part])
+        else:
+            self._weight += grad.t() @ hidden[part]
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the three gradients in the dtypes of the inputs."""
+        _, weight, bias = self._inputs
+        grad_bias = None
+        if bias is not None and self._bias is not None:
+            grad_bias = self._bias.to(bias.dtype)
+        return self._hidden, self._weight.to(weight.dtype), grad_bias
+
+
+def logit_slope(
+    logits: Tensor, temperature: float, transform: LogitTransform
+) -> Tensor | float | None:
     """Return dz / d(h W^T + b), given z; None where it is 1."""
     factor = transform.scale / temperature
     if transform.softcap is None:

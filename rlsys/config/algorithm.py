@@ -82,8 +82,10 @@ class KLConfig(Section):
         "in the advantage. In the loss, k2 and k3_k2 (value of k3, gradient of k2) have the "
         "gradient of the reverse KL at each token; k3 (GRPO) has that of the forward KL, unless "
         "importance_ratio is set; k1 requires importance_ratio. In the reward, only k1 is "
-        "accepted: the others drive the policy away from the reference. exact is not available: "
-        "the reference returns the log-probabilities of the sampled tokens only.",
+        "accepted of these: the others drive the policy away from the reference. exact: the KL "
+        "over the whole vocabulary at each position, without sampling noise; the reference sends "
+        "its hidden states (2 or 4 bytes x width for each token). In the loss, it has the gradient "
+        "at each position; in the reward, that of the KL of whole responses.",
     )
     direction: Literal["reverse", "forward"] = Field(
         default="reverse",

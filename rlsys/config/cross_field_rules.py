@@ -124,11 +124,10 @@ def _kl(config: RunConfig) -> Iterator[str]:
     if kl.coefficient == 0:
         return
 
-    if kl.kind == "exact":
+    if kl.kind == "exact" and config.policy.packing is False:
         yield (
-            "algorithm.kl.kind: 'exact' sums over the vocabulary and needs the reference's logits "
-            "beside the policy's, but the reference runs in actors of its own and returns the "
-            "log-probabilities of the sampled tokens only. Leave kind null."
+            "algorithm.kl.kind: 'exact' needs the packed forward pass, and policy.packing is "
+            "false. Set it to auto, or choose another kind."
         )
     if kl.placement != "loss":
         yield from _kl_outside_the_loss(config)

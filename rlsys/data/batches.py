@@ -269,12 +269,14 @@ class LogprobBatch:
     logprobs: NDArray[np.float32]  # [n]
     # [n] proxy of ||grad log pi||^2; None: no estimator reads them
     squared_score_norms: NDArray[np.float32] | None = None
+    # [n] KL to the reference over the vocabulary; None: algorithm.kl.kind is not exact
+    exact_kl: NDArray[np.float32] | None = None
 
     @staticmethod
     def scatter(
         parts: Sequence[LogprobBatch],
         sequence_offsets: NDArray[np.int64],
-        array: Literal["logprobs", "squared_score_norms"] = "logprobs",
+        array: Literal["logprobs", "squared_score_norms", "exact_kl"] = "logprobs",
     ) -> NDArray[np.float32]:
         """Put one array of all ranks' parts in the order of the whole batch.
 

@@ -35,6 +35,7 @@ class TokenArrays:
     old: NDArray[np.float32] | None = None  # [N]
     ref: NDArray[np.float32] | None = None  # [N]
     squared_score_norms: NDArray[np.float32] | None = None  # [N]
+    exact_kl: NDArray[np.float32] | None = None  # [N] of old and reference, over the vocabulary
     auxiliary: NDArray[np.float32] | None = None  # [N, p] of the estimator's network
 
     @staticmethod
@@ -46,11 +47,15 @@ class TokenArrays:
         norms = None
         if old and all(part.squared_score_norms is not None for part in old):
             norms = LogprobBatch.scatter(old, offsets, "squared_score_norms")
+        exact_kl = None
+        if old and all(part.exact_kl is not None for part in old):
+            exact_kl = LogprobBatch.scatter(old, offsets, "exact_kl")
 
         return TokenArrays(
             old=LogprobBatch.scatter(old, offsets) if old else None,
             ref=LogprobBatch.scatter(ref, offsets) if ref else None,
             squared_score_norms=norms,
+            exact_kl=exact_kl,
         )
 
 
@@ -109,7 +114,9 @@ def advantage_inputs(
         rewards=chosen(rewards.rewards),
         response_mask=mask,
         group_ids=chosen(rollouts.group_ids),
-        token_rewards=_token_rewards(algorithm, context.costs, old, ref, mask),
+        token_rewards=_token_rewards(
+            algorithm, context.costs, mask, old=old, ref=ref, exact_kl=padded(arrays.exact_kl)
+        ),
         rollout_logprobs=padded(rollouts.rollout_logprobs),
         old_logprobs=old,
         ref_logprobs=ref,
@@ -125,14 +132,19 @@ def advantage_inputs(
 def _token_rewards(
     algorithm: AlgorithmConfig,
     costs: TokenCosts,
+    mask: Tensor,
+    *,
     old: Tensor | None,
     ref: Tensor | None,
-    mask: Tensor,
+    exact_kl: Tensor | None,
 ) -> Tensor | None:
     """Return [B, T] the sum of each token's KL penalty and entropy bonus; None without either."""
     kl = algorithm.kl
     parts = []
-    if kl.placement == "reward" and costs.kl_coefficient > 0:
+    if kl.placement == "reward" and costs.kl_coefficient > 0 and kl.estimator == "exact":
+        assert exact_kl is not None, "an exact KL is computed with the old log-probabilities"
+        parts.append(-costs.kl_coefficient * torch.where(mask, exact_kl, 0.0))
+    elif kl.placement == "reward" and costs.kl_coefficient > 0:
         check_kl_in_reward(kl.estimator, kl.direction, kl.placement)
         assert old is not None, "a KL in the reward has old log-probabilities computed"
         assert ref is not None, "and those of the reference"

@@ -187,7 +187,10 @@ class CreditAssigner:
         arrays: TokenArrays,
         scored: NDArray[np.bool_],
     ) -> ScoredBatch:
-        in_loss = self._config.algorithm.kl.placement == "loss"
+        kl = self._config.algorithm.kl
+        # As a reward, an exact KL reaches the tokens before it; its own position gets its gradient
+        # from the loss.
+        in_loss = kl.placement == "loss" or kl.estimator == "exact"
         return ScoredBatch(
             rollouts=rollouts,
             rewards=rewards,

@@ -24,6 +24,7 @@ from rlsys.data.batches import (
     SamplingParameters,
     ScoredBatch,
 )
+from rlsys.data.hidden_states import HiddenStates
 from rlsys.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
@@ -140,14 +141,39 @@ class LogprobSource(Protocol):
         ...
 
 
-class Policy(LogprobSource, Protocol):
+class Reference(LogprobSource, Protocol):
+    """The actor group of the frozen reference."""
+
+    async def logprobs_and_hidden(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[HiddenStates | None]]]:
+        """Compute log-probabilities, and the hidden states for a KL over the vocabulary.
+
+        Return one handle of each per rank; a rank without rows has no hidden states.
+        """
+        ...
+
+
+class Policy(Protocol):
     """The actor group of the policy that is trained."""
 
-    async def update(self, batch: Handle[ScoredBatch]) -> MetricMap:
+    async def logprobs(
+        self,
+        rollouts: Sequence[Handle[RolloutBatch]],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+    ) -> Sequence[Handle[LogprobBatch]]:
+        """See `LogprobSource`. With `ref_hidden` the result has the exact KL to the reference."""
+        ...
+
+    async def update(
+        self,
+        batch: Handle[ScoredBatch],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+    ) -> MetricMap:
         """Train all epochs and mini-batches of one batch; return metrics merged over ranks.
 
         The batch is a `TrainBatch`; with `advantage.recompute` a `ScoredBatch`, whose advantages
-        the ranks estimate.
+        the ranks estimate. `ref_hidden` is for a loss with the exact KL to the reference.
         """
         ...
 
@@ -250,7 +276,7 @@ class Workers:
     generator: Generator
     scorer: RewardScorer
     policy: Policy
-    reference: LogprobSource | None  # None where no KL term is configured
+    reference: Reference | None  # None where no KL term is configured
     advantages: AdvantageComputer
     weights: WeightSync
     reporting: Sequence[HasMetrics] = ()

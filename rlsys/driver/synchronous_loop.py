@@ -14,18 +14,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch
+from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
 from rlsys.metrics import MetricMap, combine, values
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.required_inputs import required_inputs
+
+
+class _Logprobs(NamedTuple):
+    """One handle per rank; empty where a model does not compute them."""
+
+    old: Sequence[Handle[LogprobBatch]]
+    ref: Sequence[Handle[LogprobBatch]]
+    ref_hidden: Sequence[Handle[HiddenStates | None]] = ()
 
 
 class SynchronousLoop:
@@ -79,7 +89,7 @@ class SynchronousLoop:
         greedy = [group.greedy for group in groups if group.greedy is not None]
 
         with session.phase("logprobs"):  # the reward pool works meanwhile
-            old, ref = await self._old_and_ref_logprobs(rollouts)
+            old, ref, hidden = await self._old_and_ref_logprobs(rollouts)
         with session.phase("reward"):
             await self._sampler.rewards([*groups, *greedy], "training")
 
@@ -97,7 +107,7 @@ class SynchronousLoop:
             )
 
         with session.phase("update"):
-            update = await self._update(step, credited)
+            update = await self._update(step, credited, hidden)
         with session.phase("sync"):
             sync = await workers.weights.sync(step)
 
@@ -105,17 +115,27 @@ class SynchronousLoop:
         metrics = combine([sampled.metrics, credited.metrics, update, sync, *memory])
         return _with_throughput(values(metrics) | session.measurements())
 
-    async def _old_and_ref_logprobs(
-        self, rollouts: Sequence[Handle]
-    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[LogprobBatch]]]:
-        """Compute both concurrently, each only where it is needed."""
+    async def _old_and_ref_logprobs(self, rollouts: Sequence[Handle]) -> _Logprobs:
+        """Compute both, each only where it is needed; concurrently unless one needs the other."""
         policy, reference = self._workers.policy, self._workers.reference
-        return await asyncio.gather(
-            policy.logprobs(rollouts) if "old_logprobs" in self._needs else _none(),
+        needs_old = "old_logprobs" in self._needs
+        if reference and self._config.algorithm.kl.estimator == "exact":
+            ref, hidden = await reference.logprobs_and_hidden(rollouts)
+            old = await policy.logprobs(rollouts, hidden) if needs_old else ()
+            return _Logprobs(old, ref, hidden)
+
+        old, ref = await asyncio.gather(
+            policy.logprobs(rollouts) if needs_old else _none(),
             reference.logprobs(rollouts) if reference else _none(),
         )
+        return _Logprobs(old, ref)
 
-    async def _update(self, step: int, credited: CreditedBatch) -> MetricMap:
+    async def _update(
+        self,
+        step: int,
+        credited: CreditedBatch,
+        ref_hidden: Sequence[Handle[HiddenStates | None]],
+    ) -> MetricMap:
         """Train on a batch, and write the samples of the step.
 
         They are written meanwhile, or afterwards where the update itself estimates the advantages.
@@ -123,11 +143,11 @@ class SynchronousLoop:
         policy = self._workers.policy
         if not self._config.algorithm.advantage.recompute:
             metrics, _ = await asyncio.gather(
-                policy.update(credited.batch), self._write_rollouts(step, credited)
+                policy.update(credited.batch, ref_hidden), self._write_rollouts(step, credited)
             )
             return metrics
 
-        metrics = await policy.update(credited.batch)
+        metrics = await policy.update(credited.batch, ref_hidden)
         await self._write_rollouts(step, credited, await policy.estimated_advantages())
         return metrics
 

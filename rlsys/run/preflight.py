@@ -14,8 +14,9 @@ from rlsys.algorithms.advantages import (
     estimator_spec,
     get_advantage_estimator,
     is_importance_corrected,
+    is_unbiased,
 )
-from rlsys.algorithms.kl import KLLossTerms, check_kl_in_reward, check_kl_loss
+from rlsys.algorithms.kl import KLLossTerms, check_exact_kl, check_kl_in_reward, check_kl_loss
 from rlsys.algorithms.policy_objectives import check_objective
 from rlsys.config import RewardFunctionConfig, RunConfig
 from rlsys.config.cross_field_rules import contradictions
@@ -107,7 +108,10 @@ def _check_estimator(config: RunConfig) -> None:
 def _check_kl(config: RunConfig) -> None:
     """Refuse a KL term whose gradient is not that of the KL that it names."""
     kl = config.algorithm.kl
-    if kl.coefficient == 0 or kl.kind == "exact":  # a rule in cross_field_rules refuses exact
+    if kl.coefficient == 0:
+        return
+    if kl.estimator == "exact":
+        check_exact_kl(kl.direction, kl.level, kl.importance_ratio, kl.placement)
         return
     if kl.placement == "loss":
         check_kl_loss(KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio))
@@ -168,6 +172,16 @@ def _kl_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             "algorithm.kl.placement: 'advantage' needs an estimator that carries the KL, and "
             f"{name!r} does not. Choose {' or '.join(suitable)}, or the placement loss or reward."
         )
+    if kl.coefficient and kl.estimator == "exact" and kl.placement == "reward":
+        parameters = config.algorithm.advantage.parameters
+        if not is_unbiased(name, parameters):
+            suitable = [e for e in available_advantage_estimators() if is_unbiased(e)]
+            yield (
+                "algorithm.kl.kind: 'exact' in the reward takes a part of its gradient from the "
+                f"loss, and {name!r}{shown_parameters(parameters)} scales or shifts the other "
+                "part. Set placement loss, kind k1, or an estimator of the gradient itself "
+                f"({', '.join(suitable)})."
+            )
     if "ref_logprobs" in estimator_needs(name) and kl.coefficient == 0 and not carries_kl(name):
         yield (
             f"algorithm.kl.coefficient: 0 starts no reference, and the estimator {name!r} reads "

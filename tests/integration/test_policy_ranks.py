@@ -13,6 +13,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlsys.algorithms.kl import exact_token_kl
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
@@ -31,13 +32,14 @@ from rlsys.config import (
     RunConfig,
     TrainerConfig,
 )
-from rlsys.data.batches import LogprobBatch, ScoredBatch, TrainBatch
+from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.metrics import values
 from rlsys.models import resolve_model
+from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from rlsys.models.weights import unpack_weights
 from tests.support.rank_processes import RankProcesses
 from tests.support.rollout_examples import random_rollouts, rewards_of, train_batch
-from workers.training.rank_group import CausalLMGroup, PolicyGroup
+from workers.training.rank_group import PolicyGroup, ReferenceGroup
 from workers.training.reference import ReferenceWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -67,7 +69,7 @@ def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
 
 
 @asynccontextmanager
-async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
+async def reference_group(config: RunConfig) -> AsyncIterator[ReferenceGroup]:
     """Start a reference group with processes of its own, and kill them at the end."""
     remote_class: Any = ray.remote(ReferenceWorker)
     model = str(resolve_model("tiny"))
@@ -75,7 +77,7 @@ async def reference_group(config: RunConfig) -> AsyncIterator[CausalLMGroup]:
     actors = [
         remote_class.options(num_cpus=0).remote(config, model, rank, count) for rank in range(count)
     ]
-    group = CausalLMGroup(actors)
+    group = ReferenceGroup(actors)
     await group.setup()
     yield group
     for actor in actors:
@@ -89,7 +91,7 @@ async def weights_of(group: PolicyGroup) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in unpack_weights(manifest, shards)}
 
 
-async def logprobs_of(group: CausalLMGroup, batch: ScoredBatch) -> np.ndarray:
+async def logprobs_of(group: PolicyGroup | ReferenceGroup, batch: ScoredBatch) -> np.ndarray:
     """Return the group's log-probabilities of the responses, [N]."""
     parts = await group.logprobs([ray.put(batch.rollouts)])
     return LogprobBatch.scatter([await part for part in parts], batch.rollouts.sequence_offsets)
@@ -156,6 +158,70 @@ async def test_update_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
             report["policy/effective_sample_size"], rel=1e-5
         )
         assert other["policy/tokens"] == report["policy/tokens"]
+
+
+def kl_over_the_vocabulary(
+    batch: RolloutBatch, weights: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> np.ndarray:
+    """Return [N] the KL of two models, from their own forward passes on single sequences."""
+    logits = []
+    for state in (weights, start):
+        model = load_causal_lm(resolve_model("tiny"), dtype=torch.float32, attention="eager")
+        model.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            logits.append(
+                [
+                    model(torch.from_numpy(row.astype(np.int64))[None]).logits[0]
+                    for row in np.split(batch.token_ids, batch.sequence_offsets[1:-1])
+                ]
+            )
+
+    flat = np.zeros(len(batch.token_ids), dtype=np.float32)
+    for first, policy, reference in zip(batch.sequence_offsets[:-1], *logits, strict=True):
+        kl = exact_token_kl(policy, reference, temperature=batch.temperature)
+        # The logits at a position predict the token after it.
+        flat[first + 1 : first + len(kl)] = kl[:-1].numpy()
+    return np.where(batch.response_mask, flat, 0)
+
+
+async def test_exact_kl_does_not_depend_on_ranks_or_packing(ranks: RankProcesses):
+    batch = example()
+    directory = resolve_model("tiny")
+    kl = KLConfig(coefficient=0.05, kind="exact", placement="reward")
+    algorithm = AlgorithmConfig(kl=kl, advantage=AdvantageConfig(name="rloo"))
+    rollouts = [ray.put(batch.rollouts)]
+
+    reports = []
+    for plan in (config(1), config(2, microbatch_tokens=50, logit_chunk_tokens=3)):
+        settings = plan.model_copy(update={"algorithm": algorithm})
+        async with ranks.group(settings) as policy, reference_group(settings) as reference:
+            await policy.load_reference_head(directory)
+            _, hidden = await reference.logprobs_and_hidden(rollouts)
+            start = await weights_of(policy)
+            first = values(await policy.update(ray.put(batch), hidden))
+            assert first["policy/kl_ref_exact"] == pytest.approx(0, abs=1e-5)  # the same model
+
+            moved = await weights_of(policy)
+            old = [await part for part in await policy.logprobs(rollouts, hidden)]
+            found = LogprobBatch.scatter(old, batch.rollouts.sequence_offsets, "exact_kl")
+            expected = kl_over_the_vocabulary(batch.rollouts, moved, start)
+            assert expected.max() > 1e-3
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+
+            second = values(await policy.update(ray.put(batch), hidden))
+            tokens = batch.rollouts.num_response_tokens
+            mean_kl = float(expected.sum()) / tokens
+            assert second["policy/kl_ref_exact"] == pytest.approx(mean_kl, rel=1e-3)
+            reports.append(second)
+
+    for metric in ("policy/loss", "policy/grad_norm", "policy/kl_ref_exact"):
+        assert reports[1][metric] == pytest.approx(reports[0][metric], rel=2e-3), metric
+
+
+async def test_exact_kl_is_refused_for_padded_models(ranks: RankProcesses):
+    async with ranks.group(config(1, packing=False)) as policy:
+        with pytest.raises(UnsupportedModelError, match="needs the packed forward pass"):
+            await policy.load_reference_head(resolve_model("tiny"))
 
 
 async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(

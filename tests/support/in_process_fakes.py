@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
@@ -32,6 +33,7 @@ from rlsys.data.batches import (
     StopReason,
     TrainBatch,
 )
+from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.data.sequences import TokenSequences
@@ -136,9 +138,10 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class TablePolicy:
-    """A `ports.Policy`: policy gradient with momentum on a table of logits.
+    """A `ports.Policy` and `ports.Reference`: policy gradient with momentum on a table of logits.
 
-    `prefix` is "old" or "ref", for the journal.
+    `prefix` is "old" or "ref", for the journal. A token's hidden state is its row of
+    log-probabilities.
     """
 
     def __init__(self, stage: Stage, config: RunConfig, *, prefix: str = "old") -> None:
@@ -151,11 +154,16 @@ class TablePolicy:
         self._estimated: NDArray[np.float32] | None = None
 
     async def logprobs(
-        self, rollouts: Sequence[Handle[RolloutBatch]]
+        self,
+        rollouts: Sequence[Handle[RolloutBatch]],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
     ) -> Sequence[Handle[LogprobBatch]]:
         await self._stage.enter(f"logprobs:{self._prefix}")
         batch = RolloutBatch.concatenate(await _open_all(rollouts))
         flat, norms = self._flat_logprobs(batch)
+        exact_kl = None
+        if ref_hidden:
+            exact_kl = self._exact_kl(batch, await _open_all(ref_hidden))
 
         # Two parts, as from two ranks.
         parts = []
@@ -165,9 +173,32 @@ class TablePolicy:
                 rows=rows,
                 logprobs=_rows_of(flat, rows, batch),
                 squared_score_norms=_rows_of(norms, rows, batch),
+                exact_kl=None if exact_kl is None else _rows_of(exact_kl, rows, batch),
             )
             parts.append(self._stage.put(part))
         return parts
+
+    async def logprobs_and_hidden(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[HiddenStates | None]]]:
+        logprobs = await self.logprobs(rollouts)
+        batch = RolloutBatch.concatenate(await _open_all(rollouts))
+        problems, positions, _ = _coordinates(batch)
+        states = torch.from_numpy(_log_softmax(self.logits)[problems, positions])
+        flat_positions = np.flatnonzero(batch.response_mask)
+        hidden = HiddenStates.of(batch.batch_id, flat_positions, states)
+        return logprobs, [self._stage.put(hidden), self._stage.put(None)]
+
+    def _exact_kl(
+        self, batch: RolloutBatch, ref_hidden: Sequence[HiddenStates | None]
+    ) -> NDArray[np.float32]:
+        problems, positions, _ = _coordinates(batch)
+        logprobs = _log_softmax(self.logits)[problems, positions]
+        states = JoinedStates(ref_hidden, len(batch.token_ids))
+        ref = states.take(np.flatnonzero(batch.response_mask)).numpy()
+        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
+        flat[batch.response_mask] = (np.exp(logprobs) * (logprobs - ref)).sum(axis=-1)
+        return flat
 
     def _flat_logprobs(self, batch: RolloutBatch) -> NDArray[np.float32]:
         """Return [2, N] log-probabilities and squared score norms under the current table."""
@@ -182,7 +213,11 @@ class TablePolicy:
         flat[:, batch.response_mask] = chosen, norms
         return flat
 
-    async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
+    async def update(
+        self,
+        batch: Handle[ScoredBatch],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+    ) -> dict[str, Metric]:
         await self._stage.enter("update")
         (train,) = await _open_all([batch])
         advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)

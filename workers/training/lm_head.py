@@ -6,9 +6,11 @@ The packed forward pass implements the operations that are read here and no othe
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlsys.algorithms.token_logprobs import LogitTransform
+from rlsys.algorithms.vocabulary_kl import LMHead
 
 # Names under which configurations keep a factor of the logits, and True where it divides them.
 _SCALES = (
@@ -39,3 +41,11 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
             softcap = value
             break
     return LogitTransform(scale=scale, softcap=softcap)
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """Return the LM head of a whole model, with its own weights and without gradient."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), "a causal language model has an LM head"
+    bias = None if head.bias is None else head.bias.detach()
+    return LMHead(head.weight.detach(), bias, logit_transform(model.config))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack
 from workers.training.backends.backend import ModelBackend
 from workers.training.packed_model import PackTensors
@@ -90,6 +91,7 @@ def backward_passes(
     sizes: Denominators,
     *,
     temperature: float = 1.0,
+    ref_hidden: JoinedStates | None = None,
 ) -> Iterator[tuple[Pack, ResultT, PackLoss]]:
     """Accumulate the gradient of `loss` over this rank's packs.
 
@@ -97,7 +99,7 @@ def backward_passes(
         Each pack with the model's output and the loss; padding packs are not yielded.
     """
     for pack in packs:
-        result = backend.forward(PackTensors.of(pack, backend.device, temperature))
+        result = backend.forward(PackTensors.of(pack, backend.device, temperature, ref_hidden))
         pack_loss = loss(result, PackColumns(pack, backend.device), sizes)
 
         # A padding pack keeps the number of collective calls equal on all ranks. Its backward pass

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlsys.algorithms.token_logprobs import token_logprobs, token_logprobs_of_logits
+from rlsys.algorithms.vocabulary_kl import LMHead, vocabulary_kl
+from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack
 from workers.training.lm_head import logit_transform
 from workers.training.packed_attention import PackedLayout
@@ -37,10 +39,17 @@ class PackTensors:
     response_index: Tensor  # [m] into the pack's responses
     targets: Tensor  # [m]
     temperature: float = 1.0  # at which the tokens were sampled
+    # [m, e] the reference's hidden states, for the KL over the vocabulary; None: not computed
+    ref_hidden: Tensor | None = None
 
     @staticmethod
-    def of(pack: Pack, device: torch.device, temperature: float = 1.0) -> PackTensors:
-        """Copy the pack's arrays to `device`."""
+    def of(
+        pack: Pack,
+        device: torch.device,
+        temperature: float = 1.0,
+        ref_hidden: JoinedStates | None = None,
+    ) -> PackTensors:
+        """Copy the pack's arrays, and the states of its tokens, to `device`."""
 
         def on_device(array: NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -53,6 +62,7 @@ class PackTensors:
             response_index=on_device(pack.response_index),
             targets=on_device(pack.targets),
             temperature=temperature,
+            ref_hidden=ref_hidden.take(pack.flat_positions).to(device) if ref_hidden else None,
         )
 
 
@@ -63,6 +73,7 @@ class PackResult(NamedTuple):
     entropies: Tensor  # [m]
     squared_score_norms: Tensor  # [m] without gradient
     hidden: Tensor  # [m, d] last hidden state at the position that predicts it; without gradient
+    exact_kl: Tensor | None = None  # [m] KL to the reference over the vocabulary
 
 
 class PackedModel(nn.Module):
@@ -95,6 +106,7 @@ class PackedCausalLM(PackedModel):
         super().__init__(model, packing=packing)
         self.chunk_tokens = chunk_tokens
         self.transform = logit_transform(model.config)
+        self.reference_head: LMHead | None = None  # with the packs' `ref_hidden`
         self._keeps_some_logits = "logits_to_keep" in signature(model.forward).parameters
 
     @property
@@ -103,6 +115,13 @@ class PackedCausalLM(PackedModel):
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear), "a causal language model has an LM head"
         return head.in_features
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits of a token."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear), "a causal language model has an LM head"
+        return head.out_features
 
     def forward(self, pack: PackTensors) -> PackResult:
         """Return log-probabilities, entropies and squared score norms of the sampled tokens."""
@@ -125,7 +144,18 @@ class PackedCausalLM(PackedModel):
             lm_head_bias=head.bias,
             transform=self.transform,
         )
-        return PackResult(*tokens, hidden=hidden.detach())
+        exact_kl = None
+        if pack.ref_hidden is not None:
+            assert self.reference_head is not None, "loaded at set-up, where hidden states are used"
+            exact_kl = vocabulary_kl(
+                hidden,
+                LMHead(head.weight, head.bias, self.transform),
+                pack.ref_hidden,
+                self.reference_head,
+                temperature=pack.temperature,
+                chunk_tokens=self.chunk_tokens,
+            )
+        return PackResult(*tokens, hidden=hidden.detach(), exact_kl=exact_kl)
 
     def _padded(self, pack: PackTensors) -> PackResult:
         """Run the model's own forward pass, which computes the logits of all positions at once."""

@@ -20,17 +20,19 @@ from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
 from rlsys.config.engines import ENGINES
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
+from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
 from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.checkpoint_names import names_without_mapping
-from rlsys.models.loading import UnsupportedModelError
+from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.training.learning_rate import learning_rate
+from workers.training.lm_head import lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.model_setup import DTYPES
 from workers.training.policy_loss import PolicyLoss, pack_log_ratios
@@ -56,6 +58,7 @@ class PolicyWorker(CausalLMWorker):
         # Kept from one mini-batch to the next where `algorithm.advantage.recompute` is true.
         self.estimator_state: Mapping[str, Any] = {}
         self.auxiliary: AuxiliaryLearner | None = None
+        self.ref_hidden: JoinedStates | None = None  # of the batch of the present update
 
     def setup(self, address: str) -> tuple[str, ...]:
         """See `RankWorker.setup`."""
@@ -65,6 +68,34 @@ class PolicyWorker(CausalLMWorker):
         if self.config.diagnostics.gradient:
             check_diagnosable(self.backend.module)
         return notes
+
+    def load_reference_head(self, directory: str) -> None:
+        """Load the LM head of the reference model, for the KL over the vocabulary.
+
+        Raises:
+            UnsupportedModelError: this model runs padded, or has another vocabulary.
+        """
+        module = self.backend.module
+        if not module.packing:
+            raise UnsupportedModelError(
+                "algorithm.kl.kind: 'exact' needs the packed forward pass, and the model runs "
+                "padded. Choose another kind."
+            )
+        role = self.config.reference_role()
+        reference = load_causal_lm(
+            directory,
+            dtype=DTYPES[role.compute_dtype],
+            attention="eager",
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
+        head = lm_head_of(reference).to(self.backend.device)
+        if len(head.weight) != module.vocabulary_size:
+            raise UnsupportedModelError(
+                "algorithm.kl.kind: 'exact' needs one vocabulary, and the policy's has "
+                f"{module.vocabulary_size} words where the reference's has {len(head.weight)}. "
+                "Choose another kind."
+            )
+        module.reference_head = head
 
     def _check_export(self) -> None:
         """Refuse a model whose weights cannot be exported by the names of its checkpoint.
@@ -87,12 +118,19 @@ class PolicyWorker(CausalLMWorker):
                 "Use --generation.engine transformers."
             )
 
-    def update(self, batch: ScoredBatch) -> dict[str, Metric]:
+    def update(self, batch: ScoredBatch, ref_hidden: Sequence[Any] = ()) -> dict[str, Metric]:
         """Train on one batch, in all its epochs and mini-batches.
 
         Every rank gets the whole batch and trains on its part.
+
+        Args:
+            ref_hidden: object references to the `HiddenStates` of the reference's ranks, where
+                the loss has an exact KL.
         """
         policy = self.config.policy
+        if ref_hidden:
+            states = ray.get(list(ref_hidden))
+            self.ref_hidden = JoinedStates(states, len(batch.rollouts.token_ids))
         # The plan depends on seed and batch only, so all ranks have the same mini-batches.
         mini_batches = list(
             mini_batch_rows(
@@ -113,6 +151,7 @@ class PolicyWorker(CausalLMWorker):
             if len(rows):
                 reports.append(self.update_on(batch, rows, all_rows))
 
+        self.ref_hidden = None
         # The rate that the updates had; the next step has another.
         rate = self._learning_rate()
         self.steps += 1
@@ -191,7 +230,14 @@ class PolicyWorker(CausalLMWorker):
         packs = self._packs_with_gradient(rollouts, rows)
         losses: list[PackLoss] = []
         tokens = 0
-        passes = backward_passes(self.backend, packs, loss, sizes, temperature=rollouts.temperature)
+        passes = backward_passes(
+            self.backend,
+            packs,
+            loss,
+            sizes,
+            temperature=rollouts.temperature,
+            ref_hidden=self.ref_hidden,
+        )
         for pack, result, pack_loss in passes:
             losses.append(pack_loss)
             tokens += len(pack.targets)
@@ -231,7 +277,7 @@ class PolicyWorker(CausalLMWorker):
         losses: list[PackLoss] = []
         tokens = 0.0
         for pack in self.packs_of(rollouts, sample):
-            result = self.run(pack, rollouts.temperature)
+            result = self.run(pack, rollouts.temperature, self.ref_hidden)
             if pack.is_padding:
                 continue
             columns = PackColumns(pack, self.backend.device)

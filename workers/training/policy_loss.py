@@ -83,6 +83,8 @@ class PolicyLoss:
         # The KL to the reference is a metric even where its coefficient is 0.
         if self.batch.ref_logprobs is not None:
             ref = columns.take(self.batch.ref_logprobs)
+            if result.exact_kl is not None:
+                sums["kl_ref_exact"] = float(result.exact_kl.detach().sum())
             if self.batch.kl_coefficient:
                 penalty = self._reference_kl(result, columns, old, ref, mask)
                 token_losses = token_losses + self.batch.kl_coefficient * penalty
@@ -143,6 +145,9 @@ class PolicyLoss:
     ) -> Tensor:
         """Return [b, T] the KL to the reference, as a loss per token."""
         kl = self.algorithm.kl
+        if kl.estimator == "exact":
+            assert result.exact_kl is not None, "an exact KL needs the reference's hidden states"
+            return columns.pad(result.exact_kl)
         terms = KLLossTerms(kl.estimator, kl.direction, kl.level, kl.importance_ratio)
         return kl_loss(
             columns.pad(result.logprobs), columns.pad(old), columns.pad(ref), mask, terms

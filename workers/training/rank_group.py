@@ -1,14 +1,14 @@
 """Groups of ranks, as the driver sees them: one call reaches all ranks.
 
 RankGroup              the ranks of any model
-CausalLMGroup          the ranks of a model that returns log-probabilities: the reference
+ReferenceGroup         the ranks of the frozen reference
 PolicyGroup            the ranks of the policy
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch
+from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError
@@ -36,24 +37,26 @@ class RankGroup:
             UnsupportedModelError: the model cannot be trained.
         """
         address = await self._workers[0].rendezvous.remote()
+        notes = await self._at_set_up(worker.setup.remote(address) for worker in self._workers)
+        return notes[0]
+
+    async def _at_set_up(self, calls: Iterable[Awaitable[Any]]) -> list[Any]:
+        """Wait for a call of every rank, and raise its refusal of the model as it is."""
         try:
-            notes = await asyncio.gather(
-                *(worker.setup.remote(address) for worker in self._workers)
-            )
+            return await asyncio.gather(*calls)
         except RayTaskError as error:
             if isinstance(error.cause, UnsupportedModelError):
                 # The message is about the user's model; the actor's traceback would not help.
                 raise error.cause from None
             raise
-        return notes[0]
 
     async def metrics(self) -> dict[str, Metric]:
         """Return the peak memory over the ranks."""
         return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
 
 
-class CausalLMGroup(RankGroup):
-    """The ranks of a model that returns log-probabilities."""
+class ReferenceGroup(RankGroup):
+    """The ranks of the frozen reference."""
 
     async def logprobs(
         self, rollouts: Sequence[Handle[RolloutBatch]]
@@ -64,14 +67,51 @@ class CausalLMGroup(RankGroup):
             *(worker.put_logprobs.remote(*rollouts) for worker in self._workers)
         )
 
+    async def logprobs_and_hidden(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[HiddenStates | None]]]:
+        """See `ports.Reference`."""
+        pairs = await asyncio.gather(
+            *(worker.put_logprobs_and_hidden.remote(*rollouts) for worker in self._workers)
+        )
+        return [logprobs for logprobs, _ in pairs], [hidden for _, hidden in pairs]
 
-class PolicyGroup(CausalLMGroup):
+
+class PolicyGroup(RankGroup):
     """The ranks of the policy."""
 
-    async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
+    async def load_reference_head(self, directory: Path) -> None:
+        """Load the reference's LM head on every rank, for the KL over the vocabulary.
+
+        Raises:
+            UnsupportedModelError: the models do not allow it.
+        """
+        await self._at_set_up(
+            worker.load_reference_head.remote(str(directory)) for worker in self._workers
+        )
+
+    async def logprobs(
+        self,
+        rollouts: Sequence[Handle[RolloutBatch]],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+    ) -> Sequence[Handle[LogprobBatch]]:
         """See `ports.Policy`."""
+        return await asyncio.gather(
+            *(
+                worker.put_logprobs.remote(*rollouts, ref_hidden=list(ref_hidden))
+                for worker in self._workers
+            )
+        )
+
+    async def update(
+        self,
+        batch: Handle[ScoredBatch],
+        ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+    ) -> dict[str, Metric]:
+        """See `ports.Policy`."""
+        hidden = list(ref_hidden)
         metrics = combine(
-            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
+            await asyncio.gather(*(worker.update.remote(batch, hidden) for worker in self._workers))
         )
 
         # The effective sample size, (sum rho)^2 / (n sum rho^2), is not a mean of those of the

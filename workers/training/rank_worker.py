@@ -8,6 +8,7 @@ A role (policy, reference) is a subclass in a file of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
+from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.packing import Pack, pack_rows
 from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
@@ -109,9 +111,12 @@ class RankWorker:
             padded=not self.backend.module.packing,
         )
 
-    def run(self, pack: Pack, temperature: float) -> PackResult:
+    def run(
+        self, pack: Pack, temperature: float, ref_hidden: JoinedStates | None = None
+    ) -> PackResult:
         """Run the model on one pack; collective."""
-        return self.backend.forward(PackTensors.of(pack, self.backend.device, temperature))
+        tensors = PackTensors.of(pack, self.backend.device, temperature, ref_hidden)
+        return self.backend.forward(tensors)
 
     def metrics(self) -> dict[str, Metric]:
         """Return the peak memory of this rank as a metric."""
@@ -128,44 +133,77 @@ class CausalLMWorker(RankWorker):
 
     returns_squared_score_norms = False
 
-    @torch.no_grad()
-    def logprobs(self, *parts: RolloutBatch) -> LogprobBatch:
+    def logprobs(
+        self, *parts: RolloutBatch, ref_hidden: Sequence[HiddenStates | None] = ()
+    ) -> LogprobBatch:
         """Return the log-probabilities of this rank's rows of a batch.
 
         Args:
             parts: the batch, in prompt order.
+            ref_hidden: the reference's hidden states; with them the result has an exact KL.
         """
-        rollouts = RolloutBatch.concatenate(parts)
-        packs = self.packs_of(rollouts, np.arange(len(rollouts)))
+        return self._outputs(RolloutBatch.concatenate(parts), ref_hidden)[0]
 
-        logprobs = np.zeros(len(rollouts.token_ids), dtype=np.float32)
-        norms = np.zeros(len(rollouts.token_ids), dtype=np.float32)
+    def put_logprobs(self, *parts: RolloutBatch, ref_hidden: Sequence[Any] = ()) -> Any:
+        """Put the result of `logprobs` into the object store and return its reference.
+
+        Args:
+            ref_hidden: references to `HiddenStates`.
+        """
+        return ray.put(self.logprobs(*parts, ref_hidden=ray.get(list(ref_hidden))))
+
+    def put_logprobs_and_hidden(self, *parts: RolloutBatch) -> tuple[Any, Any]:
+        """Put log-probabilities and hidden states into the object store; return references."""
+        logprobs, hidden = self._outputs(RolloutBatch.concatenate(parts), keep_hidden=True)
+        return ray.put(logprobs), ray.put(hidden)
+
+    @torch.no_grad()
+    def _outputs(
+        self,
+        rollouts: RolloutBatch,
+        ref_hidden: Sequence[HiddenStates | None] = (),
+        *,
+        keep_hidden: bool = False,
+    ) -> tuple[LogprobBatch, HiddenStates | None]:
+        """Return the outputs for this rank's rows; hidden states only if it keeps any."""
+        packs = self.packs_of(rollouts, np.arange(len(rollouts)))
+        num_tokens = len(rollouts.token_ids)
+        states = JoinedStates(ref_hidden, num_tokens) if ref_hidden else None
+
+        # The columns: log-probabilities, squared score norms, exact KL.
+        flat = np.zeros((3, num_tokens), dtype=np.float32)
         # In the order of the packs.
         own_rows: list[int] = []
+        positions: list[NDArray[np.int64]] = []
+        hidden: list[torch.Tensor] = []
         for pack in packs:
-            result = self.run(pack, rollouts.temperature)
+            result = self.run(pack, rollouts.temperature, states)
             # A padding pack repeats rows that another pack already has.
             if pack.is_padding:
                 continue
-            logprobs[pack.flat_positions] = result.logprobs.cpu().numpy()
-            norms[pack.flat_positions] = result.squared_score_norms.cpu().numpy()
+            flat[0, pack.flat_positions] = result.logprobs.cpu().numpy()
+            flat[1, pack.flat_positions] = result.squared_score_norms.cpu().numpy()
+            if result.exact_kl is not None:
+                flat[2, pack.flat_positions] = result.exact_kl.cpu().numpy()
             own_rows += pack.rows.tolist()
+            if keep_hidden:
+                positions.append(pack.flat_positions)
+                hidden.append(result.hidden.cpu())
 
         rows = np.asarray(own_rows, dtype=np.int64)
         offsets = rollouts.sequence_offsets
-        squared_score_norms = None
-        if self.returns_squared_score_norms:
-            squared_score_norms = _of_rows(norms, rows, offsets)
-        return LogprobBatch(
+        norms = _of_rows(flat[1], rows, offsets) if self.returns_squared_score_norms else None
+        logprobs = LogprobBatch(
             batch_id=rollouts.batch_id,
             rows=rows,
-            logprobs=_of_rows(logprobs, rows, offsets),
-            squared_score_norms=squared_score_norms,
+            logprobs=_of_rows(flat[0], rows, offsets),
+            squared_score_norms=norms,
+            exact_kl=_of_rows(flat[2], rows, offsets) if states else None,
         )
-
-    def put_logprobs(self, *parts: RolloutBatch) -> Any:
-        """Put the result of `logprobs` into the object store and return its reference."""
-        return ray.put(self.logprobs(*parts))
+        if not hidden:
+            return logprobs, None
+        kept = HiddenStates.of(rollouts.batch_id, np.concatenate(positions), torch.cat(hidden))
+        return logprobs, kept
 
 
 def _of_rows(

@@ -207,6 +207,7 @@ class EstimatorSpec:
     compares_group: Declared = False
     importance_corrected: Declared = False
     carries_kl: bool = False
+    unbiased: Declared = False
     check: Callable[[RunConfig], Iterator[str]] = _no_check
     validate: Callable[..., None] | None = None
     auxiliary: BuildAuxiliary | None = None
@@ -226,6 +227,7 @@ def register_advantage_estimator(  # noqa: PLR0913
     compares_group: Declared = False,
     importance_corrected: Declared = False,
     carries_kl: bool = False,
+    unbiased: Declared = False,
     check: Callable[[RunConfig], Iterator[str]] = _no_check,
     validate: Callable[..., None] | None = None,
     auxiliary: BuildAuxiliary | None = None,
@@ -246,6 +248,10 @@ def register_advantage_estimator(  # noqa: PLR0913
         (`algorithm.advantage.recompute`).
     carries_kl: the advantages contain the KL to the reference, with the weight `kl_coefficient`.
         Such an estimator requires `algorithm.kl.placement: advantage`, and no other may use it.
+    unbiased: on samples of the policy itself, E[sum_t A_t grad log pi_t] is the gradient of the
+        expected reward, process rewards included, neither scaled nor shifted. Where it is not,
+        `algorithm.kl.kind: exact` is refused in the reward, since a part of its gradient is in the
+        loss and would have another scale.
     check: called before a run starts; yields a message for every other setting that the estimator
         contradicts.
     validate: called before a run starts with all keyword parameters, defaults included; raises a
@@ -254,9 +260,9 @@ def register_advantage_estimator(  # noqa: PLR0913
         with the parameters for which `uses_auxiliary` holds. The policy's ranks train it, so it
         needs `algorithm.advantage.recompute`.
 
-    `compares_group`, `importance_corrected` and `uses_auxiliary` may be functions of the keyword
-    parameters. A keyword called `max_tokens` is the token limit of the run: null or left out, it
-    follows `generation.max_tokens`.
+    `compares_group`, `importance_corrected`, `unbiased` and `uses_auxiliary` may be functions of
+    the keyword parameters. A keyword called `max_tokens` is the token limit of the run: null or
+    left out, it follows `generation.max_tokens`.
     """
     _ESTIMATORS.check_name(name)
 
@@ -268,6 +274,7 @@ def register_advantage_estimator(  # noqa: PLR0913
             compares_group=compares_group,
             importance_corrected=importance_corrected,
             carries_kl=carries_kl,
+            unbiased=unbiased,
             check=check,
             validate=validate,
             auxiliary=auxiliary,
@@ -318,6 +325,11 @@ def is_importance_corrected(name: str, parameters: Mapping[str, Any] | None = No
     It is then the whole weight of the score.
     """
     return _holds(estimator_spec(name).importance_corrected, parameters)
+
+
+def is_unbiased(name: str, parameters: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the estimator `name` declares the gradient of the expected reward itself."""
+    return _holds(estimator_spec(name).unbiased, parameters)
 
 
 def trains_auxiliary(name: str, parameters: Mapping[str, Any] | None = None) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,12 @@ def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
     check_eps(eps)
 
 
-@register_advantage_estimator("gae", validate=_validate)
+def _undiscounted(parameters: Mapping[str, Any]) -> bool:
+    discounts = (parameters.get("gamma", 1.0), parameters.get("lam", 1.0))
+    return discounts == (1.0, 1.0) and not parameters.get("whiten", False)
+
+
+@register_advantage_estimator("gae", unbiased=_undiscounted, validate=_validate)
 def gae_advantages(
     inputs: AdvantageInputs,
     *,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +101,8 @@ def outcome_rewards(rewards: Tensor, token_rewards: Tensor | None, response_mask
 
     process = torch.where(response_mask, at_least_float32(token_rewards), 0.0)
     return rewards + process.sum(dim=1)
+
+
+def leaves_one_out(parameters: Mapping[str, Any]) -> bool:
+    """Return whether a baseline's parameters leave the response itself out, which is unbiased."""
+    return parameters.get("leave_one_out", False)

@@ -16,6 +16,7 @@ from rlsys.algorithms.advantages.grouping import (
     Groups,
     at_least_float32,
     broadcast_to_tokens,
+    leaves_one_out,
     outcome_rewards,
 )
 
@@ -38,6 +39,7 @@ def _validate(*, scope: str, **_: object) -> None:
     "optimal_baseline",
     needs=("squared_score_norms",),
     compares_group=_within_group,
+    unbiased=leaves_one_out,
     validate=_validate,
 )
 def optimal_baseline_advantages(

@@ -10,12 +10,15 @@ from rlsys.algorithms.advantages.contract import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.algorithms.advantages.grouping import Groups, at_least_float32
+from rlsys.algorithms.advantages.grouping import Groups, at_least_float32, leaves_one_out
 from rlsys.algorithms.advantages.returns import suffix_sum
 
 
 @register_advantage_estimator(
-    "optimal_token_baseline", needs=("squared_score_norms",), compares_group=True
+    "optimal_token_baseline",
+    needs=("squared_score_norms",),
+    compares_group=True,
+    unbiased=leaves_one_out,
 )
 def optimal_token_baseline_advantages(
     inputs: AdvantageInputs, *, leave_one_out: bool = False

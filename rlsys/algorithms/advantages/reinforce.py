@@ -10,7 +10,7 @@ from rlsys.algorithms.advantages.contract import (
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
-@register_advantage_estimator("reinforce")
+@register_advantage_estimator("reinforce", unbiased=True)
 def reinforce_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """Return the reward-to-go, without a baseline.
 

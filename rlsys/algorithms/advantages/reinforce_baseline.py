@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from rlsys.algorithms.advantages.contract import (
@@ -25,7 +28,13 @@ def _validate(*, baseline: str, decay: float) -> None:
         raise ValueError(f"algorithm.advantage.parameters.decay: {decay} is outside [0, 1)")
 
 
-@register_advantage_estimator("reinforce_baseline", validate=_validate)
+def _does_not_see_the_batch(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("baseline") == "moving_average"
+
+
+@register_advantage_estimator(
+    "reinforce_baseline", unbiased=_does_not_see_the_batch, validate=_validate
+)
 def reinforce_baseline_advantages(
     inputs: AdvantageInputs, *, baseline: str = "batch_mean", decay: float = 0.9
 ) -> AdvantageOutput:

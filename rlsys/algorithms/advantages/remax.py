@@ -13,7 +13,7 @@ from rlsys.algorithms.advantages.grouping import at_least_float32
 from rlsys.algorithms.advantages.returns import reward_to_go
 
 
-@register_advantage_estimator("remax", needs=("greedy_rewards",))
+@register_advantage_estimator("remax", needs=("greedy_rewards",), unbiased=True)
 def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """Return the reward-to-go minus the reward of the greedy response to the same prompt.
 

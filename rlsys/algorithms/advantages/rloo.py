@@ -12,7 +12,7 @@ from rlsys.algorithms.advantages.contract import (
 from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
 
 
-@register_advantage_estimator("rloo", compares_group=True)
+@register_advantage_estimator("rloo", compares_group=True, unbiased=True)
 def rloo_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """Return the reward of a response minus the mean reward of the other responses.
 

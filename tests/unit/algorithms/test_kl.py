@@ -518,9 +518,19 @@ def configured(tmp_path: Path, **algorithm: Any) -> list[str]:
             "Set algorithm.kl.importance_ratio",
         ),
         (
-            {"kind": "exact"},
-            "algorithm.kl.kind: 'exact' sums over the vocabulary",
-            "Leave kind null",
+            {"kind": "exact", "direction": "forward"},
+            "algorithm.kl.direction: 'forward' is for estimates",
+            "Set reverse",
+        ),
+        (
+            {"kind": "exact", "importance_ratio": "token"},
+            "algorithm.kl.importance_ratio: 'token' is for estimates",
+            "Set none",
+        ),
+        (
+            {"kind": "exact", "placement": "reward"},  # grpo divides by the deviation
+            "algorithm.kl.kind: 'exact' in the reward",
+            "Set placement loss, kind k1",
         ),
     ],
 )
@@ -539,6 +549,7 @@ def test_a_run_refuses_a_kl_without_the_gradient_of_a_kl(
         {"placement": "reward"},
         {"placement": "reward", "kind": "k1"},
         {"kind": "k3_k2", "importance_ratio": "token"},
+        {"kind": "exact"},
         {"kind": "k1", "importance_ratio": "prefix"},
         {"direction": "forward", "importance_ratio": "token"},
         {"level": "sequence", "importance_ratio": "product"},

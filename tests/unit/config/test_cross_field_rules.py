@@ -69,8 +69,8 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
             "algorithm.kl.target: 0.1 can only be reached from a coefficient above 0",
         ),
         (
-            {**KL, "algorithm.kl.kind": "exact"},
-            "algorithm.kl.kind: 'exact' sums over the vocabulary",
+            {**KL, "algorithm.kl.kind": "exact", "policy.packing": False},
+            "algorithm.kl.kind: 'exact' needs the packed forward pass",
         ),
         (
             {**KL, "algorithm.kl.level": "sequence"},

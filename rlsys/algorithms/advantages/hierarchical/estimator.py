@@ -115,6 +115,7 @@ def _validate(
     needs=("rollout_logprobs", "old_logprobs", "squared_score_norms"),
     compares_group=True,
     importance_corrected=True,
+    unbiased=True,
     check=_check,
     validate=_validate,
     auxiliary=LearnedBaselines.build,
