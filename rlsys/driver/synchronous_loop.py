@@ -2,9 +2,13 @@
 
     prompts --> generate --group by group--> score ---------+
                    |                                        |
-                   +----> old log-probs, ref log-probs -----+--> advantages --> update --+
-                          (where they are needed)                                        |
+                   +----> old log-probs, ref log-probs, ----+--> advantages --> update --+
+                          values (where they are needed)               critic, policy    |
                                                            next step <-- sync weights <--+
+
+The critic is updated before the policy, not beside it: they share cores or a GPU, and so neither
+has to fit beside the activations of the other. In the first `critic.warmup_steps` steps only the
+critic is updated.
 
 Large records stay in the object store; this module handles references and small metrics only.
 """
@@ -14,18 +18,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import LogprobBatch
+from rlsys.data.batches import LogprobBatch, ValueBatch
 from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
 from rlsys.metrics import MetricMap, combine, values
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.required_inputs import required_inputs
+
+CRITIC_DIRECTORY = "critic"  # in a checkpoint, beside the files of the policy
 
 
 class SynchronousLoop:
@@ -50,6 +57,8 @@ class SynchronousLoop:
         session.register("prompts", prompts)
         session.register("advantages", workers.advantages)
         session.register_model(workers.policy)
+        if workers.critic:
+            session.register_model(workers.critic, CRITIC_DIRECTORY)
 
     async def run(self) -> Outcome:
         """Train until the last step or a stop request; the resulting weights are always saved."""
@@ -79,7 +88,7 @@ class SynchronousLoop:
         greedy = [group.greedy for group in groups if group.greedy is not None]
 
         with session.phase("logprobs"):  # the reward pool works meanwhile
-            old, ref = await self._old_and_ref_logprobs(rollouts)
+            old, ref, state_values = await self._model_outputs(rollouts)
         with session.phase("reward"):
             await self._sampler.rewards([*groups, *greedy], "training")
 
@@ -90,30 +99,49 @@ class SynchronousLoop:
                     rewards=rewards,
                     old=old,
                     ref=ref,
+                    values=state_values,
                     greedy=[group.rewards for group in greedy],
                     dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
                     dropped_rewards=[group.rewards for group in sampled.dropped],
                 )
             )
 
-        with session.phase("update"):
-            update = await self._update(step, credited)
+        updates = await self._updates(step, credited)
         with session.phase("sync"):
             sync = await workers.weights.sync(step)
 
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
-        metrics = combine([sampled.metrics, credited.metrics, update, sync, *memory])
+        metrics = combine([sampled.metrics, credited.metrics, *updates, sync, *memory])
         return _with_throughput(values(metrics) | session.measurements())
 
-    async def _old_and_ref_logprobs(
+    async def _model_outputs(
         self, rollouts: Sequence[Handle]
-    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[LogprobBatch]]]:
-        """Compute both concurrently, each only where it is needed."""
+    ) -> tuple[
+        Sequence[Handle[LogprobBatch]], Sequence[Handle[LogprobBatch]], Sequence[Handle[ValueBatch]]
+    ]:
+        """Compute old and ref log-probs and values concurrently, each only where it is needed."""
         policy, reference = self._workers.policy, self._workers.reference
+        critic = self._workers.critic
         return await asyncio.gather(
             policy.logprobs(rollouts) if "old_logprobs" in self._needs else _none(),
             reference.logprobs(rollouts) if reference else _none(),
+            critic.values(rollouts) if critic else _none(),
         )
+
+    async def _updates(self, step: int, credited: CreditedBatch) -> list[MetricMap]:
+        """Update the critic, and after its warm-up the policy; write the samples of the step."""
+        critic, found = self._workers.critic, []
+        if critic:
+            with self._session.phase("critic"):
+                batch: Handle[Any] = credited.batch  # with a critic always a `TrainBatch`
+                found.append(await critic.update(batch))
+            if step <= self._config.critic.warmup_steps:
+                await self._write_rollouts(step, credited)
+                return found
+
+        with self._session.phase("update"):
+            found.append(await self._update(step, credited))
+        return found
 
     async def _update(self, step: int, credited: CreditedBatch) -> MetricMap:
         """Train on a batch, and write the samples of the step.
@@ -147,7 +175,7 @@ class SynchronousLoop:
             )
 
 
-async def _none() -> Sequence[Handle[LogprobBatch]]:
+async def _none() -> Sequence[Handle[Any]]:
     return ()
 
 
@@ -158,6 +186,6 @@ def _with_throughput(numbers: Mapping[str, float]) -> dict[str, float]:
     return {
         **numbers,
         "throughput/generate": sampled / max(numbers["time/generate"], 1e-9),
-        "throughput/update": trained / max(numbers["time/update"], 1e-9),
+        "throughput/update": trained / max(numbers.get("time/update", 0.0), 1e-9),
         "throughput/step": sampled / max(numbers["time/step"], 1e-9),
     }

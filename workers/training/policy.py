@@ -45,7 +45,7 @@ class PolicyWorker(CausalLMWorker):
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.policy, model_directory, rank, world_size)
         self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
-        self.steps = OptimizerSteps("policy", config.policy.optimizer, config.trainer.steps)
+        self.steps = OptimizerSteps("policy", config.policy.optimizer, config.policy_steps)
         # [N] advantages that the last update estimated; None if it did not.
         self.estimated: NDArray[np.float32] | None = None
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
