@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from rlsys.algorithms.advantages.returns import (
     step_rewards,
     whitened,
 )
+from rlsys.config import RunConfig
 
 
 def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
@@ -26,7 +29,17 @@ def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
     check_eps(eps)
 
 
-@register_advantage_estimator("gae", reads=("values",), validate=_validate)
+def _check(config: RunConfig) -> Iterator[str]:
+    bootstraps = config.algorithm.advantage.parameters.get("bootstrap_truncated", False)
+    if bootstraps and not config.critic.enabled:
+        yield (
+            "algorithm.advantage.parameters.bootstrap_truncated: true takes the value after a "
+            "truncated response from a critic, and there is none. Set critic.enabled true, or "
+            "leave it out."
+        )
+
+
+@register_advantage_estimator("gae", reads=("values",), check=_check, validate=_validate)
 def gae_advantages(
     inputs: AdvantageInputs,
     *,
