@@ -23,6 +23,7 @@ def critic_config(*, ranks: int = 1, **critic: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "tiny"},
+            "data": {"max_prompt_tokens": 64},
             "generation": {"dtype": "float32", "max_tokens": 9},
             "policy": {"ranks": ranks, "compute_dtype": "float32", "num_mini_batches": 2},
             "critic": {

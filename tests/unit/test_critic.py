@@ -18,7 +18,9 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import ValueBatch
 from rlsys.metrics import values
 from rlsys.models import resolve_model
+from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.value_models import load_value_model
+from tests.support.architectures import ARCHITECTURES, save_tiny_model
 from tests.support.critic_examples import critic_config, example, plainly_updated
 from workers.training.critic import CriticWorker
 from workers.training.losses import Denominators, PackColumns
@@ -153,6 +155,16 @@ def test_a_saved_critic_continues_with_the_same_numbers(tmp_path: Path):
     with one_rank(config, tmp_path) as worker:
         saved = load_file(tmp_path / "model.safetensors")
         assert_same(weights_of(worker), saved, atol=0)
+
+
+def test_a_model_that_looks_ahead_is_refused_as_a_critic(tmp_path: Path):
+    chosen = next(one for one in ARCHITECTURES if one.name == "bert, not causal")
+    save_tiny_model(tmp_path, chosen)
+    with (
+        pytest.raises(UnsupportedModelError, match=r"^critic\.path: Bert.* is not a causal"),
+        one_rank(critic_config(), tmp_path),
+    ):
+        pass
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(tmp_path: Path):

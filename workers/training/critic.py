@@ -14,6 +14,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, TrainBatch, ValueBatch
 from rlsys.data.packing import mini_batch_rows
 from rlsys.metrics import Metric, combine, mean
+from rlsys.models.loading import UnsupportedModelError
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.losses import Denominators, backward_passes
@@ -34,10 +35,18 @@ class CriticWorker(RankWorker):
         self.steps = OptimizerSteps("critic", config.critic.optimizer, config.trainer.steps)
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
-        """See `RankWorker`."""
-        module, verdict = prepare(
-            value_model(), self.config, self.settings, self.model_directory, device
-        )
+        """See `RankWorker`.
+
+        Raises:
+            UnsupportedModelError: the model of `critic.path` can give no right values.
+        """
+        try:
+            module, verdict = prepare(
+                value_model(), self.config, self.settings, self.model_directory, device
+            )
+        except UnsupportedModelError as error:
+            reason = str(error).removeprefix("model.path: ")
+            raise UnsupportedModelError(f"critic.path: {reason}") from error
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
 
