@@ -35,6 +35,7 @@ from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
+from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
 from rlsys.run.observers.observer import PHASES
 from workers.cluster import Cluster
@@ -86,7 +87,8 @@ async def measure(config: RunConfig) -> dict[str, float]:
         cluster = Cluster.connect(config)
         try:
             probe = probe_tokens(config, prompts, model)
-            workers = await start_workers(cluster, config, model, model, probe, notify=print)
+            models = ModelDirectories.same(model)
+            workers = await start_workers(cluster, config, models, probe, notify=print)
             store = CheckpointStore(directory.checkpoints, keep=1)
             session = Session(config, store, [MetricsLog(directory)])
             sampler = Sampler(config, workers.generator, workers.scorer)

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rlsys.config import ConfigError, RunConfig
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.compute_dtype import DtypeChoice, ProductSpeed
     from rlsys.run.directory import RunDirectory
+    from rlsys.run.model_checks import ModelDirectories
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
@@ -98,8 +98,7 @@ class Prepared:
     prompts: LoadedPrompts
     store: CheckpointStore
     checkpoint: Checkpoint | None  # to resume from
-    model_directory: Path
-    reference_directory: Path
+    models: ModelDirectories
     directory: RunDirectory
     plan: str  # for a dry run
     changes: tuple[str, ...]  # in the configuration of a resumed run
@@ -124,8 +123,7 @@ class _Checked:
 class _Models:
     """The models of a run, and the precisions in which they are computed."""
 
-    directory: Path
-    reference_directory: Path
+    directories: ModelDirectories
     dtypes: DtypeChoice
 
 
@@ -196,17 +194,17 @@ def _choose_models(config: RunConfig, hardware: Hardware) -> _Models:
     """Find and check the models, and choose their precisions for this machine."""
     from rlsys.models import resolve_model
     from rlsys.run.compute_dtype import choose_dtypes
-    from rlsys.run.model_checks import check_model
+    from rlsys.run.model_checks import ModelDirectories, check_model
 
-    directory = resolve_model(config.model.path)
-    reference = config.reference.path
-    reference_directory = resolve_model(reference) if reference else directory
-    check_model(config, directory, reference_directory)
-    return _Models(
-        directory=directory,
-        reference_directory=reference_directory,
-        dtypes=choose_dtypes(config, hardware, directory),
+    policy = resolve_model(config.model.path)
+    reference, critic = config.reference.path, config.critic.path
+    directories = ModelDirectories(
+        policy=policy,
+        reference=resolve_model(reference) if reference else policy,
+        critic=resolve_model(critic) if critic and config.critic.enabled else policy,
     )
+    check_model(config, directories)
+    return _Models(directories=directories, dtypes=choose_dtypes(config, hardware, policy))
 
 
 def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
@@ -217,7 +215,7 @@ def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
 
     config = models.dtypes.config
     trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(models.directory, trust_remote_code=trust)
+    tokenizer = load_tokenizer(models.directories.policy, trust_remote_code=trust)
     prompts = load_prompts(config, tokenizer, checked.problems)
     if checked.checkpoint:
         prompts.train.load_state(prompt_state(checked.checkpoint))  # refuses other problems
@@ -242,11 +240,11 @@ def _assemble_prepared(
     estimate = estimate_step(
         config,
         hardware,
-        parameters=parameter_count(models.directory),
+        parameters=parameter_count(models.directories.policy),
         prompt_tokens=prompts.train.mean_tokens,
         speed=models.dtypes.speed,
     )
-    plan = describe_plan(config, hardware, problems, models.directory, checked.directory)
+    plan = describe_plan(config, hardware, problems, models.directories, checked.directory)
     notices = [
         *models.dtypes.reasons,
         describe_estimate(estimate, config),
@@ -261,8 +259,7 @@ def _assemble_prepared(
         prompts=prompts,
         store=checked.store,
         checkpoint=checked.checkpoint,
-        model_directory=models.directory,
-        reference_directory=models.reference_directory,
+        models=models.directories,
         directory=checked.directory,
         plan=f"{dump_yaml(config)}\n{plan}",
         changes=_changes(invocation, checked.checkpoint, config),
@@ -392,9 +389,8 @@ async def _start_workers(prepared: Prepared, cluster: Cluster, console: Console)
     return await start_workers(
         cluster,
         prepared.config,
-        prepared.model_directory,
-        prepared.reference_directory,
-        probe_tokens(prepared.config, prepared.prompts, prepared.model_directory),
+        prepared.models,
+        probe_tokens(prepared.config, prepared.prompts, prepared.models.policy),
         notify=lambda note: console.print(note, highlight=False, markup=False),
     )
 

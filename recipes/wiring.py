@@ -16,13 +16,15 @@ from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
 from rlsys.driver.ports import Workers
 from rlsys.models.loading import longest_window
+from rlsys.run.model_checks import ModelDirectories
 from workers.advantage_controller import AdvantageController, AdvantageControllerClient
 from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
+from workers.training.critic import CriticWorker
 from workers.training.policy import PolicyWorker
-from workers.training.rank_group import PolicyGroup, ReferenceGroup
+from workers.training.rank_group import CriticGroup, PolicyGroup, ReferenceGroup
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
@@ -46,8 +48,7 @@ def probe_tokens(
 async def start_workers(
     cluster: Cluster,
     config: RunConfig,
-    model_directory: Path,
-    reference_directory: Path,
+    directories: ModelDirectories,
     probe: Sequence[NDArray[np.int32]],
     notify: Callable[[str], None],
 ) -> Workers:
@@ -55,7 +56,7 @@ async def start_workers(
 
     `notify` is called with their notes for the user.
     """
-    model = str(model_directory)
+    model = str(directories.policy)
     policy_actors = _spawn_ranks(cluster, PolicyWorker, config, config.policy, model)
     generation_actors = [
         cluster.spawn("generation", i, GenerationWorker, config, model)
@@ -66,9 +67,15 @@ async def start_workers(
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
         role = config.reference_role()
-        directory = str(reference_directory)
+        directory = str(directories.reference)
         reference_actors = _spawn_ranks(
             cluster, ReferenceWorker, config, role, directory, shares="policy"
+        )
+    critic_actors = []
+    if config.critic.enabled:
+        directory = str(directories.critic)
+        critic_actors = _spawn_ranks(
+            cluster, CriticWorker, config, config.critic_role(), directory, shares="policy"
         )
     await cluster.wait_until_ready()
 
@@ -77,7 +84,8 @@ async def start_workers(
     scorer = RewardWorkerClient(reward_actor)
     controller = AdvantageControllerClient(controller_actor)
     reference = ReferenceGroup(reference_actors) if reference_actors else None
-    optional = [reference] if reference else []
+    critic = CriticGroup(critic_actors) if critic_actors else None
+    optional = [group for group in (reference, critic) if group]
 
     setups = await asyncio.gather(policy.setup(), *(group.setup() for group in optional))
     for note in itertools.chain.from_iterable(setups):
@@ -89,6 +97,7 @@ async def start_workers(
         scorer=scorer,
         policy=policy,
         reference=reference,
+        critic=critic,
         advantages=controller,
         weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
         reporting=(generator, scorer, controller, *optional),

@@ -4,6 +4,7 @@
     generation    one per worker                cpus_per_worker  gpus_per_worker
     policy        one per rank                  cpus_per_rank    gpus_per_rank
     reference     that of the policy's rank     0                shares the rank's GPU
+    critic        that of the policy's rank     0                shares the rank's GPU
     reward        none                          0                0
     advantage     none                          0                0
 
@@ -50,7 +51,8 @@ class Bundle:
     index: int
     cpus: float
     gpus: float
-    guest_gpus: float = 0.0  # of `gpus`, for an actor that shares the place
+    guests: int = 0  # actors that share the place
+    guest_gpus: float = 0.0  # of `gpus`, for each of them
 
     @property
     def resources(self) -> dict[str, float]:
@@ -70,7 +72,8 @@ def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
     gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
 
     has_reference = config.algorithm.kl.coefficient > 0
-    guest_gpus = min(GUEST_GPUS, gpus_per_rank / 2) if has_reference else 0
+    guests = has_reference + config.critic.enabled
+    guest_gpus = min(GUEST_GPUS, gpus_per_rank / (1 + guests)) if guests else 0
 
     ranks = [
         Bundle(
@@ -78,6 +81,7 @@ def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
             index=rank,
             cpus=policy.cpus_per_rank,
             gpus=gpus_per_rank,
+            guests=guests,
             guest_gpus=guest_gpus,
         )
         for rank in range(policy.ranks)
@@ -166,7 +170,7 @@ class Cluster:
                 options["num_gpus"] = bundle.guest_gpus
             else:
                 options["num_cpus"] = bundle.cpus
-                options["num_gpus"] = bundle.gpus - bundle.guest_gpus
+                options["num_gpus"] = bundle.gpus - bundle.guests * bundle.guest_gpus
 
         # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
         environment = {

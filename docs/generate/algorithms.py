@@ -18,6 +18,7 @@ from docs.generate.kl_gradient_table import step_table, table
 from rlsys.algorithms.advantages import (
     available_advantage_estimators,
     estimator_needs,
+    estimator_spec,
     get_advantage_estimator,
 )
 from rlsys.algorithms.entropy import entropy_rewards, tuned_temperature
@@ -54,9 +55,9 @@ Each piece is a pure function of padded `[B, T]` tensors of response tokens and 
 from the config or the command line (`--algorithm.advantage.name rloo --algorithm.objective.weight
 cispo`). Everything returns 0 outside the mask. A preset is a row of settings and nothing else.
 
-No recipe provides these yet: a critic (`gae` runs with V = 0 unless `values` are given) and process
-rewards from a model (`token_rewards` come from a KL or an entropy in the reward; `step_ends` from a
-caller of the library).
+`values` come from a critic ([PPO](ppo.md)); without one `gae` runs with V = 0. No recipe provides
+process rewards from a model yet (`token_rewards` come from a KL or an entropy in the reward;
+`step_ends` from a caller of the library).
 
 The evidence is in `tests/unit/algorithms/`: golden numbers, slow reference implementations and edge
 cases of each module in a file of its name, and exact expectations over policies whose responses can
@@ -127,7 +128,8 @@ def reference() -> str:
         "`algorithm.advantage.parameters.<name>`.\n",
     ]
     for name in _of_the_library(available_advantage_estimators(), get_advantage_estimator):
-        needs = ", ".join(sorted(estimator_needs(name)))
+        reads = [f"{need}, where there are some" for need in estimator_spec(name).reads]
+        needs = ", ".join(sorted(estimator_needs(name)) + sorted(reads))
         lines += _section(
             name,
             get_advantage_estimator(name),
@@ -271,6 +273,8 @@ def _presets() -> Iterator[str]:
             more.append(f"dynamic sampling, {preset.dynamic_sampling.max_rounds} rounds")
         if preset.kl_old.coefficient:
             more.append(f"KL to the old policy {preset.kl_old.coefficient:g}")
+        if published.critic:
+            more.append("critic")
 
         estimator = _with(preset.advantage.name, preset.advantage.parameters)
         weight = _with(preset.objective.weight, preset.objective.parameters)

@@ -35,8 +35,8 @@ PRESETS_INTRODUCTION = """
 ## Presets
 
 `--preset NAME` starts any recipe from a published algorithm: it replaces the section `algorithm`,
-and `policy.num_mini_batches`, the number of updates per batch. `--config` and the other flags
-change fields of it. docs/algorithms.md compares the settings of all presets.
+`policy.num_mini_batches`, the number of updates per batch, and `critic.enabled`. `--config` and the
+other flags change fields of it. docs/algorithms.md compares the settings of all presets.
 
 | preset | updates per batch | algorithm |
 |---|---|---|

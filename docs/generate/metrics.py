@@ -64,6 +64,8 @@ FILES = """
 `RewardInput` |
 | `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | results of \
 the reward functions |
+| `values`, `returns` | values of the critic before its update, and its targets; null without a \
+critic, and for dropped groups |
 | `advantages` | as used in the update; null where the response was not trained. With \
 `algorithm.advantage.recompute`, those of the last epoch |
 | `rollout_logprobs` | log-probabilities from the engine |
@@ -105,6 +107,8 @@ TRAINED = "trained"
 TOKENS = "trained tokens"
 MOVED = "trained tokens after an update"
 MINI_BATCHES = "mini-batches"
+CRITIC_MINI_BATCHES = "mini-batches of the critic"
+SCORED_TOKENS = "tokens of kept samples with a reward"
 MINI_BATCHES_OR_BATCH = "mini-batches or the batch"
 PROBE = "tokens of the probe"
 HELD_OUT = "held-out problems"
@@ -420,7 +424,55 @@ METRICS = (
         "Number of skipped optimizer steps with a gradient that was not finite; the other "
         "skipped ones had no trained response.",
     ),
-    MetricDoc("policy/learning_rate", "mean", STEP, "Learning rate."),
+    MetricDoc(
+        "policy/learning_rate",
+        "mean",
+        STEP,
+        "Learning rate. In `critic.warmup_steps` a step has no `policy/*` but the memory.",
+    ),
+    MetricDoc(
+        "critic/loss",
+        "mean",
+        CRITIC_MINI_BATCHES,
+        "Value loss of a mini-batch (its token mean, over its packs and ranks), averaged over "
+        "mini-batches and epochs. This and the next rows only with `critic.enabled`.",
+    ),
+    MetricDoc(
+        "critic/explained_variance",
+        "mean",
+        SCORED_TOKENS,
+        "1 - Var(returns - values) / Var(returns) of the values before their update: 1 is perfect, "
+        "0 no better than a constant. Absent where all returns are equal.",
+    ),
+    MetricDoc("critic/value_mean", "mean", SCORED_TOKENS, "Mean value, before the update."),
+    MetricDoc("critic/return_mean", "mean", SCORED_TOKENS, "Mean return, the critic's target."),
+    MetricDoc(
+        "critic/clip_fraction",
+        "mean",
+        "scored tokens of every epoch",
+        "Fraction of tokens whose gradient `critic.value_clip` removed.",
+    ),
+    MetricDoc(
+        "critic/grad_norm",
+        "mean",
+        CRITIC_MINI_BATCHES,
+        "Norm of the critic's gradient before clipping, where it is finite.",
+    ),
+    MetricDoc("critic/updates", "sum", CRITIC_MINI_BATCHES, "Number of its optimizer steps."),
+    MetricDoc(
+        "critic/skipped_updates",
+        "sum",
+        CRITIC_MINI_BATCHES,
+        "Number of its optimizer steps that were skipped.",
+    ),
+    MetricDoc(
+        "critic/nonfinite_gradients",
+        "sum",
+        CRITIC_MINI_BATCHES,
+        "Number of skipped ones with a gradient that was not finite; the others had no response "
+        "with a reward.",
+    ),
+    MetricDoc("critic/learning_rate", "mean", STEP, "Learning rate of the critic."),
     MetricDoc(
         "gradient/variance_ratio/<baseline>",
         "mean",
@@ -454,13 +506,13 @@ METRICS = (
         "time/generate",
         "driver",
         STEP,
-        "Seconds of sampling. This phase and the next six add up to `time/step`.",
+        "Seconds of sampling. This phase and the next seven add up to `time/step`.",
     ),
     MetricDoc(
         "time/logprobs",
         "driver",
         STEP,
-        "Seconds of computing old and reference log-probabilities.",
+        "Seconds of computing old and reference log-probabilities, and values.",
     ),
     MetricDoc(
         "time/reward",
@@ -474,6 +526,7 @@ METRICS = (
         STEP,
         "Seconds of joining the batch and estimating advantages.",
     ),
+    MetricDoc("time/critic", "driver", STEP, "Seconds of updating the critic; absent without one."),
     MetricDoc(
         "time/update",
         "driver",
@@ -522,6 +575,7 @@ METRICS = (
         RUN,
         "Peak memory of a reference rank, or of its GPU, in GiB.",
     ),
+    MetricDoc("memory/critic", "max", RUN, "Peak memory of a critic rank, or of its GPU, in GiB."),
     MetricDoc(
         "memory/reward",
         "max",

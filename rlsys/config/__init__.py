@@ -13,6 +13,7 @@ from rlsys.config.algorithm import (
     OverlongConfig,
     RolloutCorrectionConfig,
 )
+from rlsys.config.critic import CriticConfig
 from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.errors import ConfigError
@@ -35,6 +36,7 @@ __all__ = [
     "ClusterConfig",
     "ColumnNames",
     "ConfigError",
+    "CriticConfig",
     "DataConfig",
     "DiagnosticsConfig",
     "Dtype",

@@ -329,6 +329,7 @@ def _start_from_preset(tree: dict[str, Any], changes: Mapping[str, Any]) -> None
     tree["preset"] = name
     tree["algorithm"] = preset.algorithm.model_dump(mode="json")
     _put(tree, "policy.num_mini_batches", preset.num_mini_batches)
+    _put(tree, "critic.enabled", preset.critic)
 
 
 def _apply(tree: dict[str, Any], changes: Sequence[Change]) -> None:

@@ -80,14 +80,63 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
-    optimizer = config.policy.optimizer
-    decay = optimizer.learning_rate * optimizer.weight_decay
-    if decay >= 1:
+    optimizers = {"policy": config.policy.optimizer}
+    if config.critic.enabled:
+        optimizers["critic"] = config.critic.optimizer
+
+    for role, optimizer in optimizers.items():
+        decay = optimizer.learning_rate * optimizer.weight_decay
+        if decay >= 1:
+            yield (
+                f"{role}.optimizer.weight_decay: {optimizer.weight_decay:g} times "
+                f"{role}.optimizer.learning_rate {optimizer.learning_rate:g} is {decay:g}; at 1 or "
+                "more each step erases the weights. Lower one of them."
+            )
+
+
+def _critic(config: RunConfig) -> Iterator[str]:
+    critic, policy, prompts = config.critic, config.policy, config.trainer.prompts_per_step
+    if not critic.enabled:
+        return
+
+    if prompts % (critic.num_mini_batches or 1):
         yield (
-            f"policy.optimizer.weight_decay: {optimizer.weight_decay:g} times "
-            f"policy.optimizer.learning_rate {optimizer.learning_rate:g} is {decay:g}; at 1 or "
-            "more each step erases the weights. Lower one of them."
+            f"critic.num_mini_batches: {critic.num_mini_batches} does not divide "
+            f"trainer.prompts_per_step {prompts}. The responses to a prompt stay together: choose "
+            "a divisor."
         )
+    if (critic.ranks or 0) > policy.ranks:
+        yield (
+            f"critic.ranks: {critic.ranks} is above policy.ranks {policy.ranks}, and each rank of "
+            "the critic runs beside one of the policy. Lower it, or leave it null."
+        )
+    if config.algorithm.advantage.recompute:
+        yield (
+            "critic.enabled: true with algorithm.advantage.recompute, where the ranks of the "
+            "policy estimate the advantages and have no values. Set one of them to false."
+        )
+    yield from _critic_warmup(config)
+
+
+def _critic_warmup(config: RunConfig) -> Iterator[str]:
+    algorithm, warmup = config.algorithm, config.critic.warmup_steps
+    if warmup >= config.trainer.steps:
+        yield (
+            f"critic.warmup_steps: {warmup} of trainer.steps {config.trainer.steps}, so the policy "
+            "would never be trained. Lower it, or raise trainer.steps."
+        )
+
+    targets = {
+        "algorithm.kl.target": algorithm.kl.target,
+        "algorithm.entropy.target": algorithm.entropy.target,
+    }
+    for field, target in targets.items():
+        if warmup and target is not None:
+            yield (
+                f"{field}: {target:g} is approached from step to step, and in "
+                f"critic.warmup_steps {warmup} the policy does not move, so the coefficient would "
+                "run away. Set the target to null, or warmup_steps to 0."
+            )
 
 
 def _rewards(config: RunConfig) -> Iterator[str]:
@@ -225,6 +274,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _lengths,
     _evaluation,
     _optimizer,
+    _critic,
     _rewards,
     _kl,
     _kl_to_the_old_policy,

@@ -3,10 +3,10 @@
     estimator x (ratio, weight) x aggregation x KL placement, and dynamic sampling
 
 A recipe starts from a preset with the flag `--preset NAME`, or in its code:
-`evolve(grpo_math(hardware), {"preset": "dapo"})`. The preset replaces the section `algorithm` and
-`policy.num_mini_batches`, the number of updates per batch. The latter is part of the algorithm: in
-a single update every ratio is 1, and a weight that ignores the ratio does not correct for a second
-one. Group size, epochs and learning rate belong to the recipe.
+`evolve(grpo_math(hardware), {"preset": "dapo"})`. The preset replaces the section `algorithm`,
+`policy.num_mini_batches`, the number of updates per batch, and `critic.enabled`. The number of
+updates is part of the algorithm: in a single update every ratio is 1, and a weight that ignores the
+ratio does not correct for a second one. Group size, epochs and learning rates belong to the recipe.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Preset:
     description: str  # one line, with the source
     algorithm: AlgorithmConfig
     num_mini_batches: int  # updates per batch
+    critic: bool = False
 
 
 def preset_called(name: str) -> Preset:
@@ -94,24 +95,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 kl=_kl(0.01, "reward"),
             ),
         ),
-        # There is no critic: with V = 0, GAE gives the returns.
+        # lam 0.95 is that of Stiennon et al. 2020, on which Ouyang et al. build.
         "ppo": Preset(
             description=(
-                "PPO's clip, KL penalty in the reward; no critic yet, so the advantages are "
-                "whitened returns (Schulman et al. 2017, Ouyang et al. 2022)."
+                "PPO with a critic: clip, GAE, whitened advantages, clipped values, KL penalty in "
+                "the reward (Schulman et al. 2017, Ouyang et al. 2022)."
             ),
             num_mini_batches=2,
+            critic=True,
             algorithm=AlgorithmConfig(
-                advantage=_estimator("gae", whiten=True),
+                advantage=_estimator("gae", lam=0.95, whiten=True),
                 objective=_objective("ppo_clip"),
                 aggregation="token_mean",
                 kl=_kl(0.01, "reward"),
             ),
         ),
+        # Without a critic: with V = 0, GAE gives the returns.
         "ppo_kl_penalty": Preset(
             description=(
-                "PPO with an adaptive penalty on KL(old || live) instead of the clip (Schulman "
-                "et al. 2017, equation 8)."
+                "PPO with an adaptive penalty on KL(old || live) instead of the clip, without a "
+                "critic (Schulman et al. 2017, equation 8)."
             ),
             num_mini_batches=2,
             algorithm=AlgorithmConfig(

@@ -40,11 +40,19 @@ RULES: tuple[ResumeRule, ...] = (
     _rule(
         "recipe", "refused", "The run was started by that recipe; its own configuration is used."
     ),
-    _rule("preset", "accepted", "It replaces the section algorithm and policy.num_mini_batches."),
+    _rule(
+        "preset",
+        "accepted",
+        "It replaces the section algorithm, policy.num_mini_batches and critic.enabled.",
+    ),
     _rule("model.path", "refused", "The checkpoint holds the weights of that model."),
     _rule("model.", "accepted", ""),
     _rule("policy.backend", "refused", "The format of the optimizer state depends on it."),
     _rule("policy.ranks", "refused", "The optimizer state is saved per rank."),
+    _rule("critic.enabled", "refused", "The checkpoint has a critic, or has none."),
+    _rule("critic.path", "refused", "The checkpoint holds the weights of that critic."),
+    _rule("critic.ranks", "refused", "The optimizer state is saved per rank."),
+    _rule("critic.", "accepted", "The optimizer keeps its moments."),
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),
     _rule("trainer.seed", "refused", _SAME_ORDER),

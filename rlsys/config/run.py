@@ -7,12 +7,13 @@ from pydantic import Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from rlsys.config.algorithm import AlgorithmConfig
+from rlsys.config.critic import CriticConfig
 from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.data import DataConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
-from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig
+from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.policy import PolicyConfig
 from rlsys.config.presets import preset_called
 from rlsys.config.reward import RewardConfig
@@ -71,9 +72,9 @@ class RunConfig(Section):
     )
     preset: str | None = Field(
         default=None,
-        description="Published algorithm to start from. It replaces the recipe's section algorithm "
-        "and policy.num_mini_batches; --config and the other flags change fields of it. null: the "
-        "recipe's own.",
+        description="Published algorithm to start from. It replaces the recipe's section "
+        "algorithm, policy.num_mini_batches and critic.enabled; --config and the other flags "
+        "change fields of it. null: the recipe's own.",
     )
     plugins: tuple[str, ...] = Field(
         default=(),
@@ -86,6 +87,7 @@ class RunConfig(Section):
         default=GenerationConfig(), description="The generation group."
     )
     policy: PolicyConfig = Field(default=PolicyConfig(), description="The policy.")
+    critic: CriticConfig = Field(default=CriticConfig(), description="The value function.")
     reference: ReferenceConfig = Field(
         default=ReferenceConfig(), description="The frozen reference."
     )
@@ -106,6 +108,24 @@ class RunConfig(Section):
         common = self.policy.model_dump(include=set(ModelRoleConfig.model_fields))
         return ModelRoleConfig.model_validate(common | own)
 
+    def critic_role(self) -> TrainableRoleConfig:
+        """Return the role of the critic: the policy's, with the fields that `critic` sets."""
+        fields = set(TrainableRoleConfig.model_fields)
+        own = self.critic.model_dump(include=fields, exclude_none=True)
+        common = self.policy.model_dump(include=fields)
+        return TrainableRoleConfig.model_validate(common | own)
+
+    def critic_passes(self) -> tuple[int, int]:
+        """Return the critic's epochs and mini-batches per epoch."""
+        critic, policy = self.critic, self.policy
+        return critic.epochs or policy.epochs, critic.num_mini_batches or policy.num_mini_batches
+
+    @property
+    def policy_steps(self) -> int:
+        """The training steps in which the policy is trained: those after the critic's warm-up."""
+        warmup = self.critic.warmup_steps if self.critic.enabled else 0
+        return self.trainer.steps - warmup
+
     @model_validator(mode="before")
     @classmethod
     def _starts_from_preset(cls, data: Any) -> Any:
@@ -118,7 +138,8 @@ class RunConfig(Section):
         except ValueError as error:
             raise PydanticCustomError("mistakes", "{lines}", {"lines": str(error)}) from None
         policy = PolicyConfig(num_mini_batches=preset.num_mini_batches)
-        return {"algorithm": preset.algorithm, "policy": policy} | data
+        critic = CriticConfig(enabled=preset.critic)
+        return {"algorithm": preset.algorithm, "policy": policy, "critic": critic} | data
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:

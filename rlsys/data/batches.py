@@ -2,6 +2,7 @@
 
     PromptBatch -> RolloutBatch -> RewardBatch ---+
                         +--------> LogprobBatch --+--> ScoredBatch -> TrainBatch
+                        +--------> ValueBatch ----+
 
 Arrays are NumPy (Ray shares them zero-copy and read-only), ragged and flat, as in
 `TokenSequences`, which a `RolloutBatch` contains. Nothing is padded here and no mask is inferred
@@ -282,23 +283,50 @@ class LogprobBatch:
 
         Return `[N]` in the precision of the parts. Every row must come exactly once.
         """
-        precision = np.result_type(*(getattr(part, array).dtype for part in parts))
-        whole = np.zeros(int(sequence_offsets[-1]), dtype=precision)
-        seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
+        return _scattered([(part.rows, getattr(part, array)) for part in parts], sequence_offsets)
 
-        for part in parts:
-            values = getattr(part, array)
-            start = 0
-            for row in part.rows:
-                first = sequence_offsets[row]
-                last = sequence_offsets[row + 1]
-                whole[first:last] = values[start : start + last - first]
-                start += last - first
-                seen[row] += 1
-            assert start == len(part.logprobs)
 
-        assert (seen == 1).all(), "each row must come from exactly one rank"
-        return whole
+@dataclass(frozen=True, kw_only=True)
+class ValueBatch:
+    """Values of some rows of a batch under the critic, as one rank returns them.
+
+    `values` holds the rows' tokens one after the other, as in `LogprobBatch`: the value before each
+    sampled token, 0 elsewhere.
+    """
+
+    batch_id: int
+    rows: NDArray[np.int64]  # [b] indices into the whole batch
+    values: NDArray[np.float32]  # [n]
+
+    @staticmethod
+    def scatter(
+        parts: Sequence[ValueBatch], sequence_offsets: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Put the values of all ranks' parts in the order of the whole batch, `[N]`."""
+        return _scattered([(part.rows, part.values) for part in parts], sequence_offsets)
+
+
+def _scattered(
+    parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]],
+    sequence_offsets: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Return [N] the values of (rows, values) of all ranks, in the precision of the parts."""
+    precision = np.result_type(*(values.dtype for _, values in parts))
+    whole = np.zeros(int(sequence_offsets[-1]), dtype=precision)
+    seen = np.zeros(len(sequence_offsets) - 1, dtype=np.int64)
+
+    for rows, values in parts:
+        start = 0
+        for row in rows:
+            first = sequence_offsets[row]
+            last = sequence_offsets[row + 1]
+            whole[first:last] = values[start : start + last - first]
+            start += last - first
+            seen[row] += 1
+        assert start == len(values)
+
+    assert (seen == 1).all(), "each row must come from exactly one rank"
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +343,9 @@ class ScoredBatch:
     # [N]; None: one update per batch, at which old and live are the same
     old_logprobs: NDArray[np.float32] | None = None
     ref_logprobs: NDArray[np.float32] | None = None  # [N]; None: no KL term
+    values: NDArray[np.float32] | None = (
+        None  # [N] of the critic before its update; None: no critic
+    )
     kl_coefficient: float = 0.0  # of the KL term in the loss
     trained: NDArray[np.bool_] | None = None  # [B] responses that enter the loss; None: all
 

@@ -2,7 +2,8 @@
 
 Each response that was sampled in the step has a row. `trained` is true for those that entered the
 loss: not for those that dynamic sampling dropped, and not for those that are masked out. Only
-trained responses have advantages; dropped ones have no `old` and no `ref` log-probabilities either.
+trained responses have advantages; dropped ones have no `old` and no `ref` log-probabilities, values
+and returns either. Values and returns are there where a critic runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from rlsys.data.batches import RewardBatch, ScoredBatch, StopReason, TrainBatch
+
+# Columns of the responses that were kept; null for the others.
+OF_KEPT = ("old_logprobs", "ref_logprobs", "values", "returns", "advantages")
 
 
 def write_rollouts(
@@ -37,11 +41,15 @@ def write_rollouts(
     if advantages is None and isinstance(batch, TrainBatch):
         advantages = batch.advantages
 
+    returns = batch.returns if isinstance(batch, TrainBatch) and batch.values is not None else None
+
     offsets = batch.rollouts.sequence_offsets
     kept = _sample_columns(batch) | {
         "trained": pa.array(trained),
         "old_logprobs": _ragged(offsets, batch.old_logprobs),
         "ref_logprobs": _ragged(offsets, batch.ref_logprobs),
+        "values": _ragged(offsets, batch.values),
+        "returns": _ragged(offsets, returns),
         "advantages": _ragged(offsets, advantages, trained),
     }
     tables = [pa.table(kept)]
@@ -50,7 +58,7 @@ def write_rollouts(
         nothing = _ragged(dropped.rollouts.sequence_offsets, None)
         columns = _sample_columns(dropped) | {
             "trained": pa.array(np.zeros(len(dropped), dtype=np.bool_)),
-            **dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages"), nothing),
+            **dict.fromkeys(OF_KEPT, nothing),
         }
         tables.append(pa.table(columns))
 

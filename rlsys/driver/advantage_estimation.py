@@ -1,7 +1,7 @@
 """The advantage estimator's inputs, built here and nowhere else, and its call.
 
     rewards ------------------------------+
-    log-probs, norms, auxiliary (flat) ---+--> AdvantageInputs --> estimator --> AdvantageOutput
+    log-probs, values, norms, ... (flat) -+--> AdvantageInputs --> estimator --> AdvantageOutput
     costs of tokens (KL, entropy) --------+         [B, T]                           [B, T]
 
 The advantage controller estimates once per batch; with `algorithm.advantage.recompute` the ranks of
@@ -23,24 +23,28 @@ from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput, run_es
 from rlsys.algorithms.entropy import entropy_rewards
 from rlsys.algorithms.kl import check_kl_in_reward, kl_rewards
 from rlsys.config import AlgorithmConfig, RunConfig
-from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason
+from rlsys.data.batches import LogprobBatch, RewardBatch, RolloutBatch, StopReason, ValueBatch
 from rlsys.data.padding import ResponsePadding
 from rlsys.run.required_inputs import estimator_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenArrays:
-    """Values per token from policy and reference, flat. None: they were not computed."""
+    """Values per token from policy, reference and critic, flat. None: they were not computed."""
 
     old: NDArray[np.float32] | None = None  # [N]
     ref: NDArray[np.float32] | None = None  # [N]
+    values: NDArray[np.float32] | None = None  # [N]
     squared_score_norms: NDArray[np.float32] | None = None  # [N]
     exact_kl: NDArray[np.float32] | None = None  # [N] of old and reference, over the vocabulary
     auxiliary: NDArray[np.float32] | None = None  # [N, p] of the estimator's network
 
     @staticmethod
     def join(
-        rollouts: RolloutBatch, old: Sequence[LogprobBatch], ref: Sequence[LogprobBatch]
+        rollouts: RolloutBatch,
+        old: Sequence[LogprobBatch],
+        ref: Sequence[LogprobBatch],
+        values: Sequence[ValueBatch] = (),
     ) -> TokenArrays:
         """Join the parts of all ranks, in the order of the batch."""
         offsets = rollouts.sequence_offsets
@@ -54,6 +58,7 @@ class TokenArrays:
         return TokenArrays(
             old=LogprobBatch.scatter(old, offsets) if old else None,
             ref=LogprobBatch.scatter(ref, offsets) if ref else None,
+            values=ValueBatch.scatter(values, offsets) if values else None,
             squared_score_norms=norms,
             exact_kl=exact_kl,
         )
@@ -120,6 +125,7 @@ def advantage_inputs(
         rollout_logprobs=padded(rollouts.rollout_logprobs),
         old_logprobs=old,
         ref_logprobs=ref,
+        values=padded(arrays.values),
         squared_score_norms=padded(arrays.squared_score_norms),
         greedy_rewards=None if greedy is None else chosen(of_each_response(rollouts, greedy)),
         truncated=chosen(rollouts.stop_reasons == StopReason.LENGTH),

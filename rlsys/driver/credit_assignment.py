@@ -3,6 +3,7 @@
     outcome rewards -----------------+
     KL to the reference, per token --+--> advantage estimator --> TrainBatch
     entropy, per token --------------+
+    values of a critic --------------+
 
 Three things outlive a batch: the KL coefficient, the entropy temperature and the estimator's own
 state. They are saved in checkpoints.
@@ -10,6 +11,7 @@ state. They are saved in checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,10 +21,11 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from rlsys.algorithms.advantages import AdvantageOutput
+from rlsys.algorithms.advantages import AdvantageInputs, AdvantageOutput
 from rlsys.algorithms.bounded_ratio import finite_logprobs
 from rlsys.algorithms.entropy import tuned_temperature
 from rlsys.algorithms.kl import adapted_coefficient, kl_estimate
+from rlsys.algorithms.value import explained_variance
 from rlsys.config import RunConfig
 from rlsys.data.batches import (
     LogprobBatch,
@@ -31,6 +34,7 @@ from rlsys.data.batches import (
     ScoredBatch,
     StopReason,
     TrainBatch,
+    ValueBatch,
 )
 from rlsys.data.padding import ResponsePadding
 from rlsys.driver.advantage_estimation import (
@@ -61,6 +65,35 @@ def _advantage_metrics(output: AdvantageOutput, lengths: NDArray[np.int64]) -> d
     size = mean(float(output.advantages.abs().sum()) / max(tokens, 1), tokens)
     own = {f"advantage/{name}": mean(value) for name, value in output.diagnostics.items()}
     return {"advantage/mean_abs": size} | own
+
+
+def _critic_metrics(
+    name: str, inputs: AdvantageInputs, output: AdvantageOutput
+) -> dict[str, Metric]:
+    """Return `critic/...` of the values before their update.
+
+    Raises:
+        ValueError: the estimator `name` returned no targets for the critic.
+    """
+    if output.returns is None:
+        raise ValueError(
+            f"algorithm.advantage.name: {name!r} returned no returns, which are the targets of the "
+            "critic. Return them in AdvantageOutput, or set critic.enabled to false."
+        )
+    assert inputs.values is not None, "the critic has computed its values"
+    mask = inputs.response_mask
+    tokens = int(mask.sum())
+    if not tokens:
+        return {}
+
+    explained = explained_variance(inputs.values, output.returns, mask)
+    metrics = {
+        "critic/value_mean": mean(float(inputs.values[mask].mean()), tokens),
+        "critic/return_mean": mean(float(output.returns[mask].mean()), tokens),
+    }
+    if math.isfinite(explained):
+        metrics["critic/explained_variance"] = mean(explained, tokens)
+    return metrics
 
 
 class CreditAssigner:
@@ -109,7 +142,9 @@ class CreditAssigner:
                 rewards=RewardBatch.concatenate(records.dropped_rewards),
             )
 
-        batch, metrics = self.assign(rollouts, rewards, records.old, records.ref, greedy)
+        batch, metrics = self.assign(
+            rollouts, rewards, records.old, records.ref, greedy, values=records.values
+        )
         return Credited(batch, dropped, batch_metrics(batch, dropped, greedy) | metrics)
 
     def assign(
@@ -119,6 +154,8 @@ class CreditAssigner:
         old: Sequence[LogprobBatch],
         ref: Sequence[LogprobBatch],
         greedy: RewardBatch | None = None,
+        *,
+        values: Sequence[ValueBatch] = (),
     ) -> tuple[ScoredBatch, dict[str, Metric]]:
         """Return the batch of a joined step, and metrics.
 
@@ -130,7 +167,7 @@ class CreditAssigner:
             ValueError: the estimator lacks an input, or its result has the wrong type or shape, or
                 is not finite.
         """
-        arrays = TokenArrays.join(rollouts, old, ref)
+        arrays = TokenArrays.join(rollouts, old, ref, values)
         scored = _scored(rollouts, rewards, greedy)
         batch = self._scored_batch(rollouts, rewards, arrays, scored)
         metrics: dict[str, Metric] = {}
@@ -178,7 +215,11 @@ class CreditAssigner:
         if output.returns is not None:
             returns = _flat(rollouts, output.returns, rows, precision)
         credited = batch.credited(advantages, returns=returns)
-        return credited, _advantage_metrics(output, rollouts.response_lengths[rows])
+        metrics = _advantage_metrics(output, rollouts.response_lengths[rows])
+        if arrays.values is not None:
+            name = self._config.algorithm.advantage.name
+            metrics |= _critic_metrics(name, inputs, output)
+        return credited, metrics
 
     def _scored_batch(
         self,
@@ -196,6 +237,7 @@ class CreditAssigner:
             rewards=rewards,
             old_logprobs=arrays.old,
             ref_logprobs=arrays.ref,
+            values=arrays.values,
             kl_coefficient=self._kl_coefficient if in_loss else 0.0,
             trained=_trained(self._config, rollouts, rewards, scored),
         )

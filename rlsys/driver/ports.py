@@ -23,6 +23,8 @@ from rlsys.data.batches import (
     RolloutBatch,
     SamplingParameters,
     ScoredBatch,
+    TrainBatch,
+    ValueBatch,
 )
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.metrics import MetricMap
@@ -49,14 +51,15 @@ class RolloutPart:
 class StepHandles:
     """All records of the samples of one step; groups in prompt order.
 
-    An empty sequence of log-probabilities means that there are none. Dropped parts were sampled and
-    not kept: they are counted in the metrics and get no advantages.
+    An empty sequence of log-probabilities or values means that there are none. Dropped parts were
+    sampled and not kept: they are counted in the metrics and get no advantages.
     """
 
     rollouts: Sequence[Handle[RolloutBatch]]
     rewards: Sequence[Handle[RewardBatch]]
     old: Sequence[Handle[LogprobBatch]] = ()  # one per rank
     ref: Sequence[Handle[LogprobBatch]] = ()
+    values: Sequence[Handle[ValueBatch]] = ()  # one per rank
     greedy: Sequence[Handle[RewardBatch]] = ()  # of one greedy response per prompt
     dropped_rollouts: Sequence[Handle[RolloutBatch]] = ()
     dropped_rewards: Sequence[Handle[RewardBatch]] = ()
@@ -83,6 +86,7 @@ class StepRecords:
     rewards: Sequence[RewardBatch]
     old: Sequence[LogprobBatch] = ()
     ref: Sequence[LogprobBatch] = ()
+    values: Sequence[ValueBatch] = ()
     greedy: Sequence[RewardBatch] = ()
     dropped_rollouts: Sequence[RolloutBatch] = ()
     dropped_rewards: Sequence[RewardBatch] = ()
@@ -197,6 +201,37 @@ class Policy(Protocol):
         ...
 
 
+class Critic(Protocol):
+    """The actor group of the value function."""
+
+    async def values(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[ValueBatch]]:
+        """Compute the value before each sampled token of a batch, given as parts in prompt order.
+
+        Return one handle per rank.
+        """
+        ...
+
+    async def update(self, batch: Handle[TrainBatch]) -> MetricMap:
+        """Train on the `returns` of one batch, starting from its `values`.
+
+        All epochs and mini-batches; return metrics merged over ranks.
+        """
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write weights (Hugging Face layout), optimizer and schedule below `directory`.
+
+        The directory exists and is empty.
+        """
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Continue from the files that `save` wrote."""
+        ...
+
+
 class AdvantageComputer(Protocol):
     """The advantage controller."""
 
@@ -279,4 +314,5 @@ class Workers:
     reference: Reference | None  # None where no KL term is configured
     advantages: AdvantageComputer
     weights: WeightSync
+    critic: Critic | None = None  # None where critic.enabled is false
     reporting: Sequence[HasMetrics] = ()

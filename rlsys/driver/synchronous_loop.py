@@ -2,9 +2,13 @@
 
     prompts --> generate --group by group--> score ---------+
                    |                                        |
-                   +----> old log-probs, ref log-probs -----+--> advantages --> update --+
-                          (where they are needed)                                        |
+                   +----> old log-probs, ref log-probs, ----+--> advantages --> update --+
+                          values (where they are needed)               critic, policy    |
                                                            next step <-- sync weights <--+
+
+The critic is updated before the policy, not beside it: they share cores or a GPU, and so neither
+has to fit beside the activations of the other. In the first `critic.warmup_steps` steps only the
+critic is updated.
 
 Large records stay in the object store; this module handles references and small metrics only.
 """
@@ -14,13 +18,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import LogprobBatch
+from rlsys.data.batches import LogprobBatch, ValueBatch
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, StepHandles, Workers
 from rlsys.driver.sampling import Sampler
@@ -29,12 +33,15 @@ from rlsys.metrics import MetricMap, combine, values
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.required_inputs import required_inputs
 
+CRITIC_DIRECTORY = "critic"  # in a checkpoint, beside the files of the policy
 
-class _Logprobs(NamedTuple):
+
+class _ModelOutputs(NamedTuple):
     """One handle per rank; empty where a model does not compute them."""
 
     old: Sequence[Handle[LogprobBatch]]
     ref: Sequence[Handle[LogprobBatch]]
+    values: Sequence[Handle[ValueBatch]]
     ref_hidden: Sequence[Handle[HiddenStates | None]] = ()
 
 
@@ -60,6 +67,8 @@ class SynchronousLoop:
         session.register("prompts", prompts)
         session.register("advantages", workers.advantages)
         session.register_model(workers.policy)
+        if workers.critic:
+            session.register_model(workers.critic, CRITIC_DIRECTORY)
 
     async def run(self) -> Outcome:
         """Train until the last step or a stop request; the resulting weights are always saved."""
@@ -89,7 +98,7 @@ class SynchronousLoop:
         greedy = [group.greedy for group in groups if group.greedy is not None]
 
         with session.phase("logprobs"):  # the reward pool works meanwhile
-            old, ref, hidden = await self._old_and_ref_logprobs(rollouts)
+            outputs = await self._model_outputs(rollouts)
         with session.phase("reward"):
             await self._sampler.rewards([*groups, *greedy], "training")
 
@@ -98,37 +107,62 @@ class SynchronousLoop:
                 StepHandles(
                     rollouts=rollouts,
                     rewards=rewards,
-                    old=old,
-                    ref=ref,
+                    old=outputs.old,
+                    ref=outputs.ref,
+                    values=outputs.values,
                     greedy=[group.rewards for group in greedy],
                     dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
                     dropped_rewards=[group.rewards for group in sampled.dropped],
                 )
             )
 
-        with session.phase("update"):
-            update = await self._update(step, credited, hidden)
+        updates = await self._updates(step, credited, outputs.ref_hidden)
         with session.phase("sync"):
             sync = await workers.weights.sync(step)
 
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
-        metrics = combine([sampled.metrics, credited.metrics, update, sync, *memory])
+        metrics = combine([sampled.metrics, credited.metrics, *updates, sync, *memory])
         return _with_throughput(values(metrics) | session.measurements())
 
-    async def _old_and_ref_logprobs(self, rollouts: Sequence[Handle]) -> _Logprobs:
-        """Compute both, each only where it is needed; concurrently unless one needs the other."""
+    async def _model_outputs(self, rollouts: Sequence[Handle]) -> _ModelOutputs:
+        """Compute each output that is needed; concurrently unless one needs another."""
         policy, reference = self._workers.policy, self._workers.reference
+        critic = self._workers.critic
         needs_old = "old_logprobs" in self._needs
         if reference and self._config.algorithm.kl.estimator == "exact":
             ref, hidden = await reference.logprobs_and_hidden(rollouts)
-            old = await policy.logprobs(rollouts, hidden) if needs_old else ()
-            return _Logprobs(old, ref, hidden)
+            old, state_values = await asyncio.gather(
+                policy.logprobs(rollouts, hidden) if needs_old else _none(),
+                critic.values(rollouts) if critic else _none(),
+            )
+            return _ModelOutputs(old, ref, state_values, hidden)
 
-        old, ref = await asyncio.gather(
+        old, ref, state_values = await asyncio.gather(
             policy.logprobs(rollouts) if needs_old else _none(),
             reference.logprobs(rollouts) if reference else _none(),
+            critic.values(rollouts) if critic else _none(),
         )
-        return _Logprobs(old, ref)
+        return _ModelOutputs(old, ref, state_values)
+
+    async def _updates(
+        self,
+        step: int,
+        credited: CreditedBatch,
+        ref_hidden: Sequence[Handle[HiddenStates | None]],
+    ) -> list[MetricMap]:
+        """Update the critic, and after its warm-up the policy; write the samples of the step."""
+        critic, found = self._workers.critic, []
+        if critic:
+            with self._session.phase("critic"):
+                batch: Handle[Any] = credited.batch  # with a critic always a `TrainBatch`
+                found.append(await critic.update(batch))
+            if step <= self._config.critic.warmup_steps:
+                await self._write_rollouts(step, credited)
+                return found
+
+        with self._session.phase("update"):
+            found.append(await self._update(step, credited, ref_hidden))
+        return found
 
     async def _update(
         self,
@@ -167,7 +201,7 @@ class SynchronousLoop:
             )
 
 
-async def _none() -> Sequence[Handle[LogprobBatch]]:
+async def _none() -> Sequence[Handle[Any]]:
     return ()
 
 
@@ -178,6 +212,6 @@ def _with_throughput(numbers: Mapping[str, float]) -> dict[str, float]:
     return {
         **numbers,
         "throughput/generate": sampled / max(numbers["time/generate"], 1e-9),
-        "throughput/update": trained / max(numbers["time/update"], 1e-9),
+        "throughput/update": trained / max(numbers.get("time/update", 0.0), 1e-9),
         "throughput/step": sampled / max(numbers["time/step"], 1e-9),
     }

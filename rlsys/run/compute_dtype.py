@@ -96,6 +96,10 @@ def choose_dtypes(
         configured["reference.compute_dtype"] = config.reference.compute_dtype
         on_gpu["reference.compute_dtype"] = trains_on_gpu
 
+    if config.critic.compute_dtype is not None:
+        configured["critic.compute_dtype"] = config.critic.compute_dtype
+        on_gpu["critic.compute_dtype"] = trains_on_gpu
+
     speed = None
     if not all(on_gpu.values()):
         speed = (measure or cached_product_speed)(hardware, mlp_shape(model_directory))

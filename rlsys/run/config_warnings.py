@@ -53,13 +53,21 @@ def _kl_warnings(config: RunConfig) -> Iterator[str]:
 
 
 def _schedule_warnings(config: RunConfig) -> Iterator[str]:
-    optimizer, steps = config.policy.optimizer, config.trainer.steps
-    if optimizer.warmup_steps > steps:
+    trained = {"policy": (config.policy.optimizer, config.policy_steps)}
+    if config.critic.enabled:
+        trained["critic"] = (config.critic.optimizer, config.trainer.steps)
+
+    for role, (optimizer, steps) in trained.items():
+        if optimizer.warmup_steps <= steps:
+            continue
         final = optimizer.learning_rate * steps / optimizer.warmup_steps
+        total = "trainer.steps"
+        if steps < config.trainer.steps:
+            total = "trainer.steps - critic.warmup_steps"
         yield (
-            f"policy.optimizer.warmup_steps: {optimizer.warmup_steps} is above trainer.steps "
-            f"{steps}, so the learning rate ends at {final:.3g} and never reaches "
-            f"policy.optimizer.learning_rate {optimizer.learning_rate:g}. Lower it, or train "
+            f"{role}.optimizer.warmup_steps: {optimizer.warmup_steps} is above {total} {steps}, so "
+            f"the learning rate ends at {final:.3g} and never reaches "
+            f"{role}.optimizer.learning_rate {optimizer.learning_rate:g}. Lower it, or train "
             "longer."
         )
 

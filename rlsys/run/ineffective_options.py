@@ -200,6 +200,28 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: s.config.policy.optimizer.schedule == "constant",
         because="policy.optimizer.schedule is constant",
     ),
+    # The critic.
+    _row(
+        "critic.",
+        when=lambda s: not s.config.critic.enabled,
+        because="critic.enabled is false",
+    ),
+    _row(
+        "critic.value_clip",
+        when=lambda s: s.config.critic_passes() == (1, 1),
+        because="there is one update of the critic per batch (critic.epochs x "
+        "critic.num_mini_batches is 1), before which no value has moved",
+    ),
+    _row(
+        "critic.optimizer.minimum_ratio",
+        when=lambda s: s.config.critic.optimizer.schedule == "constant",
+        because="critic.optimizer.schedule is constant",
+    ),
+    _row(
+        "critic.offload_optimizer",
+        when=lambda s: s.has_no_gpu,
+        because="this machine has no GPU",
+    ),
     # Data.
     _row(
         "data.synthetic.",

@@ -1,9 +1,10 @@
-"""Checks that need the files of the model and its reference."""
+"""Checks that need the files of the model, its reference and its critic."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,88 @@ from rlsys.models.loading import (
     end_token_ids,
     load_tokenizer,
 )
+from rlsys.models.value_models import value_layout
 
 
-def check_model(config: RunConfig, model_directory: Path, reference_directory: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ModelDirectories:
+    """The models of a run, each the directory of the policy where no other is configured."""
+
+    policy: Path
+    reference: Path
+    critic: Path
+
+    @staticmethod
+    def same(directory: Path) -> ModelDirectories:
+        """Return the directories of a run with one model."""
+        return ModelDirectories(policy=directory, reference=directory, critic=directory)
+
+
+def check_model(config: RunConfig, directories: ModelDirectories) -> None:
     """Refuse models that the run cannot train, sample from or compare.
 
     Raises:
         ConfigError: an architecture that cannot be trained, attention heads that cannot be split,
-            a reference with other tokens, a model without an end token, or too few positions for
-            prompt and response.
+            a reference or a critic with other tokens, a critic that can have no value head, a model
+            without an end token, or too few positions for prompt and response.
     """
-    model = _model_config(model_directory, "model.path", config.model.path)
-    _check_architectures(config, model_directory, reference_directory)
+    model = _model_config(directories.policy, "model.path", config.model.path)
+    _check_architectures(config, directories)
     _check_heads(config, model)
-    if reference_directory != model_directory:
-        _check_vocabularies(config, model, reference_directory)
-    _check_ends(config, model_directory)
-    _check_positions(config, model_directory)
+    if directories.reference != directories.policy:
+        _check_vocabularies(config, model, directories.reference)
+    if config.critic.enabled:
+        _check_critic(config, model, directories)
+    _check_ends(config, directories.policy)
+    _check_positions(config, directories.policy)
+
+
+def _check_critic(
+    config: RunConfig, model: Mapping[str, Any], directories: ModelDirectories
+) -> None:
+    """Refuse a critic that has no head, or that reads the tokens of the policy as others."""
+    path = config.critic.path or config.model.path
+    try:
+        value_layout(directories.critic)
+    except ValueError as error:
+        raise ConfigError(f"critic.path: {path!r}: {error}") from error
+    if directories.critic == directories.policy:
+        return
+
+    critic = _model_config(directories.critic, "critic.path", path)
+    own, needed = critic.get("vocab_size"), model.get("vocab_size")
+    if isinstance(own, int) and isinstance(needed, int) and own < needed:
+        raise ConfigError(
+            f"critic.path: {path!r} has embeddings for {own} tokens and model.path "
+            f"{config.model.path!r} for {needed}. Give a model with the same tokenizer."
+        )
+
+    trust = config.model.trust_remote_code
+    tokens = load_tokenizer(directories.policy, trust_remote_code=trust).get_vocab()
+    try:
+        others = load_tokenizer(directories.critic, trust_remote_code=trust).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"critic.path: {path!r} has no tokenizer to compare with that of model.path "
+            f"({' '.join(str(error).split())[:120]}). Copy the files of its tokenizer there."
+        ) from error
+
+    differing = next((token for token, i in tokens.items() if others.get(token) != i), None)
+    if differing is not None:
+        raise ConfigError(
+            f"critic.path: the tokenizer of {path!r} differs from that of model.path "
+            f"{config.model.path!r}: token {differing!r} is {others.get(differing, 'absent')} "
+            f"there and {tokens[differing]} here, and the critic reads the policy's token ids. "
+            "Give a model with the same tokenizer."
+        )
+
+    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
+    limit = context_length(directories.critic)
+    if limit is not None and prompt + response > limit:
+        raise ConfigError(
+            f"critic.path: data.max_prompt_tokens {prompt} + generation.max_tokens {response} "
+            f"exceed the {limit} positions of {path!r}. Lower one of them."
+        )
 
 
 def _check_vocabularies(
@@ -72,11 +138,13 @@ def _check_ends(config: RunConfig, model_directory: Path) -> None:
         )
 
 
-def _check_architectures(
-    config: RunConfig, model_directory: Path, reference_directory: Path
-) -> None:
+def _check_architectures(config: RunConfig, directories: ModelDirectories) -> None:
     longest = config.data.max_prompt_tokens + config.generation.max_tokens
-    models = {"model.path": model_directory, "reference.path": reference_directory}
+    models = {
+        "model.path": directories.policy,
+        "reference.path": directories.reference,
+        "critic.path": directories.critic,
+    }
     for field, directory in models.items():
         try:
             check_architecture(

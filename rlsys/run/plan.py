@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlsys.config import RunConfig
+from rlsys.config import RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.models.loading import parameter_count
 from rlsys.rewards import with_token_limit
 from rlsys.run.directory import RunDirectory
+from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.required_inputs import estimator_parameters
 
 
@@ -18,17 +19,17 @@ def describe_plan(
     config: RunConfig,
     hardware: Hardware,
     problems: LoadedProblems,
-    model_directory: Path,
+    directories: ModelDirectories,
     directory: RunDirectory,
 ) -> str:
     """Describe what a run would start, with a rough estimate of its memory. Nothing is started.
 
-    Memory of a policy rank: (4 weights + 4 gradients + 8 Adam) bytes per parameter, divided by the
-    ranks, and a copy of the weights in bfloat16 where that is the compute dtype. Memory of an
-    engine: its weights and the KV cache. Activations are not included; they grow with
-    policy.microbatch_tokens.
+    Memory of a rank of the policy or the critic: (4 weights + 4 gradients + 8 Adam) bytes per
+    parameter, divided by the ranks, and a copy of the weights in bfloat16 where that is the compute
+    dtype. Memory of an engine: its weights and the KV cache. Activations are not included; they
+    grow with policy.microbatch_tokens.
     """
-    parameters = parameter_count(model_directory)
+    parameters = parameter_count(directories.policy)
     rows = {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
         "ray": config.cluster.joined_address or "started on this machine",
@@ -36,6 +37,7 @@ def describe_plan(
         "generation": _generation(config, hardware, parameters),
         "policy": _policy(config, hardware, parameters),
         "reference": _reference(config),
+        "critic": _critic(config, directories.critic),
         "rewards": _rewards(config),
         "advantages": _advantages(config),
         "data": f"{problems.describe()}, template {config.data.template}",
@@ -63,13 +65,26 @@ def _generation(config: RunConfig, hardware: Hardware, parameters: int) -> str:
 
 def _policy(config: RunConfig, hardware: Hardware, parameters: int) -> str:
     policy = config.policy
-    compute_copy = 2 if policy.compute_dtype == "bfloat16" else 0  # bytes per parameter
-    rank_gib = parameters * (16 / policy.ranks + compute_copy) / 1024**3
     gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
     return (
         f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; "
-        f"{rank_gib:.2f} GiB weights, gradients and Adam ({policy.compute_dtype}), and activations"
+        f"{_training_memory(policy, parameters)}"
     )
+
+
+def _training_memory(role: TrainableRoleConfig, parameters: int) -> str:
+    """Describe the memory of one rank of a trained model."""
+    compute_copy = 2 if role.compute_dtype == "bfloat16" else 0  # bytes per parameter
+    rank_gib = parameters * (16 / role.ranks + compute_copy) / 1024**3
+    return f"{rank_gib:.2f} GiB weights, gradients and Adam ({role.compute_dtype}), and activations"
+
+
+def _critic(config: RunConfig, directory: Path) -> str:
+    if not config.critic.enabled:
+        return "none (critic.enabled is false)"
+    role = config.critic_role()
+    memory = _training_memory(role, parameter_count(directory))
+    return f"{role.ranks} ranks beside the policy; {memory}"
 
 
 def _reference(config: RunConfig) -> str:

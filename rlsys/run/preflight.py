@@ -15,6 +15,7 @@ from rlsys.algorithms.advantages import (
     get_advantage_estimator,
     is_importance_corrected,
     is_unbiased,
+    reads_values,
 )
 from rlsys.algorithms.kl import KLLossTerms, check_exact_kl, check_kl_in_reward, check_kl_loss
 from rlsys.algorithms.policy_objectives import check_objective
@@ -65,7 +66,9 @@ def _checks(
     objective = config.algorithm.objective
     yield "run.directory", lambda: directory.check(resume=resume)
     yield "model.path", lambda: check_model_path(config.model.path)
-    yield "reference.path", lambda: _check_reference_path(config)
+    yield "reference.path", lambda: _check_path("reference.path", config.reference.path)
+    if config.critic.enabled:
+        yield "critic.path", lambda: _check_path("critic.path", config.critic.path)
     yield "data.template", lambda: load_template(config.data.template)
     yield "algorithm.advantage", lambda: _check_estimator(config)
     yield (
@@ -81,14 +84,13 @@ def _checks(
         )
 
 
-def _check_reference_path(config: RunConfig) -> None:
-    reference = config.reference.path
-    if reference is None:
+def _check_path(field: str, path: str | None) -> None:
+    if path is None:
         return
     try:
-        check_model_path(reference)
+        check_model_path(path)
     except ValueError as error:
-        raise ValueError(str(error).replace("model.path:", "reference.path:", 1)) from error
+        raise ValueError(str(error).replace("model.path:", f"{field}:", 1)) from error
 
 
 def _check_estimator(config: RunConfig) -> None:
@@ -139,11 +141,22 @@ def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
     yield from _group_contradictions(config, name)
     yield from _kl_contradictions(config, name)
     yield from _recompute_contradictions(config, name)
+    yield from _critic_contradictions(config, name)
     yield from estimator_spec(name).check(config)
     for need in sorted(missing_inputs(config)):
+        remedy = "Set critic.enabled true, or choose" if need == "values" else "Choose"
         yield (
             f"algorithm.advantage.name: {name!r} needs {need}, which no part of this run computes. "
-            "Choose another estimator."
+            f"{remedy} another estimator."
+        )
+
+
+def _critic_contradictions(config: RunConfig, name: str) -> Iterator[str]:
+    if config.critic.enabled and not reads_values(name):
+        suitable = [e for e in available_advantage_estimators() if reads_values(e)]
+        yield (
+            f"critic.enabled: true trains a critic that the estimator {name!r} does not read. Set "
+            f"it to false, or choose --algorithm.advantage.name {' or '.join(suitable)}."
         )
 
 

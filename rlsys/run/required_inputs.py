@@ -18,6 +18,8 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
         needs |= estimator_needs(algorithm.advantage.name)
     if algorithm.kl.coefficient > 0:
         needs.add("ref_logprobs")
+    if config.critic.enabled:
+        needs.add("values")
 
     several_updates = policy.epochs * policy.num_mini_batches > 1 and not recomputes
     adapts_kl = algorithm.kl.target is not None
@@ -27,7 +29,7 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
     return frozenset(needs)
 
 
-# Inputs that every run can provide. There is no critic, and a response is not split into steps.
+# Inputs that every run can provide. A response is not split into steps.
 PROVIDED: frozenset[Need] = frozenset(
     (
         "rollout_logprobs",
@@ -46,6 +48,8 @@ def missing_inputs(config: RunConfig) -> frozenset[Need]:
     provided = set(PROVIDED)
     if charges_tokens(config):
         provided.add("token_rewards")
+    if config.critic.enabled:
+        provided.add("values")
     return estimator_needs(algorithm.advantage.name) - provided
 
 

@@ -40,7 +40,9 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the configuration of the run that wrote a checkpoint, under its present names."""
-    return translated(checkpoint.state["config"])
+    saved = translated(checkpoint.state["config"])
+    # Earlier versions had no critic.
+    return {"critic": {"enabled": False}} | saved
 
 
 def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:

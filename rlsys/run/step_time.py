@@ -55,6 +55,7 @@ def estimate_step(
     """Estimate the time of a step, or return None where `speed` does not apply to the workers.
 
     A forward pass takes 2 operations for each parameter and token; with the backward pass it is 6.
+    A critic is taken to be as large as the policy.
 
     Args:
         parameters: number of parameters of the model.
@@ -72,7 +73,10 @@ def estimate_step(
 
     updates = policy.epochs * policy.num_mini_batches
     forward_passes = (updates > 1) + (config.algorithm.kl.coefficient > 0)  # old; reference
-    training = (6 * policy.epochs + 2 * forward_passes) * parameters * trained
+    passes = 6 * policy.epochs + 2 * forward_passes
+    if config.critic.enabled:
+        passes += 2 + 6 * config.critic_passes()[0]  # the values, then their update
+    training = passes * parameters * trained
     sampling = 2 * parameters * (prompts * prompt_tokens + sampled)
 
     cores = 1e9 * hardware.cpus  # sampling and training take turns, each on all cores

@@ -29,6 +29,7 @@ from rlsys.run.resume import describe_origin
 pytestmark = pytest.mark.slow  # a hundred command lines
 ROOT = Path(__file__).resolve().parents[2]
 # Fails loudly if Ray or vLLM is even imported.
+CRITIC = ["--critic.enabled", "true", "--algorithm.advantage.name", "gae"]
 RUNNER = """
 import sys, importlib.abc
 class NoRay(importlib.abc.MetaPathFinder):
@@ -227,6 +228,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reference.path",
             "same tokenizer",
         ),
+        ([*CRITIC, "--critic.path", "/no/model"], "critic.path", "nor an existing directory"),
+        ([*CRITIC, "--critic.path", "{files}/mute"], "critic.path", "files of its tokenizer"),
+        (CRITIC[:2], "critic.enabled", "does not read"),
         (
             ["--algorithm.advantage.parameters.eps", "-1"],
             "algorithm.advantage.parameters.eps",

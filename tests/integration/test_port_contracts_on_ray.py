@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 import ray
 
+from rlsys.config.command_line import evolve
 from rlsys.data.batches import SamplingParameters
 from tests.support.port_contracts import WITH_FILES, WITHOUT_FILES, System
 from tests.support.real_parts import make_config, started
@@ -24,7 +25,9 @@ async def system(ray_cluster: None) -> AsyncIterator[System]:
     async def open_handle(handle: Any) -> Any:
         return await handle
 
-    async with started(make_config()) as parts:
+    critic = {"critic.enabled": True, "critic.optimizer.learning_rate": 1e-3}
+    config = evolve(make_config(), {"algorithm.advantage.name": "gae", **critic})
+    async with started(config) as parts:
         system = System(
             workers=parts.workers,
             prompts=parts.prompts.train.next_batch(),

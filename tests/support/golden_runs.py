@@ -80,6 +80,7 @@ def preset_config(name: str, directory: Path) -> RunConfig:
                 "num_mini_batches": 2,
                 "optimizer": {"learning_rate": 1e-3},
             },
+            "critic": {"enabled": PRESETS[name].critic, "optimizer": {"learning_rate": 1e-3}},
             "algorithm": PRESETS[name].algorithm.model_dump(),
             "reward": {"functions": [{"name": "example_digits"}]},
             "trainer": {

@@ -32,6 +32,7 @@ from rlsys.data.batches import (
     ScoredBatch,
     StopReason,
     TrainBatch,
+    ValueBatch,
 )
 from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.prompt_stream import PromptStream
@@ -409,6 +410,53 @@ class FirstTokenScorer:
         return {"memory/reward": maximum(0.0)}
 
 
+class TableCritic:
+    """A `ports.Critic`: gradient descent on a table of values [problems, positions]."""
+
+    def __init__(self, stage: Stage, config: RunConfig) -> None:
+        self._stage = stage
+        self.table = np.zeros((PROBLEMS, config.generation.max_tokens))
+        self.updates = 0
+
+    async def values(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[ValueBatch]]:
+        await self._stage.enter("values")
+        batch = RolloutBatch.concatenate(await _open_all(rollouts))
+        problems, positions, _ = _coordinates(batch)
+        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
+        flat[batch.response_mask] = self.table[problems, positions]
+
+        # Two parts, as from two ranks.
+        parts = []
+        for rows in (np.arange(1, len(batch), 2), np.arange(0, len(batch), 2)):
+            own = _rows_of(flat, rows, batch)
+            part = ValueBatch(batch_id=batch.batch_id, rows=rows, values=own)
+            parts.append(self._stage.put(part))
+        return parts
+
+    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+        await self._stage.enter("update:critic")
+        (train,) = await _open_all([batch])
+        problems, positions, tokens = _coordinates(train.rollouts)
+        errors = self.table[problems, positions] - train.returns[train.rollouts.response_mask]
+        gradient = np.zeros_like(self.table)
+        np.add.at(gradient, (problems, positions), errors / len(tokens))
+        self.table = self.table - 2.0 * gradient
+        self.updates += 1
+        return {"critic/loss": mean(float((errors**2).mean() / 2)), "critic/updates": total(1)}
+
+    async def save(self, directory: Path) -> None:
+        await self._stage.enter("save:critic")
+        np.save(directory / "critic.npy", self.table)
+        (directory / "critic_state.json").write_text(json.dumps({"updates": self.updates}))
+
+    async def load(self, directory: Path) -> None:
+        await self._stage.enter("load:critic")
+        self.table = np.load(directory / "critic.npy")
+        self.updates = json.loads((directory / "critic_state.json").read_text())["updates"]
+
+
 class InProcessAdvantages:
     """A `ports.AdvantageComputer` with the real controller's arithmetic."""
 
@@ -431,6 +479,7 @@ class InProcessAdvantages:
                 "group_ids": train.rollouts.prompts.group_ids.tolist(),
                 "old_difference": _largest_difference(train.old_logprobs, train.rollouts),
                 "ref_difference": _largest_difference(train.ref_logprobs, train.rollouts),
+                "values": None if train.values is None else train.values.copy(),
             }
         )
         return CreditedBatch(
@@ -499,11 +548,14 @@ def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
     if config.algorithm.kl.coefficient:
         reference = TablePolicy(stage, config, prefix="ref")
 
+    critic = TableCritic(stage, config) if config.critic.enabled else None
+
     return Workers(
         generator=generator,
         scorer=scorer,
         policy=policy,
         reference=reference,
+        critic=critic,
         advantages=advantages,
         weights=TableSync(stage, policy, generator),
         reporting=(generator, scorer, advantages),

@@ -21,6 +21,7 @@ from rlsys.data.batches import (
     SamplingParameters,
     ScoredBatch,
     TrainBatch,
+    ValueBatch,
 )
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.driver.ports import Handle, RolloutPart, StepHandles, Workers
@@ -31,7 +32,7 @@ from rlsys.metrics import values
 class System:
     """A set of workers, with the means to open their handles."""
 
-    workers: Workers  # with a reference
+    workers: Workers  # with a reference and a critic, which the estimator reads
     prompts: PromptBatch  # at least three
     sampling: SamplingParameters
     open: Callable[[Handle], Awaitable[Any]]
@@ -286,6 +287,72 @@ async def saved_policy_continues_as_if_nothing_had_happened(
     np.testing.assert_allclose(await system.logprobs(handles, batch), updated, atol=1e-6)
 
 
+async def critic_values_of(system: System, handles: list[Handle]) -> NDArray[np.float32]:
+    """Return the values of the critic, [N]."""
+    assert system.workers.critic is not None
+    batch = RolloutBatch.concatenate([await system.open(handle) for handle in handles])
+    ranks = await system.workers.critic.values(handles)
+    return ValueBatch.scatter([await system.open(rank) for rank in ranks], batch.sequence_offsets)
+
+
+async def batch_with_values(system: System, handles: list[Handle]) -> Handle:
+    """Credit the parts, with the values of the critic."""
+    workers = system.workers
+    assert workers.critic is not None
+    step = StepHandles(
+        rollouts=handles,
+        rewards=[workers.scorer.score(handle) for handle in handles],
+        values=await workers.critic.values(handles),
+    )
+    return (await workers.advantages.credit(step)).batch
+
+
+async def critic_approaches_its_targets(system: System) -> None:
+    """Update it on one batch: the values come nearer to the returns, which came with them."""
+    critic = system.workers.critic
+    assert critic is not None
+    handles = [part.rollouts for part in await system.parts()]
+    before = await critic_values_of(system, handles)
+    handle = await batch_with_values(system, handles)
+    train: TrainBatch = await system.open(handle)
+    mask = train.rollouts.response_mask
+    assert train.returns is not None
+    np.testing.assert_array_equal(train.values, before)
+    assert not before[~mask].any()
+
+    for _ in range(3):
+        assert values(await critic.update(handle))["critic/updates"] >= 1
+    after = await critic_values_of(system, handles)
+
+    def error(found: NDArray[np.float32]) -> float:
+        assert train.returns is not None
+        return float(((found - train.returns)[mask] ** 2).mean())
+
+    assert error(after) < error(before)
+
+
+async def saved_critic_continues_as_if_nothing_had_happened(
+    system: System, directory: Path
+) -> None:
+    """Save, update, load, and update on the same batch: the second update has the same result."""
+    critic = system.workers.critic
+    assert critic is not None
+    handles = [part.rollouts for part in await system.parts()]
+    train = await batch_with_values(system, handles)
+    await critic.update(train)  # so that the optimizer has a state
+
+    await critic.save(directory)
+    saved = await critic_values_of(system, handles)
+    await critic.update(train)
+    updated = await critic_values_of(system, handles)
+    assert np.abs(updated - saved).max() > 0
+
+    await critic.load(directory)
+    np.testing.assert_array_equal(await critic_values_of(system, handles), saved)
+    await critic.update(train)
+    np.testing.assert_allclose(await critic_values_of(system, handles), updated, atol=1e-6)
+
+
 WITHOUT_FILES = (
     generator_answers_each_prompt_once,
     rollouts_hold_the_prompt_and_what_was_sampled,
@@ -294,9 +361,11 @@ WITHOUT_FILES = (
     scorer_keeps_the_order,
     policy_agrees_with_the_engine,
     reference_does_not_move,
+    critic_approaches_its_targets,
 )
 WITH_FILES = (
     credit_joins_the_parts,
     dropped_parts_are_counted_and_written,
     saved_policy_continues_as_if_nothing_had_happened,
+    saved_critic_continues_as_if_nothing_had_happened,
 )

@@ -12,6 +12,7 @@ from rlsys.data.prompt_stream import LoadedPrompts, load_prompts
 from rlsys.driver.ports import Workers
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.run.model_checks import ModelDirectories
 from workers.cluster import Cluster
 
 
@@ -63,7 +64,9 @@ async def started(config: RunConfig) -> AsyncIterator[Parts]:
     cluster = Cluster.connect(config)
     try:
         probe = probe_tokens(config, prompts, directory)
-        workers = await start_workers(cluster, config, directory, directory, probe, notify=print)
+        workers = await start_workers(
+            cluster, config, ModelDirectories.same(directory), probe, notify=print
+        )
         yield Parts(workers, prompts, cluster)
     finally:
         cluster.shutdown()

@@ -48,7 +48,7 @@ def refuse(name: str, value: Any) -> str:
 @pytest.mark.parametrize("name", sorted({*fields_of(int), *fields_of(float)}))
 def test_true_is_no_number(name: str):
     given = [True] if is_list(dict(all_fields())[name].annotation) else True
-    if name == "policy.optimizer.betas":
+    if name.endswith("optimizer.betas"):
         given = [True, 0.9]
     refuse(name, given)
 
@@ -78,7 +78,7 @@ def test_text_is_not_empty(name: str):
 def test_lists_are_not_empty_where_that_means_nothing(name: str):
     if name in MAY_BE_EMPTY:
         evolve(RECIPE, {name: []})
-    elif name == "policy.optimizer.betas":  # a pair: a line for each that is missing
+    elif name.endswith("optimizer.betas"):  # a pair: a line for each that is missing
         with pytest.raises(ConfigError, match=r"betas\.0: .* field required"):
             evolve(RECIPE, {name: []})
     else:

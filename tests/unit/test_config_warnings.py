@@ -124,3 +124,17 @@ def test_a_warm_up_that_never_ends_is_a_warning():
     )
     assert "5e-06" in warning
     assert not list(config_warnings(evolve(made, {"trainer.steps": 120})))
+
+
+def test_a_warm_up_of_the_rate_of_critic_or_policy_that_never_ends_is_a_warning():
+    """The policy is trained in the steps after the critic's warm-up only: 60 - 20."""
+    cpu = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
+    ppo = evolve(grpo_math(cpu), {"preset": "ppo", "critic.warmup_steps": 20})
+    assert not list(config_warnings(ppo))
+    rates = {"policy.optimizer.warmup_steps": 50, "critic.optimizer.warmup_steps": 61}
+    policy, critic = config_warnings(evolve(ppo, rates))
+    assert (
+        "policy.optimizer.warmup_steps: 50 is above trainer.steps - critic.warmup_steps 40"
+        in policy
+    )
+    assert critic.startswith("critic.optimizer.warmup_steps: 61 is above trainer.steps 60")

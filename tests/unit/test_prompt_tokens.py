@@ -1,6 +1,7 @@
 """Special tokens around prompts: BOS once at the beginning, where there is one; EOS never."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlsys.data.problems import Problem
 from rlsys.data.prompt_templates import PromptRenderer, beginning_tokens
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
-from rlsys.run.model_checks import check_model
+from rlsys.run.model_checks import ModelDirectories, check_model
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 PROBLEM = Problem(problem_id="1", problem="2 + 3?", answer="5")
@@ -100,7 +101,10 @@ def test_a_model_without_an_end_token_needs_a_stop_string(tmp_path: Path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ problem }}")
     with pytest.raises(ConfigError, match=r"^model\.path: .* names an end token.*stop"):
-        check_model(config(str(file)), directory, directory)
-    check_model(config(str(file), "\n"), directory, directory)
-    check_model(config("few_shot"), directory, directory)  # it has stop strings of its own
-    check_model(config(str(file)), resolve_model("tiny"), directory)
+        check_model(config(str(file)), ModelDirectories.same(directory))
+    check_model(config(str(file), "\n"), ModelDirectories.same(directory))
+    check_model(
+        config("few_shot"), ModelDirectories.same(directory)
+    )  # it has stop strings of its own
+    ends = replace(ModelDirectories.same(directory), policy=resolve_model("tiny"))
+    check_model(config(str(file)), ends)

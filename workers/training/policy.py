@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +29,14 @@ from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
-from workers.training.learning_rate import learning_rate
 from workers.training.lm_head import lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.model_setup import DTYPES
+from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.policy_loss import PolicyLoss, pack_log_ratios
 from workers.training.rank_worker import CausalLMWorker
-from workers.training.update_metrics import UpdateCounts, loss_metrics
-
-STATE_FILE = "policy_state.json"
+from workers.training.saved_state import load_state, save_state
+from workers.training.update_metrics import loss_metrics
 
 
 class PolicyWorker(CausalLMWorker):
@@ -50,8 +47,7 @@ class PolicyWorker(CausalLMWorker):
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.policy, model_directory, rank, world_size)
         self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
-        self.steps = 0
-        self.counts = UpdateCounts()
+        self.steps = OptimizerSteps("policy", config.policy.optimizer, config.policy_steps)
         # [N] advantages that the last update estimated; None if it did not.
         self.estimated: NDArray[np.float32] | None = None
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
@@ -143,7 +139,7 @@ class PolicyWorker(CausalLMWorker):
         )
         # A mini-batch without a trained response has no gradient. It is skipped, and counted.
         trained = [_trained_rows(batch, rows) for rows in mini_batches]
-        self.counts = UpdateCounts(empty=sum(not len(rows) for rows in trained))
+        self.steps.begin(empty=sum(not len(rows) for rows in trained))
         self.estimated = None
 
         reports = []
@@ -152,18 +148,9 @@ class PolicyWorker(CausalLMWorker):
                 reports.append(self.update_on(batch, rows, all_rows))
 
         self.ref_hidden = None
-        # The rate that the updates had; the next step has another.
-        rate = self._learning_rate()
-        self.steps += 1
+        counts = self.steps.end(self.rank)
         penalty = self._adapt_old_kl(batch, np.concatenate(trained))
-
-        # Every rank counts the same, so one of them reports.
-        counts = self.counts.metrics() if self.rank == 0 else {}
-        rate_metric = {"policy/learning_rate": mean(rate)}
-        return combine(reports) | counts | rate_metric | penalty | self.metrics()
-
-    def _learning_rate(self) -> float:
-        return learning_rate(self.config.policy.optimizer, self.steps, self.config.trainer.steps)
+        return combine(reports) | counts | penalty | self.metrics()
 
     def update_on(
         self, scored: ScoredBatch, rows: NDArray[np.int64], all_rows: NDArray[np.int64]
@@ -199,9 +186,10 @@ class PolicyWorker(CausalLMWorker):
             diagnostics |= self.auxiliary.step()
 
         # With `recompute` the old policy is the live one, which the first update has moved.
-        drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
+        drifted = self.config.algorithm.advantage.recompute and self.steps.counts.taken > 0
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
-        return measured | diagnostics | self._batch_statistics(parameters) | self._optimizer_step()
+        statistics = self._batch_statistics(parameters)
+        return measured | diagnostics | statistics | self.steps.take(self.backend)
 
     def _denominators(self, batch: TrainBatch, rows: NDArray[np.int64]) -> Denominators:
         """Return the sizes of a mini-batch over all ranks.
@@ -293,13 +281,6 @@ class PolicyWorker(CausalLMWorker):
             for name, value in parameters.items()
             if name not in configured
         }
-
-    def _optimizer_step(self) -> dict[str, Metric]:
-        """Take one optimizer step and count it; return the gradient's norm if it is finite."""
-        norm = self.backend.step(self._learning_rate())
-        finite = math.isfinite(norm)
-        self.counts = self.counts.after(finite=finite)
-        return {"policy/grad_norm": mean(norm)} if finite else {}
 
     @torch.no_grad()
     def _adapt_old_kl(self, batch: ScoredBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
@@ -394,7 +375,7 @@ class PolicyWorker(CausalLMWorker):
         See `diagnostics.gradient` and `diagnostics.gradient_every`.
         """
         settings = self.config.diagnostics
-        if not settings.gradient or self.steps % settings.gradient_every:
+        if not settings.gradient or self.steps.completed % settings.gradient_every:
             return {}
 
         def plan(members: NDArray[np.int64]) -> list[Pack]:
@@ -469,20 +450,15 @@ class PolicyWorker(CausalLMWorker):
     def save(self, directory: str) -> None:
         """Write the model in Hugging Face layout and all state of the policy; collective."""
         path = Path(directory)
-        self.backend.save(path)
-        # The rest is the same on all ranks.
-        if self.rank != 0:
-            return
-
         facts = {
             "ranks": self.world_size,
-            "steps": self.steps,
+            "steps": self.steps.completed,
             "estimator": dict(self.estimator_state),
             "old_kl_coefficient": self.old_kl_coefficient,
             "old_kl_start": self.config.algorithm.kl_old.coefficient,
         }
-        (path / STATE_FILE).write_text(json.dumps(facts))
-        if self.auxiliary:
+        save_state(self.backend, path, role=self.role, rank=self.rank, facts=facts)
+        if self.auxiliary and self.rank == 0:
             self.auxiliary.save(path)
 
     def load(self, directory: str) -> None:
@@ -492,16 +468,8 @@ class PolicyWorker(CausalLMWorker):
             ValueError: the checkpoint is of another number of ranks or of another model.
         """
         path = Path(directory)
-        facts = json.loads((path / STATE_FILE).read_text())
-        if facts["ranks"] != self.world_size:
-            raise ValueError(
-                f"policy.ranks: {directory} was written by {facts['ranks']} ranks, now there are "
-                f"{self.world_size}. Resume with --policy.ranks {facts['ranks']}, or start a new "
-                f"run with --model.path {directory}."
-            )
-
-        self.backend.load(path)
-        self.steps = facts["steps"]
+        facts = load_state(self.backend, path, role=self.role, ranks=self.world_size)
+        self.steps.completed = facts["steps"]
         # Checkpoints of earlier versions have no state of the estimator.
         self.estimator_state = facts.get("estimator", {})
 

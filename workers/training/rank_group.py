@@ -3,6 +3,7 @@
 RankGroup              the ranks of any model
 ReferenceGroup         the ranks of the frozen reference
 PolicyGroup            the ranks of the policy
+CriticGroup            the ranks of the critic
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
-from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch
+from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch, TrainBatch, ValueBatch
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
@@ -53,6 +54,14 @@ class RankGroup:
     async def metrics(self) -> dict[str, Metric]:
         """Return the peak memory over the ranks."""
         return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
+
+    async def save(self, directory: Path) -> None:
+        """Write the files of a model that is trained: see `ports.Policy` and `ports.Critic`."""
+        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
+
+    async def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote."""
+        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
 
 
 class ReferenceGroup(RankGroup):
@@ -144,10 +153,20 @@ class PolicyGroup(RankGroup):
         )
         return results[0]
 
-    async def save(self, directory: Path) -> None:
-        """See `ports.Policy`."""
-        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
 
-    async def load(self, directory: Path) -> None:
-        """See `ports.Policy`."""
-        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
+class CriticGroup(RankGroup):
+    """The ranks of the critic."""
+
+    async def values(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[ValueBatch]]:
+        """See `ports.Critic`."""
+        return await asyncio.gather(
+            *(worker.put_values.remote(*rollouts) for worker in self._workers)
+        )
+
+    async def update(self, batch: Handle[TrainBatch]) -> dict[str, Metric]:
+        """See `ports.Critic`."""
+        return combine(
+            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
+        )

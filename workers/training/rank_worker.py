@@ -8,7 +8,7 @@ A role (policy, reference) is a subclass in a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlsys.config import ModelRoleConfig, RunConfig
@@ -29,7 +30,7 @@ from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import choose_kernel, prepare_model
 from workers.training.packed_attention import SHARING_KERNELS
-from workers.training.packed_model import PackResult, PackTensors
+from workers.training.packed_model import PackTensors
 from workers.training.process_group import (
     join_process_group,
     open_rendezvous,
@@ -111,12 +112,42 @@ class RankWorker:
             padded=not self.backend.module.packing,
         )
 
-    def run(
-        self, pack: Pack, temperature: float, ref_hidden: JoinedStates | None = None
-    ) -> PackResult:
+    def run(self, pack: Pack, temperature: float, ref_hidden: JoinedStates | None = None) -> Any:
         """Run the model on one pack; collective."""
         tensors = PackTensors.of(pack, self.backend.device, temperature, ref_hidden)
         return self.backend.forward(tensors)
+
+    @torch.no_grad()
+    def outputs_of_own_rows(
+        self,
+        rollouts: RolloutBatch,
+        read: Callable[[Pack, Any], Sequence[Tensor]],
+        ref_hidden: JoinedStates | None = None,
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.float32]]]:
+        """Run the model on a batch; collective.
+
+        Args:
+            read: returns arrays [m] of a pack and the model's result for it.
+            ref_hidden: the reference's hidden states, for an exact KL.
+
+        Returns:
+            The rows of this rank, in the order of its packs, and for each array the values at their
+            tokens (prompt and response), one row after the other, 0 outside the mask.
+        """
+        arrays: list[NDArray[np.float32]] = []
+        own_rows: list[int] = []
+        for pack in self.packs_of(rollouts, np.arange(len(rollouts))):
+            found = read(pack, self.run(pack, rollouts.temperature, ref_hidden))
+            arrays = arrays or [np.zeros(len(rollouts.token_ids), dtype=np.float32) for _ in found]
+            # A padding pack repeats rows that another pack already has.
+            if pack.is_padding:
+                continue
+            for array, values in zip(arrays, found, strict=True):
+                array[pack.flat_positions] = values.cpu().numpy()
+            own_rows += pack.rows.tolist()
+
+        rows = np.asarray(own_rows, dtype=np.int64)
+        return rows, [_of_rows(array, rows, rollouts.sequence_offsets) for array in arrays]
 
     def metrics(self) -> dict[str, Metric]:
         """Return the peak memory of this rank as a metric."""
@@ -142,7 +173,21 @@ class CausalLMWorker(RankWorker):
             parts: the batch, in prompt order.
             ref_hidden: the reference's hidden states; with them the result has an exact KL.
         """
-        return self._outputs(RolloutBatch.concatenate(parts), ref_hidden)[0]
+        rollouts = RolloutBatch.concatenate(parts)
+        states = JoinedStates(ref_hidden, len(rollouts.token_ids)) if ref_hidden else None
+
+        def read(_: Pack, result: PackResult) -> tuple[Tensor, ...]:
+            common = (result.logprobs, result.squared_score_norms)
+            return common if result.exact_kl is None else (*common, result.exact_kl)
+
+        rows, (logprobs, norms, *exact_kl) = self.outputs_of_own_rows(rollouts, read, states)
+        return LogprobBatch(
+            batch_id=rollouts.batch_id,
+            rows=rows,
+            logprobs=logprobs,
+            squared_score_norms=norms if self.returns_squared_score_norms else None,
+            exact_kl=exact_kl[0] if exact_kl else None,
+        )
 
     def put_logprobs(self, *parts: RolloutBatch, ref_hidden: Sequence[Any] = ()) -> Any:
         """Put the result of `logprobs` into the object store and return its reference.
@@ -151,59 +196,6 @@ class CausalLMWorker(RankWorker):
             ref_hidden: references to `HiddenStates`.
         """
         return ray.put(self.logprobs(*parts, ref_hidden=ray.get(list(ref_hidden))))
-
-    def put_logprobs_and_hidden(self, *parts: RolloutBatch) -> tuple[Any, Any]:
-        """Put log-probabilities and hidden states into the object store; return references."""
-        logprobs, hidden = self._outputs(RolloutBatch.concatenate(parts), keep_hidden=True)
-        return ray.put(logprobs), ray.put(hidden)
-
-    @torch.no_grad()
-    def _outputs(
-        self,
-        rollouts: RolloutBatch,
-        ref_hidden: Sequence[HiddenStates | None] = (),
-        *,
-        keep_hidden: bool = False,
-    ) -> tuple[LogprobBatch, HiddenStates | None]:
-        """Return the outputs for this rank's rows; hidden states only if it keeps any."""
-        packs = self.packs_of(rollouts, np.arange(len(rollouts)))
-        num_tokens = len(rollouts.token_ids)
-        states = JoinedStates(ref_hidden, num_tokens) if ref_hidden else None
-
-        # The columns: log-probabilities, squared score norms, exact KL.
-        flat = np.zeros((3, num_tokens), dtype=np.float32)
-        # In the order of the packs.
-        own_rows: list[int] = []
-        positions: list[NDArray[np.int64]] = []
-        hidden: list[torch.Tensor] = []
-        for pack in packs:
-            result = self.run(pack, rollouts.temperature, states)
-            # A padding pack repeats rows that another pack already has.
-            if pack.is_padding:
-                continue
-            flat[0, pack.flat_positions] = result.logprobs.cpu().numpy()
-            flat[1, pack.flat_positions] = result.squared_score_norms.cpu().numpy()
-            if result.exact_kl is not None:
-                flat[2, pack.flat_positions] = result.exact_kl.cpu().numpy()
-            own_rows += pack.rows.tolist()
-            if keep_hidden:
-                positions.append(pack.flat_positions)
-                hidden.append(result.hidden.cpu())
-
-        rows = np.asarray(own_rows, dtype=np.int64)
-        offsets = rollouts.sequence_offsets
-        norms = _of_rows(flat[1], rows, offsets) if self.returns_squared_score_norms else None
-        logprobs = LogprobBatch(
-            batch_id=rollouts.batch_id,
-            rows=rows,
-            logprobs=_of_rows(flat[0], rows, offsets),
-            squared_score_norms=norms,
-            exact_kl=_of_rows(flat[2], rows, offsets) if states else None,
-        )
-        if not hidden:
-            return logprobs, None
-        kept = HiddenStates.of(rollouts.batch_id, np.concatenate(positions), torch.cat(hidden))
-        return logprobs, kept
 
 
 def _of_rows(

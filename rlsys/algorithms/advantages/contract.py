@@ -36,7 +36,7 @@ REMEDIES: Mapping[Need, str] = {
     "rollout_logprobs": "The engine must return the log-probability of each sampled token.",
     "old_logprobs": "The policy computes them before the update.",
     "ref_logprobs": "Set algorithm.kl.coefficient above 0, so that the reference runs.",
-    "values": "They are those of a critic.",
+    "values": "They are those of a critic: set critic.enabled true.",
     "squared_score_norms": "The policy computes them with old_logprobs.",
     "greedy_rewards": "The driver samples and rewards one greedy response per prompt.",
     "truncated": "Give for each response whether it was cut off at the token limit.",
@@ -204,6 +204,7 @@ class EstimatorSpec:
     name: str
     function: AdvantageEstimator
     needs: frozenset[Need]
+    reads: frozenset[Need] = frozenset()
     compares_group: Declared = False
     importance_corrected: Declared = False
     carries_kl: bool = False
@@ -224,6 +225,7 @@ def register_advantage_estimator(  # noqa: PLR0913
     name: str,
     *,
     needs: Iterable[Need] = (),
+    reads: Iterable[Need] = (),
     compares_group: Declared = False,
     importance_corrected: Declared = False,
     carries_kl: bool = False,
@@ -241,6 +243,8 @@ def register_advantage_estimator(  # noqa: PLR0913
         one is refused before the estimator is called. An estimator that needs `rollout_logprobs`
         corrects for the policy having moved since sampling: a second correction
         (`algorithm.rollout_correction`) is refused.
+    reads: the optional inputs that it uses where a batch has them, and does without elsewhere. A
+        critic runs only for an estimator that needs or reads `values`, and that returns `returns`.
     compares_group: a response that is alone in its group gets 0, so a run that samples one response
         per prompt is refused.
     importance_corrected: the result is the whole weight of the score, with the ratio old / rollout
@@ -271,6 +275,7 @@ def register_advantage_estimator(  # noqa: PLR0913
             name=name,
             function=estimator,
             needs=frozenset(needs),
+            reads=frozenset(reads),
             compares_group=compares_group,
             importance_corrected=importance_corrected,
             carries_kl=carries_kl,
@@ -312,6 +317,12 @@ def available_advantage_estimators() -> tuple[str, ...]:
 def estimator_needs(name: str) -> frozenset[Need]:
     """Return the optional inputs that the estimator `name` requires."""
     return estimator_spec(name).needs
+
+
+def reads_values(name: str) -> bool:
+    """Return whether the estimator `name` uses the values of a critic."""
+    spec = estimator_spec(name)
+    return "values" in spec.needs | spec.reads
 
 
 def compares_group(name: str, parameters: Mapping[str, Any] | None = None) -> bool:

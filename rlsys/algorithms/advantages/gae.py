@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from rlsys.algorithms.advantages.returns import (
     step_rewards,
     whitened,
 )
+from rlsys.config import RunConfig
 
 
 def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:
@@ -34,12 +35,25 @@ def _undiscounted(parameters: Mapping[str, Any]) -> bool:
     return discounts == (1.0, 1.0) and not parameters.get("whiten", False)
 
 
-@register_advantage_estimator("gae", unbiased=_undiscounted, validate=_validate)
+def _check(config: RunConfig) -> Iterator[str]:
+    bootstraps = config.algorithm.advantage.parameters.get("bootstrap_truncated", False)
+    if bootstraps and not config.critic.enabled:
+        yield (
+            "algorithm.advantage.parameters.bootstrap_truncated: true takes the value after a "
+            "truncated response from a critic, and there is none. Set critic.enabled true, or "
+            "leave it out."
+        )
+
+
+@register_advantage_estimator(
+    "gae", reads=("values",), unbiased=_undiscounted, check=_check, validate=_validate
+)
 def gae_advantages(
     inputs: AdvantageInputs,
     *,
     gamma: float = 1.0,
     lam: float = 1.0,
+    bootstrap_truncated: bool = False,
     whiten: bool = False,
     eps: float = 1e-8,
 ) -> AdvantageOutput:
@@ -55,11 +69,14 @@ def gae_advantages(
 
     Conventions: `gamma` is the discount per token. `lam` is the weight of longer returns, lambda.
     V_t is the value before token t; the outcome is the reward of the last token. After the last
-    token the value is 0, except for truncated responses: they were cut off, so V of the last token
-    is used for the unknown one after it. t runs over the mask: tool tokens in between are skipped
-    and not discounted. Without a critic (`values` None) V is 0, and gamma = lam = 1 gives the
-    reward-to-go. `whiten` normalises the advantages over the batch's tokens (ddof 0, eps added to
-    std); returns are not whitened.
+    token the value is 0, for truncated responses as well: they get a reward as they are, so the
+    token limit is an end like any other. `bootstrap_truncated` instead takes V of the last token
+    for the unknown value after it. That is for rewards that do not count a truncated response as
+    finished: the target of the last value then contains the value itself, and a critic that is
+    trained on it drifts by the outcome in every step. t runs over the mask: tool tokens in between
+    are skipped and not discounted. Without a critic (`values` None) V is 0, and gamma = lam = 1
+    gives the reward-to-go. `whiten` normalises the advantages over the batch's tokens (ddof 0, eps
+    added to std); returns are not whitened.
 
     Example: rewards at two tokens (0, 1), values (0.5, 0.5), gamma = 1, lam = 0.5: delta =
     (0, 0.5), A = (0.25, 0.5), returns (0.75, 1).
@@ -74,7 +91,9 @@ def gae_advantages(
     if inputs.values is not None:
         values = torch.where(mask, at_least_float32(inputs.values), 0.0)
 
-    after = _bootstrap(values, inputs.truncated, mask)
+    after = values.new_zeros(len(values))
+    if bootstrap_truncated and inputs.truncated is not None:
+        after = torch.where(inputs.truncated, (values * last_tokens(mask)).sum(1), 0.0)
     advantages = _scan(rewards, values, after, mask, gamma, gamma * lam)
     returns = torch.where(mask, advantages + values, 0.0)
     if whiten:
@@ -82,19 +101,13 @@ def gae_advantages(
     return AdvantageOutput(advantages=advantages, returns=returns)
 
 
-def _bootstrap(values: Tensor, truncated: Tensor | None, mask: Tensor) -> Tensor:
-    """Return [B] the value after the last token."""
-    if truncated is None:
-        return values.new_zeros(len(values))
-    return torch.where(truncated, (values * last_tokens(mask)).sum(1), 0.0)
-
-
 def _scan(
     rewards: Tensor, values: Tensor, after: Tensor, mask: Tensor, gamma: float, decay: float
 ) -> Tensor:
     """Compute [B, T] advantages from the last token to the first.
 
-    A token outside the mask leaves the recursion unchanged.
+    `after` [B] is the value after the last token. A token outside the mask leaves the recursion
+    unchanged.
     """
     advantages = torch.zeros_like(rewards)
     running, next_value = torch.zeros_like(after), after

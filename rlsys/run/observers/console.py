@@ -143,7 +143,11 @@ class Progress(Observer):
             self._print(f"    step {names}       ETA  time by phase")
         self._rows += 1
         cells = "".join(f"{cell(values, name, form):>9}" for _, name, form in COLUMNS)
-        phases = " ".join(f"{name[:3]} {values.get(f'time/{name}', 0.0):.1f}" for name in PHASES)
+        phases = " ".join(
+            f"{name[:3]} {values[f'time/{name}']:.1f}"
+            for name in PHASES
+            if f"time/{name}" in values
+        )
         self._print(f"{step:>4}/{self._total:<4}{cells}{self._eta():>10}  {phases}")
 
     def _print_notes(self, step: int, values: Mapping[str, float]) -> None:

@@ -8,8 +8,9 @@ from typing import Literal
 Outcome = Literal["finished", "interrupted", "failed"]
 
 # Phases of a step, in order. Each is reported as time/<phase>; their sum is time/step. `reward` is
-# the wait for rewards that were not ready when generation and log-probabilities were done.
-PHASES = ("generate", "logprobs", "reward", "advantages", "update", "sync", "other")
+# the wait for rewards that were not ready when generation and log-probabilities were done; `critic`
+# is the update of a critic. A step has no time of a phase that it did not go through.
+PHASES = ("generate", "logprobs", "reward", "advantages", "critic", "update", "sync", "other")
 
 
 class Observer:

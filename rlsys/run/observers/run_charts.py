@@ -50,6 +50,18 @@ CHARTS = (
     ChartSpec(
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
+    ChartSpec("Loss of the critic", (("mean of the mini-batches", "critic/loss", "train"),)),
+    ChartSpec(
+        "Variance of the returns that the critic explains",
+        (("before the update", "critic/explained_variance", "train"),),
+    ),
+    ChartSpec(
+        "Values of the critic and returns",
+        (
+            ("mean value", "critic/value_mean", "train"),
+            ("mean return", "critic/return_mean", "train"),
+        ),
+    ),
     ChartSpec(
         "Log-prob difference of engine and trainer",
         (
@@ -104,7 +116,10 @@ CHARTS = (
             ("leave-one-out", "gradient/cross_position_fraction/leave_one_out", "train"),
         ),
     ),
-    ChartSpec("Learning rate", (("AdamW", "policy/learning_rate", "train"),)),
+    ChartSpec(
+        "Learning rate",
+        (("policy", "policy/learning_rate", "train"), ("critic", "critic/learning_rate", "train")),
+    ),
 )
 
 
@@ -149,12 +164,10 @@ def _effective_sample_size(records: Sequence[MetricsRecord]) -> str:
 
 
 def _time_by_phase(records: Sequence[MetricsRecord]) -> str:
-    steps = [
-        (record.step, [_seconds(record, phase) for phase in PHASES])
-        for record in records
-        if record.kind == "train"
-    ]
-    return stacked_bars("Time by phase (seconds per step)", PHASES, steps, "s")
+    train = [record for record in records if record.kind == "train"]
+    phases = [name for name in PHASES if any(f"time/{name}" in record.values for record in train)]
+    steps = [(record.step, [_seconds(record, name) for name in phases]) for record in train]
+    return stacked_bars("Time by phase (seconds per step)", phases, steps, "s")
 
 
 def _seconds(record: MetricsRecord, phase: str) -> float:

@@ -20,6 +20,7 @@ RECIPE = grpo_math(CPU)
 RECOMPUTE = {"algorithm.advantage.recompute": True, "algorithm.objective.weight": "none"}
 MASK = "algorithm.rollout_correction.mask_"
 KL = {"algorithm.kl.coefficient": 0.1}
+CRITIC = {"critic.enabled": True}
 
 
 @pytest.mark.parametrize("hardware", [CPU, GPU])
@@ -36,6 +37,27 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
         ),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
+        (
+            {**CRITIC, "critic.num_mini_batches": 3},
+            "critic.num_mini_batches: 3 does not divide trainer.prompts_per_step 8.",
+        ),
+        ({**CRITIC, "critic.ranks": 2}, "critic.ranks: 2 is above policy.ranks 1, and each rank"),
+        (
+            {**CRITIC, **RECOMPUTE},
+            "critic.enabled: true with algorithm.advantage.recompute, where the ranks",
+        ),
+        (
+            {**CRITIC, "critic.warmup_steps": 60},
+            "critic.warmup_steps: 60 of trainer.steps 60, so the policy would never be trained",
+        ),
+        (
+            {**CRITIC, **KL, "critic.warmup_steps": 2, "algorithm.kl.target": 0.1},
+            "algorithm.kl.target: 0.1 is approached from step to step, and in critic.warmup_steps",
+        ),
+        (
+            {**CRITIC, "critic.optimizer.learning_rate": 0.5, "critic.optimizer.weight_decay": 2.0},
+            "critic.optimizer.weight_decay: 2 times",
+        ),
         ({"generation.workers": 9}, "generation.workers: 9 workers share the 8 prompts"),
         (
             {"generation.min_tokens": 17},

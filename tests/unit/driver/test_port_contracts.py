@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import AlgorithmConfig, GenerationConfig, KLConfig, RunConfig
+from rlsys.config import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    CriticConfig,
+    GenerationConfig,
+    KLConfig,
+    RunConfig,
+)
 from rlsys.data.batches import SamplingParameters
 from tests.support.in_process_fakes import Stage, held_out_prompts, in_process_workers
 from tests.support.port_contracts import WITH_FILES, WITHOUT_FILES, System
@@ -15,7 +22,10 @@ from tests.support.port_contracts import WITH_FILES, WITHOUT_FILES, System
 async def fakes() -> System:
     config = RunConfig(
         generation=GenerationConfig(samples_per_prompt=4, min_tokens=0, max_tokens=3),
-        algorithm=AlgorithmConfig(kl=KLConfig(coefficient=0.1)),
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(name="gae"), kl=KLConfig(coefficient=0.1)
+        ),
+        critic=CriticConfig(enabled=True),
     )
     stage = Stage()
     workers = in_process_workers(stage, config)

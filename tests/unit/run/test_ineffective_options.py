@@ -21,6 +21,7 @@ NETWORK = {
 }
 KL = {"algorithm.kl.coefficient": 0.1}
 SEVERAL = {"policy.num_mini_batches": 2}
+CRITIC = {"critic.enabled": True, "algorithm.advantage.name": "gae"}
 VLLM = {"generation.engine": "vllm"}
 
 # option, value, a setting in which it has no effect, one in which it has, and the machine.
@@ -92,6 +93,17 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("policy.shared_prefix_packing", True, {"policy.packing": False}, {}, CPU),
     ("policy.shared_prefix_packing", True, {"model.attention": "flash_attention_2"}, {}, GPU),
     ("policy.optimizer.minimum_ratio", 0.1, {}, {"policy.optimizer.schedule": "cosine"}, CPU),
+    ("critic.warmup_steps", 3, {}, CRITIC, CPU),
+    ("critic.path", "tiny", {}, CRITIC, CPU),
+    ("critic.value_clip", 0.1, CRITIC, CRITIC | SEVERAL, CPU),
+    (
+        "critic.optimizer.minimum_ratio",
+        0.1,
+        CRITIC,
+        CRITIC | {"critic.optimizer.schedule": "cosine"},
+        CPU,
+    ),
+    ("critic.offload_optimizer", True, CRITIC, CRITIC | {"cluster.address": "auto"}, CPU),
     ("data.synthetic.levels", [2], {"data.train": "a.jsonl"}, {}, CPU),
     ("data.synthetic.train_size", 9, {"data.train": "a.jsonl"}, {}, CPU),
     ("data.synthetic.eval_size", 9, {"data.train": "a.jsonl"}, {}, CPU),

@@ -27,12 +27,24 @@ def test_gae_golden():
     assert out.returns.tolist() == [[0.75, 1.0]]
 
 
-def test_gae_bootstraps_truncated_responses():
+def test_gae_bootstraps_truncated_responses_on_request():
     # the value of the last token stands in for what follows: delta_1 = 1 + 1/2 - 1/2
     made = inputs(
         [1.0, 1.0], [0, 0], values=torch.full((2, 2), 0.5), truncated=torch.tensor([True, False])
     )
-    assert gae_advantages(made).advantages.tolist() == [[1.0, 1.0], [0.5, 0.5]]
+    bootstrapped = gae_advantages(made, bootstrap_truncated=True)
+    assert bootstrapped.advantages.tolist() == [[1.0, 1.0], [0.5, 0.5]]
+    assert gae_advantages(made).advantages.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_the_target_of_a_truncated_response_is_its_reward():
+    """So that a critic has a fixed point, which with the bootstrap only outcomes of 0 have."""
+    made = inputs([1.0], [0], values=torch.tensor([[0.0, 7.0]]), truncated=torch.tensor([True]))
+    plain, bootstrapped = gae_advantages(made), gae_advantages(made, bootstrap_truncated=True)
+    assert plain.returns is not None
+    assert bootstrapped.returns is not None
+    assert plain.returns.tolist() == [[1.0, 1.0]]
+    assert bootstrapped.returns.tolist() == [[8.0, 8.0]]
 
 
 def test_gae_skips_tool_tokens():
