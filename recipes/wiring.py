@@ -91,7 +91,7 @@ async def start_workers(
     for note in itertools.chain.from_iterable(setups):
         notify(note)
     if reference and config.algorithm.kl.estimator == "exact":
-        await policy.load_reference_head(reference_directory)
+        await policy.load_reference_head(directories.reference)
     return Workers(
         generator=generator,
         scorer=scorer,

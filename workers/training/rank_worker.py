@@ -30,7 +30,7 @@ from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import choose_kernel, prepare_model
 from workers.training.packed_attention import SHARING_KERNELS
-from workers.training.packed_model import PackTensors
+from workers.training.packed_model import PackResult, PackTensors
 from workers.training.process_group import (
     join_process_group,
     open_rendezvous,
