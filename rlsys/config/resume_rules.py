@@ -47,6 +47,7 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("policy.ranks", "refused", "The optimizer state is saved per rank."),
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),
+    _rule("objective.", "accepted", ""),
     _rule("trainer.seed", "refused", _SAME_ORDER),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),
     _rule("data.shuffle", "refused", _SAME_ORDER),

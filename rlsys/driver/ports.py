@@ -8,7 +8,7 @@ that are awaited come back when the work is done, with small records only.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,7 @@ from rlsys.data.batches import (
     SamplingParameters,
     ScoredBatch,
 )
+from rlsys.data.example_stream import ExampleBatch
 from rlsys.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
@@ -140,7 +141,22 @@ class LogprobSource(Protocol):
         ...
 
 
-class Policy(LogprobSource, Protocol):
+class Trained(Protocol):
+    """The actor group of a model that is trained."""
+
+    async def save(self, directory: Path) -> None:
+        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
+
+        The directory exists and is empty.
+        """
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Continue from the files that `save` wrote."""
+        ...
+
+
+class Policy(LogprobSource, Trained, Protocol):
     """The actor group of the policy that is trained."""
 
     async def update(self, batch: Handle[ScoredBatch]) -> MetricMap:
@@ -157,17 +173,6 @@ class Policy(LogprobSource, Protocol):
         For `advantage.recompute`: NaN where it estimated none, and with several epochs those of the
         last one. None: it used those of the batch.
         """
-        ...
-
-    async def save(self, directory: Path) -> None:
-        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
-
-        The directory exists and is empty.
-        """
-        ...
-
-    async def load(self, directory: Path) -> None:
-        """Continue from the files that `save` wrote."""
         ...
 
 
@@ -253,4 +258,45 @@ class Workers:
     reference: LogprobSource | None  # None where no KL term is configured
     advantages: AdvantageComputer
     weights: WeightSync
+    reporting: Sequence[HasMetrics] = ()
+
+
+class ExampleLearner(Trained, Protocol):
+    """The actor group of a model that learns from examples."""
+
+    async def update(self, batch: Handle[ExampleBatch]) -> MetricMap:
+        """Take one optimizer step on a batch; return metrics merged over ranks."""
+        ...
+
+    async def evaluate(self, batch: Handle[ExampleBatch]) -> MetricMap:
+        """Return the loss and other metrics of held-out examples, as eval/<name>."""
+        ...
+
+
+class ExampleSource(Protocol):
+    """The seeded, resumable stream of training examples."""
+
+    def next_batch(self) -> ExampleBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationWorkers:
+    """The workers that answer held-out prompts with the weights of the trained model."""
+
+    generator: Generator
+    scorer: RewardScorer
+    weights: WeightSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineWorkers:
+    """All workers of a run on examples."""
+
+    trained: ExampleLearner
+    put: Callable[[ExampleBatch], Handle[ExampleBatch]]  # into the object store
+    evaluation: EvaluationWorkers | None = None  # None: nothing is sampled
     reporting: Sequence[HasMetrics] = ()

@@ -15,7 +15,8 @@ WEIGHT_SUFFIXES = frozenset(
 # an ONNX graph.
 WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
 # Written by the model catalogue, or by a checkpoint of another run that the model comes from.
-STATE_FILES = frozenset({MANIFEST, "manifest.json", "trainer_state.json", "policy_state.json"})
+STATE_FILES = frozenset({MANIFEST, "manifest.json", "trainer_state.json"})
+STATE_NAMES = re.compile(r"(policy|reward_model)_state\.json")
 
 
 def copy_model_files(source: Path, target: Path) -> None:
@@ -41,6 +42,8 @@ def copy_model_files(source: Path, target: Path) -> None:
 def _belongs_to_a_model(relative: Path) -> bool:
     if any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
         return False
-    if relative.name in STATE_FILES or WEIGHT_NAMES.fullmatch(relative.name):
+    if relative.name in STATE_FILES or STATE_NAMES.fullmatch(relative.name):
+        return False
+    if WEIGHT_NAMES.fullmatch(relative.name):
         return False
     return relative.suffix not in WEIGHT_SUFFIXES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,29 +16,20 @@ from numpy.typing import NDArray
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
-from rlsys.config.engines import ENGINES
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
-from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
-from rlsys.data.sequences import TokenSequences
+from rlsys.data.packing import Pack, mini_batch_rows
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
-from rlsys.models.checkpoint_names import names_without_mapping
-from rlsys.models.loading import UnsupportedModelError
-from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
-from workers.training.learning_rate import learning_rate
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
-from workers.training.model_setup import DTYPES
 from workers.training.policy_loss import PolicyLoss, pack_log_ratios
-from workers.training.rank_worker import CausalLMWorker
+from workers.training.trained_worker import TrainedCausalLMWorker
 from workers.training.update_metrics import UpdateCounts, loss_metrics
 
-STATE_FILE = "policy_state.json"
 
-
-class PolicyWorker(CausalLMWorker):
+class PolicyWorker(TrainedCausalLMWorker):
     """One rank of the policy."""
 
     role = "policy"
@@ -48,8 +37,6 @@ class PolicyWorker(CausalLMWorker):
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.policy, model_directory, rank, world_size)
         self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
-        self.steps = 0
-        self.counts = UpdateCounts()
         # [N] advantages that the last update estimated; None if it did not.
         self.estimated: NDArray[np.float32] | None = None
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
@@ -60,32 +47,11 @@ class PolicyWorker(CausalLMWorker):
     def setup(self, address: str) -> tuple[str, ...]:
         """See `RankWorker.setup`."""
         notes = super().setup(address)
-        self._check_export()
+        self.check_export()
         self.auxiliary = AuxiliaryLearner.of(self.config, self.backend.module, self.backend.device)
         if self.config.diagnostics.gradient:
             check_diagnosable(self.backend.module)
         return notes
-
-    def _check_export(self) -> None:
-        """Refuse a model whose weights cannot be exported by the names of its checkpoint.
-
-        Raises:
-            UnsupportedModelError: transformers holds several weights of the checkpoint as one
-                tensor, and has no mapping back.
-        """
-        engine = self.config.generation.engine
-        if not ENGINES[engine].takes_checkpoint_names:
-            return
-
-        model = self.backend.module.model
-        names = names_without_mapping(model, self.model_directory)
-        if names:
-            raise UnsupportedModelError(
-                f"generation.engine: {engine!r} cannot follow the training of model type "
-                f"{model.config.model_type!r}: transformers holds {names[0]} as one tensor and "
-                "has no mapping back to the weights of the checkpoint. "
-                "Use --generation.engine transformers."
-            )
 
     def update(self, batch: ScoredBatch) -> dict[str, Metric]:
         """Train on one batch, in all its epochs and mini-batches.
@@ -114,17 +80,14 @@ class PolicyWorker(CausalLMWorker):
                 reports.append(self.update_on(batch, rows, all_rows))
 
         # The rate that the updates had; the next step has another.
-        rate = self._learning_rate()
+        rate = self.learning_rate()
         self.steps += 1
         penalty = self._adapt_old_kl(batch, np.concatenate(trained))
 
         # Every rank counts the same, so one of them reports.
-        counts = self.counts.metrics() if self.rank == 0 else {}
+        counts = self.counts.metrics(self.role) if self.rank == 0 else {}
         rate_metric = {"policy/learning_rate": mean(rate)}
         return combine(reports) | counts | rate_metric | penalty | self.metrics()
-
-    def _learning_rate(self) -> float:
-        return learning_rate(self.config.policy.optimizer, self.steps, self.config.trainer.steps)
 
     def update_on(
         self, scored: ScoredBatch, rows: NDArray[np.int64], all_rows: NDArray[np.int64]
@@ -162,7 +125,7 @@ class PolicyWorker(CausalLMWorker):
         # With `recompute` the old policy is the live one, which the first update has moved.
         drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
-        return measured | diagnostics | self._batch_statistics(parameters) | self._optimizer_step()
+        return measured | diagnostics | self._batch_statistics(parameters) | self.optimizer_step()
 
     def _denominators(self, batch: TrainBatch, rows: NDArray[np.int64]) -> Denominators:
         """Return the sizes of a mini-batch over all ranks.
@@ -247,13 +210,6 @@ class PolicyWorker(CausalLMWorker):
             for name, value in parameters.items()
             if name not in configured
         }
-
-    def _optimizer_step(self) -> dict[str, Metric]:
-        """Take one optimizer step and count it; return the gradient's norm if it is finite."""
-        norm = self.backend.step(self._learning_rate())
-        finite = math.isfinite(norm)
-        self.counts = self.counts.after(finite=finite)
-        return {"policy/grad_norm": mean(norm)} if finite else {}
 
     @torch.no_grad()
     def _adapt_old_kl(self, batch: ScoredBatch, rows: NDArray[np.int64]) -> dict[str, Metric]:
@@ -383,90 +339,36 @@ class PolicyWorker(CausalLMWorker):
         statistics = statistic(torch.cat(gathered), **objective.parameters)
         return {**objective.parameters, **statistics}
 
-    def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
-        """Put the weights into the object store; collective.
-
-        Returns:
-            On rank 0 the manifest and references to the shards, None on the other ranks.
-        """
-        # All ranks gather the weights; rank 0 alone gets them.
-        dtype = DTYPES[self.config.generation.dtype]
-        manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
-        if self.rank != 0:
-            return None
-        return manifest, [ray.put(shard) for shard in shards]
-
-    @torch.no_grad()
-    def probe_logprobs(
-        self, sequences: Sequence[NDArray[np.int32]], temperature: float
-    ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none.
-
-        Collective; every rank computes the same.
-        """
-        batch = TokenSequences.of_texts(sequences)
-        # Planned as for a single rank: all ranks run all packs.
-        packs = pack_rows(
-            batch,
-            np.arange(len(batch)),
-            budget=self.settings.microbatch_tokens,
-            rank=0,
-            ranks=1,
-            shared_prefix_packing=False,
-        )
-
-        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
-        for pack in packs:
-            flat[pack.flat_positions] = self.run(pack, temperature).logprobs.cpu().numpy()
-        return [row[1:] for row in np.split(flat, batch.offsets[1:-1])]
-
-    def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout and all state of the policy; collective."""
-        path = Path(directory)
-        self.backend.save(path)
-        # The rest is the same on all ranks.
-        if self.rank != 0:
-            return
-
-        facts = {
-            "ranks": self.world_size,
-            "steps": self.steps,
+    def own_state(self) -> dict[str, Any]:
+        """See `TrainedWorker`."""
+        return {
             "estimator": dict(self.estimator_state),
             "old_kl_coefficient": self.old_kl_coefficient,
             "old_kl_start": self.config.algorithm.kl_old.coefficient,
         }
-        (path / STATE_FILE).write_text(json.dumps(facts))
-        if self.auxiliary:
-            self.auxiliary.save(path)
 
-    def load(self, directory: str) -> None:
-        """Continue from what `save` wrote; collective.
-
-        Raises:
-            ValueError: the checkpoint is of another number of ranks or of another model.
-        """
-        path = Path(directory)
-        facts = json.loads((path / STATE_FILE).read_text())
-        if facts["ranks"] != self.world_size:
-            raise ValueError(
-                f"policy.ranks: {directory} was written by {facts['ranks']} ranks, now there are "
-                f"{self.world_size}. Resume with --policy.ranks {facts['ranks']}, or start a new "
-                f"run with --model.path {directory}."
-            )
-
-        self.backend.load(path)
-        self.steps = facts["steps"]
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """See `TrainedWorker`."""
         # Checkpoints of earlier versions have no state of the estimator.
-        self.estimator_state = facts.get("estimator", {})
+        self.estimator_state = state.get("estimator", {})
 
         kl_old = self.config.algorithm.kl_old
-        started_from = facts.get("old_kl_start", kl_old.coefficient)
+        started_from = state.get("old_kl_start", kl_old.coefficient)
         # The adapted coefficient continues, unless the user has configured another for the resume.
         if kl_old.target is not None and started_from == kl_old.coefficient:
-            self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
+            self.old_kl_coefficient = state.get("old_kl_coefficient", self.old_kl_coefficient)
 
+    def save(self, directory: str) -> None:
+        """Write the model in Hugging Face layout and all state of the policy; collective."""
+        super().save(directory)
+        if self.auxiliary and self.rank == 0:
+            self.auxiliary.save(Path(directory))
+
+    def load(self, directory: str) -> None:
+        """Continue from what `save` wrote; collective. See `TrainedWorker`."""
+        super().load(directory)
         if self.auxiliary:
-            self.auxiliary.load(path)
+            self.auxiliary.load(Path(directory))
 
 
 # Of the groups of rows without a gradient every fourth is measured.

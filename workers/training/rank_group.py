@@ -2,7 +2,10 @@
 
 RankGroup              the ranks of any model
 CausalLMGroup          the ranks of a model that returns log-probabilities: the reference
+TrainedGroup           the ranks of any model that is trained
+TrainedCausalLMGroup   the ranks of a trained model whose weights engines use
 PolicyGroup            the ranks of the policy
+OfflineGroup           the ranks of a model that learns from examples
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch
+from rlsys.data.example_stream import ExampleBatch
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError
@@ -65,7 +69,40 @@ class CausalLMGroup(RankGroup):
         )
 
 
-class PolicyGroup(CausalLMGroup):
+class TrainedGroup(RankGroup):
+    """The ranks of a model that is trained."""
+
+    async def save(self, directory: Path) -> None:
+        """See `ports.Trained`."""
+        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
+
+    async def load(self, directory: Path) -> None:
+        """See `ports.Trained`."""
+        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
+
+
+class TrainedCausalLMGroup(CausalLMGroup, TrainedGroup):
+    """The ranks of a trained model whose weights engines use."""
+
+    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
+        """Return the manifest and the object references of the present weights."""
+        exports = await asyncio.gather(
+            *(worker.export_weights.remote(version) for worker in self._workers)
+        )
+        return exports[0]
+
+    async def probe_logprobs(
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none."""
+        # Every rank computes all of them, since each holds only a shard of the model.
+        results = await asyncio.gather(
+            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
+        )
+        return results[0]
+
+
+class PolicyGroup(TrainedCausalLMGroup):
     """The ranks of the policy."""
 
     async def update(self, batch: Handle[ScoredBatch]) -> dict[str, Metric]:
@@ -87,27 +124,18 @@ class PolicyGroup(CausalLMGroup):
         """See `ports.Policy`."""
         return await self._workers[0].put_estimated_advantages.remote()
 
-    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
-        """Return the manifest and the object references of the present weights."""
-        exports = await asyncio.gather(
-            *(worker.export_weights.remote(version) for worker in self._workers)
+
+class OfflineGroup(TrainedCausalLMGroup):
+    """The ranks of a model that learns from examples."""
+
+    async def update(self, batch: Handle[ExampleBatch]) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        return combine(
+            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
         )
-        return exports[0]
 
-    async def probe_logprobs(
-        self, sequences: Sequence[NDArray[np.int32]], temperature: float
-    ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none."""
-        # Every rank computes all of them, since each holds only a shard of the model.
-        results = await asyncio.gather(
-            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
+    async def evaluate(self, batch: Handle[ExampleBatch]) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        return combine(
+            await asyncio.gather(*(worker.evaluate.remote(batch) for worker in self._workers))
         )
-        return results[0]
-
-    async def save(self, directory: Path) -> None:
-        """See `ports.Policy`."""
-        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
-
-    async def load(self, directory: Path) -> None:
-        """See `ports.Policy`."""
-        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
 from rlsys.data.packing import Pack, pack_rows
+from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
 from workers.training.backends import build_backend
@@ -94,13 +95,19 @@ class RankWorker:
     def packs_of(
         self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
     ) -> list[Pack]:
+        """Return this rank's packs of `rows`; see `packs_of_sequences`."""
+        return self.packs_of_sequences(rollouts.sequences, rows, may_share=may_share)
+
+    def packs_of_sequences(
+        self, sequences: TokenSequences, rows: NDArray[np.int64], *, may_share: bool = True
+    ) -> list[Pack]:
         """Return this rank's packs of `rows`.
 
         Args:
             may_share: False gives each response its own copy of the prompt.
         """
         return pack_rows(
-            rollouts.sequences,
+            sequences,
             rows,
             budget=self.settings.microbatch_tokens,
             rank=self.rank,

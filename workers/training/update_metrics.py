@@ -21,12 +21,12 @@ class UpdateCounts:
         """Return the counts with one more mini-batch that had a gradient."""
         return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
 
-    def metrics(self) -> dict[str, Metric]:
-        """Return the counts as metrics."""
+    def metrics(self, role: str) -> dict[str, Metric]:
+        """Return the counts as metrics of a role."""
         return {
-            "policy/updates": total(self.taken),
-            "policy/skipped_updates": total(self.not_finite + self.empty),
-            "policy/nonfinite_gradients": total(self.not_finite),
+            f"{role}/updates": total(self.taken),
+            f"{role}/skipped_updates": total(self.not_finite + self.empty),
+            f"{role}/nonfinite_gradients": total(self.not_finite),
         }
 
 

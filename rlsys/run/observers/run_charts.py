@@ -46,7 +46,10 @@ CHARTS = (
         (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
         may_be_log=True,
     ),
-    ChartSpec("Loss", (("mean of the mini-batches", "policy/loss", "train"),)),
+    ChartSpec(
+        "Loss",
+        (("mean of the mini-batches", "policy/loss", "train"), ("held out", "eval/loss", "eval")),
+    ),
     ChartSpec(
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
