@@ -16,7 +16,7 @@ B sequences, N tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -114,6 +114,35 @@ class TokenSequences:
             prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
             loss_mask=np.concatenate([part.loss_mask for part in parts]),
             group_ids=np.concatenate([part.group_ids for part in parts]),
+        )
+
+    def marked_after(self, marks: NDArray[np.bool_]) -> TokenSequences:
+        """Return sequences on which a value model reads the value after each token in `marks` [N].
+
+        A value is read where a token is predicted: before it. So each sequence gets one more
+        token, and the loss mask is `marks`, moved by one token. No model sees the new token, since
+        the last one of a response is left out of every forward pass.
+
+        Example: the reward of a response is the value after its last token, so mark that one. For
+        a reward of each step, mark the last token of each step.
+
+        Raises:
+            ValueError: a mark inside a prompt, before its last token.
+        """
+        repeated_prompts = np.repeat(self.prompt_lengths, self.lengths)
+        place = np.arange(len(self.token_ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        if (marks & (place < repeated_prompts - 1)).any():
+            raise ValueError(
+                "marks: the value after a token inside a prompt is not computed. Mark the prompt's "
+                "last token or tokens of the response."
+            )
+
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return replace(
+            self,
+            token_ids=np.insert(self.token_ids, ends, self.token_ids[ends - 1]),
+            offsets=self.offsets + np.arange(len(self.offsets)),
+            loss_mask=np.insert(marks, starts, False),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,32 @@ def load_causal_lm(
             sinks.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+    def load(kernel: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=kernel, trust_remote_code=trust_remote_code
+        )
+        return model.eval()
+
+    return load_with_attention(load, config, attention)
+
+
+def load_with_attention(
+    load: Callable[[str], PreTrainedModel], config: PretrainedConfig, attention: str
+) -> PreTrainedModel:
+    """Load a model with the kernel `attention`, or with `eager` where sdpa would be wrong.
+
+    See `load_causal_lm`.
+    """
     if attention == "sdpa" and needs_eager_attention(config):
         attention = "eager"
     try:
-        return _load(directory, dtype, attention, trust_remote_code)
+        return load(attention)
     except ValueError as error:
         # Some architectures have no SDPA attention. Every one has an eager attention.
         if attention != "sdpa" or "does not support an attention implementation" not in str(error):
             raise
-        return _load(directory, dtype, "eager", trust_remote_code)
-
-
-def _load(
-    directory: Path | str, dtype: torch.dtype, attention: str, trust_remote_code: bool
-) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
-    return model.eval()
+        return load("eager")
 
 
 def needs_eager_attention(config: PretrainedConfig) -> bool:

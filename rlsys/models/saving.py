@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rlsys.models.catalogue import MANIFEST
 
@@ -15,8 +18,16 @@ WEIGHT_SUFFIXES = frozenset(
 # an ONNX graph.
 WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
 # Written by the model catalogue, or by a checkpoint of another run that the model comes from.
-STATE_FILES = frozenset({MANIFEST, "manifest.json", "trainer_state.json"})
-STATE_NAMES = re.compile(r"(policy|reward_model)_state\.json")
+STATE_FILES = frozenset(
+    {
+        MANIFEST,
+        "manifest.json",
+        "trainer_state.json",
+        "policy_state.json",
+        "critic_state.json",
+        "reward_model_state.json",
+    }
+)
 
 
 def copy_model_files(source: Path, target: Path) -> None:
@@ -25,25 +36,34 @@ def copy_model_files(source: Path, target: Path) -> None:
     That is the config, the tokenizer in any format, Python code, templates, licences and
     subdirectories.
 
-    Conventions: hidden files, compiled Python and the state of other runs are not copied; where
-    `target` lies inside `source`, neither is the subdirectory that holds it.
+    Conventions: hidden files, compiled Python and the state of other runs are not copied, nor is a
+    subdirectory with such a state, the critic of a checkpoint; where `target` lies inside `source`,
+    neither is the subdirectory that holds it.
     """
     source = source.absolute()
     target = target.absolute()
     own = target.relative_to(source).parts[0] if target.is_relative_to(source) else None
 
+    others = {file.parent for file in source.glob("*/*_state.json") if file.name in STATE_FILES}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
+        if others & {*file.parents}:
+            continue
         if file.is_file() and relative.parts[0] != own and _belongs_to_a_model(relative):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / relative)
 
 
+def change_model_config(directory: Path, fields: Mapping[str, Any]) -> None:
+    """Set entries of the config.json in `directory`."""
+    file = directory / "config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | dict(fields), indent=2) + "\n")
+
+
 def _belongs_to_a_model(relative: Path) -> bool:
     if any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
         return False
-    if relative.name in STATE_FILES or STATE_NAMES.fullmatch(relative.name):
-        return False
-    if WEIGHT_NAMES.fullmatch(relative.name):
+    if relative.name in STATE_FILES or WEIGHT_NAMES.fullmatch(relative.name):
         return False
     return relative.suffix not in WEIGHT_SUFFIXES

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from rlsys.config import RunConfig
 from rlsys.data.packing import pack_rows
@@ -18,29 +16,10 @@ from rlsys.models import resolve_model
 from tests.support.rollout_examples import random_rollouts
 from workers.training.backends import build_backend
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
-from workers.training.model_setup import prepare_model
-from workers.training.packed_model import PackedModel, PackTensors
+from workers.training.model_setup import prepare, value_model
+from workers.training.packed_value_model import ValueResult
 
 CPU = torch.device("cpu")
-
-
-class Values(NamedTuple):
-    """Values of the m tokens of a pack."""
-
-    values: Tensor  # [m]
-
-
-class PackedValueModel(PackedModel):
-    """A linear value head on the last hidden state before each token."""
-
-    def __init__(self, packed: PackedModel) -> None:
-        super().__init__(packed.model, packing=packed.packing)
-        size = packed.model.config.get_text_config().hidden_size
-        self.head = nn.Linear(size, 1)
-
-    def forward(self, pack: PackTensors) -> Values:
-        """Return the values of a pack."""
-        return Values(self.head(self.hidden_states(pack)).squeeze(-1))
 
 
 @pytest.fixture
@@ -63,16 +42,14 @@ def test_a_value_model_learns_its_targets(budget: int):
     )
     directory = resolve_model("tiny")
 
-    packed, _ = prepare_model(config, config.policy, directory, CPU)
-    torch.manual_seed(0)
-    model = PackedValueModel(packed)
+    model, _ = prepare(value_model(), config, config.policy, directory, CPU)
     backend = build_backend(model, config.policy, CPU, directory)
 
     rollouts = random_rollouts(0)
     targets = np.arange(len(rollouts.token_ids), dtype=np.float32) % 3
     tokens = int(rollouts.response_mask.sum())
 
-    def squared_error(result: Values, columns: PackColumns, sizes: Denominators) -> PackLoss:
+    def squared_error(result: ValueResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
         errors = (result.values - columns.take(targets)).square()
         loss = columns.pad(errors).sum() / sizes.num_tokens
         return PackLoss(loss=loss, sums={"error": float(errors.detach().sum())}, maxima={})

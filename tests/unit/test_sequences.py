@@ -69,3 +69,23 @@ def test_every_array_travels_as_a_buffer_of_its_own():
     buffers: list = []
     pickle.dumps(TWO, protocol=5, buffer_callback=buffers.append)
     assert len(buffers) == 5  # what Ray puts into shared memory without a copy
+
+
+def test_marks_move_to_the_token_after():
+    """Of TWO, mark the last token of each response and the end of the first prompt.
+
+    Each sequence gets one more token: 1 2 3 4 5 (5) and 1 2 6 (6).
+    """
+    marks = np.array([0, 1, 0, 0, 1, 0, 0, 1], dtype=np.bool_)
+    moved = TWO.marked_after(marks)
+    assert moved.token_ids.tolist() == [1, 2, 3, 4, 5, 5, 1, 2, 6, 6]
+    assert moved.offsets.tolist() == [0, 6, 10]
+    assert moved.loss_mask.tolist() == [bool(m) for m in (0, 0, 1, 0, 0, 1, 0, 0, 0, 1)]
+    assert moved.prompt_lengths.tolist() == [2, 2]
+
+
+def test_a_mark_inside_a_prompt_is_refused():
+    marks = np.zeros(8, dtype=np.bool_)
+    marks[0] = True
+    with pytest.raises(ValueError, match="inside a prompt"):
+        TWO.marked_after(marks)

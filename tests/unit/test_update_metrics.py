@@ -7,7 +7,8 @@ import torch
 
 from rlsys.metrics import combine, values
 from workers.training.losses import PackLoss
-from workers.training.update_metrics import UpdateCounts, loss_metrics
+from workers.training.optimizer_steps import UpdateCounts
+from workers.training.update_metrics import loss_metrics
 
 NAMES = ("entropy", "ratio", "ratio_square", "clipped", "difference")
 
@@ -53,7 +54,7 @@ def test_a_difference_after_an_update_is_drift():
 
 def test_updates_are_counted_by_their_outcome():
     counts = UpdateCounts(empty=2).after(finite=True).after(finite=False).after(finite=True)
-    assert values(counts.metrics()) == {
+    assert values(counts.metrics("policy")) == {
         "policy/updates": 2,
         "policy/skipped_updates": 3,
         "policy/nonfinite_gradients": 1,

@@ -10,6 +10,10 @@ allows, go through three forward passes:
     padded    the model's own pass on padded sequences: if it differs as well, the model is refused
 
 The verdict depends on the model's configuration and code, not on its weights, so it is cached.
+
+A value model is checked in the same way, by its values under a head of random weights: a new head
+is 0, which would hide every difference. Its pass `alone` is that of the class of transformers that
+saved models are loaded with, head included.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,15 +41,16 @@ from rlsys.data.packing import pack_rows
 from rlsys.data.sequences import TokenSequences
 from rlsys.models.catalogue import cache_directory
 from rlsys.models.loading import UnsupportedModelError
+from workers.training.checked_outputs import CHUNK_TOKENS, LOGPROBS, CheckedOutput
 from workers.training.packed_attention import SHARING_KERNELS, register_packed_attention
-from workers.training.packed_model import PackedCausalLM, PackTensors
+from workers.training.packed_model import PackTensors
 
 logger = logging.getLogger(__name__)
 
 # Increase it when packed attention or the LM head changes: cached verdicts are void then.
 CHECK_VERSION = 1
 # At most so many tokens of each response are compared, since their logits exist at once.
-CHECKED_TOKENS = 256
+CHECKED_TOKENS = CHUNK_TOKENS
 # Kernels that do not compute in float32.
 LOW_PRECISION_KERNELS = ("flash_attention_2",)
 # Rounding of a log-probability: an absolute part, and a part in proportion to the standard
@@ -65,7 +70,7 @@ class ForwardCheck:
     """The forward pass that a model runs, and its difference from `alone`."""
 
     packing: bool
-    error: float  # largest difference of a log-probability, nats
+    error: float  # largest difference of a log-probability, in nats, or of a value
     reason: str | None  # why it is not packed; None where it is, or packing is false
 
 
@@ -85,6 +90,7 @@ def check_forward(
     packing: Packing,
     device: torch.device,
     code: Path | None = None,
+    checked: CheckedOutput = LOGPROBS,
 ) -> ForwardCheck:
     """Return the forward pass that `model` runs, from the cache where it has been checked before.
 
@@ -92,6 +98,7 @@ def check_forward(
         model: whole, on `device`, in float32 and in the mode in which it is trained.
         kernel: a value of `model.attention` other than auto.
         code: the model's directory, whose Python files belong to the cache key.
+        checked: what is compared: `LOGPROBS` of a language model, or `VALUES`.
 
     Raises:
         UnsupportedModelError: `packing` is true and the packed pass is wrong, or the model's own
@@ -100,25 +107,39 @@ def check_forward(
     file = _cache_file(model, kernel, lengths, packing, device, code)
     verdict = _read(file)
     if verdict is None:
-        verdict = try_forward(model, kernel=kernel, lengths=lengths, packing=packing, device=device)
+        verdict = try_forward(
+            model, kernel=kernel, lengths=lengths, packing=packing, device=device, checked=checked
+        )
         _write(file, verdict)
     return verdict
 
 
 def try_forward(
-    model: PreTrainedModel, *, kernel: str, lengths: Lengths, packing: Packing, device: torch.device
+    model: PreTrainedModel,
+    *,
+    kernel: str,
+    lengths: Lengths,
+    packing: Packing,
+    device: torch.device,
+    checked: CheckedOutput = LOGPROBS,
 ) -> ForwardCheck:
     """Run the check of `check_forward`, without the cache."""
-    name = type(model).__name__
     batch = check_batch(lengths, vocabulary=model.config.get_text_config().vocab_size)
-    alone = _own_logprobs(model, batch, together=False, device=device)
-    _check_causal(name, batch, alone)
-    tolerance = _tolerance(model, alone)
+    passes = _Passes(model=model, batch=batch, checked=checked, device=device)
+    with checked.weights(model):
+        return _compare(passes, kernel, packing)
 
-    # The packed pass is tried first, since it is the faster one.
+
+def _compare(passes: _Passes, kernel: str, packing: Packing) -> ForwardCheck:
+    """Run the passes, the fastest first, until one gives the model's own outputs."""
+    name, noun = passes.name, passes.checked.noun
+    alone = passes.own(together=False)
+    _check_causal(passes, alone)
+    tolerance = _tolerance(passes.model, alone)
+
     reason = None
     if packing is not False:
-        error, reason = _try_packed(model, kernel, batch, alone, tolerance, device)
+        error, reason = _try_packed(passes, kernel, alone, tolerance)
         if reason is None:
             return ForwardCheck(packing=True, error=error, reason=None)
         if packing is True:
@@ -127,12 +148,12 @@ def try_forward(
                 "Set it to auto or false."
             )
 
-    error = _largest(_own_logprobs(model, batch, together=True, device=device), alone)
+    error = _largest(passes.own(together=True), alone)
     if not error <= tolerance.limit:
         raise UnsupportedModelError(
-            f"model.path: the log-probabilities of {name} change by up to {error:.2g} nats with "
-            "the padding behind a sequence, so it cannot be trained in batches. Choose another "
-            "model."
+            f"model.path: the {noun} of {name} change by up to {error:.2g}{passes.checked.unit} "
+            "with the padding behind a sequence, so it cannot be trained in batches. Choose "
+            "another model."
         )
     return ForwardCheck(packing=False, error=error, reason=reason)
 
@@ -178,105 +199,100 @@ def _checked(prompt: int, response: int) -> NDArray[np.bool_]:
     return np.concatenate([np.zeros(prompt, dtype=np.bool_), checked])
 
 
-@torch.no_grad()
-def _logprobs(
-    model: PreTrainedModel,
-    batch: TokenSequences,
-    *,
-    packing: bool,
-    together: bool,
-    device: torch.device,
-    shared_prefix_packing: bool = False,
-) -> Tensor:
-    """Return [N] log-probabilities of the sampled tokens, 0 elsewhere.
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """Forward passes of one model on the batch of the check; each returns [N], 0 where unread."""
 
-    Args:
-        together: run all sequences in one forward pass, instead of each by itself.
-    """
-    forward = PackedCausalLM(model, chunk_tokens=CHECKED_TOKENS, packing=packing)
-    rows = np.arange(len(batch))
-    parts = [rows] if together else np.split(rows, len(rows))
+    model: PreTrainedModel
+    batch: TokenSequences
+    checked: CheckedOutput
+    device: torch.device
 
-    flat = torch.zeros(len(batch.token_ids))
-    for part in parts:
-        packs = pack_rows(
-            batch,
-            part,
-            budget=1 << 40,
-            rank=0,
-            ranks=1,
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    def own(self, *, together: bool) -> Tensor:
+        """Run the model's own pass, on each sequence by itself or on all of them, padded.
+
+        Raises:
+            UnsupportedModelError: the forward pass fails.
+        """
+        try:
+            if together:
+                return self._run(lambda pack: self.checked.outputs(self.model, pack, False))
+            return self._run(lambda pack: self.checked.alone(self.model, pack), together=False)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # about the machine, not the model
+        except Exception as error:  # each architecture fails in its own way
+            raise UnsupportedModelError(
+                f"model.path: the forward pass of {self.name} on token ids fails "
+                f"({_short(error)}). Choose another model."
+            ) from error
+
+    def packed(self, *, shared_prefix_packing: bool) -> Tensor:
+        """Run all sequences in one pack."""
+        return self._run(
+            lambda pack: self.checked.outputs(self.model, pack, True),
             shared_prefix_packing=shared_prefix_packing,
         )
-        for pack in packs:
-            result = forward(PackTensors.of(pack, device))
-            flat[torch.from_numpy(pack.flat_positions)] = result.logprobs.float().cpu()
-    return flat
 
+    @torch.no_grad()
+    def _run(
+        self,
+        outputs: Callable[[PackTensors], Tensor],
+        *,
+        together: bool = True,
+        shared_prefix_packing: bool = False,
+    ) -> Tensor:
+        rows = np.arange(len(self.batch))
+        parts = [rows] if together else np.split(rows, len(rows))
 
-def _own_logprobs(
-    model: PreTrainedModel, batch: TokenSequences, *, together: bool, device: torch.device
-) -> Tensor:
-    """Return [N] log-probabilities of the model's own forward pass.
-
-    Raises:
-        UnsupportedModelError: the forward pass fails.
-    """
-    try:
-        return _logprobs(model, batch, packing=False, together=together, device=device)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # about the machine, not the model
-    except Exception as error:  # each architecture fails in its own way
-        raise UnsupportedModelError(
-            f"model.path: the forward pass of {type(model).__name__} on token ids fails "
-            f"({_short(error)}). Choose another model."
-        ) from error
+        flat = torch.zeros(len(self.batch.token_ids))
+        for part in parts:
+            packs = pack_rows(
+                self.batch,
+                part,
+                budget=1 << 40,
+                rank=0,
+                ranks=1,
+                shared_prefix_packing=shared_prefix_packing,
+            )
+            for pack in packs:
+                result = outputs(PackTensors.of(pack, self.device))
+                flat[torch.from_numpy(pack.flat_positions)] = result.float().cpu()
+        return flat
 
 
 def _try_packed(
-    model: PreTrainedModel,
-    kernel: str,
-    batch: TokenSequences,
-    alone: Tensor,
-    tolerance: _Tolerance,
-    device: torch.device,
+    passes: _Passes, kernel: str, alone: Tensor, tolerance: _Tolerance
 ) -> tuple[float, str | None]:
     """Return the largest difference of the packed pass, and the reason if it cannot be used."""
-    subject = model
     noise = 0.0
     if kernel in LOW_PRECISION_KERNELS:
         # The noise is the rounding of the model's own pass in the same precision.
-        subject = copy.deepcopy(model)
-        nn.Module.to(subject, torch.bfloat16)
-        rounded = _logprobs(subject, batch, packing=False, together=False, device=device)
-        noise = _largest(rounded, alone)
+        model = copy.deepcopy(passes.model)
+        nn.Module.to(model, torch.bfloat16)
+        passes = replace(passes, model=model)
+        noise = _largest(passes.own(together=False), alone)
 
-    def packed_pass() -> Tensor:
-        return _logprobs(
-            subject,
-            batch,
-            packing=True,
-            together=True,
-            device=device,
-            shared_prefix_packing=kernel in SHARING_KERNELS,
-        )
-
+    shares = kernel in SHARING_KERNELS
     # Twice, since a model may keep state from one pass to the next.
     try:
-        with packed_attention(subject, kernel):
-            passes = [packed_pass(), packed_pass()]
+        with packed_attention(passes.model, kernel):
+            found = [passes.packed(shared_prefix_packing=shares) for _ in range(2)]
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each architecture fails in its own way
         return float("nan"), _short(error)
 
-    error = max(_largest(found, alone) for found in passes)
-    spread = _largest(*passes)
+    noun, unit = passes.checked.noun, passes.checked.unit
+    error = max(_largest(outputs, alone) for outputs in found)
+    spread = _largest(*found)
     if not spread <= tolerance.limit + noise:
-        return error, f"two passes over the same tokens differ by up to {spread:.2g} nats"
-    if not tolerance.holds(passes, alone, noise):
-        return error, (
-            f"packed log-probabilities differ from the model's own by up to {error:.2g} nats"
-        )
+        return error, f"two passes over the same tokens differ by up to {spread:.2g}{unit}"
+    if not tolerance.holds(found, alone, noise):
+        return error, f"packed {noun} differ from the model's own by up to {error:.2g}{unit}"
     return error, None
 
 
@@ -335,14 +351,14 @@ def _largest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def _check_causal(name: str, batch: TokenSequences, alone: Tensor) -> None:
-    """Refuse a model whose log-probability of a token depends on later tokens.
+def _check_causal(passes: _Passes, alone: Tensor) -> None:
+    """Refuse a model whose output at a token depends on later tokens.
 
     Raises:
         UnsupportedModelError: it has no causal mask.
     """
-    # Row 1 is the beginning of row 0, so their log-probabilities must be the same.
-    first, second, third = batch.offsets[:3]
+    # Row 1 is the beginning of row 0, so their outputs must be the same.
+    first, second, third = passes.batch.offsets[:3]
     common = int(third - second)
     whole = alone[first : first + common]
     beginning = alone[second:third]
@@ -351,10 +367,11 @@ def _check_causal(name: str, batch: TokenSequences, alone: Tensor) -> None:
 
     spread = float(alone[alone != 0].std())
     if not bool((difference <= ABSOLUTE_TOLERANCE + 0.01 * spread).all()):
+        noun, unit = passes.checked.noun, passes.checked.unit
         raise UnsupportedModelError(
-            f"model.path: {name} is not a causal language model as configured: its "
-            f"log-probabilities of a token change by up to {float(difference.max()):.2g} nats with "
-            "the tokens after it. Choose a decoder (for BERT-like models `is_decoder` is not set)."
+            f"model.path: {passes.name} is not a causal language model as configured: its "
+            f"{noun} of a token change by up to {float(difference.max()):.2g}{unit} with the "
+            "tokens after it. Choose a decoder (for BERT-like models `is_decoder` is not set)."
         )
 
 

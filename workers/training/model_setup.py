@@ -6,8 +6,11 @@ load -> compare the packed forward pass with the model's own -> register the att
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -16,10 +19,15 @@ from transformers import PreTrainedModel
 
 from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 from rlsys.models.loading import load_causal_lm
+from rlsys.models.value_models import ValueLayout, load_value_model
+from workers.training.checked_outputs import LOGPROBS, VALUES, CheckedOutput
 from workers.training.forward_check import ForwardCheck, Lengths, check_forward
 from workers.training.packed_attention import register_packed_attention
-from workers.training.packed_model import PackedCausalLM
+from workers.training.packed_model import PackedCausalLM, PackedModel
+from workers.training.packed_value_model import PackedValueModel
 from workers.training.process_group import agreed
+
+PackedT = TypeVar("PackedT", bound=PackedModel)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Kernels of the model's own forward pass where they are not the configured ones: transformers
@@ -41,23 +49,61 @@ def choose_kernel(configured: str, device: torch.device) -> str:
     return "flash_attention_2"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelKind(Generic[PackedT]):
+    """The steps of `prepare_model` in which language models and value models differ."""
+
+    load: Callable[..., PreTrainedModel]
+    wrap: Callable[[PreTrainedModel, ModelRoleConfig, bool], PackedT]  # the last: packing
+    checked: CheckedOutput
+
+
+LANGUAGE_MODEL = ModelKind(
+    load=load_causal_lm,
+    wrap=lambda model, settings, packing: PackedCausalLM(
+        model, chunk_tokens=settings.logit_chunk_tokens, packing=packing
+    ),
+    checked=LOGPROBS,
+)
+
+
+def value_model(prefer: ValueLayout = "token") -> ModelKind[PackedValueModel]:
+    """Return the kind of critics and reward models; `prefer` is the layout of a new head."""
+    return ModelKind(
+        load=partial(load_value_model, prefer=prefer),
+        wrap=lambda model, settings, packing: PackedValueModel(model, packing=packing),
+        checked=VALUES,
+    )
+
+
 def prepare_model(
     config: RunConfig, settings: ModelRoleConfig, directory: Path, device: torch.device
 ) -> tuple[PackedCausalLM, ForwardCheck]:
+    """Load a language model and find out which forward pass it can run; see `prepare`."""
+    return prepare(LANGUAGE_MODEL, config, settings, directory, device)
+
+
+def prepare(
+    kind: ModelKind[PackedT],
+    config: RunConfig,
+    settings: ModelRoleConfig,
+    directory: Path,
+    device: torch.device,
+) -> tuple[PackedT, ForwardCheck]:
     """Load a model and find out which forward pass it can run; collective.
 
     A trainable model has float32 weights (the masters); a frozen one is stored in the compute
-    dtype. Both run in evaluation mode: dropout and router jitter would make the log-probabilities
-    of one policy differ from pass to pass.
+    dtype. Both run in evaluation mode: dropout and router jitter would make the outputs of one
+    model differ from pass to pass.
 
     Raises:
-        UnsupportedModelError: no forward pass gives the right log-probabilities.
+        UnsupportedModelError: no forward pass gives the right outputs.
     """
     trainable = isinstance(settings, TrainableRoleConfig)
     stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
 
     kernel = choose_kernel(config.model.attention, device)
-    model = load_causal_lm(
+    model = kind.load(
         directory,
         dtype=stored,
         attention=OWN_KERNEL.get(kernel, kernel),
@@ -66,40 +112,28 @@ def prepare_model(
     model.requires_grad_(trainable)
     nn.Module.to(model, device)
 
-    verdict = agreed(lambda: _check(config, settings, model, kernel, device, directory))
+    def check() -> ForwardCheck:
+        # In bfloat16 rounding would hide the difference that a missing feature makes.
+        nn.Module.to(model, torch.float32)
+        return check_forward(
+            model,
+            kernel=kernel,
+            lengths=Lengths(
+                prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
+            ),
+            packing=settings.packing,
+            device=device,
+            code=directory,
+            checked=kind.checked,
+        )
+
+    verdict = agreed(check)
     # Sharding needs a single dtype, and some models keep a few parameters in float32 regardless of
     # the dtype they are loaded with.
     nn.Module.to(model, stored)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
-
-    packed = PackedCausalLM(
-        model, chunk_tokens=settings.logit_chunk_tokens, packing=verdict.packing
-    )
-    return packed, verdict
-
-
-def _check(
-    config: RunConfig,
-    settings: ModelRoleConfig,
-    model: PreTrainedModel,
-    kernel: str,
-    device: torch.device,
-    directory: Path,
-) -> ForwardCheck:
-    """Run `check_forward` on the model in float32."""
-    # In bfloat16 rounding would hide the difference that a missing feature makes.
-    nn.Module.to(model, torch.float32)
-    return check_forward(
-        model,
-        kernel=kernel,
-        lengths=Lengths(
-            prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
-        ),
-        packing=settings.packing,
-        device=device,
-        code=directory,
-    )
+    return kind.wrap(model, settings, verdict.packing), verdict
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from rlsys.data.example_stream import ExampleBatch
 from rlsys.metrics import Metric, mean
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.offline_losses import LOSSES, OfflineLoss
-from workers.training.trained_worker import TrainedCausalLMWorker, TrainedWorker
-from workers.training.update_metrics import UpdateCounts
+from workers.training.optimizer_steps import OptimizerSteps
+from workers.training.rank_worker import RankWorker
+from workers.training.sampled_from import SampledFromWorker
+from workers.training.saved_state import load_state, save_state
 
 
-class OfflineWorker(TrainedWorker):
+class OfflineWorker(RankWorker):
     """One rank of a model that learns from examples."""
 
     def __init__(
@@ -34,22 +37,34 @@ class OfflineWorker(TrainedWorker):
             world_size,
         )
         self.offline = config
+        optimizer = config.trained.optimizer
+        self.steps = OptimizerSteps(self.role, optimizer, config.trainer.steps)
 
     def update(self, batch: ExampleBatch) -> dict[str, Metric]:
         """Take one optimizer step on a batch; every rank gets the whole batch."""
-        self.counts = UpdateCounts()
+        self.steps.begin(empty=0)
         loss = self.loss_of(batch)
         packs = self.packs_of_sequences(batch.sequences, np.arange(len(batch)))
         passes = backward_passes(self.backend, packs, loss, self.denominators(batch))
         measured = self._measured(loss, (pack_loss for _, _, pack_loss in passes))
-        norm = self.optimizer_step()
+        norm = self.steps.take(self.backend)
 
-        # Every rank counts the same, so one of them reports.
-        rate = {f"{self.role}/learning_rate": mean(self.learning_rate())}
-        counts = self.counts.metrics(self.role) if self.rank == 0 else {}
-        self.steps += 1
         reported = {f"{self.role}/{name}": metric for name, metric in measured.items()}
-        return reported | norm | rate | counts | self.metrics()
+        return reported | norm | self.steps.end(self.rank) | self.metrics()
+
+    def save(self, directory: str) -> None:
+        """Write the model in Hugging Face layout, optimizer and schedule; collective."""
+        facts = {"ranks": self.world_size, "steps": self.steps.completed}
+        save_state(self.backend, Path(directory), role=self.role, rank=self.rank, facts=facts)
+
+    def load(self, directory: str) -> None:
+        """Continue from what `save` wrote; collective.
+
+        Raises:
+            ValueError: the checkpoint is of another number of ranks or of another model.
+        """
+        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
+        self.steps.completed = facts["steps"]
 
     @torch.no_grad()
     def evaluate(self, batch: ExampleBatch) -> dict[str, Metric]:
@@ -87,7 +102,7 @@ class OfflineWorker(TrainedWorker):
         return {"loss": mean(self.world_size * value)} | loss.metrics(sums)
 
 
-class SupervisedWorker(OfflineWorker, TrainedCausalLMWorker):
+class SupervisedWorker(OfflineWorker, SampledFromWorker):
     """One rank of a policy that learns from demonstrations."""
 
     role = "policy"
@@ -95,5 +110,6 @@ class SupervisedWorker(OfflineWorker, TrainedCausalLMWorker):
     def setup(self, address: str) -> tuple[str, ...]:
         """See `RankWorker.setup`."""
         notes = super().setup(address)
-        self.check_export()
+        if self.offline.trainer.evaluation.problems:
+            self.check_export()
         return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,10 @@ class PackedModel(nn.Module):
             packed_layout=pack.layout,
         )
         return output.last_hidden_state[0].index_select(0, pack.predict_positions)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return what config.json of the saved model has to say beyond that of the loaded one."""
+        return {}
 
 
 class PackedCausalLM(PackedModel):

@@ -24,12 +24,14 @@ from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
+from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.policy_loss import PolicyLoss, pack_log_ratios
-from workers.training.trained_worker import TrainedCausalLMWorker
-from workers.training.update_metrics import UpdateCounts, loss_metrics
+from workers.training.sampled_from import SampledFromWorker
+from workers.training.saved_state import load_state, save_state
+from workers.training.update_metrics import loss_metrics
 
 
-class PolicyWorker(TrainedCausalLMWorker):
+class PolicyWorker(SampledFromWorker):
     """One rank of the policy."""
 
     role = "policy"
@@ -37,6 +39,7 @@ class PolicyWorker(TrainedCausalLMWorker):
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.policy, model_directory, rank, world_size)
         self.returns_squared_score_norms = "squared_score_norms" in required_inputs(config)
+        self.steps = OptimizerSteps("policy", config.policy.optimizer, config.trainer.steps)
         # [N] advantages that the last update estimated; None if it did not.
         self.estimated: NDArray[np.float32] | None = None
         self.old_kl_coefficient = config.algorithm.kl_old.coefficient
@@ -71,7 +74,7 @@ class PolicyWorker(TrainedCausalLMWorker):
         )
         # A mini-batch without a trained response has no gradient. It is skipped, and counted.
         trained = [_trained_rows(batch, rows) for rows in mini_batches]
-        self.counts = UpdateCounts(empty=sum(not len(rows) for rows in trained))
+        self.steps.begin(empty=sum(not len(rows) for rows in trained))
         self.estimated = None
 
         reports = []
@@ -79,15 +82,9 @@ class PolicyWorker(TrainedCausalLMWorker):
             if len(rows):
                 reports.append(self.update_on(batch, rows, all_rows))
 
-        # The rate that the updates had; the next step has another.
-        rate = self.learning_rate()
-        self.steps += 1
+        counts = self.steps.end(self.rank)
         penalty = self._adapt_old_kl(batch, np.concatenate(trained))
-
-        # Every rank counts the same, so one of them reports.
-        counts = self.counts.metrics(self.role) if self.rank == 0 else {}
-        rate_metric = {"policy/learning_rate": mean(rate)}
-        return combine(reports) | counts | rate_metric | penalty | self.metrics()
+        return combine(reports) | counts | penalty | self.metrics()
 
     def update_on(
         self, scored: ScoredBatch, rows: NDArray[np.int64], all_rows: NDArray[np.int64]
@@ -123,9 +120,10 @@ class PolicyWorker(TrainedCausalLMWorker):
             diagnostics |= self.auxiliary.step()
 
         # With `recompute` the old policy is the live one, which the first update has moved.
-        drifted = self.config.algorithm.advantage.recompute and self.counts.taken > 0
+        drifted = self.config.algorithm.advantage.recompute and self.steps.counts.taken > 0
         measured = loss_metrics(losses, tokens, self.world_size, drifted=drifted)
-        return measured | diagnostics | self._batch_statistics(parameters) | self.optimizer_step()
+        statistics = self._batch_statistics(parameters)
+        return measured | diagnostics | statistics | self.steps.take(self.backend)
 
     def _denominators(self, batch: TrainBatch, rows: NDArray[np.int64]) -> Denominators:
         """Return the sizes of a mini-batch over all ranks.
@@ -304,7 +302,7 @@ class PolicyWorker(TrainedCausalLMWorker):
         See `diagnostics.gradient` and `diagnostics.gradient_every`.
         """
         settings = self.config.diagnostics
-        if not settings.gradient or self.steps % settings.gradient_every:
+        if not settings.gradient or self.steps.completed % settings.gradient_every:
             return {}
 
         def plan(members: NDArray[np.int64]) -> list[Pack]:
@@ -339,36 +337,40 @@ class PolicyWorker(TrainedCausalLMWorker):
         statistics = statistic(torch.cat(gathered), **objective.parameters)
         return {**objective.parameters, **statistics}
 
-    def own_state(self) -> dict[str, Any]:
-        """See `TrainedWorker`."""
-        return {
+    def save(self, directory: str) -> None:
+        """Write the model in Hugging Face layout and all state of the policy; collective."""
+        path = Path(directory)
+        facts = {
+            "ranks": self.world_size,
+            "steps": self.steps.completed,
             "estimator": dict(self.estimator_state),
             "old_kl_coefficient": self.old_kl_coefficient,
             "old_kl_start": self.config.algorithm.kl_old.coefficient,
         }
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """See `TrainedWorker`."""
-        # Checkpoints of earlier versions have no state of the estimator.
-        self.estimator_state = state.get("estimator", {})
-
-        kl_old = self.config.algorithm.kl_old
-        started_from = state.get("old_kl_start", kl_old.coefficient)
-        # The adapted coefficient continues, unless the user has configured another for the resume.
-        if kl_old.target is not None and started_from == kl_old.coefficient:
-            self.old_kl_coefficient = state.get("old_kl_coefficient", self.old_kl_coefficient)
-
-    def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout and all state of the policy; collective."""
-        super().save(directory)
+        save_state(self.backend, path, role=self.role, rank=self.rank, facts=facts)
         if self.auxiliary and self.rank == 0:
-            self.auxiliary.save(Path(directory))
+            self.auxiliary.save(path)
 
     def load(self, directory: str) -> None:
-        """Continue from what `save` wrote; collective. See `TrainedWorker`."""
-        super().load(directory)
+        """Continue from what `save` wrote; collective.
+
+        Raises:
+            ValueError: the checkpoint is of another number of ranks or of another model.
+        """
+        path = Path(directory)
+        facts = load_state(self.backend, path, role=self.role, ranks=self.world_size)
+        self.steps.completed = facts["steps"]
+        # Checkpoints of earlier versions have no state of the estimator.
+        self.estimator_state = facts.get("estimator", {})
+
+        kl_old = self.config.algorithm.kl_old
+        started_from = facts.get("old_kl_start", kl_old.coefficient)
+        # The adapted coefficient continues, unless the user has configured another for the resume.
+        if kl_old.target is not None and started_from == kl_old.coefficient:
+            self.old_kl_coefficient = facts.get("old_kl_coefficient", self.old_kl_coefficient)
+
         if self.auxiliary:
-            self.auxiliary.load(Path(directory))
+            self.auxiliary.load(path)
 
 
 # Of the groups of rows without a gradient every fourth is measured.

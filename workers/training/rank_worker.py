@@ -8,6 +8,7 @@ A role (policy, reference) is a subclass in a file of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlsys.config import ModelRoleConfig, RunConfig
@@ -28,7 +30,7 @@ from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import choose_kernel, prepare_model
 from workers.training.packed_attention import SHARING_KERNELS
-from workers.training.packed_model import PackResult, PackTensors
+from workers.training.packed_model import PackTensors
 from workers.training.process_group import (
     join_process_group,
     open_rendezvous,
@@ -116,9 +118,37 @@ class RankWorker:
             padded=not self.backend.module.packing,
         )
 
-    def run(self, pack: Pack, temperature: float) -> PackResult:
+    def run(self, pack: Pack, temperature: float) -> Any:
         """Run the model on one pack; collective."""
         return self.backend.forward(PackTensors.of(pack, self.backend.device, temperature))
+
+    @torch.no_grad()
+    def outputs_of_own_rows(
+        self, rollouts: RolloutBatch, read: Callable[[Any], Sequence[Tensor]]
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.float32]]]:
+        """Run the model on a batch; collective.
+
+        Args:
+            read: returns arrays [m] of the model's result for a pack.
+
+        Returns:
+            The rows of this rank, in the order of its packs, and for each array the values at their
+            tokens (prompt and response), one row after the other, 0 outside the mask.
+        """
+        arrays: list[NDArray[np.float32]] = []
+        own_rows: list[int] = []
+        for pack in self.packs_of(rollouts, np.arange(len(rollouts))):
+            found = read(self.run(pack, rollouts.temperature))
+            arrays = arrays or [np.zeros(len(rollouts.token_ids), dtype=np.float32) for _ in found]
+            # A padding pack repeats rows that another pack already has.
+            if pack.is_padding:
+                continue
+            for array, values in zip(arrays, found, strict=True):
+                array[pack.flat_positions] = values.cpu().numpy()
+            own_rows += pack.rows.tolist()
+
+        rows = np.asarray(own_rows, dtype=np.int64)
+        return rows, [_of_rows(array, rows, rollouts.sequence_offsets) for array in arrays]
 
     def metrics(self) -> dict[str, Metric]:
         """Return the peak memory of this rank as a metric."""
@@ -143,31 +173,14 @@ class CausalLMWorker(RankWorker):
             parts: the batch, in prompt order.
         """
         rollouts = RolloutBatch.concatenate(parts)
-        packs = self.packs_of(rollouts, np.arange(len(rollouts)))
-
-        logprobs = np.zeros(len(rollouts.token_ids), dtype=np.float32)
-        norms = np.zeros(len(rollouts.token_ids), dtype=np.float32)
-        # In the order of the packs.
-        own_rows: list[int] = []
-        for pack in packs:
-            result = self.run(pack, rollouts.temperature)
-            # A padding pack repeats rows that another pack already has.
-            if pack.is_padding:
-                continue
-            logprobs[pack.flat_positions] = result.logprobs.cpu().numpy()
-            norms[pack.flat_positions] = result.squared_score_norms.cpu().numpy()
-            own_rows += pack.rows.tolist()
-
-        rows = np.asarray(own_rows, dtype=np.int64)
-        offsets = rollouts.sequence_offsets
-        squared_score_norms = None
-        if self.returns_squared_score_norms:
-            squared_score_norms = _of_rows(norms, rows, offsets)
+        rows, (logprobs, norms) = self.outputs_of_own_rows(
+            rollouts, lambda result: (result.logprobs, result.squared_score_norms)
+        )
         return LogprobBatch(
             batch_id=rollouts.batch_id,
             rows=rows,
-            logprobs=_of_rows(logprobs, rows, offsets),
-            squared_score_norms=squared_score_norms,
+            logprobs=logprobs,
+            squared_score_norms=norms if self.returns_squared_score_norms else None,
         )
 
     def put_logprobs(self, *parts: RolloutBatch) -> Any:

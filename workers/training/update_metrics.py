@@ -3,31 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from rlsys.metrics import Metric, maximum, mean, total
 from workers.training.losses import PackLoss
-
-
-@dataclass(frozen=True)
-class UpdateCounts:
-    """The outcomes of the mini-batches of one batch."""
-
-    taken: int = 0  # optimizer steps
-    not_finite: int = 0  # skipped: the gradient was not finite
-    empty: int = 0  # skipped: no response of the mini-batch is trained
-
-    def after(self, *, finite: bool) -> UpdateCounts:
-        """Return the counts with one more mini-batch that had a gradient."""
-        return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
-
-    def metrics(self, role: str) -> dict[str, Metric]:
-        """Return the counts as metrics of a role."""
-        return {
-            f"{role}/updates": total(self.taken),
-            f"{role}/skipped_updates": total(self.not_finite + self.empty),
-            f"{role}/nonfinite_gradients": total(self.not_finite),
-        }
 
 
 def loss_metrics(

@@ -18,8 +18,9 @@ from rlsys.algorithms.advantages import (
 )
 from rlsys.driver.batch_metrics import batch_metrics
 from tests.support.rollout_examples import random_rollouts, train_batch
+from workers.training.optimizer_steps import UpdateCounts
 from workers.training.policy_loss import PackLoss
-from workers.training.update_metrics import UpdateCounts, loss_metrics
+from workers.training.update_metrics import loss_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMESPACES = sorted({doc.name.split("/")[0] for doc in METRICS})
@@ -101,7 +102,7 @@ def test_metrics_add_up_as_documented():
         batch_metrics(train_batch(random_rollouts(0))),
         loss_metrics([loss], 3, 1, drifted=False),
         loss_metrics([loss], 3, 1, drifted=True),
-        UpdateCounts().metrics(),
+        UpdateCounts().metrics("policy"),
     ]
     for name, metric in ((n, m) for report in reports for n, m in report.items()):
         if name != "policy/ratio_square":

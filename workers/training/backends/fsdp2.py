@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
-from rlsys.models.saving import copy_model_files
+from rlsys.models.saving import change_model_config, copy_model_files
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
@@ -137,6 +137,8 @@ class FSDP2Backend:
         }
         if self._rank == 0:
             copy_model_files(self._directory, path)
+            if fields := self.module.config_fields():
+                change_model_config(path, fields)
             save_file(weights, path / "model.safetensors", {"format": "pt"})
 
         torch.save(self._optimizer_shards(), path / f"optimizer_rank{self._rank}.pt")

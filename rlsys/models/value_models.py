@@ -1,0 +1,190 @@
+"""Models with a scalar head per token: critics and reward models, in the layout of transformers.
+
+Such a model is a decoder with a linear head of one output. On disk it is an
+`AutoModelForTokenClassification` or `AutoModelForSequenceClassification` with one label. Both
+apply the head to every position; they differ in what their own forward pass returns (the values of
+all positions, or that of the last one) and in the bias of the head.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlsys.models.loading import UnsupportedModelError, load_with_attention
+
+ValueLayout = Literal["token", "sequence"]
+
+_AUTO_CLASSES: Mapping[ValueLayout, Any] = {
+    "token": AutoModelForTokenClassification,
+    "sequence": AutoModelForSequenceClassification,
+}
+_MODEL_TYPES: Mapping[ValueLayout, Mapping[str, Any]] = {
+    "token": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "sequence": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+_SUFFIXES: Mapping[ValueLayout, str] = {
+    "token": "ForTokenClassification",
+    "sequence": "ForSequenceClassification",
+}
+
+
+def saved_value_layout(directory: Path | str) -> ValueLayout | None:
+    """Return the layout of a model that has a scalar head; None for one without, a language model.
+
+    Raises:
+        UnsupportedModelError: its head has several outputs.
+    """
+    facts = json.loads((Path(directory) / "config.json").read_text())
+    architecture = (facts.get("architectures") or [""])[0]
+    for layout, suffix in _SUFFIXES.items():
+        if architecture.endswith(suffix):
+            _check_one_label(facts, architecture)
+            return layout
+    return None
+
+
+def _check_one_label(facts: Mapping[str, Any], architecture: str) -> None:
+    # Without the entry transformers assumes two labels.
+    labels = facts.get("num_labels") or len(facts.get("id2label") or ("", ""))
+    if labels != 1:
+        raise UnsupportedModelError(
+            f"{architecture} has {labels} labels, and a value is one number. Choose a reward "
+            "model with one label, or a language model, which gets a new head."
+        )
+
+
+def value_layout(directory: Path | str, *, prefer: ValueLayout = "token") -> ValueLayout:
+    """Return the layout in which the model of `directory` is loaded as a value model.
+
+    A model with a head keeps its layout. A new head is of the layout `prefer`, or of the other one
+    where transformers has no class of that layout for this type of model.
+
+    Raises:
+        UnsupportedModelError: transformers has neither, or the head has several outputs.
+    """
+    saved = saved_value_layout(directory)
+    if saved is not None:
+        return saved
+
+    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    other: ValueLayout = "sequence" if prefer == "token" else "token"
+    for layout in (prefer, other):
+        if kind in _MODEL_TYPES[layout]:
+            return layout
+    raise UnsupportedModelError(
+        f"transformers has no model of type {kind!r} with a head for values (neither "
+        "ForTokenClassification nor ForSequenceClassification). Choose another type of model, "
+        "such as Llama or Qwen."
+    )
+
+
+def load_value_model(
+    directory: Path | str,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool = False,
+    prefer: ValueLayout = "token",
+) -> PreTrainedModel:
+    """Load a model with a scalar head onto the CPU, in evaluation mode.
+
+    The directory holds such a model, or a language model, whose LM head is left out. A new head is
+    0, so that every value is 0 before the first update, on every rank.
+
+    Args:
+        attention: see `load_causal_lm`.
+        prefer: the layout of a new head.
+
+    Raises:
+        UnsupportedModelError: the weights are of another model, or see `value_layout`.
+    """
+    layout = value_layout(directory, prefer=prefer)
+    has_head = saved_value_layout(directory) is not None
+    config = AutoConfig.from_pretrained(
+        directory, num_labels=1, trust_remote_code=trust_remote_code
+    )
+
+    def load(kernel: str) -> PreTrainedModel:
+        with _quiet_transformers():
+            model, report = _AUTO_CLASSES[layout].from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                attn_implementation=kernel,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        _fill_head(model, report["missing_keys"], has_head=has_head)
+        return model.eval()
+
+    return load_with_attention(load, config, attention)
+
+
+def _fill_head(model: PreTrainedModel, missing: Any, *, has_head: bool) -> None:
+    """Set a new head to 0, and refuse a checkpoint that lacks any other weight."""
+    head = value_head(model)
+    own = {name for name, module in model.named_modules() if module is head}
+    new = {name for name in missing if name.rpartition(".")[0] in own}
+    absent = sorted(missing if has_head else set(missing) - new)
+    if absent:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the checkpoint has no weights for {', '.join(absent[:3])}. "
+            "Choose a complete model."
+        )
+    if new:
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Leave out the report that the head is new and the LM head not used: both are intended."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def value_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the head of a value model: the linear layer of one output beside its decoder.
+
+    Raises:
+        UnsupportedModelError: there is none, or the model has other layers beside its decoder.
+    """
+    found = [module for _, module in model.named_children() if isinstance(module, nn.Linear)]
+    if len(found) != 1 or found[0].out_features != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear head of one output on its last hidden state. "
+            "Choose another type of model."
+        )
+    return found[0]
+
+
+def value_config_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the entries of config.json by which transformers finds a head of one output."""
+    return {
+        "architectures": [type(model).__name__],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }

@@ -1,0 +1,44 @@
+"""The files of one trained model in a checkpoint: its backend's, and a few facts as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workers.training.backends.backend import ModelBackend
+
+
+def state_file(role: str) -> str:
+    """Return the name of the file with the facts of the model called `role`."""
+    return f"{role}_state.json"
+
+
+def save_state(
+    backend: ModelBackend[Any], path: Path, *, role: str, rank: int, facts: Mapping[str, Any]
+) -> None:
+    """Write weights, optimizer state and `facts`, which are the same on all ranks; collective.
+
+    `facts` contain `ranks`, the number of them.
+    """
+    backend.save(path)
+    if rank == 0:
+        (path / state_file(role)).write_text(json.dumps(dict(facts)))
+
+
+def load_state(backend: ModelBackend[Any], path: Path, *, role: str, ranks: int) -> dict[str, Any]:
+    """Load what `save_state` wrote, and return its facts; collective.
+
+    Raises:
+        ValueError: the checkpoint is of another number of ranks or of another model.
+    """
+    facts = json.loads((path / state_file(role)).read_text())
+    if facts["ranks"] != ranks:
+        raise ValueError(
+            f"{role}.ranks: {path} was written by {facts['ranks']} ranks, now there are {ranks}. "
+            f"Resume with --{role}.ranks {facts['ranks']}, or start a new run with --model.path "
+            f"{path}."
+        )
+    backend.load(path)
+    return facts
