@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import ray
 from numpy.typing import NDArray
 
 from rlsys.config import ModelRoleConfig, RootConfig, RunConfig
-from rlsys.config.offline import OfflineRunConfig, SupervisedRunConfig
+from rlsys.config.offline import (
+    OfflineRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
 from rlsys.data.batches import PromptBatch
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
@@ -24,9 +30,21 @@ from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
-from workers.training.offline import OfflineWorker, SupervisedWorker
+from workers.training.offline import (
+    ExampleReferenceWorker,
+    OfflineWorker,
+    PreferenceWorker,
+    RewardModelWorker,
+    SupervisedWorker,
+)
 from workers.training.policy import PolicyWorker
-from workers.training.rank_group import CausalLMGroup, OfflineGroup, PolicyGroup
+from workers.training.rank_group import (
+    CausalLMGroup,
+    ExampleReferenceGroup,
+    OfflineGroup,
+    PolicyGroup,
+    RewardModelGroup,
+)
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
@@ -111,11 +129,21 @@ async def start_offline_workers(
         problems: held-out prompts that the evaluation answers; None: it samples nothing.
         notify: called with the actors' notes for the user.
     """
-    online = config.online()
+    online, kind = config.online(), OFFLINE_KINDS[type(config)]
     model = str(model_directory)
     trained_actors = _spawn_ranks(
-        cluster, OFFLINE_WORKERS[type(config)], config, config.trained, model, place="policy"
+        cluster, kind.worker, config, config.trained, model, place="policy"
     )
+    role, reference_actors = config.reference_role(), []
+    if role is not None:
+        reference_actors = _spawn_ranks(
+            cluster,
+            ExampleReferenceWorker,
+            config,
+            role,
+            str(reference_directory),
+            shares="policy",
+        )
     generation_actors, reward_actor = [], None
     if problems is not None:
         generation_actors = [
@@ -125,11 +153,15 @@ async def start_offline_workers(
         reward_actor = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
     await cluster.wait_until_ready()
 
-    trained = OfflineGroup(trained_actors)
-    for note in await trained.setup():
-        notify(note)
+    trained = kind.group(trained_actors)
+    reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
+    groups = [trained, reference] if reference else [trained]
+    for notes in await asyncio.gather(*(group.setup() for group in groups)):
+        for note in notes:
+            notify(note)
+    optional = [reference] if reference else []
     if problems is None:
-        return OfflineWorkers(trained=trained, put=ray.put)
+        return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
 
     generator, scorer = GenerationGroup(generation_actors), RewardWorkerClient(reward_actor)
     probe = probe_sequences(
@@ -140,18 +172,28 @@ async def start_offline_workers(
     return OfflineWorkers(
         trained=trained,
         put=ray.put,
+        reference=reference,
         evaluation=EvaluationWorkers(
             generator=generator,
             scorer=scorer,
             weights=ObjectStoreWeightSync(trained, generation_actors, online, probe),
         ),
-        reporting=(generator, scorer),
+        reporting=(generator, scorer, *optional),
     )
 
 
-# The rank of the model that is trained, by the kind of the run.
-OFFLINE_WORKERS: Mapping[type[OfflineRunConfig], type[OfflineWorker]] = {
-    SupervisedRunConfig: SupervisedWorker,
+@dataclass(frozen=True)
+class OfflineKind:
+    """The trained model of a kind of run on examples."""
+
+    worker: type[OfflineWorker]
+    group: type[OfflineGroup] = OfflineGroup
+
+
+OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
+    SupervisedRunConfig: OfflineKind(SupervisedWorker),
+    PreferenceRunConfig: OfflineKind(PreferenceWorker),
+    RewardModelRunConfig: OfflineKind(RewardModelWorker, RewardModelGroup),
 }
 
 

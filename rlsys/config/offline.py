@@ -19,7 +19,7 @@ from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.data import DataConfig, FilterValue, SyntheticConfig
 from rlsys.config.generation import EngineConfig
 from rlsys.config.model import ModelConfig
-from rlsys.config.model_role import ModelRoleConfig, TrainableRoleConfig
+from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
@@ -320,6 +320,10 @@ class OfflineRunConfig(RootConfig):
                 "gpus_per_worker": 0,
                 "max_tokens": data.max_response_tokens,
             }
+        if hasattr(self, "reference"):
+            sections["reference"] = getattr(self, "reference").model_dump()  # noqa: B009
+            # By its coefficient above 0 an RL run has a reference.
+            sections["algorithm"] = {"kl": {"coefficient": 1.0}}
         if longest_response is not None:
             sections["generation"]["max_tokens"] = longest_response
         return RunConfig.model_validate(sections, context=CONTRADICTIONS_LATER)
@@ -368,9 +372,97 @@ class SupervisedRunConfig(OfflineRunConfig):
     )
 
 
+class PreferenceConfig(Section):
+    """The loss of preference pairs."""
+
+    kind: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid",
+        description="Loss of a pair. sigmoid: DPO. ipo: squared distance of the log-ratio "
+        "difference to 1 / (2 beta).",
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="Strength of the pull to the reference: larger stays closer to it.",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed probability that a label is wrong (conservative DPO), below 0.5; for "
+        "kind sigmoid. 0: off.",
+    )
+    length_normalized: bool = Field(
+        default=False,
+        description="Use the mean log-probability of the tokens of a response instead of the sum.",
+    )
+
+
+class RankingConfig(Section):
+    """The loss of a reward model."""
+
+    kind: Literal["pairwise", "plackett_luce"] = Field(
+        default="pairwise",
+        description="Loss of a ranking. pairwise: the mean over all pairs of a prompt. "
+        "plackett_luce: the likelihood of the whole order.",
+    )
+    margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="Difference that the better reward should have at least; for kind pairwise.",
+    )
+
+
+class PreferenceRunConfig(OfflineRunConfig):
+    """Direct preference optimization."""
+
+    data: RankingDataConfig = Field(
+        default=RankingDataConfig(), description="Rankings and prompts."
+    )
+    objective: PreferenceConfig = Field(
+        default=PreferenceConfig(), description="The loss of an update."
+    )
+    policy: TrainableRoleConfig = Field(
+        default=TrainableRoleConfig(), description="The model that is trained."
+    )
+    reference: ReferenceConfig = Field(
+        default=ReferenceConfig(), description="The frozen reference."
+    )
+    trainer: GeneratingTrainerConfig = Field(
+        default=GeneratingTrainerConfig(), description="The training loop."
+    )
+    generation: EngineConfig = Field(
+        default=EngineConfig(), description="The generation group of the held-out evaluation."
+    )
+    reward: RewardConfig = Field(
+        default=RewardConfig(), description="Rewards, which decide held-out accuracy."
+    )
+
+    def reference_role(self) -> ModelRoleConfig:
+        """See `OfflineRunConfig`."""
+        return self.online().reference_role()
+
+
+class RewardModelRunConfig(OfflineRunConfig):
+    """Training of a reward model."""
+
+    trained_field: ClassVar[str] = "reward_model"
+
+    data: RankingDataConfig = Field(
+        default=RankingDataConfig(), description="Rankings and prompts."
+    )
+    objective: RankingConfig = Field(default=RankingConfig(), description="The loss of an update.")
+    reward_model: TrainableRoleConfig = Field(
+        default=TrainableRoleConfig(), description="The model that is trained."
+    )
+    trainer: ScoringTrainerConfig = Field(
+        default=ScoringTrainerConfig(), description="The training loop."
+    )
+
+
 def offline_contradictions(config: OfflineRunConfig) -> list[str]:
     """Return the fields that do not fit together, a line each: field, value and remedy."""
-    return [*_shared_rules(config), *_ranks(config)]
+    return [*_shared_rules(config), *_ranks(config), *_objective(config)]
 
 
 def _shared_rules(config: OfflineRunConfig) -> Iterator[str]:
@@ -382,6 +474,23 @@ def _shared_rules(config: OfflineRunConfig) -> Iterator[str]:
 def named_as_here(line: str, config: OfflineRunConfig) -> str:
     """Return a message about the RL run of `OfflineRunConfig.online` with the names of `config`."""
     return line.replace("policy.", f"{config.trained_field}.")
+
+
+def _objective(config: OfflineRunConfig) -> Iterator[str]:
+    if isinstance(config, PreferenceRunConfig):
+        smoothing = config.objective.label_smoothing
+        if config.objective.kind == "ipo" and smoothing:
+            yield (
+                f"objective.label_smoothing: {smoothing:g} is not defined for kind 'ipo'. Set it "
+                "to 0, or choose sigmoid."
+            )
+    if isinstance(config, RewardModelRunConfig):
+        margin = config.objective.margin
+        if config.objective.kind != "pairwise" and margin:
+            yield (
+                f"objective.margin: {margin:g} is for kind 'pairwise', not "
+                f"{config.objective.kind!r}. Set it to 0."
+            )
 
 
 def _ranks(config: OfflineRunConfig) -> Iterator[str]:

@@ -19,6 +19,7 @@ from rlsys.data.examples import (
     Demonstration,
     Example,
     PlainText,
+    Ranking,
     examples_digest,
     problem_of,
 )
@@ -26,6 +27,7 @@ from rlsys.data.held_out import hold_out_by
 from rlsys.data.prompt_templates import PromptRenderer
 from rlsys.data.sequences import TokenSequences
 from rlsys.data.synthetic_problems import SolvedProblem, generate_solved_problems
+from rlsys.data.synthetic_rankings import generated_rankings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,11 @@ class ExampleBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def num_examples(self) -> int:
+        """Number of prompts, each with all its responses."""
+        return len(np.unique(self.sequences.group_ids))
+
     @staticmethod
     def of(batch_id: int, examples: Sequence[EncodedExample], first_group: int) -> ExampleBatch:
         """Return a batch of examples, with group ids from `first_group` on."""
@@ -52,6 +59,23 @@ class ExampleBatch:
             sequences=sequences_of(examples, groups),
             ranks=np.asarray(ranks, dtype=np.int64),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceLogprobs:
+    """Log-probabilities of some rows of a batch under the reference, as one rank returns them."""
+
+    rows: NDArray[np.int64]  # [b] indices into the whole batch
+    logprobs: NDArray[np.float32]  # [b] sums over the learned tokens
+
+    @staticmethod
+    def scatter(parts: Sequence[ReferenceLogprobs], size: int) -> NDArray[np.float32]:
+        """Return [B] the values of all ranks in the order of the batch."""
+        whole = np.full(size, np.nan, dtype=np.float32)
+        for part in parts:
+            whole[part.rows] = part.logprobs
+        assert not np.isnan(whole).any(), "each row must come from a rank"
+        return whole
 
 
 class ExampleStream:
@@ -200,8 +224,38 @@ def source_examples(config: OfflineRunConfig) -> SourcedExamples:
         held_out, origin = read(data.eval, "data.eval"), data.eval
 
     held_out = held_out[: data.eval_limit or None]
+    train, held_out = (
+        _without_ties(train, "data.train", notices),
+        _without_ties(held_out, "data.eval", notices),
+    )
     notices += _shared_notices(train, held_out)
     return SourcedExamples(train=train, held_out=held_out, origin=origin, notices=tuple(notices))
+
+
+def _without_ties(examples: Sequence[Example], field: str, notices: list[str]) -> Sequence[Example]:
+    """Leave out rankings in which no response is better than another.
+
+    Raises:
+        ValueError: none is left.
+    """
+    tied = [
+        example
+        for example in examples
+        if isinstance(example, Ranking) and len(set(example.ranks)) < 2
+    ]
+    if not tied:
+        return examples
+    if len(tied) == len(examples):
+        raise ValueError(
+            f"{field}: in each of its {len(examples)} rankings all responses are tied, so no pair "
+            "is left to learn from. Give rankings in which some response is better than another."
+        )
+    notices.append(
+        f"{field}: {len(tied)} of {len(examples)} rankings have tied responses only and were "
+        "dropped"
+    )
+    left_out = set(map(id, tied))
+    return [example for example in examples if id(example) not in left_out]
 
 
 def _check_sources(data: DemonstrationDataConfig | RankingDataConfig) -> None:
@@ -230,6 +284,12 @@ def _synthetic(config: OfflineRunConfig) -> tuple[Sequence[Example], Sequence[Ex
         eval_size=synthetic.eval_size,
         seed=config.trainer.seed,
     )
+    if isinstance(config.data, RankingDataConfig):
+        size = config.data.responses
+        return (
+            generated_rankings(train, responses=size, seed=config.trainer.seed),
+            generated_rankings(held_out, responses=size, seed=config.trainer.seed),
+        )
     return [*map(_demonstration, train)], [*map(_demonstration, held_out)]
 
 

@@ -7,11 +7,11 @@ examples --batch--> update            every so many steps: held-out loss, and, w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rlsys.data.example_stream import ExampleBatch
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.driver.evaluation import Evaluator
-from rlsys.driver.ports import ExampleSource, OfflineWorkers, WeightSync
+from rlsys.driver.ports import ExampleSource, Handle, OfflineWorkers, WeightSync
 from rlsys.driver.session import Session
 from rlsys.metrics import combine, values
 from rlsys.run.observers.observer import Outcome
@@ -41,14 +41,19 @@ class OfflineLoop:
         session, workers = self._session, self._workers
         session.begin_step()
         batch = self._examples.next_batch()
+        handle = workers.put(batch)
+        reference = ()
+        if workers.reference is not None:
+            with session.phase("logprobs"):
+                reference = await workers.reference.logprobs(handle)
         with session.phase("update"):
-            update = await workers.trained.update(workers.put(batch))
+            update = await workers.trained.update(handle, reference)
 
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
         metrics = values(combine([update, *memory])) | session.measurements()
         seconds = max(metrics["time/update"], 1e-9)
         size = {
-            "batch/examples": float(len(set(batch.sequences.group_ids.tolist()))),
+            "batch/examples": float(batch.num_examples),
             "batch/tokens": float(len(batch.sequences.token_ids)),
             "throughput/update": len(batch.sequences.token_ids) / seconds,
         }
@@ -73,11 +78,15 @@ class OfflineEvaluator:
         self._held_out = held_out
         self._answers = answers
         self._syncs = 0
+        self._reference: Sequence[Handle[ReferenceLogprobs]] = ()
 
     async def evaluate(self) -> Mapping[str, float]:
         """Return eval/loss, metrics of the objective, and those of `Evaluator`."""
         workers = self._workers
-        report = values(await workers.trained.evaluate(workers.put(self._held_out)))
+        batch = workers.put(self._held_out)
+        if workers.reference is not None and not self._reference:
+            self._reference = await workers.reference.logprobs(batch)  # always the same
+        report = values(await workers.trained.evaluate(batch, self._reference))
         if self._answers is None or workers.evaluation is None:
             return report
         await self._sync(workers.evaluation.weights)

@@ -24,7 +24,7 @@ from rlsys.data.batches import (
     SamplingParameters,
     ScoredBatch,
 )
-from rlsys.data.example_stream import ExampleBatch
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
@@ -264,12 +264,24 @@ class Workers:
 class ExampleLearner(Trained, Protocol):
     """The actor group of a model that learns from examples."""
 
-    async def update(self, batch: Handle[ExampleBatch]) -> MetricMap:
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> MetricMap:
         """Take one optimizer step on a batch; return metrics merged over ranks."""
         ...
 
-    async def evaluate(self, batch: Handle[ExampleBatch]) -> MetricMap:
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> MetricMap:
         """Return the loss and other metrics of held-out examples, as eval/<name>."""
+        ...
+
+
+class ExampleReference(Protocol):
+    """The frozen model with which preferences are compared."""
+
+    async def logprobs(self, batch: Handle[ExampleBatch]) -> Sequence[Handle[ReferenceLogprobs]]:
+        """Compute the log-probability of each response; return one handle per rank."""
         ...
 
 
@@ -298,5 +310,6 @@ class OfflineWorkers:
 
     trained: ExampleLearner
     put: Callable[[ExampleBatch], Handle[ExampleBatch]]  # into the object store
+    reference: ExampleReference | None = None  # None: the objective has no reference
     evaluation: EvaluationWorkers | None = None  # None: nothing is sampled
     reporting: Sequence[HasMetrics] = ()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch
-from rlsys.data.example_stream import ExampleBatch
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError
@@ -125,17 +125,61 @@ class PolicyGroup(TrainedCausalLMGroup):
         return await self._workers[0].put_estimated_advantages.remote()
 
 
+class ExampleReferenceGroup(RankGroup):
+    """The ranks of the frozen reference of preference pairs."""
+
+    async def logprobs(self, batch: Handle[ExampleBatch]) -> Sequence[Handle[ReferenceLogprobs]]:
+        """See `ports.ExampleReference`."""
+        return await asyncio.gather(
+            *(worker.put_example_logprobs.remote(batch) for worker in self._workers)
+        )
+
+
 class OfflineGroup(TrainedCausalLMGroup):
     """The ranks of a model that learns from examples."""
 
-    async def update(self, batch: Handle[ExampleBatch]) -> dict[str, Metric]:
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
         """See `ports.ExampleLearner`."""
-        return combine(
-            await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
-        )
+        reports = (worker.update.remote(batch, *reference) for worker in self._workers)
+        return combine(await asyncio.gather(*reports))
 
-    async def evaluate(self, batch: Handle[ExampleBatch]) -> dict[str, Metric]:
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
         """See `ports.ExampleLearner`."""
-        return combine(
-            await asyncio.gather(*(worker.evaluate.remote(batch) for worker in self._workers))
+        reports = (worker.evaluate.remote(batch, *reference) for worker in self._workers)
+        return combine(await asyncio.gather(*reports))
+
+
+class RewardModelGroup(OfflineGroup):
+    """The ranks of a reward model."""
+
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        return _with_deviation(await super().update(batch, reference), "reward_model")
+
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`; the ranks keep the mean reward for their checkpoints."""
+        report = _with_deviation(await super().evaluate(batch, reference), "eval")
+        mean_reward = report["eval/reward_mean"].value
+        await asyncio.gather(
+            *(worker.keep_reward_mean.remote(mean_reward) for worker in self._workers)
         )
+        return report
+
+
+def _with_deviation(report: dict[str, Metric], prefix: str) -> dict[str, Metric]:
+    """Replace the mean square of the rewards by their standard deviation.
+
+    It is not a mean of those of the ranks, so it is computed here from the means over all ranks.
+    """
+    square = report.pop(f"{prefix}/reward_square")
+    average = report[f"{prefix}/reward_mean"]
+    variance = max(square.value - average.value**2, 0.0)
+    return report | {f"{prefix}/reward_std": mean(variance**0.5, average.count)}

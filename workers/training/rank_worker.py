@@ -101,12 +101,18 @@ class RankWorker:
         return self.packs_of_sequences(rollouts.sequences, rows, may_share=may_share)
 
     def packs_of_sequences(
-        self, sequences: TokenSequences, rows: NDArray[np.int64], *, may_share: bool = True
+        self,
+        sequences: TokenSequences,
+        rows: NDArray[np.int64],
+        *,
+        may_share: bool = True,
+        whole_groups: bool = False,
     ) -> list[Pack]:
         """Return this rank's packs of `rows`.
 
         Args:
             may_share: False gives each response its own copy of the prompt.
+            whole_groups: keep all responses of a group in one pack.
         """
         return pack_rows(
             sequences,
@@ -116,6 +122,7 @@ class RankWorker:
             ranks=self.world_size,
             shared_prefix_packing=self.shared_prefix_packing and may_share,
             padded=not self.backend.module.packing,
+            whole_groups=whole_groups,
         )
 
     def run(self, pack: Pack, temperature: float) -> Any:

@@ -22,6 +22,13 @@ from rlsys.run.observers.step_notes import step_notes
 
 COLUMNS = (
     ("loss", "policy/loss", "{:.4f}"),
+    ("loss", "reward_model/loss", "{:.4f}"),
+    ("right", "policy/preference_accuracy", "{:.1%}"),
+    ("margin", "policy/preference_margin", "{:.3f}"),
+    ("right", "reward_model/ranking_accuracy", "{:.1%}"),
+    ("reward", "reward_model/reward_mean", "{:.3f}"),
+    ("std", "reward_model/reward_std", "{:.3f}"),
+    ("grad", "reward_model/grad_norm", "{:.2f}"),
     ("reward", "reward/mean", "{:.3f}"),
     ("correct", "reward/accuracy", "{:.1%}"),
     ("length", "rollout/response_length", "{:.1f}"),
@@ -32,7 +39,10 @@ COLUMNS = (
     ("s/step", "time/step", "{:.1f}"),
 )
 # The columns of a run that samples, which are there although a step may lack the metric.
-ALWAYS = frozenset(name for _, name, _ in COLUMNS) - {"policy/loss"}
+ALWAYS = (
+    *("reward/mean", "reward/accuracy", "rollout/response_length", "policy/entropy"),
+    *("policy/grad_norm", "policy/logprob_difference_mean", "throughput/step", "time/step"),
+)
 HEADER_EVERY = 20  # plain lines
 CELL = 8  # characters of a number
 

@@ -128,7 +128,7 @@ def _training_summary(train: Sequence[MetricsRecord]) -> TrainingSummary:
         last_step=train[-1].step,
         averaged_steps=tenth,
         reward=_change(train, "reward/mean", tenth),
-        loss=_change(train, "policy/loss", tenth),
+        loss=_change(train, _loss_name(train), tenth),
         failed_rewards=total_failures(record.values for record in train),
         trained=_trained_part(train, tenth),
         seconds={name: _sum(train, name) / len(train) for name in times},
@@ -137,6 +137,12 @@ def _training_summary(train: Sequence[MetricsRecord]) -> TrainingSummary:
         peak_memory_gib=_peak_memory(train),
         warnings=_counted_warnings(train),
     )
+
+
+def _loss_name(train: Sequence[MetricsRecord]) -> str:
+    """Return the loss of the model that the run trains."""
+    own = "reward_model/loss"
+    return own if own in train[-1].values else "policy/loss"
 
 
 def _sum(records: Iterable[MetricsRecord], name: str) -> float:
