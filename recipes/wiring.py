@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
-from rlsys.config import ModelRoleConfig, RunConfig
+from rlsys.config import ModelRoleConfig, RootConfig, RunConfig
+from rlsys.config.offline import (
+    OfflineRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
+from rlsys.data.batches import PromptBatch
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
-from rlsys.driver.ports import Workers
+from rlsys.driver.ports import EvaluationWorkers, OfflineWorkers, Workers
 from rlsys.models.loading import longest_window
 from rlsys.run.model_checks import ModelDirectories
 from workers.advantage_controller import AdvantageController, AdvantageControllerClient
@@ -23,8 +32,22 @@ from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.reward_worker import RewardWorker, RewardWorkerClient
 from workers.training.critic import CriticWorker
+from workers.training.offline import (
+    ExampleReferenceWorker,
+    OfflineWorker,
+    PreferenceWorker,
+    RewardModelWorker,
+    SupervisedWorker,
+)
 from workers.training.policy import PolicyWorker
-from workers.training.rank_group import CriticGroup, PolicyGroup, ReferenceGroup
+from workers.training.rank_group import (
+    CriticGroup,
+    ExampleReferenceGroup,
+    OfflineGroup,
+    PolicyGroup,
+    ReferenceGroup,
+    RewardModelGroup,
+)
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
@@ -104,17 +127,107 @@ async def start_workers(
     )
 
 
+async def start_offline_workers(
+    cluster: Cluster,
+    config: OfflineRunConfig,
+    model_directory: Path,
+    reference_directory: Path,
+    problems: PromptBatch | None,
+    notify: Callable[[str], None],
+) -> OfflineWorkers:
+    """Start all actors of a run on examples, and return them when they are ready.
+
+    Args:
+        problems: held-out prompts that the evaluation answers; None: it samples nothing.
+        notify: called with the actors' notes for the user.
+    """
+    online, kind = config.online(), OFFLINE_KINDS[type(config)]
+    model = str(model_directory)
+    trained_actors = _spawn_ranks(
+        cluster, kind.worker, config, config.trained, model, place="policy"
+    )
+    role, reference_actors = config.reference_role(), []
+    if role is not None:
+        reference_actors = _spawn_ranks(
+            cluster,
+            ExampleReferenceWorker,
+            config,
+            role,
+            str(reference_directory),
+            shares="policy",
+        )
+    generation_actors, reward_actor = [], None
+    if problems is not None:
+        generation_actors = [
+            cluster.spawn("generation", i, GenerationWorker, online, model)
+            for i in range(online.generation.workers)
+        ]
+        reward_actor = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
+    await cluster.wait_until_ready()
+
+    trained = kind.group(trained_actors)
+    reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
+    groups = [trained, reference] if reference else [trained]
+    for notes in await asyncio.gather(*(group.setup() for group in groups)):
+        for note in notes:
+            notify(note)
+    optional = [reference] if reference else []
+    if problems is None:
+        return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
+
+    generator, scorer = GenerationGroup(generation_actors), RewardWorkerClient(reward_actor)
+    probe = probe_sequences(
+        [prompt.token_ids for prompt in problems.prompts],
+        limit=config.data.max_prompt_tokens + online.generation.max_tokens - 1,
+        window=longest_window(model_directory, trust_remote_code=config.model.trust_remote_code),
+    )
+    return OfflineWorkers(
+        trained=trained,
+        put=ray.put,
+        reference=reference,
+        evaluation=EvaluationWorkers(
+            generator=generator,
+            scorer=scorer,
+            weights=ObjectStoreWeightSync(trained, generation_actors, online, probe),
+        ),
+        reporting=(generator, scorer, *optional),
+    )
+
+
+@dataclass(frozen=True)
+class OfflineKind:
+    """The trained model of a kind of run on examples."""
+
+    worker: type[OfflineWorker]
+    group: type[OfflineGroup] = OfflineGroup
+
+
+OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
+    SupervisedRunConfig: OfflineKind(SupervisedWorker),
+    PreferenceRunConfig: OfflineKind(PreferenceWorker),
+    RewardModelRunConfig: OfflineKind(RewardModelWorker, RewardModelGroup),
+}
+
+
 def _spawn_ranks(
     cluster: Cluster,
     worker: type[RankWorker],
-    config: RunConfig,
+    config: RootConfig,
     role: ModelRoleConfig,
     directory: str,
     *,
+    place: str | None = None,
     shares: str | None = None,
 ) -> list[Any]:
-    """Start the ranks of one model, on resources of their own or on those of the role `shares`."""
+    """Start the ranks of one model.
+
+    Args:
+        place: the bundles that were reserved for them; None: those of the worker's role.
+        shares: a role on whose resources they run instead.
+    """
     return [
-        cluster.spawn(worker.role, rank, worker, config, directory, rank, role.ranks, shares=shares)
+        cluster.spawn(
+            place or worker.role, rank, worker, config, directory, rank, role.ranks, shares=shares
+        )
         for rank in range(role.ranks)
     ]

@@ -64,8 +64,12 @@ class Bundle:
         return resources
 
 
-def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
-    """Return the resources that a run reserves, policy ranks first."""
+def bundles_of(config: RunConfig, *, with_gpus: bool, generates: bool = True) -> tuple[Bundle, ...]:
+    """Return the resources that a run reserves, policy ranks first.
+
+    Args:
+        generates: False leaves out the generation workers.
+    """
     policy = config.policy
     generation = config.generation
     gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
@@ -90,7 +94,7 @@ def bundles_of(config: RunConfig, *, with_gpus: bool) -> tuple[Bundle, ...]:
         Bundle(
             role="generation", index=index, cpus=generation.cpus_per_worker, gpus=gpus_per_worker
         )
-        for index in range(generation.workers)
+        for index in range(generation.workers if generates else 0)
     ]
     return (*ranks, *workers)
 
@@ -109,8 +113,8 @@ class Cluster:
     actors: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def connect(cls, config: RunConfig) -> Cluster:
-        """Connect to Ray and reserve the run's resources.
+    def connect(cls, config: RunConfig, *, generates: bool = True) -> Cluster:
+        """Connect to Ray and reserve the run's resources; see `bundles_of`.
 
         An existing connection of this process is used; else the cluster at `cluster.address` or
         RAY_ADDRESS is joined; else Ray is started on this machine.
@@ -130,7 +134,7 @@ class Cluster:
             if not connected:
                 _connect_to_ray(config, local)
             available = ray.cluster_resources()
-            bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0)
+            bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0, generates=generates)
             _check_capacity(bundles, available)
             reservation = _reserve(bundles)
         except BaseException:  # an interrupt must not leave Ray running either

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from rlsys.data.problems import Problem
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """Training and held-out problems."""
+class Split(Generic[T]):
+    """Training and held-out items."""
 
-    train: list[Problem]
-    held_out: list[Problem]
-    copies: int  # further copies of held-out problems, which are in neither list
+    train: list[T]
+    held_out: list[T]
+    copies: int  # further copies of held-out items, which are in neither list
 
 
 def problem_key(problem: Problem) -> str:
@@ -28,17 +31,24 @@ def problem_key(problem: Problem) -> str:
     return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
-def hold_out(problems: Sequence[Problem], *, fraction: float, limit: int) -> Split:
-    """Hold out the `fraction` of the different problems whose texts have the smallest hashes.
+def hold_out(problems: Sequence[Problem], *, fraction: float, limit: int) -> Split[Problem]:
+    """Hold out a fraction of the different problems; see `hold_out_by`."""
+    return hold_out_by(problem_key, problems, fraction=fraction, limit=limit)
+
+
+def hold_out_by(
+    key_of: Callable[[T], str], items: Sequence[T], *, fraction: float, limit: int
+) -> Split[T]:
+    """Hold out the `fraction` of the different items whose keys have the smallest hashes.
 
     At least one is held out and at most `limit` (0: no limit). Both lists keep the order of the
-    file. The choice depends on the texts alone, not on seed, order or answers; a larger fraction
-    holds out the same problems and more.
+    file. The choice depends on the keys alone, not on seed, order or answers; a larger fraction
+    holds out the same items and more.
 
     Raises:
-        ValueError: fewer than two different problems.
+        ValueError: fewer than two different items.
     """
-    keys = [problem_key(problem) for problem in problems]
+    keys = list(map(key_of, items))
     different = sorted(set(keys), key=_hash)
     if len(different) < 2:
         raise ValueError(
@@ -48,10 +58,10 @@ def hold_out(problems: Sequence[Problem], *, fraction: float, limit: int) -> Spl
     size = min(max(1, round(fraction * len(different))), limit or len(different))
     chosen = set(different[: min(size, len(different) - 1)])
 
-    train = [p for p, key in zip(problems, keys, strict=True) if key not in chosen]
-    first_copies = {key: p for p, key in reversed(list(zip(problems, keys, strict=True)))}
+    train = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
+    first_copies = {key: item for item, key in reversed(list(zip(items, keys, strict=True)))}
     held_out = [first_copies[key] for key in dict.fromkeys(keys) if key in chosen]
-    return Split(train=train, held_out=held_out, copies=len(problems) - len(train) - len(held_out))
+    return Split(train=train, held_out=held_out, copies=len(items) - len(train) - len(held_out))
 
 
 def _hash(key: str) -> bytes:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,15 +72,27 @@ class _PackingUnit:
 
     rows: tuple[int, ...]
     num_tokens: int
+    width: int  # tokens of its longest row, with the prompt
+    shares_prompt: bool  # else each row has a copy of its own
+
+    @property
+    def segments(self) -> tuple[tuple[int, ...], ...]:
+        """The rows after each copy of the prompt."""
+        return (self.rows,) if self.shares_prompt else tuple((row,) for row in self.rows)
 
 
 def _units(
-    sequences: TokenSequences, rows: NDArray[np.int64], budget: int, shared_prefix_packing: bool
+    sequences: TokenSequences,
+    rows: NDArray[np.int64],
+    budget: int,
+    *,
+    shared_prefix_packing: bool,
+    whole_groups: bool,
 ) -> list[_PackingUnit]:
     """Split the responses `rows` into units within the budget.
 
     With shared-prefix packing a unit is a whole group, or a part of one that does not fit; without
-    it each response is a unit.
+    it each response is a unit. With `whole_groups` a unit is always a whole group.
     """
     members: dict[int, list[int]] = {}
     for row in rows:
@@ -89,17 +102,32 @@ def _units(
     units: list[_PackingUnit] = []
     for group_rows in members.values():
         prompt = int(sequences.prompt_lengths[group_rows[0]])
+
+        def unit(rows: Sequence[int], prompt: int = prompt) -> _PackingUnit:
+            extras = [max(int(lengths[row]) - prompt - 1, 0) for row in rows]
+            copies = 1 if shared_prefix_packing else len(rows)
+            return _PackingUnit(
+                rows=tuple(rows),
+                num_tokens=copies * prompt + sum(extras),
+                width=prompt + max(extras),
+                shares_prompt=shared_prefix_packing,
+            )
+
+        if whole_groups:
+            units.append(unit(group_rows))
+            continue
+
         current: list[int] = []
         size = prompt
         for row in group_rows:
             extra = max(int(lengths[row]) - prompt - 1, 0)
             if current and (not shared_prefix_packing or size + extra > budget):
-                units.append(_PackingUnit(tuple(current), size))
+                units.append(unit(current))
                 current = []
                 size = prompt
             current.append(row)
             size += extra
-        units.append(_PackingUnit(tuple(current), size))
+        units.append(unit(current))
     return units
 
 
@@ -120,19 +148,37 @@ def _balance(units: Sequence[_PackingUnit], ranks: int) -> list[list[_PackingUni
 def _bins(units: Sequence[_PackingUnit], budget: int, *, padded: bool) -> list[list[_PackingUnit]]:
     """Fill bins by first-fit decreasing; `units` come longest first."""
     bins: list[list[_PackingUnit]] = []
-    loads: list[int] = []
+    loads: list[_Load] = []
     for unit in units:
-        # The first unit of a bin is its longest: all of its units are padded to that width.
-        costs = [content[0].num_tokens if padded else unit.num_tokens for content in bins]
-        fits = (load + cost <= budget for load, cost in zip(loads, costs, strict=True))
+        grown = [load.with_unit(unit) for load in loads]
+        fits = (load.size(padded=padded) <= budget for load in grown)
         place = next((i for i, fit in enumerate(fits) if fit), None)
         if place is None:
             bins.append([unit])
-            loads.append(unit.num_tokens)
+            loads.append(_Load(0, 0, 0).with_unit(unit))
         else:
             bins[place].append(unit)
-            loads[place] += costs[place]
+            loads[place] = grown[place]
     return bins
+
+
+class _Load(NamedTuple):
+    """What a bin holds so far."""
+
+    num_tokens: int
+    num_rows: int
+    width: int  # of its longest row
+
+    def with_unit(self, unit: _PackingUnit) -> _Load:
+        return _Load(
+            self.num_tokens + unit.num_tokens,
+            self.num_rows + len(unit.rows),
+            max(self.width, unit.width),
+        )
+
+    def size(self, *, padded: bool) -> int:
+        """Return the tokens of the forward pass; `padded` fills a rectangle."""
+        return self.num_rows * self.width if padded else self.num_tokens
 
 
 def pack_rows(
@@ -144,16 +190,24 @@ def pack_rows(
     ranks: int,
     shared_prefix_packing: bool,
     padded: bool = False,
+    whole_groups: bool = False,
 ) -> list[Pack]:
     """Return the packs of one rank for the responses `rows`.
 
     Every rank gets equally many; the last ones may be padding packs. A sequence longer than
     `budget` tokens has a pack of its own. Every rank computes the same plan from the same batch.
     `padded` counts each sequence of a pack as long as its longest one; prompts cannot be shared
-    then.
+    then. `whole_groups` keeps all responses of a group in one pack, which then may be larger than
+    `budget`: for losses that compare responses.
     """
     assert not (padded and shared_prefix_packing), "a padded row has a prompt of its own"
-    units = _units(sequences, rows, budget, shared_prefix_packing)
+    units = _units(
+        sequences,
+        rows,
+        budget,
+        shared_prefix_packing=shared_prefix_packing,
+        whole_groups=whole_groups,
+    )
     assigned = _balance(units, ranks)
     bins = [_bins(own, budget, padded=padded) for own in assigned]
     packs = [_pack(sequences, content, is_padding=False) for content in bins[rank]]
@@ -177,15 +231,15 @@ def _pack(sequences: TokenSequences, units: Sequence[_PackingUnit], *, is_paddin
     rows = [row for unit in units for row in unit.rows]
 
     start = 0
-    for unit in units:
-        prompt = int(sequences.prompt_lengths[unit.rows[0]])
-        first = int(sequences.offsets[unit.rows[0]])
+    for segment in (segment for unit in units for segment in unit.segments):
+        prompt = int(sequences.prompt_lengths[segment[0]])
+        first = int(sequences.offsets[segment[0]])
         tokens.append(sequences.token_ids[first : first + prompt])
         positions.append(np.arange(prompt))
 
         lengths = []
         place = start + prompt
-        for row in unit.rows:
+        for row in segment:
             begin = int(sequences.offsets[row]) + prompt
             end = int(sequences.offsets[row + 1])
             span = np.arange(end - begin)

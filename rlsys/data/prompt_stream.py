@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import DataConfig, RunConfig
 from rlsys.data.batches import Prompt, PromptBatch
+from rlsys.data.epoch_order import EpochOrder
 from rlsys.data.held_out import hold_out, shared_problems
 from rlsys.data.problems import Problem, problems_digest
 from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
@@ -42,13 +43,10 @@ class PromptStream:
         assert prompts, "an empty stream"
         self._prompts = prompts
         self._size = prompts_per_step
-        self._seed = seed
-        self._shuffle = shuffle
+        self._order = EpochOrder(len(prompts), seed=seed, shuffle=shuffle)
         self._digest = digest
         self._batches_taken = 0
         self._prompts_taken = 0
-        self._cached_epoch = -1  # none yet
-        self._cached_order = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of prompts of one epoch."""
@@ -73,20 +71,9 @@ class PromptStream:
 
         return PromptBatch(
             batch_id=batch_id,
-            prompts=tuple(self._prompts[self._index(position)] for position in positions),
+            prompts=tuple(self._prompts[self._order.index(position)] for position in positions),
             group_ids=np.asarray(positions, dtype=np.int64),
         )
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._prompts))
-        return int(self._order(epoch)[place]) if self._shuffle else place
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._cached_epoch != epoch:
-            rng = np.random.default_rng([self._seed, epoch])
-            self._cached_order = rng.permutation(len(self._prompts))
-            self._cached_epoch = epoch
-        return self._cached_order
 
     def state(self) -> dict[str, Any]:
         """Return the position of the stream, ready for JSON."""

@@ -1,5 +1,6 @@
 """Prompt templates: from a problem to the tokens of a prompt.
 
+    plain        the problem as it is
     few_shot     three worked examples, for models that were not trained to box their answers
     chat_boxed   the model's own chat template around the problem and a boxed-answer instruction
     chat         the model's own chat template around the problem as it is
@@ -35,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import DataConfig
 from rlsys.data.batches import Prompt
-from rlsys.data.problems import Problem
+from rlsys.data.problems import ChatMessage, Problem
 
 _DIRECTORY = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = tuple(sorted(path.stem for path in _DIRECTORY.glob("*.jinja")))
@@ -181,6 +182,11 @@ class PromptRenderer:
                 "few_shot, r1_zero or a Jinja file of your own, and leave data.chat at null."
             )
 
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are wrapped in the model's chat template."""
+        return self._chat
+
     def encode(self, problem: Problem) -> Prompt:
         """Return the prompt of one problem, tokenized.
 
@@ -201,21 +207,9 @@ class PromptRenderer:
 
     def _conversation(self, problem: Problem, last: str) -> str:
         """Apply the model's chat template to the turns so far and `last`, the rendered last one."""
-        turns = [{"role": turn.role, "content": turn.content} for turn in problem.messages[:-1]]
-        turns.append({"role": "user", "content": last})
+        turns = _turns(problem, last)
+        text = self._apply(turns, problem.problem_id, respond=True)
         roles = ", ".join(turn["role"] for turn in turns)
-        try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"data.template: the model's chat template refuses problem "
-                f"{problem.problem_id!r} with the roles {roles} ({error}). Change or drop such "
-                "conversations, or use another model."
-            ) from error
 
         # Some templates cut the reasoning out of the assistant's turns, as they should.
         for turn in turns:
@@ -227,12 +221,70 @@ class PromptRenderer:
                 )
         return text
 
+    def completed(self, problem: Problem, prompt: str, response: str) -> str:
+        """Return what the chat template writes after `prompt` when the assistant has responded.
+
+        Raises:
+            ValueError: the template refuses the turns, or writes another prompt before a response.
+        """
+        last = self._template.render(problem=problem.problem)
+        turns = [*_turns(problem, last), {"role": "assistant", "content": response}]
+        text = self._apply(turns, problem.problem_id, respond=False)
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"data.template: the model's chat template writes another prompt for "
+                f"{problem.problem_id!r} when a response follows it, so that the response could "
+                "not be learned as it is sampled. Use another model, or a template without chat."
+            )
+        return text[len(prompt) :]
+
+    def conversation_text(
+        self, messages: Sequence[ChatMessage], *, respond: bool, name: str = "a conversation"
+    ) -> str:
+        """Return a conversation as the chat template writes it.
+
+        Args:
+            respond: add what the template writes before a response.
+            name: of the conversation, for messages.
+
+        Raises:
+            ValueError: the template refuses it.
+        """
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        return self._apply(turns, name, respond=respond)
+
+    def _apply(self, turns: list[dict[str, str]], name: str, *, respond: bool) -> str:
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "data.train: conversations need a chat template, and this model's tokenizer has "
+                "none. Use a model with one, or columns of prompt and response."
+            )
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=respond
+                )
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(
+                f"data.template: the model's chat template refuses problem "
+                f"{name!r} with the roles {roles} ({error}). Change or drop such "
+                "conversations, or use another model."
+            ) from error
+
     def _tokens(self, text: str) -> tuple[int, ...]:
         """Tokenize a whole prompt; a chat template has written the special tokens itself."""
         tokens = _without_special_tokens(self._tokenizer, text)
         if self._chat or tokens[:1] == self._beginning[:1]:
             return tokens
         return self._beginning + tokens
+
+
+def _turns(problem: Problem, last: str) -> list[dict[str, str]]:
+    """Return the turns of a prompt, with `last` as the last one."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in problem.messages[:-1]]
+    return [*turns, {"role": "user", "content": last}]
 
 
 def beginning_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -47,48 +47,82 @@ def read_problems(
         ValueError: the source is missing or unreadable, lacks a column, has rows that cannot be
             used, or holds nothing after the filters.
     """
-    filters = _Filters.of(where or {})
+    filters = RowFilters.of(where or {})
     used = [columns.problem, columns.answer, *filters.wanted]
     if columns.id:
         used.append(columns.id)
     table = read_table(source, needed=None if metadata else used, field=field)
     _check_columns(table, columns, filters, source, field)
 
-    rows, unfit = _problems(table, columns, filters, metadata=metadata)
-    refused = [row for row in unfit if not (on_dropped and rows and row.blank)]
-    if refused:
-        raise ValueError(
-            f"{field}: {len(refused)} of {len(table.rows)} rows of {source!r} cannot be used: "
-            f"{_examples(refused)}. {_remedies(refused)}"
-        )
+    def convert(row: Row, number: int) -> Problem:
+        return _problem(row, columns, number, metadata=metadata)
 
-    if unfit and on_dropped:
-        on_dropped(
-            f"{field}: {len(unfit)} of {len(table.rows)} rows of {source!r} lack a problem or an "
-            f"answer and were dropped: {_examples(unfit)}"
-        )
+    reading = RowReading(
+        source=source, field=field, kind="problem", lacking="a problem or an answer"
+    )
+    return reading.convert(table, convert, filters, on_dropped)
 
-    kept = [problem for problem, keys in rows if filters.keep(keys)]
-    if not kept:
-        found = filters.found([keys for _, keys in rows])
-        raise ValueError(
-            f"data.where: {filters} leaves no problem of {field} {source!r} ({len(rows)} rows "
-            f"read; {found}). Drop or widen the filters."
-        )
-    return kept
+
+@dataclass(frozen=True, kw_only=True)
+class RowReading:
+    """The conversion of the rows of one source, with the words for messages about it."""
+
+    source: str
+    field: str  # name of the config field that holds `source`
+    kind: str  # "problem": what a row becomes
+    lacking: str  # "a problem or an answer": what a blank row lacks
+
+    def convert(
+        self,
+        table: Table,
+        convert: Callable[[Row, int], T],
+        filters: RowFilters,
+        on_dropped: Callable[[str], None] | None,
+    ) -> list[T]:
+        """Return what the rows become that pass the filters; `convert` gets row and number.
+
+        Args:
+            on_dropped: called with a notice of the rows that were dropped because they are blank.
+                None: such rows are refused like every row that cannot be used.
+
+        Raises:
+            ValueError: rows that cannot be used, or nothing is left after the filters.
+        """
+        rows, unfit = _converted(table, convert, filters)
+        refused = [row for row in unfit if not (on_dropped and rows and row.blank)]
+        if refused:
+            raise ValueError(
+                f"{self.field}: {len(refused)} of {len(table.rows)} rows of {self.source!r} cannot "
+                f"be used: {_examples(refused)}. {_remedies(refused)}"
+            )
+
+        if unfit and on_dropped:
+            on_dropped(
+                f"{self.field}: {len(unfit)} of {len(table.rows)} rows of {self.source!r} lack "
+                f"{self.lacking} and were dropped: {_examples(unfit)}"
+            )
+
+        kept = [item for item, keys in rows if filters.keep(keys)]
+        if not kept:
+            found = filters.found([keys for _, keys in rows])
+            raise ValueError(
+                f"data.where: {filters} leaves no {self.kind} of {self.field} {self.source!r} "
+                f"({len(rows)} rows read; {found}). Drop or widen the filters."
+            )
+        return kept
 
 
 @dataclass(frozen=True)
-class _Filters:
+class RowFilters:
     """The filters of `data.where`: the keys to keep (see `filter_key`) and the values as given."""
 
     wanted: Mapping[str, frozenset[str | None]]
     given: Mapping[str, Sequence[Any]]
 
     @staticmethod
-    def of(where: Mapping[str, Sequence[Any]]) -> _Filters:
+    def of(where: Mapping[str, Sequence[Any]]) -> RowFilters:
         keys = {name: frozenset(map(filter_key, values)) for name, values in where.items()}
-        return _Filters(keys, where)
+        return RowFilters(keys, where)
 
     def keys_of(self, row: Mapping[str, Any]) -> tuple[str | None, ...]:
         """Return the row's key in each column of the filters.
@@ -96,7 +130,7 @@ class _Filters:
         Raises:
             Unfit: a value that cannot be compared.
         """
-        return tuple(_optional(row, name, filter_key) for name in self.wanted)
+        return tuple(optional_cell(row, name, filter_key) for name in self.wanted)
 
     def keep(self, keys: Sequence[str | None]) -> bool:
         """Return whether a row passes all filters; a missing value passes none."""
@@ -124,7 +158,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_columns(
-    table: Table, columns: ColumnNames, filters: _Filters, source: str, field: str
+    table: Table, columns: ColumnNames, filters: RowFilters, source: str, field: str
 ) -> None:
     """Refuse a mapping to columns that no row has.
 
@@ -138,24 +172,35 @@ def _check_columns(
         "data.columns.id": columns.id if columns.id != ColumnNames().id else None,
     }
     for role, name in required.items():
-        if name and not _has_column(table, name):
+        if name and not has_column(table, name):
             raise ValueError(
                 f"{field}: {source!r} has no column {name!r}. Its columns are "
-                f"{_columns(table.columns)}; name the right one in {role}."
+                f"{listed_columns(table.columns)}; name the right one in {role}."
             )
+    check_filtered_columns(table, filters, source, field)
+
+
+def check_filtered_columns(table: Table, filters: RowFilters, source: str, field: str) -> None:
+    """Refuse filters by columns that no row has.
+
+    Raises:
+        ValueError: the message names the columns that there are.
+    """
     for name in filters.wanted:
-        if not _has_column(table, name):
+        if not has_column(table, name):
             raise ValueError(
                 f"data.where: {field} {source!r} has no column {name!r}. Its columns are "
-                f"{_columns(table.columns)}."
+                f"{listed_columns(table.columns)}."
             )
 
 
-def _has_column(table: Table, name: str) -> bool:
+def has_column(table: Table, name: str) -> bool:
+    """Return whether some row has a column, or the object in which it is a field."""
     return name in table.columns or name.split(".")[0] in table.columns
 
 
-def _columns(names: Sequence[str]) -> str:
+def listed_columns(names: Sequence[str]) -> str:
+    """Return text that lists the columns of a table."""
     quoted = [name if name and name == name.strip() else repr(name) for name in sorted(names)]
     return _listed(quoted)
 
@@ -176,19 +221,20 @@ class _UnfitRow:
         return f"{self.place}: {column}{self.error}"
 
 
-def _problems(
-    table: Table, columns: ColumnNames, filters: _Filters, *, metadata: bool
-) -> tuple[list[tuple[Problem, tuple[str | None, ...]]], list[_UnfitRow]]:
-    """Return one problem per row with its keys in the filters' columns, and the unfit rows."""
-    problems: list[tuple[Problem, tuple[str | None, ...]]] = []
+def _converted(
+    table: Table, convert: Callable[[Row, int], T], filters: RowFilters
+) -> tuple[list[tuple[T, tuple[str | None, ...]]], list[_UnfitRow]]:
+    """Return what each row becomes with its keys in the filters' columns, and the unfit rows."""
+    items: list[tuple[T, tuple[str | None, ...]]] = []
     unfit: list[_UnfitRow] = []
     for number, row in enumerate(table.rows):
         try:
-            problem = _problem(row, columns, number, metadata=metadata)
-            problems.append((problem, filters.keys_of(row.values)))
+            if row.defect is not None:
+                raise Unfit(row.defect, "Fix or drop the rows.")
+            items.append((convert(row, number), filters.keys_of(row.values)))
         except Unfit as error:
             unfit.append(_UnfitRow(row.place, error))
-    return problems, unfit
+    return items, unfit
 
 
 def _examples(unfit: Sequence[_UnfitRow]) -> str:
@@ -203,13 +249,11 @@ def _remedies(unfit: Sequence[_UnfitRow]) -> str:
 
 
 def _problem(row: Row, columns: ColumnNames, number: int, *, metadata: bool) -> Problem:
-    if row.defect is not None:
-        raise Unfit(row.defect, "Fix or drop the rows.")
-    text, messages = _cell(row.values, columns.problem, prompt_parts)
+    text, messages = required_cell(row.values, columns.problem, prompt_parts)
     return Problem(
-        problem_id=_optional(row.values, columns.id, lambda value: id_text(value, number)),
+        problem_id=optional_cell(row.values, columns.id, lambda value: id_text(value, number)),
         problem=text,
-        answer=_cell(row.values, columns.answer, answer_text),
+        answer=required_cell(row.values, columns.answer, answer_text),
         messages=messages,
         metadata=_metadata(row.values, columns) if metadata else {},
     )
@@ -221,7 +265,12 @@ def _metadata(row: Mapping[str, Any], columns: ColumnNames) -> dict[str, Any]:
     return {name: metadata_value(value) for name, value in row.items() if name not in roles}
 
 
-def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
+def required_cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
+    """Convert the value of a column.
+
+    Raises:
+        Unfit: the row has no such column, or `convert` refuses its value.
+    """
     try:
         value = lookup(row, name)
     except KeyError:
@@ -236,7 +285,7 @@ def _cell(row: Mapping[str, Any], name: str, convert: Callable[[Any], T]) -> T:
         raise
 
 
-def _optional(row: Mapping[str, Any], name: str | None, convert: Callable[[Any], T]) -> T:
+def optional_cell(row: Mapping[str, Any], name: str | None, convert: Callable[[Any], T]) -> T:
     """Convert the value of a column, or null where the row has no such column."""
     try:
         value = lookup(row, name) if name else None

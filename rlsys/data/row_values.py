@@ -182,18 +182,66 @@ def prompt_parts(value: Any) -> tuple[str, tuple[ChatMessage, ...]]:
 
 
 def _messages(value: Sequence[Any]) -> tuple[ChatMessage, ...]:
-    if not value or not all(isinstance(item, Mapping) for item in value):
-        raise Unfit(
-            f"is {describe(value)}",
-            'Write text, or chat messages as [{"role": "user", "content": "..."}].',
-        )
-    messages = tuple(_message(item, number) for number, item in enumerate(value, start=1))
+    messages = _message_list(value)
     if messages[-1].role != "user":
         raise Unfit(
             f"ends with a message of the {messages[-1].role}",
             "The last message must be the user's, for the model to answer.",
         )
     return messages
+
+
+def conversation(value: Any) -> tuple[ChatMessage, ...]:
+    """Return a whole conversation.
+
+    Raises:
+        Unfit: no list of messages with a turn before the assistant's last one, which ends it.
+    """
+    if is_missing(value):
+        raise Blank(value)
+    if not isinstance(value, list | tuple):
+        raise Unfit(
+            f"is {describe(value)}",
+            'Write chat messages as [{"role": "user", "content": "..."}].',
+        )
+    messages = _message_list(value)
+    if messages[-1].role != "assistant":
+        raise Unfit(
+            f"ends with a message of the {messages[-1].role}",
+            "The last message must be the assistant's, which is what is learned.",
+        )
+    if messages[0].role == "assistant":
+        raise Unfit(
+            "begins with a message of the assistant",
+            "The assistant's first message needs one before it.",
+        )
+    return messages
+
+
+def response_text(value: Any) -> str:
+    """Return a response: text, or the text of one message of the assistant.
+
+    Raises:
+        Unfit: anything else.
+    """
+    if isinstance(value, str):
+        return _checked_text(value)
+    if is_missing(value):
+        raise Blank(value)
+    if isinstance(value, list | tuple):
+        messages = _message_list(value)
+        if len(messages) == 1 and messages[0].role == "assistant":
+            return messages[0].content
+    raise Unfit(f"is {describe(value)}", "Write text, or one message of the assistant.")
+
+
+def _message_list(value: Sequence[Any]) -> tuple[ChatMessage, ...]:
+    if not value or not all(isinstance(item, Mapping) for item in value):
+        raise Unfit(
+            f"is {describe(value)}",
+            'Write text, or chat messages as [{"role": "user", "content": "..."}].',
+        )
+    return tuple(_message(item, number) for number, item in enumerate(value, start=1))
 
 
 def _message(item: Mapping[str, Any], number: int) -> ChatMessage:

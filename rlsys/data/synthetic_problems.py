@@ -38,6 +38,14 @@ class _Expression:
     symbols: str
     answer: int
     story: str | None = None  # a word problem with {name} and {things}
+    middle: str | None = None  # what the expression is after its first operation
+
+    @property
+    def solution(self) -> str:
+        """The answer with its derivation: "(12 + 35) * 4 = 47 * 4 = 188. \\boxed{188}"."""
+        chain = [self.symbols, self.middle, str(self.answer)]
+        derivation = " = ".join(part for part in chain if part is not None)
+        return f"{derivation}. \\boxed{{{self.answer}}}"
 
 
 def _sums_and_differences(low: int, high: int) -> Iterator[_Expression]:
@@ -65,9 +73,9 @@ def _level_3() -> Iterator[_Expression]:
             "How many {things} does {name} have?",
         )
     for a, b, c in itertools.product(range(1, 10), repeat=3):
-        yield _Expression(f"{a} + {b} + {c}", a + b + c)
+        yield _Expression(f"{a} + {b} + {c}", a + b + c, middle=f"{a + b} + {c}")
         if a + b >= c:
-            yield _Expression(f"{a} + {b} - {c}", a + b - c)
+            yield _Expression(f"{a} + {b} - {c}", a + b - c, middle=f"{a + b} - {c}")
 
 
 def _level_4() -> Iterator[_Expression]:
@@ -88,8 +96,8 @@ def _level_4() -> Iterator[_Expression]:
 
 def _level_5() -> Iterator[_Expression]:
     for a, b, c in itertools.product(range(10, 50), range(10, 50), range(2, 10)):
-        yield _Expression(f"({a} + {b}) * {c}", (a + b) * c)
-        yield _Expression(f"{a} * {c} - {b}", a * c - b)
+        yield _Expression(f"({a} + {b}) * {c}", (a + b) * c, middle=f"{a + b} * {c}")
+        yield _Expression(f"{a} * {c} - {b}", a * c - b, middle=f"{a * c} - {b}")
 
 
 LEVELS: dict[int, Callable[[], Iterator[_Expression]]] = {
@@ -101,7 +109,15 @@ LEVELS: dict[int, Callable[[], Iterator[_Expression]]] = {
 }
 
 
-def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[Problem]:
+@dataclass(frozen=True, kw_only=True)
+class SolvedProblem:
+    """A generated problem with its worked answer."""
+
+    problem: Problem
+    solution: str
+
+
+def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[SolvedProblem]:
     """Return all wordings of one expression: symbols and words alternate while both last."""
     symbols = [form.format(expression.symbols) for form in SYMBOLIC]
     stories = []
@@ -117,11 +133,14 @@ def _wordings(expression: _Expression, level: int, rng: random.Random) -> list[P
     texts = [text for text in turns if text is not None]
     key = f"synthetic-{level}-{expression.symbols.replace(' ', '')}"
     return [
-        Problem(
-            problem_id=f"{key}-{i}",
-            problem=text,
-            answer=str(expression.answer),
-            metadata={"level": level},
+        SolvedProblem(
+            problem=Problem(
+                problem_id=f"{key}-{i}",
+                problem=text,
+                answer=str(expression.answer),
+                metadata={"level": level},
+            ),
+            solution=expression.solution,
         )
         for i, text in enumerate(texts)
     ]
@@ -137,6 +156,20 @@ def generate_problems(
 
     Raises:
         ValueError: an unknown level, or more problems requested than the levels hold.
+    """
+    training, evaluation = generate_solved_problems(
+        levels, train_size=train_size, eval_size=eval_size, seed=seed
+    )
+    return [solved.problem for solved in training], [solved.problem for solved in evaluation]
+
+
+def generate_solved_problems(
+    levels: Sequence[int], *, train_size: int, eval_size: int, seed: int
+) -> tuple[list[SolvedProblem], list[SolvedProblem]]:
+    """Return the problems of `generate_problems` with their worked answers.
+
+    Raises:
+        ValueError: as `generate_problems`.
     """
     unknown = sorted(set(levels) - set(LEVELS))
     if unknown:
@@ -157,7 +190,7 @@ def generate_problems(
 
 def _draw(
     expressions: Sequence[tuple[_Expression, int]], size: int, field: str, rng: random.Random
-) -> list[Problem]:
+) -> list[SolvedProblem]:
     """Draw `size` different problems, in rounds over the expressions so that all are as frequent.
 
     Raises:
@@ -176,7 +209,7 @@ def _draw(
         if i % 2 and len(pool) > 1:
             pool[0], pool[1] = pool[1], pool[0]
 
-    drawn: list[Problem] = []
+    drawn: list[SolvedProblem] = []
     for rank in itertools.count():
         round_of_problems = [pool[rank] for pool in pools if rank < len(pool)]
         drawn += round_of_problems[: size - len(drawn)]

@@ -8,7 +8,7 @@ that are awaited come back when the work is done, with small records only.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,6 +26,7 @@ from rlsys.data.batches import (
     TrainBatch,
     ValueBatch,
 )
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.metrics import MetricMap
 
@@ -158,7 +159,22 @@ class Reference(LogprobSource, Protocol):
         ...
 
 
-class Policy(Protocol):
+class Trained(Protocol):
+    """The actor group of a model that is trained."""
+
+    async def save(self, directory: Path) -> None:
+        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
+
+        The directory exists and is empty.
+        """
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Continue from the files that `save` wrote."""
+        ...
+
+
+class Policy(Trained, Protocol):
     """The actor group of the policy that is trained."""
 
     async def logprobs(
@@ -189,19 +205,8 @@ class Policy(Protocol):
         """
         ...
 
-    async def save(self, directory: Path) -> None:
-        """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
 
-        The directory exists and is empty.
-        """
-        ...
-
-    async def load(self, directory: Path) -> None:
-        """Continue from the files that `save` wrote."""
-        ...
-
-
-class Critic(Protocol):
+class Critic(Trained, Protocol):
     """The actor group of the value function."""
 
     async def values(
@@ -218,17 +223,6 @@ class Critic(Protocol):
 
         All epochs and mini-batches; return metrics merged over ranks.
         """
-        ...
-
-    async def save(self, directory: Path) -> None:
-        """Write weights (Hugging Face layout), optimizer and schedule below `directory`.
-
-        The directory exists and is empty.
-        """
-        ...
-
-    async def load(self, directory: Path) -> None:
-        """Continue from the files that `save` wrote."""
         ...
 
 
@@ -315,4 +309,58 @@ class Workers:
     advantages: AdvantageComputer
     weights: WeightSync
     critic: Critic | None = None  # None where critic.enabled is false
+    reporting: Sequence[HasMetrics] = ()
+
+
+class ExampleLearner(Trained, Protocol):
+    """The actor group of a model that learns from examples."""
+
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> MetricMap:
+        """Take one optimizer step on a batch; return metrics merged over ranks."""
+        ...
+
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> MetricMap:
+        """Return the loss and other metrics of held-out examples, as eval/<name>."""
+        ...
+
+
+class ExampleReference(Protocol):
+    """The frozen model with which preferences are compared."""
+
+    async def logprobs(self, batch: Handle[ExampleBatch]) -> Sequence[Handle[ReferenceLogprobs]]:
+        """Compute the log-probability of each response; return one handle per rank."""
+        ...
+
+
+class ExampleSource(Protocol):
+    """The seeded, resumable stream of training examples."""
+
+    def next_batch(self) -> ExampleBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationWorkers:
+    """The workers that answer held-out prompts with the weights of the trained model."""
+
+    generator: Generator
+    scorer: RewardScorer
+    weights: WeightSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineWorkers:
+    """All workers of a run on examples."""
+
+    trained: ExampleLearner
+    put: Callable[[ExampleBatch], Handle[ExampleBatch]]  # into the object store
+    reference: ExampleReference | None = None  # None: the objective has no reference
+    evaluation: EvaluationWorkers | None = None  # None: nothing is sampled
     reporting: Sequence[HasMetrics] = ()

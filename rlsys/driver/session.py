@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlsys.config import RunConfig
+from rlsys.config import LoopConfig, RootConfig
 from rlsys.metrics import peak_memory_gib
 from rlsys.run.checkpoints import Checkpoint, CheckpointStore
 from rlsys.run.observers.observer import Observer, Outcome
@@ -91,12 +91,13 @@ class Session:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: RootConfig,
         checkpoints: CheckpointStore,
         observers: Sequence[Observer] = (),
         evaluator: HeldOutEvaluation | None = None,
     ) -> None:
         self._config = config
+        self._trainer: LoopConfig = config.trainer
         self._checkpoints = checkpoints
         self._observers = observers
         self._evaluator = evaluator
@@ -180,7 +181,7 @@ class Session:
                 checkpoint from which to resume.
         """
         first_step = self.step + 1
-        steps = self._config.trainer.steps
+        steps = self._trainer.steps
         self._notify(lambda observer: observer.on_start(first_step, steps))
         try:
             await train()
@@ -207,7 +208,7 @@ class Session:
 
     def goes_on(self) -> bool:
         """Return whether there is another step to take."""
-        return self.step < self._config.trainer.steps and not self._stop_requested.is_set()
+        return self.step < self._trainer.steps and not self._stop_requested.is_set()
 
     def _end(self, outcome: Outcome, message: str) -> Outcome:
         self._notify(lambda observer: observer.on_end(outcome, message))
@@ -251,7 +252,7 @@ class Session:
         self._notify(lambda observer: observer.on_step(self.step, reported))
 
         await self.evaluate_if_due()
-        every = self._config.trainer.checkpoints.every
+        every = self._trainer.checkpoints.every
         if every and self.step % every == 0:
             await self.save()
 
@@ -273,8 +274,7 @@ class Session:
         self._evaluated_step = self.step
 
     def _evaluation_is_due(self) -> bool:
-        trainer = self._config.trainer
-        return self._evaluator is not None and trainer.evaluation_is_due(
+        return self._evaluator is not None and self._trainer.evaluation_is_due(
             self.step, self._evaluated_step
         )
 

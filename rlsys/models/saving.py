@@ -19,7 +19,14 @@ WEIGHT_SUFFIXES = frozenset(
 WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
 # Written by the model catalogue, or by a checkpoint of another run that the model comes from.
 STATE_FILES = frozenset(
-    {MANIFEST, "manifest.json", "trainer_state.json", "policy_state.json", "critic_state.json"}
+    {
+        MANIFEST,
+        "manifest.json",
+        "trainer_state.json",
+        "policy_state.json",
+        "critic_state.json",
+        "reward_model_state.json",
+    }
 )
 
 

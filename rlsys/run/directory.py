@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import ConfigError, RunConfig
+from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import CONFIG_FILE, dump_yaml
 
 
@@ -60,7 +60,7 @@ class RunDirectory:
         return self.path / "run.log"
 
     @staticmethod
-    def named_by(config: RunConfig) -> RunDirectory:
+    def named_by(config: RootConfig) -> RunDirectory:
         """Return `run.directory`, or a new directory under runs/ named by recipe and time."""
         given = config.run.directory
         directory = given or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -166,7 +166,7 @@ class RunDirectory:
             else:
                 part.unlink()
 
-    def create(self, config: RunConfig, reasons: Sequence[str] = ()) -> None:
+    def create(self, config: RootConfig, reasons: Sequence[str] = ()) -> None:
         """Create the subdirectories and write the resolved configuration.
 
         Args:

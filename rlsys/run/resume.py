@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlsys.config import ConfigError, RunConfig
+from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import flat
 from rlsys.config.engines import ENGINES
 from rlsys.config.renamed_fields import translated
@@ -25,7 +25,7 @@ ADAPTED = {
 }
 
 
-def describe_origin(config: RunConfig) -> dict[str, Any]:
+def describe_origin(config: RootConfig) -> dict[str, Any]:
     """Return the configuration and the versions of the libraries, ready for JSON."""
     return {"config": config.model_dump(mode="json"), "versions": dict(_installed())}
 
@@ -45,7 +45,7 @@ def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"critic": {"enabled": False}} | saved
 
 
-def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
+def check_resumable(checkpoint: Checkpoint, config: RootConfig) -> None:
     """Refuse to continue with changes that rlsys.config.resume_rules does not allow.
 
     Raises:
@@ -65,7 +65,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig) -> None:
         raise ConfigError("\n".join(mistakes))
 
 
-def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+def differences(checkpoint: Checkpoint, config: RootConfig) -> list[str]:
     """Return the changes since the checkpoint that may change the results.
 
     Each is a line such as "trainer.steps: 60 -> 80"; versions of libraries are included.
@@ -79,7 +79,7 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     return changes(saved_config(checkpoint), config) + libraries
 
 
-def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changes(saved: Mapping[str, Any], config: RootConfig) -> list[str]:
     """Return how `config` differs from a saved one (nested, or flat by dotted name), in lines."""
     return [
         f"{name}: {before} -> {after}"
@@ -88,7 +88,7 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     ]
 
 
-def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+def _changes(saved: Mapping[str, Any], config: RootConfig) -> Iterator[tuple[str, Any, Any]]:
     before, after = flat(saved), flat(config.model_dump(mode="json"))
     for name in sorted({*before, *after}):
         if before.get(name, ABSENT) != after.get(name, ABSENT):
@@ -96,7 +96,7 @@ def _changes(saved: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str,
 
 
 def registered_states(
-    checkpoint: Checkpoint, config: RunConfig, names: Iterable[str]
+    checkpoint: Checkpoint, config: RootConfig, names: Iterable[str]
 ) -> dict[str, Any]:
     """Return the state in the checkpoint of each of the named parts of a run.
 
@@ -129,7 +129,7 @@ def prompt_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+def advantage_state(checkpoint: Checkpoint, config: RootConfig) -> dict[str, Any]:
     """Return the state of the advantage controller.
 
     Parts that a change of the configuration replaces are left out.
@@ -142,7 +142,7 @@ def advantage_state(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]
     }
 
 
-def already_complete(checkpoint: Checkpoint, config: RunConfig, *, evaluates: bool) -> bool:
+def already_complete(checkpoint: Checkpoint, config: RootConfig, *, evaluates: bool) -> bool:
     """Return whether all steps and, if the run `evaluates`, all evaluations are done."""
     step, evaluated_step = checkpoint.step, checkpoint.state["evaluated_step"]
     missed = evaluates and config.trainer.evaluation_is_due(step, evaluated_step)

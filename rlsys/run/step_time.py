@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from rlsys.config import RunConfig
+from rlsys.config import RootConfig, RunConfig
 from rlsys.config.hardware import Hardware, available_memory_fraction
 from rlsys.run.compute_dtype import ProductSpeed
 from rlsys.run.observers.observer import Observer
@@ -87,7 +87,7 @@ def estimate_step(
     )
 
 
-def describe_estimate(estimate: StepEstimate | None, config: RunConfig) -> str:
+def describe_estimate(estimate: StepEstimate | None, config: RootConfig) -> str:
     """Return a line for the plan and for the first lines of a run."""
     if estimate is None:
         return "step time: not estimated, which is possible on CPUs of this machine only"
@@ -95,9 +95,14 @@ def describe_estimate(estimate: StepEstimate | None, config: RunConfig) -> str:
     return (
         f"step time: roughly {_rounded(estimate.seconds)} per step, "
         f"{_rounded(steps * estimate.seconds)} for {steps} steps, estimated from the speed of "
-        f"matrix products (training {estimate.training_s:.1f} s, sampling "
-        f"{estimate.sampling_s:.1f} s)"
+        f"matrix products{_parts(estimate)}"
     )
+
+
+def _parts(estimate: StepEstimate) -> str:
+    if not estimate.sampling_s:
+        return ""
+    return f" (training {estimate.training_s:.1f} s, sampling {estimate.sampling_s:.1f} s)"
 
 
 def _rounded(seconds: float) -> str:

@@ -42,6 +42,7 @@ class PackColumns:
     """
 
     def __init__(self, pack: Pack, device: torch.device) -> None:
+        self.pack_rows = pack.rows  # [b] of the batch
         self._flat_positions = pack.flat_positions
         self._device = device
         self._rows = torch.from_numpy(pack.response_index).to(device)
@@ -49,6 +50,10 @@ class PackColumns:
         # A pack of empty responses has no sampled token.
         width = int(pack.response_positions.max()) + 1 if len(pack.response_positions) else 1
         self._shape = (len(pack.rows), width)
+
+    def take_rows(self, array: NDArray[Any]) -> Tensor:
+        """Return [b] the values of an array [B] of the pack's responses."""
+        return torch.from_numpy(array[self.pack_rows]).to(self._device)
 
     def take(self, array: NDArray[Any]) -> Tensor:
         """Return [m] the values of a flat array [N] at the pack's sampled tokens."""

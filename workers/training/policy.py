@@ -16,16 +16,12 @@ from numpy.typing import NDArray
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
 from rlsys.algorithms.policy_objectives import batch_parameters_of
 from rlsys.config import RunConfig
-from rlsys.config.engines import ENGINES
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.hidden_states import JoinedStates
-from rlsys.data.packing import Pack, mini_batch_rows, pack_rows
-from rlsys.data.sequences import TokenSequences
+from rlsys.data.packing import Pack, mini_batch_rows
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
-from rlsys.models.checkpoint_names import names_without_mapping
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
-from rlsys.models.weights import WeightManifest, pack_weights
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
@@ -34,12 +30,12 @@ from workers.training.losses import Denominators, PackColumns, PackLoss, backwar
 from workers.training.model_setup import DTYPES
 from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.policy_loss import PolicyLoss, pack_log_ratios
-from workers.training.rank_worker import CausalLMWorker
+from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
 from workers.training.update_metrics import loss_metrics
 
 
-class PolicyWorker(CausalLMWorker):
+class PolicyWorker(SampledFromWorker):
     """One rank of the policy."""
 
     role = "policy"
@@ -59,7 +55,7 @@ class PolicyWorker(CausalLMWorker):
     def setup(self, address: str) -> tuple[str, ...]:
         """See `RankWorker.setup`."""
         notes = super().setup(address)
-        self._check_export()
+        self.check_export()
         self.auxiliary = AuxiliaryLearner.of(self.config, self.backend.module, self.backend.device)
         if self.config.diagnostics.gradient:
             check_diagnosable(self.backend.module)
@@ -92,27 +88,6 @@ class PolicyWorker(CausalLMWorker):
                 "Choose another kind."
             )
         module.reference_head = head
-
-    def _check_export(self) -> None:
-        """Refuse a model whose weights cannot be exported by the names of its checkpoint.
-
-        Raises:
-            UnsupportedModelError: transformers holds several weights of the checkpoint as one
-                tensor, and has no mapping back.
-        """
-        engine = self.config.generation.engine
-        if not ENGINES[engine].takes_checkpoint_names:
-            return
-
-        model = self.backend.module.model
-        names = names_without_mapping(model, self.model_directory)
-        if names:
-            raise UnsupportedModelError(
-                f"generation.engine: {engine!r} cannot follow the training of model type "
-                f"{model.config.model_type!r}: transformers holds {names[0]} as one tensor and "
-                "has no mapping back to the weights of the checkpoint. "
-                "Use --generation.engine transformers."
-            )
 
     def update(self, batch: ScoredBatch, ref_hidden: Sequence[Any] = ()) -> dict[str, Metric]:
         """Train on one batch, in all its epochs and mini-batches.
@@ -409,43 +384,6 @@ class PolicyWorker(CausalLMWorker):
         dist.all_gather_object(gathered, torch.cat(own))
         statistics = statistic(torch.cat(gathered), **objective.parameters)
         return {**objective.parameters, **statistics}
-
-    def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
-        """Put the weights into the object store; collective.
-
-        Returns:
-            On rank 0 the manifest and references to the shards, None on the other ranks.
-        """
-        # All ranks gather the weights; rank 0 alone gets them.
-        dtype = DTYPES[self.config.generation.dtype]
-        manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
-        if self.rank != 0:
-            return None
-        return manifest, [ray.put(shard) for shard in shards]
-
-    @torch.no_grad()
-    def probe_logprobs(
-        self, sequences: Sequence[NDArray[np.int32]], temperature: float
-    ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none.
-
-        Collective; every rank computes the same.
-        """
-        batch = TokenSequences.of_texts(sequences)
-        # Planned as for a single rank: all ranks run all packs.
-        packs = pack_rows(
-            batch,
-            np.arange(len(batch)),
-            budget=self.settings.microbatch_tokens,
-            rank=0,
-            ranks=1,
-            shared_prefix_packing=False,
-        )
-
-        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
-        for pack in packs:
-            flat[pack.flat_positions] = self.run(pack, temperature).logprobs.cpu().numpy()
-        return [row[1:] for row in np.split(flat, batch.offsets[1:-1])]
 
     def save(self, directory: str) -> None:
         """Write the model in Hugging Face layout and all state of the policy; collective."""

@@ -2,8 +2,11 @@
 
 RankGroup              the ranks of any model
 ReferenceGroup         the ranks of the frozen reference
+TrainedGroup           the ranks of any model that is trained
+TrainedCausalLMGroup   the ranks of a trained model whose weights engines use
 PolicyGroup            the ranks of the policy
 CriticGroup            the ranks of the critic
+OfflineGroup           the ranks of a model that learns from examples
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch, TrainBatch, ValueBatch
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
@@ -55,14 +59,6 @@ class RankGroup:
         """Return the peak memory over the ranks."""
         return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
 
-    async def save(self, directory: Path) -> None:
-        """Write the files of a model that is trained: see `ports.Policy` and `ports.Critic`."""
-        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
-
-    async def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote."""
-        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
-
 
 class ReferenceGroup(RankGroup):
     """The ranks of the frozen reference."""
@@ -86,7 +82,40 @@ class ReferenceGroup(RankGroup):
         return [logprobs for logprobs, _ in pairs], [hidden for _, hidden in pairs]
 
 
-class PolicyGroup(RankGroup):
+class TrainedGroup(RankGroup):
+    """The ranks of a model that is trained."""
+
+    async def save(self, directory: Path) -> None:
+        """See `ports.Trained`."""
+        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
+
+    async def load(self, directory: Path) -> None:
+        """See `ports.Trained`."""
+        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
+
+
+class TrainedCausalLMGroup(TrainedGroup):
+    """The ranks of a trained model whose weights engines use."""
+
+    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
+        """Return the manifest and the object references of the present weights."""
+        exports = await asyncio.gather(
+            *(worker.export_weights.remote(version) for worker in self._workers)
+        )
+        return exports[0]
+
+    async def probe_logprobs(
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none."""
+        # Every rank computes all of them, since each holds only a shard of the model.
+        results = await asyncio.gather(
+            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
+        )
+        return results[0]
+
+
+class PolicyGroup(TrainedCausalLMGroup):
     """The ranks of the policy."""
 
     async def load_reference_head(self, directory: Path) -> None:
@@ -136,25 +165,8 @@ class PolicyGroup(RankGroup):
         """See `ports.Policy`."""
         return await self._workers[0].put_estimated_advantages.remote()
 
-    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
-        """Return the manifest and the object references of the present weights."""
-        exports = await asyncio.gather(
-            *(worker.export_weights.remote(version) for worker in self._workers)
-        )
-        return exports[0]
 
-    async def probe_logprobs(
-        self, sequences: Sequence[NDArray[np.int32]], temperature: float
-    ) -> list[NDArray[np.float32]]:
-        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none."""
-        # Every rank computes all of them, since each holds only a shard of the model.
-        results = await asyncio.gather(
-            *(worker.probe_logprobs.remote(sequences, temperature) for worker in self._workers)
-        )
-        return results[0]
-
-
-class CriticGroup(RankGroup):
+class CriticGroup(TrainedGroup):
     """The ranks of the critic."""
 
     async def values(
@@ -170,3 +182,63 @@ class CriticGroup(RankGroup):
         return combine(
             await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
         )
+
+
+class ExampleReferenceGroup(RankGroup):
+    """The ranks of the frozen reference of preference pairs."""
+
+    async def logprobs(self, batch: Handle[ExampleBatch]) -> Sequence[Handle[ReferenceLogprobs]]:
+        """See `ports.ExampleReference`."""
+        return await asyncio.gather(
+            *(worker.put_example_logprobs.remote(batch) for worker in self._workers)
+        )
+
+
+class OfflineGroup(TrainedCausalLMGroup):
+    """The ranks of a model that learns from examples."""
+
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        reports = (worker.update.remote(batch, *reference) for worker in self._workers)
+        return combine(await asyncio.gather(*reports))
+
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        reports = (worker.evaluate.remote(batch, *reference) for worker in self._workers)
+        return combine(await asyncio.gather(*reports))
+
+
+class RewardModelGroup(OfflineGroup):
+    """The ranks of a reward model."""
+
+    async def update(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`."""
+        return _with_deviation(await super().update(batch, reference), "reward_model")
+
+    async def evaluate(
+        self, batch: Handle[ExampleBatch], reference: Sequence[Handle[ReferenceLogprobs]] = ()
+    ) -> dict[str, Metric]:
+        """See `ports.ExampleLearner`; the ranks keep the mean reward for their checkpoints."""
+        report = _with_deviation(await super().evaluate(batch, reference), "eval")
+        mean_reward = report["eval/reward_mean"].value
+        await asyncio.gather(
+            *(worker.keep_reward_mean.remote(mean_reward) for worker in self._workers)
+        )
+        return report
+
+
+def _with_deviation(report: dict[str, Metric], prefix: str) -> dict[str, Metric]:
+    """Replace the mean square of the rewards by their standard deviation.
+
+    It is not a mean of those of the ranks, so it is computed here from the means over all ranks.
+    """
+    square = report.pop(f"{prefix}/reward_square")
+    average = report[f"{prefix}/reward_mean"]
+    variance = max(square.value - average.value**2, 0.0)
+    return report | {f"{prefix}/reward_std": mean(variance**0.5, average.count)}

@@ -24,6 +24,7 @@ from rlsys.config import ModelRoleConfig, RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
 from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.packing import Pack, pack_rows
+from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
 from workers.training.backends import build_backend
@@ -97,19 +98,32 @@ class RankWorker:
     def packs_of(
         self, rollouts: RolloutBatch, rows: NDArray[np.int64], *, may_share: bool = True
     ) -> list[Pack]:
+        """Return this rank's packs of `rows`; see `packs_of_sequences`."""
+        return self.packs_of_sequences(rollouts.sequences, rows, may_share=may_share)
+
+    def packs_of_sequences(
+        self,
+        sequences: TokenSequences,
+        rows: NDArray[np.int64],
+        *,
+        may_share: bool = True,
+        whole_groups: bool = False,
+    ) -> list[Pack]:
         """Return this rank's packs of `rows`.
 
         Args:
             may_share: False gives each response its own copy of the prompt.
+            whole_groups: keep all responses of a group in one pack.
         """
         return pack_rows(
-            rollouts.sequences,
+            sequences,
             rows,
             budget=self.settings.microbatch_tokens,
             rank=self.rank,
             ranks=self.world_size,
             shared_prefix_packing=self.shared_prefix_packing and may_share,
             padded=not self.backend.module.packing,
+            whole_groups=whole_groups,
         )
 
     def run(self, pack: Pack, temperature: float, ref_hidden: JoinedStates | None = None) -> Any:

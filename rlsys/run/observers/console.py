@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.run.directory import RunDirectory
+from rlsys.run.observers.headlines import further_results, headline_of
 from rlsys.run.observers.metrics_log import MetricsRecord
 from rlsys.run.observers.observer import PHASES, Observer, Outcome
 from rlsys.run.observers.run_status import read_status
@@ -20,6 +21,14 @@ from rlsys.run.observers.run_summary import TrainingSummary, run_summary
 from rlsys.run.observers.step_notes import step_notes
 
 COLUMNS = (
+    ("loss", "policy/loss", "{:.4f}"),
+    ("loss", "reward_model/loss", "{:.4f}"),
+    ("right", "policy/preference_accuracy", "{:.1%}"),
+    ("margin", "policy/preference_margin", "{:.3f}"),
+    ("right", "reward_model/ranking_accuracy", "{:.1%}"),
+    ("reward", "reward_model/reward_mean", "{:.3f}"),
+    ("std", "reward_model/reward_std", "{:.3f}"),
+    ("grad", "reward_model/grad_norm", "{:.2f}"),
     ("reward", "reward/mean", "{:.3f}"),
     ("correct", "reward/accuracy", "{:.1%}"),
     ("length", "rollout/response_length", "{:.1f}"),
@@ -28,6 +37,11 @@ COLUMNS = (
     ("mismatch", "policy/logprob_difference_mean", "{:.4f}"),
     ("tok/s", "throughput/step", "{:.0f}"),
     ("s/step", "time/step", "{:.1f}"),
+)
+# The columns of a run that samples, which are there although a step may lack the metric.
+ALWAYS = (
+    *("reward/mean", "reward/accuracy", "rollout/response_length", "policy/entropy"),
+    *("policy/grad_norm", "policy/logprob_difference_mean", "throughput/step", "time/step"),
 )
 HEADER_EVERY = 20  # plain lines
 CELL = 8  # characters of a number
@@ -62,6 +76,14 @@ def phase_line(values: Mapping[str, float]) -> str:
     )
 
 
+def columns_of(values: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return the columns of a row: those of the run's kind."""
+    samples = "reward/mean" in values
+    return [
+        column for column in COLUMNS if (column[1] in ALWAYS if samples else column[1] in values)
+    ]
+
+
 class Progress(Observer):
     """Observer that shows a run on the console."""
 
@@ -76,7 +98,8 @@ class Progress(Observer):
         self._began = time.monotonic()
         self._phase = "starting"
         self._values: Mapping[str, float] = {}
-        self._evaluations: list[tuple[int, float]] = []
+        self._evaluations: list[tuple[int, str]] = []
+        self._headline = ""
         self._warned: set[str] = set()  # kinds of the notes on the previous step
         self._rows = 0
 
@@ -99,16 +122,20 @@ class Progress(Observer):
         self._show()
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        accuracy = values["eval/accuracy"]
-        self._evaluations.append((step, accuracy))
+        headline = headline_of(values)
+        if headline is None:
+            return
+        self._headline = headline.label
+        self._evaluations.append((step, headline.text(values)))
         sampled = [
             f"{name.removeprefix('eval/')} {value:.1%}"
             for name, value in values.items()
             if name.startswith(("eval/mean@", "eval/pass@"))
         ]
-        line = f"held-out accuracy after {step} steps: {accuracy:.1%}"
-        if sampled:
-            line += f" ({', '.join(sampled)})"
+        line = f"{headline.label} after {step} steps: {headline.text(values)}"
+        details = [*sampled, *further_results(values, headline)]
+        if details:
+            line += f" ({', '.join(details)})"
         self._print(line)
 
     def on_checkpoint(self, step: int, path: str) -> None:
@@ -138,16 +165,14 @@ class Progress(Observer):
         return duration((time.monotonic() - self._began) / done * (self._total - self._step))
 
     def _print_row(self, step: int, values: Mapping[str, float]) -> None:
+        columns = columns_of(values)
         if self._rows % HEADER_EVERY == 0:
-            names = "".join(f"{name:>9}" for name, _, _ in COLUMNS)
+            names = "".join(f"{name:>9}" for name, _, _ in columns)
             self._print(f"    step {names}       ETA  time by phase")
         self._rows += 1
-        cells = "".join(f"{cell(values, name, form):>9}" for _, name, form in COLUMNS)
-        phases = " ".join(
-            f"{name[:3]} {values[f'time/{name}']:.1f}"
-            for name in PHASES
-            if f"time/{name}" in values
-        )
+        cells = "".join(f"{cell(values, name, form):>9}" for _, name, form in columns)
+        timed = [name for name in PHASES if f"time/{name}" in values]
+        phases = " ".join(f"{name[:3]} {values[f'time/{name}']:.1f}" for name in timed)
         self._print(f"{step:>4}/{self._total:<4}{cells}{self._eta():>10}  {phases}")
 
     def _print_notes(self, step: int, values: Mapping[str, float]) -> None:
@@ -184,8 +209,8 @@ class Progress(Observer):
                 yield Text(note.text, style="yellow" if note.warning else "dim")
         if self._evaluations:
             newest = self._evaluations[-8:]
-            curve = "  ".join(f"{step}: {accuracy:.1%}" for step, accuracy in newest)
-            yield Text(f"held-out accuracy  {curve}")
+            curve = "  ".join(f"{step}: {result}" for step, result in newest)
+            yield Text(f"{self._headline}  {curve}")
 
     def _figures(self) -> Iterator[Table]:
         """Yield the columns of a row, in as many lines as the terminal's width requires."""
@@ -212,11 +237,10 @@ def print_summary(
     status = read_status(directory)
     if status and status.state != "finished":
         table.add_row("run", f"{status.state} after {status.step} of {status.steps} steps")
-    if summary.accuracy and summary.evaluated_steps:
+    if summary.evaluated_steps:
         first, last = summary.evaluated_steps
-        table.add_row(
-            "held-out accuracy", f"{summary.accuracy.text('{:.1%}')} (steps {first} -> {last})"
-        )
+        for result in summary.results:
+            table.add_row(result.label, f"{result.text()} (steps {first} -> {last})")
     if summary.training:
         for label, text in _training_rows(summary.training):
             table.add_row(label, text)
@@ -231,10 +255,11 @@ def print_summary(
 def _training_rows(training: TrainingSummary) -> Iterator[tuple[str, str]]:
     """Yield label and text of the rows about the training steps."""
     steps = training.averaged_steps
-    yield (
-        "reward",
-        f"{training.reward.text('{:.3f}')} (mean of the first and last {steps} steps)",
-    )
+    averaged = f"(mean of the first and last {steps} steps)"
+    if training.sampled_tokens:
+        yield "reward", f"{training.reward.text('{:.3f}')} {averaged}"
+    else:
+        yield "loss", f"{training.loss.text('{:.4f}')} {averaged}"
     if training.failed_rewards:
         yield "failed rewards", training.failed_rewards
     if training.trained:
@@ -245,11 +270,12 @@ def _training_rows(training: TrainingSummary) -> Iterator[tuple[str, str]]:
         )
     yield "steps", f"{training.last_step}, {training.seconds['time/step']:.2f} s each"
     yield "time by phase", phase_line(training.seconds)
-    yield (
-        "sampled tokens",
-        f"{training.sampled_tokens:,.0f}, "
-        f"{training.tokens_per_second:.0f} per second while generating",
-    )
+    if training.sampled_tokens:
+        yield (
+            "sampled tokens",
+            f"{training.sampled_tokens:,.0f}, "
+            f"{training.tokens_per_second:.0f} per second while generating",
+        )
     memory = [f"{name} {gib:.2f} GiB" for name, gib in training.peak_memory_gib.items()]
     yield "peak memory", ", ".join(memory) or "-"
 

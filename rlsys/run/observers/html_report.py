@@ -37,17 +37,21 @@ SAMPLES_PER_STEP = 12
 
 def _tiles(summary: RunSummary, status: RunStatus | None) -> Iterator[tuple[str, str]]:
     """Yield the figures at the top of the page, as label and value."""
-    if summary.accuracy:
-        yield "held-out accuracy", summary.accuracy.text("{:.1%}", arrow="→")
+    for result in summary.results:
+        yield result.label, result.text(arrow="→")
     training = summary.training
     if training is None:
         return
-    yield "training reward", training.reward.text("{:.3f}", arrow="→")
+    if training.sampled_tokens:
+        yield "training reward", training.reward.text("{:.3f}", arrow="→")
+    else:
+        yield "training loss", training.loss.text("{:.4f}", arrow="→")
     total = f" of {status.steps}" if status and status.steps else ""
     yield "steps", f"{training.last_step}{total}"
     yield "seconds per step", f"{training.seconds['time/step']:.2f}"
-    yield "sampled tokens", f"{training.sampled_tokens:,.0f}"
-    yield "tokens/s generating", f"{training.tokens_per_second:,.0f}"
+    if training.sampled_tokens:
+        yield "sampled tokens", f"{training.sampled_tokens:,.0f}"
+        yield "tokens/s generating", f"{training.tokens_per_second:,.0f}"
     if training.trained:
         yield "trained on", f"{training.trained.fraction:.1%} of the samples"
     if training.failed_rewards:

@@ -25,6 +25,7 @@ class ChartSpec:
     may_be_log: bool = False
     unless_equal: tuple[tuple[str, str, str], ...] = ()  # drawn where they differ from the first
     unless_zero: bool = False  # for failures: not drawn where there are none
+    only_with: str = ""  # the metric of a step without which it is not drawn
 
 
 CHARTS = (
@@ -46,7 +47,11 @@ CHARTS = (
         (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
         may_be_log=True,
     ),
-    ChartSpec("Loss", (("mean of the mini-batches", "policy/loss", "train"),)),
+    ChartSpec(
+        "Loss",
+        (("mean of the mini-batches", "policy/loss", "train"), ("held out", "eval/loss", "eval")),
+        only_with="policy/loss",
+    ),
     ChartSpec(
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
@@ -117,8 +122,59 @@ CHARTS = (
         ),
     ),
     ChartSpec(
+        "Preference accuracy of the implicit reward",
+        (
+            ("training pairs", "policy/preference_accuracy", "train"),
+            ("held out", "eval/preference_accuracy", "eval"),
+        ),
+        percent=True,
+    ),
+    ChartSpec(
+        "Margin of the implicit reward",
+        (
+            ("training pairs", "policy/preference_margin", "train"),
+            ("held out", "eval/preference_margin", "eval"),
+        ),
+    ),
+    ChartSpec(
+        "Implicit rewards of training pairs",
+        (
+            ("better response", "policy/preference_chosen_reward", "train"),
+            ("worse response", "policy/preference_rejected_reward", "train"),
+        ),
+    ),
+    ChartSpec(
+        "Loss of the reward model",
+        (("training", "reward_model/loss", "train"), ("held out", "eval/loss", "eval")),
+        only_with="reward_model/loss",
+    ),
+    ChartSpec(
+        "Ranking accuracy of the reward model",
+        (
+            ("training", "reward_model/ranking_accuracy", "train"),
+            ("held out", "eval/ranking_accuracy", "eval"),
+        ),
+        percent=True,
+    ),
+    ChartSpec(
+        "Rewards of the reward model",
+        (
+            ("mean", "reward_model/reward_mean", "train"),
+            ("standard deviation", "reward_model/reward_std", "train"),
+        ),
+    ),
+    ChartSpec(
+        "Gradient norm of the reward model",
+        (("before clipping", "reward_model/grad_norm", "train"),),
+        may_be_log=True,
+    ),
+    ChartSpec(
         "Learning rate",
-        (("policy", "policy/learning_rate", "train"), ("critic", "critic/learning_rate", "train")),
+        (
+            ("policy", "policy/learning_rate", "train"),
+            ("critic", "critic/learning_rate", "train"),
+            ("reward model", "reward_model/learning_rate", "train"),
+        ),
     ),
 )
 
@@ -137,6 +193,8 @@ def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
 
 
 def _chart(spec: ChartSpec, records: Sequence[MetricsRecord]) -> str:
+    if spec.only_with and not any(spec.only_with in record.values for record in records):
+        return ""
     lines = [series_of(records, *line) for line in spec.lines]
     extra = [series_of(records, *line) for line in spec.unless_equal]
     lines += [line for line in extra if line.points != lines[0].points]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlsys.run.observers.headlines import HEADLINES
 from rlsys.run.observers.metrics_log import MetricsRecord
 from rlsys.run.observers.observer import PHASES
 from rlsys.run.observers.step_notes import step_notes
@@ -23,6 +24,19 @@ class Change:
         """Return both in one format, such as "{:.3f}"; "-" where there is no value."""
         ends = [form.format(end) if math.isfinite(end) else "-" for end in (self.first, self.last)]
         return f" {arrow} ".join(ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A result of the first and of the last evaluation."""
+
+    label: str
+    change: Change
+    form: str
+
+    def text(self, arrow: str = "->") -> str:
+        """Return both values."""
+        return self.change.text(self.form, arrow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,7 @@ class TrainingSummary:
     last_step: int
     averaged_steps: int  # each end of a `Change` is the mean over so many steps
     reward: Change
+    loss: Change
     failed_rewards: str  # the functions that failed, with counts; "" where none did
     trained: TrainedPart | None  # None: all responses
     seconds: Mapping[str, float]  # time/<phase> and time/step, means per step
@@ -62,7 +77,8 @@ class TrainingSummary:
 class RunSummary:
     """Statistics over a run; a part without records is None."""
 
-    accuracy: Change | None  # held out, of the first and the last evaluation
+    accuracy: Change | None  # held out, of the first and the last evaluation; None: not measured
+    results: Sequence[Result]  # all that the evaluations measured, the most telling first
     evaluated_steps: tuple[int, int] | None  # steps after which those two were made
     training: TrainingSummary | None
 
@@ -74,13 +90,28 @@ def run_summary(records: Iterable[MetricsRecord]) -> RunSummary:
     evaluations = [record for record in records if record.kind == "eval"]
     training = _training_summary(train) if train else None
     if not evaluations:
-        return RunSummary(accuracy=None, evaluated_steps=None, training=training)
+        return RunSummary(accuracy=None, results=(), evaluated_steps=None, training=training)
     first, last = evaluations[0], evaluations[-1]
+    results = [
+        Result(
+            label=headline.label,
+            change=_between(first, last, headline.metric),
+            form=headline.form,
+        )
+        for headline in HEADLINES
+        if headline.metric in last.values
+    ]
+    has_accuracy = "eval/accuracy" in last.values
     return RunSummary(
-        accuracy=Change(first=first.values["eval/accuracy"], last=last.values["eval/accuracy"]),
+        accuracy=_between(first, last, "eval/accuracy") if has_accuracy else None,
+        results=results,
         evaluated_steps=(first.step, last.step),
         training=training,
     )
+
+
+def _between(first: MetricsRecord, last: MetricsRecord, name: str) -> Change:
+    return Change(first=first.values.get(name, math.nan), last=last.values.get(name, math.nan))
 
 
 def finite_values(records: Iterable[MetricsRecord], name: str) -> list[float]:
@@ -97,6 +128,7 @@ def _training_summary(train: Sequence[MetricsRecord]) -> TrainingSummary:
         last_step=train[-1].step,
         averaged_steps=tenth,
         reward=_change(train, "reward/mean", tenth),
+        loss=_change(train, _loss_name(train), tenth),
         failed_rewards=total_failures(record.values for record in train),
         trained=_trained_part(train, tenth),
         seconds={name: _sum(train, name) / len(train) for name in times},
@@ -105,6 +137,12 @@ def _training_summary(train: Sequence[MetricsRecord]) -> TrainingSummary:
         peak_memory_gib=_peak_memory(train),
         warnings=_counted_warnings(train),
     )
+
+
+def _loss_name(train: Sequence[MetricsRecord]) -> str:
+    """Return the loss of the model that the run trains."""
+    own = "reward_model/loss"
+    return own if own in train[-1].values else "policy/loss"
 
 
 def _sum(records: Iterable[MetricsRecord], name: str) -> float:

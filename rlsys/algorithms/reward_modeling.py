@@ -1,0 +1,118 @@
+"""Losses of reward models: rankings of responses to one prompt."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANKING_KINDS = ("pairwise", "plackett_luce")
+ABSENT = -1  # the rank of a place without a response
+
+
+def ranking_loss(
+    rewards: Tensor,
+    ranks: Tensor,
+    *,
+    kind: str = "pairwise",
+    margin: float = 0.0,
+    num_prompts: float | None = None,
+) -> Tensor:
+    """Return the loss of rewards against rankings of the responses to each prompt.
+
+        pairwise        mean over prompts of the mean over their pairs (w better than l) of
+                        - log sigmoid(r_w - r_l - margin)
+        plackett_luce   mean over prompts of
+                        - sum_i log(e^r_i / (e^r_i + sum_{j worse than i} e^r_j))
+
+    With K = 2 and no margin both are the Bradley-Terry loss - log sigmoid(r_w - r_l).
+
+    Source: Ouyang et al. 2022, equation 1 (InstructGPT, arXiv:2203.02155: all pairs of a prompt,
+    weighted 1 / C(K, 2)); Touvron et al. 2023, section 3.2.2 (Llama 2, arXiv:2307.09288: the
+    margin); Plackett 1975 and Luce 1959.
+
+    Shapes: rewards [P, K], ranks [P, K] int -> scalar.
+
+    Conventions: rank 0 is best, equal ranks are a tie, -1 is a place without a response. Tied
+    responses are not compared with one another: they form no pair, and in `plackett_luce` neither
+    is in the other's denominator. A prompt without a pair is left out of the mean. `num_prompts` is
+    the number of prompts with a pair of the whole mini-batch over all ranks, so that losses of
+    microbatches ADD UP; None counts this tensor's own.
+
+    Raises:
+        ValueError: unknown kind, shapes that differ, a margin with `plackett_luce`, or no pair at
+            all while `num_prompts` is None.
+
+    Example: rewards (1, 0) of ranks (0, 1) give log(1 + e^-1) = 0.3133.
+    """
+    _check(rewards, ranks, kind, margin)
+    better = better_than(ranks)
+    has_pair = better.any(dim=(1, 2))
+    if num_prompts is None:
+        if not has_pair.any():
+            raise ValueError("ranks: no response is better than another, so there is no pair")
+        num_prompts = float(has_pair.sum())
+
+    if kind == "pairwise":
+        differences = rewards[:, :, None] - rewards[:, None, :] - margin
+        losses = torch.where(better, -F.logsigmoid(differences), 0.0)
+        counts = better.sum(dim=(1, 2)).clamp(min=1)
+        per_prompt = losses.sum(dim=(1, 2)) / counts
+    else:
+        competes = better | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+        values = torch.where(competes, rewards[:, None, :], -torch.inf)
+        per_response = values.logsumexp(dim=2) - rewards
+        per_prompt = torch.where(ranks != ABSENT, per_response, 0.0).sum(dim=1)
+    return per_prompt.sum() / num_prompts
+
+
+def better_than(ranks: Tensor) -> Tensor:
+    """Return [P, K, K] True where response i is better than response j of the same prompt."""
+    present = ranks != ABSENT
+    both = present[:, :, None] & present[:, None, :]
+    return both & (ranks[:, :, None] < ranks[:, None, :])
+
+
+def ranking_accuracy(rewards: Tensor, ranks: Tensor) -> Tensor:
+    """Return [P] the fraction of each prompt's pairs whose better response has the higher reward.
+
+    Conventions: equal rewards count one half; NaN for a prompt without a pair. A random reward has
+    one half in expectation.
+    """
+    better = better_than(ranks)
+    differences = rewards[:, :, None] - rewards[:, None, :]
+    right = (differences > 0).double() + 0.5 * (differences == 0)
+    return torch.where(better, right, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))
+
+
+def centre_rewards(rewards: Tensor, calibration: Tensor) -> Tensor:
+    """Return rewards moved so that those of a calibration set have mean 0.
+
+        r - mean(r over the calibration set)
+
+    Source: Ouyang et al. 2022, section 3.5 (arXiv:2203.02155): a ranking loss does not change when
+    all rewards move together, so the mean is set to 0 before PPO.
+
+    Shapes: rewards of any shape, calibration [n] -> as rewards.
+
+    Raises:
+        ValueError: an empty calibration set.
+    """
+    if calibration.numel() == 0:
+        raise ValueError("calibration: a set of no rewards has no mean. Give at least one.")
+    return rewards - calibration.mean()
+
+
+def _check(rewards: Tensor, ranks: Tensor, kind: str, margin: float) -> None:
+    if kind not in RANKING_KINDS:
+        raise ValueError(
+            f"objective.kind: unknown kind {kind!r}. Choose from {', '.join(RANKING_KINDS)}."
+        )
+    if rewards.shape != ranks.shape or rewards.ndim != 2:
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and ranks {tuple(ranks.shape)} must both be [P, K]"
+        )
+    if margin and kind != "pairwise":
+        raise ValueError(
+            f"objective.margin: {margin:g} is for kind 'pairwise', not {kind!r}. Set it to 0."
+        )

@@ -1,0 +1,256 @@
+"""A model that learns from examples: updates, held-out losses, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from rlsys.config import RunConfig
+from rlsys.config.offline import (
+    OfflineRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
+from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
+from rlsys.data.packing import Pack
+from rlsys.metrics import Metric, mean
+from rlsys.models.saving import change_model_config
+from workers.training.backends import build_backend
+from workers.training.backends.backend import ModelBackend
+from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
+from workers.training.model_setup import prepare, value_model
+from workers.training.offline_losses import (
+    OfflineLoss,
+    PreferenceLoss,
+    RankingLoss,
+    SupervisedLoss,
+)
+from workers.training.optimizer_steps import OptimizerSteps
+from workers.training.rank_worker import CausalLMWorker, RankWorker
+from workers.training.sampled_from import SampledFromWorker
+from workers.training.saved_state import load_state, save_state
+
+# The entry of config.json with the mean reward over held-out responses.
+REWARD_MEAN = "reward_mean"
+
+
+def online_of(config: OfflineRunConfig) -> RunConfig:
+    """Return the RL run whose longest response is that of training or evaluation."""
+    longest = max(config.online().generation.max_tokens, config.data.max_response_tokens)
+    return config.online(longest_response=longest)
+
+
+class OfflineWorker(RankWorker):
+    """One rank of a model that learns from examples."""
+
+    def __init__(
+        self, config: OfflineRunConfig, model_directory: str, rank: int, world_size: int
+    ) -> None:
+        super().__init__(online_of(config), config.trained, model_directory, rank, world_size)
+        self.offline = config
+        optimizer = config.trained.optimizer
+        self.steps = OptimizerSteps(self.role, optimizer, config.trainer.steps)
+
+    def update(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:
+        """Take one optimizer step on a batch; every rank gets the whole batch.
+
+        Args:
+            reference: what the ranks of the reference returned for the batch, if there is one.
+        """
+        self.steps.begin(empty=0)
+        loss = self.loss_of(batch, reference)
+        packs = self.packs_of_batch(batch)
+        passes = backward_passes(self.backend, packs, loss, self.denominators(batch))
+        measured = self._measured(loss, (pack_loss for _, _, pack_loss in passes))
+        norm = self.steps.take(self.backend)
+
+        reported = {f"{self.role}/{name}": metric for name, metric in measured.items()}
+        return reported | norm | self.steps.end(self.rank) | self.metrics()
+
+    def save(self, directory: str) -> None:
+        """Write the model in Hugging Face layout, optimizer and schedule; collective."""
+        facts = {"ranks": self.world_size, "steps": self.steps.completed}
+        save_state(self.backend, Path(directory), role=self.role, rank=self.rank, facts=facts)
+
+    def load(self, directory: str) -> None:
+        """Continue from what `save` wrote; collective.
+
+        Raises:
+            ValueError: the checkpoint is of another number of ranks or of another model.
+        """
+        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
+        self.steps.completed = facts["steps"]
+
+    @torch.no_grad()
+    def evaluate(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:
+        """Return loss and metrics of a batch under the live weights; collective."""
+        loss, sizes = self.loss_of(batch, reference), self.denominators(batch)
+
+        def losses() -> Iterable[PackLoss]:
+            for pack in self.packs_of_batch(batch):
+                result = self.run(pack, 1.0)
+                if not pack.is_padding:
+                    yield loss(result, PackColumns(pack, self.backend.device), sizes)
+
+        return {f"eval/{name}": metric for name, metric in self._measured(loss, losses()).items()}
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """Return the loss of the configured objective on a batch."""
+        raise NotImplementedError
+
+    def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
+        """Return this rank's packs of a batch, with all responses to a prompt in one of them."""
+        rows = np.arange(len(batch))
+        return self.packs_of_sequences(batch.sequences, rows, whole_groups=True)
+
+    def denominators(self, batch: ExampleBatch) -> Denominators:
+        """Return the sizes of a batch over all ranks; its sequences are the examples."""
+        return Denominators(
+            num_tokens=max(1, batch.sequences.num_loss_tokens),
+            num_sequences=batch.num_examples,
+            max_tokens=self.offline.data.max_response_tokens,
+        )
+
+    def _measured(self, loss: OfflineLoss, losses: Iterable[PackLoss]) -> dict[str, Metric]:
+        """Return the loss of the batch and its metrics; `losses` are those of this rank's packs."""
+        value = 0.0
+        sums: Counter[str] = Counter()
+        for pack_loss in losses:
+            value += float(pack_loss.loss.detach())
+            sums.update(pack_loss.sums)
+        # The loss is a sum over ranks, and metrics of ranks are averaged.
+        return {"loss": mean(self.world_size * value)} | loss.metrics(sums)
+
+
+class LanguageModelWorker(OfflineWorker, SampledFromWorker):
+    """One rank of a policy that learns from examples."""
+
+    role = "policy"
+
+    def setup(self, address: str) -> tuple[str, ...]:
+        """See `RankWorker.setup`."""
+        notes = super().setup(address)
+        if self.offline.trainer.evaluation.problems:
+            self.check_export()
+        return notes
+
+
+class SupervisedWorker(LanguageModelWorker):
+    """One rank of a policy that learns from demonstrations or texts."""
+
+    offline: SupervisedRunConfig
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """See `OfflineWorker`."""
+        return SupervisedLoss(objective=self.offline.objective)
+
+
+class PreferenceWorker(LanguageModelWorker):
+    """One rank of a policy that learns from preference pairs."""
+
+    offline: PreferenceRunConfig
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """See `OfflineWorker`."""
+        return PreferenceLoss(
+            objective=self.offline.objective,
+            batch=batch,
+            reference=ReferenceLogprobs.scatter(reference, len(batch)),
+        )
+
+
+class ExampleReferenceWorker(CausalLMWorker):
+    """One rank of the frozen reference of preference pairs."""
+
+    role = "reference"
+
+    def __init__(
+        self, config: PreferenceRunConfig, model_directory: str, rank: int, world_size: int
+    ) -> None:
+        super().__init__(
+            online_of(config), config.reference_role(), model_directory, rank, world_size
+        )
+
+    @torch.no_grad()
+    def example_logprobs(self, batch: ExampleBatch) -> ReferenceLogprobs:
+        """Return the log-probabilities of this rank's responses, summed over learned tokens."""
+        rows: list[NDArray[np.int64]] = []
+        sums: list[NDArray[np.float32]] = []
+        for pack in self.packs_of_sequences(batch.sequences, np.arange(len(batch))):
+            logprobs = self.run(pack, 1.0).logprobs
+            if pack.is_padding:
+                continue
+            columns = PackColumns(pack, self.backend.device)
+            rows.append(pack.rows)
+            sums.append(columns.pad(logprobs).sum(dim=1).cpu().numpy())
+        return ReferenceLogprobs(
+            rows=np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64),
+            logprobs=np.concatenate(sums) if sums else np.zeros(0, dtype=np.float32),
+        )
+
+    def put_example_logprobs(self, batch: ExampleBatch) -> Any:
+        """Put the result of `example_logprobs` into the object store; return its reference."""
+        return ray.put(self.example_logprobs(batch))
+
+
+class RewardModelWorker(OfflineWorker):
+    """One rank of a reward model: a decoder with a scalar head, read after the last token."""
+
+    role = "reward_model"
+    offline: RewardModelRunConfig
+
+    def __init__(
+        self, config: RewardModelRunConfig, model_directory: str, rank: int, world_size: int
+    ) -> None:
+        super().__init__(config, model_directory, rank, world_size)
+        self.reward_mean: float | None = None  # over the held-out responses, once it was measured
+
+    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
+        """See `RankWorker`; a new head has the layout of sequence classification."""
+        kind = value_model("sequence")
+        module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
+
+    def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
+        """See `OfflineWorker`; the value after the last token of each response is read."""
+        last = np.zeros(len(batch.sequences.token_ids), dtype=np.bool_)
+        last[_ends(batch)] = True
+        marked = batch.sequences.marked_after(last)
+        return self.packs_of_sequences(marked, np.arange(len(batch)), whole_groups=True)
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """See `OfflineWorker`."""
+        return RankingLoss(objective=self.offline.objective, batch=batch)
+
+    def keep_reward_mean(self, value: float) -> None:
+        """Keep the mean reward of the held-out responses for the next checkpoint."""
+        self.reward_mean = value
+
+    def save(self, directory: str) -> None:
+        """See `OfflineWorker`; config.json gets the mean reward, to be subtracted by readers."""
+        super().save(directory)
+        if self.rank == 0 and self.reward_mean is not None:
+            change_model_config(Path(directory), {REWARD_MEAN: self.reward_mean})
+
+    def load(self, directory: str) -> None:
+        """See `OfflineWorker`."""
+        super().load(directory)
+        facts = json.loads((Path(directory) / "config.json").read_text())
+        self.reward_mean = facts.get(REWARD_MEAN)
+
+
+def _ends(batch: ExampleBatch) -> NDArray[np.int64]:
+    """Return [B] the last learned token of each response: its end token."""
+    learned = np.flatnonzero(batch.sequences.loss_mask)
+    after = np.searchsorted(learned, batch.sequences.offsets[1:])
+    return learned[after - 1]

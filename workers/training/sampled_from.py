@@ -1,0 +1,85 @@
+"""The base class of a rank of a language model from which engines sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from rlsys.config.engines import ENGINES
+from rlsys.data.packing import pack_rows
+from rlsys.data.sequences import TokenSequences
+from rlsys.models.checkpoint_names import names_without_mapping
+from rlsys.models.loading import UnsupportedModelError
+from rlsys.models.weights import WeightManifest, pack_weights
+from workers.training.model_setup import DTYPES
+from workers.training.rank_worker import CausalLMWorker
+
+
+class SampledFromWorker(CausalLMWorker):
+    """One rank of a model whose weights the engines get.
+
+    After each transfer both sides compute the log-probabilities of a probe.
+    """
+
+    def check_export(self) -> None:
+        """Refuse a model whose weights cannot be exported by the names of its checkpoint.
+
+        Raises:
+            UnsupportedModelError: transformers holds several weights of the checkpoint as one
+                tensor, and has no mapping back.
+        """
+        engine = self.config.generation.engine
+        if not ENGINES[engine].takes_checkpoint_names:
+            return
+
+        model = self.backend.module.model
+        names = names_without_mapping(model, self.model_directory)
+        if names:
+            raise UnsupportedModelError(
+                f"generation.engine: {engine!r} cannot follow the training of model type "
+                f"{model.config.model_type!r}: transformers holds {names[0]} as one tensor and "
+                "has no mapping back to the weights of the checkpoint. "
+                "Use --generation.engine transformers."
+            )
+
+    def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
+        """Put the weights into the object store; collective.
+
+        Returns:
+            On rank 0 the manifest and references to the shards, None on the other ranks.
+        """
+        # All ranks gather the weights; rank 0 alone gets them.
+        dtype = DTYPES[self.config.generation.dtype]
+        manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
+        if self.rank != 0:
+            return None
+        return manifest, [ray.put(shard) for shard in shards]
+
+    @torch.no_grad()
+    def probe_logprobs(
+        self, sequences: Sequence[NDArray[np.int32]], temperature: float
+    ) -> list[NDArray[np.float32]]:
+        """Return [L - 1] log-probabilities for each sequence of L tokens; the first has none.
+
+        Collective; every rank computes the same.
+        """
+        batch = TokenSequences.of_texts(sequences)
+        # Planned as for a single rank: all ranks run all packs.
+        packs = pack_rows(
+            batch,
+            np.arange(len(batch)),
+            budget=self.settings.microbatch_tokens,
+            rank=0,
+            ranks=1,
+            shared_prefix_packing=False,
+        )
+
+        flat = np.zeros(len(batch.token_ids), dtype=np.float32)
+        for pack in packs:
+            flat[pack.flat_positions] = self.run(pack, temperature).logprobs.cpu().numpy()
+        return [row[1:] for row in np.split(flat, batch.offsets[1:-1])]
