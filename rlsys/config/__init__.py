@@ -16,15 +16,22 @@ from rlsys.config.algorithm import (
 from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.errors import ConfigError
-from rlsys.config.generation import GenerationConfig
+from rlsys.config.generation import EngineConfig, GenerationConfig
 from rlsys.config.model import Dtype, ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.optimizer import OptimizerConfig
 from rlsys.config.policy import PolicyConfig
 from rlsys.config.reward import RewardConfig, RewardFunctionConfig
-from rlsys.config.run import ClusterConfig, RunConfig, RunSection
+from rlsys.config.root import ClusterConfig, RootConfig, RunSection
+from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
-from rlsys.config.trainer import CheckpointConfig, EvaluationConfig, TrainerConfig
+from rlsys.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    EvaluationSchedule,
+    LoopConfig,
+    TrainerConfig,
+)
 
 __all__ = [
     "AdvantageConfig",
@@ -39,10 +46,13 @@ __all__ = [
     "DiagnosticsConfig",
     "Dtype",
     "DynamicSamplingConfig",
+    "EngineConfig",
     "EntropyConfig",
     "EvaluationConfig",
+    "EvaluationSchedule",
     "GenerationConfig",
     "KLConfig",
+    "LoopConfig",
     "ModelConfig",
     "ModelRoleConfig",
     "ObjectiveConfig",
@@ -54,6 +64,7 @@ __all__ = [
     "RewardConfig",
     "RewardFunctionConfig",
     "RolloutCorrectionConfig",
+    "RootConfig",
     "RunConfig",
     "RunSection",
     "Section",

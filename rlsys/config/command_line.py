@@ -1,9 +1,10 @@
-"""The command line: one validated `RunConfig` from a recipe, a YAML file and flags.
+"""The command line: one validated configuration from a recipe, a YAML file and flags.
 
     python -m recipes.grpo_math --preset gspo --config run.yaml --trainer.steps 50
 
 Later overrides earlier: recipe, preset, file, other flags in their order. Every field is a flag;
-values are YAML. With `--resume` the run's own `config.yaml` takes the place of the recipe.
+values are YAML. With `--resume` the run's own `config.yaml` takes the place of the recipe. The kind
+of run is that of the recipe: the class of the configuration that it returns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,14 +26,17 @@ from rlsys.config.fields import all_fields, field_at
 from rlsys.config.help_text import help_text
 from rlsys.config.presets import preset_called
 from rlsys.config.renamed_fields import REMOVED_FIELDS, refuse_old_names, translated
-from rlsys.config.run import CONTRADICTIONS_LATER, RunConfig
+from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig
+from rlsys.config.run import RunConfig
+
+RootT = TypeVar("RootT", bound=RootConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invocation:
+class Invocation(Generic[RootT]):
     """A parsed command line."""
 
-    config: RunConfig  # its fields may contradict each other: `rlsys.run.preflight` checks that
+    config: RootT  # its fields may contradict each other: `rlsys.run.preflight` checks that
     dry_run: bool
     resume: bool
     explicit: frozenset[str]  # dotted names of the fields that flags and files set on purpose
@@ -83,7 +87,7 @@ OWNERS = {
 Change = tuple[str, Any]  # a dotted name and its new value
 
 
-def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+def evolve(config: RootT, changes: Mapping[str, Any]) -> RootT:
     """Return `config` with some fields changed, by dotted name, and validated again.
 
     A recipe starts from another one with it:
@@ -97,10 +101,10 @@ def evolve(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     tree = config.model_dump(mode="json")
     _start_from_preset(tree, changes)
     _apply(tree, list(changes.items()))
-    return _validated(tree)
+    return _validated(tree, type(config))
 
 
-def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
+def parse(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     """Apply the command line to a recipe's configuration, or with --resume to that of the run.
 
     Raises:
@@ -111,17 +115,18 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     if "--help" in arguments or "-h" in arguments:
         raise HelpRequested(help_text(_chosen(recipe, arguments), SWITCHES))
 
-    options = list(_options(arguments))
+    model = type(recipe)
+    options = list(_options(arguments, model))
     switches = {name for name, _ in options}
     from_files: list[Change] = []
     for name, file in options:
         if name == "--config":
-            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")))
+            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")), model)
     from_flags: list[Change] = []
     for name, value in options:
         if name not in SWITCHES:
             field = _normal(name)
-            from_flags.append((field, _parse_value(field, value)))
+            from_flags.append((field, _parse_value(field, value, model)))
     if "--resume" in switches:
         return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
 
@@ -129,13 +134,13 @@ def parse(recipe: RunConfig, arguments: Sequence[str]) -> Invocation:
     _start_from_preset(tree, dict([*from_files, *from_flags]))
     explicit = _explicit(tree, from_files, from_flags)
     _apply(tree, [*from_files, *from_flags])
-    config = _validated(tree, context=CONTRADICTIONS_LATER)
+    config = _validated(tree, model, context=CONTRADICTIONS_LATER)
     return Invocation(
         config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
 
 
-def _chosen(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
+def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
     """Return the configuration of the arguments besides --help; the recipe where they fail."""
     without_help = [word for word in arguments if word not in ("--help", "-h")]
     try:
@@ -145,8 +150,8 @@ def _chosen(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def _resumed(
-    recipe: RunConfig, from_files: list[Change], from_flags: list[Change], *, dry_run: bool
-) -> Invocation:
+    recipe: RootT, from_files: list[Change], from_flags: list[Change], *, dry_run: bool
+) -> Invocation[RootT]:
     """Return the run's own configuration with the changes applied to it."""
     changes = [*from_files, *from_flags]
     given = dict(changes)
@@ -156,7 +161,7 @@ def _resumed(
             "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
         )
 
-    tree = saved_configuration(directory)
+    tree = saved_configuration(directory, type(recipe))
     saved = flat(tree)
     name = given.get("recipe", recipe.recipe)
     if name != saved.get("recipe", name):
@@ -170,7 +175,7 @@ def _resumed(
     explicit = _explicit(tree, from_files, from_flags)
     _apply(tree, [*changes, ("run.directory", directory)])
     try:
-        config = _validated(tree, context=CONTRADICTIONS_LATER)
+        config = _validated(tree, type(recipe), context=CONTRADICTIONS_LATER)
     except ConfigError as error:
         # The value may be one that the user did not type.
         origin = f"Values that no flag sets are from {Path(directory) / CONFIG_FILE}."
@@ -179,11 +184,11 @@ def _resumed(
     return Invocation(config=config, dry_run=dry_run, resume=True, explicit=explicit, saved=saved)
 
 
-def saved_configuration(directory: str) -> dict[str, Any]:
-    """Return the configuration that a run saved, as nested values.
+def saved_configuration(directory: str, model: type[RootConfig] = RunConfig) -> dict[str, Any]:
+    """Return the configuration that a run of the kind `model` saved, as nested values.
 
     Raises:
-        ConfigError: there is no run, or a version with other fields wrote it.
+        ConfigError: there is no run, or one of another kind or version, with other fields.
     """
     file = Path(directory).expanduser() / CONFIG_FILE
     if not file.is_file():
@@ -192,8 +197,10 @@ def saved_configuration(directory: str) -> dict[str, Any]:
             "earlier run."
         )
     tree = translated(_read_yaml(str(file), "run.directory"))
-    names = [name for name, _ in _leaves(tree)]
-    unknown = [name for name in names if field_at(name) is None and name not in REMOVED_FIELDS]
+    names = [name for name, _ in _leaves(tree, model)]
+    unknown = [
+        name for name in names if field_at(name, model) is None and name not in REMOVED_FIELDS
+    ]
     if unknown:
         raise ConfigError(
             f"run.directory: {str(file)!r} was written by another version of rlsys, with "
@@ -230,7 +237,7 @@ def _explicit(
     return frozenset(explicit)
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def _options(arguments: Sequence[str], model: type[RootConfig]) -> Iterator[tuple[str, str | None]]:
     """Yield (flag, value) pairs from `--flag value`, `--flag=value` and `--flag` alone."""
     rest = list(arguments)
     while rest:
@@ -242,8 +249,8 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             )
         name, equals, value = word.partition("=")
         refuse_old_names([_normal(name)], flag="--")
-        if name not in SWITCHES and field_at(name.removeprefix("--")) is None:
-            raise ConfigError(_no_such_flag(name))
+        if name not in SWITCHES and field_at(name.removeprefix("--"), model) is None:
+            raise ConfigError(_no_such_flag(name, model))
 
         takes_value = name not in ("--dry-run", "--resume")
         if equals and not takes_value:
@@ -256,9 +263,9 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, None
 
 
-def _no_such_flag(name: str) -> str:
+def _no_such_flag(name: str, model: type[RootConfig]) -> str:
     """Return the message about an unknown flag, with the nearest flags that there are."""
-    known = [*SWITCHES, *(f"--{field}" for field, _ in all_fields())]
+    known = [*SWITCHES, *(f"--{field}" for field, _ in all_fields(model))]
     near = difflib.get_close_matches(name, known, n=3)
     if not near:  # the user may have left out the section
         last = name.strip("-").split(".")[-1]
@@ -267,9 +274,9 @@ def _no_such_flag(name: str) -> str:
     return f"{name}: no such flag. {hint}"
 
 
-def _parse_value(name: str, text: str | None) -> Any:
+def _parse_value(name: str, text: str | None, model: type[RootConfig]) -> Any:
     """Return the value of a flag: YAML, but for lists without brackets and for texts."""
-    field = field_at(name)
+    field = field_at(name, model)
     annotation = None if field is None else field.annotation
     if text is None:
         if annotation is bool:
@@ -345,18 +352,18 @@ def _apply(tree: dict[str, Any], changes: Sequence[Change]) -> None:
         _put(tree, name, value)
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[Change]:
+def _leaves(tree: Mapping[Any, Any], model: type[RootConfig], prefix: str = "") -> Iterator[Change]:
     """Yield the fields of nested mappings by dotted name; a dict of parameters is one field."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        field = field_at(name)
+        field = field_at(name, model)
         is_section = (
             field is not None
             and isinstance(field.annotation, type)
             and issubclass(field.annotation, BaseModel)
         )
         if is_section and isinstance(value, Mapping):
-            yield from _leaves(value, f"{name}.")
+            yield from _leaves(value, model, f"{name}.")
         else:
             yield name, value
 
@@ -394,16 +401,16 @@ def _read_yaml(file: str | None, field: str) -> dict[str, Any]:
     return content
 
 
-def _validated(tree: Mapping[str, Any], *, context: str | None = None) -> RunConfig:
+def _validated(tree: Mapping[str, Any], model: type[RootT], *, context: str | None = None) -> RootT:
     try:
-        return RunConfig.model_validate(tree, context=context)
+        return model.model_validate(tree, context=context)
     except ValidationError as error:
         places = [mistake["loc"] for mistake in error.errors()]
         lines = []
         for mistake in error.errors():
             # Where an item of a list was refused, pydantic also reports the list as too short.
             if not any(_is_below(place, mistake["loc"]) for place in places):
-                lines.append(_message(mistake))
+                lines.append(_message(mistake, model))
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -411,50 +418,51 @@ def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> boo
     return len(place) > len(other) and place[: len(other)] == other
 
 
-def _message(mistake: Any) -> str:
+def _message(mistake: Any, model: type[RootConfig]) -> str:
     """Return one line for one pydantic error: field, value, expectation, and the field's help."""
     text = mistake["msg"]
     if mistake["type"] == "mistakes":
         return text  # whole lines, which name their fields
     location = [str(part) for part in mistake["loc"]]
     if mistake["type"] == "extra_forbidden":
-        return _no_such_field(location)
+        return _no_such_field(location, model)
 
-    field = _innermost_field(location)
+    field = _innermost_field(location, model)
     remedy = f" ({field.description})" if field is not None and field.description else ""
     expectation = f"{text[0].lower()}{text[1:]}"
     return f"{'.'.join(location)}: {mistake['input']!r} does not fit: {expectation}.{remedy}"
 
 
-def _no_such_field(location: list[str]) -> str:
+def _no_such_field(location: list[str], model: type[RootConfig]) -> str:
     """Return the message about an unknown field, with the nearest fields of its section."""
     section = ".".join(location[:-1])
-    siblings = [field.rsplit(".", 1)[-1] for field, _ in all_fields() if field.startswith(section)]
+    names = (field for field, _ in all_fields(model) if field.startswith(section))
+    siblings = [name.rsplit(".", 1)[-1] for name in names]
     near = difflib.get_close_matches(location[-1], siblings, n=2)
     hint = f"Did you mean {' or '.join(near)}?" if near else "See --help."
     return f"{'.'.join(location)}: no such field. {hint}"
 
 
-def _innermost_field(location: list[str]) -> FieldInfo | None:
+def _innermost_field(location: list[str], model: type[RootConfig]) -> FieldInfo | None:
     """Return the field that a location is, or that it is a part of."""
     for length in range(len(location), 0, -1):
-        field = field_at(".".join(location[:length]))
+        field = field_at(".".join(location[:length]), model)
         if field is not None:
             return field
     return None
 
 
-def dump_yaml(config: RunConfig) -> str:
+def dump_yaml(config: RootConfig) -> str:
     """Return a configuration as YAML, from which `--config` makes the same configuration."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
 
 
-def load_yaml(path: Path) -> RunConfig:
-    """Return the configuration in a file that `dump_yaml` wrote.
+def load_yaml(path: Path, model: type[RootT] = RunConfig) -> RootT:
+    """Return the configuration of the kind `model` in a file that `dump_yaml` wrote.
 
     Raises:
         ConfigError: the file is unreadable, or not a configuration.
     """
-    return _validated(_with_current_names(_read_yaml(str(path), str(path))))
+    return _validated(_with_current_names(_read_yaml(str(path), str(path))), model)

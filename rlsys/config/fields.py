@@ -23,9 +23,8 @@ def all_fields(
             yield prefix + name, field
 
 
-def field_at(name: str) -> FieldInfo | None:
+def field_at(name: str, model: type[BaseModel] = RunConfig) -> FieldInfo | None:
     """Return the field of a dotted name, or None; below a mapping, the field of its values."""
-    model: type[BaseModel] = RunConfig
     field: FieldInfo | None = None
     parts = name.split(".")
     for i, part in enumerate(parts):

@@ -8,8 +8,8 @@ from rlsys.config.model import Dtype
 from rlsys.config.section import Section
 
 
-class GenerationConfig(Section):
-    """Engine, sampling, and the resources of the generation workers."""
+class EngineConfig(Section):
+    """Engine, and the resources of the generation workers; all that an evaluation needs."""
 
     engine: str = Field(
         default="vllm",
@@ -41,19 +41,6 @@ class GenerationConfig(Section):
         description="Precision of the engine's weights and arithmetic. auto: bfloat16 where it is "
         "faster on the driver's machine (GPUs of compute capability 8.0 or higher; CPUs where a "
         "short measurement says so), else float32.",
-    )
-    samples_per_prompt: int = Field(
-        default=8,
-        ge=1,
-        le=16384,
-        description="Responses sampled per prompt, the group size of GRPO; at most 16384, vLLM's "
-        "limit.",
-    )
-    temperature: float = Field(
-        default=1.0,
-        ge=0.01,
-        description="Sampling temperature, at least 0.01 (vLLM's lower limit). Log-probabilities "
-        "are computed at this temperature too.",
     )
     top_p: float = Field(
         default=1.0,
@@ -120,3 +107,21 @@ class GenerationConfig(Section):
             message = f"Input should be {known}"
             raise PydanticCustomError("engine", message)  # pyright: ignore[reportArgumentType]
         return value
+
+
+class GenerationConfig(EngineConfig):
+    """Engine, resources, and the sampling of training."""
+
+    samples_per_prompt: int = Field(
+        default=8,
+        ge=1,
+        le=16384,
+        description="Responses sampled per prompt, the group size of GRPO; at most 16384, vLLM's "
+        "limit.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        ge=0.01,
+        description="Sampling temperature, at least 0.01 (vLLM's lower limit). Log-probabilities "
+        "are computed at this temperature too.",
+    )

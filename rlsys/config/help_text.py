@@ -12,10 +12,10 @@ import yaml
 from rlsys.config.fields import all_fields, type_name
 from rlsys.config.function_help import FunctionHelp, function_help
 from rlsys.config.presets import PRESETS
-from rlsys.config.run import RunConfig
+from rlsys.config.root import RootConfig
 
 
-def help_text(config: RunConfig, switches: Mapping[str, str]) -> str:
+def help_text(config: RootConfig, switches: Mapping[str, str]) -> str:
     """Return all flags, and the keyword parameters of the functions that `config` chooses."""
     width = min(110, shutil.get_terminal_size((100, 24)).columns)
     tree = config.model_dump(mode="json")
@@ -28,7 +28,7 @@ def help_text(config: RunConfig, switches: Mapping[str, str]) -> str:
         lines += _entry(flag, doc, width)
 
     section = None
-    for name, field in all_fields():
+    for name, field in all_fields(type(config)):
         if name.split(".")[0] != section:
             section = name.split(".")[0]
             lines += ["", f"{section}:"]
@@ -43,8 +43,18 @@ def help_text(config: RunConfig, switches: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _chosen_functions(config: RunConfig, field: str, width: int) -> Iterator[str]:
+def _chosen_functions(config: Any, field: str, width: int) -> Iterator[str]:
     """Yield the help of the functions that `field` chooses or passes parameters to."""
+    if field.startswith("algorithm."):
+        yield from _algorithm_functions(config, field, width)
+    elif field == "reward.functions":
+        for reward in config.reward.functions:
+            yield from _function_entry(
+                config, "register_reward_function", reward.name, reward.parameters, width
+            )
+
+
+def _algorithm_functions(config: Any, field: str, width: int) -> Iterator[str]:
     advantage, objective = config.algorithm.advantage, config.algorithm.objective
     if field == "algorithm.advantage.parameters":
         yield from _function_entry(
@@ -56,15 +66,10 @@ def _chosen_functions(config: RunConfig, field: str, width: int) -> Iterator[str
         yield from _function_entry(
             config, "register_weight", objective.weight, objective.parameters, width
         )
-    elif field == "reward.functions":
-        for reward in config.reward.functions:
-            yield from _function_entry(
-                config, "register_reward_function", reward.name, reward.parameters, width
-            )
 
 
 def _function_entry(
-    config: RunConfig, decorator: str, name: str, parameters: Mapping[str, Any], width: int
+    config: RootConfig, decorator: str, name: str, parameters: Mapping[str, Any], width: int
 ) -> Iterator[str]:
     found = function_help(decorator, name, config.plugins)
     if found is None:

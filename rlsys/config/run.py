@@ -1,6 +1,5 @@
 """The whole configuration of a run."""
 
-import os
 from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -16,50 +15,11 @@ from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig
 from rlsys.config.policy import PolicyConfig
 from rlsys.config.presets import preset_called
 from rlsys.config.reward import RewardConfig
-from rlsys.config.section import Section
+from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.trainer import TrainerConfig
 
-# Validation context of the command line, which reports contradictions with all other mistakes.
-CONTRADICTIONS_LATER = "contradictions are reported later"
 
-
-class RunSection(Section):
-    """Output directory and display of a run."""
-
-    directory: str | None = Field(
-        default=None, description="Output directory. null: runs/<recipe>-<date>-<time>."
-    )
-    progress: bool = Field(
-        default=True, description="Live display on a terminal. false: plain lines, as elsewhere."
-    )
-    note: str | None = Field(
-        default=None, description="Text to print when the run starts. null: none."
-    )
-
-
-class ClusterConfig(Section):
-    """The Ray cluster that a run starts or joins."""
-
-    address: str | None = Field(
-        default=None,
-        description="Ray cluster to join: host:port, ray://host:port, or auto for the one that "
-        "runs on this machine. local: start Ray on this machine. null: RAY_ADDRESS where it is "
-        "set, else local.",
-    )
-    object_store_gib: float = Field(
-        default=1.0,
-        ge=0.1,
-        description="Size of Ray's object store where the run starts Ray, in GiB; at least 0.1.",
-    )
-
-    @property
-    def joined_address(self) -> str | None:
-        """The cluster that a run joins: `address`, else RAY_ADDRESS; None where it starts Ray."""
-        address = self.address or os.environ.get("RAY_ADDRESS")
-        return None if address in (None, "", "local") else address
-
-
-class RunConfig(Section):
+class RunConfig(RootConfig):
     """Everything that one run depends on.
 
     Recipes return one; a YAML file and flags change fields of it.

@@ -1,14 +1,14 @@
 """The training loop: number of steps, evaluation and checkpoints."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from rlsys.config.section import Section
 
 
-class EvaluationConfig(Section):
-    """Evaluation on held-out problems."""
+class EvaluationSchedule(Section):
+    """When to evaluate on held-out data."""
 
     every: int = Field(
         default=20,
@@ -16,6 +16,11 @@ class EvaluationConfig(Section):
         description="Evaluate every N steps, and always before the first and after the last step. "
         "0: never.",
     )
+
+
+class EvaluationConfig(EvaluationSchedule):
+    """Evaluation on held-out problems."""
+
     samples_per_prompt: int = Field(
         default=1,
         ge=1,
@@ -50,7 +55,30 @@ class CheckpointConfig(Section):
     )
 
 
-class TrainerConfig(Section):
+class LoopConfig(Section):
+    """What the training loops of all kinds of runs have in common.
+
+    Each subclass declares these fields in its own order and words.
+    """
+
+    if TYPE_CHECKING:
+        steps: int
+        seed: int
+        evaluation: Any  # an `EvaluationSchedule`
+        checkpoints: CheckpointConfig
+
+    def evaluation_is_due(self, step: int, evaluated_step: int) -> bool:
+        """Return whether to evaluate after `step`: before the first, every N steps, after the last.
+
+        An evaluation that was interrupted is still due after a resume.
+        """
+        every = self.evaluation.every
+        if not every or evaluated_step == step:
+            return False
+        return step % every == 0 or step == self.steps
+
+
+class TrainerConfig(LoopConfig):
     """The training loop."""
 
     steps: int = Field(
@@ -75,13 +103,3 @@ class TrainerConfig(Section):
         description="Write the rollouts to Parquet every N steps, and always of the first and the "
         "last step. 0: of these two only.",
     )
-
-    def evaluation_is_due(self, step: int, evaluated_step: int) -> bool:
-        """Return whether to evaluate after `step`: before the first, every N steps, after the last.
-
-        An evaluation that was interrupted is still due after a resume.
-        """
-        every = self.evaluation.every
-        if not every or evaluated_step == step:
-            return False
-        return step % every == 0 or step == self.steps
