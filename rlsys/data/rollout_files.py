@@ -38,7 +38,7 @@ def write_rollouts(
         advantages = batch.advantages
 
     offsets = batch.rollouts.sequence_offsets
-    kept = _sample_columns(batch) | {
+    kept = sample_columns(batch) | {
         "trained": pa.array(trained),
         "old_logprobs": _ragged(offsets, batch.old_logprobs),
         "ref_logprobs": _ragged(offsets, batch.ref_logprobs),
@@ -48,19 +48,23 @@ def write_rollouts(
 
     if dropped is not None:
         nothing = _ragged(dropped.rollouts.sequence_offsets, None)
-        columns = _sample_columns(dropped) | {
+        columns = sample_columns(dropped) | {
             "trained": pa.array(np.zeros(len(dropped), dtype=np.bool_)),
             **dict.fromkeys(("old_logprobs", "ref_logprobs", "advantages"), nothing),
         }
         tables.append(pa.table(columns))
 
-    # A reader never sees half a file.
+    write_table_whole(pa.concat_tables(tables), path)
+
+
+def write_table_whole(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file atomically: a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pa.concat_tables(tables), partial)
+    pyarrow.parquet.write_table(table, partial)
     partial.rename(path)
 
 
-def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
+def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
     """Return the columns that every sampled response has."""
     rollouts = batch.rollouts
     rewards = batch.rewards
