@@ -9,6 +9,7 @@ functions.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from rlsys.run.evaluation_directory import EvaluationDirectory
     from rlsys.run.evaluation_summary import EvaluationResults
     from rlsys.run.observers.evaluation_console import EvaluationProgress
+    from rlsys.run.observers.evaluation_report import ReportedModel
     from workers.cluster import Cluster
 
 EvaluationRecipe = Callable[[Hardware], EvaluationRunConfig]
@@ -286,13 +288,18 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
 
     began = time.monotonic()
     config = prepared.config
-    interrupt_on_sigterm()
-    names = " and ".join(one.model.name for one in prepared.models)
-    _print(console, f"{config.recipe}: {names}, starting Ray and the actors ...")
-
     progress = EvaluationProgress(console, live=config.run.progress)
     events = CollectionEvents(kept=progress.keep, finished=progress.add, notice=progress.notice)
     collector = ResponseCollector(config, events)
+    pending = [one for one in prepared.models if not _is_complete(prepared, collector, one)]
+    if not pending:
+        _print(console, "all responses were sampled before; nothing is started")
+        _report(prepared, console, complete=True, seconds=time.monotonic() - began)
+        return 0
+
+    interrupt_on_sigterm()
+    names = " and ".join(one.model.name for one in pending)
+    _print(console, f"{config.recipe}: {names}, starting Ray and the actors ...")
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
     cluster = Cluster.connect(prepared.models[0].sampling_run, roles=("generation",))
     output = RewardOutput()
@@ -301,13 +308,15 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     try:
         scorer = await _start_rewards(cluster, prepared, output)
         _stop_on_signals(collector.request_stop, console)
-        complete = await _sample_all(prepared, cluster, scorer, collector, progress)
+        for one in pending:
+            complete = await _sample(prepared, one, cluster, scorer, collector, progress)
+            if not complete:
+                break
     except ConfigError:
         raise
     except Exception as error:
-        failure = error
+        failure, complete = error, False
     finally:
-        progress.stop()
         try:
             await output.finish()
         finally:
@@ -317,6 +326,12 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     if failure is not None:
         return _report_failure(failure, prepared.directory, console)
     return 0 if complete else 130
+
+
+def _is_complete(prepared: Prepared, collector: ResponseCollector, one: PreparedModel) -> bool:
+    """Return whether a model has answered every prompt."""
+    files = prepared.directory.responses_of(one.model.field)
+    return collector.is_complete(one.prompts.prompts, files)
 
 
 async def _start_rewards(cluster: Cluster, prepared: Prepared, output: Any) -> RewardScorer:
@@ -330,98 +345,105 @@ async def _start_rewards(cluster: Cluster, prepared: Prepared, output: Any) -> R
     return RewardWorkerClient(actor)
 
 
-async def _sample_all(
+async def _sample(
     prepared: Prepared,
+    one: PreparedModel,
     cluster: Cluster,
     scorer: RewardScorer,
     collector: ResponseCollector,
     progress: EvaluationProgress,
 ) -> bool:
-    """Sample with one model after the other; return whether everything is complete."""
+    """Start the engines of one model, sample, stop them; return whether all is complete."""
     from workers.generation.group import GenerationGroup
     from workers.generation.worker import GenerationWorker
 
-    for one in prepared.models:
-        if collector.is_stopped:
-            return False
-        files = prepared.directory.responses_of(one.model.field)
-        files.create(one.origin)
-        run = one.sampling_run
-        actors = [
-            cluster.spawn("generation", i, GenerationWorker, run, str(one.model.directory))
-            for i in range(run.generation.workers)
-        ]
-        await cluster.wait_until_ready()
-        progress.start(one.model.name, len(one.prompts.prompts))
-        try:
-            done = await collector.collect(
-                GenerationGroup(actors), scorer, one.prompts.prompts, files
-            )
-        finally:
-            progress.stop()
-            cluster.stop("generation")
-        if not done:
-            return False
-    return True
+    if collector.is_stopped:
+        return False
+    files = prepared.directory.responses_of(one.model.field)
+    files.create(one.origin)
+    run = one.sampling_run
+    actors = [
+        cluster.spawn("generation", i, GenerationWorker, run, str(one.model.directory))
+        for i in range(run.generation.workers)
+    ]
+    await cluster.wait_until_ready()
+    progress.start(one.model.name, len(one.prompts.prompts))
+    try:
+        return await collector.collect(GenerationGroup(actors), scorer, one.prompts.prompts, files)
+    finally:
+        progress.stop()
+        cluster.stop("generation")
 
 
 def _report(prepared: Prepared, console: Console, *, complete: bool, seconds: float) -> None:
     """Write the results and the page, and print the tables, of what is complete so far."""
     from rlsys.run.directory import write_whole
     from rlsys.run.observers.evaluation_console import print_results
+    from rlsys.run.observers.evaluation_report import write_evaluation_report
 
-    results = _results(prepared, complete=complete)
-    if results is None:
+    models = _reported_models(prepared)
+    if not models:
         _print(console, "no prompt is complete yet")
         return
-    write_whole(prepared.directory.results, _json(results))
     if not complete:
         _print(console, "incomplete: the results are those of the prompts so far", style="yellow")
-    print_results(console, results, prepared.directory, seconds)
+
+    results = _results(prepared, models, complete=complete)
+    directory = prepared.directory
+    text = json.dumps(results.as_json(), indent=1, ensure_ascii=False, default=str)
+    write_whole(directory.results, text)
+    write_evaluation_report(prepared.config, results, models, directory)
+    print_results(console, results, directory, seconds)
     if not complete:
-        _print(console, f"continue with --run.directory {prepared.directory.path} --resume")
+        _print(console, f"continue with --run.directory {directory.path} --resume")
 
 
-def _results(prepared: Prepared, *, complete: bool) -> EvaluationResults | None:
-    """Return the results of the responses in the files; None where there are none."""
+def _reported_models(prepared: Prepared) -> list[ReportedModel]:
+    """Return the models that have responses in the files."""
+    from rlsys.evaluation.responses import COLUMNS, COMPONENT, ModelResponses
+    from rlsys.run.evaluation_summary import AnsweredModel
+    from rlsys.run.observers.evaluation_report import TEXT_COLUMNS, ReportedModel
+
+    def chosen(names: Sequence[str]) -> list[str]:
+        wanted = {*COLUMNS, *TEXT_COLUMNS}
+        return [name for name in names if name in wanted or name.startswith(COMPONENT)]
+
+    models = []
+    for one in prepared.models:
+        table = prepared.directory.responses_of(one.model.field).read(chosen)
+        if table is None:
+            continue
+        answered = AnsweredModel(
+            model=one.model,
+            prompts_total=len(one.prompts.prompts),
+            dropped=one.prompts.dropped,
+            responses=ModelResponses.of(table),
+        )
+        models.append(ReportedModel(answered=answered, texts=table.select(list(TEXT_COLUMNS))))
+    return models
+
+
+def _results(
+    prepared: Prepared, models: Sequence[ReportedModel], *, complete: bool
+) -> EvaluationResults:
+    """Return the results of the responses in the files."""
     from rlsys.evaluation.overlap import find_overlap
-    from rlsys.evaluation.responses import ModelResponses, columns_of
-    from rlsys.run.evaluation_summary import AnsweredModel, summarize
+    from rlsys.run.evaluation_summary import summarize
 
     problems = prepared.problems
-    answered = []
-    for one in prepared.models:
-        table = prepared.directory.responses_of(one.model.field).read(columns_of)
-        if table is not None:
-            answered.append(
-                AnsweredModel(
-                    model=one.model,
-                    prompts_total=len(one.prompts.prompts),
-                    dropped=one.prompts.dropped,
-                    responses=ModelResponses.of(table),
-                )
-            )
-    if not answered:
-        return None
     overlap = None
     if problems.train is not None:
         ngram = prepared.config.evaluation.overlap_ngram
         overlap = find_overlap(problems.problems, problems.train, ngram)
     return summarize(
         prepared.config,
-        answered,
+        [one.answered for one in models],
         problems.problems,
         origin=problems.origin,
         complete=complete,
         overlap=overlap,
         notices=problems.notices,
     )
-
-
-def _json(results: EvaluationResults) -> str:
-    import json
-
-    return json.dumps(results.as_json(), indent=1, ensure_ascii=False, default=str)
 
 
 def _report_failure(error: Exception, directory: EvaluationDirectory, console: Console) -> int:

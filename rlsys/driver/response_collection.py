@@ -47,6 +47,16 @@ class ResponseCollector:
     def is_stopped(self) -> bool:
         return self._stopped.is_set()
 
+    def is_complete(self, prompts: PromptBatch, files: ResponseFiles) -> bool:
+        """Return whether the files hold the responses to all prompts."""
+        parts = self._parts(prompts)
+        return all(files.prompts_in(part) == len(own) for part, own in enumerate(parts))
+
+    def _parts(self, prompts: PromptBatch) -> list[PromptBatch]:
+        size = self._config.evaluation.prompts_per_part
+        starts = range(0, len(prompts), size)
+        return [_slice(prompts, start, start + size, part) for part, start in enumerate(starts)]
+
     async def collect(
         self, generator: Generator, scorer: RewardScorer, prompts: PromptBatch, files: ResponseFiles
     ) -> bool:
@@ -58,9 +68,7 @@ class ResponseCollector:
         Raises:
             RewardFailureError: a reward function failed on more than half of the first part.
         """
-        size = self._config.evaluation.prompts_per_part
-        for part, start in enumerate(range(0, len(prompts), size)):
-            own = _slice(prompts, start, start + size, part)
+        for part, own in enumerate(self._parts(prompts)):
             if files.prompts_in(part) == len(own):
                 self._events.kept(len(own))
                 continue

@@ -149,17 +149,17 @@ def fraction_difference(
 
 @dataclass(frozen=True, kw_only=True)
 class SignTest:
-    """How many prompts are better and worse with the second model, and the test's p-value."""
+    """How many prompts have a higher and a lower value with the second model, and the p-value."""
 
-    better: int
-    worse: int
+    higher: int
+    lower: int
     p_value: float
 
 
 def sign_test(differences: NDArray[np.float64]) -> SignTest:
     """Return the exact two-sided sign test of the prompts that differ.
 
-        p = min(1, 2 P(X <= min(better, worse))),    X ~ Binomial(better + worse, 1/2)
+        p = min(1, 2 P(X <= min(higher, lower))),    X ~ Binomial(higher + lower, 1/2)
 
     **Source**: with one sample per prompt this is McNemar's test in its exact form (McNemar 1947).
 
@@ -167,13 +167,13 @@ def sign_test(differences: NDArray[np.float64]) -> SignTest:
     several samples only the sign counts, so that the test is valid whatever the distribution of the
     differences is. It does not use their size: the interval does.
 
-    Example: 5 better, 1 worse: 2 (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64 = 0.219.
+    Example: 5 higher, 1 lower: 2 (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64 = 0.219.
     """
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    trials = better + worse
-    tail = _sum_of_binomials(trials, min(better, worse))  # whole numbers: no rounding
+    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    trials = higher + lower
+    tail = _sum_of_binomials(trials, min(higher, lower))  # whole numbers: no rounding
     p_value = min(1.0, 2 * tail / 2**trials) if trials else 1.0
-    return SignTest(better=better, worse=worse, p_value=p_value)
+    return SignTest(higher=higher, lower=lower, p_value=p_value)
 
 
 def _sum_of_binomials(n: int, last: int) -> int:

@@ -7,7 +7,7 @@
     failed              fraction of the samples on which a reward function failed
     length              sampled tokens of a response
     entropy             nats per token: -sum of log-probs / sum of tokens, of a prompt's samples
-    reward              weighted sum of the reward functions
+    reward              weighted sum of the reward functions, where it is not the accuracy
     reward/NAME         unweighted value of one of them, where there are several
 
 The estimate of a measure is the mean over prompts, so that each prompt counts the same.
@@ -104,8 +104,12 @@ def _fraction(name: str, values: NDArray[np.bool_], samples: int) -> Measure:
 def _majorities(
     responses: ModelResponses, majority_at: Sequence[int], advance: Callable[[], None]
 ) -> Iterator[Measure]:
-    """Yield the majority votes; none where no response has an answer to vote with."""
-    if not majority_at or not any(any(answers) for answers in responses.answers):
+    """Yield the majority votes; none where the reward function extracts no answers to vote with.
+
+    It extracts some where a response has an answer, or is said to have none.
+    """
+    extracts = not responses.answered.all() or any(map(any, responses.answers))
+    if not majority_at or not extracts:
         return
     votes = np.zeros((len(majority_at), len(responses)))
     for prompt, answers in enumerate(responses.answers):
@@ -118,8 +122,12 @@ def _majorities(
 
 
 def _rewards(responses: ModelResponses) -> Iterator[Measure]:
-    """Yield the rewards; a reward that was dropped does not count in its prompt's mean."""
-    if not np.isnan(responses.rewards).all():
+    """Yield the rewards; a reward that was dropped does not count in its prompt's mean.
+
+    A reward of 1 for right and 0 for wrong responses is the accuracy and is left out.
+    """
+    is_accuracy = np.array_equal(responses.rewards, responses.correct)
+    if not is_accuracy and not np.isnan(responses.rewards).all():
         yield Measure(name="reward", values=_present_means(responses.rewards))
     if len(responses.components) > 1:
         for name, values in responses.components.items():

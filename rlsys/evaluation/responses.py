@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,13 @@ class ModelResponses:
     def of(table: pa.Table) -> ModelResponses:
         """Return the numbers of a table with the columns of `rlsys.data.rollout_files`.
 
+        Its rows are in the order of the prompts.
+
         Raises:
             ValueError: the prompts do not have equally many samples.
         """
-        table = table.sort_by("group_id")
         ids = table["group_id"].to_numpy()
+        assert (np.diff(ids) >= 0).all(), "the files are written in the order of the prompts"
         places, counts = np.unique(ids, return_counts=True)
         if len(set(counts.tolist())) != 1:
             raise ValueError(
@@ -93,11 +95,6 @@ class ModelResponses:
             },
             answers=tuple(tuple(answers[first : first + shape[1]]) for first in firsts.tolist()),
         )
-
-
-def columns_of(names: Sequence[str]) -> list[str]:
-    """Return those of a table's columns that `ModelResponses.of` reads."""
-    return [name for name in names if name in COLUMNS or name.startswith(COMPONENT)]
 
 
 def _texts(table: pa.Table, name: str) -> NDArray[np.str_]:

@@ -177,16 +177,27 @@ def _columns(
     names = columns_to_break_down(metadata, config.evaluation.by)
     columns: dict[str, Mapping[str, NDArray[np.bool_]]] = {}
     for name in names:
-        try:
-            columns[name] = prompts_by_value(metadata, name)
-        except ValueError:
-            if config.evaluation.by is not None:
-                raise
+        values = _values_of(config, metadata, name)
+        if values is not None:
+            columns[name] = values
     if overlap is not None and overlap.overlapping:
         overlaps = np.zeros(len(problems), dtype=np.bool_)
         overlaps[[problem.place for problem in overlap.overlapping]] = True
         columns[OVERLAP_COLUMN] = {"yes": overlaps, "no": ~overlaps}
     return columns
+
+
+def _values_of(
+    config: EvaluationRunConfig, metadata: Sequence[Mapping[str, Any]], column: str
+) -> Mapping[str, NDArray[np.bool_]] | None:
+    """Return which problems have which value; None for a usual column that divides nothing."""
+    try:
+        values = prompts_by_value(metadata, column)
+    except ValueError:
+        if config.evaluation.by is not None:
+            raise
+        return None
+    return values if len(values) > 1 or config.evaluation.by is not None else None
 
 
 def check_breakdown(config: EvaluationRunConfig, problems: Sequence[Problem]) -> None:
@@ -288,7 +299,5 @@ def _notices(config: EvaluationRunConfig, measures: Sequence[Sequence[Measure]])
     _, majority_at = k_values(config)
     names = {measure.name for own in measures for measure in own}
     if majority_at and measures and not any(name.startswith("majority@") for name in names):
-        notices.append(
-            "no majority@k: the reward function returns no extracted answer, or no response has one"
-        )
+        notices.append("no majority@k: the first reward function does not extract answers")
     return notices

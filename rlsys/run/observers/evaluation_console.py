@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -18,44 +17,22 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.data.response_files import ScoredResponses
-from rlsys.evaluation.intervals import Estimate
-from rlsys.evaluation.measures import Difference
 from rlsys.run.evaluation_directory import EvaluationDirectory
-from rlsys.run.evaluation_summary import EvaluationResults, ModelResults
+from rlsys.run.evaluation_summary import EvaluationResults
 from rlsys.run.observers.console import duration
+from rlsys.run.observers.evaluation_text import (
+    breakdown_heads,
+    breakdown_rows,
+    broken_down,
+    difference_cells,
+    measure_names,
+    overlap_line,
+    title_of,
+    with_interval,
+)
 
+LETTERS = "AB"
 LINES = 10  # of progress for each model, where there is no live display
-# Measures in tokens, nats or reward units; all others are fractions.
-UNITS = ("length", "entropy", "reward")
-
-
-def is_fraction(name: str) -> bool:
-    """Return whether a measure is a fraction, to be shown in percent."""
-    return not name.startswith(UNITS)
-
-
-def number(name: str, value: float, *, signed: bool = False) -> str:
-    """Return a value of a measure: 12.5 %, 31.4, 0.482."""
-    sign = "+" if signed else ""
-    if is_fraction(name):
-        return f"{100 * value:{sign}.1f} %"
-    return f"{value:{sign}.1f}" if name == "length" else f"{value:{sign}.3f}"
-
-
-def with_interval(name: str, estimate: Estimate, *, signed: bool = False) -> str:
-    """Return an estimate with its interval: 12.5 % [8.1, 18.9]."""
-    shown = number(name, estimate.value, signed=signed)
-    if estimate.low is None or estimate.high is None:
-        return shown
-    ends = [number(name, end, signed=signed) for end in (estimate.low, estimate.high)]
-    return f"{shown} [{', '.join(end.removesuffix(' %') for end in ends)}]"
-
-
-def p_value(difference: Difference) -> str:
-    """Return the p-value of the sign test, with the prompts behind it."""
-    test = difference.test
-    p = f"{test.p_value:.3f}" if test.p_value >= 0.001 else f"{test.p_value:.1e}"
-    return f"{p} ({test.better} better, {test.worse} worse)"
 
 
 class EvaluationProgress:
@@ -136,6 +113,9 @@ def print_results(
 ) -> None:
     """Print the tables of an evaluation, and the paths of its files."""
     console.print(title_of(results), highlight=False, soft_wrap=True, markup=False)
+    if len(results.models) > 1:  # their names may be long paths
+        for letter, model in zip(LETTERS, results.models, strict=False):
+            console.print(f"{letter}: {model.name}", highlight=False, soft_wrap=True, markup=False)
     console.print(_main_table(results))
     for column in results.models[0].by if results.models else ():
         console.print(_breakdown_table(results, column))
@@ -155,110 +135,52 @@ def print_results(
             console.print(f"{label:<12} {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def title_of(results: EvaluationResults) -> str:
-    """Return what was evaluated, in a line."""
-    models = results.models
-    answered = " and ".join(dict.fromkeys(f"{m.prompts} of {m.prompts_total}" for m in models))
-    samples = models[0].samples_per_prompt
-    return (
-        f"{results.origin}: {answered} prompts, {samples} "
-        f"{'response' if samples == 1 else 'responses'} each, "
-        f"{results.confidence:.0%} confidence intervals over prompts"
-    )
-
-
 def _main_table(results: EvaluationResults) -> Table:
     table = Table()
     table.add_column("")
-    for model in results.models:
-        table.add_column(Text(model.name), overflow="fold")
+    for name in _short_names(results):
+        table.add_column(Text(name), overflow="fold")
     comparison = results.comparison
     if comparison is not None:
-        table.add_column("difference")
-        table.add_column("p (sign test over prompts)")
+        table.add_column("B - A")
+        table.add_column("p (sign test)")
     for name in measure_names(results.models):
         cells = [
             with_interval(name, model.estimates[name]) if name in model.estimates else "-"
             for model in results.models
         ]
         if comparison is not None:
-            cells += _difference_cells(name, comparison.differences)
+            cells += difference_cells(name, comparison.differences)
+            cells = [_in_two_lines(cell) for cell in cells]
         table.add_row(Text(name), *map(Text, cells))
     return table
 
 
-def measure_names(models: Sequence[ModelResults]) -> list[str]:
-    """Return the measures that any of the models has, in order."""
-    return list(dict.fromkeys(name for model in models for name in model.estimates))
+def _short_names(results: EvaluationResults) -> list[str]:
+    """Return the heads of the columns: the model's name, or letters for two."""
+    if len(results.models) == 1:
+        return [results.models[0].name]
+    return list(LETTERS[: len(results.models)])
 
 
-def _difference_cells(name: str, differences: Mapping[str, Difference]) -> list[str]:
-    difference = differences.get(name)
-    if difference is None:
-        return ["-", "-"]
-    return [with_interval(name, difference.estimate, signed=True), p_value(difference)]
-
-
-def broken_down(results: EvaluationResults) -> list[str]:
-    """Return the measures that the tables by level and subject show: accuracy, widest pass@k."""
-    names = measure_names(results.models)
-    widest = [name for name in names if name.startswith("pass@")][-1:]
-    votes = [name for name in names if name.startswith("majority@")][-1:]
-    return ["accuracy", *widest, *votes]
-
-
-def breakdown_rows(results: EvaluationResults, column: str) -> Iterator[tuple[str, int, list[str]]]:
-    """Yield value, number of prompts and the cells of a row of a breakdown."""
-    names = broken_down(results)
-    values = dict.fromkeys(value for model in results.models for value in model.by.get(column, {}))
-    for value in values:
-        cells, prompts = [], 0
-        for model in results.models:
-            found = model.by.get(column, {}).get(value)
-            prompts = max(prompts, found.prompts if found else 0)
-            for name in names:
-                estimate = found.estimates.get(name) if found else None
-                cells.append(with_interval(name, estimate) if estimate else "-")
-        if results.comparison is not None:
-            cells += _difference_cells(
-                "accuracy", results.comparison.by.get(column, {}).get(value, {})
-            )
-        yield value, prompts, cells
-
-
-def breakdown_heads(results: EvaluationResults) -> list[str]:
-    """Return the heads of the cells of `breakdown_rows`."""
-    several = len(results.models) > 1
-    heads = [
-        f"{name}, {model.name}" if several else name
-        for model in results.models
-        for name in broken_down(results)
-    ]
-    return heads + (["difference of accuracy", "p"] if results.comparison is not None else [])
+def _in_two_lines(cell: str) -> str:
+    """Put the interval or the counts below the number: five columns fit into 80 characters."""
+    return cell.replace(" [", "\n[").replace(" (", "\n(")
 
 
 def _breakdown_table(results: EvaluationResults, column: str) -> Table:
+    """Return accuracy, pass@k and majority@k of one model, or the accuracies of two."""
+    names = broken_down(results) if len(results.models) == 1 else ["accuracy"]
     table = Table(title=Text(f"by {column}"), title_justify="left")
-    table.add_column(Text(column))
+    table.add_column(Text(column), overflow="fold")
     table.add_column("prompts", justify="right")
-    for head in breakdown_heads(results):
+    for head in breakdown_heads(results, names, _short_names(results)):
         table.add_column(Text(head), overflow="fold")
-    for value, prompts, cells in breakdown_rows(results, column):
+    for value, prompts, cells in breakdown_rows(results, column, names):
+        if results.comparison is not None:
+            cells = [_in_two_lines(cell) for cell in cells]
         table.add_row(Text(value), str(prompts), *map(Text, cells))
     return table
-
-
-def overlap_line(results: EvaluationResults) -> str:
-    """Return how many problems overlap with the training problems."""
-    overlap = results.overlap
-    assert overlap is not None
-    found = overlap.overlapping
-    identical = sum(problem.identical for problem in found)
-    return (
-        f"overlap with data.train: {len(found)} of {overlap.problems} problems share "
-        f"{overlap.ngram} consecutive words or signs with one of {overlap.train_problems} training "
-        f"problems (shorter ones: their whole text); {identical} are identical"
-    )
 
 
 def _print_overlap(console: Console, results: EvaluationResults) -> None:

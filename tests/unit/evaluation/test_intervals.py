@@ -113,7 +113,7 @@ def test_extreme_differences_stay_in_range_and_contain_the_value():
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "p_value"),
+    ("higher", "lower", "p_value"),
     [
         (5, 1, 14 / 64),  # 2 (C(6, 0) + C(6, 1)) / 2^6
         (0, 4, 2 / 16),
@@ -121,10 +121,10 @@ def test_extreme_differences_stay_in_range_and_contain_the_value():
         (0, 0, 1.0),
     ],
 )
-def test_the_sign_test_by_hand(better: int, worse: int, p_value: float):
-    differences = np.array([0.5] * better + [-0.25] * worse + [0.0] * 3)
+def test_the_sign_test_by_hand(higher: int, lower: int, p_value: float):
+    differences = np.array([0.5] * higher + [-0.25] * lower + [0.0] * 3)
     test = sign_test(differences)
-    assert (test.better, test.worse) == (better, worse)
+    assert (test.higher, test.lower) == (higher, lower)
     assert test.p_value == pytest.approx(p_value)
 
 
