@@ -2,7 +2,8 @@
 
     prompts of a part ---> generation group ---group by group---> reward worker ---> Parquet
 
-Unlike in training the driver opens the records, since it writes them: a part at a time.
+Unlike in training the driver opens the records, a part at a time: it writes them where it writes
+the results, and no other node of a cluster may have that disk.
 """
 
 from __future__ import annotations

@@ -165,7 +165,9 @@ def _short_names(results: EvaluationResults) -> list[str]:
 
 def _in_two_lines(cell: str) -> str:
     """Put the interval or the counts below the number: five columns fit into 80 characters."""
-    return cell.replace(" [", "\n[").replace(" (", "\n(")
+    number, _, counts = cell.partition(" (")
+    lines = [number, counts.removesuffix(")")] if counts else [cell.replace(" [", "\n[")]
+    return "\n".join(lines)
 
 
 def _breakdown_table(results: EvaluationResults, column: str) -> Table:
