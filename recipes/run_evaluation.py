@@ -388,7 +388,8 @@ def _report(prepared: Prepared, console: Console, *, complete: bool, seconds: fl
     if not complete:
         _print(console, "incomplete: the results are those of the prompts so far", style="yellow")
 
-    results = _results(prepared, models, complete=complete)
+    with console.status("computing the results ..."):  # answers are compared for majority votes
+        results = _results(prepared, models, complete=complete)
     directory = prepared.directory
     text = json.dumps(results.as_json(), indent=1, ensure_ascii=False, default=str)
     write_whole(directory.results, text)
@@ -433,8 +434,13 @@ def _results(
     problems = prepared.problems
     overlap = None
     if problems.train is not None:
-        ngram = prepared.config.evaluation.overlap_ngram
-        overlap = find_overlap(problems.problems, problems.train, ngram)
+        options = prepared.config.evaluation
+        overlap = find_overlap(
+            problems.problems,
+            problems.train,
+            options.overlap_ngram,
+            fraction=options.overlap_fraction,
+        )
     return summarize(
         prepared.config,
         [one.answered for one in models],

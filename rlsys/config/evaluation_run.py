@@ -138,9 +138,15 @@ class EvaluationOptions(Section):
     overlap_ngram: int = Field(
         default=13,
         ge=1,
-        description="A problem overlaps with data.train where they share this many consecutive "
-        "words, numbers and signs, or, if it is shorter, where a training problem contains it "
-        "whole.",
+        description="Length of the n-grams by which problems of data.eval are compared with "
+        "data.train, in words, numbers and signs. A shorter problem is compared whole.",
+    )
+    overlap_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="A problem overlaps with data.train where at least this fraction of its "
+        "n-grams occurs there. 0: where one does.",
     )
     seed: int = Field(
         default=0,
@@ -292,8 +298,14 @@ def _sources(config: EvaluationRunConfig) -> Iterator[str]:
         )
     if data.train == "auto":
         yield "data.train: 'auto' is a value of data.eval. Give a source of problems, or off."
-    if data.eval == "synthetic" and data.train == "off" and data.where:
+    if data.where and not reads_files(config):
         yield (
             f"data.where: {', '.join(data.where)} filters the rows of files, and data.eval is "
-            "synthetic. Choose its levels with data.synthetic.levels."
+            "generated. Choose its levels with data.synthetic.levels."
         )
+
+
+def reads_files(config: EvaluationRunConfig) -> bool:
+    """Return whether any problems come from a file or a hub data set."""
+    sources = (config.data.train, config.data.eval)
+    return any(source not in ("off", "auto", "synthetic") for source in sources)

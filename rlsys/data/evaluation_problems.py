@@ -51,7 +51,9 @@ def load_evaluation_problems(config: EvaluationRunConfig) -> EvaluationProblems:
 
     if data.train in ("off", "synthetic") and data.eval in ("synthetic", "auto"):
         return _generated(config)
-    loaded = load_problems(sampling_run, metadata=True)
+    trainer = sampling_run.trainer.model_copy(update={"seed": data.synthetic.seed})
+    run = sampling_run.model_copy(update={"trainer": trainer})  # its seed is that of the generator
+    loaded = load_problems(run, metadata=True)
     return EvaluationProblems(
         problems=loaded.evaluation,
         train=loaded.train,

@@ -1,11 +1,12 @@
 """The responses of an evaluation as Parquet files, a part of the prompts each.
 
     responses/model/
-        origin.json            what the responses depend on: model, prompts, sampling, rewards
+        _origin.json           what the responses depend on: model, prompts, sampling, rewards
         part_00000.parquet     the columns of a run's rollouts; `group_id` is the place in the data
 
-A part is written whole and has all samples of each of its prompts. Where it has fewer prompts than
-it should, the evaluation was interrupted; it is then sampled again.
+pyarrow and pandas read the directory as one table; they skip names that begin with _. A part is
+written whole and has all samples of each of its prompts. Where it has fewer prompts than it should,
+the evaluation was interrupted; it is then sampled again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow.parquet
 from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch
 from rlsys.data.rollout_files import sample_columns, write_table_whole
 
-ORIGIN = "origin.json"
+ORIGIN = "_origin.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class ResponseFiles:
     def create(self, origin: Mapping[str, Any]) -> None:
         """Create the directory, and write what the responses depend on."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / f".{ORIGIN}.partial"
+        partial = self.directory / f"{ORIGIN}.partial"
         partial.write_text(json.dumps(origin, indent=1), encoding="utf-8")
         os.replace(partial, self.directory / ORIGIN)
 

@@ -15,7 +15,7 @@ The estimate of a measure is the mean over prompts, so that each prompt counts t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,12 @@ def measures_of(
     pass_at: Sequence[int],
     majority_at: Sequence[int],
     with_entropy: bool,
-    advance: Callable[[], None] = lambda: None,
 ) -> list[Measure]:
     """Return all measures of a model's responses, in the order in which they are shown.
 
     Args:
         with_entropy: the tokens were drawn from the whole distribution, so that the mean of -log p
             estimates the entropy.
-        advance: called after each prompt of the majority votes, which take the longest.
     """
     samples = responses.samples
     measures = [_fraction("accuracy", responses.correct, samples)]
@@ -84,7 +82,7 @@ def measures_of(
             continue  # it is the accuracy
         chances = np.array([pass_at_k(samples, int(count), k) for count in counts])
         measures.append(Measure(name=f"pass@{k}", values=chances, trials=samples // k))
-    measures += _majorities(responses, majority_at, advance)
+    measures += _majorities(responses, majority_at)
 
     measures.append(_fraction("format_rate", responses.answered, samples))
     measures.append(_fraction("truncated", responses.truncated, samples))
@@ -101,9 +99,7 @@ def _fraction(name: str, values: NDArray[np.bool_], samples: int) -> Measure:
     return Measure(name=name, values=values.mean(axis=1), trials=samples)
 
 
-def _majorities(
-    responses: ModelResponses, majority_at: Sequence[int], advance: Callable[[], None]
-) -> Iterator[Measure]:
+def _majorities(responses: ModelResponses, majority_at: Sequence[int]) -> Iterator[Measure]:
     """Yield the majority votes; none where the reward function extracts no answers to vote with.
 
     It extracts some where a response has an answer, or is said to have none.
@@ -116,7 +112,6 @@ def _majorities(
         correct = responses.correct[prompt].tolist()
         groups = group_answers(answers, correct)
         votes[:, prompt] = [majority_at_k(groups, correct, k) for k in majority_at]
-        advance()
     for k, values in zip(majority_at, votes, strict=True):
         yield Measure(name=f"majority@{k}", values=values, trials=responses.samples // k)
 

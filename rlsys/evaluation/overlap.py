@@ -1,12 +1,13 @@
 r"""Overlap of evaluation problems with training problems, by n-grams.
 
 **Source**: Brown et al. 2020, Language Models are Few-Shot Learners (arXiv:2005.14165), appendix C,
-with 13-grams of lower-case words.
+with 13-grams of lower-case words, of which one is enough.
 
 **Conventions**: in mathematics signs carry the meaning, so, unlike there, they are tokens too:
-`What is 7 + 8?` is what, is, 7, +, 8, ?. Letters are compared without case. A problem of fewer than
-n tokens overlaps where a training problem contains it whole, as consecutive tokens. Of a
-conversation all turns count, with their roles.
+`What is 7 + 8?` is what, is, 7, +, 8, ?. Set phrases of LaTeX then share 13-grams, so by default
+half of a problem's n-grams must occur in the training problems. Letters are compared without case.
+A problem of fewer than n tokens has one n-gram, its whole text. Of a conversation all turns count,
+with their roles.
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ class Overlap:
     """The overlap of a whole set."""
 
     ngram: int
+    fraction: float  # of a problem's n-grams from which on it overlaps; 0: one
     problems: int  # of the evaluation
     train_problems: int
+    sharing: int  # problems that share one n-gram or more
     overlapping: tuple[OverlappingProblem, ...]
 
 
-def find_overlap(problems: Sequence[Problem], train: Sequence[Problem], ngram: int) -> Overlap:
-    """Return the problems that share `ngram` consecutive tokens with a training problem.
+def find_overlap(
+    problems: Sequence[Problem], train: Sequence[Problem], ngram: int, *, fraction: float = 0.0
+) -> Overlap:
+    """Return the problems of whose n-grams at least `fraction`, and one, occur in `train`.
 
     Only the n-grams of the evaluation problems are kept in memory, so the training set may be
     large.
@@ -66,16 +71,18 @@ def find_overlap(problems: Sequence[Problem], train: Sequence[Problem], ngram: i
                     found.append(row.problem_id)
 
     train_keys = set(map(problem_key, train))
-    overlapping = [
+    sharing = [
         _overlapping(place, problem, text, ngram, sources, problem_key(problem) in train_keys)
         for place, (problem, text) in enumerate(zip(problems, tokens, strict=True))
         if any(gram in sources for gram in _ngrams(text, ngram))
     ]
     return Overlap(
         ngram=ngram,
+        fraction=fraction,
         problems=len(problems),
         train_problems=len(train),
-        overlapping=tuple(overlapping),
+        sharing=len(sharing),
+        overlapping=tuple(problem for problem in sharing if problem.fraction >= fraction),
     )
 
 

@@ -8,7 +8,11 @@ from typing import Any
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import flat
 from rlsys.config.errors import Mistakes
-from rlsys.config.evaluation_run import EvaluationRunConfig, evaluation_contradictions
+from rlsys.config.evaluation_run import (
+    EvaluationRunConfig,
+    evaluation_contradictions,
+    reads_files,
+)
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_templates import load_template
 from rlsys.plugins import load_plugins
@@ -133,14 +137,13 @@ def _rows(config: EvaluationRunConfig) -> Iterator[Ineffective]:
     data = config.data
     generates_train = data.train == "synthetic"
     generates_eval = data.eval in ("synthetic", "auto") and data.train in ("off", "synthetic")
-    sources = (data.train, data.eval)
-    reads_file = any(source not in ("off", "synthetic", "auto") for source in sources)
 
     if config.generation.temperature == 0:
         because = "generation.temperature is 0, which takes the likeliest token"
         yield _row("generation.top_p", "generation.top_k", because=because)
     if data.train == "off":
-        yield _row("evaluation.overlap_ngram", because="data.train is off")
+        because = "data.train is off"
+        yield _row("evaluation.overlap_ngram", "evaluation.overlap_fraction", because=because)
     if data.eval != "auto":
         yield _row("data.held_out", because="data.eval is not auto")
     elif generates_train:
@@ -152,7 +155,7 @@ def _rows(config: EvaluationRunConfig) -> Iterator[Ineffective]:
         yield _row("data.synthetic.train_size", because="data.train is not synthetic")
     if not (generates_eval or generates_train):
         yield _row("data.synthetic.", because="no problems are generated")
-    if not reads_file:
+    if not reads_files(config):
         yield _row("data.columns.", "data.blank_rows", because="no file of problems is read")
 
 

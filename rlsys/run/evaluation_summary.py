@@ -6,7 +6,7 @@ results of the prompts that are complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,7 +127,6 @@ def summarize(
     complete: bool,
     overlap: Overlap | None,
     notices: Sequence[str] = (),
-    advance: Callable[[], None] = lambda: None,
 ) -> EvaluationResults:
     """Return the results of all models that have responses.
 
@@ -144,7 +143,6 @@ def summarize(
             pass_at=pass_at,
             majority_at=majority_at,
             with_entropy=with_entropy,
-            advance=advance,
         )
         for one in answered
     ]

@@ -144,7 +144,7 @@ def test_the_training_problems_overlap_with_themselves(compared: tuple[Path, str
     overlap = json.loads((directory / "evaluation.json").read_text())["overlap"]
     assert [row["problem_id"] for row in overlap["overlapping"]] == [f"row-{i}" for i in range(12)]
     assert all(row["identical"] for row in overlap["overlapping"])
-    assert "12 of 12 problems share 3 consecutive words" in output
+    assert "12 of 12 problems share at least 50% of their 3-grams" in output
 
 
 def test_the_page_stands_alone_and_escapes_everything(compared: tuple[Path, str]):

@@ -139,8 +139,9 @@ def overlap_line(results: EvaluationResults) -> str:
     assert overlap is not None
     found = overlap.overlapping
     identical = sum(problem.identical for problem in found)
+    of_all = f"at least {overlap.fraction:.0%} of their" if overlap.fraction else "one of their"
     return (
-        f"overlap with data.train: {len(found)} of {overlap.problems} problems share "
-        f"{overlap.ngram} consecutive words or signs with one of {overlap.train_problems} training "
-        f"problems (shorter ones: their whole text); {identical} are identical"
+        f"overlap with data.train: {len(found)} of {overlap.problems} problems share {of_all} "
+        f"{overlap.ngram}-grams with the {overlap.train_problems} training problems, "
+        f"{overlap.sharing} share one or more, {identical} are identical"
     )

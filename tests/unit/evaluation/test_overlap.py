@@ -28,6 +28,11 @@ def test_a_problem_overlaps_from_n_shared_tokens_on():
     assert not found.identical
     assert find_overlap(evaluation, train, 6).overlapping == ()
 
+    exactly = find_overlap(evaluation, train, 5, fraction=0.25)
+    assert (exactly.sharing, len(exactly.overlapping)) == (1, 1)
+    above = find_overlap(evaluation, train, 5, fraction=0.26)
+    assert (above.sharing, len(above.overlapping)) == (1, 0)
+
 
 def test_a_short_problem_overlaps_where_it_is_contained_whole():
     train = [problem("t0", "First, what is 7 + 8? Then double it.")]

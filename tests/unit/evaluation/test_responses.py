@@ -45,6 +45,7 @@ def test_the_numbers_are_those_of_the_rollouts(tmp_path: Path):
     table = files.read()
     assert table is not None
     found = ModelResponses.of(table)
+    assert pyarrow.parquet.read_table(files.directory).num_rows == 6  # as pandas reads it
     assert found.places.tolist() == [0, 2, 3]
     assert found.samples == 2
     assert found.lengths.tolist() == [[2, 5], [1, 4], [3, 3]]
