@@ -191,6 +191,7 @@ def _prepare_model(
         | {"max_tokens", "stop", "engine", "dtype"},
     )
     origin = {
+        "step": model.step,
         "model": model_fingerprint(model.directory),
         "prompts": prompts.digest,
         **sampling,

@@ -96,6 +96,10 @@ def check_evaluated_model(config: EvaluationRunConfig, model: EvaluatedModel) ->
     return sampling_run
 
 
+# Entries of an origin that are hashes.
+HASHED = {"model": "files of the model", "prompts": "prompts"}
+
+
 def check_origin(
     found: Mapping[str, Any] | None, origin: Mapping[str, Any], model: EvaluatedModel
 ) -> None:
@@ -109,7 +113,12 @@ def check_origin(
     differing = [name for name in origin if found.get(name) != origin[name]]
     if not differing:
         return
-    shown = "; ".join(f"{name} {found.get(name)!r} -> {origin[name]!r}" for name in differing)
+    shown = "; ".join(
+        f"other {HASHED[name]}"
+        if name in HASHED
+        else f"{name} {found.get(name)!r} -> {origin[name]!r}"
+        for name in differing
+    )
     raise ConfigError(
         f"{model.field}: the responses in run.directory were sampled with other settings "
         f"({shown}). Resume with the same ones, or start a new evaluation in another directory."

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rlsys.evaluation.estimators import pass_at_k
 from rlsys.evaluation.intervals import (
     effective_sample_size,
     fraction_difference,
@@ -161,7 +162,30 @@ def test_the_interval_of_a_fraction_covers_the_truth(
         assert estimate.low is not None
         assert estimate.high is not None
         covered += estimate.low <= truth <= estimate.high
-    print(samples, prompts, shape, covered / TRIALS)
+    assert 0.91 <= covered / TRIALS <= 0.995
+
+
+@pytest.mark.parametrize("prompts", [30, 100])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_the_interval_of_pass_at_k_covers_the_truth(k: int, prompts: int):
+    """With Beta(a, b) difficulties the truth is 1 - E (1 - p)^k = 1 - B(a, b + k) / B(a, b).
+
+    For a = 1/2, b = 2, k = 2: E (1 - p)^2 = 2 * 3 / (2.5 * 3.5) = 24/35, so 11/35. Bounds and
+    false-alarm rate as above.
+    """
+    a, b, samples = 0.5, 2.0, 8
+    truth = 1 - math.prod((b + i) / (a + b + i) for i in range(k))
+    if k == 2:
+        assert truth == pytest.approx(11 / 35)
+    rng = np.random.default_rng([11, k, prompts])
+    chances = [pass_at_k(samples, correct, k) for correct in range(samples + 1)]
+    values = np.array(chances)[rng.binomial(samples, difficulties(rng, prompts, (a, b)))]
+    covered = 0
+    for row in values:
+        estimate = fraction_estimate(row, samples // k, 0.95)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= truth <= estimate.high
     assert 0.91 <= covered / TRIALS <= 0.995
 
 
@@ -193,7 +217,6 @@ def test_the_interval_of_a_paired_difference_covers_the_truth(samples: int, prom
         assert estimate.low is not None
         assert estimate.high is not None
         covered += estimate.low <= 0.1 <= estimate.high
-    print(samples, prompts, covered / TRIALS)
     assert 0.91 <= covered / TRIALS <= 0.995
 
 

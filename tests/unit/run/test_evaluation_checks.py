@@ -152,3 +152,5 @@ def test_responses_of_other_settings_are_not_mixed(tmp_path: Path):
     check_origin(dict(origin), origin, model)
     with pytest.raises(ConfigError, match=r"compare: .*\(temperature 0\.5 -> 1\.0\)"):
         check_origin({"model": "a", "temperature": 0.5}, origin, model)
+    with pytest.raises(ConfigError, match=r"compare: .*\(other files of the model\)"):
+        check_origin({"model": "b", "temperature": 1.0}, origin, model)
