@@ -382,16 +382,17 @@ def _report(prepared: Prepared, console: Console, *, complete: bool, seconds: fl
     from rlsys.run.observers.evaluation_console import print_results
     from rlsys.run.observers.evaluation_report import write_evaluation_report
 
+    directory = prepared.directory
     models = _reported_models(prepared)
     if not models:
         _print(console, "no prompt is complete yet")
+        _print(console, f"continue with --run.directory {directory.path} --resume")
         return
     if not complete:
         _print(console, "incomplete: the results are those of the prompts so far", style="yellow")
 
     with console.status("computing the results ..."):  # answers are compared for majority votes
         results = _results(prepared, models, complete=complete)
-    directory = prepared.directory
     text = json.dumps(results.as_json(), indent=1, ensure_ascii=False, default=str)
     write_whole(directory.results, text)
     write_evaluation_report(prepared.config, results, models, directory)
