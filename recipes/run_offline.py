@@ -64,7 +64,8 @@ class OfflinePrepared(Prepared[OfflineRunConfig]):
         """See `Prepared`."""
         from workers.cluster import Cluster
 
-        return Cluster.connect(self.online, generates=self.samples)
+        roles = ("policy", "generation") if self.samples else ("policy",)
+        return Cluster.connect(self.online, roles)
 
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """See `Prepared`."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +64,10 @@ class Bundle:
         return resources
 
 
-def bundles_of(config: RunConfig, *, with_gpus: bool, generates: bool = True) -> tuple[Bundle, ...]:
-    """Return the resources that a run reserves, policy ranks first.
-
-    Args:
-        generates: False leaves out the generation workers.
-    """
+def bundles_of(
+    config: RunConfig, *, with_gpus: bool, roles: Collection[str] = ("policy", "generation")
+) -> tuple[Bundle, ...]:
+    """Return the resources that the `roles` of a run reserve, policy ranks first."""
     policy = config.policy
     generation = config.generation
     gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
@@ -94,9 +92,9 @@ def bundles_of(config: RunConfig, *, with_gpus: bool, generates: bool = True) ->
         Bundle(
             role="generation", index=index, cpus=generation.cpus_per_worker, gpus=gpus_per_worker
         )
-        for index in range(generation.workers if generates else 0)
+        for index in range(generation.workers)
     ]
-    return (*ranks, *workers)
+    return tuple(bundle for bundle in (*ranks, *workers) if bundle.role in roles)
 
 
 @dataclass
@@ -113,8 +111,10 @@ class Cluster:
     actors: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def connect(cls, config: RunConfig, *, generates: bool = True) -> Cluster:
-        """Connect to Ray and reserve the run's resources; see `bundles_of`.
+    def connect(
+        cls, config: RunConfig, roles: Collection[str] = ("policy", "generation")
+    ) -> Cluster:
+        """Connect to Ray and reserve the resources of the `roles` that the run has.
 
         An existing connection of this process is used; else the cluster at `cluster.address` or
         RAY_ADDRESS is joined; else Ray is started on this machine.
@@ -134,7 +134,8 @@ class Cluster:
             if not connected:
                 _connect_to_ray(config, local)
             available = ray.cluster_resources()
-            bundles = bundles_of(config, with_gpus=available.get("GPU", 0) > 0, generates=generates)
+            with_gpus = available.get("GPU", 0) > 0
+            bundles = bundles_of(config, with_gpus=with_gpus, roles=roles)
             _check_capacity(bundles, available)
             reservation = _reserve(bundles)
         except BaseException:  # an interrupt must not leave Ray running either
@@ -210,6 +211,11 @@ class Cluster:
 
         await asyncio.gather(*(ready(name, actor) for name, actor in self.actors.items()))
 
+    def stop(self, role: str) -> None:
+        """Kill the actors of a role; their places in the reservation become free."""
+        for name in [name for name in self.actors if name.rpartition("-")[0] == role]:
+            ray.kill(self.actors.pop(name))
+
     def shutdown(self) -> None:
         """Kill the actors, release the reservation, and stop Ray if this run started it."""
         for actor in self.actors.values():
@@ -276,11 +282,18 @@ def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:
     if not reservation.wait(RESERVATION_TIMEOUT_S):
         remove_placement_group(reservation)
         raise ConfigError(
-            f"policy.ranks, generation.workers: the cluster did not free {_total(bundles)} within "
+            f"{_fields(bundles)}: the cluster did not free {_total(bundles)} within "
             f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources. Wait for them, "
-            "or lower policy.ranks or generation.workers."
+            f"or lower {_fields(bundles, ' or ')}."
         )
     return reservation
+
+
+def _fields(bundles: tuple[Bundle, ...], separator: str = ", ") -> str:
+    """Return the fields that decide how many bundles there are."""
+    names = {"policy": "policy.ranks", "generation": "generation.workers"}
+    roles = dict.fromkeys(bundle.role for bundle in bundles)
+    return separator.join(names[role] for role in roles)
 
 
 def _total(bundles: tuple[Bundle, ...]) -> str:
@@ -304,9 +317,9 @@ def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float])
         total = available.get(resource, 0)
         if needed > total:
             raise ConfigError(
-                f"policy.ranks, generation.workers: the run needs {needed:g} {resource}s, the "
-                f"cluster has {total:g}. Lower policy.ranks, generation.workers or the "
-                f"{resource}s of each, or use a larger cluster."
+                f"{_fields(bundles)}: the run needs {needed:g} {resource}s, the cluster has "
+                f"{total:g}. Lower {_fields(bundles)} or the {resource}s of each, or use a larger "
+                "cluster."
             )
 
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlsys.config.command_line import SWITCHES
+from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.config.fields import all_fields, type_name
 from rlsys.config.presets import PRESETS
 from rlsys.config.resume_rules import VERDICTS, resume_table
@@ -50,6 +51,16 @@ own `config.yaml`; the values of the recipe are not used. Flags and `--config` c
 Each change is printed ("trainer.steps: 60 -> 80"). The first rule that matches a field applies:
 """
 
+EVALUATION = """
+## Evaluation without training
+
+`recipes.evaluate_math` has the options above that have an effect without training, and these, which
+are its own or mean something else there ([evaluation](evaluation.md)):
+
+| field | type | default | meaning |
+|---|---|---|---|
+"""
+
 
 def reference() -> str:
     """Return the page."""
@@ -59,6 +70,7 @@ def reference() -> str:
     lines += [PRESETS_INTRODUCTION + "\n".join(_preset_rows())]
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
+    lines += [EVALUATION + "\n".join(_evaluation_rows())]
     return "\n".join(lines) + "\n"
 
 
@@ -72,6 +84,14 @@ def _field_tables() -> Iterator[str]:
             yield from ("| field | type | default | meaning |", "|---|---|---|---|")
         previous = section
         yield _field_row(name, field)
+
+
+def _evaluation_rows() -> Iterator[str]:
+    """Yield a row for each field that a training run lacks or describes differently."""
+    of_runs = {name: field.description for name, field in all_fields()}
+    for name, field in all_fields(EvaluationRunConfig):
+        if of_runs.get(name) != field.description:
+            yield _field_row(name, field)
 
 
 def _field_row(name: str, field: FieldInfo) -> str:

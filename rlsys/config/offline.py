@@ -264,7 +264,7 @@ class OfflineRunConfig(RootConfig):
     )
     model: ModelConfig = Field(default=ModelConfig(), description="The language model.")
     data: Any
-    trainer: Any
+    trainer: Any  # pyright: ignore[reportGeneralTypeIssues]  (no default here)
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
 

@@ -63,6 +63,6 @@ class RootConfig(Section):
         recipe: str
         plugins: tuple[str, ...]
         model: ModelConfig
-        trainer: Any  # a `LoopConfig`, where the run has a training loop
+        trainer: Any = None  # a `LoopConfig`, where the run has a training loop
         cluster: ClusterConfig
         run: RunSection = RunSection()

@@ -158,7 +158,7 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
     if data.train == "synthetic":
         train, held_out = _synthetic(config)
     else:
-        train, held_out = _read(data, data.train, "data.train", notices, metadata), []
+        train, held_out = read_source(data, data.train, "data.train", notices, metadata), []
 
     if data.eval == "off":
         evaluation, origin = [], "data.eval is off"
@@ -170,7 +170,7 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
         origin = "held out of data.train by a hash of their text, and not trained on"
         notices += _copies_notices(split.copies)
     else:
-        evaluation, origin = _read(data, data.eval, "data.eval", notices, metadata), data.eval
+        evaluation, origin = read_source(data, data.eval, "data.eval", notices, metadata), data.eval
 
     evaluation = evaluation[: data.eval_limit or None]
     notices += _shared_notices(train, evaluation)
@@ -208,9 +208,14 @@ def _synthetic(config: RunConfig) -> tuple[list[Problem], list[Problem]]:
     )
 
 
-def _read(
+def read_source(
     data: DataConfig, source: str, field: str, notices: list[str], metadata: bool
 ) -> list[Problem]:
+    """Return the problems of a file or a hub data set, and append a notice of dropped rows.
+
+    Raises:
+        ValueError: see `read_problems`.
+    """
     return read_problems(
         source,
         columns=data.columns,
@@ -250,8 +255,8 @@ def load_prompts(
     """
     problems = problems or load_problems(config)
     renderer = PromptRenderer(config.data.template, tokenizer, chat=config.data.chat)
-    train = _encode(problems.train, renderer, config.data, "data.train")
-    evaluation = _encode(
+    train = encode_problems(problems.train, renderer, config.data, "data.train")
+    evaluation = encode_problems(
         problems.evaluation, renderer, config.data, f"data.eval ({problems.origin})"
     )
     dropped_train = len(problems.train) - len(train)
@@ -272,8 +277,8 @@ def load_prompts(
     limit = config.data.max_prompt_tokens
     notices = (
         *problems.notices,
-        *_dropped_notices("data.train", dropped_train, len(problems.train), limit),
-        *_dropped_notices("data.eval", dropped_evaluation, len(problems.evaluation), limit),
+        *dropped_notices("data.train", dropped_train, len(problems.train), limit),
+        *dropped_notices("data.eval", dropped_evaluation, len(problems.evaluation), limit),
         *_few_notices(len(train), config.trainer.prompts_per_step),
     )
     return LoadedPrompts(
@@ -285,7 +290,8 @@ def load_prompts(
     )
 
 
-def _dropped_notices(field: str, dropped: int, count: int, limit: int) -> Iterator[str]:
+def dropped_notices(field: str, dropped: int, count: int, limit: int) -> Iterator[str]:
+    """Yield a line about prompts that were dropped as too long, if there are any."""
     if dropped:
         yield (
             f"{field}: {dropped} of {count} prompts are longer than data.max_prompt_tokens {limit} "
@@ -302,7 +308,7 @@ def _few_notices(prompts: int, prompts_per_step: int) -> Iterator[str]:
         )
 
 
-def _encode(
+def encode_problems(
     problems: Sequence[Problem], renderer: PromptRenderer, data: DataConfig, field: str
 ) -> list[tuple[Problem, Prompt]]:
     """Return the problems whose prompts are short enough, with those prompts.

@@ -44,7 +44,7 @@ def write_rollouts(
     returns = batch.returns if isinstance(batch, TrainBatch) and batch.values is not None else None
 
     offsets = batch.rollouts.sequence_offsets
-    kept = _sample_columns(batch) | {
+    kept = sample_columns(batch) | {
         "trained": pa.array(trained),
         "old_logprobs": _ragged(offsets, batch.old_logprobs),
         "ref_logprobs": _ragged(offsets, batch.ref_logprobs),
@@ -56,19 +56,23 @@ def write_rollouts(
 
     if dropped is not None:
         nothing = _ragged(dropped.rollouts.sequence_offsets, None)
-        columns = _sample_columns(dropped) | {
+        columns = sample_columns(dropped) | {
             "trained": pa.array(np.zeros(len(dropped), dtype=np.bool_)),
             **dict.fromkeys(OF_KEPT, nothing),
         }
         tables.append(pa.table(columns))
 
-    # A reader never sees half a file.
+    write_table_whole(pa.concat_tables(tables), path)
+
+
+def write_table_whole(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file atomically: a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pa.concat_tables(tables), partial)
+    pyarrow.parquet.write_table(table, partial)
     partial.rename(path)
 
 
-def _sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
+def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
     """Return the columns that every sampled response has."""
     rollouts = batch.rollouts
     rewards = batch.rewards

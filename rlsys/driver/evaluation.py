@@ -11,33 +11,11 @@ from numpy.typing import NDArray
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch
 from rlsys.driver.sampling import Sampler, sampling_parameters
+from rlsys.evaluation.estimators import pass_at_k
 from rlsys.run.reward_failures import failure_counts
 
 # Always the same, so that evaluations of one run differ by the policy alone.
 EVALUATION_SEED = 20240401
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Estimate without bias the probability that at least one of k samples is right.
-
-        pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k / i)
-
-    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, section 2.1
-    (arXiv:2107.03374).
-
-    Example: n = 4, c = 2, k = 2: 1 - C(2, 2) / C(4, 2) = 5/6.
-
-    Raises:
-        ValueError: k > samples, or correct > samples.
-    """
-    if not 1 <= k <= samples or not 0 <= correct <= samples:
-        raise ValueError(
-            "pass@k needs 1 <= k <= samples and 0 <= correct <= samples, "
-            f"not k={k}, samples={samples}, correct={correct}"
-        )
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

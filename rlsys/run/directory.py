@@ -13,8 +13,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import CONFIG_FILE, dump_yaml
@@ -59,12 +60,12 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / "run.log"
 
-    @staticmethod
-    def named_by(config: RootConfig) -> RunDirectory:
+    @classmethod
+    def named_by(cls, config: RootConfig) -> Self:
         """Return `run.directory`, or a new directory under runs/ named by recipe and time."""
         given = config.run.directory
         directory = given or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return RunDirectory(Path(directory).expanduser(), is_given=given is not None)
+        return cls(Path(directory).expanduser(), is_given=given is not None)
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, to resume a missing one, or to run where writing fails.
@@ -123,7 +124,7 @@ class RunDirectory:
             "name another directory."
         )
 
-    def claim(self) -> RunDirectory:
+    def claim(self) -> Self:
         """Create the directory of a new run, exclusively for this process.
 
         If the user gave no name and another run of the same second has the default one, the name
@@ -145,7 +146,7 @@ class RunDirectory:
                     self.path.with_name(name).mkdir()
                 except FileExistsError:
                     continue
-                return RunDirectory(self.path.with_name(name), is_given=False)
+                return replace(self, path=self.path.with_name(name))
         except FileExistsError as error:
             raise self._exists_already() from error
         except OSError as error:
@@ -170,13 +171,20 @@ class RunDirectory:
         """Create the subdirectories and write the resolved configuration.
 
         Args:
+            reasons: see `write_config`.
+        """
+        for directory in (self.rollouts, self.checkpoints, self.tensorboard):
+            directory.mkdir(parents=True, exist_ok=True)
+        self.write_config(config, reasons)
+
+    def write_config(self, config: RootConfig, reasons: Sequence[str] = ()) -> None:
+        """Write the resolved configuration.
+
+        Args:
             reasons: the choices that the configuration left to the machine, with their reasons.
                 They are written as comments at the top of the file, below those of earlier starts
                 of the run.
         """
-        for directory in (self.rollouts, self.checkpoints, self.tensorboard):
-            directory.mkdir(parents=True, exist_ok=True)
-
         comments = self._comments()
         comments += [f"# {time.strftime('%Y-%m-%d')} {reason}" for reason in reasons]
         write_whole(self.config, "\n".join([*comments, dump_yaml(config)]))

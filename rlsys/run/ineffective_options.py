@@ -5,7 +5,7 @@ Defaults of recipes cause no warning: `Invocation.explicit` has the names that f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,13 +298,26 @@ def ineffective_options(
     """
     setting = Setting(config=config, hardware=hardware)
     values = flat(config.model_dump(mode="json"))
-    names = {leaf for option in explicit for leaf in _leaves(option, values)}
+    yield from without_effect(TABLE, setting, values, explicit)
 
+
+def without_effect(
+    table: Sequence[Ineffective],
+    setting: Setting,
+    values: dict[str, Any],
+    explicit: Iterable[str],
+) -> Iterator[str]:
+    """Yield a line for each option in `explicit` of which a row of `table` holds.
+
+    Args:
+        values: the whole configuration by dotted name.
+    """
+    names = {leaf for option in explicit for leaf in _leaves(option, values)}
     for name in sorted(names):
         value = values[name]
         if value in OFF or (name == "generation.tensor_parallel" and value == 1):
             continue
-        for row in TABLE:
+        for row in table:
             if _covers(row.options, name) and row.condition(setting):
                 yield f"{name}: {value} has no effect because {row.reason}."
                 break

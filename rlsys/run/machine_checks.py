@@ -25,8 +25,8 @@ def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         return
     yield from _threads(config, hardware)
     yield from _attention(config, hardware)
-    yield from _engine(config, hardware)
-    yield from _memory(config, hardware)
+    yield from engine_mistakes(config, hardware)
+    yield from memory_mistakes(config, hardware)
     yield from _actors(config, hardware)
 
 
@@ -52,7 +52,8 @@ def _attention(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         )
 
 
-def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def engine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    """Yield settings of `generation` that the engine cannot run with here."""
     generation = config.generation
     traits = ENGINES[generation.engine]
     if traits.packages and not _is_installed(*traits.packages):
@@ -90,7 +91,7 @@ def _engine(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         )
 
 
-def _memory(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+def memory_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     """Yield reservations that are larger than the memory of the whole machine."""
     generation, memory = config.generation, hardware.memory_gib
     cache = generation.kv_cache_gib * generation.workers

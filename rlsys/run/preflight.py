@@ -76,11 +76,11 @@ def _checks(
         lambda: check_objective(objective.ratio, objective.weight, objective.parameters),
     )
     yield "algorithm.kl", lambda: _check_kl(config)
-    yield "cluster.address", lambda: _check_address(config)
+    yield "cluster.address", lambda: check_address(config)
     for function in config.reward.functions:
         yield (
             "reward.functions",
-            lambda function=function: _check_reward(function, config.generation.max_tokens),
+            lambda function=function: check_reward(function, config.generation.max_tokens),
         )
 
 
@@ -121,7 +121,12 @@ def _check_kl(config: RunConfig) -> None:
         check_kl_in_reward(kl.estimator, kl.direction, kl.placement)
 
 
-def _check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
+def check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
+    """Refuse an unknown reward function, or parameters that do not fit it or the token limit.
+
+    Raises:
+        ValueError: the function or parameter, with the remedy.
+    """
     reward = get_reward_function(function.name)
     parameters = follow_token_limit(reward, function.parameters, token_limit)
     check_reward_function(function.name, parameters)
@@ -231,7 +236,7 @@ def _recompute_contradictions(config: RunConfig, name: str) -> Iterator[str]:
         )
 
 
-def _check_address(config: RunConfig) -> None:
+def check_address(config: RunConfig) -> None:
     """Refuse an address at which nothing answers; Ray would wait for half a minute."""
     address = config.cluster.joined_address
     if address is None or address == "auto":

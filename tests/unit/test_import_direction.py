@@ -18,6 +18,7 @@ LIBRARY = (
     "rlsys.models",
     "rlsys.data",
     "rlsys.rewards",
+    "rlsys.evaluation",
 )
 # The packages of this project that each package may import, besides itself.
 ALLOWED = {
@@ -36,6 +37,7 @@ ALLOWED = {
         "rlsys.data",
         "rlsys.math_verifier",
     ),
+    "rlsys.evaluation": ("rlsys.data", "rlsys.math_verifier"),
     "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins"),
     "rlsys.driver": (*LIBRARY, "rlsys.metrics", "rlsys.run"),
     "workers": ("rlsys",),

@@ -364,9 +364,17 @@ class _Bar:
 
 
 def stacked_bars(
-    title: str, names: Sequence[str], steps: Sequence[tuple[int, Sequence[float]]], unit: str
+    title: str,
+    names: Sequence[str],
+    steps: Sequence[tuple[int, Sequence[float]]],
+    unit: str,
+    *,
+    at: str = "step {}",
+    cuts_tall: bool = True,
 ) -> str:
     """Return an SVG of parts of a whole, a bar for each (step, values).
+
+    `at` is the text for a bar under the pointer. Without `cuts_tall` no bar is cut off.
 
     With many steps, a bar shows the mean of several. A bar of more than three times the median is
     cut off at the frame and marked, and its height is in the legend.
@@ -376,7 +384,8 @@ def stacked_bars(
     size = math.ceil(len(steps) / BARS)
     bars = [_bar(steps[first : first + size]) for first in range(0, len(steps), size)]
     first, last = bars[0].start, bars[-1].start
-    frame = _Frame([first, max(last + size, first + 2)], [0.0, _highest_drawn(bars)])
+    highest = _highest_drawn(bars) if cuts_tall else max(bar.height for bar in bars)
+    frame = _Frame([first, max(last + size, first + 2)], [0.0, highest])
     width = max(1.0, (frame.x(first + size) - frame.x(first)) * 0.86)
 
     body = frame.axes() + "".join(_bar_shapes(frame, bar, width) for bar in bars)
@@ -390,7 +399,7 @@ def stacked_bars(
         }
         for i, name in enumerate(names)
     ]
-    return _figure(title, _bar_keys(names) + _cut_off(frame, bars, unit), body, data)
+    return _figure(title, _bar_keys(names) + _cut_off(frame, bars, unit), body, data, at)
 
 
 def _bar(steps: Sequence[tuple[int, Sequence[float]]]) -> _Bar:

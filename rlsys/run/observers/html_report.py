@@ -31,7 +31,7 @@ from rlsys.run.observers.run_summary import RunSummary, run_summary
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = Path(__file__).parent / "report_template.html"
+TEMPLATES = Path(__file__).parent
 SAMPLES_PER_STEP = 12
 
 
@@ -125,8 +125,8 @@ def render_report(directory: RunDirectory) -> str:
     summary = run_summary(records)
     config = yaml.safe_load(directory.config.read_text())
     status, now = read_status(directory), time.time()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return render_page(
+        "report_template.html",
         name=directory.path.resolve().name,
         recipe=config.get("recipe", ""),
         model=config.get("model", {}).get("path", ""),
@@ -137,6 +137,19 @@ def render_report(directory: RunDirectory) -> str:
         charts=charts_of(records),
         config=[(name, json.dumps(v, ensure_ascii=False)) for name, v in flat(config).items()],
         samples=_samples(directory),
+    )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a page with the common style, and the script for values under the pointer.
+
+    All values are escaped, but for those that the template marks as safe.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((TEMPLATES / template).read_text()).render(
+        style=(TEMPLATES / "report_style.html").read_text(),
+        script=(TEMPLATES / "report_script.html").read_text(),
+        **values,
     )
 
 
