@@ -30,6 +30,7 @@ from rlsys.math_verifier.extraction import (
     has_one_filled_box,
     last_boxed,
 )
+from rlsys.math_verifier.lexer import unescaped
 from rlsys.math_verifier.limits import (
     MAX_ANSWER_CHARACTERS,
     MAX_WORDS_OF_AN_ANSWER,
@@ -96,7 +97,7 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
     return MathVerdict(
         score=float(equal),
         answer=answer,
-        normal_form=normal_form(answer),
+        normal_form=normal_form(unescaped(answer)),
         rule=rule,
         reason="correct" if equal else reason,
     )
@@ -122,7 +123,7 @@ def reads_ground_truth(ground_truth: str) -> bool:
     right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar
     does not know, gives False.
     """
-    truth = ground_truth_answer(ground_truth)
+    truth = unescaped(ground_truth_answer(ground_truth))
     if not truth or len(truth) > MAX_ANSWER_CHARACTERS:
         return False
     if plain_number(truth) is not None or words.clock(truth) or words.choice(truth):
@@ -147,6 +148,7 @@ def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
 
     Symmetric; never raises.
     """
+    answer, truth = unescaped(answer), unescaped(truth)
     if answer == truth:
         return True, "text", "correct"
 

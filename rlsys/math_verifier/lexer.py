@@ -115,6 +115,13 @@ _WORD_NAMES = {
     "deg": "degree", "infinity": "infinity", "mod": "mod", "inf": "infinity",
     "infty": "infinity", "to": ":",
 }  # fmt: skip
+_COMMAND_NAMES = (
+    FUNCTIONS | _IGNORED | _INVISIBLE | _SPACES | _TEXT_COMMANDS | _STYLE_COMMANDS | _TRANSPARENT
+    | _SYMBOL_COMMANDS | frozenset(_RENAMED) | frozenset(_words("mathbb Bbb ldots dots cdots not"))
+    | frozenset("!,;:$%{}")
+)  # fmt: skip
+_BACKSLASHES = re.compile(r"\\+")
+_DOUBLED_COMMAND = re.compile(r"(?<!\\)\\\\([A-Za-z]+|[^A-Za-z\\])")
 _PUNCTUATION = frozenset("+-*/^_=<>()[]{}|,;:!%&'")
 # Commands of one character that stand for something: \\{ is a brace, \\& a word.
 _ESCAPED = {"{": "\\{", "}": "\\}", "$": "\\$", "%": "%", "&": "and", "|": "|"}
@@ -156,6 +163,23 @@ NUMBER_WORDS = {
     )
 }
 SCALE_WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def unescaped(text: str) -> str:
+    r"""Return text that was escaped for JSON or a string literal as LaTeX; other text unchanged.
+
+    Escaping doubles every backslash, so text is escaped where no run of backslashes has an odd
+    length, and a pair stands before the name or sign of a command.
+
+    Example: `unescaped(r"\\frac{1}{2}")` is `\frac{1}{2}`.
+    """
+    if "\\\\" not in text:
+        return text
+    if any(len(run) % 2 for run in _BACKSLASHES.findall(text)):
+        return text
+    if not any(name in _COMMAND_NAMES for name in _DOUBLED_COMMAND.findall(text)):
+        return text
+    return text.replace("\\\\", "\\")
 
 
 def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
