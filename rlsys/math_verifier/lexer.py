@@ -111,7 +111,8 @@ _SYMBOL_COMMANDS = frozenset(
     )
 )
 _WORD_NAMES = {
-    "and": "and", "or": "or", "percent": "%", "degrees": "degree", "degree": "degree",
+    "and": "and", "or": "or", "percent": "%", "pct": "%", "percentage": "%",
+    "degrees": "degree", "degree": "degree",
     "deg": "degree", "infinity": "infinity", "mod": "mod", "inf": "infinity",
     "infty": "infinity", "to": ":",
 }  # fmt: skip
