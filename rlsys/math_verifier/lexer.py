@@ -112,9 +112,8 @@ _SYMBOL_COMMANDS = frozenset(
 )
 _WORD_NAMES = {
     "and": "and", "or": "or", "percent": "%", "pct": "%", "percentage": "%",
-    "degrees": "degree", "degree": "degree",
-    "deg": "degree", "infinity": "infinity", "mod": "mod", "inf": "infinity",
-    "infty": "infinity", "to": ":",
+    "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity", "mod": "mod",
+    "inf": "infinity", "infty": "infinity", "to": ":",
 }  # fmt: skip
 _COMMAND_NAMES = (
     FUNCTIONS | _IGNORED | _INVISIBLE | _SPACES | _TEXT_COMMANDS | _STYLE_COMMANDS | _TRANSPARENT

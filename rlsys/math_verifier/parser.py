@@ -54,6 +54,7 @@ from rlsys.math_verifier.words import plain
 
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
 _SIGNS = frozenset({"+", "-", "+-", "-+"})
+_SET_OPERATIONS = frozenset({"union", "intersection", "difference"})
 _SEPARATORS = frozenset({",", ";", "and", "or"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
 _INVERSE = {
@@ -267,9 +268,7 @@ class _Parser:
 
     def _set(self) -> Node:
         left = self._ratio()
-        while self._peek() in ("union", "intersection", "difference") or (
-            left == REALS and self._peek() in ("-", "/")
-        ):
+        while self._peek() in _SET_OPERATIONS or (left == REALS and self._peek() in ("-", "/")):
             operation = self._next().text
             if operation in ("-", "/"):
                 operation = "difference"
@@ -386,8 +385,7 @@ class _Parser:
         if name == "|":
             return self._bars == 0 and self._closing_bar()
         if name == "[" and (
-            self._kind(1) == "end"
-            or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)
+            self._kind(1) == "end" or self._peek(1) in (*_SET_OPERATIONS, ")", "\\}", *_SEPARATORS)
         ):
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
@@ -396,6 +394,7 @@ class _Parser:
         )  # fmt: skip
 
     _bars = 0
+    _in_builder = False
 
     def _closing_bar(self) -> bool:
         """Return whether there is another bar after the one at this position."""
@@ -709,6 +708,39 @@ class _Parser:
             return Product((node, Power(self._power(), MINUS_ONE)))
         return node
 
+    def _group_or_set(self) -> Node:
+        """Parse braces that are no command's argument.
+
+        They are a TeX group, or a set whose braces lack their backslashes: {1, 2}, {x | x > 2}.
+        """
+        before = self._tokens[self._position - 2].text if self._position > 1 else ""
+        builder = self._builder_in_braces()
+        if builder is not None:
+            return builder
+
+        node = self._rest_of_braces()
+        if isinstance(node, Listing):
+            return SetOf(node.items)
+        return SetOf((node,)) if before in _SET_OPERATIONS else node
+
+    def _builder_in_braces(self) -> Node | None:
+        """Parse x | x > 2}; None, and no token taken, for anything else."""
+        if self._kind() != "letter" or self._in_builder:  # no attempt within an attempt
+            return None
+
+        state = self._position, self._depth, self._bars, self._units
+        self._in_builder = True
+        try:
+            head = self._letter()
+            if self._peek() in ("|", ":"):
+                return self._rest_of_builder(head, "}")
+        except UnparsableError:
+            pass
+        finally:
+            self._in_builder = False
+        self._position, self._depth, self._bars, self._units = state
+        return None
+
     def _braces(self) -> Node:
         """Parse a TeX group: transparent, except for \\over and \\choose."""
         self._expect("{")
@@ -765,10 +797,8 @@ class _Parser:
         self._bars = 1  # a bar is "such that" here
         head = self._nested(self._listing_or_head)
         self._bars = bars
-        if self._accept("|", ":"):
-            condition = self._nested(self._listing)
-            self._expect("\\}")
-            return self._builder(head, condition)
+        if self._peek() in ("|", ":"):
+            return self._rest_of_builder(head, "\\}")
         self._expect("\\}")
         return SetOf(head.items if isinstance(head, Listing) else (head,))
 
@@ -783,7 +813,11 @@ class _Parser:
             self._position = start
         return self._listing()
 
-    def _builder(self, head: Node, condition: Node) -> Node:
+    def _rest_of_builder(self, head: Node, closing: str) -> Node:
+        """Parse `| condition}` of a set by a condition."""
+        self._next()
+        condition = self._nested(self._listing)
+        self._expect(closing)
         if not isinstance(head, Symbol) or not isinstance(condition, Relation | Listing):
             raise UnparsableError("a set by a condition on something else than a variable")
         return SetOperation("intersection", REALS, condition)
@@ -916,7 +950,7 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
     "]": lambda p: p._bracketed("]"),
     "<|": lambda p: p._bracketed("<|"),
     "<": lambda p: p._bracketed("<"),
-    "{": lambda p: p._rest_of_braces(),
+    "{": lambda p: p._group_or_set(),
     "\\{": lambda p: p._set_braces(),
     "|": lambda p: p._absolute_value(),
     "frac": lambda p: p._fraction(),
