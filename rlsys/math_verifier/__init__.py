@@ -29,6 +29,7 @@ from rlsys.math_verifier.extraction import (
     extract_answer,
     has_one_filled_box,
     last_boxed,
+    last_boxes,
 )
 from rlsys.math_verifier.lexer import unescaped
 from rlsys.math_verifier.limits import (
@@ -51,6 +52,7 @@ __all__ = [
     "ground_truth_answer",
     "has_one_filled_box",
     "last_boxed",
+    "last_boxes",
     "reads_ground_truth",
     "same_answer_text",
     "verify_math",
@@ -106,14 +108,15 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
 def ground_truth_answer(ground_truth: str) -> str:
     r"""Return the answer in a ground truth.
 
-    It is what follows the last `####` (GSM8K), else the last box, else the whole text.
+    It is what follows the last `####` (GSM8K), else the last box with the boxes joined to it, else
+    the whole text.
 
     Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and
     `ground_truth_answer(r"\boxed{72}")` are `"72"`.
     """
     marked = after_hashes(ground_truth)
     text = ground_truth if marked is None else marked
-    return (last_boxed(text) or text).strip()
+    return (last_boxes(text) or text).strip()
 
 
 def reads_ground_truth(ground_truth: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-EXTRACTIONS = ("boxed", "answer_tag", "after_hashes", "lenient")
+from rlsys.math_verifier.limits import MAX_LIST_ITEMS
+
+EXTRACTIONS = ("boxed", "boxes", "answer_tag", "after_hashes", "lenient")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
@@ -14,6 +16,15 @@ _DISPLAYED = re.compile(
     r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
 )
 _LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
+# What stands between two boxes that are one answer: a comma, "and", "for part (a) and", "and y =".
+_BETWEEN_BOXES = re.compile(
+    r"(?:for [\w() ]{1,30}?)?(?:[,;]|(?:[,;] ?)?\b(?:and|or)\b|&)(?: [A-Za-z]\w{0,2} =)?",
+    re.IGNORECASE,
+)
+_TEXT_BETWEEN = re.compile(r"\\+(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}")
+_SPACING_BETWEEN = re.compile(r"\\+(?:quad|qquad|[,;:! ])|[\s~]")
+_DELIMITER = re.compile(r"\$+|\\+[()\[\]]")
+MAX_BETWEEN_BOXES = 80
 MAX_LINE = 1000
 
 
@@ -26,12 +37,53 @@ def last_boxed(text: str) -> str | None:
     Example: `last_boxed(r"so \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
     """
     match = _last_box(text)
-    if match is None:
-        return None
-    if match[1]:
-        return _balanced(text, match.end())
-    bare = _BARE.match(text, match.end())
+    return None if match is None else _content(text, match)
+
+
+def _content(text: str, box: re.Match[str]) -> str | None:
+    if box[1]:
+        return _balanced(text, box.end())
+    bare = _BARE.match(text, box.end())
     return bare[0].rstrip(".,;:") if bare else None
+
+
+def last_boxes(text: str) -> str | None:
+    r"""Return the last box together with the boxes that it is joined to, as one list.
+
+    Boxes are joined by a comma, a semicolon, "and" or "or" between them, or by nothing. Boxes with
+    other text between them are separate, and the last one counts, as in `last_boxed`.
+
+    Example: `last_boxes(r"so \boxed{-2} and \boxed{1}")` is `-2, 1`.
+    """
+    box = _last_box(text)
+    content = None if box is None else _content(text, box)
+    if box is None or content is None or not content.strip():
+        return content
+
+    contents = [content.strip()]
+    while len(contents) < MAX_LIST_ITEMS:
+        before = _last_box(text, box.start())
+        inner = None if before is None else _content(text, before)
+        if before is None or inner is None or not inner.strip():
+            break
+        end = before.end() + len(inner) + (1 if before[1] else 0)
+        if end > box.start() or not _joins(text[end : box.start()]):
+            break
+        contents.append(inner.strip())
+        box = before
+    return ", ".join(reversed(contents))
+
+
+def _joins(between: str) -> bool:
+    """Return whether the text between two boxes makes one answer of them."""
+    if len(between) > MAX_BETWEEN_BOXES:
+        return False
+    between = between.rstrip("\\")  # of a box whose backslash is escaped
+    text = _SPACING_BETWEEN.sub(" ", _TEXT_BETWEEN.sub(r" \1 ", between))
+    if not text.strip():
+        return "\n" not in between
+    words = " ".join(_DELIMITER.sub(" ", text).split())
+    return _BETWEEN_BOXES.fullmatch(words) is not None
 
 
 def has_one_filled_box(text: str) -> bool:
@@ -41,8 +93,9 @@ def has_one_filled_box(text: str) -> bool:
     return bool(content and content.strip())
 
 
-def _last_box(text: str) -> re.Match[str] | None:
-    end = len(text)
+def _last_box(text: str, end: int | None = None) -> re.Match[str] | None:
+    """Return the start of the last box that begins before `end`."""
+    end = len(text) if end is None else end
     while True:
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
         if start < 0:
@@ -93,9 +146,10 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
     A last box that is empty or never closes is no answer.
 
     - `boxed`: the last box; in a completion without any box, the last <answer> element.
+    - `boxes`: as `boxed`, but boxes with a comma or "and" between them are one list.
     - `answer_tag`: the last <answer> element; a box inside it is unpacked.
     - `after_hashes`: what follows the last `####` on its line, as in GSM8K.
-    - `lenient`: as `boxed`, then as `after_hashes`, then what follows the last "the answer is",
+    - `lenient`: as `boxes`, then as `after_hashes`, then what follows the last "the answer is",
       then the last formula or number of the last line.
 
     Raises:
@@ -111,9 +165,10 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         return _cleaned(after_hashes(completion))
 
     if _last_box(completion) is not None:
-        return _cleaned(last_boxed(completion))
+        box = last_boxed(completion) if extraction == "boxed" else last_boxes(completion)
+        return _cleaned(box)
     tag = last_answer_tag(completion)
-    if tag is not None or extraction == "boxed" or "<answer>" in completion:
+    if tag is not None or extraction != "lenient" or "<answer>" in completion:
         return _cleaned(tag)
 
     marked = after_hashes(completion)

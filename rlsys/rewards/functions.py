@@ -25,7 +25,7 @@ def math_reward(
     completion: str,
     ground_truth: str,
     *,
-    extraction: Literal["boxed", "answer_tag", "after_hashes", "lenient"] = "boxed",
+    extraction: Literal["boxed", "boxes", "answer_tag", "after_hashes", "lenient"] = "boxed",
 ) -> RewardResult:
     """Return 1 if the completion's answer equals the ground truth, else 0. See `verify_math`."""
     verdict = verify_math(completion, ground_truth, extraction=extraction)

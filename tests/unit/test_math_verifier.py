@@ -150,7 +150,8 @@ def test_verdicts_say_how_they_came_about(
 
 def test_unknown_extraction_is_refused():
     message = (
-        r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, after_hashes, lenient"
+        r"extraction: 'box' is unknown\. Choose one of boxed, boxes, answer_tag, after_hashes, "
+        "lenient"
     )
     with pytest.raises(ValueError, match=message):
         extract_answer("", "box")
@@ -205,11 +206,24 @@ def test_adversarial_answers_end_in_time_and_are_wrong(answer: str):
 
 
 @pytest.mark.parametrize(
-    "filler", [r"\boxed{5", "<answer>", r"\boxed{5} ", "the answer is ", "$", "\\(", " ", "\n", "a"]
+    "filler",
+    [
+        r"\boxed{5",
+        "<answer>",
+        r"\boxed{5} ",
+        r"\boxed{5}, ",
+        r"\boxed{",
+        "the answer is ",
+        "$",
+        "\\(",
+        " ",
+        "\n",
+        "a",
+    ],
 )
 def test_extraction_is_linear(filler: str):
     completion = filler * (200_000 // len(filler))
-    for extraction in ("boxed", "answer_tag", "lenient"):
+    for extraction in ("boxed", "boxes", "answer_tag", "lenient"):
         start = time.process_time()
         extract_answer(completion, extraction)
         assert time.process_time() - start < LIMIT_S
@@ -255,7 +269,7 @@ def test_no_payload_creates_a_file(tmp_path: Path):
     ]
     for payload in payloads:
         for truth in ("1", "x^2", payload + " "):
-            for extraction in ("boxed", "answer_tag", "lenient"):
+            for extraction in ("boxed", "boxes", "answer_tag", "lenient"):
                 verify_math(f"\\boxed{{{payload}}}", truth, extraction=extraction)
                 verify_math(f"<answer>{payload}</answer>", truth, extraction=extraction)
             verify_math("\\boxed{1}", payload)
