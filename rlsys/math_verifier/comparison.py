@@ -127,6 +127,10 @@ def _simplified_listing(node: Listing) -> Node:
             return total
 
     items = _flattened(node.items)
+    if all(isinstance(item, Group) for item in items):
+        items = tuple(dict.fromkeys(items))  # a point given twice is one point
+        if len(items) == 1:
+            return items[0]
     if node.separator == "or" and _are_one_value(items):
         return items[0]  # 0.5 or 1/2
     return Listing(items, node.separator)
@@ -241,7 +245,7 @@ def _is_part_of_name(node: Node) -> bool:
 def is_name(node: Node) -> bool:
     """Return whether a side of an equation only names the value of the other side.
 
-    Names are x, f(x), AB, P(A), (x, y).
+    Names are x, f(x), AB, P(A), (x, y), AB : BC.
     """
     if isinstance(node, Symbol):
         return node != REALS
@@ -257,6 +261,8 @@ def is_name(node: Node) -> bool:
         )
     if isinstance(node, Group):
         return all(isinstance(item, Symbol) for item in node.items)
+    if isinstance(node, Ratio):
+        return all(map(is_name, node.parts))
     return isinstance(node, Constant) and node.name == "i"
 
 
@@ -317,7 +323,8 @@ def _equations(left: Node, right: Node) -> bool:
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        if not is_name(left.parts[0]) or isinstance(right, Ratio):
+        name = left.parts[0]
+        if not is_name(name) or (isinstance(right, Ratio) and not isinstance(name, Ratio)):
             return False
         return same_answer(left.parts[1], right)
     if right.operators != ("=",):
@@ -369,24 +376,70 @@ def _inequalities(left: Node, right: Node) -> bool:
 
 
 def _assignments(left: Node, right: Node) -> bool:
-    """Compare x = 3, y = -1 with (3, -1), and AB = 9, CD = 4 with the same in any order.
+    """Compare values of several variables, `x = 3, y = -1`, with the same, or without the names.
 
-    The variables of a tuple are in alphabetical order.
+    `(3, -1)` has the values in the alphabetical order of the names, and `3, -1` has them as written
+    on the other side. With several solutions (`x = 3, y = -1; x = 1, y = 2`) each is a tuple.
     """
-    if not isinstance(left, Listing) or not all(_is_equation(item) for item in left.items):
-        return False
-    equations = [item for item in left.items if isinstance(item, Relation)]
-    if not all(is_name(equation.parts[0]) for equation in equations):
+    if not isinstance(left, Listing) or not _is_assigned(left):
         return False
 
-    values = {str(equation.parts[0]): equation.parts[1] for equation in equations}
-    if len(values) != len(left.items):
-        return False
-    if isinstance(right, Group) and (right.opening, right.closing) in (("(", ")"), ("<", ">")):
-        return _same_items([values[name] for name in sorted(values)], right.items)
+    solutions = _solutions(left)
+    if solutions is None:
+        return isinstance(right, Listing) and _same_equations(left, right)
     if isinstance(right, Listing) and all(_is_equation(item) for item in right.items):
-        return _same_multiset(left.items, right.items)
+        others = _solutions(right) if _is_assigned(right) else None
+        if others is None:
+            return len(solutions) == 1 and _same_equations(left, right)
+        return solutions[0].keys() == others[0].keys() and _same_multiset(
+            [_as_tuple(solution) for solution in solutions],
+            [_as_tuple(solution) for solution in others],
+        )
+
+    points = right.items if isinstance(right, Listing | SetOf) else (right,)
+    if all(map(_is_tuple, points)):
+        return _same_multiset([_as_tuple(solution) for solution in solutions], points)
+    if isinstance(right, Listing) and len(solutions) == 1:
+        return _same_items(tuple(solutions[0].values()), right.items)
     return False
+
+
+def _is_assigned(node: Node) -> bool:
+    """Return whether a list gives the values of several variables."""
+    if not isinstance(node, Listing) or not all(map(_is_assignment, node.items)):
+        return False
+    return len({children(item)[0] for item in node.items}) > 1
+
+
+def _is_assignment(node: Node) -> bool:
+    return isinstance(node, Relation) and _is_equation(node) and is_name(node.parts[0])
+
+
+def _solutions(node: Listing) -> list[dict[str, Node]] | None:
+    """Return the values by name; a new solution begins where the first name is used again.
+
+    None where the solutions have different names.
+    """
+    solutions: list[dict[str, Node]] = [{}]
+    for item in node.items:
+        name, value = children(item)
+        if str(name) in solutions[-1]:
+            solutions.append({})
+        solutions[-1][str(name)] = value
+    same_names = all(solution.keys() == solutions[0].keys() for solution in solutions)
+    return solutions if same_names else None
+
+
+def _as_tuple(solution: dict[str, Node]) -> Group:
+    return Group("(", tuple(solution[name] for name in sorted(solution)), ")")
+
+
+def _is_tuple(node: Node) -> bool:
+    return isinstance(node, Group) and (node.opening, node.closing) in (("(", ")"), ("<", ">"))
+
+
+def _same_equations(left: Listing, right: Listing) -> bool:
+    return all(map(_is_equation, right.items)) and _same_multiset(left.items, right.items)
 
 
 def _is_equation(node: Node) -> bool:
@@ -436,6 +489,8 @@ def _finite_sets(left: Node, right: Node) -> bool:
             return False
         return same_answer(left.items[0], right)
 
+    if _is_assigned(right):
+        return False  # a set does not say which value belongs to which variable
     _bound(left.items, right.items)
     if not left.items or not right.items:
         return not left.items and not right.items
@@ -463,8 +518,8 @@ def _lists(left: Node, right: Node) -> bool:
         if isinstance(right, Listing):
             return _same_items(left.items, right.items)
         return any(_item(item, right) for item in left.items)
-    if not isinstance(right, Listing):
-        return False
+    if not isinstance(right, Listing) or _is_assigned(left) or _is_assigned(right):
+        return False  # values of several variables have a rule of their own
     return _same_multiset(left.items, right.items)
 
 
