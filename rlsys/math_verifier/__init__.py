@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 
 from rlsys.math_verifier import words
-from rlsys.math_verifier.comparison import same_answer
+from rlsys.math_verifier.comparison import MIN_DIGITS_OF_ROUNDED, same_answer
 from rlsys.math_verifier.extraction import (
     EXTRACTIONS,
     after_hashes,
@@ -156,7 +156,8 @@ def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
         return True, "text", "correct"
 
     first, second = plain_number(answer), plain_number(truth)
-    if first is not None and second is not None:
+    rounded = _may_be_rounded(answer) or _may_be_rounded(truth)
+    if first is not None and second is not None and (first == second or not rounded):
         return first == second, "number", "wrong"
 
     same_time = _same_time(answer, truth)
@@ -171,6 +172,10 @@ def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
         return _same_parsed(words.meaning(answer), words.meaning(truth))
     except (UnparsableError, RecursionError):
         return _same_words(answer, truth)
+
+
+def _may_be_rounded(number: str) -> bool:
+    return "." in number and len(number) > MIN_DIGITS_OF_ROUNDED
 
 
 def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:

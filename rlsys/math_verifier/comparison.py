@@ -56,6 +56,9 @@ from rlsys.math_verifier.units import parse_unit
 # Digits that an approximate value must show, to equal another decimal or an exact value.
 MIN_DIGITS_OF_DECIMAL = 3
 MIN_DIGITS_OF_EXACT = 4
+# Digits that make a decimal a rounding without being said to be one, and those of a double.
+MIN_DIGITS_OF_ROUNDED = 12
+DIGITS_OF_DOUBLE = 15
 
 
 def same_answer(left: Node, right: Node) -> bool:
@@ -807,6 +810,34 @@ def _roundings(left: Node, right: Node) -> bool:
     return _rounds_to(against, plain, minimum=minimum)
 
 
+def _is_long_decimal(node: Node) -> bool:
+    """Return whether a number has so many digits that it must be a rounding."""
+    if not isinstance(node, Number) or not node.decimals:
+        return False
+    return abs(node.value) * 10**node.decimals >= 10 ** (MIN_DIGITS_OF_ROUNDED - 1)
+
+
+def _long_decimals(left: Node, right: Node) -> bool:
+    """Compare 0.0833333333333333 with 1/12: with what it rounds, but with no other decimal.
+
+    The last digit may be off by one, and only as many digits as a double has must agree.
+    """
+    if not _is_long_decimal(left) or not isinstance(right, _EXPRESSIONS) or symbols(right):
+        return False
+    is_short = isinstance(right, Number) and (right.decimals or right.value.denominator == 1)
+    if is_short or _holds_unit(right):
+        return False
+
+    assert isinstance(left, Number)
+    unit = Fraction(1, 10 ** (left.decimals or 0))
+    tolerance = max(unit, abs(left.value) / 10**DIGITS_OF_DOUBLE)
+    try:
+        distance = abs(real_value(Number(left.value)) - real_value(right))
+    except (UnparsableError, UndefinedError, TooLargeError):
+        return False
+    return bool(distance <= real_value(Number(tolerance)))
+
+
 def _ratios(left: Node, right: Node) -> bool:
     if not isinstance(left, Ratio):
         return False
@@ -841,4 +872,5 @@ _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _assignments,
     _memberships,
     _sets,
+    _long_decimals,
 )
