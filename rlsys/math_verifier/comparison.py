@@ -287,6 +287,7 @@ def _simplified_relation(node: Relation) -> Node:
     # Two sides with a variable are an equation; any other chain states equal values.
     is_chain = named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))
     if len(values) > 1 and is_chain:
+        values = _without_formulas(values)
         if not all(same_answer(values[0], value) for value in values[1:]):
             raise UnparsableError("a chain of different values")
         values = values[-1:]
@@ -301,8 +302,24 @@ def _simplified_relation(node: Relation) -> Node:
     return Relation((parts[0], value), ("=",))
 
 
+def _without_formulas(values: list[Node]) -> list[Node]:
+    """Return a chain that ends in a constant without its formulas: pi r^2 of A = pi r^2 = 9 pi.
+
+    A variable alone is no formula but a second name: x = y = 3 has two values.
+    """
+    if symbols(values[-1]):
+        return values
+    formulas = Sum | Product | Power
+    return [value for value in values if not isinstance(value, formulas) or not symbols(value)]
+
+
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
     """Return `2/3 ~ 0.67` as the exact and the rounded value, if the rounding is right."""
+    if len(parts) > 2 and set(operators[:-1]) == {"="}:
+        exact_part = simplified(Relation(tuple(parts[:-1]), tuple(operators[:-1])))
+        if isinstance(exact_part, Relation) and is_name(exact_part.parts[0]):
+            exact_part = exact_part.parts[1]
+        parts, operators = [exact_part, parts[-1]], operators[-1:]
     if is_name(parts[0]):
         parts, first = parts[1:], operators[0]
         operators = operators[1:]
