@@ -9,6 +9,9 @@ from fractions import Fraction
 from rlsys.math_verifier.evaluation import exact, real_value, same_value
 from rlsys.math_verifier.limits import (
     MAX_LIST_ITEMS,
+    MAX_MATRIX_EXPONENT,
+    MAX_MATRIX_NODES,
+    MAX_MATRIX_SIDE,
     MAX_SIGN_CHOICES,
     TooLargeError,
     UndefinedError,
@@ -583,7 +586,7 @@ def _brackets(group: Group) -> tuple[str, str]:
 
 
 def as_matrix(node: Node) -> Matrix | None:
-    """Evaluate sums, multiples and transposes of matrices and vectors; None for anything else."""
+    """Evaluate sums, products and transposes of matrices and vectors; None for anything else."""
     match node:
         case Matrix():
             return node
@@ -597,25 +600,72 @@ def as_matrix(node: Node) -> Matrix | None:
         case Call("binomial", arguments):
             return Matrix(tuple((argument,) for argument in arguments))
         case Product(factors):
-            return _multiple(factors)
+            return _product_of_matrices(factors) or _unit_vectors(node)
+        case Power(base, Number(exponent, _)):
+            return _power_of_matrix(base, exponent)
         case Sum(terms):
             return _sum_of_matrices(terms) or _unit_vectors(node)
         case _:
             return _unit_vectors(node)
 
 
-def _multiple(factors: tuple[Node, ...]) -> Matrix | None:
-    matrices = [
-        as_matrix(factor) if isinstance(factor, Matrix | Group) else None for factor in factors
-    ]
-    if sum(matrix is not None for matrix in matrices) != 1:
-        return _unit_vectors(Product(factors))
+def _product_of_matrices(factors: tuple[Node, ...]) -> Matrix | None:
+    """Return the product of numbers and matrices; None where the shapes do not fit."""
+    matrices = [as_matrix(factor) if _holds_matrix(factor) else None for factor in factors]
+    present = [matrix for matrix in matrices if matrix is not None]
+    unknown = any(
+        matrix is None and _holds_matrix(factor)
+        for factor, matrix in zip(factors, matrices, strict=True)
+    )
+    if unknown or not present:
+        return None
 
-    matrix = next(matrix for matrix in matrices if matrix is not None)
+    product = present[0]
+    for matrix in present[1:]:
+        multiplied = _multiplied(product, matrix)
+        if multiplied is None:
+            return None
+        product = multiplied
+
     scalars = [factor for factor, m in zip(factors, matrices, strict=True) if m is None]
+    if not scalars:
+        return product
     scalar = Product(tuple(scalars))
-    rows = tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows)
-    return Matrix(rows, matrix.determinant)
+    rows = tuple(tuple(Product((scalar, cell)) for cell in row) for row in product.rows)
+    return Matrix(rows, product.determinant)
+
+
+def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
+    columns = tuple(zip(*right.rows, strict=True))
+    if len(left.rows[0]) != len(right.rows) or left.determinant or right.determinant:
+        return None
+    if max(len(left.rows), len(right.rows), len(columns)) > MAX_MATRIX_SIDE:
+        raise TooLargeError
+    rows = [[_inner_product(row, column) for column in columns] for row in left.rows]
+    if sum(_size(cell) for row in rows for cell in row) > MAX_MATRIX_NODES:
+        raise TooLargeError
+    return Matrix(tuple(map(tuple, rows)))
+
+
+def _size(node: Node) -> int:
+    return 1 + sum(map(_size, children(node)))
+
+
+def _inner_product(first: tuple[Node, ...], second: tuple[Node, ...]) -> Node:
+    """Return the sum of the products; a constant as a number, which keeps long products small."""
+    total = Sum(tuple(Product(pair) for pair in zip(first, second, strict=True)))
+    value = exact(total)
+    return total if value is None else Number(value)
+
+
+def _power_of_matrix(base: Node, exponent: Fraction) -> Matrix | None:
+    if exponent.denominator != 1 or not 0 < exponent <= MAX_MATRIX_EXPONENT:
+        return None
+    matrix = as_matrix(base) if _holds_matrix(base) else None
+    power = matrix
+    for _ in range(int(exponent) - 1):
+        power = _multiplied(power, matrix) if power and matrix else None
+    return power
 
 
 def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
