@@ -70,12 +70,19 @@ class MathVerdict:
     reason: str  # "correct", "wrong", "no_answer", "too_long", "too_large", "unparsable"
 
 
-def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed") -> MathVerdict:
+def verify_math(
+    completion: str,
+    ground_truth: str,
+    *,
+    extraction: str = "boxed",
+    decimal_comma: bool | None = None,
+) -> MathVerdict:
     """Decide whether the answer of `completion` equals `ground_truth`. Never raises.
 
-    `extraction` says where the answer stands: see `extract_answer`. Mathematical objects are
-    compared, not their forms: an unsimplified fraction or an unexpanded product is right.
-    `docs/math_verifier.md` has the conventions.
+    `extraction` says where the answer stands: see `extract_answer`. With `decimal_comma` the answer
+    `2,74` equals 2.74 as well as the list of 2 and 74; None allows it in `lenient` only.
+    Mathematical objects are compared, not their forms: an unsimplified fraction or an unexpanded
+    product is right. `docs/math_verifier.md` has the conventions.
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
@@ -95,7 +102,10 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
             reason="too_long",
         )
 
-    equal, rule, reason = same_answer_text(answer, ground_truth_answer(ground_truth))
+    if decimal_comma is None:
+        decimal_comma = extraction == "lenient"
+    truth = ground_truth_answer(ground_truth)
+    equal, rule, reason = same_answer_text(answer, truth, decimal_comma=decimal_comma)
     return MathVerdict(
         score=float(equal),
         answer=answer,
@@ -146,7 +156,9 @@ def _is_a_few_words(phrase: str) -> bool:
     return letters and not latex and len(phrase.split()) <= MAX_WORDS_OF_AN_ANSWER
 
 
-def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
+def same_answer_text(
+    answer: str, truth: str, *, decimal_comma: bool = False
+) -> tuple[bool, str, str]:
     """Compare two answers: (whether they are equal, the rule that decided, the reason if not).
 
     Symmetric; never raises.
@@ -164,12 +176,12 @@ def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
     if same_time is not None:
         return same_time, "time", "wrong"
 
-    same_choice = _same_choice(answer, truth)
+    same_choice = _same_choice(answer, truth, decimal_comma)
     if same_choice is not None:
         return same_choice, "choice", "wrong"
 
     try:
-        return _same_parsed(words.meaning(answer), words.meaning(truth))
+        return _same_parsed(words.meaning(answer), words.meaning(truth), decimal_comma)
     except (UnparsableError, RecursionError):
         return _same_words(answer, truth)
 
@@ -178,9 +190,11 @@ def _may_be_rounded(number: str) -> bool:
     return "." in number and len(number) > MIN_DIGITS_OF_ROUNDED
 
 
-def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
+def _same_parsed(answer: str, truth: str, decimal_comma: bool) -> tuple[bool, str, str]:
     try:
-        pairs = [(a, b) for b in readings(truth) for a in readings(answer)]
+        first = readings(answer, decimal_comma=decimal_comma)
+        second = readings(truth, decimal_comma=decimal_comma)
+        pairs = [(a, b) for b in second for a in first]
         return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
     except TooLargeError:
         return False, "expression", "too_large"
@@ -211,22 +225,25 @@ def _same_time(answer: str, truth: str) -> bool | None:
     return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
 
 
-def _same_choice(answer: str, truth: str) -> bool | None:
+def _same_choice(answer: str, truth: str, decimal_comma: bool) -> bool | None:
     """Compare the letters of a multiple-choice question; None where the answers are not choices.
 
     A label and the text of its option may come together.
     """
     first, second = words.choice(answer), words.choice(truth)
     if first is not None and second is not None:
-        return _same_labels(first, second)
+        return _same_labels(first, second, decimal_comma)
 
     for labelled, other in ((first, truth), (second, answer)):
         if labelled is not None and labelled[1]:
-            return same_answer_text(labelled[1], other)[0] or None
+            same = same_answer_text(labelled[1], other, decimal_comma=decimal_comma)
+            return same[0] or None
     return None
 
 
-def _same_labels(first: tuple[str, str, bool], second: tuple[str, str, bool]) -> bool | None:
+def _same_labels(
+    first: tuple[str, str, bool], second: tuple[str, str, bool], decimal_comma: bool
+) -> bool | None:
     """Compare two choices as `words.choice` returns them: letter, text, whether it is marked."""
     first_letter, first_text, first_marked = first
     second_letter, second_text, second_marked = second
@@ -234,7 +251,7 @@ def _same_labels(first: tuple[str, str, bool], second: tuple[str, str, bool]) ->
     if first_letter == second_letter:
         if not first_text or not second_text:
             return True
-        return same_answer_text(first_text, second_text)[0]
+        return same_answer_text(first_text, second_text, decimal_comma=decimal_comma)[0]
 
     # Letters that differ in case alone may be two variables, unless one is marked as a choice.
     if first_marked or second_marked:

@@ -81,14 +81,41 @@ _FUNCTION_LETTERS = frozenset("fgFG")
 MAX_SCIENTIFIC_EXPONENT = 4000
 
 
-def readings(text: str) -> list[Node]:
+def readings(text: str, *, decimal_comma: bool = False) -> list[Node]:
     """Return the ways to read an answer.
 
-    There is one, or two where a comma may separate thousands or answers (`1,234`).
+    There is one, or two where a comma may separate thousands or answers (`1,234`). With
+    `decimal_comma` the comma of a single number may also be a decimal point, unless it may separate
+    thousands: `2,74` is 2.74 as well as the list of 2 and 74.
 
     Raises:
         UnparsableError: it is not a mathematical answer.
     """
+    with_point = _with_decimal_point(text) if decimal_comma else None
+    if with_point is None:
+        return _readings(text)
+    try:
+        return [*_readings(text), parse(with_point)]
+    except UnparsableError:
+        return [parse(with_point)]
+
+
+_DECIMAL_COMMA = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{3})+|\d+),(\d+)(?![\d.])", re.ASCII)
+
+
+def _with_decimal_point(text: str) -> str | None:
+    """Return `1.000,5` and `2,74 $` with a decimal point; None for anything else."""
+    match = _DECIMAL_COMMA.search(text)
+    if match is None or text.count(",") > 1 or any(bracket in text for bracket in "()[]"):
+        return None
+    whole, decimals = match.groups()
+    if len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0"):
+        return None  # 1,234 separates thousands
+    whole = whole.replace(".", "")
+    return f"{text[: match.start()]}{whole}.{decimals}{text[match.end() :]}"
+
+
+def _readings(text: str) -> list[Node]:
     numeral = _numeral_with_letters(text)
     if numeral is not None:
         return [numeral]

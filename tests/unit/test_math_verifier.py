@@ -103,7 +103,13 @@ def verdict(case: dict) -> bool:
     boxed = f"so \\boxed{{{case.get('answer')}}}."
     completion = case.get("completion", boxed)
     extraction = case.get("extraction", "boxed")
-    return verify_math(completion, case["ground_truth"], extraction=extraction).score == 1.0
+    found = verify_math(
+        completion,
+        case["ground_truth"],
+        extraction=extraction,
+        decimal_comma=case.get("decimal_comma"),
+    )
+    return found.score == 1.0
 
 
 def test_labelled_set():
@@ -117,12 +123,14 @@ def test_labelled_set():
 
 def test_symmetric_and_reflexive_on_the_labelled_set():
     pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case]
-    asymmetric = [
-        (first, second)
-        for first, second in pairs
-        if same_answer_text(first, second)[0] != same_answer_text(second, first)[0]
-    ]
-    assert asymmetric == []
+    for comma in (False, True):
+        asymmetric = [
+            (first, second)
+            for first, second in pairs
+            if same_answer_text(first, second, decimal_comma=comma)[0]
+            != same_answer_text(second, first, decimal_comma=comma)[0]
+        ]
+        assert asymmetric == []
     texts = [text for pair in pairs for text in pair]
     assert [text for text in texts if not same_answer_text(text, text)[0]] == []
 
@@ -294,7 +302,9 @@ def check_any_pair(examples: int) -> None:
     def check(first: str, second: str) -> None:
         assert verify_math(first, second).score in (0.0, 1.0)
         assert verify_math(f"\\boxed{{{first}}}", second, extraction="lenient").score in (0.0, 1.0)
-        assert same_answer_text(first, second)[0] == same_answer_text(second, first)[0]
+        for comma in (False, True):
+            forwards = same_answer_text(first, second, decimal_comma=comma)[0]
+            assert forwards == same_answer_text(second, first, decimal_comma=comma)[0]
         assert same_answer_text(first, first)[0]
 
     check()
@@ -310,6 +320,10 @@ def test_command_line_prints_verdict_and_rule(capsys: pytest.CaptureFixture[str]
     assert "score        1.0" in printed
     assert "rule         number" in printed
     assert main([r"so \boxed{0.4}", r"\frac{1}{2}"]) == 1
+    assert main([r"\boxed{0,5}", "0.5"]) == 1
+    assert main([r"\boxed{0,5}", "0.5", "--decimal-comma"]) == 0
+    assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient"]) == 0
+    assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient", "--no-decimal-comma"]) == 1
 
 
 def test_command_line_scores_files_and_compares_runs(
