@@ -317,7 +317,7 @@ def _without_formulas(values: list[Node]) -> list[Node]:
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
-    """Return `2/3 ~ 0.67` as the exact and the rounded value, if the rounding is right."""
+    """Return `2/3 ~ 0.67` as the exact and the rounded value; without a rounding that is wrong."""
     if len(parts) > 2 and set(operators[:-1]) == {"="}:
         exact_part = simplified(Relation(tuple(parts[:-1]), tuple(operators[:-1])))
         if isinstance(exact_part, Relation) and is_name(exact_part.parts[0]):
@@ -333,7 +333,7 @@ def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
     if len(values) != 2 or not isinstance(values[1], Number):
         raise UnparsableError("a wrong approximation")
     if not _rounds_to(values[0], values[1], minimum=1):
-        raise UnparsableError("a wrong approximation")
+        return simplified(parts[0])  # a wrong rounding is no answer, but the exact value is one
     return Listing((parts[0], Approximate(parts[1])), "~")
 
 

@@ -110,7 +110,7 @@ _SYMBOL_COMMANDS = frozenset(
         "Upsilon Phi Psi Omega triangle angle measuredangle ell hbar"
     )
 )
-_WORD_NAMES = {
+WORD_NAMES = {
     "and": "and", "or": "or", "percent": "%", "pct": "%", "percentage": "%",
     "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity", "mod": "mod",
     "inf": "infinity", "infty": "infinity", "to": ":",
@@ -326,8 +326,8 @@ class _Lexer:
 
         run = match[0].rstrip(".")
         lower = run.lower()
-        if lower in _WORD_NAMES:
-            self._add("name", _WORD_NAMES[lower])
+        if lower in WORD_NAMES:
+            self._add("name", WORD_NAMES[lower])
         elif self._in_text and lower in UNIT_WORDS and self._after_value():
             self._add("word", run)  # before the functions: "min" is a minute here
         elif run in FUNCTIONS:

@@ -67,7 +67,7 @@ _INVERSE = {
 }
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
-_FILLERS = frozenset({
+FILLERS = frozenset({
     "the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about",
     "roughly", "nearly", "at", "exactly",
 })  # fmt: skip
@@ -286,7 +286,7 @@ class _Parser:
         words = [token.text.lower() for token in self._tokens[start : self._position]]
 
         introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() in (":", "="))
-        if not introduced and not all(word in _FILLERS for word in words):
+        if not introduced and not all(word in FILLERS for word in words):
             self._position = start
             return False
         if words:
@@ -384,13 +384,16 @@ class _Parser:
 
         `position` is that of the factor's first token.
         """
+        if self._tokens[position - 1].text == ")":
+            return None
         token = self._tokens[position]
         is_spaced_number = token.kind == "number" and token.spaced
         if is_spaced_number and isinstance(factor, Number) and self._accept("/"):  # "2 1/2"
-            denominator = self._power()
-            if not isinstance(denominator, Number) or not 0 < factor.value < denominator.value:
+            denominator = self._plain_number() if self._kind() == "number" else None
+            if denominator is None or not 0 <= factor.value < denominator.value:
                 raise UnparsableError("two numbers side by side")
-            return self._mixed(factors, whole, Number(factor.value / denominator.value))
+            mixed = self._mixed(factors, whole, Number(factor.value / denominator.value))
+            return self._with_suffixes(mixed)
 
         if token.text != "frac":
             return None
@@ -429,7 +432,10 @@ class _Parser:
         return any(token.kind == "name" and token.text == "|" for token in following)
 
     def _power(self) -> Node:
-        node = self._nested(self._primary)
+        return self._with_suffixes(self._nested(self._primary))
+
+    def _with_suffixes(self, node: Node) -> Node:
+        """Apply what follows a value: exponents, marks, units."""
         for _ in range(MAX_DEPTH):
             if self._skip_suffix():
                 continue
