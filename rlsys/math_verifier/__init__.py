@@ -43,6 +43,7 @@ from rlsys.math_verifier.nodes import Node
 from rlsys.math_verifier.normal_form import normal_form
 from rlsys.math_verifier.parser import readings
 from rlsys.math_verifier.plain_numbers import plain_number
+from rlsys.math_verifier.prose import announced_after
 
 __all__ = [
     "EXTRACTIONS",
@@ -86,7 +87,8 @@ def verify_math(
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
-    answer = extract_answer(completion, extraction)
+    truth = ground_truth_answer(ground_truth)
+    answer = extract_answer(completion, extraction, keep_equation="=" in truth)
 
     if answer is None:
         return MathVerdict(
@@ -104,7 +106,6 @@ def verify_math(
 
     if decimal_comma is None:
         decimal_comma = extraction == "lenient"
-    truth = ground_truth_answer(ground_truth)
     equal, rule, reason = same_answer_text(answer, truth, decimal_comma=decimal_comma)
     return MathVerdict(
         score=float(equal),
@@ -119,14 +120,14 @@ def ground_truth_answer(ground_truth: str) -> str:
     r"""Return the answer in a ground truth.
 
     It is what follows the last `####` (GSM8K), else the last box with the boxes joined to it, else
-    the whole text.
+    the mathematics after "the final answer is", else the whole text.
 
     Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and
     `ground_truth_answer(r"\boxed{72}")` are `"72"`.
     """
     marked = after_hashes(ground_truth)
     text = ground_truth if marked is None else marked
-    return (last_boxes(text) or text).strip()
+    return (last_boxes(text) or announced_after(text) or text).strip()
 
 
 def reads_ground_truth(ground_truth: str) -> bool:

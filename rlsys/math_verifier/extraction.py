@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 
 from rlsys.math_verifier.limits import MAX_LIST_ITEMS
+from rlsys.math_verifier.prose import announced, announced_after, answer_at_the_end
 
 EXTRACTIONS = ("boxed", "boxes", "answer_tag", "after_hashes", "lenient")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 _BARE = re.compile(r"[^\s${}\\]+")
-_ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
-_DISPLAYED = re.compile(
-    r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
-)
-_LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
 # What stands between two boxes that are one answer: a comma, "and", "for part (a) and", "and y =".
 _BETWEEN_BOXES = re.compile(
     r"(?:for [\w() ]{1,30}?)?(?:[,;]|(?:[,;] ?)?\b(?:and|or)\b|&)(?: [A-Za-z]\w{0,2} =)?",
@@ -25,7 +21,6 @@ _TEXT_BETWEEN = re.compile(r"\\+(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}")
 _SPACING_BETWEEN = re.compile(r"\\+(?:quad|qquad|[,;:! ])|[\s~]")
 _DELIMITER = re.compile(r"\$+|\\+[()\[\]]")
 MAX_BETWEEN_BOXES = 80
-MAX_LINE = 1000
 
 
 def last_boxed(text: str) -> str | None:
@@ -140,7 +135,9 @@ def after_hashes(text: str) -> str | None:
     return lines[0].strip() if lines else ""
 
 
-def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
+def extract_answer(
+    completion: str, extraction: str = "boxed", *, keep_equation: bool = False
+) -> str | None:
     """Return the answer of a completion; None where it has none.
 
     A last box that is empty or never closes is no answer.
@@ -149,8 +146,10 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
     - `boxes`: as `boxed`, but boxes with a comma or "and" between them are one list.
     - `answer_tag`: the last <answer> element; a box inside it is unpacked.
     - `after_hashes`: what follows the last `####` on its line, as in GSM8K.
-    - `lenient`: as `boxes`, then as `after_hashes`, then what follows the last "the answer is",
-      then the last formula or number of the last line.
+    - `lenient`: as `boxes`, unless "the final answer is" follows them; then as `after_hashes`; then
+      what follows the last "the answer is"; then the last formula or number of the last sentence.
+      Of an equation that is the right side, but all of it with `keep_equation` (the ground truth is
+      an equation).
 
     Raises:
         ValueError: an unknown `extraction`.
@@ -165,8 +164,7 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         return _cleaned(after_hashes(completion))
 
     if _last_box(completion) is not None:
-        box = last_boxed(completion) if extraction == "boxed" else last_boxes(completion)
-        return _cleaned(box)
+        return _cleaned(_of_boxes(completion, extraction))
     tag = last_answer_tag(completion)
     if tag is not None or extraction != "lenient" or "<answer>" in completion:
         return _cleaned(tag)
@@ -174,7 +172,18 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
     marked = after_hashes(completion)
     if marked is not None:
         return _cleaned(marked)
-    return _cleaned(_announced(completion) or _last_line(completion))
+    in_prose = announced(completion)
+    return _cleaned(in_prose or answer_at_the_end(completion, keep_equation=keep_equation))
+
+
+def _of_boxes(completion: str, extraction: str) -> str | None:
+    if extraction == "boxed":
+        return last_boxed(completion)
+    boxes = last_boxes(completion)
+    if boxes is None or extraction == "boxes":
+        return boxes
+    start = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"))
+    return announced_after(completion, start) or boxes
 
 
 def _cleaned(answer: str | None) -> str | None:
@@ -191,33 +200,3 @@ def _cleaned(answer: str | None) -> str | None:
             return None
         answer = inner.strip()
     return answer or None
-
-
-def _announced(completion: str) -> str | None:
-    last = None
-    for match in _ANNOUNCED.finditer(completion):
-        last = match
-    if last is None:
-        return None
-
-    sentence = completion[last.end() : last.end() + MAX_LINE].strip().split("\n")[0]
-    formula = _DISPLAYED.match(sentence.lstrip("* "))
-    if formula:
-        return next(group for group in formula.groups() if group is not None)
-    sentence = re.split(r"(?<=[^\s])\.(?:\s|$)|[!?]", sentence)[0]
-    return sentence.strip(" *_`") or None
-
-
-def _last_line(completion: str) -> str | None:
-    line = completion.rstrip()[-MAX_LINE:].split("\n")[-1].strip(" *_`")
-    if len(line) >= MAX_LINE - 10:
-        return None
-    formulas = list(_DISPLAYED.finditer(line))
-    if formulas:
-        line = next(group for group in formulas[-1].groups() if group is not None)
-        return line.split("=")[-1].strip() or None
-
-    numbers = _LAST_LINE_NUMBER.findall(line)
-    if numbers:
-        return numbers[-1]
-    return line if 0 < len(line) <= 30 and not line.endswith(":") else None
