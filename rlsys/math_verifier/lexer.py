@@ -40,7 +40,7 @@ _UNICODE = {
     **dict.fromkeys("·⋅∙•", "\\cdot "), "÷": "\\div ", "≤": "\\le ", "⩽": "\\le ",
     "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ",
     "π": "\\pi ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∪": "\\cup ", "∩": "\\cap ",
-    "∈": "\\in ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ",
+    "∈": "\\in ", "∉": "\\notin ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ",
     "º": "^\\circ ", "ℝ": "\\mathbb{R}", "∖": "\\setminus ", "¢": "\\text{ cents}",
     "£": "\\pounds ", "€": "\\euro ", "¥": "\\yen ", "…": "\\ldots ", "∠": "\\angle ",
     "△": "\\triangle ", "∧": "\\land ", "∨": "\\lor ", "θ": "\\theta ", "α": "\\alpha ",
@@ -90,7 +90,8 @@ _RENAMED = {
     "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">",
     "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "doteq": "~", "cup": "union",
     "bigcup": "union", "cap": "intersection", "bigcap": "intersection", "setminus": "difference",
-    "backslash": "difference", "smallsetminus": "difference", "in": "in", "infty": "infinity",
+    "backslash": "difference", "smallsetminus": "difference", "in": "in",
+    "notin": "not in", "infty": "infinity",
     "pi": "pi", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "<|",
     "rangle": "|>", "lvert": "|", "rvert": "|", "vert": "|", "lVert": "|", "rVert": "|",
     "Vert": "|", "mid": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
@@ -142,6 +143,7 @@ _REPEATING = re.compile(
     re.ASCII,
 )
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])", re.ASCII)
+_NEGATED = re.compile(r"=|\\in(?![A-Za-z])")
 _ELLIPSIS = re.compile(r"\s*(?:\\l?dots\b|\\cdots\b|\.\.\.)")
 _PER_TIME = re.compile(r"\s*/\s*(?:s|h|sec|min|hr)(?![a-z])")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
@@ -548,11 +550,13 @@ class _Lexer:
             self._add("letter", f"the set {letter}")
 
     def _not(self) -> None:
+        """Read the relation after \\not."""
         rest = self._text[self._position :].lstrip()
-        if not rest.startswith("="):
+        relation = _NEGATED.match(rest)
+        if relation is None:
             raise UnparsableError("a negated relation")
-        self._position = len(self._text) - len(rest) + 1
-        self._add("name", "!=")
+        self._position = len(self._text) - len(rest) + relation.end()
+        self._add("name", "!=" if relation[0] == "=" else "not in")
 
 
 def _fraction_of_repeating(whole: str, fixed: str, period: str) -> str:

@@ -52,7 +52,7 @@ from rlsys.math_verifier.nodes import (
 from rlsys.math_verifier.units import parse_unit
 from rlsys.math_verifier.words import plain
 
-_RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
+_RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "not in", "~"})
 _SIGNS = frozenset({"+", "-", "+-", "-+"})
 _SET_OPERATIONS = frozenset({"union", "intersection", "difference"})
 _SEPARATORS = frozenset({",", ";", "and", "or"})
@@ -69,7 +69,7 @@ _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
 FILLERS = frozenset({
     "the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about",
-    "roughly", "nearly", "at", "exactly",
+    "roughly", "nearly", "at", "exactly", "interval", "for",
 })  # fmt: skip
 _INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
 _ROUNDED = frozenset(["approximately", "about", "roughly", "nearly"])
@@ -262,8 +262,12 @@ class _Parser:
         parts = [self._set()]
         operators: list[str] = []
         while self._peek() in _RELATIONS:
-            operators.append(self._next().text)
-            parts.append(self._set())
+            operator = self._next().text
+            part = self._set()
+            if operator == "not in":
+                operator, part = "in", SetOperation("difference", REALS, part)
+            operators.append(operator)
+            parts.append(part)
 
         node: Node = Relation(tuple(parts), tuple(operators)) if operators else parts[0]
         node = self._measured(node)
