@@ -54,6 +54,7 @@ def ours(case: dict[str, Any]) -> bool:
         case["ground_truth"],
         extraction=case["extraction"],
         decimal_comma=case.get("decimal_comma"),
+        matrix_products=case.get("matrix_products"),
     )
     return verdict.score == 1.0
 

@@ -22,7 +22,11 @@ import re
 from dataclasses import dataclass
 
 from rlsys.math_verifier import words
-from rlsys.math_verifier.comparison import MIN_DIGITS_OF_ROUNDED, same_answer
+from rlsys.math_verifier.comparison import (
+    MIN_DIGITS_OF_ROUNDED,
+    holds_matrix_product,
+    same_answer,
+)
 from rlsys.math_verifier.extraction import (
     EXTRACTIONS,
     after_hashes,
@@ -77,13 +81,15 @@ def verify_math(
     *,
     extraction: str = "boxed",
     decimal_comma: bool | None = None,
+    matrix_products: bool | None = None,
 ) -> MathVerdict:
     """Decide whether the answer of `completion` equals `ground_truth`. Never raises.
 
     `extraction` says where the answer stands: see `extract_answer`. With `decimal_comma` the answer
-    `2,74` equals 2.74 as well as the list of 2 and 74; None allows it in `lenient` only.
-    Mathematical objects are compared, not their forms: an unsimplified fraction or an unexpanded
-    product is right. `docs/math_verifier.md` has the conventions.
+    `2,74` equals 2.74 as well as the list of 2 and 74, and with `matrix_products` a product or
+    power of matrices may be left uncomputed; None allows either in `lenient` only. Mathematical
+    objects are compared, not their forms: an unsimplified fraction or an unexpanded product is
+    right. `docs/math_verifier.md` has the conventions.
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
@@ -104,9 +110,13 @@ def verify_math(
             reason="too_long",
         )
 
-    if decimal_comma is None:
-        decimal_comma = extraction == "lenient"
-    equal, rule, reason = same_answer_text(answer, truth, decimal_comma=decimal_comma)
+    lenient = extraction == "lenient"
+    equal, rule, reason = same_answer_text(
+        answer,
+        truth,
+        decimal_comma=lenient if decimal_comma is None else decimal_comma,
+        matrix_products=lenient if matrix_products is None else matrix_products,
+    )
     return MathVerdict(
         score=float(equal),
         answer=answer,
@@ -157,13 +167,25 @@ def _is_a_few_words(phrase: str) -> bool:
     return letters and not latex and len(phrase.split()) <= MAX_WORDS_OF_AN_ANSWER
 
 
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """What is allowed besides the grammar; `verify_math` explains it."""
+
+    decimal_comma: bool
+    matrix_products: bool
+
+
 def same_answer_text(
-    answer: str, truth: str, *, decimal_comma: bool = False
+    answer: str, truth: str, *, decimal_comma: bool = False, matrix_products: bool = False
 ) -> tuple[bool, str, str]:
     """Compare two answers: (whether they are equal, the rule that decided, the reason if not).
 
     Symmetric; never raises.
     """
+    return _same_text(answer, truth, _Allowed(decimal_comma, matrix_products))
+
+
+def _same_text(answer: str, truth: str, allowed: _Allowed) -> tuple[bool, str, str]:
     answer, truth = unescaped(answer), unescaped(truth)
     if answer == truth:
         return True, "text", "correct"
@@ -177,12 +199,12 @@ def same_answer_text(
     if same_time is not None:
         return same_time, "time", "wrong"
 
-    same_choice = _same_choice(answer, truth, decimal_comma)
+    same_choice = _same_choice(answer, truth, allowed)
     if same_choice is not None:
         return same_choice, "choice", "wrong"
 
     try:
-        return _same_parsed(words.meaning(answer), words.meaning(truth), decimal_comma)
+        return _same_parsed(words.meaning(answer), words.meaning(truth), allowed)
     except (UnparsableError, RecursionError):
         return _same_words(answer, truth)
 
@@ -191,10 +213,12 @@ def _may_be_rounded(number: str) -> bool:
     return "." in number and len(number) > MIN_DIGITS_OF_ROUNDED
 
 
-def _same_parsed(answer: str, truth: str, decimal_comma: bool) -> tuple[bool, str, str]:
+def _same_parsed(answer: str, truth: str, allowed: _Allowed) -> tuple[bool, str, str]:
     try:
-        first = readings(answer, decimal_comma=decimal_comma)
-        second = readings(truth, decimal_comma=decimal_comma)
+        first = readings(answer, decimal_comma=allowed.decimal_comma)
+        second = readings(truth, decimal_comma=allowed.decimal_comma)
+        if not allowed.matrix_products and any(map(holds_matrix_product, (*first, *second))):
+            return first == second, "expression", "wrong"
         pairs = [(a, b) for b in second for a in first]
         return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
     except TooLargeError:
@@ -226,24 +250,23 @@ def _same_time(answer: str, truth: str) -> bool | None:
     return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
 
 
-def _same_choice(answer: str, truth: str, decimal_comma: bool) -> bool | None:
+def _same_choice(answer: str, truth: str, allowed: _Allowed) -> bool | None:
     """Compare the letters of a multiple-choice question; None where the answers are not choices.
 
     A label and the text of its option may come together.
     """
     first, second = words.choice(answer), words.choice(truth)
     if first is not None and second is not None:
-        return _same_labels(first, second, decimal_comma)
+        return _same_labels(first, second, allowed)
 
     for labelled, other in ((first, truth), (second, answer)):
         if labelled is not None and labelled[1]:
-            same = same_answer_text(labelled[1], other, decimal_comma=decimal_comma)
-            return same[0] or None
+            return _same_text(labelled[1], other, allowed)[0] or None
     return None
 
 
 def _same_labels(
-    first: tuple[str, str, bool], second: tuple[str, str, bool], decimal_comma: bool
+    first: tuple[str, str, bool], second: tuple[str, str, bool], allowed: _Allowed
 ) -> bool | None:
     """Compare two choices as `words.choice` returns them: letter, text, whether it is marked."""
     first_letter, first_text, first_marked = first
@@ -252,7 +275,7 @@ def _same_labels(
     if first_letter == second_letter:
         if not first_text or not second_text:
             return True
-        return same_answer_text(first_text, second_text, decimal_comma=decimal_comma)[0]
+        return _same_text(first_text, second_text, allowed)[0]
 
     # Letters that differ in case alone may be two variables, unless one is marked as a choice.
     if first_marked or second_marked:

@@ -55,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="read 2,74 as 2.74 too (default: with --extraction lenient only)",
     )
     parser.add_argument(
+        "--matrix-products",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="accept uncomputed products of matrices (default: with --extraction lenient only)",
+    )
+    parser.add_argument(
         "--file",
         type=Path,
         help="JSONL or Parquet with a completion and a ground truth in each row",
@@ -94,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.ground_truth,
         extraction=options.extraction,
         decimal_comma=options.decimal_comma,
+        matrix_products=options.matrix_products,
     )
     for name, value in asdict(verdict).items():
         print(f"{name.replace('_', ' '):12} {value}")
@@ -116,6 +123,7 @@ def score_file(options: argparse.Namespace) -> int:
             truth,
             extraction=options.extraction,
             decimal_comma=options.decimal_comma,
+            matrix_products=options.matrix_products,
         )
         scored.append(row | {"extraction": options.extraction} | asdict(verdict))
 

@@ -681,6 +681,21 @@ def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
     return Matrix(tuple(rows))
 
 
+def holds_matrix_product(node: Node) -> bool:
+    """Return whether a node holds a product or a power of matrices that is left uncomputed."""
+    match node:
+        case Product(factors) if any(map(_written_matrix, factors)):
+            return sum(map(_holds_matrix, factors)) > 1
+        case Power(base, _) if _written_matrix(base):
+            return True
+        case _:
+            return any(map(holds_matrix_product, children(node)))
+
+
+def _written_matrix(node: Node) -> bool:
+    return isinstance(node, Matrix) or any(map(_written_matrix, children(node)))
+
+
 def _holds_matrix(node: Node) -> bool:
     return isinstance(node, Matrix | Group) or any(_holds_matrix(child) for child in children(node))
 

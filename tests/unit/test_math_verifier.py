@@ -108,6 +108,7 @@ def verdict(case: dict) -> bool:
         case["ground_truth"],
         extraction=extraction,
         decimal_comma=case.get("decimal_comma"),
+        matrix_products=case.get("matrix_products"),
     )
     return found.score == 1.0
 
@@ -123,12 +124,12 @@ def test_labelled_set():
 
 def test_symmetric_and_reflexive_on_the_labelled_set():
     pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case]
-    for comma in (False, True):
+    for more in (False, True):
         asymmetric = [
             (first, second)
             for first, second in pairs
-            if same_answer_text(first, second, decimal_comma=comma)[0]
-            != same_answer_text(second, first, decimal_comma=comma)[0]
+            if same_answer_text(first, second, decimal_comma=more, matrix_products=more)[0]
+            != same_answer_text(second, first, decimal_comma=more, matrix_products=more)[0]
         ]
         assert asymmetric == []
     texts = [text for pair in pairs for text in pair]
@@ -302,9 +303,12 @@ def check_any_pair(examples: int) -> None:
     def check(first: str, second: str) -> None:
         assert verify_math(first, second).score in (0.0, 1.0)
         assert verify_math(f"\\boxed{{{first}}}", second, extraction="lenient").score in (0.0, 1.0)
-        for comma in (False, True):
-            forwards = same_answer_text(first, second, decimal_comma=comma)[0]
-            assert forwards == same_answer_text(second, first, decimal_comma=comma)[0]
+        for more in (False, True):
+            forwards = same_answer_text(first, second, decimal_comma=more, matrix_products=more)[0]
+            assert (
+                forwards
+                == same_answer_text(second, first, decimal_comma=more, matrix_products=more)[0]
+            )
         assert same_answer_text(first, first)[0]
 
     check()
@@ -324,6 +328,10 @@ def test_command_line_prints_verdict_and_rule(capsys: pytest.CaptureFixture[str]
     assert main([r"\boxed{0,5}", "0.5", "--decimal-comma"]) == 0
     assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient"]) == 0
     assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient", "--no-decimal-comma"]) == 1
+    product = r"\begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}3\\4\end{pmatrix}"
+    value = r"\begin{pmatrix}11\end{pmatrix}"
+    assert main([f"\\boxed{{{product}}}", value]) == 1
+    assert main([f"\\boxed{{{product}}}", value, "--matrix-products"]) == 0
 
 
 def test_command_line_scores_files_and_compares_runs(
