@@ -14,7 +14,7 @@ Verdicts per second through the reward pool, by number of processes:
     python -m benchmarks.math_verifier --pool 2
 
 The labelled set is tests/data/math_verifier_cases.jsonl: `answer` (put into a box) or `completion`,
-`ground_truth`, `expected`, and a kind. Results are recorded in docs/math_verifier.md.
+`ground_truth`, `expected`, a kind, and options. Results are recorded in docs/math_verifier.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ def load_cases() -> list[dict[str, Any]]:
 
 def ours(case: dict[str, Any]) -> bool:
     """Verify with rlsys."""
-    verdict = verify_math(case["completion"], case["ground_truth"], extraction=case["extraction"])
+    verdict = verify_math(
+        case["completion"],
+        case["ground_truth"],
+        extraction=case["extraction"],
+        decimal_comma=case.get("decimal_comma"),
+        matrix_products=case.get("matrix_products"),
+    )
     return verdict.score == 1.0
 
 

@@ -22,14 +22,20 @@ import re
 from dataclasses import dataclass
 
 from rlsys.math_verifier import words
-from rlsys.math_verifier.comparison import same_answer
+from rlsys.math_verifier.comparison import (
+    MIN_DIGITS_OF_ROUNDED,
+    holds_matrix_product,
+    same_answer,
+)
 from rlsys.math_verifier.extraction import (
     EXTRACTIONS,
     after_hashes,
     extract_answer,
     has_one_filled_box,
     last_boxed,
+    last_boxes,
 )
+from rlsys.math_verifier.lexer import unescaped
 from rlsys.math_verifier.limits import (
     MAX_ANSWER_CHARACTERS,
     MAX_WORDS_OF_AN_ANSWER,
@@ -41,6 +47,7 @@ from rlsys.math_verifier.nodes import Node
 from rlsys.math_verifier.normal_form import normal_form
 from rlsys.math_verifier.parser import readings
 from rlsys.math_verifier.plain_numbers import plain_number
+from rlsys.math_verifier.prose import announced_after
 
 __all__ = [
     "EXTRACTIONS",
@@ -50,6 +57,7 @@ __all__ = [
     "ground_truth_answer",
     "has_one_filled_box",
     "last_boxed",
+    "last_boxes",
     "reads_ground_truth",
     "same_answer_text",
     "verify_math",
@@ -67,16 +75,26 @@ class MathVerdict:
     reason: str  # "correct", "wrong", "no_answer", "too_long", "too_large", "unparsable"
 
 
-def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed") -> MathVerdict:
+def verify_math(
+    completion: str,
+    ground_truth: str,
+    *,
+    extraction: str = "boxed",
+    decimal_comma: bool | None = None,
+    matrix_products: bool | None = None,
+) -> MathVerdict:
     """Decide whether the answer of `completion` equals `ground_truth`. Never raises.
 
-    `extraction` says where the answer stands: see `extract_answer`. Mathematical objects are
-    compared, not their forms: an unsimplified fraction or an unexpanded product is right.
-    `docs/math_verifier.md` has the conventions.
+    `extraction` says where the answer stands: see `extract_answer`. With `decimal_comma` the answer
+    `2,74` equals 2.74 as well as the list of 2 and 74, and with `matrix_products` a product or
+    power of matrices may be left uncomputed; None allows either in `lenient` only. Mathematical
+    objects are compared, not their forms: an unsimplified fraction or an unexpanded product is
+    right. `docs/math_verifier.md` has the conventions.
 
     Example: `verify_math(r"... \\boxed{0.5}", r"\\frac{1}{2}").score == 1.0`.
     """
-    answer = extract_answer(completion, extraction)
+    truth = ground_truth_answer(ground_truth)
+    answer = extract_answer(completion, extraction, keep_equation="=" in truth)
 
     if answer is None:
         return MathVerdict(
@@ -92,11 +110,17 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
             reason="too_long",
         )
 
-    equal, rule, reason = same_answer_text(answer, ground_truth_answer(ground_truth))
+    lenient = extraction == "lenient"
+    equal, rule, reason = same_answer_text(
+        answer,
+        truth,
+        decimal_comma=lenient if decimal_comma is None else decimal_comma,
+        matrix_products=lenient if matrix_products is None else matrix_products,
+    )
     return MathVerdict(
         score=float(equal),
         answer=answer,
-        normal_form=normal_form(answer),
+        normal_form=normal_form(unescaped(answer)),
         rule=rule,
         reason="correct" if equal else reason,
     )
@@ -105,14 +129,15 @@ def verify_math(completion: str, ground_truth: str, *, extraction: str = "boxed"
 def ground_truth_answer(ground_truth: str) -> str:
     r"""Return the answer in a ground truth.
 
-    It is what follows the last `####` (GSM8K), else the last box, else the whole text.
+    It is what follows the last `####` (GSM8K), else the last box with the boxes joined to it, else
+    the mathematics after "the final answer is", else the whole text.
 
     Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and
     `ground_truth_answer(r"\boxed{72}")` are `"72"`.
     """
     marked = after_hashes(ground_truth)
     text = ground_truth if marked is None else marked
-    return (last_boxed(text) or text).strip()
+    return (last_boxes(text) or announced_after(text) or text).strip()
 
 
 def reads_ground_truth(ground_truth: str) -> bool:
@@ -122,7 +147,7 @@ def reads_ground_truth(ground_truth: str) -> bool:
     right only where a completion repeats it, so a solution in prose, or LaTeX that the grammar
     does not know, gives False.
     """
-    truth = ground_truth_answer(ground_truth)
+    truth = unescaped(ground_truth_answer(ground_truth))
     if not truth or len(truth) > MAX_ANSWER_CHARACTERS:
         return False
     if plain_number(truth) is not None or words.clock(truth) or words.choice(truth):
@@ -142,35 +167,59 @@ def _is_a_few_words(phrase: str) -> bool:
     return letters and not latex and len(phrase.split()) <= MAX_WORDS_OF_AN_ANSWER
 
 
-def same_answer_text(answer: str, truth: str) -> tuple[bool, str, str]:
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """What is allowed besides the grammar; `verify_math` explains it."""
+
+    decimal_comma: bool
+    matrix_products: bool
+
+
+def same_answer_text(
+    answer: str, truth: str, *, decimal_comma: bool = False, matrix_products: bool = False
+) -> tuple[bool, str, str]:
     """Compare two answers: (whether they are equal, the rule that decided, the reason if not).
 
     Symmetric; never raises.
     """
+    return _same_text(answer, truth, _Allowed(decimal_comma, matrix_products))
+
+
+def _same_text(answer: str, truth: str, allowed: _Allowed) -> tuple[bool, str, str]:
+    answer, truth = unescaped(answer), unescaped(truth)
     if answer == truth:
         return True, "text", "correct"
 
     first, second = plain_number(answer), plain_number(truth)
-    if first is not None and second is not None:
+    rounded = _may_be_rounded(answer) or _may_be_rounded(truth)
+    if first is not None and second is not None and (first == second or not rounded):
         return first == second, "number", "wrong"
 
     same_time = _same_time(answer, truth)
     if same_time is not None:
         return same_time, "time", "wrong"
 
-    same_choice = _same_choice(answer, truth)
+    same_choice = _same_choice(answer, truth, allowed)
     if same_choice is not None:
         return same_choice, "choice", "wrong"
 
     try:
-        return _same_parsed(words.meaning(answer), words.meaning(truth))
+        return _same_parsed(words.meaning(answer), words.meaning(truth), allowed)
     except (UnparsableError, RecursionError):
         return _same_words(answer, truth)
 
 
-def _same_parsed(answer: str, truth: str) -> tuple[bool, str, str]:
+def _may_be_rounded(number: str) -> bool:
+    return "." in number and len(number) > MIN_DIGITS_OF_ROUNDED
+
+
+def _same_parsed(answer: str, truth: str, allowed: _Allowed) -> tuple[bool, str, str]:
     try:
-        pairs = [(a, b) for b in readings(truth) for a in readings(answer)]
+        first = readings(answer, decimal_comma=allowed.decimal_comma)
+        second = readings(truth, decimal_comma=allowed.decimal_comma)
+        if not allowed.matrix_products and any(map(holds_matrix_product, (*first, *second))):
+            return first == second, "expression", "wrong"
+        pairs = [(a, b) for b in second for a in first]
         return any(_equal_or_undefined(a, b) for a, b in pairs), "expression", "wrong"
     except TooLargeError:
         return False, "expression", "too_large"
@@ -201,22 +250,24 @@ def _same_time(answer: str, truth: str) -> bool | None:
     return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
 
 
-def _same_choice(answer: str, truth: str) -> bool | None:
+def _same_choice(answer: str, truth: str, allowed: _Allowed) -> bool | None:
     """Compare the letters of a multiple-choice question; None where the answers are not choices.
 
     A label and the text of its option may come together.
     """
     first, second = words.choice(answer), words.choice(truth)
     if first is not None and second is not None:
-        return _same_labels(first, second)
+        return _same_labels(first, second, allowed)
 
     for labelled, other in ((first, truth), (second, answer)):
         if labelled is not None and labelled[1]:
-            return same_answer_text(labelled[1], other)[0] or None
+            return _same_text(labelled[1], other, allowed)[0] or None
     return None
 
 
-def _same_labels(first: tuple[str, str, bool], second: tuple[str, str, bool]) -> bool | None:
+def _same_labels(
+    first: tuple[str, str, bool], second: tuple[str, str, bool], allowed: _Allowed
+) -> bool | None:
     """Compare two choices as `words.choice` returns them: letter, text, whether it is marked."""
     first_letter, first_text, first_marked = first
     second_letter, second_text, second_marked = second
@@ -224,7 +275,7 @@ def _same_labels(first: tuple[str, str, bool], second: tuple[str, str, bool]) ->
     if first_letter == second_letter:
         if not first_text or not second_text:
             return True
-        return same_answer_text(first_text, second_text)[0]
+        return _same_text(first_text, second_text, allowed)[0]
 
     # Letters that differ in case alone may be two variables, unless one is marked as a choice.
     if first_marked or second_marked:

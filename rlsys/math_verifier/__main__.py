@@ -49,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where the answer stands (default: boxed)",
     )
     parser.add_argument(
+        "--decimal-comma",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="read 2,74 as 2.74 too (default: with --extraction lenient only)",
+    )
+    parser.add_argument(
+        "--matrix-products",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="accept uncomputed products of matrices (default: with --extraction lenient only)",
+    )
+    parser.add_argument(
         "--file",
         type=Path,
         help="JSONL or Parquet with a completion and a ground truth in each row",
@@ -83,7 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.completion is None or options.ground_truth is None:
         parser.error("give a completion and a ground truth, --file, or --compare")
 
-    verdict = verify_math(options.completion, options.ground_truth, extraction=options.extraction)
+    verdict = verify_math(
+        options.completion,
+        options.ground_truth,
+        extraction=options.extraction,
+        decimal_comma=options.decimal_comma,
+        matrix_products=options.matrix_products,
+    )
     for name, value in asdict(verdict).items():
         print(f"{name.replace('_', ' '):12} {value}")
     return 0 if verdict.score == 1.0 else 1
@@ -100,7 +118,13 @@ def score_file(options: argparse.Namespace) -> int:
     for row in track(rows, description="scoring", disable=not sys.stderr.isatty()):
         completion = str(row[options.completion_column])
         truth = str(row[options.ground_truth_column])
-        verdict = verify_math(completion, truth, extraction=options.extraction)
+        verdict = verify_math(
+            completion,
+            truth,
+            extraction=options.extraction,
+            decimal_comma=options.decimal_comma,
+            matrix_products=options.matrix_products,
+        )
         scored.append(row | {"extraction": options.extraction} | asdict(verdict))
 
     out = options.out or options.file.with_suffix(".verdicts.parquet")

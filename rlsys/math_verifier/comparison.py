@@ -9,6 +9,9 @@ from fractions import Fraction
 from rlsys.math_verifier.evaluation import exact, real_value, same_value
 from rlsys.math_verifier.limits import (
     MAX_LIST_ITEMS,
+    MAX_MATRIX_EXPONENT,
+    MAX_MATRIX_NODES,
+    MAX_MATRIX_SIDE,
     MAX_SIGN_CHOICES,
     TooLargeError,
     UndefinedError,
@@ -56,6 +59,9 @@ from rlsys.math_verifier.units import parse_unit
 # Digits that an approximate value must show, to equal another decimal or an exact value.
 MIN_DIGITS_OF_DECIMAL = 3
 MIN_DIGITS_OF_EXACT = 4
+# Digits that make a decimal a rounding without being said to be one, and those of a double.
+MIN_DIGITS_OF_ROUNDED = 12
+DIGITS_OF_DOUBLE = 15
 
 
 def same_answer(left: Node, right: Node) -> bool:
@@ -127,6 +133,10 @@ def _simplified_listing(node: Listing) -> Node:
             return total
 
     items = _flattened(node.items)
+    if all(isinstance(item, Group) for item in items):
+        items = tuple(dict.fromkeys(items))  # a point given twice is one point
+        if len(items) == 1:
+            return items[0]
     if node.separator == "or" and _are_one_value(items):
         return items[0]  # 0.5 or 1/2
     return Listing(items, node.separator)
@@ -241,7 +251,7 @@ def _is_part_of_name(node: Node) -> bool:
 def is_name(node: Node) -> bool:
     """Return whether a side of an equation only names the value of the other side.
 
-    Names are x, f(x), AB, P(A), (x, y).
+    Names are x, f(x), AB, P(A), (x, y), AB : BC.
     """
     if isinstance(node, Symbol):
         return node != REALS
@@ -257,6 +267,8 @@ def is_name(node: Node) -> bool:
         )
     if isinstance(node, Group):
         return all(isinstance(item, Symbol) for item in node.items)
+    if isinstance(node, Ratio):
+        return all(map(is_name, node.parts))
     return isinstance(node, Constant) and node.name == "i"
 
 
@@ -278,6 +290,7 @@ def _simplified_relation(node: Relation) -> Node:
     # Two sides with a variable are an equation; any other chain states equal values.
     is_chain = named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))
     if len(values) > 1 and is_chain:
+        values = _without_formulas(values)
         if not all(same_answer(values[0], value) for value in values[1:]):
             raise UnparsableError("a chain of different values")
         values = values[-1:]
@@ -292,8 +305,24 @@ def _simplified_relation(node: Relation) -> Node:
     return Relation((parts[0], value), ("=",))
 
 
+def _without_formulas(values: list[Node]) -> list[Node]:
+    """Return a chain that ends in a constant without its formulas: pi r^2 of A = pi r^2 = 9 pi.
+
+    A variable alone is no formula but a second name: x = y = 3 has two values.
+    """
+    if symbols(values[-1]):
+        return values
+    formulas = Sum | Product | Power
+    return [value for value in values if not isinstance(value, formulas) or not symbols(value)]
+
+
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
-    """Return `2/3 ~ 0.67` as the exact and the rounded value, if the rounding is right."""
+    """Return `2/3 ~ 0.67` as the exact and the rounded value; without a rounding that is wrong."""
+    if len(parts) > 2 and set(operators[:-1]) == {"="}:
+        exact_part = simplified(Relation(tuple(parts[:-1]), tuple(operators[:-1])))
+        if isinstance(exact_part, Relation) and is_name(exact_part.parts[0]):
+            exact_part = exact_part.parts[1]
+        parts, operators = [exact_part, parts[-1]], operators[-1:]
     if is_name(parts[0]):
         parts, first = parts[1:], operators[0]
         operators = operators[1:]
@@ -304,7 +333,7 @@ def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
     if len(values) != 2 or not isinstance(values[1], Number):
         raise UnparsableError("a wrong approximation")
     if not _rounds_to(values[0], values[1], minimum=1):
-        raise UnparsableError("a wrong approximation")
+        return simplified(parts[0])  # a wrong rounding is no answer, but the exact value is one
     return Listing((parts[0], Approximate(parts[1])), "~")
 
 
@@ -317,7 +346,8 @@ def _equations(left: Node, right: Node) -> bool:
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        if not is_name(left.parts[0]) or isinstance(right, Ratio):
+        name = left.parts[0]
+        if not is_name(name) or (isinstance(right, Ratio) and not isinstance(name, Ratio)):
             return False
         return same_answer(left.parts[1], right)
     if right.operators != ("=",):
@@ -369,24 +399,70 @@ def _inequalities(left: Node, right: Node) -> bool:
 
 
 def _assignments(left: Node, right: Node) -> bool:
-    """Compare x = 3, y = -1 with (3, -1), and AB = 9, CD = 4 with the same in any order.
+    """Compare values of several variables, `x = 3, y = -1`, with the same, or without the names.
 
-    The variables of a tuple are in alphabetical order.
+    `(3, -1)` has the values in the alphabetical order of the names, and `3, -1` has them as written
+    on the other side. With several solutions (`x = 3, y = -1; x = 1, y = 2`) each is a tuple.
     """
-    if not isinstance(left, Listing) or not all(_is_equation(item) for item in left.items):
-        return False
-    equations = [item for item in left.items if isinstance(item, Relation)]
-    if not all(is_name(equation.parts[0]) for equation in equations):
+    if not isinstance(left, Listing) or not _is_assigned(left):
         return False
 
-    values = {str(equation.parts[0]): equation.parts[1] for equation in equations}
-    if len(values) != len(left.items):
-        return False
-    if isinstance(right, Group) and (right.opening, right.closing) in (("(", ")"), ("<", ">")):
-        return _same_items([values[name] for name in sorted(values)], right.items)
+    solutions = _solutions(left)
+    if solutions is None:
+        return isinstance(right, Listing) and _same_equations(left, right)
     if isinstance(right, Listing) and all(_is_equation(item) for item in right.items):
-        return _same_multiset(left.items, right.items)
+        others = _solutions(right) if _is_assigned(right) else None
+        if others is None:
+            return len(solutions) == 1 and _same_equations(left, right)
+        return solutions[0].keys() == others[0].keys() and _same_multiset(
+            [_as_tuple(solution) for solution in solutions],
+            [_as_tuple(solution) for solution in others],
+        )
+
+    points = right.items if isinstance(right, Listing | SetOf) else (right,)
+    if all(map(_is_tuple, points)):
+        return _same_multiset([_as_tuple(solution) for solution in solutions], points)
+    if isinstance(right, Listing) and len(solutions) == 1:
+        return _same_items(tuple(solutions[0].values()), right.items)
     return False
+
+
+def _is_assigned(node: Node) -> bool:
+    """Return whether a list gives the values of several variables."""
+    if not isinstance(node, Listing) or not all(map(_is_assignment, node.items)):
+        return False
+    return len({children(item)[0] for item in node.items}) > 1
+
+
+def _is_assignment(node: Node) -> bool:
+    return isinstance(node, Relation) and _is_equation(node) and is_name(node.parts[0])
+
+
+def _solutions(node: Listing) -> list[dict[str, Node]] | None:
+    """Return the values by name; a new solution begins where the first name is used again.
+
+    None where the solutions have different names.
+    """
+    solutions: list[dict[str, Node]] = [{}]
+    for item in node.items:
+        name, value = children(item)
+        if str(name) in solutions[-1]:
+            solutions.append({})
+        solutions[-1][str(name)] = value
+    same_names = all(solution.keys() == solutions[0].keys() for solution in solutions)
+    return solutions if same_names else None
+
+
+def _as_tuple(solution: dict[str, Node]) -> Group:
+    return Group("(", tuple(solution[name] for name in sorted(solution)), ")")
+
+
+def _is_tuple(node: Node) -> bool:
+    return isinstance(node, Group) and (node.opening, node.closing) in (("(", ")"), ("<", ">"))
+
+
+def _same_equations(left: Listing, right: Listing) -> bool:
+    return all(map(_is_equation, right.items)) and _same_multiset(left.items, right.items)
 
 
 def _is_equation(node: Node) -> bool:
@@ -436,6 +512,8 @@ def _finite_sets(left: Node, right: Node) -> bool:
             return False
         return same_answer(left.items[0], right)
 
+    if _is_assigned(right):
+        return False  # a set does not say which value belongs to which variable
     _bound(left.items, right.items)
     if not left.items or not right.items:
         return not left.items and not right.items
@@ -463,8 +541,8 @@ def _lists(left: Node, right: Node) -> bool:
         if isinstance(right, Listing):
             return _same_items(left.items, right.items)
         return any(_item(item, right) for item in left.items)
-    if not isinstance(right, Listing):
-        return False
+    if not isinstance(right, Listing) or _is_assigned(left) or _is_assigned(right):
+        return False  # values of several variables have a rule of their own
     return _same_multiset(left.items, right.items)
 
 
@@ -508,7 +586,7 @@ def _brackets(group: Group) -> tuple[str, str]:
 
 
 def as_matrix(node: Node) -> Matrix | None:
-    """Evaluate sums, multiples and transposes of matrices and vectors; None for anything else."""
+    """Evaluate sums, products and transposes of matrices and vectors; None for anything else."""
     match node:
         case Matrix():
             return node
@@ -522,25 +600,72 @@ def as_matrix(node: Node) -> Matrix | None:
         case Call("binomial", arguments):
             return Matrix(tuple((argument,) for argument in arguments))
         case Product(factors):
-            return _multiple(factors)
+            return _product_of_matrices(factors) or _unit_vectors(node)
+        case Power(base, Number(exponent, _)):
+            return _power_of_matrix(base, exponent)
         case Sum(terms):
             return _sum_of_matrices(terms) or _unit_vectors(node)
         case _:
             return _unit_vectors(node)
 
 
-def _multiple(factors: tuple[Node, ...]) -> Matrix | None:
-    matrices = [
-        as_matrix(factor) if isinstance(factor, Matrix | Group) else None for factor in factors
-    ]
-    if sum(matrix is not None for matrix in matrices) != 1:
-        return _unit_vectors(Product(factors))
+def _product_of_matrices(factors: tuple[Node, ...]) -> Matrix | None:
+    """Return the product of numbers and matrices; None where the shapes do not fit."""
+    matrices = [as_matrix(factor) if _holds_matrix(factor) else None for factor in factors]
+    present = [matrix for matrix in matrices if matrix is not None]
+    unknown = any(
+        matrix is None and _holds_matrix(factor)
+        for factor, matrix in zip(factors, matrices, strict=True)
+    )
+    if unknown or not present:
+        return None
 
-    matrix = next(matrix for matrix in matrices if matrix is not None)
+    product = present[0]
+    for matrix in present[1:]:
+        multiplied = _multiplied(product, matrix)
+        if multiplied is None:
+            return None
+        product = multiplied
+
     scalars = [factor for factor, m in zip(factors, matrices, strict=True) if m is None]
+    if not scalars:
+        return product
     scalar = Product(tuple(scalars))
-    rows = tuple(tuple(Product((scalar, cell)) for cell in row) for row in matrix.rows)
-    return Matrix(rows, matrix.determinant)
+    rows = tuple(tuple(Product((scalar, cell)) for cell in row) for row in product.rows)
+    return Matrix(rows, product.determinant)
+
+
+def _multiplied(left: Matrix, right: Matrix) -> Matrix | None:
+    columns = tuple(zip(*right.rows, strict=True))
+    if len(left.rows[0]) != len(right.rows) or left.determinant or right.determinant:
+        return None
+    if max(len(left.rows), len(right.rows), len(columns)) > MAX_MATRIX_SIDE:
+        raise TooLargeError
+    rows = [[_inner_product(row, column) for column in columns] for row in left.rows]
+    if sum(_size(cell) for row in rows for cell in row) > MAX_MATRIX_NODES:
+        raise TooLargeError
+    return Matrix(tuple(map(tuple, rows)))
+
+
+def _size(node: Node) -> int:
+    return 1 + sum(map(_size, children(node)))
+
+
+def _inner_product(first: tuple[Node, ...], second: tuple[Node, ...]) -> Node:
+    """Return the sum of the products; a constant as a number, which keeps long products small."""
+    total = Sum(tuple(Product(pair) for pair in zip(first, second, strict=True)))
+    value = exact(total)
+    return total if value is None else Number(value)
+
+
+def _power_of_matrix(base: Node, exponent: Fraction) -> Matrix | None:
+    if exponent.denominator != 1 or not 0 < exponent <= MAX_MATRIX_EXPONENT:
+        return None
+    matrix = as_matrix(base) if _holds_matrix(base) else None
+    power = matrix
+    for _ in range(int(exponent) - 1):
+        power = _multiplied(power, matrix) if power and matrix else None
+    return power
 
 
 def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
@@ -554,6 +679,21 @@ def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
     for same_row in zip(*(matrix.rows for matrix in present), strict=True):
         rows.append(tuple(Sum(cells) for cells in zip(*same_row, strict=True)))
     return Matrix(tuple(rows))
+
+
+def holds_matrix_product(node: Node) -> bool:
+    """Return whether a node holds a product or a power of matrices that is left uncomputed."""
+    match node:
+        case Product(factors) if any(map(_written_matrix, factors)):
+            return sum(map(_holds_matrix, factors)) > 1
+        case Power(base, _) if _written_matrix(base):
+            return True
+        case _:
+            return any(map(holds_matrix_product, children(node)))
+
+
+def _written_matrix(node: Node) -> bool:
+    return isinstance(node, Matrix) or any(map(_written_matrix, children(node)))
 
 
 def _holds_matrix(node: Node) -> bool:
@@ -752,6 +892,34 @@ def _roundings(left: Node, right: Node) -> bool:
     return _rounds_to(against, plain, minimum=minimum)
 
 
+def _is_long_decimal(node: Node) -> bool:
+    """Return whether a number has so many digits that it must be a rounding."""
+    if not isinstance(node, Number) or not node.decimals:
+        return False
+    return abs(node.value) * 10**node.decimals >= 10 ** (MIN_DIGITS_OF_ROUNDED - 1)
+
+
+def _long_decimals(left: Node, right: Node) -> bool:
+    """Compare 0.0833333333333333 with 1/12: with what it rounds, but with no other decimal.
+
+    The last digit may be off by one, and only as many digits as a double has must agree.
+    """
+    if not _is_long_decimal(left) or not isinstance(right, _EXPRESSIONS) or symbols(right):
+        return False
+    is_short = isinstance(right, Number) and (right.decimals or right.value.denominator == 1)
+    if is_short or _holds_unit(right):
+        return False
+
+    assert isinstance(left, Number)
+    unit = Fraction(1, 10 ** (left.decimals or 0))
+    tolerance = max(unit, abs(left.value) / 10**DIGITS_OF_DOUBLE)
+    try:
+        distance = abs(real_value(Number(left.value)) - real_value(right))
+    except (UnparsableError, UndefinedError, TooLargeError):
+        return False
+    return bool(distance <= real_value(Number(tolerance)))
+
+
 def _ratios(left: Node, right: Node) -> bool:
     if not isinstance(left, Ratio):
         return False
@@ -786,4 +954,5 @@ _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _assignments,
     _memberships,
     _sets,
+    _long_decimals,
 )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 
-EXTRACTIONS = ("boxed", "answer_tag", "after_hashes", "lenient")
+from rlsys.math_verifier.limits import MAX_LIST_ITEMS
+from rlsys.math_verifier.prose import announced, announced_after, answer_at_the_end
+
+EXTRACTIONS = ("boxed", "boxes", "answer_tag", "after_hashes", "lenient")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 _BARE = re.compile(r"[^\s${}\\]+")
-_ANNOUNCED = re.compile(r"(?:answer\s+is|answer\s*:|answer\s*=)\s*:?", re.IGNORECASE)
-_DISPLAYED = re.compile(
-    r"\$\$([^$]{1,500})\$\$|\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL
+# What stands between two boxes that are one answer: a comma, "and", "for part (a) and", "and y =".
+_BETWEEN_BOXES = re.compile(
+    r"(?:for [\w() ]{1,30}?)?(?:[,;]|(?:[,;] ?)?\b(?:and|or)\b|&)(?: [A-Za-z]\w{0,2} =)?",
+    re.IGNORECASE,
 )
-_LAST_LINE_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
-MAX_LINE = 1000
+_TEXT_BETWEEN = re.compile(r"\\+(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}")
+_SPACING_BETWEEN = re.compile(r"\\+(?:quad|qquad|[,;:! ])|[\s~]")
+_DELIMITER = re.compile(r"\$+|\\+[()\[\]]")
+MAX_BETWEEN_BOXES = 80
 
 
 def last_boxed(text: str) -> str | None:
@@ -26,12 +32,53 @@ def last_boxed(text: str) -> str | None:
     Example: `last_boxed(r"so \boxed{\frac{1}{2}}")` is `\frac{1}{2}`.
     """
     match = _last_box(text)
-    if match is None:
-        return None
-    if match[1]:
-        return _balanced(text, match.end())
-    bare = _BARE.match(text, match.end())
+    return None if match is None else _content(text, match)
+
+
+def _content(text: str, box: re.Match[str]) -> str | None:
+    if box[1]:
+        return _balanced(text, box.end())
+    bare = _BARE.match(text, box.end())
     return bare[0].rstrip(".,;:") if bare else None
+
+
+def last_boxes(text: str) -> str | None:
+    r"""Return the last box together with the boxes that it is joined to, as one list.
+
+    Boxes are joined by a comma, a semicolon, "and" or "or" between them, or by nothing. Boxes with
+    other text between them are separate, and the last one counts, as in `last_boxed`.
+
+    Example: `last_boxes(r"so \boxed{-2} and \boxed{1}")` is `-2, 1`.
+    """
+    box = _last_box(text)
+    content = None if box is None else _content(text, box)
+    if box is None or content is None or not content.strip():
+        return content
+
+    contents = [content.strip()]
+    while len(contents) < MAX_LIST_ITEMS:
+        before = _last_box(text, box.start())
+        inner = None if before is None else _content(text, before)
+        if before is None or inner is None or not inner.strip():
+            break
+        end = before.end() + len(inner) + (1 if before[1] else 0)
+        if end > box.start() or not _joins(text[end : box.start()]):
+            break
+        contents.append(inner.strip())
+        box = before
+    return ", ".join(reversed(contents))
+
+
+def _joins(between: str) -> bool:
+    """Return whether the text between two boxes makes one answer of them."""
+    if len(between) > MAX_BETWEEN_BOXES:
+        return False
+    between = between.rstrip("\\")  # of a box whose backslash is escaped
+    text = _SPACING_BETWEEN.sub(" ", _TEXT_BETWEEN.sub(r" \1 ", between))
+    if not text.strip():
+        return "\n" not in between
+    words = " ".join(_DELIMITER.sub(" ", text).split())
+    return _BETWEEN_BOXES.fullmatch(words) is not None
 
 
 def has_one_filled_box(text: str) -> bool:
@@ -41,8 +88,9 @@ def has_one_filled_box(text: str) -> bool:
     return bool(content and content.strip())
 
 
-def _last_box(text: str) -> re.Match[str] | None:
-    end = len(text)
+def _last_box(text: str, end: int | None = None) -> re.Match[str] | None:
+    """Return the start of the last box that begins before `end`."""
+    end = len(text) if end is None else end
     while True:
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
         if start < 0:
@@ -87,16 +135,21 @@ def after_hashes(text: str) -> str | None:
     return lines[0].strip() if lines else ""
 
 
-def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
+def extract_answer(
+    completion: str, extraction: str = "boxed", *, keep_equation: bool = False
+) -> str | None:
     """Return the answer of a completion; None where it has none.
 
     A last box that is empty or never closes is no answer.
 
     - `boxed`: the last box; in a completion without any box, the last <answer> element.
+    - `boxes`: as `boxed`, but boxes with a comma or "and" between them are one list.
     - `answer_tag`: the last <answer> element; a box inside it is unpacked.
     - `after_hashes`: what follows the last `####` on its line, as in GSM8K.
-    - `lenient`: as `boxed`, then as `after_hashes`, then what follows the last "the answer is",
-      then the last formula or number of the last line.
+    - `lenient`: as `boxes`, unless "the final answer is" follows them; then as `after_hashes`; then
+      what follows the last "the answer is"; then the last formula or number of the last sentence.
+      Of an equation that is the right side, but all of it with `keep_equation` (the ground truth is
+      an equation).
 
     Raises:
         ValueError: an unknown `extraction`.
@@ -111,15 +164,26 @@ def extract_answer(completion: str, extraction: str = "boxed") -> str | None:
         return _cleaned(after_hashes(completion))
 
     if _last_box(completion) is not None:
-        return _cleaned(last_boxed(completion))
+        return _cleaned(_of_boxes(completion, extraction))
     tag = last_answer_tag(completion)
-    if tag is not None or extraction == "boxed" or "<answer>" in completion:
+    if tag is not None or extraction != "lenient" or "<answer>" in completion:
         return _cleaned(tag)
 
     marked = after_hashes(completion)
     if marked is not None:
         return _cleaned(marked)
-    return _cleaned(_announced(completion) or _last_line(completion))
+    in_prose = announced(completion)
+    return _cleaned(in_prose or answer_at_the_end(completion, keep_equation=keep_equation))
+
+
+def _of_boxes(completion: str, extraction: str) -> str | None:
+    if extraction == "boxed":
+        return last_boxed(completion)
+    boxes = last_boxes(completion)
+    if boxes is None or extraction == "boxes":
+        return boxes
+    start = max(completion.rfind("\\boxed"), completion.rfind("\\fbox"))
+    return announced_after(completion, start) or boxes
 
 
 def _cleaned(answer: str | None) -> str | None:
@@ -136,33 +200,3 @@ def _cleaned(answer: str | None) -> str | None:
             return None
         answer = inner.strip()
     return answer or None
-
-
-def _announced(completion: str) -> str | None:
-    last = None
-    for match in _ANNOUNCED.finditer(completion):
-        last = match
-    if last is None:
-        return None
-
-    sentence = completion[last.end() : last.end() + MAX_LINE].strip().split("\n")[0]
-    formula = _DISPLAYED.match(sentence.lstrip("* "))
-    if formula:
-        return next(group for group in formula.groups() if group is not None)
-    sentence = re.split(r"(?<=[^\s])\.(?:\s|$)|[!?]", sentence)[0]
-    return sentence.strip(" *_`") or None
-
-
-def _last_line(completion: str) -> str | None:
-    line = completion.rstrip()[-MAX_LINE:].split("\n")[-1].strip(" *_`")
-    if len(line) >= MAX_LINE - 10:
-        return None
-    formulas = list(_DISPLAYED.finditer(line))
-    if formulas:
-        line = next(group for group in formulas[-1].groups() if group is not None)
-        return line.split("=")[-1].strip() or None
-
-    numbers = _LAST_LINE_NUMBER.findall(line)
-    if numbers:
-        return numbers[-1]
-    return line if 0 < len(line) <= 30 and not line.endswith(":") else None

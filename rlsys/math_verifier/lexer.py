@@ -40,7 +40,7 @@ _UNICODE = {
     **dict.fromkeys("·⋅∙•", "\\cdot "), "÷": "\\div ", "≤": "\\le ", "⩽": "\\le ",
     "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ",
     "π": "\\pi ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∪": "\\cup ", "∩": "\\cap ",
-    "∈": "\\in ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ",
+    "∈": "\\in ", "∉": "\\notin ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ",
     "º": "^\\circ ", "ℝ": "\\mathbb{R}", "∖": "\\setminus ", "¢": "\\text{ cents}",
     "£": "\\pounds ", "€": "\\euro ", "¥": "\\yen ", "…": "\\ldots ", "∠": "\\angle ",
     "△": "\\triangle ", "∧": "\\land ", "∨": "\\lor ", "θ": "\\theta ", "α": "\\alpha ",
@@ -90,7 +90,8 @@ _RENAMED = {
     "leqq": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "lt": "<", "gt": ">",
     "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "doteq": "~", "cup": "union",
     "bigcup": "union", "cap": "intersection", "bigcap": "intersection", "setminus": "difference",
-    "backslash": "difference", "smallsetminus": "difference", "in": "in", "infty": "infinity",
+    "backslash": "difference", "smallsetminus": "difference", "in": "in",
+    "notin": "not in", "infty": "infinity",
     "pi": "pi", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "<|",
     "rangle": "|>", "lvert": "|", "rvert": "|", "vert": "|", "lVert": "|", "rVert": "|",
     "Vert": "|", "mid": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
@@ -110,11 +111,18 @@ _SYMBOL_COMMANDS = frozenset(
         "Upsilon Phi Psi Omega triangle angle measuredangle ell hbar"
     )
 )
-_WORD_NAMES = {
-    "and": "and", "or": "or", "percent": "%", "degrees": "degree", "degree": "degree",
-    "deg": "degree", "infinity": "infinity", "mod": "mod", "inf": "infinity",
-    "infty": "infinity", "to": ":",
+WORD_NAMES = {
+    "and": "and", "or": "or", "percent": "%", "pct": "%", "percentage": "%",
+    "degrees": "degree", "degree": "degree", "deg": "degree", "infinity": "infinity", "mod": "mod",
+    "inf": "infinity", "infty": "infinity", "to": ":",
 }  # fmt: skip
+_COMMAND_NAMES = (
+    FUNCTIONS | _IGNORED | _INVISIBLE | _SPACES | _TEXT_COMMANDS | _STYLE_COMMANDS | _TRANSPARENT
+    | _SYMBOL_COMMANDS | frozenset(_RENAMED) | frozenset(_words("mathbb Bbb ldots dots cdots not"))
+    | frozenset("!,;:$%{}")
+)  # fmt: skip
+_BACKSLASHES = re.compile(r"\\+")
+_DOUBLED_COMMAND = re.compile(r"(?<!\\)\\\\([A-Za-z]+|[^A-Za-z\\])")
 _PUNCTUATION = frozenset("+-*/^_=<>()[]{}|,;:!%&'")
 # Commands of one character that stand for something: \\{ is a brace, \\& a word.
 _ESCAPED = {"{": "\\{", "}": "\\}", "$": "\\$", "%": "%", "&": "and", "|": "|"}
@@ -135,6 +143,7 @@ _REPEATING = re.compile(
     re.ASCII,
 )
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,6})(?![\d.])", re.ASCII)
+_NEGATED = re.compile(r"=|\\in(?![A-Za-z])")
 _ELLIPSIS = re.compile(r"\s*(?:\\l?dots\b|\\cdots\b|\.\.\.)")
 _PER_TIME = re.compile(r"\s*/\s*(?:s|h|sec|min|hr)(?![a-z])")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
@@ -156,6 +165,23 @@ NUMBER_WORDS = {
     )
 }
 SCALE_WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def unescaped(text: str) -> str:
+    r"""Return text that was escaped for JSON or a string literal as LaTeX; other text unchanged.
+
+    Escaping doubles every backslash, so text is escaped where no run of backslashes has an odd
+    length, and a pair stands before the name or sign of a command.
+
+    Example: `unescaped(r"\\frac{1}{2}")` is `\frac{1}{2}`.
+    """
+    if "\\\\" not in text:
+        return text
+    if any(len(run) % 2 for run in _BACKSLASHES.findall(text)):
+        return text
+    if not any(name in _COMMAND_NAMES for name in _DOUBLED_COMMAND.findall(text)):
+        return text
+    return text.replace("\\\\", "\\")
 
 
 def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
@@ -302,8 +328,8 @@ class _Lexer:
 
         run = match[0].rstrip(".")
         lower = run.lower()
-        if lower in _WORD_NAMES:
-            self._add("name", _WORD_NAMES[lower])
+        if lower in WORD_NAMES:
+            self._add("name", WORD_NAMES[lower])
         elif self._in_text and lower in UNIT_WORDS and self._after_value():
             self._add("word", run)  # before the functions: "min" is a minute here
         elif run in FUNCTIONS:
@@ -524,11 +550,13 @@ class _Lexer:
             self._add("letter", f"the set {letter}")
 
     def _not(self) -> None:
+        """Read the relation after \\not."""
         rest = self._text[self._position :].lstrip()
-        if not rest.startswith("="):
+        relation = _NEGATED.match(rest)
+        if relation is None:
             raise UnparsableError("a negated relation")
-        self._position = len(self._text) - len(rest) + 1
-        self._add("name", "!=")
+        self._position = len(self._text) - len(rest) + relation.end()
+        self._add("name", "!=" if relation[0] == "=" else "not in")
 
 
 def _fraction_of_repeating(whole: str, fixed: str, period: str) -> str:

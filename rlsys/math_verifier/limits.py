@@ -16,6 +16,9 @@ MAX_EXACT_BITS = 16_000  # of an exact integer or of a fraction's parts: 2^4950 
 MAX_FACTORIAL = 1000
 MAX_MAGNITUDE_DIGITS = 2000  # of a number in a high-precision evaluation
 MAX_LIST_ITEMS = 64  # unordered comparison is quadratic
+MAX_MATRIX_SIDE = 6  # of a matrix in a product
+MAX_MATRIX_EXPONENT = 20
+MAX_MATRIX_NODES = 5000  # of the cells of a product: with variables they grow with every factor
 MAX_SIGN_CHOICES = 4  # plus-minus signs in one item: 2^4 values
 
 

@@ -52,8 +52,9 @@ from rlsys.math_verifier.nodes import (
 from rlsys.math_verifier.units import parse_unit
 from rlsys.math_verifier.words import plain
 
-_RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "~"})
+_RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "not in", "~"})
 _SIGNS = frozenset({"+", "-", "+-", "-+"})
+_SET_OPERATIONS = frozenset({"union", "intersection", "difference"})
 _SEPARATORS = frozenset({",", ";", "and", "or"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
 _INVERSE = {
@@ -66,9 +67,9 @@ _INVERSE = {
 }
 _SYNONYMS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix", "array", "Bmatrix", "vmatrix"}
-_FILLERS = frozenset({
+FILLERS = frozenset({
     "the", "answer", "is", "final", "so", "thus", "are", "equals", "approximately", "about",
-    "roughly", "nearly", "at", "exactly",
+    "roughly", "nearly", "at", "exactly", "interval", "for",
 })  # fmt: skip
 _INTRODUCTIONS = frozenset({"is", "equals", "are", "be"})  # "the probability is ..."
 _ROUNDED = frozenset(["approximately", "about", "roughly", "nearly"])
@@ -80,14 +81,41 @@ _FUNCTION_LETTERS = frozenset("fgFG")
 MAX_SCIENTIFIC_EXPONENT = 4000
 
 
-def readings(text: str) -> list[Node]:
+def readings(text: str, *, decimal_comma: bool = False) -> list[Node]:
     """Return the ways to read an answer.
 
-    There is one, or two where a comma may separate thousands or answers (`1,234`).
+    There is one, or two where a comma may separate thousands or answers (`1,234`). With
+    `decimal_comma` the comma of a single number may also be a decimal point, unless it may separate
+    thousands: `2,74` is 2.74 as well as the list of 2 and 74.
 
     Raises:
         UnparsableError: it is not a mathematical answer.
     """
+    with_point = _with_decimal_point(text) if decimal_comma else None
+    if with_point is None:
+        return _readings(text)
+    try:
+        return [*_readings(text), parse(with_point)]
+    except UnparsableError:
+        return [parse(with_point)]
+
+
+_DECIMAL_COMMA = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{3})+|\d+),(\d+)(?![\d.])", re.ASCII)
+
+
+def _with_decimal_point(text: str) -> str | None:
+    """Return `1.000,5` and `2,74 $` with a decimal point; None for anything else."""
+    match = _DECIMAL_COMMA.search(text)
+    if match is None or text.count(",") > 1 or any(bracket in text for bracket in "()[]"):
+        return None
+    whole, decimals = match.groups()
+    if len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0"):
+        return None  # 1,234 separates thousands
+    whole = whole.replace(".", "")
+    return f"{text[: match.start()]}{whole}.{decimals}{text[match.end() :]}"
+
+
+def _readings(text: str) -> list[Node]:
     numeral = _numeral_with_letters(text)
     if numeral is not None:
         return [numeral]
@@ -234,8 +262,12 @@ class _Parser:
         parts = [self._set()]
         operators: list[str] = []
         while self._peek() in _RELATIONS:
-            operators.append(self._next().text)
-            parts.append(self._set())
+            operator = self._next().text
+            part = self._set()
+            if operator == "not in":
+                operator, part = "in", SetOperation("difference", REALS, part)
+            operators.append(operator)
+            parts.append(part)
 
         node: Node = Relation(tuple(parts), tuple(operators)) if operators else parts[0]
         node = self._measured(node)
@@ -258,7 +290,7 @@ class _Parser:
         words = [token.text.lower() for token in self._tokens[start : self._position]]
 
         introduced = words and (words[-1] in _INTRODUCTIONS or self._peek() in (":", "="))
-        if not introduced and not all(word in _FILLERS for word in words):
+        if not introduced and not all(word in FILLERS for word in words):
             self._position = start
             return False
         if words:
@@ -267,9 +299,7 @@ class _Parser:
 
     def _set(self) -> Node:
         left = self._ratio()
-        while self._peek() in ("union", "intersection", "difference") or (
-            left == REALS and self._peek() in ("-", "/")
-        ):
+        while self._peek() in _SET_OPERATIONS or (left == REALS and self._peek() in ("-", "/")):
             operation = self._next().text
             if operation in ("-", "/"):
                 operation = "difference"
@@ -358,13 +388,16 @@ class _Parser:
 
         `position` is that of the factor's first token.
         """
+        if self._tokens[position - 1].text == ")":
+            return None
         token = self._tokens[position]
         is_spaced_number = token.kind == "number" and token.spaced
         if is_spaced_number and isinstance(factor, Number) and self._accept("/"):  # "2 1/2"
-            denominator = self._power()
-            if not isinstance(denominator, Number) or not 0 < factor.value < denominator.value:
+            denominator = self._plain_number() if self._kind() == "number" else None
+            if denominator is None or not 0 <= factor.value < denominator.value:
                 raise UnparsableError("two numbers side by side")
-            return self._mixed(factors, whole, Number(factor.value / denominator.value))
+            mixed = self._mixed(factors, whole, Number(factor.value / denominator.value))
+            return self._with_suffixes(mixed)
 
         if token.text != "frac":
             return None
@@ -386,8 +419,7 @@ class _Parser:
         if name == "|":
             return self._bars == 0 and self._closing_bar()
         if name == "[" and (
-            self._kind(1) == "end"
-            or self._peek(1) in ("union", "intersection", "difference", ")", "\\}", *_SEPARATORS)
+            self._kind(1) == "end" or self._peek(1) in (*_SET_OPERATIONS, ")", "\\}", *_SEPARATORS)
         ):
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
@@ -396,6 +428,7 @@ class _Parser:
         )  # fmt: skip
 
     _bars = 0
+    _in_builder = False
 
     def _closing_bar(self) -> bool:
         """Return whether there is another bar after the one at this position."""
@@ -403,7 +436,10 @@ class _Parser:
         return any(token.kind == "name" and token.text == "|" for token in following)
 
     def _power(self) -> Node:
-        node = self._nested(self._primary)
+        return self._with_suffixes(self._nested(self._primary))
+
+    def _with_suffixes(self, node: Node) -> Node:
+        """Apply what follows a value: exponents, marks, units."""
         for _ in range(MAX_DEPTH):
             if self._skip_suffix():
                 continue
@@ -709,6 +745,39 @@ class _Parser:
             return Product((node, Power(self._power(), MINUS_ONE)))
         return node
 
+    def _group_or_set(self) -> Node:
+        """Parse braces that are no command's argument.
+
+        They are a TeX group, or a set whose braces lack their backslashes: {1, 2}, {x | x > 2}.
+        """
+        before = self._tokens[self._position - 2].text if self._position > 1 else ""
+        builder = self._builder_in_braces()
+        if builder is not None:
+            return builder
+
+        node = self._rest_of_braces()
+        if isinstance(node, Listing):
+            return SetOf(node.items)
+        return SetOf((node,)) if before in _SET_OPERATIONS else node
+
+    def _builder_in_braces(self) -> Node | None:
+        """Parse x | x > 2}; None, and no token taken, for anything else."""
+        if self._kind() != "letter" or self._in_builder:  # no attempt within an attempt
+            return None
+
+        state = self._position, self._depth, self._bars, self._units
+        self._in_builder = True
+        try:
+            head = self._letter()
+            if self._peek() in ("|", ":"):
+                return self._rest_of_builder(head, "}")
+        except UnparsableError:
+            pass
+        finally:
+            self._in_builder = False
+        self._position, self._depth, self._bars, self._units = state
+        return None
+
     def _braces(self) -> Node:
         """Parse a TeX group: transparent, except for \\over and \\choose."""
         self._expect("{")
@@ -765,10 +834,8 @@ class _Parser:
         self._bars = 1  # a bar is "such that" here
         head = self._nested(self._listing_or_head)
         self._bars = bars
-        if self._accept("|", ":"):
-            condition = self._nested(self._listing)
-            self._expect("\\}")
-            return self._builder(head, condition)
+        if self._peek() in ("|", ":"):
+            return self._rest_of_builder(head, "\\}")
         self._expect("\\}")
         return SetOf(head.items if isinstance(head, Listing) else (head,))
 
@@ -783,7 +850,11 @@ class _Parser:
             self._position = start
         return self._listing()
 
-    def _builder(self, head: Node, condition: Node) -> Node:
+    def _rest_of_builder(self, head: Node, closing: str) -> Node:
+        """Parse `| condition}` of a set by a condition."""
+        self._next()
+        condition = self._nested(self._listing)
+        self._expect(closing)
         if not isinstance(head, Symbol) or not isinstance(condition, Relation | Listing):
             raise UnparsableError("a set by a condition on something else than a variable")
         return SetOperation("intersection", REALS, condition)
@@ -916,7 +987,7 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
     "]": lambda p: p._bracketed("]"),
     "<|": lambda p: p._bracketed("<|"),
     "<": lambda p: p._bracketed("<"),
-    "{": lambda p: p._rest_of_braces(),
+    "{": lambda p: p._group_or_set(),
     "\\{": lambda p: p._set_braces(),
     "|": lambda p: p._absolute_value(),
     "frac": lambda p: p._fraction(),

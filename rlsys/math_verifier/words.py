@@ -24,6 +24,7 @@ _CHOICE_WORDS = re.compile(
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _PLAIN_CLOCK = re.compile(r"(\d{1,2}):(\d\d)")
+_DOTS = re.compile(r"\.\.\.|\\l?dots\b|\\cdots\b")  # a list that goes on is another list
 _PUNCTUATION = " .,;:!\"'`“”‘’"
 _NO_SOLUTION = re.compile(
     r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |valid |possible )?"
@@ -101,7 +102,7 @@ def meaning(answer: str) -> str:
 
 def phrase(answer: str) -> str:
     """Return words as they are compared: lower case, no article, no punctuation at the ends."""
-    text = plain(answer).replace("{", "").replace("}", "").lower().strip()
+    text = plain(_DOTS.sub("…", answer)).replace("{", "").replace("}", "").lower().strip()
     while len(text) > 2 and text[0] == "(" and text[-1] == ")":
         text = text[1:-1].strip()
     text = _ARTICLES.sub("", text.strip(_PUNCTUATION)).strip(_PUNCTUATION)
@@ -110,7 +111,7 @@ def phrase(answer: str) -> str:
 
 def items(answer: str) -> list[str]:
     """Return the items of a list of words, sorted."""
-    parts = re.split(r",\s*and\s+|,|;|\s+and\s+|&", plain(answer).strip(" .{}\\"))
+    parts = re.split(r",\s*and\s+|,|;|\s+and\s+|&", plain(_DOTS.sub("…", answer)).strip(" .{}\\"))
     return sorted(phrase(part) for part in parts if part.strip())
 
 

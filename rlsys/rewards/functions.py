@@ -25,10 +25,22 @@ def math_reward(
     completion: str,
     ground_truth: str,
     *,
-    extraction: Literal["boxed", "answer_tag", "after_hashes", "lenient"] = "boxed",
+    extraction: Literal["boxed", "boxes", "answer_tag", "after_hashes", "lenient"] = "boxed",
+    decimal_comma: bool | None = None,
+    matrix_products: bool | None = None,
 ) -> RewardResult:
-    """Return 1 if the completion's answer equals the ground truth, else 0. See `verify_math`."""
-    verdict = verify_math(completion, ground_truth, extraction=extraction)
+    """Return 1 if the completion's answer equals the ground truth, else 0. See `verify_math`.
+
+    `decimal_comma` true reads 2,74 as 2.74 too; null does so where `extraction` is lenient.
+    `matrix_products` true accepts an uncomputed product of matrices; null as above.
+    """
+    verdict = verify_math(
+        completion,
+        ground_truth,
+        extraction=extraction,
+        decimal_comma=decimal_comma,
+        matrix_products=matrix_products,
+    )
     return RewardResult(verdict.score, reason=verdict.reason, answer=verdict.answer)
 
 

@@ -58,9 +58,13 @@ ADVERSARIAL = [
     "9" * 100_000, "(" * 100_000, "{" * 100_000, r"\frac{" * 20_000, "(" * 900 + "1" + ")" * 900,
     r"\sqrt{" * 300 + "2" + "}" * 300, r"\sqrt" * 400 + "2", "-" * 1900 + "1", "2^" * 900 + "2",
     r"\pm 1" * 200, "(1,2)," * 300 + "(1,2)", r"\{" * 900 + r"\}" * 900, "|" * 1900,
-    r"\text{" * 300 + "a" + "}" * 300, r"\left(" * 300 + r"\right)" * 300, "[[" * 400,
+    r"\text{" * 300 + "a" + "}" * 300, "{x|" * 600, r"\left(" * 300 + r"\right)" * 300, "[[" * 400,
     r"\begin{pmatrix}" * 100, "1<x<2 or " * 150 + "x>3",
     r"\begin{pmatrix}" + "&".join(["1"] * 400) + r"\\" + "&".join(["1"] * 400) + r"\end{pmatrix}",
+    "(" * 12 + r"\begin{pmatrix}x&y\\1&x\end{pmatrix}" + ")^{9}" * 12,
+    "(" * 12 + r"\begin{pmatrix}2&3\\1&7\end{pmatrix}" + ")^{19}" * 12,
+    r"\begin{pmatrix}x&y\\1&x\end{pmatrix}" * 60,
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}" * 60,
     r"\cup".join(f"({i},{i + 1})" for i in range(200)),
     r"\{" + ",".join(map(str, range(400))) + r"\}",
     "+".join(f"\\sqrt{{{i}}}" for i in range(2, 180)),
@@ -99,7 +103,14 @@ def verdict(case: dict) -> bool:
     boxed = f"so \\boxed{{{case.get('answer')}}}."
     completion = case.get("completion", boxed)
     extraction = case.get("extraction", "boxed")
-    return verify_math(completion, case["ground_truth"], extraction=extraction).score == 1.0
+    found = verify_math(
+        completion,
+        case["ground_truth"],
+        extraction=extraction,
+        decimal_comma=case.get("decimal_comma"),
+        matrix_products=case.get("matrix_products"),
+    )
+    return found.score == 1.0
 
 
 def test_labelled_set():
@@ -113,12 +124,14 @@ def test_labelled_set():
 
 def test_symmetric_and_reflexive_on_the_labelled_set():
     pairs = [(case["answer"], case["ground_truth"]) for case in CASES if "answer" in case]
-    asymmetric = [
-        (first, second)
-        for first, second in pairs
-        if same_answer_text(first, second)[0] != same_answer_text(second, first)[0]
-    ]
-    assert asymmetric == []
+    for more in (False, True):
+        asymmetric = [
+            (first, second)
+            for first, second in pairs
+            if same_answer_text(first, second, decimal_comma=more, matrix_products=more)[0]
+            != same_answer_text(second, first, decimal_comma=more, matrix_products=more)[0]
+        ]
+        assert asymmetric == []
     texts = [text for pair in pairs for text in pair]
     assert [text for text in texts if not same_answer_text(text, text)[0]] == []
 
@@ -150,7 +163,8 @@ def test_verdicts_say_how_they_came_about(
 
 def test_unknown_extraction_is_refused():
     message = (
-        r"extraction: 'box' is unknown\. Choose one of boxed, answer_tag, after_hashes, lenient"
+        r"extraction: 'box' is unknown\. Choose one of boxed, boxes, answer_tag, after_hashes, "
+        "lenient"
     )
     with pytest.raises(ValueError, match=message):
         extract_answer("", "box")
@@ -205,11 +219,24 @@ def test_adversarial_answers_end_in_time_and_are_wrong(answer: str):
 
 
 @pytest.mark.parametrize(
-    "filler", [r"\boxed{5", "<answer>", r"\boxed{5} ", "the answer is ", "$", "\\(", " ", "\n", "a"]
+    "filler",
+    [
+        r"\boxed{5",
+        "<answer>",
+        r"\boxed{5} ",
+        r"\boxed{5}, ",
+        r"\boxed{",
+        "the answer is ",
+        "$",
+        "\\(",
+        " ",
+        "\n",
+        "a",
+    ],
 )
 def test_extraction_is_linear(filler: str):
     completion = filler * (200_000 // len(filler))
-    for extraction in ("boxed", "answer_tag", "lenient"):
+    for extraction in ("boxed", "boxes", "answer_tag", "lenient"):
         start = time.process_time()
         extract_answer(completion, extraction)
         assert time.process_time() - start < LIMIT_S
@@ -255,7 +282,7 @@ def test_no_payload_creates_a_file(tmp_path: Path):
     ]
     for payload in payloads:
         for truth in ("1", "x^2", payload + " "):
-            for extraction in ("boxed", "answer_tag", "lenient"):
+            for extraction in ("boxed", "boxes", "answer_tag", "lenient"):
                 verify_math(f"\\boxed{{{payload}}}", truth, extraction=extraction)
                 verify_math(f"<answer>{payload}</answer>", truth, extraction=extraction)
             verify_math("\\boxed{1}", payload)
@@ -276,7 +303,12 @@ def check_any_pair(examples: int) -> None:
     def check(first: str, second: str) -> None:
         assert verify_math(first, second).score in (0.0, 1.0)
         assert verify_math(f"\\boxed{{{first}}}", second, extraction="lenient").score in (0.0, 1.0)
-        assert same_answer_text(first, second)[0] == same_answer_text(second, first)[0]
+        for more in (False, True):
+            forwards = same_answer_text(first, second, decimal_comma=more, matrix_products=more)[0]
+            assert (
+                forwards
+                == same_answer_text(second, first, decimal_comma=more, matrix_products=more)[0]
+            )
         assert same_answer_text(first, first)[0]
 
     check()
@@ -292,6 +324,14 @@ def test_command_line_prints_verdict_and_rule(capsys: pytest.CaptureFixture[str]
     assert "score        1.0" in printed
     assert "rule         number" in printed
     assert main([r"so \boxed{0.4}", r"\frac{1}{2}"]) == 1
+    assert main([r"\boxed{0,5}", "0.5"]) == 1
+    assert main([r"\boxed{0,5}", "0.5", "--decimal-comma"]) == 0
+    assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient"]) == 0
+    assert main(["The answer is 0,5.", "0.5", "--extraction", "lenient", "--no-decimal-comma"]) == 1
+    product = r"\begin{pmatrix}1&2\end{pmatrix}\begin{pmatrix}3\\4\end{pmatrix}"
+    value = r"\begin{pmatrix}11\end{pmatrix}"
+    assert main([f"\\boxed{{{product}}}", value]) == 1
+    assert main([f"\\boxed{{{product}}}", value, "--matrix-products"]) == 0
 
 
 def test_command_line_scores_files_and_compares_runs(

@@ -250,8 +250,8 @@ def test_scoring_hands_out_token_counts_and_parameters():
 def test_an_unknown_extraction_is_refused_before_a_run():
     with pytest.raises(
         ValueError,
-        match=r"f\.extraction: 'box' is not accepted\. Choose one of boxed, answer_tag, "
-        "after_hashes, lenient",
+        match=r"f\.extraction: 'box' is not accepted\. Choose one of boxed, boxes, "
+        "answer_tag, after_hashes, lenient",
     ):
         check_parameters(get_reward_function("math"), {"extraction": "box"}, field="f")
 

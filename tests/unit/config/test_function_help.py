@@ -80,7 +80,9 @@ def test_help_shows_the_parameters_of_what_the_recipe_chooses():
         ".divide_by_std true|false: `divide_by_std` false leaves the division out. [true]" in text
     )
     assert ".clip_high float: `clip_high` is the width of the band above 1. [0.28]" in text
-    assert ".extraction boxed|answer_tag|after_hashes|lenient [boxed]" in text
+    assert ".extraction boxed|boxes|answer_tag|after_hashes|lenient [boxed]" in text
+    assert ".matrix_products true|false or null: `matrix_products` true accepts" in text
+    assert ".decimal_comma true|false or null: `decimal_comma` true reads 2,74 as 2.74" in text
     assert ".buffer_tokens int or null: `buffer_tokens` null is a quarter" in text
     assert "token: Return d_t." in text
 

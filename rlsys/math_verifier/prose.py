@@ -1,0 +1,179 @@
+"""The answer in a completion without a box: what a sentence announces, or the text ends with.
+
+Only the extraction `lenient` looks for it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES
+from rlsys.math_verifier.limits import TooLargeError, UnparsableError
+from rlsys.math_verifier.parser import FILLERS, readings
+from rlsys.math_verifier.units import UNIT_WORDS
+
+_ANNOUNCED = re.compile(
+    r"(?:answers?\s+(?:is|are)|answer\s*:|answer\s*=|final\s+answer\W{0,6}\n)[\s:]*", re.IGNORECASE
+)
+_FINAL = re.compile(r"final\s+answer\s*(?:is|:)[\s:]*", re.IGNORECASE)
+_VERB = re.compile(r"\b(?:is|are|equals?(?: to)?)\s")
+_DISPLAYED = re.compile(
+    r"\$\$([^$]{1,500})\$\$|(?<!\\)\$((?:[^$\\\n]|\\.){1,500})\$|\\\((.{1,500}?)\\\)"
+    r"|\\\[(.{1,500}?)\\\]",
+    re.DOTALL,
+)
+_END_OF_SENTENCE = re.compile(r"(?<=\S)[.!?](?=\s|$)")
+_NEW_SENTENCE = re.compile(r"(?<=\S)[.!?]\s+(?=[A-Z])")
+# After the answer: "I hope it is correct." and the tokens of a chat template.
+_CLOSING = re.compile(r"(?:\s|i hope (?:it|this) is correct\.?|<\|\w+\|>\w*)+$", re.IGNORECASE)
+_NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w.,])[-−]?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?!\d)(?:\.\d+|,\d+)?|\.\d+)"
+    r"(?: \d+/\d+|/\d+)?(?:\s?(?:%|pct\b|percent))?"
+)
+_EXPLAINED = re.compile(
+    rf"({_NUMBER_IN_TEXT.pattern}),?\s(?:because|since|as|not|which|so|where|if|when)\b"
+)
+_NAME = re.compile(r"\(?[A-Za-z]{1,8}(?:_\w)?(?:\([a-z]\)|,\s*[A-Za-z]\))?")  # x, f(x), ABC, (x, y)
+_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+_EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
+# Not x, AB, \frac or sin(x).
+_WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
+_LONG_FILLERS = frozenset(word for word in FILLERS if len(word) > 3)  # "so" is s times o
+_WORDS_OF_ANSWERS = UNIT_WORDS | _LONG_FILLERS | frozenset(WORD_NAMES) | FUNCTIONS
+LONG_SENTENCE = 5  # words; "Final Answer: Jane started 3 hours ago" holds its answer, and is none
+MAX_LINE = 1000
+
+
+def announced(completion: str) -> str | None:
+    """Return what follows the last "the answer is", or stands in the sentence after "Answer:"."""
+    last = None
+    for match in _ANNOUNCED.finditer(completion):
+        last = match
+    if last is None:
+        return None
+    rest = completion[last.end() : last.end() + MAX_LINE].strip()
+    display = _DISPLAYED.match(rest)  # which may have several lines
+    if display and rest.startswith(("$$", "\\[")):
+        return _inside(display)
+    return _answer_of_sentence(_first_sentence(rest))
+
+
+def announced_after(completion: str, start: int = 0) -> str | None:
+    """Return the mathematics that a "final answer is" behind `start` announces."""
+    if _FINAL.search(completion, start) is None:
+        return None
+    answer = announced(completion[start:])
+    return answer if answer and _is_mathematics(answer) else None
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first line up to the end of its first sentence, outside formulas."""
+    line = text.split("\n")[0]
+    formulas = [match.span() for match in _DISPLAYED.finditer(line)]
+    for match in _END_OF_SENTENCE.finditer(line):
+        if not any(start <= match.start() < end for start, end in formulas):
+            return line[: match.start()]
+    return line
+
+
+def _last_sentence(line: str) -> str:
+    """Return what follows the last end of a sentence; it may be inside a formula: $x = 2.$"""
+    line = line.rstrip(" .!?")
+    formulas = list(_DISPLAYED.finditer(line))
+    ends = [match.end() for match in formulas if _inside(match).rstrip().endswith((".", "!", "?"))]
+    for match in _END_OF_SENTENCE.finditer(line):
+        if not any(formula.start() <= match.start() < formula.end() for formula in formulas):
+            ends.append(match.end())
+    return line[max((end for end in ends if end < len(line)), default=0) :]
+
+
+def _answer_of_sentence(sentence: str) -> str | None:
+    """Return the answer in a sentence that was announced as one: all of it, or its end."""
+    sentence = sentence.strip(' *_`"')
+    formula = _DISPLAYED.match(sentence)
+    if _is_mathematics(sentence) and not (formula and formula.end() == len(sentence)):
+        return sentence
+    if formula:
+        return _inside(formula)
+    explained = _EXPLAINED.match(sentence)
+    if explained:
+        return explained[1]
+
+    verbs = list(_VERB.finditer(sentence))
+    if verbs:
+        said = sentence[verbs[-1].end() :]
+        formula = _DISPLAYED.match(said)
+        if formula or _is_mathematics(said):
+            return _inside(formula) if formula else said
+    if len(sentence.split()) >= LONG_SENTENCE:
+        return _last_value(sentence) or sentence
+    return sentence or None
+
+
+def _inside(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None)
+
+
+def _is_mathematics(text: str) -> bool:
+    """Return whether a text as a whole is an expression of the grammar, and no prose."""
+    words = _WORD.findall(_DISPLAYED.sub(" ", text))
+    if any(word.lower() not in _WORDS_OF_ANSWERS for word in words):
+        return False
+    try:
+        return bool(text.strip()) and bool(readings(text))
+    except (UnparsableError, TooLargeError, RecursionError):
+        return False
+
+
+def _last_value(text: str) -> str | None:
+    """Return the last formula of a text that is more than a name, else its last number."""
+    formulas = list(_DISPLAYED.finditer(text))
+    contents = [_inside(match) for match in formulas]
+    values = [content for content in contents if not _NAME.fullmatch(content.strip())]
+    if values:
+        return values[-1]
+    numbers = _NUMBER_IN_TEXT.findall(_DISPLAYED.sub(" ", text))
+    return numbers[-1] if numbers else (contents[-1] if contents else None)
+
+
+def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
+    """Return the formula or number that the completion ends with."""
+    text = _CLOSING.sub("", completion.rstrip()[-MAX_LINE:])
+    line = text.split("\n")[-1].strip(" *_`")
+    if "\n" not in text and len(completion) > MAX_LINE:  # the line is longer
+        begin = _NEW_SENTENCE.search(line)
+        line = line[begin.end() :] if begin else ""
+
+    value = line if _is_mathematics(line) else _last_display(text)
+    value = value or _last_value(_last_sentence(line)) or _last_value(line)
+    if value is not None:
+        return _right_side(value, keep_equation=keep_equation)
+    return line if 0 < len(line) <= 30 and not line.endswith(":") else None
+
+
+def _last_display(completion: str) -> str | None:
+    """Return the displayed formula that ends the completion, which may have several lines."""
+    text = completion.rstrip(" .,*")
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
+        start = text.rfind(opening, 0, max(len(text) - 2, 0)) if text.endswith(closing) else -1
+        if start >= 0:
+            return text[start + 2 : -2].strip()
+    return None
+
+
+def _right_side(formula: str, *, keep_equation: bool) -> str | None:
+    """Return what follows the last equals sign of a formula; with `keep_equation` one may stay."""
+    depth = 0
+    equals: list[int] = []
+    for match in _EQUALS.finditer(formula):
+        if match[0] == "=":
+            equals += [match.end()] * (depth == 0)
+        else:
+            depth += 1 if match[0] == "{" else -1
+
+    between = formula[equals[0] : equals[-1]] if equals else ""
+    is_list = _SEPARATOR.search(between) is not None  # x = 1, y = 2
+    if not equals or is_list or (keep_equation and len(equals) == 1):
+        return formula.strip() or None
+    return formula[equals[-1] :].strip(" $") or None
