@@ -22,6 +22,7 @@ from rlsys.algorithms.advantages.contract import (
 from rlsys.algorithms.advantages.gae import gae_advantages
 from rlsys.algorithms.advantages.gpg import gpg_advantages
 from rlsys.algorithms.advantages.grpo import grpo_advantages
+from rlsys.algorithms.advantages.grpo_passk import grpo_passk_advantages
 from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
 from rlsys.algorithms.advantages.hierarchical.estimator import hierarchical_advantages
 from rlsys.algorithms.advantages.opo import opo_advantages
@@ -51,6 +52,7 @@ __all__ = [
     "get_advantage_estimator",
     "gpg_advantages",
     "grpo_advantages",
+    "grpo_passk_advantages",
     "grpo_process_advantages",
     "hierarchical_advantages",
     "is_importance_corrected",
