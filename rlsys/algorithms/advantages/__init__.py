@@ -25,6 +25,7 @@ from rlsys.algorithms.advantages.grpo import grpo_advantages
 from rlsys.algorithms.advantages.grpo_passk import grpo_passk_advantages
 from rlsys.algorithms.advantages.grpo_process import grpo_process_advantages
 from rlsys.algorithms.advantages.hierarchical.estimator import hierarchical_advantages
+from rlsys.algorithms.advantages.maxrl import maxrl_advantages
 from rlsys.algorithms.advantages.opo import opo_advantages
 from rlsys.algorithms.advantages.optimal_baseline import optimal_baseline_advantages
 from rlsys.algorithms.advantages.optimal_token_baseline import optimal_token_baseline_advantages
@@ -56,6 +57,7 @@ __all__ = [
     "grpo_process_advantages",
     "hierarchical_advantages",
     "is_importance_corrected",
+    "maxrl_advantages",
     "opo_advantages",
     "optimal_baseline_advantages",
     "optimal_token_baseline_advantages",
