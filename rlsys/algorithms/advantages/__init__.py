@@ -1,5 +1,6 @@
 """Advantage estimators: one per file, found by name."""
 
+from rlsys.algorithms.advantages.bnpo import bnpo_advantages
 from rlsys.algorithms.advantages.contract import (
     AdvantageEstimator,
     AdvantageInputs,
@@ -44,6 +45,7 @@ __all__ = [
     "Need",
     "TokenAuxiliary",
     "available_advantage_estimators",
+    "bnpo_advantages",
     "carries_kl",
     "check_advantage_estimator",
     "compares_group",
