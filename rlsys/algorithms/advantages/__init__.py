@@ -30,6 +30,7 @@ from rlsys.algorithms.advantages.maxrl import maxrl_advantages
 from rlsys.algorithms.advantages.opo import opo_advantages
 from rlsys.algorithms.advantages.optimal_baseline import optimal_baseline_advantages
 from rlsys.algorithms.advantages.optimal_token_baseline import optimal_token_baseline_advantages
+from rlsys.algorithms.advantages.rae import rae_advantages
 from rlsys.algorithms.advantages.reinforce import reinforce_advantages
 from rlsys.algorithms.advantages.reinforce_baseline import reinforce_baseline_advantages
 from rlsys.algorithms.advantages.reinforce_plus_plus import reinforce_plus_plus_advantages
@@ -63,6 +64,7 @@ __all__ = [
     "opo_advantages",
     "optimal_baseline_advantages",
     "optimal_token_baseline_advantages",
+    "rae_advantages",
     "register_advantage_estimator",
     "reinforce_advantages",
     "reinforce_baseline_advantages",
