@@ -21,6 +21,7 @@ from rlsys.algorithms.advantages.contract import (
     trains_auxiliary,
 )
 from rlsys.algorithms.advantages.gae import gae_advantages
+from rlsys.algorithms.advantages.gdpo import gdpo_advantages
 from rlsys.algorithms.advantages.gpg import gpg_advantages
 from rlsys.algorithms.advantages.grpo import grpo_advantages
 from rlsys.algorithms.advantages.grpo_passk import grpo_passk_advantages
@@ -53,6 +54,7 @@ __all__ = [
     "estimator_needs",
     "estimator_spec",
     "gae_advantages",
+    "gdpo_advantages",
     "get_advantage_estimator",
     "gpg_advantages",
     "grpo_advantages",
