@@ -187,6 +187,30 @@ BIASES: tuple[Bias, ...] = (
         "alpha depends on the rewards that it multiplies",
     ),
     Bias(
+        "grpo_passk: the best of k",
+        lambda case: case.estimator == "grpo_passk",
+        PAGE,
+        "`grpo_passk` ascends the expected best of k rewards",
+    ),
+    Bias(
+        "maxrl: the log of the success probability",
+        lambda case: case.estimator == "maxrl",
+        PAGE,
+        "`maxrl` ascends the log of the success probability",
+    ),
+    Bias(
+        "bnpo: density of the group's mean",
+        lambda case: case.estimator == "bnpo",
+        PAGE,
+        "`bnpo` divides by a density of the group's mean",
+    ),
+    Bias(
+        "gdpo: deviations of each function",
+        lambda case: case.estimator == "gdpo",
+        PAGE,
+        "`gdpo` divides the reward of each function by its deviation",
+    ),
+    Bias(
         "divisor that depends on the lengths",
         _partial_length,
         PAGE,

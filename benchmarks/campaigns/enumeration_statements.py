@@ -7,6 +7,7 @@ an error there is not repeated here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.campaigns.enumeration_cases import BONUS, TEMPERATURE, Case
-from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, squared_score_norms
+from benchmarks.campaigns.enumeration_pipeline import (
+    EARLIER,
+    World,
+    parts_of,
+    squared_score_norms,
+)
 
 Array = NDArray[np.float64]
 MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
@@ -96,6 +102,7 @@ class Drawn:
     norms: Array  # [B, T]
     old_over_ref: Array  # [B, T] log-ratios
     greedy: Array  # [B]
+    parts: Array  # [B, 2] rewards of two functions, whose sum is the reward
 
     def alive(self, i: int, t: int) -> bool:
         """Return whether response i has a token at t."""
@@ -313,6 +320,85 @@ def _token_kl_grpo(d: Drawn, case: Case, p: dict) -> dict:
     return found
 
 
+@states("grpo_passk")
+def _grpo_passk(d: Drawn, case: Case, p: dict) -> dict:
+    """Enumerate all subsets of k responses."""
+    k = p["k"]
+    found = {}
+    for i, t in d.tokens():
+        members = d.members(i)
+        subsets = list(itertools.combinations(members, k))
+        mine = [subset for subset in subsets if i in subset]
+        best = [max(d.total(j) for j in subset) for subset in subsets]
+        best_of_mine = [max(d.total(j) for j in subset) for subset in mine]
+        if not mine or (_equal(best) and p.get("baseline") != "leave_one_out"):
+            found[i, t] = 0.0
+        elif p.get("baseline") == "leave_one_out":
+            without = [max(d.total(j) for j in subset if j != i) for subset in mine]
+            found[i, t] = (math.fsum(best_of_mine) - math.fsum(without)) / len(mine)
+        else:
+            lead = math.fsum(best_of_mine) / len(mine) - math.fsum(best) / len(best)
+            found[i, t] = lead / (_std(best, 0) + 1e-6) if p.get("divide_by_std", True) else lead
+    return found
+
+
+@states("maxrl")
+def _maxrl(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        mean = math.fsum(group) / len(group)
+        found[i, t] = 0.0 if _equal(group) else (d.total(i) - mean) / mean
+    return found
+
+
+@states("bnpo")
+def _bnpo(d: Drawn, case: Case, p: dict) -> dict:
+    def mean_of(i: int) -> float:
+        return math.fsum(d.total(j) for j in d.members(i)) / len(d.members(i))
+
+    of_groups = {d.group[i]: mean_of(i) for i in range(len(d.group)) if len(d.members(i)) > 1}
+    means = list(of_groups.values())
+    alpha = beta = 1.0
+    if len(means) > 1 and not _equal(means):
+        mean = math.fsum(means) / len(means)
+        size = mean * (1 - mean) / _std(means, 1) ** 2 - 1
+        alpha, beta = max(1.0, 1 + size * mean / 3), max(1.0, 1 + size * (1 - mean) / 3)
+
+    norm = math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta))
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        q = mean_of(i)
+        density = norm * q ** (alpha - 1) * (1 - q) ** (beta - 1)
+        found[i, t] = 0.0 if _equal(group) else (d.total(i) - q) / density
+    return found
+
+
+@states("rae")
+def _rae(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        value, weight = EARLIER["averages"][str(int(d.group[i]))]
+        found[i, t] = d.to_go(i, t) - value / weight
+    return found
+
+
+@states("gdpo")
+def _gdpo(d: Drawn, case: Case, p: dict) -> dict:
+    sums = []
+    for i in range(len(d.group)):
+        total = 0.0
+        for part in d.parts.T:
+            group = [float(part[j]) for j in d.members(i)]
+            if not _equal(group):
+                mean = math.fsum(group) / len(group)
+                total += (float(part[i]) - mean) / (_std(group, 0) + 1e-6)
+        sums.append(total)
+    spread = math.sqrt(math.fsum(value**2 for value in sums) / len(sums)) + 1e-6
+    return {(i, t): sums[i] / spread for i, t in d.tokens()}
+
+
 def kl_value(kind: str, direction: str, d: float) -> float:
     """Return the KL estimate of the table in `rlsys.algorithms.kl`, d = log pi - log ref."""
     r = math.exp(-d)
@@ -490,6 +576,7 @@ class Stated:
             norms=self.norms[rows],
             old_over_ref=(self.logs["old"] - self.logs["ref"])[rows],
             greedy=self.greedy[prompt],
+            parts=parts_of(self.world.rewards[prompt, rows]),
         )
         advantages = STATEMENTS[case.estimator](d, case, dict(case.parameters))
 
