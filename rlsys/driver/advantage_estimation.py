@@ -107,7 +107,6 @@ def advantage_inputs(
     greedy = context.greedy
     in_advantage = algorithm.kl.placement == "advantage"
     components, weights = _reward_components(rewards, context.reward_weights)
-    problem_ids = _problem_ids(rollouts)
 
     return AdvantageInputs(
         rewards=chosen(rewards.rewards),
@@ -122,7 +121,7 @@ def advantage_inputs(
         truncated=chosen(rollouts.stop_reasons == StopReason.LENGTH),
         reward_components=None if components is None else chosen(components),
         reward_weights=weights,
-        problem_ids=[problem_ids[row] for row in index.tolist()],
+        problem_ids=_problem_ids(rollouts, index.tolist()),
         auxiliary=padded(arrays.auxiliary),
         kl_coefficient=context.costs.kl_coefficient if in_advantage else 0.0,
         state=context.state,
@@ -168,14 +167,19 @@ def _reward_components(
     return columns, torch.tensor([weights[name] for name in names], dtype=torch.float64)
 
 
-def _problem_ids(rollouts: RolloutBatch) -> list[str]:
-    """Return [B] the id of the problem that each response answers."""
+def _problem_ids(rollouts: RolloutBatch, rows: Sequence[int]) -> list[str] | None:
+    """Return the id of the problem that each of the responses `rows` answers.
+
+    None: the batch has no prompts, as one that was read from a file of responses.
+    """
     prompts = rollouts.prompts
+    if not len(prompts):
+        return None
     ids = {
         int(group): prompt.problem_id
         for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
     }
-    return [ids[int(group)] for group in rollouts.group_ids]
+    return [ids[int(rollouts.group_ids[row])] for row in rows]
 
 
 def of_each_response(rollouts: RolloutBatch, greedy: RewardBatch) -> NDArray[np.float32]:

@@ -49,6 +49,10 @@ class PackColumns:
         width = int(pack.response_positions.max()) + 1 if len(pack.response_positions) else 1
         self._shape = (len(pack.rows), width)
 
+    def positions(self) -> Tensor:
+        """Return [m] where the pack's sampled tokens are in a flat array [N]."""
+        return torch.from_numpy(self._flat_positions).to(self._device)
+
     def take(self, array: NDArray[Any]) -> Tensor:
         """Return [m] the values of a flat array [N] at the pack's sampled tokens."""
         return torch.from_numpy(array[self._flat_positions]).to(self._device)

@@ -23,7 +23,7 @@ def _validate(*, std_ddof: int, eps: float) -> None:
 
 
 @register_advantage_estimator(
-    NAME,
+    "gdpo",
     needs=("reward_components",),
     compares_group=True,
     validate=_validate,
