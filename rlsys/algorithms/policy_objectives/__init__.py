@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.bounded_ratio import bounded_ratio
+from rlsys.algorithms.policy_objectives import (  # noqa: F401  (each registers its weights)
+    gmpo,
+)
 from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
 from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
