@@ -13,6 +13,7 @@ from rlsys.algorithms.bounded_ratio import bounded_ratio
 from rlsys.algorithms.policy_objectives import (  # noqa: F401  (each registers its weights)
     dppo,
     gmpo,
+    vespo,
 )
 from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
