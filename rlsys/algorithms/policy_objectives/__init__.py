@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlsys.algorithms.bounded_ratio import bounded_ratio
 from rlsys.algorithms.policy_objectives import (  # noqa: F401  (each registers its weights)
+    covariance,
     dppo,
     dro,
     gmpo,
