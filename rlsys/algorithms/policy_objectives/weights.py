@@ -604,7 +604,7 @@ def gradient_coefficient(
 
     Conventions: where A is 0, w is taken at A = 1. `adaptive_power` takes its q from all tokens
     unless it is given. Weights that read the probability of a token get that of the live policy
-    from `logprobs`; None: 0.2. A weight that chooses tokens has the coefficient of a token that it
+    from `logprobs`; None: 0.22. A weight that chooses tokens has the coefficient of a token that it
     did not choose, unless `selected` or `response_mask` is given.
 
     Raises:
@@ -621,7 +621,7 @@ def gradient_coefficient(
     logs = torch.where(mask, log_ratios.detach().reshape(mask.shape), 0.0)
     sizes = advantages.detach().to(logs.dtype).reshape(mask.shape)
     sizes = torch.where(sizes == 0, 1.0, sizes)
-    base = torch.full_like(logs, math.log(0.2))
+    base = torch.full_like(logs, math.log(0.22))
     if logprobs is not None:
         base = logprobs.detach().to(logs.dtype).reshape(mask.shape)
 
