@@ -20,7 +20,7 @@ KL = "rlsys/algorithms/kl.py"
 HIERARCHICAL = "rlsys/algorithms/advantages/hierarchical/estimator.py"
 BOUNDED = (
     *("ppo_clip", "dual_clip", "upper_clip", "power", "adaptive_power", "sapo", "sapo_sequence"),
-    *("cispo", "minimum"),
+    *("cispo", "minimum", "gmpo", "dppo_tv", "dppo_kl", "vespo", "clip_cov"),
 )
 
 
@@ -226,7 +226,25 @@ BIASES: tuple[Bias, ...] = (
         "bounded weight",
         _bounded_weight,
         PAGE,
-        "Every weight but `importance` and `power` with q = 1 is bounded",
+        "Every weight but `importance`, `kl_cov`, `dro` and `power` with q = 1 is bounded",
+    ),
+    Bias(
+        "clip_cov: tokens without a gradient",
+        lambda case: case.weight == "clip_cov",
+        PAGE,
+        "`clip_cov` takes the gradient of some tokens away",
+    ),
+    Bias(
+        "kl_cov: penalty on the drift of some tokens",
+        lambda case: case.moved and case.weight == "kl_cov",
+        PAGE,
+        "`kl_cov` adds a penalty on the drift of some tokens",
+    ),
+    Bias(
+        "dro: a pull to the old policy",
+        lambda case: case.moved and case.weight == "dro",
+        PAGE,
+        "`dro` has a pull to the old policy instead of a ratio",
     ),
     Bias(
         "no weight after the policy has moved",

@@ -255,6 +255,13 @@ WEIGHTS: tuple[tuple[str, Parameters], ...] = (
     ("cispo", ()),
     ("minimum", ()),
     ("reward_time", ()),
+    ("gmpo", ()),
+    ("dppo_tv", ()),
+    ("dppo_kl", ()),
+    ("vespo", ()),
+    ("dro", _p(beta=0.3)),
+    ("clip_cov", _p(clip_low=0.2, clip_high=0.2, lowest=0.05)),
+    ("kl_cov", _p(fraction=0.5)),
 )
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 KL_KINDS = ("k1", "k2", "k3", "k3_k2")
