@@ -192,8 +192,13 @@ def compare(batch: StoredBatch, preset: AlgorithmConfig) -> dict[str, float]:
     ratios = log_ratios(preset.objective.ratio, live, inputs.old_logprobs, mask)
     token = log_ratios("token", live, inputs.old_logprobs, mask).exp()[mask]
     weights = gradient_coefficient(
-        preset.objective.weight, ratios[mask], advantages[mask], **preset.objective.parameters
-    )
+        preset.objective.weight,
+        ratios,
+        advantages,
+        logprobs=live,
+        response_mask=mask,
+        **preset.objective.parameters,
+    )[mask]
 
     sizes = advantages[mask].abs()
     distance = ((weights - token).abs() * sizes).sum()

@@ -604,6 +604,7 @@ def random_trial(draw: random.Random, *, runs: bool = False) -> Trial:
     estimators = (
         *("grpo", "rloo", "reinforce", "opo", "remax", "gae", "grpo_process", "reinforce_baseline"),
         *("optimal_baseline", "optimal_token_baseline", "reinforce_plus_plus", "hierarchical"),
+        *("grpo_passk", "maxrl", "bnpo", "rae", "gdpo"),
     )
     weights = (
         "none",
@@ -614,6 +615,7 @@ def random_trial(draw: random.Random, *, runs: bool = False) -> Trial:
         "power",
         "sapo",
         "cispo",
+        *("gmpo", "dppo_tv", "dppo_kl", "vespo", "dro", "clip_cov", "kl_cov"),
     )
     maybe(0.6, "algorithm.advantage.name", *estimators, "token_kl_grpo")
     maybe(0.15, "algorithm.advantage.recompute", True)

@@ -20,7 +20,7 @@ KL = "rlsys/algorithms/kl.py"
 HIERARCHICAL = "rlsys/algorithms/advantages/hierarchical/estimator.py"
 BOUNDED = (
     *("ppo_clip", "dual_clip", "upper_clip", "power", "adaptive_power", "sapo", "sapo_sequence"),
-    *("cispo", "minimum"),
+    *("cispo", "minimum", "gmpo", "dppo_tv", "dppo_kl", "vespo", "clip_cov"),
 )
 
 
@@ -190,6 +190,30 @@ BIASES: tuple[Bias, ...] = (
         "alpha depends on the rewards that it multiplies",
     ),
     Bias(
+        "grpo_passk: the best of k",
+        lambda case: case.estimator == "grpo_passk",
+        PAGE,
+        "`grpo_passk` ascends the expected best of k rewards",
+    ),
+    Bias(
+        "maxrl: the log of the success probability",
+        lambda case: case.estimator == "maxrl",
+        PAGE,
+        "`maxrl` ascends the log of the success probability",
+    ),
+    Bias(
+        "bnpo: density of the group's mean",
+        lambda case: case.estimator == "bnpo",
+        PAGE,
+        "`bnpo` divides by a density of the group's mean",
+    ),
+    Bias(
+        "gdpo: deviations of each function",
+        lambda case: case.estimator == "gdpo",
+        PAGE,
+        "`gdpo` divides the reward of each function by its deviation",
+    ),
+    Bias(
         "divisor that depends on the lengths",
         _partial_length,
         PAGE,
@@ -205,7 +229,25 @@ BIASES: tuple[Bias, ...] = (
         "bounded weight",
         _bounded_weight,
         PAGE,
-        "Every weight but `importance` and `power` with q = 1 is bounded",
+        "Every weight but `importance`, `kl_cov`, `dro` and `power` with q = 1 is bounded",
+    ),
+    Bias(
+        "clip_cov: tokens without a gradient",
+        lambda case: case.weight == "clip_cov",
+        PAGE,
+        "`clip_cov` takes the gradient of some tokens away",
+    ),
+    Bias(
+        "kl_cov: penalty on the drift of some tokens",
+        lambda case: case.moved and case.weight == "kl_cov",
+        PAGE,
+        "`kl_cov` adds a penalty on the drift of some tokens",
+    ),
+    Bias(
+        "dro: a pull to the old policy",
+        lambda case: case.moved and case.weight == "dro",
+        PAGE,
+        "`dro` has a pull to the old policy instead of a ratio",
     ),
     Bias(
         "no weight after the policy has moved",

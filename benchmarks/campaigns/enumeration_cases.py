@@ -18,6 +18,10 @@ Parameters = tuple[tuple[str, Any], ...]
 # Many CPUs, so that nothing is refused because there are too few.
 MACHINE = Hardware(cpus=64, memory_gib=64.0, gpus=0, gpu_memory_gib=0.0)
 KL, BONUS, TEMPERATURE = 0.3, 0.2, 0.4
+# Two reward functions whose sum is the reward, for an estimator that reads each of them.
+FUNCTIONS = ("math", "format_boxed")
+# Estimators of success probabilities.
+OF_PROBABILITIES = ("maxrl", "bnpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,8 @@ class Case:
         }
         for name, value in self.correction_parameters:
             changes[f"algorithm.rollout_correction.{name}"] = value
+        if self.estimator == "gdpo":
+            changes["reward.functions"] = list(FUNCTIONS)
         if self.kl_placement != "none":
             changes |= {
                 "algorithm.kl.placement": self.kl_placement,
@@ -219,6 +225,13 @@ ESTIMATORS: tuple[tuple[str, Parameters], ...] = (
     ("reinforce_plus_plus", ()),
     ("reinforce_plus_plus", _p(group_baseline=True)),
     ("token_kl_grpo", ()),
+    ("grpo_passk", _p(k=2)),
+    ("grpo_passk", _p(k=2, divide_by_std=False)),
+    ("grpo_passk", _p(k=2, baseline="leave_one_out")),
+    ("maxrl", ()),
+    ("bnpo", ()),
+    ("rae", ()),
+    ("gdpo", ()),
     ("hierarchical", ()),
     ("hierarchical", _p(horizons="all")),
     ("hierarchical", _p(horizons="all", max_tokens=4)),
@@ -242,6 +255,13 @@ WEIGHTS: tuple[tuple[str, Parameters], ...] = (
     ("cispo", ()),
     ("minimum", ()),
     ("reward_time", ()),
+    ("gmpo", ()),
+    ("dppo_tv", ()),
+    ("dppo_kl", ()),
+    ("vespo", ()),
+    ("dro", _p(beta=0.3)),
+    ("clip_cov", _p(clip_low=0.2, clip_high=0.2, lowest=0.05)),
+    ("kl_cov", _p(fraction=0.5)),
 )
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 KL_KINDS = ("k1", "k2", "k3", "k3_k2", "exact")
@@ -275,6 +295,11 @@ def _placement_of(estimator: str) -> str:
     return "advantage" if estimator == "token_kl_grpo" else "none"
 
 
+def _rewards_of(estimator: str) -> str:
+    """Return the rewards without which an estimator stops."""
+    return "binary" if estimator in OF_PROBABILITIES else "normal"
+
+
 def _estimator_slices() -> Iterator[Case]:
     for (estimator, parameters), aggregation, (prompts, group), lengths in itertools.product(
         ESTIMATORS, AGGREGATIONS, SHAPES, ("mixed", "equal")
@@ -289,6 +314,7 @@ def _estimator_slices() -> Iterator[Case]:
             group=group,
             lengths=lengths,
             kl_placement=_placement_of(estimator),
+            rewards=_rewards_of(estimator),
         )
 
 
@@ -376,6 +402,7 @@ def _entropy_slices() -> Iterator[Case]:
             entropy=entropy,
             staleness=staleness,
             kl_placement=_placement_of(estimator),
+            rewards=_rewards_of(estimator),
             ratio="product",
             weight="importance",
         )
@@ -392,6 +419,7 @@ def _correction_slices() -> Iterator[Case]:
             correction_parameters=bounds,
             staleness=staleness,
             kl_placement=_placement_of(estimator),
+            rewards=_rewards_of(estimator),
             ratio="product",
             weight=weight,
         )
@@ -409,6 +437,7 @@ def _recompute_slices() -> Iterator[Case]:
             weight=weight,
             mask_truncated=masked,
             kl_placement=_placement_of(estimator),
+            rewards=_rewards_of(estimator),
             group=3,
         )
 
@@ -449,6 +478,11 @@ def _preset_slices() -> Iterator[Case]:
         )
 
 
+def _drawn_rewards(draw: random.Random, estimator: str) -> str:
+    drawn = draw.choices(("normal", "binary"), (3, 1))[0]
+    return "binary" if estimator in OF_PROBABILITIES else drawn
+
+
 def random_case(draw: random.Random) -> Case:
     """Draw a case from every dimension at once."""
     estimator, parameters = draw.choice(ESTIMATORS)
@@ -479,7 +513,7 @@ def random_case(draw: random.Random) -> Case:
         mask_truncated=draw.random() < 0.2,
         staleness=draw.choice(STALENESS),
         lengths=lengths,
-        rewards=draw.choices(("normal", "binary"), (3, 1))[0],
+        rewards=_drawn_rewards(draw, estimator),
         prompts=prompts,
         group=group,
         max_tokens=max_tokens,

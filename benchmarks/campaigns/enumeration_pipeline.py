@@ -26,7 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.campaigns.enumeration_cases import Case
+from benchmarks.campaigns.enumeration_cases import FUNCTIONS, Case
 from rlsys.algorithms.kl import exact_token_kl
 from rlsys.config import RunConfig
 from rlsys.data.batches import (
@@ -49,7 +49,11 @@ PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations
 FAR = 30.0  # of one logit: its token's log-ratio leaves the range of the clamp
 # The state of an estimator after earlier batches: an average that is unrelated to this one.
-EARLIER = {"average": 0.3, "weight": 1.0}
+EARLIER = {
+    "average": 0.3,
+    "weight": 1.0,
+    "averages": {"0": [0.15, 0.5], "1": [-0.2, 0.8], "2": [0.3, 0.4]},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,10 +328,16 @@ def _reward_batch(values: NDArray[np.float64]) -> RewardBatch:
         batch_id=0,
         rewards=values,  # pyright: ignore[reportArgumentType]
         accuracies=np.clip(values, 0, 1).astype(np.float32),
-        components={},
+        components=dict(zip(FUNCTIONS, parts_of(values).T, strict=True)),  # pyright: ignore[reportArgumentType]
         reasons=("",) * count,
         extracted_answers=("",) * count,
     )
+
+
+def parts_of(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return [..., 2] two rewards whose sum is the reward."""
+    first = (rewards > 0).astype(np.float64)
+    return np.stack([first, rewards - first], axis=-1)
 
 
 def _logprobs(

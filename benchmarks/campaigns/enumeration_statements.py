@@ -7,6 +7,7 @@ an error there is not repeated here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.campaigns.enumeration_cases import BONUS, TEMPERATURE, Case
-from benchmarks.campaigns.enumeration_pipeline import EARLIER, World, squared_score_norms
+from benchmarks.campaigns.enumeration_pipeline import (
+    EARLIER,
+    World,
+    parts_of,
+    squared_score_norms,
+)
 
 Array = NDArray[np.float64]
 MAX_LOG_RATIO = 20.0  # where the documents say that a ratio is capped
@@ -96,6 +102,7 @@ class Drawn:
     norms: Array  # [B, T]
     old_over_ref: Array  # [B, T] log-ratios
     greedy: Array  # [B]
+    parts: Array  # [B, 2] rewards of two functions, whose sum is the reward
 
     def alive(self, i: int, t: int) -> bool:
         """Return whether response i has a token at t."""
@@ -313,6 +320,85 @@ def _token_kl_grpo(d: Drawn, case: Case, p: dict) -> dict:
     return found
 
 
+@states("grpo_passk")
+def _grpo_passk(d: Drawn, case: Case, p: dict) -> dict:
+    """Enumerate all subsets of k responses."""
+    k = p["k"]
+    found = {}
+    for i, t in d.tokens():
+        members = d.members(i)
+        subsets = list(itertools.combinations(members, k))
+        mine = [subset for subset in subsets if i in subset]
+        best = [max(d.total(j) for j in subset) for subset in subsets]
+        best_of_mine = [max(d.total(j) for j in subset) for subset in mine]
+        if not mine or (_equal(best) and p.get("baseline") != "leave_one_out"):
+            found[i, t] = 0.0
+        elif p.get("baseline") == "leave_one_out":
+            without = [max(d.total(j) for j in subset if j != i) for subset in mine]
+            found[i, t] = (math.fsum(best_of_mine) - math.fsum(without)) / len(mine)
+        else:
+            lead = math.fsum(best_of_mine) / len(mine) - math.fsum(best) / len(best)
+            found[i, t] = lead / (_std(best, 0) + 1e-6) if p.get("divide_by_std", True) else lead
+    return found
+
+
+@states("maxrl")
+def _maxrl(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        mean = math.fsum(group) / len(group)
+        found[i, t] = 0.0 if _equal(group) else (d.total(i) - mean) / mean
+    return found
+
+
+@states("bnpo")
+def _bnpo(d: Drawn, case: Case, p: dict) -> dict:
+    def mean_of(i: int) -> float:
+        return math.fsum(d.total(j) for j in d.members(i)) / len(d.members(i))
+
+    of_groups = {d.group[i]: mean_of(i) for i in range(len(d.group)) if len(d.members(i)) > 1}
+    means = list(of_groups.values())
+    alpha = beta = 1.0
+    if len(means) > 1 and not _equal(means):
+        mean = math.fsum(means) / len(means)
+        size = mean * (1 - mean) / _std(means, 1) ** 2 - 1
+        alpha, beta = max(1.0, 1 + size * mean / 3), max(1.0, 1 + size * (1 - mean) / 3)
+
+    norm = math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta))
+    found = {}
+    for i, t in d.tokens():
+        group = [d.total(j) for j in d.members(i)]
+        q = mean_of(i)
+        density = norm * q ** (alpha - 1) * (1 - q) ** (beta - 1)
+        found[i, t] = 0.0 if _equal(group) else (d.total(i) - q) / density
+    return found
+
+
+@states("rae")
+def _rae(d: Drawn, case: Case, p: dict) -> dict:
+    found = {}
+    for i, t in d.tokens():
+        value, weight = EARLIER["averages"][str(int(d.group[i]))]
+        found[i, t] = d.to_go(i, t) - value / weight
+    return found
+
+
+@states("gdpo")
+def _gdpo(d: Drawn, case: Case, p: dict) -> dict:
+    sums = []
+    for i in range(len(d.group)):
+        total = 0.0
+        for part in d.parts.T:
+            group = [float(part[j]) for j in d.members(i)]
+            if not _equal(group):
+                mean = math.fsum(group) / len(group)
+                total += (float(part[i]) - mean) / (_std(group, 0) + 1e-6)
+        sums.append(total)
+    spread = math.sqrt(math.fsum(value**2 for value in sums) / len(sums)) + 1e-6
+    return {(i, t): sums[i] / spread for i, t in d.tokens()}
+
+
 def kl_value(kind: str, direction: str, d: float) -> float:
     """Return the KL estimate of the table in `rlsys.algorithms.kl`, d = log pi - log ref."""
     r = math.exp(-d)
@@ -365,6 +451,9 @@ def weight_of(name: str, p: dict, log_rho: float, advantage: float) -> float:
     if name == "minimum":
         functions = p.get("functions", [{"kind": "ratio"}, {"kind": "clip"}])
         return _slope_of_minimum(functions, rho, advantage)
+    if name == "vespo":
+        k, rate = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        return math.exp(k * math.log(rho) + rate * (1 - rho))
     if name == "cispo":
         return min(max(rho, 1 - p.get("clip_low", 1.0)), 1 + high)
     raise KeyError(name)
@@ -390,6 +479,37 @@ def _slope_of_minimum(functions: list[dict], rho: float, advantage: float) -> fl
         (values[function["kind"]](function) for function in functions),
         key=lambda pair: pair[0] * advantage,
     )[1]
+
+
+def gmpo_weight_of(logs: list[float], advantages: list[float], t: int) -> float:
+    """Return the geometric mean of the clipped ratios, 0 for a clipped token."""
+
+    def clipped(u: int) -> float:
+        if advantages[u] > 0:
+            return min(logs[u], 0.4)
+        return max(logs[u], -0.4) if advantages[u] < 0 else logs[u]
+
+    mean = math.fsum(clipped(u) for u in range(len(logs))) / len(logs)
+    return capped_ratio(mean) if clipped(t) == logs[t] else 0.0
+
+
+def dppo_weight_of(name: str, live: float, old: float, advantage: float) -> float:
+    """Return the ratio up to 20, 0 where the token has left the region in A's direction."""
+    p, q = math.exp(live), math.exp(old)
+    if name == "dppo_tv":
+        outside = abs(p - q) > 0.15
+    else:
+        rest_p, rest_q = max(-math.expm1(live), 1e-300), max(-math.expm1(old), 1e-300)
+        outside = q * (old - live) + rest_q * math.log(rest_q / rest_p) > 0.05
+    away = (advantage > 0 and p > q) or (advantage < 0 and p < q)
+    return 0.0 if outside and away else min(capped_ratio(live - old), 20.0)
+
+
+def _less_mean(values: list[float]) -> list[float]:
+    """Return values less their mean, exactly 0 where all are equal."""
+    moved = [value - values[0] for value in values]
+    mean = math.fsum(moved) / len(moved)
+    return [value - mean for value in moved]
 
 
 def reward_time_weight(ratios: list[float], advantages: list[float], t: int) -> float:
@@ -508,6 +628,7 @@ class Stated:
             norms=self.norms[rows],
             old_over_ref=(self.logs["old"] - self.logs["ref"])[rows],
             greedy=self.greedy[prompt],
+            parts=parts_of(self.world.rewards[prompt, rows]),
         )
         advantages = STATEMENTS[case.estimator](d, case, dict(case.parameters))
 
@@ -525,18 +646,14 @@ class Stated:
         elif case.weight == "power":
             parameters.setdefault("q", 0.5)
 
+        chosen = self._chosen(rows, trained, advantages, parameters)
         total = np.zeros(self.scores.shape[2])
         sequences = len({i for i, _ in trained})
         for i, t in trained:
             s = rows[i]
-            advantage = advantages[i, t]
-            if case.weight == "reward_time":
-                length = range(d.lengths[i])
-                ratios = [capped_ratio(self._log_ratio(s, u)) for u in length]
-                push = reward_time_weight(ratios, [advantages[i, u] for u in length], t)
-            else:
-                log_rho = self._log_ratio(s, t)
-                push = advantage * weight_of(case.weight, parameters, log_rho, advantage)
+            length = range(d.lengths[i])
+            own = [advantages[i, u] for u in length]
+            push = self._push(s, t, own, parameters, chosen=(i, t) in chosen)
 
             slope = self._correction(s, t) * push
             if case.kl_old:
@@ -558,6 +675,56 @@ class Stated:
             }[case.aggregation]
             total += vector / divisor
         return total
+
+    def _push(self, s: int, t: int, advantages: list[float], p: dict, *, chosen: bool) -> float:
+        """Return the derivative of a token's surrogate by its log-probability."""
+        case, advantage, log_rho = self.case, advantages[t], self._log_ratio(s, t)
+        logs = [self._log_ratio(s, u) for u in range(len(advantages))]
+        rho = capped_ratio(log_rho)
+        if case.weight == "reward_time":
+            return reward_time_weight([capped_ratio(log) for log in logs], advantages, t)
+        if case.weight == "gmpo":
+            return advantage * gmpo_weight_of(logs, advantages, t)
+        if case.weight in ("dppo_tv", "dppo_kl"):
+            live, old = float(self.logs["live"][s, t]), float(self._old()[s, t])
+            return advantage * dppo_weight_of(case.weight, live, old, advantage)
+        if case.weight == "dro":
+            return advantage - p.get("beta", 0.05) * log_rho
+        if case.weight == "kl_cov":
+            sign = (log_rho > 0) - (log_rho < 0)
+            return rho * advantage - (p.get("coefficient", 1.0) * sign if chosen else 0.0)
+        if case.weight == "clip_cov":
+            widths = {"clip_low": p.get("clip_low", 1.0), "clip_high": p.get("clip_high", 1.0)}
+            clipped = advantage * weight_of("ppo_clip", widths, log_rho, advantage)
+            return 0.0 if chosen else clipped
+        return advantage * weight_of(case.weight, p, log_rho, advantage)
+
+    def _chosen(
+        self, rows: NDArray[np.int64], trained: list[tuple[int, int]], advantages: dict, p: dict
+    ) -> set[tuple[int, int]]:
+        """Return the tokens that `clip_cov` or `kl_cov` chooses."""
+        if self.case.weight not in ("clip_cov", "kl_cov") or not trained:
+            return set()
+        logs = [float(self.logs["live"][rows[i], t]) for i, t in trained]
+        own = [advantages[key] for key in trained]
+        products = [a * b for a, b in zip(_less_mean(logs), _less_mean(own), strict=True)]
+        count = max(1, int(p.get("fraction", 0.0002) * len(trained)))
+        if self.case.weight == "kl_cov":
+            order = sorted(range(len(trained)), key=lambda k: -round(products[k], 9))
+            return {trained[k] for k in order[:count]}
+
+        low, high = 1 - p.get("clip_low", 1.0), 1 + p.get("clip_high", 1.0)
+        candidates = []
+        for key, product, advantage in zip(trained, products, own, strict=True):
+            rho = math.exp(self._log_ratio(rows[key[0]], key[1]))
+            gone = (advantage > 0 and rho > high) or (advantage < 0 and rho < low)
+            if p.get("lowest", 1.0) < product < p.get("highest", 5.0) and not gone:
+                candidates.append(key)
+        # The trainer's random order of the first update of batch 0.
+        entropy = (self.case.config().trainer.seed, 0, 0)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+        return {candidates[k] for k in order[:count].tolist()}
 
     def _kl_loss_gradient(self, s: int, t: int) -> Array:
         """Return the gradient of w k(d) at one token; k2 and k3_k2 take w as a number."""

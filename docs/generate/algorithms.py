@@ -59,6 +59,11 @@ cispo`). Everything returns 0 outside the mask. A preset is a row of settings an
 process rewards from a model yet (`token_rewards` come from a KL or an entropy in the reward;
 `step_ends` from a caller of the library).
 
+Published methods that are left out: staleness-adaptive trust regions (arXiv:2607.18722), which
+contract the clip range of the tokens with the largest log-ratios by a kernel whose formula no
+source at hand gives (accounts of it disagree); the top-K approximation of DPPO, which needs the
+engine's probabilities of K tokens; BNPO's decomposition of several rewards.
+
 The evidence is in `tests/unit/algorithms/`: golden numbers, slow reference implementations and edge
 cases of each module in a file of its name, and exact expectations over policies whose responses can
 be enumerated in `test_kl.py` and `test_enumerable_policies.py`.
@@ -296,8 +301,8 @@ def _coefficients() -> Iterator[str]:
     ratios = (0.25, 0.5, 0.9, 1.0, 1.1, 2.0, 4.0)
     logs = torch.tensor(ratios, dtype=torch.float64).log()
     yield (
-        "Effective weight w(rho, A) before A grad log pi, with default parameters; A > 0 / A < 0 "
-        "where they differ:\n"
+        "Effective weight w(rho, A) before A grad log pi, with default parameters, of a response "
+        "of one token with the live probability 0.22; A = 1 / A = -1 where they differ:\n"
     )
     yield "| weight | " + " | ".join(f"rho {ratio:g}" for ratio in ratios) + " |"
     yield "|---" * (len(ratios) + 1) + "|"

@@ -247,13 +247,27 @@ METRICS = (
         "tokens of the batch",
         "Mean absolute advantage, masked responses included.",
     ),
-    MetricDoc("advantage/baseline", "mean", STEP, "`reinforce_baseline`: its moving average."),
+    MetricDoc(
+        "advantage/baseline",
+        "mean",
+        STEP,
+        "`reinforce_baseline`: its moving average. `rae`: the mean over the responses of the "
+        "average of their problem.",
+    ),
+    MetricDoc(
+        "advantage/seen_before",
+        "mean",
+        STEP,
+        "`rae`: the fraction of responses whose problem was in an earlier batch.",
+    ),
     MetricDoc(
         "advantage/alpha",
         "mean",
         STEP,
-        "`gpg`: B / (B - M), the factor that scales up the responses with a gradient.",
+        "`gpg`: B / (B - M), the factor that scales up the responses with a gradient. `bnpo`: "
+        "alpha of its Beta distribution.",
     ),
+    MetricDoc("advantage/beta", "mean", STEP, "`bnpo`: beta of its Beta distribution."),
     MetricDoc(
         "advantage/variance_ratio/<baseline>",
         "mean",

@@ -249,6 +249,95 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 aggregation="token_mean",
             ),
         ),
+        "gmpo": Preset(
+            description=(
+                "GRPO with the geometric mean of each response's ratios, clipped token by token "
+                "(Zhao et al. 2025)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("gmpo", clip_low=0.4, clip_high=0.4),
+                aggregation="sequence_mean",
+            ),
+        ),
+        # The sequence ratio's gradient is that of the token times 1/|y|, as GSPO's mean over
+        # tokens is; LUSPO multiplies by |y|, which leaves the sum.
+        "luspo": Preset(
+            description="GSPO with each response's loss times its length (Liu et al. 2026).",
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective(
+                    "ppo_clip", ratio="sequence", clip_low=0.002, clip_high=0.0025
+                ),
+                aggregation="sequence_sum",
+            ),
+        ),
+        "dppo_tv": Preset(
+            description=(
+                "GRPO with a trust region in total variation instead of the clip (Qi et al. 2026)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("dppo_tv", delta_low=0.15, delta_high=0.15),
+                aggregation="token_mean",
+            ),
+        ),
+        "dppo_kl": Preset(
+            description=(
+                "GRPO with a trust region in KL divergence instead of the clip (Qi et al. 2026)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("dppo_kl", delta_low=0.05, delta_high=0.05),
+                aggregation="token_mean",
+            ),
+        ),
+        "vespo": Preset(
+            description=(
+                "GRPO with a soft gate on the ratio of the whole response (Shen et al. 2026)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective(
+                    "vespo",
+                    ratio="product",
+                    k_pos=2.0,
+                    lambda_pos=3.0,
+                    k_neg=3.0,
+                    lambda_neg=2.0,
+                ),
+                aggregation="token_mean",
+            ),
+        ),
+        "clip_cov": Preset(
+            description=(
+                "GRPO without the gradient of some tokens that lower the entropy most (Cui et al. "
+                "2025)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("clip_cov", fraction=0.0002, lowest=1.0, highest=5.0),
+                aggregation="token_mean",
+            ),
+        ),
+        "kl_cov": Preset(
+            description=(
+                "GRPO with a penalty on the drift of the tokens that lower the entropy most (Cui "
+                "et al. 2025)."
+            ),
+            num_mini_batches=2,
+            algorithm=AlgorithmConfig(
+                advantage=_estimator("grpo"),
+                objective=_objective("kl_cov", fraction=0.002, coefficient=1.0),
+                aggregation="token_mean",
+            ),
+        ),
         "raft": Preset(
             description=(
                 "Maximum likelihood on the rewarded responses, for rewards of 0 and 1 "

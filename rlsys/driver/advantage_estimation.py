@@ -81,6 +81,8 @@ class EstimatorContext:
     greedy: RewardBatch | None = None
     # Kept by the estimator from the batch before.
     state: Mapping[str, Any] = field(default_factory=dict)
+    # Of the reward functions, by name.
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def advantage_inputs(
@@ -114,6 +116,7 @@ def advantage_inputs(
     ref = padded(arrays.ref)
     greedy = context.greedy
     in_advantage = algorithm.kl.placement == "advantage"
+    components, weights = _reward_components(rewards, context.reward_weights)
 
     return AdvantageInputs(
         rewards=chosen(rewards.rewards),
@@ -129,6 +132,9 @@ def advantage_inputs(
         squared_score_norms=padded(arrays.squared_score_norms),
         greedy_rewards=None if greedy is None else chosen(of_each_response(rollouts, greedy)),
         truncated=chosen(rollouts.stop_reasons == StopReason.LENGTH),
+        reward_components=None if components is None else chosen(components),
+        reward_weights=weights,
+        problem_ids=_problem_ids(rollouts, index.tolist()),
         auxiliary=padded(arrays.auxiliary),
         kl_coefficient=context.costs.kl_coefficient if in_advantage else 0.0,
         state=context.state,
@@ -161,6 +167,37 @@ def _token_rewards(
         parts.append(entropy_rewards(old, mask, costs.entropy_temperature))
 
     return sum(parts[1:], parts[0]) if parts else None
+
+
+def reward_weights(config: RunConfig) -> dict[str, float]:
+    """Return the weight of each reward function, by name."""
+    return {function.name: function.weight for function in config.reward.functions}
+
+
+def _reward_components(
+    rewards: RewardBatch, weights: Mapping[str, float]
+) -> tuple[NDArray[Any] | None, Tensor | None]:
+    """Return [B, K] the rewards of the functions in `weights`, and [K] their weights."""
+    names = [name for name in weights if name in rewards.components]
+    if not names or len(names) < len(weights):
+        return None, None
+    columns = np.stack([rewards.components[name] for name in names], axis=1)
+    return columns, torch.tensor([weights[name] for name in names], dtype=torch.float64)
+
+
+def _problem_ids(rollouts: RolloutBatch, rows: Sequence[int]) -> list[str] | None:
+    """Return the id of the problem that each of the responses `rows` answers.
+
+    None: the batch has no prompts, as one that was read from a file of responses.
+    """
+    prompts = rollouts.prompts
+    if not len(prompts):
+        return None
+    ids = {
+        int(group): prompt.problem_id
+        for group, prompt in zip(prompts.group_ids, prompts.prompts, strict=True)
+    }
+    return [ids[int(rollouts.group_ids[row])] for row in rows]
 
 
 def of_each_response(rollouts: RolloutBatch, greedy: RewardBatch) -> NDArray[np.float32]:

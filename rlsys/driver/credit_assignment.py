@@ -44,6 +44,7 @@ from rlsys.driver.advantage_estimation import (
     advantage_inputs,
     estimate_advantages,
     of_each_response,
+    reward_weights,
 )
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.dynamic_sampling import kept_responses
@@ -174,7 +175,10 @@ class CreditAssigner:
 
         if not self._config.algorithm.advantage.recompute:
             context = EstimatorContext(
-                costs=self._costs(), greedy=greedy, state=self._estimator_state
+                costs=self._costs(),
+                greedy=greedy,
+                state=self._estimator_state,
+                reward_weights=reward_weights(self._config),
             )
             batch, metrics = self._credited(batch, arrays, context, scored)
 
@@ -318,9 +322,8 @@ def recomputed(
     arrays = TokenArrays(
         old=live.logprobs, squared_score_norms=live.squared_score_norms, auxiliary=live.auxiliary
     )
-    inputs = advantage_inputs(
-        config.algorithm, rollouts, batch.rewards, arrays, EstimatorContext(state=state), rows
-    )
+    context = EstimatorContext(state=state, reward_weights=reward_weights(config))
+    inputs = advantage_inputs(config.algorithm, rollouts, batch.rewards, arrays, context, rows)
     output = estimate_advantages(config, inputs)
 
     targets = output.auxiliary_targets

@@ -38,6 +38,8 @@ PROVIDED: frozenset[Need] = frozenset(
         "squared_score_norms",
         "greedy_rewards",
         "truncated",
+        "reward_components",
+        "problem_ids",
     )
 )
 

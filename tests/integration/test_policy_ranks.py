@@ -267,6 +267,45 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
             assert report[metric] == pytest.approx(first[metric], rel=1e-4, abs=1e-6), metric
 
 
+@pytest.mark.parametrize(
+    ("weight", "parameters"),
+    [
+        ("clip_cov", {"fraction": 0.2, "lowest": 0.05}),
+        ("kl_cov", {"fraction": 0.2}),
+        ("gmpo", {}),
+    ],
+)
+async def test_choices_of_tokens_do_not_depend_on_ranks_or_packing(
+    ranks: RankProcesses, weight: str, parameters: dict[str, float]
+):
+    """Choose a fifth of the tokens of the whole mini-batch, and leave out every third response.
+
+    `gmpo` needs whole responses.
+    """
+    batch = dataclasses.replace(example(), trained=np.arange(24) % 3 != 0)
+    algorithm = AlgorithmConfig(
+        objective=ObjectiveConfig(weight=weight, parameters=parameters), aggregation="token_mean"
+    )
+    plain = AlgorithmConfig(objective=ObjectiveConfig(), aggregation="token_mean")
+
+    reports = []
+    for plan, chosen in (
+        (config(1), algorithm),
+        (config(1, shared_prefix_packing=False, microbatch_tokens=64), algorithm),
+        (config(2, microbatch_tokens=50), algorithm),
+        (config(1), plain),
+    ):
+        _, report = await updated(ranks, plan.model_copy(update={"algorithm": chosen}), batch)
+        reports.append(report)
+
+    *same, without = reports
+    assert abs(same[0]["policy/grad_norm"] / without["policy/grad_norm"] - 1) > 0.01
+    assert "policy/selected" not in same[0]
+    for report in same[1:]:
+        for metric in ("policy/loss", "policy/grad_norm", "policy/clip_fraction"):
+            assert report[metric] == pytest.approx(same[0][metric], rel=1e-4, abs=1e-6), metric
+
+
 async def test_the_penalty_to_the_old_policy_adapts_on_any_ranks_and_is_saved(
     tmp_path: Path, ranks: RankProcesses
 ):

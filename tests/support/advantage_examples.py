@@ -53,8 +53,32 @@ def full_inputs(
         squared_score_norms=noise().abs(),
         greedy_rewards=torch.ones(len(rewards), dtype=dtype) / 4,
         truncated=torch.arange(len(rewards)) % 2 == 0,
+        reward_components=torch.rand(len(rewards), 2, generator=generator).to(dtype),
+        reward_weights=torch.tensor([1.0, 2.0]),
+        problem_ids=[f"problem {group}" for group in groups],
         kl_coefficient=0.5,
     )
+
+
+# Estimators that refuse process rewards.
+OUTCOME_ONLY = ("bnpo", "gdpo", "maxrl")
+
+
+def accepted_by(name: str, batch: AdvantageInputs) -> AdvantageInputs:
+    """Return the batch without the process rewards, where the estimator `name` refuses them."""
+    return dataclasses.replace(batch, token_rewards=None) if name in OUTCOME_ONLY else batch
+
+
+def reordered(batch: AdvantageInputs, order: Tensor) -> AdvantageInputs:
+    """Return the batch with its responses in another order."""
+    arrays = {
+        name: getattr(batch, name)[order]
+        for name in (*TOKEN_ARRAYS, *RESPONSE_ARRAYS)
+        if getattr(batch, name) is not None
+    }
+    assert batch.problem_ids is not None
+    problem_ids = [batch.problem_ids[row] for row in order.tolist()]
+    return dataclasses.replace(batch, problem_ids=problem_ids, **arrays)
 
 
 def padded(batch: AdvantageInputs, columns: int) -> AdvantageInputs:
@@ -94,7 +118,10 @@ RAGGED = torch.tensor(
 RAGGED_REWARDS = [1.0, 0.0, 0.5, 0.25, 1.0]
 RAGGED_GROUPS = [3, 3, 3, 3, 9]
 
-RESPONSE_ARRAYS = ("rewards", "response_mask", "group_ids", "greedy_rewards", "truncated")
+RESPONSE_ARRAYS = (
+    *("rewards", "response_mask", "group_ids", "greedy_rewards", "truncated"),
+    "reward_components",
+)
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 

@@ -48,6 +48,8 @@ def test_estimators_give_its_token_an_advantage(name: str):
         ref_logprobs=logprobs,
         squared_score_norms=mask.float(),
         greedy_rewards=torch.zeros(3),
+        reward_components=torch.tensor([[0.0], [1.0], [0.0]]),
+        problem_ids=["a"] * 3,
         values=torch.zeros(3, 3),
     )
     advantages = get_advantage_estimator(name)(inputs).advantages

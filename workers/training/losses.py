@@ -55,6 +55,10 @@ class PackColumns:
         """Return [b] the values of an array [B] of the pack's responses."""
         return torch.from_numpy(array[self.pack_rows]).to(self._device)
 
+    def positions(self) -> Tensor:
+        """Return [m] where the pack's sampled tokens are in a flat array [N]."""
+        return torch.from_numpy(self._flat_positions).to(self._device)
+
     def take(self, array: NDArray[Any]) -> Tensor:
         """Return [m] the values of a flat array [N] at the pack's sampled tokens."""
         return torch.from_numpy(array[self._flat_positions]).to(self._device)

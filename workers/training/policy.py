@@ -14,7 +14,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from rlsys.algorithms.kl import adapted_penalty, old_policy_kl
-from rlsys.algorithms.policy_objectives import batch_parameters_of
+from rlsys.algorithms.policy_objectives import (
+    BatchTokens,
+    batch_parameters_of,
+    chooses_tokens,
+)
 from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
 from rlsys.data.hidden_states import JoinedStates
@@ -29,7 +33,7 @@ from workers.training.lm_head import lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.model_setup import DTYPES
 from workers.training.optimizer_steps import OptimizerSteps
-from workers.training.policy_loss import PolicyLoss, pack_log_ratios
+from workers.training.policy_loss import PolicyLoss, joined_tokens, pack_tokens
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
 from workers.training.update_metrics import loss_metrics
@@ -249,12 +253,15 @@ class PolicyWorker(SampledFromWorker):
         return losses, tokens
 
     def _batch_statistics(self, parameters: Mapping[str, Any]) -> dict[str, Metric]:
-        """Return those of the weight's parameters that are statistics of the mini-batch."""
+        """Return those of the weight's parameters that are statistics of the mini-batch.
+
+        A choice of tokens is none: it is not a number.
+        """
         configured = self.config.algorithm.objective.parameters
         return {
             f"policy/{name}": mean(value)
             for name, value in parameters.items()
-            if name not in configured
+            if name not in configured and isinstance(value, int | float)
         }
 
     @torch.no_grad()
@@ -363,27 +370,33 @@ class PolicyWorker(SampledFromWorker):
         """Return the weight's parameters, with its statistic over the mini-batch if it has one.
 
         The statistic costs one more forward pass, except where the batch has no old
-        log-probabilities: then all ratios are 1.
+        log-probabilities, so that all ratios are 1, and the statistic is of the ratios alone.
         """
         objective = self.config.algorithm.objective
         statistic = batch_parameters_of(objective.weight)
         if statistic is None:
             return objective.parameters
 
-        # Log-ratios of this rank's tokens; a rank may have none.
-        own = [torch.zeros(0)]
-        if batch.old_logprobs is not None:
+        own: list[BatchTokens] = []  # of this rank, which may have none
+        if batch.old_logprobs is not None or chooses_tokens(objective.weight):
             for pack in self.packs_of(batch.rollouts, rows):
                 result = self.run(pack, batch.rollouts.temperature)
                 if pack.is_padding:
                     continue
                 columns = PackColumns(pack, self.backend.device)
-                own.append(pack_log_ratios(result, columns, batch, objective.ratio).cpu())
+                own.append(pack_tokens(result, columns, batch, objective.ratio))
 
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, torch.cat(own))
-        statistics = statistic(torch.cat(gathered), **objective.parameters)
-        return {**objective.parameters, **statistics}
+        dist.all_gather_object(gathered, own)
+        parts = [part for parts_of_rank in gathered for part in parts_of_rank]
+        tokens = joined_tokens(parts, self._choice_seed(batch))
+        return {**objective.parameters, **statistic(tokens, **objective.parameters)}
+
+    def _choice_seed(self, batch: TrainBatch) -> int:
+        """Return the seed of a random choice of tokens: another one in every update."""
+        done = self.steps.counts.taken + self.steps.counts.not_finite
+        entropy = (self.config.trainer.seed, batch.batch_id, done)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def save(self, directory: str) -> None:
         """Write the model in Hugging Face layout and all state of the policy; collective."""

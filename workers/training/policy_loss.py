@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.algorithms.kl import KLLossTerms, kl_estimate, kl_loss, old_policy_kl
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.policy_objectives import (
+    BatchTokens,
     PolicyObjectiveInputs,
     PolicyObjectiveOutput,
     is_zero_at_zero_advantage,
@@ -131,6 +133,7 @@ class PolicyLoss:
             old_logprobs=columns.pad(old),
             advantages=columns.pad(columns.take(self.batch.advantages)),
             response_mask=mask,
+            positions=columns.pad(columns.positions()),
         )
         objective = self.algorithm.objective
         return policy_objective(
@@ -163,13 +166,41 @@ def _old_logprobs(batch: TrainBatch, result: PackResult, columns: PackColumns) -
     return columns.take(batch.old_logprobs)
 
 
-def pack_log_ratios(
+def pack_tokens(
     result: PackResult, columns: PackColumns, batch: TrainBatch, level: str
-) -> Tensor:
-    """Return [m] log-ratios of one level, for weights with a statistic over the mini-batch.
+) -> BatchTokens:
+    """Return a pack's m tokens, for weights with a statistic over the mini-batch, on the CPU.
 
     `level` is the name of a ratio: token, sequence, future, prefix or product.
     """
     old = _old_logprobs(batch, result, columns)
     padded = log_ratios(level, columns.pad(result.logprobs), columns.pad(old), columns.mask())
-    return columns.unpad(padded)
+    return BatchTokens(
+        log_ratios=columns.unpad(padded).cpu(),
+        logprobs=result.logprobs.cpu(),
+        advantages=columns.take(batch.advantages).cpu(),
+        positions=columns.positions().cpu(),
+    )
+
+
+def joined_tokens(parts: Sequence[BatchTokens], seed: int) -> BatchTokens:
+    """Return the tokens of all packs, in the order of their positions.
+
+    The order, and so a choice among equal tokens, does not depend on packs and ranks.
+    """
+    if not parts:
+        none = torch.zeros(0)
+        return BatchTokens(none, none, none, torch.zeros(0, dtype=torch.int64), seed)
+
+    log_ratios, logprobs, advantages, positions = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("log_ratios", "logprobs", "advantages", "positions")
+    )
+    order = positions.argsort()
+    return BatchTokens(
+        log_ratios=log_ratios[order],
+        logprobs=logprobs[order],
+        advantages=advantages[order],
+        positions=positions[order],
+        seed=seed,
+    )

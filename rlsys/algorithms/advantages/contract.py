@@ -28,6 +28,8 @@ Need = Literal[
     "greedy_rewards",
     "truncated",
     "step_ends",
+    "reward_components",
+    "problem_ids",
 ]
 
 # How a batch gets them; part of the message that one is missing.
@@ -41,6 +43,8 @@ REMEDIES: Mapping[Need, str] = {
     "greedy_rewards": "The driver samples and rewards one greedy response per prompt.",
     "truncated": "Give for each response whether it was cut off at the token limit.",
     "step_ends": "Give the last token of each step of a response.",
+    "reward_components": "Give the reward of each function, with reward_weights.",
+    "problem_ids": "Give for each response the id of its problem in the data.",
 }
 
 
@@ -65,6 +69,11 @@ class AdvantageInputs:
     truncated: Tensor | None = None  # [B] bool: cut off at the token limit
     # [B, T] bool: a process reward was given here; None: where token_rewards are not 0
     step_ends: Tensor | None = None
+    # [B, K] the reward of each reward function, unweighted; NaN: it failed on the response
+    reward_components: Tensor | None = None
+    reward_weights: Tensor | None = None  # [K] of the functions; None: 1
+    # [B] the id of each response's problem, which stays the same from batch to batch
+    problem_ids: Sequence[str] | None = None
     # [B, T, p] outputs of the estimator's `TokenAuxiliary`, which has not seen the batch; None:
     # there is none
     auxiliary: Tensor | None = None
@@ -92,6 +101,26 @@ class AdvantageInputs:
                 raise ValueError(
                     f"{name} must have shape [{mask.shape[0]}], not {tuple(array.shape)}"
                 )
+        if self.problem_ids is not None and len(self.problem_ids) != mask.shape[0]:
+            raise ValueError(
+                f"problem_ids must have {mask.shape[0]} entries, not {len(self.problem_ids)}"
+            )
+        self._check_components()
+
+    def _check_components(self) -> None:
+        components, weights = self.reward_components, self.reward_weights
+        responses = self.response_mask.shape[0]
+        if components is None:
+            return
+        if components.ndim != 2 or components.shape[0] != responses:
+            raise ValueError(
+                f"reward_components must have shape [{responses}, K], not {tuple(components.shape)}"
+            )
+        if weights is not None and weights.shape != components.shape[1:]:
+            raise ValueError(
+                f"reward_weights must have shape [{components.shape[1]}], one for each of the "
+                f"reward_components, not {tuple(weights.shape)}"
+            )
 
     def _check_per_token(self) -> None:
         mask = self.response_mask

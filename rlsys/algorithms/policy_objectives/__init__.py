@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 
 from rlsys.algorithms.bounded_ratio import bounded_ratio
+from rlsys.algorithms.policy_objectives import (  # noqa: F401  (each registers its weights)
+    covariance,
+    dppo,
+    dro,
+    gmpo,
+    vespo,
+)
 from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
 from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
 from rlsys.algorithms.policy_objectives.weights import (
     WEIGHTS,
+    BatchTokens,
     Surrogate,
     TokenTerms,
     batch_parameters_of,
     check_weight,
+    chooses_tokens,
     effective_sample_size,
     gradient_coefficient,
     ignores_ratio,
@@ -29,6 +38,7 @@ from rlsys.algorithms.policy_objectives.weights import (
 )
 
 __all__ = [
+    "BatchTokens",
     "PolicyObjectiveInputs",
     "PolicyObjectiveOutput",
     "Surrogate",
@@ -37,6 +47,7 @@ __all__ = [
     "available_weights",
     "batch_parameters_of",
     "check_objective",
+    "chooses_tokens",
     "effective_sample_size",
     "gradient_coefficient",
     "ignores_ratio",
@@ -60,6 +71,9 @@ class PolicyObjectiveInputs:
     old_logprobs: Tensor
     advantages: Tensor
     response_mask: Tensor  # bool
+    # int64, a different one for each token of the mini-batch, by which a weight knows the tokens
+    # that it chose; None: this batch is the whole one
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +141,8 @@ def policy_objective(
 
     log_ratio = log_ratios(ratio, logprobs, old_logprobs, mask)
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
-    surrogate = function(TokenTerms(log_ratio, advantages, logprobs, mask), **parameters)
+    terms = TokenTerms(log_ratio, advantages, logprobs, mask, inputs.positions)
+    surrogate = function(terms, **parameters)
 
     return PolicyObjectiveOutput(
         token_losses=torch.where(mask, -surrogate.values, 0.0),

@@ -15,10 +15,18 @@ sapo_sequence    stop(rho sech^2(tau log(rho) / 2)) log pi A  rho sech^2(tau log
 reward_time      stop(C_t) log pi                             C_t / A_t
 minimum          min_k f_k(rho) A                             rho f_k'(rho), k the smallest
 cispo            stop(clip(rho, 1-low, 1+high)) log pi A      clip(rho, 1-low, 1+high)
+gmpo             (prod_t clip(rho_t))^(1/|y|) A               the geometric mean; 0 where clipped
+dppo_tv, dppo_kl stop(min(rho, cap)) log pi A                 min(rho, cap); 0 where the divergence
+                                                              is above its threshold, on A's side
+vespo            stop(rho^k e^(l (1 - rho))) log pi A         rho^k e^(l (1 - rho))
+dro              log pi A - beta/2 log(rho)^2                 1 - beta log(rho) / A
+clip_cov         ppo_clip; 0 for some tokens                  of ppo_clip; 0 for those
+kl_cov           rho A; less coef |log rho| for some tokens   rho; less coef sign(log rho) / A
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +45,7 @@ class TokenTerms(NamedTuple):
     advantages: Tensor
     logprobs: Tensor  # of the live policy, with gradient
     mask: Tensor  # bool
+    positions: Tensor | None = None  # int64, a different one for each token of the mini-batch
 
     @property
     def ratios(self) -> Tensor:
@@ -54,9 +63,22 @@ class Surrogate(NamedTuple):
     clipped: Tensor  # [B, T] bool
 
 
+class BatchTokens(NamedTuple):
+    """The n tokens of a mini-batch, for weights with a statistic over it. Nothing has a gradient.
+
+    The fields after `log_ratios` are there for weights that choose tokens; see `register_weight`.
+    """
+
+    log_ratios: Tensor  # [n] of the chosen level
+    logprobs: Tensor | None = None  # [n] of the live policy
+    advantages: Tensor | None = None  # [n]
+    positions: Tensor | None = None  # [n] int64, ascending
+    seed: int = 0  # for a random choice; another one in every update
+
+
 WeightFunction = Callable[..., Surrogate]
-# Computes parameters from the log-ratios [n] of a whole mini-batch (and the weight's own
-# parameters); they stay fixed while the packs of the mini-batch are trained on.
+# Computes parameters from the tokens of a whole mini-batch (and the weight's own parameters); they
+# stay fixed while the packs of the mini-batch are trained on.
 BatchParameters = Callable[..., Mapping[str, Any]]
 Declared = bool | Callable[..., bool]  # perhaps a function of the keyword parameters
 
@@ -66,6 +88,7 @@ class WeightSpec:
     """The declarations that a weight is registered with; see `register_weight`."""
 
     batch_parameters: BatchParameters | None
+    chooses_tokens: bool
     levels: tuple[str, ...] | None
     validate: Validate | None
     ignores_ratio: Declared
@@ -81,6 +104,7 @@ def register_weight(
     name: str,
     *,
     batch_parameters: BatchParameters | None = None,
+    chooses_tokens: bool = False,
     levels: tuple[str, ...] | None = None,
     validate: Validate | None = None,
     ignores_ratio: Declared = False,
@@ -91,9 +115,11 @@ def register_weight(
 
     `name` is then a value of `algorithm.objective.weight`.
 
-    batch_parameters: `batch_parameters(log_ratios, **parameters)`, for weights with a statistic
-        over the batch. The trainer calls it with the log-ratios of a whole mini-batch before its
-        update, so that the loss does not depend on how the mini-batch is cut into packs.
+    batch_parameters: `batch_parameters(tokens: BatchTokens, **parameters)`, for weights with a
+        statistic over the batch. The trainer calls it with the tokens of a whole mini-batch before
+        its update, so that the loss does not depend on how the mini-batch is cut into packs.
+    chooses_tokens: the statistic is a keyword `selected`, the `positions` of some tokens. It gets
+        the log-probabilities, advantages and positions of the tokens too, and a seed.
     levels: the ratio levels that the weight is defined for; None: all.
     validate: called before a run starts with all keyword parameters, defaults included. It raises a
         ValueError, with the remedy, for values that the signature cannot refuse. The weight itself
@@ -114,6 +140,7 @@ def register_weight(
         register(function)
         _SPECS[name] = WeightSpec(
             batch_parameters=batch_parameters,
+            chooses_tokens=chooses_tokens,
             levels=levels,
             validate=validate,
             ignores_ratio=ignores_ratio,
@@ -128,6 +155,11 @@ def register_weight(
 def batch_parameters_of(name: str) -> BatchParameters | None:
     """Return the batch statistic of a weight; None for most."""
     return _spec(name).batch_parameters
+
+
+def chooses_tokens(name: str) -> bool:
+    """Return whether the batch statistic of a weight is a choice of tokens."""
+    return _spec(name).chooses_tokens
 
 
 def levels_of(name: str) -> tuple[str, ...] | None:
@@ -190,21 +222,27 @@ def _holds(declared: Declared, weight: str, parameters: Mapping[str, Any]) -> bo
     return declared(**(defaults | dict(parameters)))
 
 
-def _uncut(values: Tensor) -> Surrogate:
+def uncut(values: Tensor) -> Surrogate:
+    """Return a surrogate that cuts no gradient."""
     return Surrogate(values, torch.zeros_like(values, dtype=torch.bool))
 
 
-def _score(weight: Tensor, terms: TokenTerms) -> Surrogate:
+def score(weight: Tensor, terms: TokenTerms) -> Surrogate:
     """Return stop(weight) log pi A: a score function with exactly this coefficient."""
-    return _uncut(weight.detach() * terms.logprobs * terms.advantages)
+    return uncut(weight.detach() * terms.logprobs * terms.advantages)
 
 
 def _validate_clip(*, clip_low: float = 0.0, clip_high: float = 0.0, **_: object) -> None:
-    _check_width("clip_low", clip_low, 1.0)
-    _check_width("clip_high", clip_high)
+    check_width("clip_low", clip_low, 1.0)
+    check_width("clip_high", clip_high)
 
 
-def _check_width(name: str, value: float, highest: float = float("inf")) -> None:
+def check_width(name: str, value: float, highest: float = float("inf")) -> None:
+    """Refuse a parameter outside [0, highest].
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
     if not 0 <= value <= highest:
         bound = f"[0, {highest:g}]" if highest < float("inf") else "[0, inf)"
         raise ValueError(
@@ -216,13 +254,13 @@ def _check_width(name: str, value: float, highest: float = float("inf")) -> None
 @register_weight("none", ignores_ratio=True, one_at_ratio_one=True, zero_at_zero_advantage=True)
 def no_weight(terms: TokenTerms) -> Surrogate:
     """Return log pi A: the score-function estimator, whatever the ratio."""
-    return _score(torch.ones_like(terms.advantages), terms)
+    return score(torch.ones_like(terms.advantages), terms)
 
 
 @register_weight("importance", one_at_ratio_one=True, zero_at_zero_advantage=True)
 def importance_weight(terms: TokenTerms) -> Surrogate:
     """Return rho A: importance sampling without a trust region."""
-    return _uncut(terms.ratios * terms.advantages)
+    return uncut(terms.ratios * terms.advantages)
 
 
 @register_weight(
@@ -308,11 +346,11 @@ def upper_clip_weight(terms: TokenTerms, *, clip_high: float = 0.2) -> Surrogate
     Ionides 2008 (truncated importance sampling).
     """
     _validate_clip(clip_high=clip_high)
-    return _score(terms.ratios.clamp(max=1 + clip_high), terms)
+    return score(terms.ratios.clamp(max=1 + clip_high), terms)
 
 
 def _validate_power(*, q: float) -> None:
-    _check_width("q", q, 1.0)
+    check_width("q", q, 1.0)
 
 
 @register_weight(
@@ -332,7 +370,7 @@ def power_weight(terms: TokenTerms, *, q: float = 0.5) -> Surrogate:
     Source: Bai and Zhang 2026, the power family.
     """
     _validate_power(q=q)
-    return _score(bounded_ratio(q * terms.log_ratios), terms)
+    return score(bounded_ratio(q * terms.log_ratios), terms)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -362,7 +400,7 @@ def adaptive_power_of(
     2 K(q) - K(2q) with K the cumulant generating function of log rho, and the derivative
     2 (K'(q) - K'(2q)) is at most 0 because K is convex. So bisection finds the boundary, to 1e-6.
     """
-    _check_width("target_ess", target_ess, 1.0)
+    check_width("target_ess", target_ess, 1.0)
     if q is not None:
         return {"q": q}
     if float(effective_sample_size(log_ratios)) >= target_ess:
@@ -379,15 +417,19 @@ def adaptive_power_of(
     return {"q": low}
 
 
+def _adaptive_power_of_batch(tokens: BatchTokens, **parameters: Any) -> dict[str, float]:
+    return adaptive_power_of(tokens.log_ratios, **parameters)
+
+
 def _validate_adaptive_power(*, target_ess: float, q: float | None) -> None:
-    _check_width("target_ess", target_ess, 1.0)
+    check_width("target_ess", target_ess, 1.0)
     if q is not None:
         _validate_power(q=q)
 
 
 @register_weight(
     "adaptive_power",
-    batch_parameters=adaptive_power_of,
+    batch_parameters=_adaptive_power_of_batch,
     validate=_validate_adaptive_power,
     # Only equal weights keep the whole sample size.
     ignores_ratio=lambda target_ess, q: q == 0 or (q is None and target_ess == 1),
@@ -442,7 +484,7 @@ def sapo_weight(terms: TokenTerms, *, tau_pos: float = 1.0, tau_neg: float = 1.0
     """
     tau = _temperatures(terms.advantages, tau_pos, tau_neg)
     gate = torch.sigmoid(tau * (terms.ratios - 1))
-    return _uncut(4 / tau * gate * terms.advantages)
+    return uncut(4 / tau * gate * terms.advantages)
 
 
 def _temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
@@ -477,7 +519,7 @@ def sapo_sequence_weight(
     """
     tau = _temperatures(terms.advantages, tau_pos, tau_neg)
     gate = 1 / torch.cosh(tau * terms.log_ratios.detach() / 2) ** 2
-    return _score(terms.ratios * gate, terms)
+    return score(terms.ratios * gate, terms)
 
 
 @register_weight(
@@ -508,7 +550,7 @@ def reward_time_weight(terms: TokenTerms) -> Surrogate:
     later = _next_inside(following, terms.mask)
     parts = torch.where(terms.mask, terms.ratios.detach() * (following - later), 0.0)
     coefficients = parts.flip(1).cumsum(1).flip(1)
-    return _uncut(coefficients * terms.logprobs)
+    return uncut(coefficients * terms.logprobs)
 
 
 def _next_inside(values: Tensor, mask: Tensor) -> Tensor:
@@ -541,33 +583,52 @@ def cispo_weight(terms: TokenTerms, *, clip_low: float = 1.0, clip_high: float =
     Source: MiniMax 2025, MiniMax-M1, section 3.1 (arXiv:2506.13585).
     """
     _validate_clip(clip_low=clip_low, clip_high=clip_high)
-    return _score(terms.ratios.clamp(1 - clip_low, 1 + clip_high), terms)
+    return score(terms.ratios.clamp(1 - clip_low, 1 + clip_high), terms)
 
 
 def gradient_coefficient(
-    weight: str, log_ratios: Tensor, advantages: Tensor, **parameters: Any
+    weight: str,
+    log_ratios: Tensor,
+    advantages: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    **parameters: Any,
 ) -> Tensor:
     """Compute the coefficient w(rho, A) of a weight by differentiating its surrogate.
 
         d surrogate / d log pi = w(rho, A) A
 
-    Shapes: any equal ones, elementwise; `adaptive_power` takes its q from all of `log_ratios`
-    unless it is given.
+    Shapes: any equal ones, where each element is a response of one token; or all [B, T], with
+    `response_mask`, where each row is a response. 0 outside the mask.
 
-    Conventions: every weight here depends on the sign of A alone, so w is taken at A = +1 or -1,
-    and at +1 where A is 0. Each element is a response of one token.
+    Conventions: where A is 0, w is taken at A = 1. `adaptive_power` takes its q from all tokens
+    unless it is given. Weights that read the probability of a token get that of the live policy
+    from `logprobs`; None: 0.22. A weight that chooses tokens has the coefficient of a token that it
+    did not choose, unless `selected` or `response_mask` is given.
 
     Raises:
         ValueError: unknown weight or parameter value.
     """
     function = WEIGHTS.get(weight, field="algorithm.objective.weight")
-    logs = log_ratios.detach().reshape(-1, 1)  # each is a response of one token
-    sign = torch.where(advantages.reshape(-1, 1) < 0, -1.0, 1.0).to(logs.dtype)
-    mask = torch.ones_like(sign, dtype=torch.bool)
+    shape = log_ratios.shape
+    mask = response_mask
+    if mask is None:
+        mask = torch.ones(log_ratios.numel(), 1, dtype=torch.bool, device=log_ratios.device)
+        if chooses_tokens(weight):
+            parameters = {"selected": torch.zeros(0, dtype=torch.int64)} | parameters
+
+    logs = torch.where(mask, log_ratios.detach().reshape(mask.shape), 0.0)
+    sizes = advantages.detach().to(logs.dtype).reshape(mask.shape)
+    sizes = torch.where(sizes == 0, 1.0, sizes)
+    base = torch.full_like(logs, math.log(0.22))
+    if logprobs is not None:
+        base = logprobs.detach().to(logs.dtype).reshape(mask.shape)
 
     with torch.enable_grad():
-        logprobs = torch.zeros_like(logs).requires_grad_()
-        terms = TokenTerms(logs + logprobs, sign, logprobs, mask)
+        moved = torch.zeros_like(logs).requires_grad_()
+        given = torch.where(mask, sizes, 0.0)
+        terms = TokenTerms(logs + moved, given, torch.where(mask, base, 0.0) + moved, mask)
         surrogate = function(terms, **parameters)
-        (gradient,) = torch.autograd.grad(surrogate.values.sum(), logprobs)
-    return (gradient * sign).reshape(log_ratios.shape)
+        (gradient,) = torch.autograd.grad(surrogate.values.sum(), moved)
+    return torch.where(mask, gradient / sizes, 0.0).reshape(shape)

@@ -59,7 +59,9 @@ def expected_gradient(
         made = space.inputs(
             index, setting.rewards, logits, logits, torch.zeros(group, dtype=torch.int64)
         )
-        made = dataclasses.replace(made, greedy_rewards=greedy, state=state or {})
+        made = dataclasses.replace(
+            made, greedy_rewards=greedy, state=state or {}, problem_ids=["p"] * group
+        )
         output: AdvantageOutput = get_advantage_estimator(name)(made, **parameters)
         gradient = torch.einsum("gt,gtp->p", output.advantages, scores[index]) / group
         total += probabilities[index].prod() * gradient
@@ -81,15 +83,15 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
         ("optimal_token_baseline", {"leave_one_out": True}),
         ("remax", {}),
         ("gae", {}),
+        ("rae", {}),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_unbiased_estimators(name: str, parameters: dict, seed: int):
     setting = Setting.random(seed)
     exact = setting.space.gradient(setting.logits, setting.rewards)
-    found = expected_gradient(
-        setting, name, group=3, state={"average": 0.3, "weight": 1.0}, **parameters
-    )
+    state = {"average": 0.3, "weight": 1.0, "averages": {"p": [0.3, 0.5]}}
+    found = expected_gradient(setting, name, group=3, state=state, **parameters)
     assert float((found - exact).abs().max()) < EXACT
 
 
@@ -112,6 +114,45 @@ def test_a_mean_that_contains_the_response_scales_the_gradient(
         )
         < EXACT
     )
+
+
+def best_of(setting: Setting, k: int) -> Tensor:
+    """Return the gradient of E[max of the rewards of k responses], by automatic differentiation."""
+    logits = setting.logits.clone().requires_grad_()
+    probabilities = setting.space.probabilities(logits)
+    value = torch.zeros((), dtype=torch.float64)
+    for drawn in itertools.product(range(len(probabilities)), repeat=k):
+        index = torch.tensor(drawn)
+        value = value + probabilities[index].prod() * setting.rewards[index].max()
+    (gradient,) = torch.autograd.grad(value, logits)
+    return gradient.flatten()
+
+
+@pytest.mark.parametrize(("k", "group"), [(2, 3), (3, 4), (2, 2)])
+def test_pass_at_k_ascends_the_best_of_k(k: int, group: int):
+    """By 1/k, or (1/k)(1 - k/G) with a mean that contains the response, as documented."""
+    setting = Setting.random(6)
+    exact = best_of(setting, k)
+    found = expected_gradient(setting, "grpo_passk", group=group, k=k, baseline="leave_one_out")
+    assert float((k * found - exact).abs().max()) < EXACT
+    found = expected_gradient(setting, "grpo_passk", group=group, k=k, divide_by_std=False)
+    assert float((k * found - (1 - k / group) * exact).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize("group", [2, 3, 4])
+def test_maxrl_ascends_the_log_likelihood_up_to_the_order_of_its_group(group: int):
+    """For rewards of 0 and 1: sum_{k < G} pass@k / k, by automatic differentiation."""
+    setting = Setting.random(7)
+    rewards = (setting.rewards > 0.6).double()
+    assert 0 < rewards.sum() < len(rewards)
+    setting = dataclasses.replace(setting, rewards=rewards)
+
+    logits = setting.logits.clone().requires_grad_()
+    success = (setting.space.probabilities(logits) * rewards).sum()
+    value = torch.stack([(1 - (1 - success) ** k) / k for k in range(1, group)]).sum()
+    (exact,) = torch.autograd.grad(value, logits)
+    found = expected_gradient(setting, "maxrl", group=group)
+    assert float((found - exact.flatten()).abs().max()) < EXACT
 
 
 @pytest.mark.parametrize("name", ["grpo", "opo", "optimal_baseline", "optimal_token_baseline"])

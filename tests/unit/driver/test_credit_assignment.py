@@ -20,6 +20,7 @@ from rlsys.config import (
     ObjectiveConfig,
     OverlongConfig,
     PolicyConfig,
+    RewardFunctionConfig,
     RunConfig,
 )
 from rlsys.data.batches import (
@@ -331,6 +332,64 @@ def test_greedy_rewards_reach_the_responses_of_their_prompt():
         made, rewards([1, 0, 1, 0]), [], [], greedy
     )
     assert [row[0] for row in advantages_of(made, train)] == [0.75, -0.25, 0.25, -0.75]
+
+
+def test_the_rewards_of_each_function_and_their_weights_reach_the_estimator():
+    """Two functions of weights 2 and 1 that contradict each other; the sum alone would give 0.
+
+    A_1 = (1, -1), A_2 = (-1, 1), S = (1, -1) and 0 for the second group, std over the batch
+    sqrt(1/2).
+    """
+    functions = (
+        RewardFunctionConfig(name="math", weight=2.0),
+        RewardFunctionConfig(name="format_boxed", weight=1.0),
+    )
+    config = make_config("gdpo", parameters={"eps": 0.0})
+    config = config.model_copy(
+        update={"reward": config.reward.model_copy(update={"functions": functions})}
+    )
+    outcomes = rewards([0.0, 0.0, 0.0, 0.0])
+    components = {  # in another order than in the configuration
+        "format_boxed": np.array([0.0, 1.0, 0.5, 0.5], dtype=np.float32),
+        "math": np.array([1.0, 0.0, 1.0, 1.0], dtype=np.float32),
+    }
+    made = batch()
+    train, _ = CreditAssigner(config).assign(
+        made, dataclasses.replace(outcomes, components=components), [], []
+    )
+    first = [row[0] for row in advantages_of(made, train)]
+    assert first == pytest.approx([2**0.5, -(2**0.5), 0.0, 0.0])
+
+    with pytest.raises(ValueError, match="'gdpo' needs reward_components, which this batch does"):
+        CreditAssigner(config).assign(made, outcomes, [], [])
+
+
+def test_averages_of_problems_follow_the_problem_and_survive_a_checkpoint():
+    """The second batch has the first one's second problem, under another group id."""
+    config = make_config("rae", parameters={"decay": 0.5})
+    first = CreditAssigner(config)
+    made = batch()
+    train, _ = first.assign(made, rewards([1, 0, 1, 1]), [], [])
+    assert [row[0] for row in advantages_of(made, train)] == [1.0, 0.0, 1.0, 1.0]
+
+    later = rollouts([([8, 8], [[5], [5, 6]])], first_group=7)
+    prompt = dataclasses.replace(later.prompts.prompts[0], problem_id="p1")
+    later = dataclasses.replace(
+        later, prompts=dataclasses.replace(later.prompts, prompts=(prompt,))
+    )
+    second = CreditAssigner(config)
+    second.load_state(json.loads(json.dumps(first.state())))
+    train, metrics = second.assign(later, rewards([1, 0]), [], [])
+    assert [row[0] for row in advantages_of(later, train)] == [0.0, -1.0]
+    assert values(metrics)["advantage/seen_before"] == 1.0
+
+
+def test_a_response_without_a_reward_takes_its_problem_with_it():
+    config = make_config("rae", parameters={"decay": 0.5})
+    assigner = CreditAssigner(config)
+    assigner.assign(batch(), rewards([float("nan"), 1, 1, float("nan")]), [], [])
+    averages = assigner.state()["estimator"]["averages"]
+    assert averages == {"p0": [0.5, 0.5], "p1": [0.5, 0.5]}
 
 
 def test_squared_score_norms_come_with_the_old_logprobs():

@@ -83,6 +83,8 @@ def test_diagnostics_of_estimators_are_documented(name: str):
         ref_logprobs=zeros - 1,
         squared_score_norms=zeros + 1,
         greedy_rewards=zeros[:, 0],
+        reward_components=torch.tensor([[0.0], [1.0], [1.0], [0.0], [0.0], [1.0]]),
+        problem_ids=["a"] * 3 + ["b"] * 3,
     )
     for diagnostic in get_advantage_estimator(name)(inputs).diagnostics:
         row = documented(f"advantage/{diagnostic}")

@@ -27,6 +27,7 @@ from tests.support.advantage_examples import (
     RAGGED,
     RAGGED_GROUPS,
     RAGGED_REWARDS,
+    accepted_by,
     full_inputs,
     inputs,
     made,
@@ -38,9 +39,8 @@ def test_needs_are_declared():
     assert estimator_needs("token_kl_grpo") == {"old_logprobs", "ref_logprobs"}
     for name in available_advantage_estimators():
         for need in estimator_needs(name):
-            made = dataclasses.replace(
-                full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED), **{need: None}
-            )
+            whole = accepted_by(name, full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED))
+            made = dataclasses.replace(whole, **{need: None})
             with pytest.raises(ValueError, match=f"'{name}' needs {need}"):
                 run_estimator(name, made, {})
             with pytest.raises(AssertionError, match=need):

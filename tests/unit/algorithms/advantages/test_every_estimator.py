@@ -22,17 +22,18 @@ from tests.support.advantage_examples import (
     RAGGED,
     RAGGED_GROUPS,
     RAGGED_REWARDS,
-    RESPONSE_ARRAYS,
     TOKEN_ARRAYS,
+    accepted_by,
     full_inputs,
     inputs,
     padded,
+    reordered,
 )
 
 
 @pytest.mark.parametrize("name", available_advantage_estimators())
 def test_zero_outside_the_mask_and_padding_changes_nothing(name: str):
-    narrow = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED)
+    narrow = accepted_by(name, full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED))
     estimator = get_advantage_estimator(name)
     a, b = estimator(narrow).advantages, estimator(padded(narrow, 3)).advantages
     assert a.isfinite().all()
@@ -43,12 +44,11 @@ def test_zero_outside_the_mask_and_padding_changes_nothing(name: str):
 
 @pytest.mark.parametrize("name", available_advantage_estimators())
 def test_the_order_of_responses_does_not_matter(name: str):
-    made = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED)
+    made = accepted_by(name, full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED))
     order = torch.tensor([4, 2, 0, 3, 1])
-    arrays = {field: getattr(made, field)[order] for field in (*TOKEN_ARRAYS, *RESPONSE_ARRAYS)}
     estimator = get_advantage_estimator(name)
     assert torch.allclose(
-        estimator(dataclasses.replace(made, **arrays)).advantages,
+        estimator(reordered(made, order)).advantages,
         estimator(made).advantages[order],
         atol=1e-6,
     )
@@ -58,14 +58,17 @@ def test_the_order_of_responses_does_not_matter(name: str):
 def test_bfloat16_is_computed_in_float32_and_float64_stays(name: str):
     estimator = get_advantage_estimator(name)
     half = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED, dtype=torch.bfloat16)
+    half = accepted_by(name, half)
     arrays = {
         field: getattr(half, field).float()
-        for field in (*TOKEN_ARRAYS, "rewards", "greedy_rewards")
+        for field in (*TOKEN_ARRAYS, "rewards", "greedy_rewards", "reward_components")
+        if getattr(half, field) is not None
     }
     out = estimator(half).advantages
     assert out.dtype == torch.float32
     assert torch.equal(out, estimator(dataclasses.replace(half, **arrays)).advantages)
     double = full_inputs(RAGGED_REWARDS, RAGGED_GROUPS, RAGGED, dtype=torch.float64)
+    double = accepted_by(name, double)
     assert estimator(double).advantages.dtype == torch.float64
 
 
@@ -83,6 +86,8 @@ def test_equal_rewards_and_groups_of_one_get_exactly_zero_where_groups_are_compa
         ref_logprobs=norms,
         values=zeros,
         greedy_rewards=zeros[:, 0],
+        reward_components=torch.tensor([[0.1, 0.2]] * 3 + [[0.7, 0.3]]),
+        problem_ids=["a", "a", "a", "b"],
     )
     assert bool((get_advantage_estimator(name)(made).advantages == 0).all()) == compares_group(name)
 
@@ -244,6 +249,8 @@ def test_the_estimators_of_the_library_pass(name: str):
         ref_logprobs=noise,
         squared_score_norms=noise.abs(),
         greedy_rewards=torch.zeros(2),
+        reward_components=torch.tensor([[1.0, 0.5], [0.0, 0.0]]),
+        problem_ids=["a", "a"],
         kl_coefficient=0.1,
     )
     output = run_estimator(name, inputs, {})

@@ -1,5 +1,7 @@
 """Properties of every combination of ratio and weight."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,9 +12,12 @@ from rlsys.algorithms.policy_objectives import (
 )
 from tests.support.objective_examples import COMBINATIONS, objective_inputs
 
+# Weights whose coefficient depends on the other tokens of the response or of the batch.
+OF_SEVERAL_TOKENS = ("reward_time", "gmpo", "clip_cov", "kl_cov")
+
 
 @pytest.mark.parametrize(
-    ("level", "weight"), [pair for pair in COMBINATIONS if pair[1] != "reward_time"]
+    ("level", "weight"), [pair for pair in COMBINATIONS if pair[1] not in OF_SEVERAL_TOKENS]
 )
 def test_the_gradient_of_an_objective_is_its_coefficient(level: str, weight: str):
     """d loss / d log pi_t = -w(rho_t, A_t) A_t at every ratio level.
@@ -23,8 +28,27 @@ def test_the_gradient_of_an_objective_is_its_coefficient(level: str, weight: str
     out = policy_objective(made, ratio=level, weight=weight)
     out.token_losses.sum().backward()
     assert live.grad is not None
-    coefficient = gradient_coefficient(weight, out.metrics["ratio"].log(), made.advantages)
+    coefficient = gradient_coefficient(
+        weight, out.metrics["ratio"].log(), made.advantages, logprobs=made.logprobs
+    )
     assert torch.allclose(live.grad, -coefficient * made.advantages, atol=1e-9)
+
+
+@pytest.mark.parametrize(("level", "weight"), COMBINATIONS)
+def test_the_coefficients_of_whole_responses(level: str, weight: str):
+    """With `response_mask`: tokens outside the mask have the coefficient 0 and no influence."""
+    made, live = objective_inputs([0.3, 1.9, 7.0, 0.8, 5.0], [1.0, 2.0, 3.0, -0.5, -1.5])
+    mask = torch.tensor([[True, True, False, True, True]])
+    made = dataclasses.replace(made, response_mask=mask)
+    out = policy_objective(made, ratio=level, weight=weight)
+    out.token_losses.sum().backward()
+    assert live.grad is not None
+    logs = torch.where(mask, out.metrics["ratio"], 1.0).log()
+    coefficient = gradient_coefficient(
+        weight, logs, made.advantages, logprobs=made.logprobs, response_mask=mask
+    )
+    assert torch.allclose(live.grad, -coefficient * made.advantages, atol=1e-9)
+    assert coefficient[~mask].tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("level", "weight"), COMBINATIONS)
