@@ -71,7 +71,8 @@ def _clipped(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
             f"clip: {clip} is not above 0, so no value could move. Give a number in units of the "
             "returns, such as 0.2, or None for no clip."
         )
-    return old_values + (values - old_values).clamp(-clip, clip)
+    # Not old + clamp(V - old), which inside the range differs from V by rounding.
+    return values.clamp(old_values - clip, old_values + clip)
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:

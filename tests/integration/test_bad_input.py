@@ -229,7 +229,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "same tokenizer",
         ),
         ([*CRITIC, "--critic.path", "/no/model"], "critic.path", "nor an existing directory"),
-        ([*CRITIC, "--critic.path", "{files}/mute"], "critic.path", "files of its tokenizer"),
+        ([*CRITIC, "--critic.path", "{files}/mute"], "critic.path", "tokenizer.save_pretrained"),
         (CRITIC[:2], "critic.enabled", "does not read"),
         (
             ["--algorithm.advantage.parameters.eps", "-1"],

@@ -67,6 +67,14 @@ def test_before_the_first_update_the_clip_changes_nothing():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_inside_the_range_nothing_is_clipped_by_rounding():
+    generator = torch.Generator().manual_seed(4)
+    old, returns = torch.randn(2, 100, 50, generator=generator)
+    values = old + 0.19 * (2 * torch.rand(100, 50, generator=generator) - 1)
+    assert not value_is_clipped(values, old, returns, clip=0.2).any()
+    assert torch.equal(value_loss(values, old, returns, clip=0.2), value_loss(values, old, returns))
+
+
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_old_values_and_returns_get_no_gradient(clip: float | None):
     values, old, returns = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
