@@ -14,9 +14,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import SWITCHES
 from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.config.fields import all_fields, type_name
+from rlsys.config.offline import (
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
 from rlsys.config.presets import PRESETS
 from rlsys.config.resume_rules import VERDICTS, resume_table
 
@@ -43,6 +49,24 @@ other flags change fields of it. docs/algorithms.md compares the settings of all
 |---|---|---|
 """
 
+# Sections that have the same fields as those of an RL run.
+SHARED_SECTIONS = (
+    *("recipe", "plugins", "model", "cluster", "run", "policy", "reward_model", "reference"),
+    *("generation", "reward"),
+)
+OTHER_KINDS: dict[type[RootConfig], str] = {
+    SupervisedRunConfig: """
+## Runs on examples
+
+`recipes.sft_math`, `recipes.dpo_math` and `recipes.reward_model_math` have configurations of their
+own. The sections that are not listed here have the fields of an RL run: `model`, `policy` (in a run
+of a reward model `reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation`
+without `samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
+""",
+    PreferenceRunConfig: "",
+    RewardModelRunConfig: "",
+}
+
 RESUMING = """
 ## Resuming
 
@@ -66,21 +90,30 @@ def reference() -> str:
     """Return the page."""
     lines = [INTRODUCTION, "## Switches\n", "| flag | meaning |", "|---|---|"]
     lines += [f"| `{flag}` | {doc} |" for flag, doc in SWITCHES.items()]
-    lines += _field_tables()
+    lines += _field_tables(RunConfig)
     lines += [PRESETS_INTRODUCTION + "\n".join(_preset_rows())]
+    for kind, text in OTHER_KINDS.items():
+        lines += [text, *_field_tables(kind, heading="###", without=SHARED_SECTIONS)]
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     lines += [EVALUATION + "\n".join(_evaluation_rows())]
     return "\n".join(lines) + "\n"
 
 
-def _field_tables() -> Iterator[str]:
-    """Yield the lines of a table for each section."""
+def _field_tables(
+    kind: type[RootConfig], *, heading: str = "##", without: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the lines of a table for each section of a kind of run."""
     previous = None
-    for name, field in all_fields():
+    for name, field in all_fields(kind):
         section = name.split(".")[0]
+        if section in without:
+            continue
         if section != previous:
-            yield from ("", f"## {section}\n")
+            yield from (
+                "",
+                f"{heading} {kind.__name__}: {section}\n" if without else f"{heading} {section}\n",
+            )
             yield from ("| field | type | default | meaning |", "|---|---|---|---|")
         previous = section
         yield _field_row(name, field)

@@ -112,6 +112,8 @@ SCORED_TOKENS = "tokens of kept samples with a reward"
 MINI_BATCHES_OR_BATCH = "mini-batches or the batch"
 PROBE = "tokens of the probe"
 HELD_OUT = "held-out problems"
+EXAMPLES = "held-out examples"
+BATCH_EXAMPLES = "examples of the step"
 STEP = "the step"
 RUN = "the run so far"
 
@@ -597,6 +599,180 @@ METRICS = (
         "Peak memory of the reward worker plus the present memory of its processes, in GiB.",
     ),
     MetricDoc("memory/advantage", "max", RUN, "Peak memory of the advantage controller, in GiB."),
+    MetricDoc(
+        "eval/loss",
+        "mean",
+        EXAMPLES,
+        "Runs on examples: loss of the held-out examples.",
+    ),
+    MetricDoc(
+        "eval/tokens",
+        "sum",
+        EXAMPLES,
+        "Runs on examples: number of learned tokens of the held-out examples.",
+    ),
+    MetricDoc(
+        "eval/entropy",
+        "mean",
+        EXAMPLES,
+        "Runs on examples: entropy at the learned tokens, in nats.",
+    ),
+    MetricDoc(
+        "eval/preference_accuracy",
+        "mean",
+        EXAMPLES,
+        "DPO: fraction of pairs whose better response has the higher implicit reward; equal "
+        "rewards count one half.",
+    ),
+    MetricDoc(
+        "policy/preference_accuracy",
+        "mean",
+        BATCH_EXAMPLES,
+        "DPO: fraction of pairs whose better response has the higher implicit reward; equal "
+        "rewards count one half.",
+    ),
+    MetricDoc(
+        "eval/preference_margin",
+        "mean",
+        EXAMPLES,
+        "DPO: difference of the implicit rewards of a pair.",
+    ),
+    MetricDoc(
+        "policy/preference_margin",
+        "mean",
+        BATCH_EXAMPLES,
+        "DPO: difference of the implicit rewards of a pair.",
+    ),
+    MetricDoc(
+        "eval/preference_chosen_reward",
+        "mean",
+        EXAMPLES,
+        "DPO: implicit reward of the better response.",
+    ),
+    MetricDoc(
+        "policy/preference_chosen_reward",
+        "mean",
+        BATCH_EXAMPLES,
+        "DPO: implicit reward of the better response.",
+    ),
+    MetricDoc(
+        "eval/preference_rejected_reward",
+        "mean",
+        EXAMPLES,
+        "DPO: implicit reward of the worse response.",
+    ),
+    MetricDoc(
+        "policy/preference_rejected_reward",
+        "mean",
+        BATCH_EXAMPLES,
+        "DPO: implicit reward of the worse response.",
+    ),
+    MetricDoc(
+        "eval/preference_chosen_logprob",
+        "mean",
+        EXAMPLES,
+        "DPO: log-probability of the better response, summed over its tokens, or their mean with "
+        "`objective.length_normalized`.",
+    ),
+    MetricDoc(
+        "policy/preference_chosen_logprob",
+        "mean",
+        BATCH_EXAMPLES,
+        "DPO: log-probability of the better response, summed over its tokens, or their mean with "
+        "`objective.length_normalized`.",
+    ),
+    MetricDoc(
+        "eval/ranking_accuracy",
+        "mean",
+        EXAMPLES,
+        "Reward models: fraction of the pairs of a prompt whose better response has the higher "
+        "reward; equal rewards count one half.",
+    ),
+    MetricDoc(
+        "reward_model/ranking_accuracy",
+        "mean",
+        BATCH_EXAMPLES,
+        "Reward models: fraction of the pairs of a prompt whose better response has the higher "
+        "reward; equal rewards count one half.",
+    ),
+    MetricDoc(
+        "eval/reward_mean",
+        "mean",
+        EXAMPLES,
+        "Reward models: mean reward of the responses.",
+    ),
+    MetricDoc(
+        "reward_model/reward_mean",
+        "mean",
+        BATCH_EXAMPLES,
+        "Reward models: mean reward of the responses.",
+    ),
+    MetricDoc(
+        "eval/reward_std",
+        "mean",
+        EXAMPLES,
+        "Reward models: standard deviation of the reward over responses.",
+    ),
+    MetricDoc(
+        "reward_model/reward_std",
+        "mean",
+        BATCH_EXAMPLES,
+        "Reward models: standard deviation of the reward over responses.",
+    ),
+    MetricDoc(
+        "reward_model/loss",
+        "mean",
+        BATCH_EXAMPLES,
+        "Reward models: loss of the step.",
+    ),
+    MetricDoc(
+        "reward_model/grad_norm",
+        "mean",
+        MINI_BATCHES,
+        "Reward models: norm of the gradient before clipping; absent if it was not finite.",
+    ),
+    MetricDoc(
+        "reward_model/learning_rate",
+        "mean",
+        STEP,
+        "Reward models: learning rate of the step.",
+    ),
+    MetricDoc(
+        "reward_model/updates",
+        "sum",
+        MINI_BATCHES,
+        "Reward models: optimizer steps.",
+    ),
+    MetricDoc(
+        "reward_model/skipped_updates",
+        "sum",
+        MINI_BATCHES,
+        "Reward models: optimizer steps that were skipped.",
+    ),
+    MetricDoc(
+        "reward_model/nonfinite_gradients",
+        "sum",
+        MINI_BATCHES,
+        "Reward models: optimizer steps that were skipped because the gradient was not finite.",
+    ),
+    MetricDoc(
+        "batch/examples",
+        "driver",
+        STEP,
+        "Runs on examples: number of examples, each prompt with all its responses.",
+    ),
+    MetricDoc(
+        "batch/tokens",
+        "driver",
+        STEP,
+        "Runs on examples: number of tokens of prompts and responses.",
+    ),
+    MetricDoc(
+        "memory/reward_model",
+        "max",
+        RUN,
+        "Peak memory of a rank of the reward model, in GiB.",
+    ),
     MetricDoc(
         "eval/accuracy",
         "driver",

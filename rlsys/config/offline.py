@@ -263,8 +263,9 @@ class OfflineRunConfig(RootConfig):
         description="Python modules to import in every process.",
     )
     model: ModelConfig = Field(default=ModelConfig(), description="The language model.")
-    data: Any
-    trainer: Any  # pyright: ignore[reportGeneralTypeIssues]  (no default here)
+    # Each kind has sections of its own here.
+    data: Any = Field(default=None, description="Examples and prompts.")
+    trainer: Any = Field(default=None, description="The training loop.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
 

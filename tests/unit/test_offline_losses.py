@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlsys.algorithms.reward_modeling import ranking_loss
 from rlsys.config.offline import PreferenceConfig, RankingConfig, SupervisedConfig
-from rlsys.data.example_encoding import EncodedExample, EncodedResponse
 from rlsys.data.example_stream import ExampleBatch
 from rlsys.data.packing import pack_rows
 from rlsys.models import resolve_model
 from rlsys.models.value_models import load_value_model, value_head
+from tests.support.example_batches import random_examples
 from workers.training.losses import Denominators, PackColumns
 from workers.training.offline_losses import (
     OfflineLoss,
@@ -30,7 +30,6 @@ from workers.training.packed_model import PackedCausalLM, PackTensors
 from workers.training.packed_value_model import PackedValueModel
 
 CPU = torch.device("cpu")
-VOCABULARY = 300
 # Budget of a pack, ranks, shared prompts, padded
 PLANS = [
     (10_000, 1, True, False),
@@ -40,24 +39,6 @@ PLANS = [
     (60, 2, True, False),
     (10_000, 3, False, False),
 ]
-
-
-def batch_of(responses: tuple[int, ...], seed: int = 0) -> ExampleBatch:
-    """Return prompts with so many responses each, in which some tokens are not learned."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for count in responses:
-        encoded = []
-        for _ in range(count):
-            length = int(rng.integers(2, 12))
-            learned = rng.random(length) < 0.8
-            learned[-1] = True
-            tokens = rng.integers(3, VOCABULARY, length).astype(np.int32)
-            encoded.append(EncodedResponse(token_ids=tokens, learned=learned))
-        prompt = tuple(rng.integers(3, VOCABULARY, rng.integers(2, 8)).tolist())
-        ranks = tuple(rng.permutation(count).tolist())
-        examples.append(EncodedExample(prompt=prompt, responses=tuple(encoded), ranks=ranks))
-    return ExampleBatch.of(0, examples, 5)
 
 
 def last_tokens(batch: ExampleBatch) -> np.ndarray:
@@ -165,7 +146,7 @@ def assert_equal_for_all_plans(model: Any, batch: ExampleBatch, loss: OfflineLos
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_supervised(language_model: PackedCausalLM, aggregation: Any):
-    batch = batch_of((1,) * 9)
+    batch = random_examples((1,) * 9)
     loss = SupervisedLoss(objective=SupervisedConfig(aggregation=aggregation))
     value = assert_equal_for_all_plans(language_model, batch, loss)
 
@@ -187,7 +168,7 @@ def test_supervised(language_model: PackedCausalLM, aggregation: Any):
 )
 def test_preferences(language_model: PackedCausalLM, objective: PreferenceConfig):
     """Pairs, and rankings of three, whose three pairs together count as one pair."""
-    batch = batch_of((2, 3, 2, 2, 3))
+    batch = random_examples((2, 3, 2, 2, 3))
     reference = reference_of(batch)
     loss = PreferenceLoss(objective=objective, batch=batch, reference=reference)
     value = assert_equal_for_all_plans(language_model, batch, loss)
@@ -223,7 +204,7 @@ def _pair_loss(h: float, objective: PreferenceConfig) -> float:
 
 @pytest.mark.parametrize("kind", ["pairwise", "plackett_luce"])
 def test_rankings(value_model: PackedValueModel, kind: Any):
-    batch = batch_of((2, 4, 3, 2))
+    batch = random_examples((2, 4, 3, 2))
     loss = RankingLoss(objective=RankingConfig(kind=kind), batch=batch)
     value = assert_equal_for_all_plans(value_model, batch, loss)
 
@@ -245,7 +226,7 @@ def test_rankings(value_model: PackedValueModel, kind: Any):
 
 
 def test_the_responses_to_a_prompt_stay_in_one_pack():
-    batch = batch_of((4, 4, 4))
+    batch = random_examples((4, 4, 4))
     for budget, _, shared, padded in PLANS:
         packs = pack_rows(
             batch.sequences,
