@@ -56,27 +56,25 @@ def pack_weights(
     """
     entries: list[WeightEntry] = []
     shards: list[NDArray[np.uint8]] = []
-    parts: list[NDArray[np.uint8]] = []
+    buffer = np.empty(0, dtype=np.uint8)
     size = 0
 
     def close_shard() -> None:
-        nonlocal parts, size
-        if parts:
-            shards.append(np.concatenate(parts))
-        parts, size = [], 0
+        nonlocal size
+        if size:
+            shards.append(buffer[:size])
+        size = 0
 
     for name, tensor in tensors:
-        data = (
-            tensor.detach()
-            .to(device="cpu", dtype=dtype)
-            .contiguous()
-            .reshape(-1)
-            .view(torch.uint8)
-            .numpy()
-        )
-        if size and size + data.nbytes > shard_bytes:
+        num_bytes = tensor.numel() * dtype.itemsize
+        if size + num_bytes > len(buffer):
             close_shard()
+            # Memory that is not written to is not taken from the machine.
+            buffer = np.empty(max(num_bytes, shard_bytes), dtype=np.uint8)
 
+        # Cast and copied in one pass.
+        place = buffer[size : size + num_bytes]
+        torch.from_numpy(place).view(dtype).copy_(tensor.detach().reshape(-1))
         entries.append(
             WeightEntry(
                 name=name,
@@ -84,12 +82,11 @@ def pack_weights(
                 dtype=str(dtype).removeprefix("torch."),
                 shard=len(shards),
                 offset=size,
-                num_bytes=data.nbytes,
-                checksum=_checksum(data),
+                num_bytes=num_bytes,
+                checksum=_checksum(place),
             )
         )
-        parts.append(data)
-        size += data.nbytes
+        size += num_bytes
 
     close_shard()
     return WeightManifest(version=version, entries=tuple(entries)), shards
