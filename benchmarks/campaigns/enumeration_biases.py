@@ -173,7 +173,7 @@ BIASES: tuple[Bias, ...] = (
     ),
     Bias(
         "clipped log-ratios",
-        lambda case: _has(case, "log_ratio_clip"),
+        lambda case: "log_ratio_clip" in dict(case.parameters),
         HIERARCHICAL,
         "biased towards the sampler's policy",
     ),

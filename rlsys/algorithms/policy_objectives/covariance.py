@@ -48,7 +48,8 @@ def _check_fraction(fraction: float) -> None:
 def _check_unset(selected: object) -> None:
     if selected is not None and not isinstance(selected, Tensor):
         raise ValueError(
-            f"{FIELD}.selected: the trainer chooses the tokens of each mini-batch. Leave it out."
+            f"{FIELD}.selected: {selected!r} cannot be set, since the trainer chooses the tokens "
+            "of each mini-batch. Leave it out."
         )
 
 

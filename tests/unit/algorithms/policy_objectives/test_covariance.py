@@ -170,7 +170,7 @@ def test_packs_of_a_mini_batch_with_the_choice_of_the_whole_are_the_whole(weight
     [
         ("kl_cov", {"fraction": 0.0}, r"fraction: 0.0 is outside \(0, 1\]"),
         ("kl_cov", {"coefficient": -1.0}, r"coefficient: -1.0 is outside"),
-        ("kl_cov", {"selected": [1]}, r"selected: the trainer chooses the tokens"),
+        ("kl_cov", {"selected": [1]}, r"selected: \[1\] cannot be set, since the trainer"),
         ("clip_cov", {"fraction": 2.0}, r"fraction: 2.0 is outside \(0, 1\]"),
         ("clip_cov", {"lowest": 5.0}, r"lowest: 5 is not below highest 5"),
         ("clip_cov", {"clip_low": 2.0}, r"clip_low: 2.0 is outside \[0, 1\]"),
