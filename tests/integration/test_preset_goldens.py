@@ -13,7 +13,8 @@ import pytest
 from rlsys.config.presets import PRESETS
 from tests.support.golden_runs import PORTABLE, STEPS
 
-pytestmark = pytest.mark.slow
+# The runs of all presets count for the first test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 1e-6  # relative, and absolute below 1
