@@ -91,15 +91,28 @@ def run_command(
             it returns None where a resumed run is already complete.
     """
     hardware = detect_hardware()
-    try:
+
+    def run() -> int:
         invocation = parse(recipe(hardware), sys.argv[1:] if arguments is None else arguments)
-        code = _run(invocation, prepare, hardware)
+        return _run(invocation, prepare, hardware)
+
+    exit_with_code_of(run, continued="a saved run")
+
+
+def exit_with_code_of(run: Callable[[], int], *, continued: str) -> NoReturn:
+    """Exit with the code that `run` returns, 0 after help, 130 if interrupted, 2 if refused.
+
+    Args:
+        continued: what --resume continues after an interrupt.
+    """
+    try:
+        code = run()
     except HelpRequested as help_requested:
         print(help_requested)
         code = 0
     except KeyboardInterrupt:
         print(
-            "interrupted; a saved run can be continued with --run.directory and --resume",
+            f"interrupted; {continued} can be continued with --run.directory and --resume",
             file=sys.stderr,
         )
         code = 130

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from recipes.run_command import exit_with_code_of
 from rlsys.config import ConfigError, RunConfig
-from rlsys.config.command_line import HelpRequested, Invocation, dump_yaml, parse
+from rlsys.config.command_line import Invocation, dump_yaml, parse
 from rlsys.config.errors import Mistakes, as_config_error
 from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.config.hardware import Hardware, detect_hardware
@@ -48,23 +49,12 @@ def run_evaluation(recipe: EvaluationRecipe, arguments: Sequence[str] | None = N
     The codes are 0 done, 2 invalid input, 130 interrupted, 1 failed.
     """
     hardware = detect_hardware()
-    try:
+
+    def run() -> int:
         invocation = parse(recipe(hardware), sys.argv[1:] if arguments is None else arguments)
-        code = _run(invocation, hardware)
-    except HelpRequested as help_requested:
-        print(help_requested)
-        code = 0
-    except KeyboardInterrupt:
-        print(
-            "interrupted; what was sampled can be continued with --run.directory and --resume",
-            file=sys.stderr,
-        )
-        code = 130
-    except ConfigError as error:
-        lines = str(error).splitlines()
-        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
-        code = 2
-    sys.exit(code)
+        return _run(invocation, hardware)
+
+    exit_with_code_of(run, continued="what was sampled")
 
 
 def _run(invocation: Invocation[EvaluationRunConfig], hardware: Hardware) -> int:

@@ -25,6 +25,7 @@ from rlsys.data.examples import (
 )
 from rlsys.data.held_out import hold_out_by
 from rlsys.data.prompt_templates import PromptRenderer
+from rlsys.data.readers import check_sources
 from rlsys.data.sequences import TokenSequences
 from rlsys.data.synthetic_problems import SolvedProblem, generate_solved_problems
 from rlsys.data.synthetic_rankings import generated_rankings
@@ -191,7 +192,7 @@ def source_examples(config: OfflineRunConfig) -> SourcedExamples:
         ValueError: see `read_demonstrations`, `read_rankings` and `hold_out_by`.
     """
     data = config.data
-    _check_sources(data)
+    check_sources(data, "examples")
     notices: list[str] = []
 
     def read(source: str, field: str) -> Sequence[Example]:
@@ -256,24 +257,6 @@ def _without_ties(examples: Sequence[Example], field: str, notices: list[str]) -
     )
     left_out = set(map(id, tied))
     return [example for example in examples if id(example) not in left_out]
-
-
-def _check_sources(data: DemonstrationDataConfig | RankingDataConfig) -> None:
-    if data.train in ("auto", "off"):
-        raise ValueError(
-            f"data.train: {data.train!r} is a value of data.eval. Give a source of examples."
-        )
-    if data.eval == "synthetic" and data.train != "synthetic":
-        raise ValueError(
-            f"data.eval: 'synthetic' examples do not measure data.train {data.train!r}. Set it to "
-            "auto to hold examples out of data.train, to a file, or to off."
-        )
-    reads_no_file = data.train == "synthetic" and data.eval in ("auto", "off", "synthetic")
-    if reads_no_file and data.where:
-        raise ValueError(
-            f"data.where: {', '.join(data.where)} filters the rows of files, and data.train is "
-            "synthetic. Choose its levels with data.synthetic.levels."
-        )
 
 
 def _synthetic(config: OfflineRunConfig) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -15,7 +15,7 @@ from rlsys.data.epoch_order import EpochOrder
 from rlsys.data.held_out import hold_out, shared_problems
 from rlsys.data.problems import Problem, problems_digest
 from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
-from rlsys.data.readers import read_problems
+from rlsys.data.readers import check_sources, read_problems
 from rlsys.data.synthetic_problems import generate_problems
 
 
@@ -153,7 +153,7 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
     """
     data = config.data
     notices: list[str] = []
-    _check_sources(data)
+    check_sources(data, "problems")
 
     if data.train == "synthetic":
         train, held_out = _synthetic(config)
@@ -178,24 +178,6 @@ def load_problems(config: RunConfig, *, metadata: bool = False) -> LoadedProblem
     check_template_takes(train, data, "data.train")
     check_template_takes(evaluation, data, "data.eval")
     return LoadedProblems(train=train, evaluation=evaluation, origin=origin, notices=tuple(notices))
-
-
-def _check_sources(data: DataConfig) -> None:
-    if data.train in ("auto", "off"):
-        raise ValueError(
-            f"data.train: {data.train!r} is a value of data.eval. Give a source of problems."
-        )
-    if data.eval == "synthetic" and data.train != "synthetic":
-        raise ValueError(
-            f"data.eval: 'synthetic' problems do not measure data.train {data.train!r}. Set it to "
-            "auto to hold problems out of data.train, to a file, or to off."
-        )
-    reads_no_file = data.train == "synthetic" and data.eval in ("auto", "off", "synthetic")
-    if reads_no_file and data.where:
-        raise ValueError(
-            f"data.where: {', '.join(data.where)} filters the rows of files, and data.train is "
-            "synthetic. Choose its levels with data.synthetic.levels."
-        )
 
 
 def _synthetic(config: RunConfig) -> tuple[list[Problem], list[Problem]]:

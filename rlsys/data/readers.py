@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlsys.config import ColumnNames
+from rlsys.config import ColumnNames, DataConfig
+from rlsys.config.offline import DemonstrationDataConfig, RankingDataConfig
 from rlsys.data.problems import Problem
 from rlsys.data.row_files import Row, Table, read_table
 from rlsys.data.row_values import (
@@ -296,3 +297,28 @@ def optional_cell(row: Mapping[str, Any], name: str | None, convert: Callable[[A
     except Unfit as error:
         error.column = name
         raise
+
+
+def check_sources(
+    data: DataConfig | DemonstrationDataConfig | RankingDataConfig, noun: str
+) -> None:
+    """Refuse sources that contradict each other; `noun` names what they hold.
+
+    Raises:
+        ValueError: names field, value and remedy.
+    """
+    if data.train in ("auto", "off"):
+        raise ValueError(
+            f"data.train: {data.train!r} is a value of data.eval. Give a source of {noun}."
+        )
+    if data.eval == "synthetic" and data.train != "synthetic":
+        raise ValueError(
+            f"data.eval: 'synthetic' {noun} do not measure data.train {data.train!r}. Set it to "
+            f"auto to hold {noun} out of data.train, to a file, or to off."
+        )
+    reads_no_file = data.train == "synthetic" and data.eval in ("auto", "off", "synthetic")
+    if reads_no_file and data.where:
+        raise ValueError(
+            f"data.where: {', '.join(data.where)} filters the rows of files, and data.train is "
+            "synthetic. Choose its levels with data.synthetic.levels."
+        )

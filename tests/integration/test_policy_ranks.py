@@ -223,6 +223,14 @@ async def test_exact_kl_is_refused_for_padded_models(ranks: RankProcesses):
         with pytest.raises(UnsupportedModelError, match="needs the packed forward pass"):
             await policy.load_reference_head(resolve_model("tiny"))
 
+    padded = config(1, packing=False)
+    exact = AlgorithmConfig(kl=KLConfig(coefficient=0.05, kind="exact"))
+    # The command line refuses this; `packing: auto` finds some models unfit at set-up only.
+    settings = padded.model_copy(update={"algorithm": exact})
+    with pytest.raises(UnsupportedModelError, match="model of the reference runs padded"):
+        async with reference_group(settings):
+            pass
+
 
 async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packing(
     ranks: RankProcesses,

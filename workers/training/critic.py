@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,11 @@ from workers.training.backends.backend import ModelBackend
 from workers.training.losses import Denominators, backward_passes
 from workers.training.model_setup import prepare, value_model
 from workers.training.optimizer_steps import OptimizerSteps
-from workers.training.rank_worker import RankWorker
-from workers.training.saved_state import load_state, save_state
+from workers.training.trained_worker import TrainedWorker
 from workers.training.value_loss import ValueLoss
 
 
-class CriticWorker(RankWorker):
+class CriticWorker(TrainedWorker):
     """One rank of the critic."""
 
     role = "critic"
@@ -103,17 +101,3 @@ class CriticWorker(RankWorker):
         if tokens:
             metrics["critic/clip_fraction"] = mean(clipped / tokens, tokens)
         return metrics | self.steps.take(self.backend)
-
-    def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout and all state of the critic; collective."""
-        facts = {"ranks": self.world_size, "steps": self.steps.completed}
-        save_state(self.backend, Path(directory), role=self.role, rank=self.rank, facts=facts)
-
-    def load(self, directory: str) -> None:
-        """Continue from what `save` wrote; collective.
-
-        Raises:
-            ValueError: the checkpoint is of another number of ranks or of another model.
-        """
-        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
-        self.steps.completed = facts["steps"]

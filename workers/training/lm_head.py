@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rlsys.algorithms.token_logprobs import LogitTransform
 from rlsys.algorithms.vocabulary_kl import LMHead
+from rlsys.models.loading import UnsupportedModelError
 
 # Names under which configurations keep a factor of the logits, and True where it divides them.
 _SCALES = (
@@ -41,6 +42,19 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
             softcap = value
             break
     return LogitTransform(scale=scale, softcap=softcap)
+
+
+def check_packed_for_exact_kl(role: str, *, packing: bool) -> None:
+    """Refuse an exact KL of a model that runs padded: its head may do more than `LMHead` does.
+
+    Raises:
+        UnsupportedModelError: names the field, the role and the remedy.
+    """
+    if not packing:
+        raise UnsupportedModelError(
+            "algorithm.kl.kind: 'exact' needs the packed forward pass, and the model of the "
+            f"{role} runs padded. Choose another kind."
+        )
 
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:

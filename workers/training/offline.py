@@ -35,9 +35,9 @@ from workers.training.offline_losses import (
     SupervisedLoss,
 )
 from workers.training.optimizer_steps import OptimizerSteps
-from workers.training.rank_worker import CausalLMWorker, RankWorker
+from workers.training.rank_worker import CausalLMWorker
 from workers.training.sampled_from import SampledFromWorker
-from workers.training.saved_state import load_state, save_state
+from workers.training.trained_worker import TrainedWorker
 
 # The entry of config.json with the mean reward over held-out responses.
 REWARD_MEAN = "reward_mean"
@@ -49,7 +49,7 @@ def online_of(config: OfflineRunConfig) -> RunConfig:
     return config.online(longest_response=longest)
 
 
-class OfflineWorker(RankWorker):
+class OfflineWorker(TrainedWorker):
     """One rank of a model that learns from examples."""
 
     def __init__(
@@ -75,20 +75,6 @@ class OfflineWorker(RankWorker):
 
         reported = {f"{self.role}/{name}": metric for name, metric in measured.items()}
         return reported | norm | self.steps.end(self.rank) | self.metrics()
-
-    def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout, optimizer and schedule; collective."""
-        facts = {"ranks": self.world_size, "steps": self.steps.completed}
-        save_state(self.backend, Path(directory), role=self.role, rank=self.rank, facts=facts)
-
-    def load(self, directory: str) -> None:
-        """Continue from what `save` wrote; collective.
-
-        Raises:
-            ValueError: the checkpoint is of another number of ranks or of another model.
-        """
-        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
-        self.steps.completed = facts["steps"]
 
     @torch.no_grad()
     def evaluate(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:

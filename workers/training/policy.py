@@ -29,7 +29,7 @@ from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
-from workers.training.lm_head import lm_head_of
+from workers.training.lm_head import check_packed_for_exact_kl, lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.model_setup import DTYPES
 from workers.training.optimizer_steps import OptimizerSteps
@@ -72,11 +72,7 @@ class PolicyWorker(SampledFromWorker):
             UnsupportedModelError: this model runs padded, or has another vocabulary.
         """
         module = self.backend.module
-        if not module.packing:
-            raise UnsupportedModelError(
-                "algorithm.kl.kind: 'exact' needs the packed forward pass, and the model runs "
-                "padded. Choose another kind."
-            )
+        check_packed_for_exact_kl(self.role, packing=module.packing)
         role = self.config.reference_role()
         reference = load_causal_lm(
             directory,

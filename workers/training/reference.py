@@ -14,6 +14,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.data.packing import Pack
+from workers.training.lm_head import check_packed_for_exact_kl
 from workers.training.packed_model import PackResult
 from workers.training.rank_worker import CausalLMWorker
 
@@ -25,6 +26,18 @@ class ReferenceWorker(CausalLMWorker):
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.reference_role(), model_directory, rank, world_size)
+
+    def setup(self, address: str) -> tuple[str, ...]:
+        """See `RankWorker.setup`.
+
+        Raises:
+            UnsupportedModelError: the logits would not follow from the hidden states that it sends.
+        """
+        notes = super().setup(address)
+        kl = self.config.algorithm.kl
+        if kl.coefficient and kl.estimator == "exact":
+            check_packed_for_exact_kl(self.role, packing=self.backend.module.packing)
+        return notes
 
     def put_logprobs_and_hidden(self, *parts: RolloutBatch) -> tuple[Any, Any]:
         """Put log-probabilities and hidden states into the object store.

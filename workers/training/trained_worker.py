@@ -1,0 +1,29 @@
+"""The base class of a rank of a model that is trained and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workers.training.optimizer_steps import OptimizerSteps
+from workers.training.rank_worker import RankWorker
+from workers.training.saved_state import load_state, save_state
+
+
+class TrainedWorker(RankWorker):
+    """One rank of a model whose checkpoint is its weights, its optimizer and its schedule."""
+
+    steps: OptimizerSteps
+
+    def save(self, directory: str) -> None:
+        """Write the model in Hugging Face layout, optimizer and schedule; collective."""
+        facts = {"ranks": self.world_size, "steps": self.steps.completed}
+        save_state(self.backend, Path(directory), role=self.role, rank=self.rank, facts=facts)
+
+    def load(self, directory: str) -> None:
+        """Continue from what `save` wrote; collective.
+
+        Raises:
+            ValueError: the checkpoint is of another number of ranks or of another model.
+        """
+        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
+        self.steps.completed = facts["steps"]
