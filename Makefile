@@ -1,6 +1,6 @@
 # make setup   .venv with everything (EXTRA=gpu on a CUDA machine; cpu otherwise)
 # make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
-# make test    unit tests of every module and one real run, in 3 minutes: proves the installation
+# make test    unit tests of every module and one real run, in 4 minutes: proves the installation
 # make test-rest   what `make test` leaves out, small campaigns included     make test-all   both
 # make check   ruff and pyright
 PYTHON ?= python3.11
