@@ -689,6 +689,26 @@ METRICS = (
         "reward; equal rewards count one half.",
     ),
     MetricDoc(
+        "eval/calibration/predicted_at_<p>",
+        "mean",
+        "held-out pairs of a bin",
+        "Reward models: probability `sigmoid(|r_i - r_j|)` of the order that the rewards predict, "
+        "in five bins from 50 to 100 %; `<p>` is the middle of the bin.",
+    ),
+    MetricDoc(
+        "eval/calibration/observed_at_<p>",
+        "mean",
+        "held-out pairs of a bin",
+        "Reward models: fraction of the pairs in the bin whose predicted order is right.",
+    ),
+    MetricDoc(
+        "eval/calibration_error",
+        "driver",
+        "held-out pairs",
+        "Reward models: mean over pairs of the difference of the predicted and the observed "
+        "fraction of their bin (expected calibration error).",
+    ),
+    MetricDoc(
         "reward_model/ranking_accuracy",
         "mean",
         BATCH_EXAMPLES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +85,51 @@ def ranking_accuracy(rewards: Tensor, ranks: Tensor) -> Tensor:
     differences = rewards[:, :, None] - rewards[:, None, :]
     right = (differences > 0).double() + 0.5 * (differences == 0)
     return torch.where(better, right, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBins:
+    """Pairs of responses by how sure the reward is of their order; all [n], one entry a bin."""
+
+    pairs: Tensor  # number of pairs
+    predicted: Tensor  # sum of the predicted probabilities
+    observed: Tensor  # number of pairs in the predicted order; equal rewards count one half
+
+
+def calibration_bins(rewards: Tensor, ranks: Tensor, *, num_bins: int = 5) -> CalibrationBins:
+    """Return how often the order that the rewards predict is right, by its predicted probability.
+
+        p = sigmoid(|r_i - r_j|)        for all pairs of one prompt that are not tied
+
+    The bins divide 1/2 to 1 evenly. A calibrated reward model is right in a fraction p of the pairs
+    to which it gives probability p.
+
+    Source: the Bradley-Terry model of `ranking_loss`; reliability diagrams as in Guo et al. 2017,
+    section 2 (arXiv:1706.04599).
+
+    Shapes: rewards [P, K], ranks [P, K] as in `ranking_loss` -> [num_bins] float64.
+
+    Conventions: each pair counts alike, so a prompt with many pairs counts more than one with few.
+    The ranges contain their lower bound, and the last one both. Plackett-Luce predicts the same
+    probability of a pair. A margin of the loss is not part of the prediction.
+
+    Example: a better response with the reward 1 and a worse one with 0 give one pair with
+    p = 0.731 in the third of five bins, 0.7 to 0.8, observed 1.
+    """
+    better = better_than(ranks)
+    differences = (rewards[:, :, None] - rewards[:, None, :])[better].double()
+    probabilities = torch.sigmoid(differences.abs())
+    bins = ((probabilities - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    right = (differences > 0).double() + 0.5 * (differences == 0)
+
+    def per_bin(weights: Tensor) -> Tensor:
+        return torch.bincount(bins, weights=weights, minlength=num_bins)
+
+    return CalibrationBins(
+        pairs=per_bin(torch.ones_like(right)),
+        predicted=per_bin(probabilities),
+        observed=per_bin(right),
+    )
 
 
 def centre_rewards(rewards: Tensor, calibration: Tensor) -> Tensor:

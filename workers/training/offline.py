@@ -79,7 +79,7 @@ class OfflineWorker(TrainedWorker):
     @torch.no_grad()
     def evaluate(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:
         """Return loss and metrics of a batch under the live weights; collective."""
-        loss, sizes = self.loss_of(batch, reference), self.denominators(batch)
+        loss, sizes = self.held_out_loss_of(batch, reference), self.denominators(batch)
 
         def losses() -> Iterable[PackLoss]:
             for pack in self.packs_of_batch(batch):
@@ -92,6 +92,12 @@ class OfflineWorker(TrainedWorker):
     def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
         """Return the loss of the configured objective on a batch."""
         raise NotImplementedError
+
+    def held_out_loss_of(
+        self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]
+    ) -> OfflineLoss:
+        """Return the loss of an evaluation, which may measure more than that of an update."""
+        return self.loss_of(batch, reference)
 
     def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
         """Return this rank's packs of a batch, with all responses to a prompt in one of them."""
@@ -217,6 +223,13 @@ class RewardModelWorker(OfflineWorker):
     def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
         """See `OfflineWorker`."""
         return RankingLoss(objective=self.offline.objective, batch=batch)
+
+    def held_out_loss_of(
+        self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]
+    ) -> OfflineLoss:
+        """See `OfflineWorker`; it measures calibration, too."""
+        objective = self.offline.objective
+        return RankingLoss(objective=objective, batch=batch, measures_calibration=True)
 
     def keep_reward_mean(self, value: float) -> None:
         """Keep the mean reward of the held-out responses for the next checkpoint."""

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.preference import dpo_loss
-from rlsys.algorithms.reward_modeling import ABSENT, ranking_accuracy, ranking_loss
+from rlsys.algorithms.reward_modeling import (
+    ABSENT,
+    calibration_bins,
+    ranking_accuracy,
+    ranking_loss,
+)
 from rlsys.algorithms.supervised import negative_log_likelihood
 from rlsys.config.offline import PreferenceConfig, RankingConfig, SupervisedConfig
 from rlsys.data.example_stream import ExampleBatch
@@ -132,6 +137,7 @@ class RankingLoss:
 
     objective: RankingConfig
     batch: ExampleBatch
+    measures_calibration: bool = False
 
     def __call__(self, result: ValueResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
         """See `OfflineLoss`."""
@@ -154,6 +160,8 @@ class RankingLoss:
             "reward": float(detached.sum()),
             "reward_square": float((detached.double() ** 2).sum()),
         }
+        if self.measures_calibration:
+            sums |= _calibration_sums(table.detach(), ranks)
         return PackLoss(loss=loss, sums=sums, maxima={})
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, Metric]:
@@ -163,7 +171,30 @@ class RankingLoss:
             "ranking_accuracy": mean(sums.get("accuracy", 0.0) / max(prompts, 1.0), prompts),
             "reward_mean": mean(sums.get("reward", 0.0) / max(responses, 1.0), responses),
             "reward_square": mean(sums.get("reward_square", 0.0) / max(responses, 1.0), responses),
-        }
+        } | _calibration_metrics(sums)
+
+
+CALIBRATION_BINS = (55, 65, 75, 85, 95)  # their middles, in percent
+
+
+def _calibration_sums(rewards: Tensor, ranks: Tensor) -> dict[str, float]:
+    bins = calibration_bins(rewards, ranks, num_bins=len(CALIBRATION_BINS))
+    return {
+        f"{name}_{middle}": float(getattr(bins, name)[place])
+        for name in ("pairs", "predicted", "observed")
+        for place, middle in enumerate(CALIBRATION_BINS)
+    }
+
+
+def _calibration_metrics(sums: Mapping[str, float]) -> dict[str, Metric]:
+    """Return predicted and observed fractions of each bin, with its pairs as their weight."""
+    metrics: dict[str, Metric] = {}
+    for middle in CALIBRATION_BINS:
+        pairs = sums.get(f"pairs_{middle}", 0.0)
+        for name in ("predicted", "observed"):
+            fraction = sums.get(f"{name}_{middle}", 0.0) / max(pairs, 1.0)
+            metrics[f"calibration/{name}_at_{middle}"] = mean(fraction, pairs)
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from rlsys.run.observers.run_summary import finite_values
 
 COMPONENTS = "reward/component/"
 EFFECTIVE_SAMPLE_SIZE = "advantage/effective_fraction/at_"
+PREDICTED = "eval/calibration/predicted_at_"
+OBSERVED = "eval/calibration/observed_at_"
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
         _reward_components(records),
         *others,
         _effective_sample_size(records),
+        _calibration(records),
         _time_by_phase(records),
     ]
     return [chart for chart in charts if chart]
@@ -219,6 +222,32 @@ def _effective_sample_size(records: Sequence[MetricsRecord]) -> str:
     lines = series_over_position(records, EFFECTIVE_SAMPLE_SIZE)
     title = "Effective sample size of the ratios over position (% of the longest response)"
     return line_chart(title, lines, percent=True, at="{} % of the longest response")
+
+
+def _calibration(records: Sequence[MetricsRecord]) -> str:
+    """Draw observed over predicted fractions of held-out pairs, and the diagonal."""
+    evaluations = [record for record in records if any(map(_is_predicted, record.values))]
+    if not evaluations:
+        return ""
+    shown = evaluations[:1] + evaluations[1:][-1:]
+    lines = [
+        Series(f"step {record.step}", tuple(sorted(_calibration_points(record))), markers=True)
+        for record in shown
+    ]
+    diagonal = Series("calibrated", ((50.0, 0.5), (100.0, 1.0)), smooth=False)
+    title = "Calibration: observed over predicted fraction of held-out pairs (%)"
+    return line_chart(title, [*lines, diagonal], percent=True, at="predicted {} %")
+
+
+def _is_predicted(name: str) -> bool:
+    return name.startswith(PREDICTED)
+
+
+def _calibration_points(record: MetricsRecord) -> Iterator[tuple[float, float]]:
+    for name in filter(_is_predicted, record.values):
+        observed = record.values.get(OBSERVED + name.removeprefix(PREDICTED))
+        if observed is not None:
+            yield round(100 * record.values[name], 1), observed
 
 
 def _time_by_phase(records: Sequence[MetricsRecord]) -> str:

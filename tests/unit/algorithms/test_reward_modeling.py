@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlsys.algorithms.reward_modeling import centre_rewards, ranking_accuracy, ranking_loss
+from rlsys.algorithms.reward_modeling import (
+    calibration_bins,
+    centre_rewards,
+    ranking_accuracy,
+    ranking_loss,
+)
 
 KINDS = ("pairwise", "plackett_luce")
 
@@ -149,3 +154,45 @@ def test_what_is_not_defined_is_refused(options: dict, message: str):
     arguments = {"ranks": ranks([0, 1]), **options}
     with pytest.raises(ValueError, match=message):
         ranking_loss(rewards([1, 0]), **arguments)
+
+
+def test_calibration_bins_by_hand():
+    # sigmoid(1) = 0.731 and sigmoid(3) = 0.953; a difference of 0 predicts 1/2, and is half right.
+    values = rewards([1, 0, 0], [0, 3, 9])
+    bins = calibration_bins(values, ranks([0, 1, 2], [0, 1, -1]))
+    assert bins.pairs.tolist() == [1, 0, 2, 0, 1]
+    assert bins.observed.tolist() == [0.5, 0, 2, 0, 0]
+    expected = [0.5, 0, 2 * 0.7310585786300049, 0, 0.9525741268224334]
+    assert bins.predicted.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_against_a_loop_over_pairs():
+    rng = torch.Generator().manual_seed(5)
+    values = torch.randn(30, 4, generator=rng, dtype=torch.float64)
+    order = torch.randint(-1, 3, (30, 4), generator=rng)
+    counts, predicted, right = [0.0] * 5, [0.0] * 5, [0.0] * 5
+    for row, places in zip(values.tolist(), order.tolist(), strict=True):
+        for i, j in itertools.permutations(range(4), 2):
+            if min(places[i], places[j]) < 0 or places[i] >= places[j]:
+                continue
+            better = 1 / (1 + math.exp(row[j] - row[i]))
+            sure = max(better, 1 - better)
+            place = next(k for k in range(5) if sure <= 0.6 + k / 10)
+            counts[place] += 1
+            predicted[place] += sure
+            right[place] += better > 0.5
+
+    bins = calibration_bins(values, order)
+    assert bins.pairs.tolist() == counts
+    assert bins.observed.tolist() == right
+    assert bins.predicted.tolist() == pytest.approx(predicted)
+
+
+def test_rewards_that_generated_the_order_are_calibrated():
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, 2, generator=rng, dtype=torch.float64) * 2
+    first_wins = torch.rand(100_000, generator=rng) < torch.sigmoid(values[:, 0] - values[:, 1])
+    order = torch.where(first_wins[:, None], torch.tensor([0, 1]), torch.tensor([1, 0]))
+    bins = calibration_bins(values, order)
+    errors = (bins.observed - bins.predicted) / bins.pairs
+    assert float(errors.abs().max()) < 0.012
