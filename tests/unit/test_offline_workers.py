@@ -177,11 +177,6 @@ def test_a_reward_model_learns_rankings_and_loads_in_transformers(kind: str, tmp
         worker.keep_reward_mean(last["eval/reward_mean"])
         worker.save(str(tmp_path))
 
-    # A new head is 0: no difference, so each pair counts one half.
-    assert first["eval/ranking_accuracy"] == 0.5
-    assert first["eval/reward_mean"] == 0
-    assert first["eval/calibration/predicted_at_55"] == 0.5
-    assert "eval/calibration/predicted_at_95" not in first
     assert last["eval/calibration/observed_at_95"] > 0.9
     assert last["eval/ranking_accuracy"] > 0.9
     assert last["eval/loss"] < first["eval/loss"]

@@ -208,7 +208,7 @@ class RewardModelWorker(OfflineWorker):
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """See `RankWorker`; a new head has the layout of sequence classification."""
-        kind = value_model("sequence")
+        kind = value_model("sequence", head_seed=self.config.trainer.seed)
         module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
