@@ -40,10 +40,10 @@ def on_cpu(hardware: Hardware) -> RewardModelRunConfig:
         model=ModelConfig(path="smollm2-135m"),
         data=RankingDataConfig(max_prompt_tokens=160, max_response_tokens=256),
         reward_model=TrainableRoleConfig(
-            optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear", warmup_steps=5)
+            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_steps=5)
         ),
         trainer=ScoringTrainerConfig(
-            steps=80,
+            steps=60,
             examples_per_step=32,
             evaluation=EvaluationSchedule(every=10),
             checkpoints=CheckpointConfig(every=20, keep=2),
