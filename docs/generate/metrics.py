@@ -780,6 +780,18 @@ METRICS = (
         "Fraction of problems whose greedy response is correct.",
     ),
     MetricDoc(
+        "eval/reward",
+        "driver",
+        HELD_OUT,
+        "Mean reward of the greedy responses; where one of `reward.functions` is a model.",
+    ),
+    MetricDoc(
+        "eval/component/<function>",
+        "driver",
+        HELD_OUT,
+        "Mean unweighted reward of one function over the greedy responses; as `eval/reward`.",
+    ),
+    MetricDoc(
         "eval/response_length",
         "driver",
         HELD_OUT,
