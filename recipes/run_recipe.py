@@ -36,7 +36,7 @@ Recipe = Callable[[Hardware], RunConfig]
 
 def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe of an RL run as a command, and exit; see `run_command`."""
-    run_command(recipe, _prepare, arguments)
+    run_command(recipe, prepare, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class _Models:
     dtypes: DtypeChoice
 
 
-def _prepare(
+def prepare(
     invocation: Invocation[RunConfig], hardware: Hardware, console: Console
 ) -> OnlinePrepared | None:
     """Check everything that can be checked before Ray starts, without changing a file.

@@ -192,6 +192,13 @@ def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
     return [chart for chart in charts if chart]
 
 
+def charts_called(titles: Sequence[str], records: Sequence[MetricsRecord]) -> list[str]:
+    """Return the charts of these titles that have something to draw, in this order."""
+    specs = {spec.title: spec for spec in CHARTS}
+    charts = [_chart(specs[title], records) for title in titles]
+    return [chart for chart in charts if chart]
+
+
 def _chart(spec: ChartSpec, records: Sequence[MetricsRecord]) -> str:
     if spec.only_with and not any(spec.only_with in record.values for record in records):
         return ""
