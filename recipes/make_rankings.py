@@ -95,6 +95,7 @@ def prepare(
     from rlsys.data.prompt_stream import load_problems, load_prompts
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
+    from rlsys.rewards import refuse_reward_model
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories, check_model
@@ -102,6 +103,10 @@ def prepare(
 
     online, mistakes = config.online(), Mistakes()
     mistakes.lines += config_mistakes(online, RunDirectory.named_by(online), hardware, resume=False)
+    mistakes.attempt(
+        "reward.functions",
+        lambda: refuse_reward_model(config.reward.functions, "recipes.make_rankings"),
+    )
     if Path(config.output).exists():
         mistakes.lines.append(f"output: {config.output!r} exists already. Name another file.")
     problems = mistakes.attempt("data.train", lambda: load_problems(online))

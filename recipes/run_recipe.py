@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories
     from rlsys.run.observers.run_status import StatusWriter
+    from rlsys.run.reward_model_identity import RewardModelIdentity
     from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
@@ -45,6 +46,7 @@ class OnlinePrepared(Prepared[RunConfig]):
 
     prompts: LoadedPrompts
     models: ModelDirectories
+    reward_model: RewardModelIdentity | None  # None: no reward is a model
     speed: ProductSpeed | None  # of matrix products on this machine
     estimate: StepEstimate | None  # of a step's time
 
@@ -77,6 +79,7 @@ class _Models:
 
     directories: ModelDirectories
     dtypes: DtypeChoice
+    reward_model: RewardModelIdentity | None  # None: no reward is a model
 
 
 def prepare(
@@ -94,7 +97,7 @@ def prepare(
     if said_complete(checked.checkpoint, invocation.config, console, evaluates=evaluates):
         return None
 
-    models = _choose_models(invocation.config, hardware)
+    models = _choose_models(invocation.config, hardware, checked.checkpoint)
     prompts = _load_prompts(models, checked)
     return _assemble_prepared(invocation, hardware, checked, models, prompts)
 
@@ -126,21 +129,28 @@ def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
     return _Checked(directory=directory, problems=problems, store=store, checkpoint=checkpoint)
 
 
-def _choose_models(config: RunConfig, hardware: Hardware) -> _Models:
+def _choose_models(config: RunConfig, hardware: Hardware, checkpoint: Checkpoint | None) -> _Models:
     """Find and check the models, and choose their precisions for this machine."""
     from rlsys.models import resolve_model
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.model_checks import ModelDirectories, check_model
+    from rlsys.run.reward_model_identity import reward_model_identity
 
     policy = resolve_model(config.model.path)
     reference, critic = config.reference.path, config.critic.path
+    reward_model = reward_model_identity(config, checkpoint)
     directories = ModelDirectories(
         policy=policy,
         reference=resolve_model(reference) if reference else policy,
         critic=resolve_model(critic) if critic and config.critic.enabled else policy,
+        reward_model=reward_model.directory if reward_model else None,
     )
     check_model(config, directories)
-    return _Models(directories=directories, dtypes=choose_dtypes(config, hardware, policy))
+    return _Models(
+        directories=directories,
+        dtypes=choose_dtypes(config, hardware, policy),
+        reward_model=reward_model,
+    )
 
 
 def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
@@ -196,6 +206,7 @@ def _assemble_prepared(
         store=checked.store,
         checkpoint=checked.checkpoint,
         models=models.directories,
+        reward_model=models.reward_model,
         directory=checked.directory,
         plan=f"{dump_yaml(config)}\n{plan}",
         changes=changes_of(invocation, checked.checkpoint, config),
@@ -236,6 +247,7 @@ def _assemble(
     from rlsys.run.observers.console import Progress
     from rlsys.run.observers.html_report import ReportWriter
     from rlsys.run.observers.metrics_log import MetricsLog
+    from rlsys.run.resume import REWARD_MODEL_STATE
     from rlsys.run.step_time import StepTimeWatch, likely_causes
 
     config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
@@ -254,5 +266,7 @@ def _assemble(
     observers = [metrics, status, progress, ReportWriter(directory), slowness]
     session = Session(config, prepared.store, observers, evaluator)
     session.register("metrics_position", metrics)
+    if prepared.reward_model:
+        session.register(REWARD_MODEL_STATE, prepared.reward_model)
     loop = SynchronousLoop(config, workers, prompts.train, sampler, session, directory.rollouts)
     return loop, session

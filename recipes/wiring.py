@@ -25,6 +25,7 @@ from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
 from rlsys.driver.ports import EvaluationWorkers, OfflineWorkers, Workers
 from rlsys.models.loading import longest_window
+from rlsys.rewards import reward_model_role
 from rlsys.run.model_checks import ModelDirectories
 from workers.advantage_controller import AdvantageController, AdvantageControllerClient
 from workers.cluster import Cluster
@@ -47,9 +48,11 @@ from workers.training.rank_group import (
     PolicyGroup,
     ReferenceGroup,
     RewardModelGroup,
+    ScoringGroup,
 )
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
+from workers.training.reward_scoring import ScoringWorker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
 
 
@@ -100,15 +103,23 @@ async def start_workers(
         critic_actors = _spawn_ranks(
             cluster, CriticWorker, config, config.critic_role(), directory, shares="policy"
         )
+    scoring_actors = []
+    if directories.reward_model is not None:
+        role = reward_model_role(config)
+        directory = str(directories.reward_model)
+        scoring_actors = _spawn_ranks(
+            cluster, ScoringWorker, config, role, directory, shares="policy"
+        )
     await cluster.wait_until_ready()
 
     policy = PolicyGroup(policy_actors)
     generator = GenerationGroup(generation_actors)
-    scorer = RewardWorkerClient(reward_actor)
+    reward_model = ScoringGroup(scoring_actors) if scoring_actors else None
+    scorer = RewardWorkerClient(reward_actor, reward_model)
     controller = AdvantageControllerClient(controller_actor)
     reference = ReferenceGroup(reference_actors) if reference_actors else None
     critic = CriticGroup(critic_actors) if critic_actors else None
-    optional = [group for group in (reference, critic) if group]
+    optional = [group for group in (reference, critic, reward_model) if group]
 
     setups = await asyncio.gather(policy.setup(), *(group.setup() for group in optional))
     for note in itertools.chain.from_iterable(setups):

@@ -5,6 +5,7 @@
     policy        one per rank                  cpus_per_rank    gpus_per_rank
     reference     that of the policy's rank     0                shares the rank's GPU
     critic        that of the policy's rank     0                shares the rank's GPU
+    reward_model  that of the policy's rank     0                shares the rank's GPU
     reward        none                          0                0
     advantage     none                          0                0
 
@@ -29,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.hardware import detect_hardware
+from rlsys.rewards import reward_model_of
 from workers.local_ray import LocalRay, interrupt_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ def bundles_of(
     gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
 
     has_reference = config.algorithm.kl.coefficient > 0
-    guests = has_reference + config.critic.enabled
+    has_reward_model = reward_model_of(config.reward.functions) is not None
+    guests = has_reference + config.critic.enabled + has_reward_model
     guest_gpus = min(GUEST_GPUS, gpus_per_rank / (1 + guests)) if guests else 0
 
     ranks = [

@@ -12,16 +12,23 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from ray.exceptions import RayError
 
 from rlsys.config import RewardConfig, RunConfig
-from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch, StopReason
-from rlsys.driver.ports import Handle
+from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch, ScoreBatch, StopReason
+from rlsys.driver.ports import Handle, ScoreSource
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
-from rlsys.rewards import RewardInput, with_token_limit
+from rlsys.rewards import (
+    RewardInput,
+    has_accuracy,
+    pool_functions,
+    reward_model_of,
+    with_token_limit,
+)
 from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.scoring import CompletionOutcomes, FunctionFailure
+from rlsys.rewards.scoring import CompletionOutcomes, FunctionFailure, outcome_of_score
 
 # Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0
@@ -42,16 +49,35 @@ class RewardWorker:
         load_plugins(config.plugins)
         functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
         self._config = config.reward.model_copy(update={"functions": functions})
-        self._pool = RewardPool(self._config, config.plugins)
-        self._pool.warm_up()
+        # A reward model is computed by ranks of its own; without functions the pool stays empty.
+        self._in_pool = pool_functions(functions)
+        self._pool = RewardPool(
+            self._config.model_copy(update={"functions": self._in_pool}), config.plugins
+        )
+        if self._in_pool:
+            self._pool.warm_up()
 
-    async def score(self, rollouts: RolloutBatch) -> RewardBatch:
-        """Return the rewards of one part, in the order of its responses."""
+    async def score(self, rollouts: RolloutBatch, scores: Sequence[Any] = ()) -> RewardBatch:
+        """Return the rewards of one part, in the order of its responses.
+
+        Args:
+            scores: references to the `ScoreBatch` of each rank of the reward model, if there is
+                one; the functions run while it computes.
+        """
+        outcomes = await self._outcomes_of_pool(rollouts)
+        if reward_model_of(self._config.functions) is not None:
+            parts = await asyncio.gather(*scores)
+            found = ScoreBatch.scatter(parts, len(rollouts))
+            outcomes = join_scores(self._config, outcomes, found)
+        return reward_batch(rollouts.batch_id, self._config, outcomes)
+
+    async def _outcomes_of_pool(self, rollouts: RolloutBatch) -> Sequence[CompletionOutcomes]:
+        if not self._in_pool:
+            return [CompletionOutcomes(outcomes=())] * len(rollouts)
         futures = [
             asyncio.wrap_future(self._pool.submit(inputs)) for inputs in reward_inputs(rollouts)
         ]
-        outcomes = await asyncio.gather(*futures)
-        return reward_batch(rollouts.batch_id, self._config, outcomes)
+        return await asyncio.gather(*futures)
 
     async def output(self) -> list[str]:
         """Return the printed lines and failures of reward functions since the last call."""
@@ -100,6 +126,26 @@ def reward_inputs(rollouts: RolloutBatch) -> Iterator[RewardInput]:
         )
 
 
+def join_scores(
+    config: RewardConfig, outcomes: Sequence[CompletionOutcomes], scores: NDArray[np.float32]
+) -> list[CompletionOutcomes]:
+    """Return the outcomes with that of the reward model at its place among the functions.
+
+    Args:
+        outcomes: the results of the other functions for each response.
+        scores: [B] of the reward model.
+    """
+    model = reward_model_of(config.functions)
+    assert model is not None, "no reward is a model"
+    place, terms = config.functions.index(model), len(config.functions)
+    joined = []
+    for response, score in zip(outcomes, scores.tolist(), strict=True):
+        own = outcome_of_score(score, model, terms=terms)
+        others = response.outcomes
+        joined.append(CompletionOutcomes(outcomes=(*others[:place], own, *others[place:])))
+    return joined
+
+
 def reward_batch(
     batch_id: int, config: RewardConfig, outcomes: Sequence[CompletionOutcomes]
 ) -> RewardBatch:
@@ -107,7 +153,8 @@ def reward_batch(
 
         reward = sum over functions of weight * the function's reward
 
-    The term of a failed function is 0; with `on_failure: drop` the whole reward is NaN.
+    The term of a failed function is 0; with `on_failure: drop` the whole reward is NaN. There is no
+    accuracy where the first reward is a model.
 
     Args:
         outcomes: the results of all functions for each response.
@@ -120,10 +167,12 @@ def reward_batch(
 
     weights = np.asarray([function.weight for function in functions], dtype=np.float64)
     terms = components if config.on_failure == "drop" else np.nan_to_num(components, nan=0.0)
+    decides = has_accuracy(functions)
+    accuracies = components[:, 0].clip(0, 1) if decides else np.full(len(outcomes), np.nan)
     return RewardBatch(
         batch_id=batch_id,
         rewards=(terms @ weights).astype(np.float32),
-        accuracies=components[:, 0].clip(0, 1).astype(np.float32),
+        accuracies=accuracies.astype(np.float32),
         components={
             function.name: components[:, i].astype(np.float32)
             for i, function in enumerate(functions)
@@ -131,6 +180,7 @@ def reward_batch(
         reasons=tuple(response.reason for response in outcomes),
         extracted_answers=tuple(response.answer for response in outcomes),
         failures=_failures(config, outcomes),
+        has_accuracy=decides,
     )
 
 
@@ -163,12 +213,16 @@ def _failures(
 class RewardWorkerClient:
     """The `ports.RewardScorer` over the actor."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, model: ScoreSource | None = None) -> None:
+        """`model` computes the reward that is a model, where one is configured."""
         self._actor = actor
+        self._model = model
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
         """See `ports.RewardScorer`."""
-        return self._actor.score.remote(rollouts)
+        if self._model is None:
+            return self._actor.score.remote(rollouts)
+        return self._actor.score.remote(rollouts, self._model.scores(rollouts))
 
     async def metrics(self) -> dict[str, Metric]:
         """See `ports.RewardScorer`."""

@@ -40,7 +40,8 @@ A response is **correct** if its accuracy, which is the score of the first rewar
 to 0..1, is at least 0.5 (`RewardBatch.correct`). This holds for `reward/accuracy`,
 `trained/accuracy`, `eval/*`, the column `correct` of the rollout files, and the report. A response
 that could not be scored is not correct. The mean of the unclipped score is
-`reward/component/<function>`.
+`reward/component/<function>`. Where the first reward function is a model, no response is correct or
+wrong: these metrics, and `reward/format_rate`, are absent then, and the columns are empty.
 
 ## Reduction
 
@@ -778,6 +779,18 @@ METRICS = (
         "driver",
         HELD_OUT,
         "Fraction of problems whose greedy response is correct.",
+    ),
+    MetricDoc(
+        "eval/reward",
+        "driver",
+        HELD_OUT,
+        "Mean reward of the greedy responses; where one of `reward.functions` is a model.",
+    ),
+    MetricDoc(
+        "eval/component/<function>",
+        "driver",
+        HELD_OUT,
+        "Mean unweighted reward of one function over the greedy responses; as `eval/reward`.",
     ),
     MetricDoc(
         "eval/response_length",

@@ -83,6 +83,12 @@ RULES: tuple[ResumeRule, ...] = (
         "starts without the state of the old one.",
     ),
     _rule("generation.", "accepted", ""),
+    _rule(
+        "reward.functions",
+        "accepted",
+        "Rewards before and after may not be comparable. A reward model must have the same files, "
+        "which is checked by a hash; they may be moved.",
+    ),
     _rule("reward.", "accepted", "Rewards before and after may not be comparable."),
     _rule("diagnostics.", "accepted", ""),
     _rule("plugins", "accepted", ""),

@@ -39,8 +39,9 @@ class RewardConfig(Section):
     functions: tuple[RewardFunctionConfig, ...] = Field(
         default=(RewardFunctionConfig(name="math"),),
         description="Reward functions; the reward is their weighted sum. Names "
-        "(`math,format_boxed`), or mappings with name, weight and parameters. The first one "
-        "decides accuracy: a response to which it gives at least 0.5 is correct.",
+        "(`math,format_boxed`), or mappings with name, weight and parameters. `model` is a reward "
+        "model, with the parameter path. The first one decides accuracy: a response to which it "
+        "gives at least 0.5 is correct; a model decides none.",
     )
     on_failure: Literal["zero", "drop"] = Field(
         default="zero",

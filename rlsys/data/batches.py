@@ -199,12 +199,13 @@ class RewardBatch:
 
     batch_id: int
     rewards: NDArray[np.float32]  # [B] weighted sum of the components; NaN: not scored
-    # [B] value of the first reward function, clipped to 0..1; NaN: it failed
+    # [B] value of the first reward function, clipped to 0..1; NaN: it failed, or is a model
     accuracies: NDArray[np.float32]
     components: Mapping[str, NDArray[np.float32]]  # name -> [B], unweighted; NaN: it failed
     reasons: tuple[str, ...]  # [B] why a response got its reward: "ok", "no_answer", "timeout", ...
     extracted_answers: tuple[str, ...]  # [B] "" where there is none
     failures: tuple[RewardFailure, ...] = ()
+    has_accuracy: bool = True  # False: the first reward is a model, and no response is right
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -254,7 +255,26 @@ class RewardBatch:
                 answer for batch in batches for answer in batch.extracted_answers
             ),
             failures=tuple(failures),
+            has_accuracy=batches[0].has_accuracy,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreBatch:
+    """Scores of some responses of a batch under the reward model, as one rank returns them."""
+
+    batch_id: int
+    rows: NDArray[np.int64]  # [b] indices into the whole batch
+    scores: NDArray[np.float32]  # [b]
+
+    @staticmethod
+    def scatter(parts: Sequence[ScoreBatch], responses: int) -> NDArray[np.float32]:
+        """Put the scores of all ranks' parts in the order of the whole batch, `[B]`."""
+        rows = np.concatenate([part.rows for part in parts])
+        assert sorted(rows) == list(range(responses)), "each row must come from exactly one rank"
+        whole = np.zeros(responses, dtype=np.float32)
+        whole[rows] = np.concatenate([part.scores for part in parts])
+        return whole
 
 
 @dataclass(frozen=True, kw_only=True)

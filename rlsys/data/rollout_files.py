@@ -90,7 +90,7 @@ def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "extracted_answer": pa.array(rewards.extracted_answers),
         "reward": pa.array(rewards.rewards),
         "accuracy": pa.array(rewards.accuracies),
-        "correct": pa.array(rewards.correct),
+        "correct": _correct(rewards),
         "reason": pa.array(rewards.reasons),
         "failure": pa.array(_failures(rewards)),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
@@ -115,6 +115,13 @@ def _ragged(
     return pa.ListArray.from_arrays(
         pa.array(offsets.astype(np.int32)), pa.array(values), mask=absent
     )
+
+
+def _correct(rewards: RewardBatch) -> pa.Array:
+    """Return which responses are right; null where the rewards say neither right nor wrong."""
+    if not rewards.has_accuracy:
+        return pa.nulls(len(rewards), pa.bool_())
+    return pa.array(rewards.correct)
 
 
 def _failures(rewards: RewardBatch) -> list[str]:

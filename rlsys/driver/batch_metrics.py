@@ -20,6 +20,9 @@ from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StopReaso
 from rlsys.metrics import Metric, maximum, mean, total
 from rlsys.run.reward_failures import failure_counts
 
+# Absent where the first reward is a model, which says neither right nor wrong.
+OF_RIGHT_AND_WRONG = ("reward/accuracy", "reward/format_rate", "trained/accuracy")
+
 
 def batch_metrics(
     batch: ScoredBatch, dropped: ScoredBatch | None = None, greedy: RewardBatch | None = None
@@ -38,12 +41,16 @@ def batch_metrics(
         rewards.append(greedy)
     failures = {f"reward/{name}": total(n) for name, n in failure_counts(rewards).items()}
 
-    return (
+    found = (
         _sampled_metrics(everything)
         | _reward_details(sampled)
         | failures
         | _trained_metrics(trained)
     )
+    if not batch.rewards.has_accuracy:
+        for name in OF_RIGHT_AND_WRONG:
+            del found[name]
+    return found
 
 
 class _Columns:

@@ -12,6 +12,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch
 from rlsys.driver.sampling import Sampler, sampling_parameters
 from rlsys.evaluation.estimators import pass_at_k
+from rlsys.rewards import has_accuracy, reward_model_of
 from rlsys.run.reward_failures import failure_counts
 
 # Always the same, so that evaluations of one run differ by the policy alone.
@@ -41,17 +42,21 @@ class Evaluator:
         These are `eval/accuracy` (greedy), `eval/response_length`, and with samples `eval/mean@k`
         and each `eval/pass@k`; where rewards failed also `eval/timeouts`, `eval/crashes` and
         `eval/errors`. A response is right or wrong as in training: `RewardBatch.correct`.
+
+        Where a reward is a model, the mean rewards of the greedy responses are added. Where it is
+        the first one, no response is right or wrong, and nothing is sampled.
         """
-        settings = self._config.trainer.evaluation
+        settings, functions = self._config.trainer.evaluation, self._config.reward.functions
+        judges = has_accuracy(functions)
         greedy = await self._sample(samples=1, temperature=0.0)
         rewards = [*greedy.rewards]
-        values = {
-            "eval/accuracy": float(greedy.correct.mean()),
-            "eval/response_length": greedy.tokens / len(self._prompts),
-        }
+        values = {"eval/accuracy": float(greedy.correct.mean())} if judges else {}
+        values["eval/response_length"] = greedy.tokens / len(self._prompts)
+        if reward_model_of(functions) is not None:
+            values |= _mean_rewards(greedy.rewards)
 
         samples = settings.samples_per_prompt
-        if samples > 1:
+        if samples > 1 and judges:
             sampled = await self._sample(samples=samples, temperature=settings.temperature)
             rewards += sampled.rewards
             counts = sampled.correct
@@ -75,3 +80,18 @@ class Evaluator:
             tokens=sum(group.part.num_response_tokens for group in groups),
             rewards=rewards,
         )
+
+
+def _mean_rewards(batches: Sequence[RewardBatch]) -> dict[str, float]:
+    """Return `eval/reward` and each `eval/component/<function>`; those that are missing count not.
+
+    A mean without any value is left out.
+    """
+    whole = RewardBatch.concatenate(batches)
+    columns = {"reward": whole.rewards}
+    columns |= {f"component/{name}": values for name, values in whole.components.items()}
+    return {
+        f"eval/{name}": float(np.nanmean(values))
+        for name, values in columns.items()
+        if not np.isnan(values).all()
+    }

@@ -22,6 +22,7 @@ from rlsys.data.batches import (
     RewardBatch,
     RolloutBatch,
     SamplingParameters,
+    ScoreBatch,
     ScoredBatch,
     TrainBatch,
     ValueBatch,
@@ -128,6 +129,14 @@ class RewardScorer(Protocol):
         ...
 
     async def metrics(self) -> MetricMap: ...
+
+
+class ScoreSource(Protocol):
+    """The actor group of a reward model, behind the reward scorer."""
+
+    def scores(self, rollouts: Handle[RolloutBatch]) -> Sequence[Handle[ScoreBatch]]:
+        """Start to score one part's responses; return one handle per rank."""
+        ...
 
 
 class LogprobSource(Protocol):

@@ -97,6 +97,26 @@ def value_layout(directory: Path | str, *, prefer: ValueLayout = "token") -> Val
     )
 
 
+def check_reward_head(directory: Path | str) -> None:
+    """Refuse a model that is no reward model with one label.
+
+    Raises:
+        UnsupportedModelError: it is a language model, a critic, or its head has several outputs.
+    """
+    saved = saved_value_layout(directory)
+    if saved is None:
+        raise UnsupportedModelError(
+            "it is a reward model without a head. Give one that is saved as "
+            "ForSequenceClassification with one label, as recipes.reward_model_math trains it."
+        )
+    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    if saved == "token" and kind in _MODEL_TYPES["sequence"]:
+        raise UnsupportedModelError(
+            "it is saved as ForTokenClassification, as a critic is, whose values are no rewards. "
+            "Give a model that is saved as ForSequenceClassification with one label."
+        )
+
+
 def load_value_model(
     directory: Path | str,
     *,

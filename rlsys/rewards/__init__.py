@@ -9,6 +9,14 @@ from rlsys.rewards.functions import (
     soft_overlong_reward,
 )
 from rlsys.rewards.ground_truths import ground_truth_notices
+from rlsys.rewards.learned import (
+    has_accuracy,
+    model_reward,
+    pool_functions,
+    refuse_reward_model,
+    reward_model_of,
+    reward_model_role,
+)
 from rlsys.rewards.records import RewardInput, RewardResult
 from rlsys.rewards.registry import (
     available_reward_functions,
@@ -29,10 +37,16 @@ __all__ = [
     "format_r1_zero_reward",
     "get_reward_function",
     "ground_truth_notices",
+    "has_accuracy",
     "math_reward",
+    "model_reward",
+    "pool_functions",
     "reads_metadata",
+    "refuse_reward_model",
     "register_reward_function",
     "repetition_reward",
+    "reward_model_of",
+    "reward_model_role",
     "soft_overlong_reward",
     "verify_math",
     "with_token_limit",

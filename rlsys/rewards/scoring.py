@@ -98,6 +98,19 @@ def run_function(function: RewardFunctionConfig, inputs: RewardInput, *, terms: 
         return _failure(error, "".join(traceback.format_exception_only(error)))
 
 
+def outcome_of_score(score: float, function: RewardFunctionConfig, *, terms: int) -> Outcome:
+    """Return the outcome of a score that was computed elsewhere: a failure if it is not usable.
+
+    `terms` is as in `run_function`.
+    """
+    try:
+        _check_size(score, function.weight, terms)
+    except (ValueError, OverflowError) as error:
+        message = str(error).replace("it returned", "its score is", 1)
+        return FunctionFailure(kind="error", message=f"{type(error).__name__}: {message}")
+    return FunctionReward(reward=score)
+
+
 def _failure(error: BaseException, message: str) -> FunctionFailure:
     """Return a failure with the part of the traceback that is in the function."""
     shown = error.__traceback__

@@ -8,7 +8,8 @@ from rlsys.algorithms.kl import GRADIENT_KINDS
 from rlsys.algorithms.policy_objectives import ignores_ratio
 from rlsys.config import RunConfig
 from rlsys.data.prompt_stream import LoadedProblems
-from rlsys.rewards import ground_truth_notices
+from rlsys.rewards import ground_truth_notices, has_accuracy
+from rlsys.rewards.registry import reward_hooks
 
 
 def config_warnings(config: RunConfig) -> Iterator[str]:
@@ -20,6 +21,7 @@ def config_warnings(config: RunConfig) -> Iterator[str]:
     yield from _objective_warnings(config)
     yield from _kl_warnings(config)
     yield from _schedule_warnings(config)
+    yield from _reward_warnings(config)
 
 
 def _objective_warnings(config: RunConfig) -> Iterator[str]:
@@ -69,6 +71,19 @@ def _schedule_warnings(config: RunConfig) -> Iterator[str]:
             f"the learning rate ends at {final:.3g} and never reaches "
             f"{role}.optimizer.learning_rate {optimizer.learning_rate:g}. Lower it, or train "
             "longer."
+        )
+
+
+def _reward_warnings(config: RunConfig) -> Iterator[str]:
+    """Warn where accuracy could be measured and is not."""
+    functions = config.reward.functions
+    if has_accuracy(functions):
+        return
+    judges = [f.name for f in functions if reward_hooks(f.name).reads_ground_truth is not None]
+    if judges:
+        yield (
+            f"reward.functions: the first is {functions[0].name!r}, a model, so no accuracy is "
+            f"measured, although {judges[0]!r} could decide it. Name {judges[0]!r} first."
         )
 
 

@@ -16,6 +16,7 @@ from rlsys.config.evaluation_run import (
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_templates import load_template
 from rlsys.plugins import load_plugins
+from rlsys.rewards import refuse_reward_model
 from rlsys.run.evaluated_model import EvaluatedModel, check_evaluated_path, named
 from rlsys.run.evaluation_directory import EvaluationDirectory
 from rlsys.run.ineffective_options import TABLE, Ineffective, Setting, without_effect
@@ -62,6 +63,10 @@ def _checks(
             "reward.functions",
             lambda function=function: check_reward(function, config.generation.max_tokens),
         )
+    yield (
+        "reward.functions",
+        lambda: refuse_reward_model(config.reward.functions, "recipes.evaluate_math"),
+    )
 
 
 def _places(config: EvaluationRunConfig, hardware: Hardware) -> Iterator[str]:

@@ -15,6 +15,7 @@ from rlsys.config import RunConfig
 from rlsys.config.command_line import flat
 from rlsys.config.engines import ENGINE_OPTIONS, ENGINES, engines_with
 from rlsys.config.hardware import Hardware
+from rlsys.rewards import has_accuracy, pool_functions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,21 @@ TABLE: tuple[Ineffective, ...] = (
         "diagnostics.gradient_every",
         when=lambda s: not s.config.diagnostics.gradient,
         because="diagnostics.gradient is false",
+    ),
+    # Rewards.
+    _row(
+        "reward.processes",
+        "reward.memory_gb",
+        "reward.timeout_s",
+        when=lambda s: not pool_functions(s.config.reward.functions),
+        because="the only one of reward.functions is a model, which ranks of its own compute",
+    ),
+    _row(
+        "trainer.evaluation.samples_per_prompt",
+        "trainer.evaluation.temperature",
+        "trainer.evaluation.pass_at",
+        when=lambda s: not has_accuracy(s.config.reward.functions),
+        because="the first of reward.functions is a model, so no response is right or wrong",
     ),
     # The cluster.
     _row(

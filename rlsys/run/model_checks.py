@@ -1,4 +1,4 @@
-"""Checks that need the files of the model, its reference and its critic."""
+"""Checks that need the files of the model, its reference, its critic and its reward model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from rlsys.models.loading import (
     end_token_ids,
     load_tokenizer,
 )
-from rlsys.models.value_models import value_layout
+from rlsys.models.value_models import check_reward_head, value_layout
+from rlsys.rewards import reward_model_of
+from rlsys.rewards.learned import PATH_FIELD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class ModelDirectories:
     policy: Path
     reference: Path
     critic: Path
+    reward_model: Path | None = None  # None: no reward is a model
 
     @staticmethod
     def same(directory: Path) -> ModelDirectories:
@@ -39,8 +42,9 @@ def check_model(config: RunConfig, directories: ModelDirectories) -> None:
 
     Raises:
         ConfigError: an architecture that cannot be trained, attention heads that cannot be split,
-            a reference or a critic with other tokens, a critic that can have no value head, a model
-            without an end token, or too few positions for prompt and response.
+            a reference, a critic or a reward model with other tokens, a critic that can have no
+            value head, a reward model without one, a model without an end token, or too few
+            positions for prompt and response.
     """
     model = _model_config(directories.policy, "model.path", config.model.path)
     _check_architectures(config, directories)
@@ -49,6 +53,8 @@ def check_model(config: RunConfig, directories: ModelDirectories) -> None:
         _check_vocabularies(config, model, directories.reference)
     if config.critic.enabled:
         _check_critic(config, model, directories)
+    if directories.reward_model is not None:
+        _check_reward_model(config, model, directories.policy, directories.reward_model)
     _check_ends(config, directories.policy)
     _check_positions(config, directories.policy)
 
@@ -65,32 +71,8 @@ def _check_critic(
     if directories.critic == directories.policy:
         return
 
-    critic = _model_config(directories.critic, "critic.path", path)
-    own, needed = critic.get("vocab_size"), model.get("vocab_size")
-    if isinstance(own, int) and isinstance(needed, int) and own < needed:
-        raise ConfigError(
-            f"critic.path: {path!r} has embeddings for {own} tokens and model.path "
-            f"{config.model.path!r} for {needed}. Give a model with the same tokenizer."
-        )
-
-    trust = config.model.trust_remote_code
-    tokens = load_tokenizer(directories.policy, trust_remote_code=trust).get_vocab()
-    try:
-        others = load_tokenizer(directories.critic, trust_remote_code=trust).get_vocab()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"critic.path: {path!r} has no tokenizer to compare with that of model.path "
-            f"({' '.join(str(error).split())[:120]}). Copy the files of its tokenizer there."
-        ) from error
-
-    differing = next((token for token, i in tokens.items() if others.get(token) != i), None)
-    if differing is not None:
-        raise ConfigError(
-            f"critic.path: the tokenizer of {path!r} differs from that of model.path "
-            f"{config.model.path!r}: token {differing!r} is {others.get(differing, 'absent')} "
-            f"there and {tokens[differing]} here, and the critic reads the policy's token ids. "
-            "Give a model with the same tokenizer."
-        )
+    critic = _Reader(name="critic", field="critic.path", path=path, directory=directories.critic)
+    _check_same_tokens(config, model, directories.policy, critic)
 
     prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
     limit = context_length(directories.critic)
@@ -98,6 +80,78 @@ def _check_critic(
         raise ConfigError(
             f"critic.path: data.max_prompt_tokens {prompt} + generation.max_tokens {response} "
             f"exceed the {limit} positions of {path!r}. Lower one of them."
+        )
+
+
+def _check_reward_model(
+    config: RunConfig, model: Mapping[str, Any], policy: Path, directory: Path
+) -> None:
+    """Refuse a reward model whose scores of the policy's responses would mean nothing."""
+    function = reward_model_of(config.reward.functions)
+    assert function is not None, "a directory without a reward that is a model"
+    path, trust = function.parameters["path"], config.model.trust_remote_code
+    try:
+        check_reward_head(directory)
+    except ValueError as error:
+        raise ConfigError(f"{PATH_FIELD}: {path!r}: {error}") from error
+
+    reader = _Reader(name="reward model", field=PATH_FIELD, path=path, directory=directory)
+    _check_same_tokens(config, model, policy, reader)
+    if not end_token_ids(directory, load_tokenizer(directory, trust_remote_code=trust)):
+        raise ConfigError(
+            f"{PATH_FIELD}: neither the configuration nor the tokenizer of {path!r} names an end "
+            "token, at which a response is scored. Put eos_token_id into its config.json."
+        )
+
+    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
+    limit = context_length(directory)
+    if limit is not None and prompt + response + 1 > limit:
+        raise ConfigError(
+            f"{PATH_FIELD}: data.max_prompt_tokens {prompt} + generation.max_tokens {response} + 1 "
+            f"for an end token exceed the {limit} positions of {path!r}. Lower one of them."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """A model that reads the token ids of the policy."""
+
+    name: str
+    field: str
+    path: str
+    directory: Path
+
+
+def _check_same_tokens(
+    config: RunConfig, model: Mapping[str, Any], policy: Path, reader: _Reader
+) -> None:
+    """Refuse a model that reads the tokens of the policy as others."""
+    field, path = reader.field, reader.path
+    facts = _model_config(reader.directory, field, path)
+    own, needed = facts.get("vocab_size"), model.get("vocab_size")
+    if isinstance(own, int) and isinstance(needed, int) and own < needed:
+        raise ConfigError(
+            f"{field}: {path!r} has embeddings for {own} tokens and model.path "
+            f"{config.model.path!r} for {needed}. Give a model with the same tokenizer."
+        )
+
+    trust = config.model.trust_remote_code
+    tokens = load_tokenizer(policy, trust_remote_code=trust).get_vocab()
+    try:
+        others = load_tokenizer(reader.directory, trust_remote_code=trust).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: {path!r} has no tokenizer to compare with that of model.path "
+            f"({' '.join(str(error).split())[:120]}). Copy the files of its tokenizer there."
+        ) from error
+
+    differing = next((token for token, i in tokens.items() if others.get(token) != i), None)
+    if differing is not None:
+        raise ConfigError(
+            f"{field}: the tokenizer of {path!r} differs from that of model.path "
+            f"{config.model.path!r}: token {differing!r} is {others.get(differing, 'absent')} "
+            f"there and {tokens[differing]} here, and the {reader.name} reads the policy's token "
+            "ids. Give a model with the same tokenizer."
         )
 
 
@@ -145,6 +199,8 @@ def _check_architectures(config: RunConfig, directories: ModelDirectories) -> No
         "reference.path": directories.reference,
         "critic.path": directories.critic,
     }
+    if directories.reward_model is not None:
+        models[PATH_FIELD] = directories.reward_model
     for field, directory in models.items():
         try:
             check_architecture(

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from rlsys.config import ConfigError
 from rlsys.config.command_line import evolve
+from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware
 from rlsys.config.offline import OfflineRunConfig, named_as_here, offline_contradictions
 from rlsys.data.example_stream import LoadedExamples, SourcedExamples
 from rlsys.models.loading import context_length, parameter_count
-from rlsys.rewards import ground_truth_notices
+from rlsys.rewards import ground_truth_notices, refuse_reward_model
 from rlsys.run.compute_dtype import ProductSpeed, choose_dtypes
 from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
@@ -39,8 +40,14 @@ def offline_mistakes(
     config: OfflineRunConfig, directory: RunDirectory, hardware: Hardware, *, resume: bool
 ) -> list[str]:
     """Return the mistakes in a configuration, a line each; see `config_mistakes`."""
-    shared = config_mistakes(config.online(), directory, hardware, resume=resume)
-    lines = [named_as_here(line, config) for line in shared]
+    online = config.online()
+    mistakes = Mistakes()
+    mistakes.lines += config_mistakes(online, directory, hardware, resume=resume)
+    mistakes.attempt(
+        "reward.functions",
+        lambda: refuse_reward_model(online.reward.functions, "a run on examples"),
+    )
+    lines = [named_as_here(line, config) for line in mistakes.lines]
     return list(dict.fromkeys([*lines, *offline_contradictions(config)]))
 
 

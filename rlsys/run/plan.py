@@ -9,7 +9,7 @@ from rlsys.config import RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.models.loading import parameter_count
-from rlsys.rewards import with_token_limit
+from rlsys.rewards import pool_functions, reward_model_role, with_token_limit
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.required_inputs import estimator_parameters
@@ -39,6 +39,7 @@ def describe_plan(
         "reference": _reference(config),
         "critic": _critic(config, directories.critic),
         "rewards": _rewards(config),
+        "reward model": _reward_model(config, directories.reward_model),
         "advantages": _advantages(config),
         "data": f"{problems.describe()}, template {config.data.template}",
         "step": _step(config),
@@ -94,9 +95,25 @@ def _reference(config: RunConfig) -> str:
 
 
 def _rewards(config: RunConfig) -> str:
-    functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
+    functions = with_token_limit(
+        pool_functions(config.reward.functions), config.generation.max_tokens
+    )
+    if not functions:
+        return "no functions"
     names = [f"{function.name}{shown_parameters(function.parameters)}" for function in functions]
     return f"{config.reward.processes} processes: {', '.join(names)}"
+
+
+def _reward_model(config: RunConfig, directory: Path | None) -> str:
+    if directory is None:
+        return "none (no reward is a model)"
+    role = reward_model_role(config)
+    bytes_each = 2 if role.compute_dtype == "bfloat16" else 4
+    weights_gib = parameter_count(directory) * bytes_each / role.ranks / 1024**3
+    return (
+        f"{role.ranks} ranks beside the policy; {weights_gib:.2f} GiB weights "
+        f"({role.compute_dtype}), {directory}"
+    )
 
 
 def _advantages(config: RunConfig) -> str:

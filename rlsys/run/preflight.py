@@ -27,8 +27,16 @@ from rlsys.data.prompt_templates import load_template
 from rlsys.models import check_model_path
 from rlsys.plugins import load_plugins
 from rlsys.registry import follow_token_limit
-from rlsys.rewards import check_reward_function, get_reward_function
+from rlsys.rewards import (
+    check_reward_function,
+    get_reward_function,
+    has_accuracy,
+    reward_model_of,
+    reward_model_role,
+)
+from rlsys.rewards.learned import PATH_FIELD
 from rlsys.run.directory import RunDirectory
+from rlsys.run.evaluated_model import check_evaluated_path
 from rlsys.run.machine_checks import machine_mistakes
 from rlsys.run.plan import shown_parameters
 from rlsys.run.required_inputs import estimator_parameters, missing_inputs
@@ -56,6 +64,7 @@ def config_mistakes(
 
     mistakes.lines += contradictions(config)
     mistakes.lines += _estimator_contradictions(config)
+    mistakes.lines += _accuracy_contradictions(config)
     mistakes.lines += machine_mistakes(config, hardware)
     return mistakes.lines
 
@@ -82,6 +91,7 @@ def _checks(
             "reward.functions",
             lambda function=function: check_reward(function, config.generation.max_tokens),
         )
+    yield PATH_FIELD, lambda: _check_reward_model(config)
 
 
 def _check_path(field: str, path: str | None) -> None:
@@ -136,6 +146,42 @@ def check_reward(function: RewardFunctionConfig, token_limit: int) -> None:
             f"{function.name!r} is above generation.max_tokens {token_limit}, so no response "
             "reaches it. Leave it null, which means generation.max_tokens."
         )
+
+
+def _check_reward_model(config: RunConfig) -> None:
+    """Refuse a reward model that does not exist, or that has more ranks than the policy."""
+    function = reward_model_of(config.reward.functions)
+    if function is None or not _is_valid(function):
+        return  # `check_reward` refuses its parameters
+    check_evaluated_path(function.parameters["path"], PATH_FIELD)
+    ranks = reward_model_role(config).ranks
+    if ranks > config.policy.ranks:
+        raise ValueError(
+            f"reward.functions.parameters.ranks: {ranks} is above policy.ranks "
+            f"{config.policy.ranks}, and each rank of the reward model runs beside one of the "
+            "policy. Lower it, or leave it null."
+        )
+
+
+def _is_valid(function: RewardFunctionConfig) -> bool:
+    try:
+        check_reward_function(function.name, function.parameters)
+    except ValueError:
+        return False
+    return True
+
+
+def _accuracy_contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield options that read an accuracy where the rewards decide none."""
+    dynamic = config.algorithm.dynamic_sampling
+    if dynamic.max_rounds > 1 and dynamic.by == "accuracy":
+        functions = config.reward.functions
+        if not has_accuracy(functions):
+            yield (
+                f"algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong responses, and "
+                f"the first of reward.functions is {functions[0].name!r}, which decides none. Set "
+                "it to reward, or put a function such as math first."
+            )
 
 
 def _estimator_contradictions(config: RunConfig) -> Iterator[str]:

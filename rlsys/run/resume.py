@@ -17,6 +17,8 @@ ENGINE_PACKAGES = (package for traits in ENGINES.values() for package in traits.
 LIBRARIES = ("torch", "transformers", "numpy", "ray", *ENGINE_PACKAGES)
 ABSENT = "absent"
 
+REWARD_MODEL_STATE = "reward_model"  # absent in a run whose rewards are functions only
+
 # States of the advantage controller in a checkpoint, and the fields that reset them when changed.
 ADAPTED = {
     "kl_coefficient": ("algorithm.kl.coefficient",),
@@ -106,13 +108,13 @@ def registered_states(
         ConfigError: the checkpoint holds no state of a part.
     """
     names = tuple(names)
-    missing = [name for name in names if name not in checkpoint.state]
+    missing = [name for name in names if name not in {*checkpoint.state, REWARD_MODEL_STATE}]
     if missing:
         raise ConfigError(
             f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "
             f"run wrote it. Start a new run with --model.path {checkpoint.path}."
         )
-    states = {name: checkpoint.state[name] for name in names}
+    states = {name: checkpoint.state.get(name) for name in names}
     if "prompts" in states:
         states["prompts"] = prompt_state(checkpoint)
     if "advantages" in states:

@@ -17,6 +17,7 @@ import psutil
 
 from rlsys.config import RootConfig, RunConfig
 from rlsys.config.hardware import Hardware, available_memory_fraction
+from rlsys.rewards import reward_model_of
 from rlsys.run.compute_dtype import ProductSpeed
 from rlsys.run.observers.observer import Observer
 
@@ -55,7 +56,7 @@ def estimate_step(
     """Estimate the time of a step, or return None where `speed` does not apply to the workers.
 
     A forward pass takes 2 operations for each parameter and token; with the backward pass it is 6.
-    A critic is taken to be as large as the policy.
+    A critic and a reward model are taken to be as large as the policy.
 
     Args:
         parameters: number of parameters of the model.
@@ -74,6 +75,8 @@ def estimate_step(
     updates = policy.epochs * policy.num_mini_batches
     forward_passes = (updates > 1) + (config.algorithm.kl.coefficient > 0)  # old; reference
     passes = 6 * policy.epochs + 2 * forward_passes
+    if reward_model_of(config.reward.functions) is not None:
+        passes += 2
     if config.critic.enabled:
         passes += 2 + 6 * config.critic_passes()[0]  # the values, then their update
     training = passes * parameters * trained

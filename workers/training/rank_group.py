@@ -6,6 +6,7 @@ TrainedGroup           the ranks of any model that is trained
 TrainedCausalLMGroup   the ranks of a trained model whose weights engines use
 PolicyGroup            the ranks of the policy
 CriticGroup            the ranks of the critic
+ScoringGroup           the ranks of the frozen reward model of RL training
 OfflineGroup           the ranks of a model that learns from examples
 """
 
@@ -20,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
-from rlsys.data.batches import LogprobBatch, RolloutBatch, ScoredBatch, TrainBatch, ValueBatch
+from rlsys.data.batches import (
+    LogprobBatch,
+    RolloutBatch,
+    ScoreBatch,
+    ScoredBatch,
+    TrainBatch,
+    ValueBatch,
+)
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import Handle
@@ -182,6 +190,15 @@ class CriticGroup(TrainedGroup):
         return combine(
             await asyncio.gather(*(worker.update.remote(batch) for worker in self._workers))
         )
+
+
+class ScoringGroup(RankGroup):
+    """The ranks of the frozen reward model of RL training."""
+
+    def scores(self, rollouts: Handle[RolloutBatch]) -> Sequence[Handle[ScoreBatch]]:
+        """See `ports.ScoreSource`."""
+        # The ranks compute together. Each works in the order of the calls, which all of them get.
+        return [worker.scores.remote(rollouts) for worker in self._workers]
 
 
 class ExampleReferenceGroup(RankGroup):
