@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy accuracy, mean@k, pass@k."""
+"""Held-out evaluation: greedy accuracy, mean@k, pass@k, and the loss of text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch
+from rlsys.data.example_stream import ExampleBatch
+from rlsys.driver.ports import Workers
 from rlsys.driver.sampling import Sampler, sampling_parameters
 from rlsys.evaluation.estimators import pass_at_k
+from rlsys.metrics import values
 from rlsys.run.reward_failures import failure_counts
 
 # Always the same, so that evaluations of one run differ by the policy alone.
@@ -45,7 +48,7 @@ class Evaluator:
         settings = self._config.trainer.evaluation
         greedy = await self._sample(samples=1, temperature=0.0)
         rewards = [*greedy.rewards]
-        values = {
+        found = {
             "eval/accuracy": float(greedy.correct.mean()),
             "eval/response_length": greedy.tokens / len(self._prompts),
         }
@@ -55,13 +58,13 @@ class Evaluator:
             sampled = await self._sample(samples=samples, temperature=settings.temperature)
             rewards += sampled.rewards
             counts = sampled.correct
-            values[f"eval/mean@{samples}"] = float(counts.mean()) / samples
+            found[f"eval/mean@{samples}"] = float(counts.mean()) / samples
             for k in settings.pass_at:
                 chances = [pass_at_k(samples, int(count), k) for count in counts]
-                values[f"eval/pass@{k}"] = float(np.mean(chances))
+                found[f"eval/pass@{k}"] = float(np.mean(chances))
 
         failures = {f"eval/{name}": float(n) for name, n in failure_counts(rewards).items() if n}
-        return values | failures
+        return found | failures
 
     async def _sample(self, *, samples: int, temperature: float) -> _Sampled:
         """Sample `samples` responses to each prompt, with their rewards."""
@@ -75,3 +78,24 @@ class Evaluator:
             tokens=sum(group.part.num_response_tokens for group in groups),
             rewards=rewards,
         )
+
+
+class TextEvaluator:
+    """Evaluation of the loss of held-out text, beside that of held-out prompts."""
+
+    def __init__(
+        self, workers: Workers, held_out: ExampleBatch, prompts: Evaluator | None = None
+    ) -> None:
+        """Create an evaluator; `prompts` evaluates held-out prompts, None: there are none."""
+        self._workers = workers
+        self._held_out = held_out
+        self._prompts = prompts
+
+    async def evaluate(self) -> dict[str, float]:
+        """Return `eval/text_loss`, and the metrics of `Evaluator`."""
+        assert self._workers.put is not None, "workers of a run with texts can store them"
+        texts = self._workers.put(self._held_out)
+        report = values(await self._workers.policy.text_loss(texts))
+        if self._prompts is None:
+            return report
+        return await self._prompts.evaluate() | report

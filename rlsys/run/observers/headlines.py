@@ -25,6 +25,7 @@ HEADLINES = (
     Headline("held-out ranking accuracy", "eval/ranking_accuracy", "{:.1%}"),
     Headline("held-out reward margin", "eval/preference_margin", "{:.4f}"),
     Headline("held-out loss", "eval/loss", "{:.4f}"),
+    Headline("held-out text loss", "eval/text_loss", "{:.4f}"),
 )
 
 
