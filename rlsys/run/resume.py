@@ -109,6 +109,13 @@ def registered_states(
     """
     names = tuple(names)
     missing = [name for name in names if name not in {*checkpoint.state, REWARD_MODEL_STATE}]
+    if missing == ["texts"]:
+        raise ConfigError(
+            f"ptx.coefficient: {config.ptx.coefficient:g}, but checkpoint {checkpoint.path} was "
+            "written without training on text and holds no position in it. Resume with "
+            "--ptx.coefficient 0, or start a new run with --model.path "
+            f"{checkpoint.path}."
+        )
     if missing:
         raise ConfigError(
             f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "

@@ -53,6 +53,10 @@ CHARTS = (
         only_with="policy/loss",
     ),
     ChartSpec(
+        "Loss of pretraining text (nats per token)",
+        (("training", "policy/ptx_loss", "train"), ("held out", "eval/text_loss", "eval")),
+    ),
+    ChartSpec(
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
     ChartSpec("Loss of the critic", (("mean of the mini-batches", "critic/loss", "train"),)),
