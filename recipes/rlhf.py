@@ -8,10 +8,11 @@ also runs alone:
     sft            recipes.sft_math            fine-tune on demonstrations
     rankings       recipes.make_rankings       rank samples of the fine-tuned model
     reward_model   recipes.reward_model_math   learn a reward from the rankings
-    ppo            recipes.ppo_math            PPO on that reward, with a KL to the fine-tuned model
+    ppo            recipes.ppo_math            PPO-ptx on that reward, with a KL to the tuned model
 
-It differs from Ouyang et al. in one way: the rankings come from the verifier instead of from
-people, so that the whole runs unattended and the result can be checked.
+It differs from Ouyang et al. in two ways: the rankings come from the verifier instead of from
+people, so that the whole runs unattended and the result can be checked; and each prompt is sampled
+twice.
 
 Flags of a stage begin with its name: --sft.trainer.steps 20 --ppo.algorithm.kl.coefficient 0.02.
 Fields without it are those of all stages: --model.path, --data.train, --seed. An interrupted
@@ -98,7 +99,13 @@ def _ppo(hardware: Hardware) -> RunConfig:
     rewards = [{"name": "math", "weight": 0.0}, {"name": "model", "weight": 1.0}]
     ppo = evolve(
         ppo_math(hardware),
-        {"reward.functions": rewards, "critic.warmup_steps": 2, "run.note": None},
+        {
+            "reward.functions": rewards,
+            "critic.warmup_steps": 2,
+            "ptx.coefficient": 1.0,
+            "ptx.train": "synthetic",
+            "run.note": None,
+        },
     )
     if hardware.gpus:
         return evolve(ppo, {"generation.samples_per_prompt": 2})
@@ -107,6 +114,8 @@ def _ppo(hardware: Hardware) -> RunConfig:
         {
             "generation.samples_per_prompt": 2,
             "generation.max_tokens": 32,
+            "ptx.examples_per_step": 8,
+            "ptx.eval_limit": 50,
             "trainer.prompts_per_step": 16,
             "trainer.steps": 16,
             "trainer.evaluation.every": 8,

@@ -23,12 +23,14 @@ from rlsys.config.command_line import Invocation, dump_yaml, parse, saved_config
 from rlsys.config.errors import Mistakes, as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.config.rlhf import (
+    COMPARISON,
     GENERATED,
     REWARD_FUNCTION,
     STAGES,
     RlhfRunConfig,
     named_in_pipeline,
     rlhf_contradictions,
+    section_of,
     with_shared_fields,
     with_values,
 )
@@ -112,7 +114,9 @@ def _prepare(
     mistakes.lines += rlhf_contradictions(config)
     mistakes.refuse()
 
-    states = {stage: stage_state(config, stage, directory) for stage in STAGES}
+    states: dict[str, StageState] = {
+        stage: stage_state(config, stage, directory) for stage in (*STAGES, COMPARISON)
+    }
     if invocation.resume:
         mistakes.lines += refused_changes(invocation.saved or {}, config, states)
         mistakes.refuse()
@@ -191,12 +195,13 @@ class _StageCheck:
 
     def _stand_ins(self) -> dict[str, Any]:
         """Return the values that replace results of stages that are not complete."""
-        states, values = self._states, {}
+        states = self._states
+        values: dict[str, Any] = {}
         if self._stage != "sft" and states["sft"] != "complete":
             values["model.path"] = self._pipeline.model.path
         if self._stage == "reward_model" and states["rankings"] != "complete":
             values["data.train"] = GENERATED
-        if self._stage == "ppo" and states["reward_model"] != "complete":
+        if section_of(self._stage) == "ppo" and states["reward_model"] != "complete":
             values["reward.functions"] = self._rules()
             if self._pipeline.ppo.critic.path is None:
                 values["critic.path"] = None
@@ -212,7 +217,7 @@ class _StageCheck:
         return [function | {"weight": 1.0} for function in functions] or [{"name": "math"}]
 
     def _invocation(self, config: RootConfig) -> Invocation[Any]:
-        prefix = f"{self._stage}."
+        prefix = f"{section_of(self._stage)}."
         names = {n.removeprefix(prefix) for n in self._explicit if n.startswith(prefix)}
         resume, saved = self._states[self._stage] == "begun", None
         if resume:

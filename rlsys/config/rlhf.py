@@ -3,7 +3,7 @@
     sft            SupervisedRunConfig     fine-tuning on demonstrations
     rankings       RankingsRunConfig       samples of the fine-tuned model, ranked
     reward_model   RewardModelRunConfig    a reward model from the rankings
-    ppo            RunConfig               PPO on the reward of that model
+    ppo            RunConfig               PPO on the reward of that model, with pretraining text
 
 Each stage has the configuration of its own recipe, with two rules on top:
 
@@ -35,6 +35,7 @@ from rlsys.config.section import Section
 RootT = TypeVar("RootT", bound=RootConfig)
 
 STAGES = ("sft", "rankings", "reward_model", "ppo")
+COMPARISON = "ppo_without_ptx"  # the last stage again, without pretraining text
 
 
 class SharedSyntheticConfig(Section):
@@ -92,6 +93,11 @@ class RlhfRunConfig(RootConfig):
         default="ppo",
         description="Stop after this stage. A resume with a later one continues from there.",
     )
+    compare_without_ptx: bool = Field(
+        default=False,
+        description="Run the last stage a second time with ptx.coefficient 0 and the same seed, to "
+        "show what the pretraining text does to the held-out text loss.",
+    )
     seed: int = Field(
         default=0,
         ge=0,
@@ -119,11 +125,20 @@ class RlhfRunConfig(RootConfig):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages up to the last one to run, in their order."""
-        return STAGES[: STAGES.index(self.last_stage) + 1]
+        chosen = STAGES[: STAGES.index(self.last_stage) + 1]
+        compares = self.compare_without_ptx and self.last_stage == "ppo"
+        return (*chosen, COMPARISON) if compares else chosen
 
-    def stage(self, name: str) -> RootConfig:
-        """Return the configuration of a stage."""
+    def stage(self, name: str) -> Any:
+        """Return the configuration of a stage, of the class of its recipe."""
+        if name == COMPARISON:
+            return with_values(self.ppo, {"ptx.coefficient": 0.0})
         return getattr(self, name)
+
+
+def section_of(stage: str) -> str:
+    """Return the section with the configuration of a stage."""
+    return "ppo" if stage == COMPARISON else stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +267,7 @@ def rlhf_contradictions(config: RlhfRunConfig) -> list[str]:
 
     What concerns one stage alone is checked with that stage.
     """
-    return [*_held_out(config), *_model_reward(config)]
+    return [*_held_out(config), *_model_reward(config), *_comparison(config)]
 
 
 def _held_out(config: RlhfRunConfig) -> Iterator[str]:
@@ -287,6 +302,26 @@ def _model_reward(config: RlhfRunConfig) -> Iterator[str]:
         )
 
 
+def _comparison(config: RlhfRunConfig) -> Iterator[str]:
+    if not config.compare_without_ptx:
+        return
+    if config.last_stage != "ppo":
+        yield (
+            f"compare_without_ptx: true compares two runs of ppo, and last_stage is "
+            f"{config.last_stage!r}. Set it to false, or last_stage to ppo."
+        )
+    if config.ppo.ptx.coefficient == 0:
+        yield (
+            "compare_without_ptx: true compares nothing, since ppo.ptx.coefficient is 0. Set the "
+            "coefficient, or compare_without_ptx to false."
+        )
+    elif not config.ppo.evaluates_text:
+        yield (
+            "compare_without_ptx: true has nothing to compare, since no evaluation of ppo measures "
+            "the loss of text. Set ppo.ptx.eval and ppo.trainer.evaluation.every."
+        )
+
+
 FIELD = re.compile(r"(?<![\w./'\"])[a-z][a-z_]*(?:\.[a-z_][a-z0-9_]*)+")
 
 
@@ -296,6 +331,7 @@ def named_in_pipeline(line: str, config: RlhfRunConfig, stage: str) -> str:
     Example: of sft, "trainer.steps: ..." becomes "sft.trainer.steps: ...", and "model.path: ..."
     stays as it is, since that field is a shared one.
     """
+    stage = section_of(stage)
     kind = type(config.stage(stage))
     values = flat_values(config)
     shared = {

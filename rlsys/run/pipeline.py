@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.config.command_line import flat
-from rlsys.config.rlhf import REWARD_FUNCTION, STAGES, RlhfRunConfig, flat_values
+from rlsys.config.rlhf import COMPARISON, REWARD_FUNCTION, STAGES, RlhfRunConfig, flat_values
 from rlsys.run.pipeline_directory import (
     PipelineDirectory,
     StageState,
@@ -21,16 +21,18 @@ MODULES: Mapping[str, str] = {
     "rankings": "recipes.make_rankings",
     "reward_model": "recipes.reward_model_math",
     "ppo": "recipes.ppo_math",
+    COMPARISON: "recipes.ppo_math",
 }
 TITLES: Mapping[str, str] = {
     "sft": "supervised fine-tuning",
     "rankings": "rankings of samples",
     "reward_model": "reward model",
     "ppo": "PPO on the reward model",
+    COMPARISON: "PPO without pretraining text",
 }
 
 # Fields of the pipeline that may change at any time, without an effect on the results.
-FREE = ("last_stage", "cluster.", "run.")
+FREE = ("last_stage", "compare_without_ptx", "cluster.", "run.")
 
 
 class StageRunner(Protocol):
@@ -97,7 +99,7 @@ def results_of_earlier_stages(
         values["output"] = str(directory.rankings)
     if stage == "reward_model":
         values["data.train"] = str(directory.rankings)
-    if stage == "ppo":
+    if stage in ("ppo", COMPARISON):
         reward_model = str(directory.checkpoint("reward_model", config.reward_model.trainer.steps))
         values["reward.functions"] = _with_reward_model(config, reward_model)
         if config.ppo.critic.enabled and config.ppo.critic.path is None:
@@ -146,12 +148,12 @@ def _refused_change(
     if _is_copy_of_a_free_field(name):
         return
 
-    later = STAGES[STAGES.index(stage) + 1 :]
+    later = (*STAGES[STAGES.index(stage) + 1 :], COMPARISON)
     begun = next((other for other in later if states[other] != "new"), None)
     if begun is not None:
         yield (
-            f"{name}: {new!r}, but stage {begun} was begun from what {stage} learned with {old!r}. "
-            "Leave it out, or start a new run."
+            f"{name}: {new!r}, but stage {begun} was begun when it was {old!r}. Leave it out, or "
+            "start a new run."
         )
     elif states[stage] == "complete":
         yield (

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsys.config.command_line import flat
-from rlsys.config.rlhf import RlhfRunConfig
+from rlsys.config.rlhf import COMPARISON, RlhfRunConfig
 from rlsys.data.ranking_files import read_ranking_rows
 from rlsys.run.directory import write_whole
 from rlsys.run.observers.console import duration
@@ -22,16 +22,20 @@ logger = logging.getLogger(__name__)
 
 SHOWN_RANKINGS = 8
 
+PPO_CHARTS = (
+    "Reward of all samples",
+    "Accuracy",
+    "KL to the reference (nats per token)",
+    "Loss of pretraining text (nats per token)",
+    "Variance of the returns that the critic explains",
+)
+
 MAIN_CHARTS: Mapping[str, tuple[str, ...]] = {
     "sft": ("Loss", "Accuracy"),
     "rankings": (),
     "reward_model": ("Loss of the reward model", "Ranking accuracy of the reward model"),
-    "ppo": (
-        "Reward of all samples",
-        "Accuracy",
-        "KL to the reference (nats per token)",
-        "Variance of the returns that the critic explains",
-    ),
+    "ppo": PPO_CHARTS,
+    COMPARISON: PPO_CHARTS,
 }
 
 
