@@ -123,8 +123,8 @@ def _prepare(
 
     checked = []
     for stage in config.stages:
-        if states[stage] == "complete":
-            continue
+        if states[stage] == "complete" or (stage, states[stage]) == (COMPARISON, "new"):
+            continue  # the comparison has the configuration of ppo without the text
         check = _StageCheck(config, stage, states, directory, invocation.explicit)
         with console.status(f"checking {stage} ..."):
             found = mistakes.attempt(stage, lambda check=check: check.run(hardware, console))
@@ -184,8 +184,13 @@ class _StageCheck:
         if "data.train" in stand_ins:  # what is known of generated data is not true of rankings
             plan = _without(_without(plan, "data "), "evaluation ")
             remarks = _without(remarks, "data: ")
-        if "model.path" in stand_ins:
-            plan = [*plan, "as far as can be known before the checkpoint of sft exists"]
+        if "reward.functions" in stand_ins:
+            plan = [*_without(plan, "reward model "), "reward model that of the stage before"]
+        if stand_ins:
+            plan = [
+                *plan,
+                f"checked with {self._pipeline.model.path}, since its inputs are missing",
+            ]
         return CheckedStage(
             name=stage, plan="\n".join(plan), remarks=tuple(self._named(line) for line in remarks)
         )
@@ -268,7 +273,9 @@ def _plan(prepared: PreparedPipeline) -> str:
     checked = {one.name: one for one in prepared.checked}
     parts = []
     for stage in prepared.config.stages:
-        plan = checked[stage].plan if stage in checked else "complete"
+        plan = "complete" if prepared.states[stage] == "complete" else "as ppo, without the text"
+        if stage in checked:
+            plan = checked[stage].plan
         parts.append(f"{stage}: {TITLES[stage]} ({MODULES[stage]})\n{plan}")
     return "\n\n".join(parts)
 

@@ -27,6 +27,7 @@ from rlsys.config.errors import ConfigError
 from rlsys.config.fields import field_at
 from rlsys.config.model import ModelConfig
 from rlsys.config.offline import RewardModelRunConfig, SupervisedRunConfig
+from rlsys.config.ptx import PtxConfig
 from rlsys.config.rankings import RankingsRunConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
@@ -131,8 +132,9 @@ class RlhfRunConfig(RootConfig):
 
     def stage(self, name: str) -> Any:
         """Return the configuration of a stage, of the class of its recipe."""
-        if name == COMPARISON:
-            return with_values(self.ppo, {"ptx.coefficient": 0.0})
+        if name == COMPARISON:  # where no text is trained on, there is no number of them either
+            texts = PtxConfig.model_fields["examples_per_step"].default
+            return with_values(self.ppo, {"ptx.coefficient": 0.0, "ptx.examples_per_step": texts})
         return getattr(self, name)
 
 

@@ -128,6 +128,15 @@ def test_a_stage_may_repeat_the_value_of_a_shared_field():
             ["--ppo.reward.functions", "[{name: model, parameters: {path: x}}]"],
             "the path of model is 'x'",
         ),
+        (["--compare_without_ptx", "true", "--last_stage", "sft"], "last_stage is 'sft'"),
+        (
+            ["--compare_without_ptx", "true", "--ppo.ptx.coefficient", "0"],
+            "compares nothing, since ppo.ptx.coefficient is 0",
+        ),
+        (
+            ["--compare_without_ptx", "true", "--ppo.ptx.eval", "off"],
+            "no evaluation of ppo measures the loss of text",
+        ),
     ],
 )
 def test_stages_that_do_not_fit_together_are_refused(flags: list[str], message: str):
@@ -138,6 +147,18 @@ def test_stages_that_do_not_fit_together_are_refused(flags: list[str], message: 
 def test_held_out_files_are_accepted():
     flags = ("--data.train", "a.jsonl", "--data.eval", "b.jsonl")
     assert rlhf_contradictions(configured(*flags)) == []
+
+
+def test_the_comparison_differs_in_the_pretraining_text_alone():
+    config = configured("--compare_without_ptx", "true", "--ppo.trainer.steps", "9")
+    assert config.stages == ("sft", "rankings", "reward_model", "ppo", "ppo_without_ptx")
+    ppo, without = config.stage("ppo"), config.stage("ppo_without_ptx")
+    assert (ppo.ptx.coefficient, without.ptx.coefficient) == (1.0, 0.0)
+    same = {"ptx": None}
+    assert ppo.model_copy(update=same) == without.model_copy(update=same)
+    assert (ppo.ptx.train, ppo.ptx.eval) == (without.ptx.train, without.ptx.eval)
+    assert configured().stages == ("sft", "rankings", "reward_model", "ppo")
+    assert configured("--last_stage", "rankings").stages == ("sft", "rankings")
 
 
 def test_a_preset_of_the_ppo_stage_replaces_its_algorithm():
@@ -168,6 +189,7 @@ def test_another_estimator_of_the_ppo_stage_starts_from_its_own_parameters():
         ("ppo", "model.path: 'x' is no model.", "model.path: 'x' is no model."),
         ("rankings", "data.template: 'x' is unknown", "data.template: 'x' is unknown"),
         ("sft", "data.train: 'x.jsonl' is gone", "sft.data.train: 'x.jsonl' is gone"),
+        ("ppo_without_ptx", "ptx.train: 'x' is gone", "ppo.ptx.train: 'x' is gone"),
         ("sft", "it has no config.json, see model.safetensors", None),
     ],
 )

@@ -170,6 +170,15 @@ def test_what_a_stage_gets_from_earlier_ones(pipeline: PipelineDirectory):
     assert ppo["reward.functions"][1]["parameters"] == {"path": reward_model}
 
 
+def test_both_runs_of_the_comparison_start_from_the_same_models(pipeline: PipelineDirectory):
+    config = configured("--compare_without_ptx", "true")
+    ppo = results_of_earlier_stages(config, "ppo", pipeline)
+    without = results_of_earlier_stages(config, "ppo_without_ptx", pipeline)
+    assert without.pop("run.directory") == str(pipeline.path / "ppo_without_ptx")
+    assert ppo.pop("run.directory") == str(pipeline.path / "ppo")
+    assert ppo == without
+
+
 def test_a_critic_of_the_user_and_no_critic_are_left_alone(pipeline: PipelineDirectory):
     own = configured("--ppo.critic.path", "tiny")
     assert "critic.path" not in results_of_earlier_stages(own, "ppo", pipeline)
@@ -195,6 +204,8 @@ NEW: dict[str, StageState] = dict.fromkeys((*STAGES, "ppo_without_ptx"), "new")
             {"sft": "complete"},
             "stage sft is complete",
         ),
+        (["--ppo.trainer.steps", "99"], {"ppo_without_ptx": "begun"}, "stage ppo_without_ptx was"),
+        (["--compare_without_ptx", "true"], {"ppo": "complete"}, None),
         (["--sft.trainer.steps", "99"], {"sft": "begun"}, None),
         (["--ppo.trainer.steps", "99"], {"sft": "complete", "rankings": "complete"}, None),
         (["--run.progress", "false", "--cluster.object_store_gib", "2"], {"ppo": "begun"}, None),
