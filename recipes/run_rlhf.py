@@ -130,7 +130,8 @@ def _prepare(
             found = mistakes.attempt(stage, lambda check=check: check.run(hardware, console))
         if found is not None:
             checked.append(found)
-    mistakes.lines = list(dict.fromkeys(mistakes.lines))
+    lines = [line for message in mistakes.lines for line in message.splitlines()]
+    mistakes.lines = list(dict.fromkeys(lines))  # several stages may find the same mistake
     mistakes.refuse()
     return PreparedPipeline(
         config=config,
