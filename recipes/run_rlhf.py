@@ -337,7 +337,7 @@ def _run_stages(prepared: PreparedPipeline, console: Console) -> int:
     """Run the stages that are not complete, and show what all of them did."""
     from rlsys.run.observers.pipeline_console import print_pipeline
     from rlsys.run.observers.pipeline_report import write_pipeline_report
-    from rlsys.run.pipeline import TITLES, run_stages, stage_state
+    from rlsys.run.pipeline import TITLES, run_stages
     from rlsys.run.pipeline_directory import PipelineDirectory
 
     config, directory = prepared.config, prepared.directory
@@ -361,7 +361,7 @@ def _run_stages(prepared: PreparedPipeline, console: Console) -> int:
         config.stages,
         runner,
         directory,
-        state_of=lambda stage: stage_state(config, stage, directory),
+        state_of=lambda stage: prepared.states[stage],
         on_start=on_start,
     )
     write_pipeline_report(config, directory)

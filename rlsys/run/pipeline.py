@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.config.command_line import flat
-from rlsys.config.rlhf import COMPARISON, REWARD_FUNCTION, STAGES, RlhfRunConfig, flat_values
+from rlsys.config.rlhf import (
+    COMPARISON,
+    REWARD_FUNCTION,
+    SHARED,
+    STAGES,
+    RlhfRunConfig,
+    flat_values,
+)
 from rlsys.run.pipeline_directory import (
     PipelineDirectory,
     StageState,
@@ -51,11 +58,14 @@ class PipelineResult:
     stage: str | None  # that did not complete; None: all are complete
 
 
-def stage_state(config: RlhfRunConfig, stage: str, directory: PipelineDirectory) -> StageState:
-    """Return how far a stage is."""
+def stage_state(
+    config: RlhfRunConfig, stage: str, directory: PipelineDirectory, *, checksums: bool = True
+) -> StageState:
+    """Return how far a stage is; see `training_state`."""
     if stage == "rankings":
         return rankings_state(directory.rankings)
-    return training_state(directory.stage(stage), config.stage(stage).trainer.steps)
+    steps = config.stage(stage).trainer.steps
+    return training_state(directory.stage(stage), steps, checksums=checksums)
 
 
 def run_stages(
@@ -127,11 +137,13 @@ def refused_changes(
         saved: the configuration of the pipeline so far, nested.
     """
     before, after = flat(saved), flat_values(config)
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    # Of a shared field and its copies, the message names the field alone.
+    copies = {copy for one in SHARED if one.field in changed for copy in one.copies}
     lines = []
-    for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        if old != new and not name.startswith(FREE):
-            lines += _refused_change(name, old, new, states)
+    for name in sorted(changed - copies):
+        if not name.startswith(FREE):
+            lines += _refused_change(name, before.get(name), after.get(name), states)
     return lines
 
 
@@ -145,9 +157,6 @@ def _refused_change(
             "Leave it out, or start a new run."
         )
         return
-    if _is_copy_of_a_free_field(name):
-        return
-
     later = (*STAGES[STAGES.index(stage) + 1 :], COMPARISON)
     begun = next((other for other in later if states[other] != "new"), None)
     if begun is not None:
@@ -160,8 +169,3 @@ def _refused_change(
             f"{name}: {new!r}, but stage {stage} is complete with {old!r}, so it would change "
             "nothing. Leave it out, or start a new run."
         )
-
-
-def _is_copy_of_a_free_field(name: str) -> bool:
-    own = name.split(".", 1)[1]
-    return own.startswith(("cluster.", "run."))

@@ -70,16 +70,21 @@ class PipelineDirectory:
         write_whole(self.times, json.dumps(times, indent=1))
 
 
-def training_state(directory: RunDirectory, steps: int) -> StageState:
+def training_state(directory: RunDirectory, steps: int, *, checksums: bool = True) -> StageState:
     """Return the state of a training stage of so many steps.
 
     A run that ended after fewer steps is begun: it can be resumed with more.
+
+    Args:
+        checksums: also read the last checkpoint, and say begun where it is damaged.
     """
     if not directory.config.is_file():
         return "new"
     status = read_status(directory)
-    if status is None or status.state != "finished":
+    if status is None or status.state != "finished" or status.step < steps:
         return "begun"
+    if not checksums:
+        return "complete"
     checkpoint = CheckpointStore(directory.checkpoints, keep=1).latest()
     return "complete" if checkpoint is not None and checkpoint.step >= steps else "begun"
 

@@ -48,7 +48,7 @@ def summarize_pipeline(
         StageSummary(
             name=stage,
             title=TITLES[stage],
-            state=stage_state(config, stage, directory),
+            state=stage_state(config, stage, directory, checksums=False),
             seconds=seconds.get(stage),
             figures=tuple(_figures(stage, directory)),
         )

@@ -115,6 +115,7 @@ async def finished_stage(directory: RunDirectory, steps: int) -> None:
     await CheckpointStore(directory.checkpoints, keep=1).save(steps, write_nothing, {"step": steps})
     status = StatusWriter(directory)
     status.on_start(1, steps)
+    status.on_step(steps, {})
     status.on_end("finished", "")
 
 
@@ -136,6 +137,7 @@ async def test_a_finished_stage_without_its_checkpoint_is_not_complete(
     await finished_stage(directory, 4)
     (directory.checkpoints / "step_000004" / "manifest.json").write_text("{")
     assert training_state(directory, 4) == "begun"
+    assert training_state(directory, 4, checksums=False) == "complete"
 
 
 def test_the_stage_of_rankings_is_complete_with_its_file(pipeline: PipelineDirectory):
@@ -221,6 +223,11 @@ def test_a_resume_may_change_what_no_later_stage_depends_on(
         assert lines == []
     else:
         assert any(message in line for line in lines), lines
+
+
+def test_a_refused_change_of_a_shared_field_is_one_line():
+    saved = configured().model_dump(mode="json")
+    assert len(refused_changes(saved, configured("--seed", "1"), NEW)) == 1
 
 
 def test_pairs_and_ties_are_counted():
