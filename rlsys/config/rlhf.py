@@ -344,10 +344,16 @@ def named_in_pipeline(line: str, config: RlhfRunConfig, stage: str) -> str:
     }
 
     def renamed(found: re.Match[str]) -> str:
-        name = f"{stage}.{found[0]}"
-        if field_at(found[0], kind) is None:
+        if not _is_field(found[0], kind):
             return found[0]
         # A result has no name that a user could set; model.path stands for all of them.
+        name = f"{stage}.{found[0]}"
         return shared.get(name) or ("model.path" if found[0] == "model.path" else name)
 
     return FIELD.sub(renamed, line)
+
+
+def _is_field(name: str, kind: type[RootConfig]) -> bool:
+    """Return whether a dotted name is a field, a section, or a part of the value of a field."""
+    parts = name.split(".")
+    return any(field_at(".".join(parts[:n]), kind) is not None for n in range(2, len(parts) + 1))

@@ -189,6 +189,11 @@ def test_another_estimator_of_the_ppo_stage_starts_from_its_own_parameters():
         ("ppo", "model.path: 'x' is no model.", "model.path: 'x' is no model."),
         ("rankings", "data.template: 'x' is unknown", "data.template: 'x' is unknown"),
         ("sft", "data.train: 'x.jsonl' is gone", "sft.data.train: 'x.jsonl' is gone"),
+        (
+            "ppo",
+            "reward.functions.parameters.path: 'x' is no model",
+            "ppo.reward.functions.parameters.path: 'x' is no model",
+        ),
         ("ppo_without_ptx", "ptx.train: 'x' is gone", "ppo.ptx.train: 'x' is gone"),
         ("sft", "it has no config.json, see model.safetensors", None),
     ],
