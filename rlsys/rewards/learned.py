@@ -48,10 +48,10 @@ def model_reward(
     The score is the value of the model's head at the end token of the response. A response without
     one, since it was cut off or ended with a stop string, gets one for scoring.
 
-    `path` is a reward model with one label: a directory, a hub id, or a run of reward_model_math.
-    `ranks` is their number, each beside a rank of the policy; null: policy.ranks.
-    `compute_dtype` is the precision of weights and arithmetic; null: as the policy.
-    `microbatch_tokens` is the largest number of tokens in one forward pass; null: as the policy.
+    `path` names a reward model with one label, as a directory, hub id or run of reward_model_math.
+    `ranks` is their number, each beside a rank of the policy, or null for policy.ranks.
+    `compute_dtype` is the precision of weights and arithmetic, or null for that of the policy.
+    `microbatch_tokens` limits the tokens in one forward pass, null as the policy does.
 
     Raises:
         RuntimeError: always, since ranks of the model compute it.

@@ -23,6 +23,7 @@ KL = {"algorithm.kl.coefficient": 0.1}
 SEVERAL = {"policy.num_mini_batches": 2}
 CRITIC = {"critic.enabled": True, "algorithm.advantage.name": "gae"}
 VLLM = {"generation.engine": "vllm"}
+MODEL_ALONE = {"reward.functions": [{"name": "model", "parameters": {"path": "somewhere"}}]}
 
 # option, value, a setting in which it has no effect, one in which it has, and the machine.
 CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
@@ -131,6 +132,10 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ),
     ("trainer.evaluation.temperature", 0.6, {}, {"trainer.evaluation.samples_per_prompt": 4}, CPU),
     ("trainer.evaluation.pass_at", [1], {}, {"trainer.evaluation.samples_per_prompt": 4}, CPU),
+    ("reward.processes", 2, MODEL_ALONE, {}, CPU),
+    ("reward.memory_gb", 2.0, MODEL_ALONE, {}, CPU),
+    ("reward.timeout_s", 3.0, MODEL_ALONE, {}, CPU),
+    ("trainer.evaluation.samples_per_prompt", 4, MODEL_ALONE, {}, CPU),
     ("diagnostics.gradient_every", 3, {}, {"diagnostics.gradient": True}, CPU),
     ("cluster.object_store_gib", 2.0, {"cluster.address": "auto"}, {}, CPU),
 ]
