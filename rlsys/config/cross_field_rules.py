@@ -141,8 +141,6 @@ def _critic_warmup(config: RunConfig) -> Iterator[str]:
 
 def _ptx(config: RunConfig) -> Iterator[str]:
     ptx, policy = config.ptx, config.policy
-    if ptx.train == "auto":
-        yield "ptx.train: 'auto' is a value of ptx.eval. Give a source of text, or off."
     if not ptx.trains:
         return
 

@@ -42,9 +42,11 @@ def source_texts(config: RunConfig) -> SourcedTexts:
     """Read or generate the texts that a run needs.
 
     Raises:
-        ValueError: see `read_texts` and `hold_out_by`.
+        ValueError: see `read_texts` and `hold_out_by`; ptx.train is not a source.
     """
     ptx, seed = config.ptx, config.trainer.seed
+    if ptx.train == "auto":
+        raise ValueError("ptx.train: 'auto' is a value of ptx.eval. Give a source of text, or off.")
     if not config.reads_text:
         return SourcedTexts(train=(), held_out=())
 

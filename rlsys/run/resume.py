@@ -111,10 +111,9 @@ def registered_states(
     missing = [name for name in names if name not in {*checkpoint.state, REWARD_MODEL_STATE}]
     if missing == ["texts"]:
         raise ConfigError(
-            f"ptx.coefficient: {config.ptx.coefficient:g}, but checkpoint {checkpoint.path} was "
-            "written without training on text and holds no position in it. Resume with "
-            "--ptx.coefficient 0, or start a new run with --model.path "
-            f"{checkpoint.path}."
+            f"ptx.coefficient: checkpoint {checkpoint.path} was written without training on text, "
+            "so it holds no position in the texts. Resume with --ptx.coefficient 0, or start a new "
+            f"run with --model.path {checkpoint.path}."
         )
     if missing:
         raise ConfigError(

@@ -65,6 +65,10 @@ def made(workers: list[PolicyWorker], config: RunConfig) -> PolicyWorker:
     return worker
 
 
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
@@ -77,12 +81,9 @@ class Gradients:
         backend: Any = worker.backend
 
         def step(learning_rate: float) -> float:
-            parameters = dict(backend.module.model.named_parameters())
             gradient = {
-                name: whole(
-                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                )
-                for name, parameter in parameters.items()
+                name: whole(gradient_of(parameter))
+                for name, parameter in backend.module.model.named_parameters()
             }
             self.found.append(gradient)
             backend.optimizer.zero_grad()
@@ -122,21 +123,15 @@ def by_whole_logits(texts: ExampleBatch, rows: list[int]) -> tuple[float, Gradie
     losses, count = [], 0
     sequences = texts.sequences
     for row in rows:
-        tokens = torch.from_numpy(
-            sequences.token_ids[sequences.offsets[row] : sequences.offsets[row + 1]].astype(
-                np.int64
-            )
-        )
+        start, stop = sequences.offsets[row], sequences.offsets[row + 1]
+        tokens = torch.from_numpy(sequences.token_ids[start:stop].astype(np.int64))
         logits = model(tokens[None]).logits[0]
         losses.append(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
         count += len(tokens) - 1
 
     loss = torch.stack(losses).sum() / count
     loss.backward()
-    gradient = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
+    gradient = {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
     return float(loss.detach()), gradient
 
 
