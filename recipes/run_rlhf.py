@@ -188,10 +188,8 @@ class _StageCheck:
         if "reward.functions" in stand_ins:
             plan = [*_without(plan, "reward model "), "reward model that of the stage before"]
         if stand_ins:
-            plan = [
-                *plan,
-                f"checked with {self._pipeline.model.path}, since its inputs are missing",
-            ]
+            model = self._pipeline.model.path
+            plan = [*plan, f"checked with {model}, since its own inputs do not exist yet"]
         return CheckedStage(
             name=stage, plan="\n".join(plan), remarks=tuple(self._named(line) for line in remarks)
         )

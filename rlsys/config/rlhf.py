@@ -194,6 +194,12 @@ RESULTS: Mapping[str, str] = {
     "ppo.model.path": "the last checkpoint of sft",
 }
 
+# Fields, and sections (with a dot), that mean nothing where the rankings are samples of a model.
+UNUSED: Mapping[str, str] = {
+    "reward_model.data.responses": "rankings.responses says how many a ranking has",
+    "reward_model.data.synthetic.": "the rankings are those of the stage before",
+}
+
 GENERATED = "synthetic"
 REWARD_FUNCTION = "model"  # the reward function that is a reward model
 
@@ -205,10 +211,11 @@ def with_shared_fields(config: RlhfRunConfig, explicit: Collection[str]) -> Rlhf
         explicit: dotted names of the fields that flags and files set on purpose.
 
     Raises:
-        ConfigError: a stage sets another value, or a field that is a result; a line for each.
+        ConfigError: a stage sets another value, a field that is a result, or one that has no
+            effect; a line for each.
     """
     values = flat_values(config)
-    lines = [*_set_results(explicit), *_set_copies(values, explicit)]
+    lines = [*_set_results(explicit), *_set_unused(explicit), *_set_copies(values, explicit)]
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -245,6 +252,13 @@ def _set_results(explicit: Collection[str]) -> Iterator[str]:
     for name, meaning in RESULTS.items():
         if name in explicit:
             yield f"{name}: it is always {meaning}. Leave it out."
+
+
+def _set_unused(explicit: Collection[str]) -> Iterator[str]:
+    for name in sorted(explicit):
+        for unused, reason in UNUSED.items():
+            if name == unused or (unused.endswith(".") and name.startswith(unused)):
+                yield f"{name}: it has no effect in a pipeline: {reason}. Leave it out."
 
 
 def _set_copies(values: Mapping[str, Any], explicit: Collection[str]) -> Iterator[str]:

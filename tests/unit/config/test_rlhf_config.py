@@ -104,6 +104,11 @@ def test_a_source_of_data_is_shared_only_where_it_is_given():
         ),
         (["--ppo.model.path", "x"], "ppo.model.path: it is always the last checkpoint of sft"),
         (["--rankings.output", "x"], "rankings.output: it is always a file in run.directory"),
+        (["--reward_model.data.responses", "4"], "rankings.responses says how many"),
+        (
+            ["--reward_model.data.synthetic.levels", "2"],
+            "reward_model.data.synthetic.levels: it has no effect in a pipeline",
+        ),
         (["--sft.run.directory", "x"], "sft.run.directory: it is always a directory in"),
     ],
 )
