@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str], hardware: Hardware) -> int:
         raise ConfigError("--resume: rankings are made in one go. Leave it out.")
     console = Console()
     with as_config_error():
-        config, model_directory, prompts = _prepare(invocation.config, hardware)
+        config, model_directory, prompts = prepare(invocation.config, hardware)
     for notice in prompts.notices:
         console.print(notice, highlight=False, markup=False, soft_wrap=True)
     samples = config.generation.samples_per_prompt
@@ -84,7 +84,7 @@ def _run(arguments: Sequence[str], hardware: Hardware) -> int:
     return 0
 
 
-def _prepare(
+def prepare(
     config: RankingsRunConfig, hardware: Hardware
 ) -> tuple[RankingsRunConfig, Path, LoadedPrompts]:
     """Check everything that can be checked before Ray starts.

@@ -36,7 +36,7 @@ OfflineRecipe = Callable[[Hardware], OfflineRunConfig]
 
 def run_offline(recipe: OfflineRecipe, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe of a run on examples as a command, and exit; see `run_command`."""
-    run_command(recipe, _prepare, arguments)
+    run_command(recipe, prepare, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class _Checked:
     checkpoint: Checkpoint | None
 
 
-def _prepare(
+def prepare(
     invocation: Invocation[OfflineRunConfig], hardware: Hardware, console: Console
 ) -> OfflinePrepared | None:
     """Check everything that can be checked before Ray starts, without changing a file.

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.data.prompt_stream import LoadedProblems, LoadedPrompts
+    from rlsys.data.text_stream import LoadedTexts, SourcedTexts
+    from rlsys.driver.evaluation import Evaluator, TextEvaluator
     from rlsys.driver.ports import Workers
+    from rlsys.driver.sampling import Sampler
     from rlsys.driver.session import Session
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
@@ -37,7 +40,7 @@ Recipe = Callable[[Hardware], RunConfig]
 
 def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe of an RL run as a command, and exit; see `run_command`."""
-    run_command(recipe, _prepare, arguments)
+    run_command(recipe, prepare, arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class OnlinePrepared(Prepared[RunConfig]):
     """An RL run that was checked and may start."""
 
     prompts: LoadedPrompts
+    texts: LoadedTexts
     models: ModelDirectories
     reward_model: RewardModelIdentity | None  # None: no reward is a model
     speed: ProductSpeed | None  # of matrix products on this machine
@@ -65,12 +69,21 @@ class OnlinePrepared(Prepared[RunConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """A configuration without mistakes, its problems, and the checkpoint to resume from."""
+    """A configuration without mistakes, its data, and the checkpoint to resume from."""
 
     directory: RunDirectory
     problems: LoadedProblems
+    texts: SourcedTexts
     store: CheckpointStore
     checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """The data of a run as tokens."""
+
+    prompts: LoadedPrompts
+    texts: LoadedTexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +95,7 @@ class _Models:
     reward_model: RewardModelIdentity | None  # None: no reward is a model
 
 
-def _prepare(
+def prepare(
     invocation: Invocation[RunConfig], hardware: Hardware, console: Console
 ) -> OnlinePrepared | None:
     """Check everything that can be checked before Ray starts, without changing a file.
@@ -93,18 +106,19 @@ def _prepare(
         ValueError: mistakes, a line each; `as_config_error` turns it into a ConfigError.
     """
     checked = _check(invocation, hardware)
-    evaluates = bool(checked.problems.evaluation)
+    evaluates = bool(checked.problems.evaluation) or bool(checked.texts.held_out)
     if said_complete(checked.checkpoint, invocation.config, console, evaluates=evaluates):
         return None
 
     models = _choose_models(invocation.config, hardware, checked.checkpoint)
-    prompts = _load_prompts(models, checked)
-    return _assemble_prepared(invocation, hardware, checked, models, prompts)
+    data = _load_data(models, checked)
+    return _assemble_prepared(invocation, hardware, checked, models, data)
 
 
 def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
     """Check configuration and data, and find the checkpoint that a resume continues from."""
     from rlsys.data.prompt_stream import load_problems
+    from rlsys.data.text_stream import source_texts
     from rlsys.rewards import reads_metadata
     from rlsys.run.checkpoints import CheckpointStore
     from rlsys.run.directory import RunDirectory
@@ -119,14 +133,18 @@ def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
     mistakes.lines += config_mistakes(config, directory, hardware, resume=invocation.resume)
     metadata = reads_metadata(config.reward.functions)
     problems = mistakes.attempt("data.train", lambda: load_problems(config, metadata=metadata))
+    texts = mistakes.attempt("ptx.train", lambda: source_texts(config))
     mistakes.refuse()
     assert problems is not None, "data that cannot be read is a mistake"
+    assert texts is not None, "texts that cannot be read are a mistake"
 
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
     checkpoint = store.latest() if invocation.resume else None
     if checkpoint:
         check_resumable(checkpoint, config)
-    return _Checked(directory=directory, problems=problems, store=store, checkpoint=checkpoint)
+    return _Checked(
+        directory=directory, problems=problems, texts=texts, store=store, checkpoint=checkpoint
+    )
 
 
 def _choose_models(config: RunConfig, hardware: Hardware, checkpoint: Checkpoint | None) -> _Models:
@@ -153,19 +171,25 @@ def _choose_models(config: RunConfig, hardware: Hardware, checkpoint: Checkpoint
     )
 
 
-def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
-    """Tokenize the prompts, at the position of the checkpoint if there is one."""
+def _load_data(models: _Models, checked: _Checked) -> _Data:
+    """Tokenize prompts and texts, at the position of the checkpoint if there is one."""
     from rlsys.data.prompt_stream import load_prompts
-    from rlsys.models.loading import load_tokenizer
-    from rlsys.run.resume import prompt_state
+    from rlsys.data.text_stream import load_texts
+    from rlsys.models.loading import end_token_ids, load_tokenizer
+    from rlsys.run.resume import prompt_state, registered_states
 
     config = models.dtypes.config
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(models.directories.policy, trust_remote_code=trust)
     prompts = load_prompts(config, tokenizer, checked.problems)
+    ends = end_token_ids(models.directories.policy, tokenizer)
+    texts = load_texts(config, tokenizer, checked.texts, ends)
     if checked.checkpoint:
         prompts.train.load_state(prompt_state(checked.checkpoint))  # refuses other problems
-    return prompts
+        if texts.train:
+            states = registered_states(checked.checkpoint, config, ("texts",))
+            texts.train.load_state(states["texts"])  # refuses other texts
+    return _Data(prompts=prompts, texts=texts)
 
 
 def _assemble_prepared(
@@ -173,29 +197,34 @@ def _assemble_prepared(
     hardware: Hardware,
     checked: _Checked,
     models: _Models,
-    prompts: LoadedPrompts,
+    data: _Data,
 ) -> OnlinePrepared:
     """Put the checked parts together, with the texts that the user will see."""
     from rlsys.models.loading import parameter_count
     from rlsys.run.config_warnings import config_warnings, reward_notices
     from rlsys.run.ineffective_options import ineffective_options
-    from rlsys.run.plan import describe_plan
+    from rlsys.run.plan import PlannedData, describe_plan
     from rlsys.run.step_time import describe_estimate, estimate_step
 
     config, problems = models.dtypes.config, checked.problems
+    prompts, texts = data.prompts, data.texts
     estimate = estimate_step(
         config,
         hardware,
         parameters=parameter_count(models.directories.policy),
         prompt_tokens=prompts.train.mean_tokens,
+        text_tokens=texts.train.mean_tokens if texts.train else 0.0,
         speed=models.dtypes.speed,
     )
-    plan = describe_plan(config, hardware, problems, models.directories, checked.directory)
+    sources = PlannedData(problems=problems, texts=checked.texts)
+    plan = describe_plan(config, hardware, sources, models.directories, checked.directory)
     notices = [
         *models.dtypes.reasons,
         describe_estimate(estimate, config),
         f"data: {problems.describe()}",
         *prompts.notices,
+        *([f"text: {checked.texts.describe()}"] if config.reads_text else []),
+        *texts.notices,
     ]
     if config.run.note:
         notices.insert(0, config.run.note)
@@ -203,6 +232,7 @@ def _assemble_prepared(
         config=config,
         resume=invocation.resume,
         prompts=prompts,
+        texts=texts,
         store=checked.store,
         checkpoint=checked.checkpoint,
         models=models.directories,
@@ -240,7 +270,6 @@ def _assemble(
     prepared: OnlinePrepared, workers: Workers, status: StatusWriter, console: Console
 ) -> tuple[SynchronousLoop, Session]:
     """Build the loop and its session: observers, evaluation and checkpoints."""
-    from rlsys.driver.evaluation import Evaluator
     from rlsys.driver.sampling import Sampler
     from rlsys.driver.session import Session
     from rlsys.driver.synchronous_loop import SynchronousLoop
@@ -253,9 +282,7 @@ def _assemble(
     config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
     progress = Progress(console, live=config.run.progress)
     sampler = Sampler(config, workers.generator, workers.scorer, notify=progress.notice)
-    evaluator = None
-    if len(prompts.evaluation):
-        evaluator = Evaluator(config, prompts.evaluation, sampler)
+    evaluator = _evaluator(prepared, workers, sampler)
 
     metrics = MetricsLog(directory)
     slowness = StepTimeWatch(
@@ -268,5 +295,27 @@ def _assemble(
     session.register("metrics_position", metrics)
     if prepared.reward_model:
         session.register(REWARD_MODEL_STATE, prepared.reward_model)
-    loop = SynchronousLoop(config, workers, prompts.train, sampler, session, directory.rollouts)
+    loop = SynchronousLoop(
+        config,
+        workers,
+        prompts.train,
+        sampler,
+        session,
+        directory.rollouts,
+        texts=prepared.texts.train,
+    )
     return loop, session
+
+
+def _evaluator(
+    prepared: OnlinePrepared, workers: Workers, sampler: Sampler
+) -> Evaluator | TextEvaluator | None:
+    """Return the evaluation of held-out problems and texts; None where there are neither."""
+    from rlsys.driver.evaluation import Evaluator, TextEvaluator
+
+    problems = None
+    if len(prepared.prompts.evaluation):
+        problems = Evaluator(prepared.config, prepared.prompts.evaluation, sampler)
+    if prepared.texts.held_out is None:
+        return problems
+    return TextEvaluator(workers, prepared.texts.held_out, problems)

@@ -134,6 +134,7 @@ async def start_workers(
         critic=critic,
         advantages=controller,
         weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
+        put=ray.put,
         reporting=(generator, scorer, controller, *optional),
     )
 

@@ -25,6 +25,7 @@ from rlsys.config.offline import (
 )
 from rlsys.config.presets import PRESETS
 from rlsys.config.resume_rules import VERDICTS, resume_table
+from rlsys.config.rlhf import STAGES, RlhfRunConfig
 
 INTRODUCTION = """# Configuration
 
@@ -85,6 +86,16 @@ are its own or mean something else there ([evaluation](evaluation.md)):
 |---|---|---|---|
 """
 
+PIPELINE = """
+## A pipeline
+
+`recipes.rlhf` has a section for each of its stages, with the options of the recipe of that stage
+(`--sft.trainer.steps 20`), and these for all of them ([RLHF](rlhf.md)):
+
+| field | type | default | meaning |
+|---|---|---|---|
+"""
+
 
 def reference() -> str:
     """Return the page."""
@@ -97,6 +108,7 @@ def reference() -> str:
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     lines += [EVALUATION + "\n".join(_evaluation_rows())]
+    lines += [PIPELINE + "\n".join(_pipeline_rows())]
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +136,14 @@ def _evaluation_rows() -> Iterator[str]:
     of_runs = {name: field.description for name, field in all_fields()}
     for name, field in all_fields(EvaluationRunConfig):
         if of_runs.get(name) != field.description:
+            yield _field_row(name, field)
+
+
+def _pipeline_rows() -> Iterator[str]:
+    """Yield a row for each field of a pipeline that is not of one stage or of every run."""
+    shared = (*STAGES, "recipe", "plugins", "model", "cluster", "run")
+    for name, field in all_fields(RlhfRunConfig):
+        if name.split(".")[0] not in shared:
             yield _field_row(name, field)
 
 

@@ -106,6 +106,7 @@ ALL = "all samples"
 ALL_AND_GREEDY = "all samples and greedy responses"
 TRAINED = "trained"
 TOKENS = "trained tokens"
+TEXT_TOKENS = "tokens of the pretraining texts of the step"
 MOVED = "trained tokens after an update"
 MINI_BATCHES = "mini-batches"
 CRITIC_MINI_BATCHES = "mini-batches of the critic"
@@ -347,6 +348,19 @@ METRICS = (
         MINI_BATCHES,
         "Loss of a mini-batch (summed over its packs and ranks), averaged over mini-batches and "
         "epochs.",
+    ),
+    MetricDoc(
+        "policy/ptx_loss",
+        "mean",
+        TEXT_TOKENS,
+        "Negative log-likelihood per token of the pretraining texts, without `ptx.coefficient`. "
+        "`policy/loss` does not contain it, `policy/grad_norm` does.",
+    ),
+    MetricDoc(
+        "policy/ptx_tokens",
+        "sum",
+        TEXT_TOKENS,
+        "Number of learned tokens of the pretraining texts.",
     ),
     MetricDoc(
         "policy/entropy",
@@ -605,6 +619,12 @@ METRICS = (
         "mean",
         EXAMPLES,
         "Runs on examples: loss of the held-out examples.",
+    ),
+    MetricDoc(
+        "eval/text_loss",
+        "mean",
+        "tokens of held-out text",
+        "Negative log-likelihood per token of held-out text (`ptx.eval`).",
     ),
     MetricDoc(
         "eval/tokens",

@@ -22,6 +22,7 @@ from rlsys.config.model import Dtype, ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.optimizer import OptimizerConfig
 from rlsys.config.policy import PolicyConfig
+from rlsys.config.ptx import PtxConfig, TextColumns
 from rlsys.config.reward import RewardConfig, RewardFunctionConfig
 from rlsys.config.root import ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
@@ -62,6 +63,7 @@ __all__ = [
     "OptimizerConfig",
     "OverlongConfig",
     "PolicyConfig",
+    "PtxConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RewardFunctionConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "RunSection",
     "Section",
     "SyntheticConfig",
+    "TextColumns",
     "TrainableRoleConfig",
     "TrainerConfig",
 ]

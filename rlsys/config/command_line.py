@@ -324,19 +324,28 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _start_from_preset(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put the preset that the changes name, if any, into the tree, before the changes."""
-    name = changes.get("preset")
-    if not name or not isinstance(name, str):
-        return  # a value that is not a text is refused when the configuration is validated
-    try:
-        preset = preset_called(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    """Put the presets that the changes name, if any, into the tree, before the changes."""
+    for prefix, section in _rl_runs(tree):
+        name = changes.get(f"{prefix}preset")
+        if not name or not isinstance(name, str):
+            continue  # a value that is not a text is refused when the configuration is validated
+        try:
+            preset = preset_called(name)
+        except ValueError as error:
+            raise ConfigError(f"{prefix}{error}") from None
 
-    tree["preset"] = name
-    tree["algorithm"] = preset.algorithm.model_dump(mode="json")
-    _put(tree, "policy.num_mini_batches", preset.num_mini_batches)
-    _put(tree, "critic.enabled", preset.critic)
+        section["preset"] = name
+        section["algorithm"] = preset.algorithm.model_dump(mode="json")
+        _put(section, "policy.num_mini_batches", preset.num_mini_batches)
+        _put(section, "critic.enabled", preset.critic)
+
+
+def _rl_runs(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the tree, and each section of it that is an RL run, with the prefix of its fields."""
+    yield "", tree
+    for name, section in tree.items():
+        if isinstance(section, dict) and "preset" in section:
+            yield f"{name}.", section
 
 
 def _apply(tree: dict[str, Any], changes: Sequence[Change]) -> None:
@@ -346,9 +355,11 @@ def _apply(tree: dict[str, Any], changes: Sequence[Change]) -> None:
     """
     last = dict(changes)
     before = flat(tree)
-    for parameters, owner in OWNERS.items():
-        if owner in last and last[owner] != before.get(owner):
-            _put(tree, parameters, {})
+    for prefix, section in _rl_runs(tree):
+        for parameters, owner in OWNERS.items():
+            name = f"{prefix}{owner}"
+            if name in last and last[name] != before.get(name):
+                _put(section, parameters, {})
     for name, value in changes:
         _put(tree, name, value)
 

@@ -139,6 +139,25 @@ def _critic_warmup(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _ptx(config: RunConfig) -> Iterator[str]:
+    ptx, policy = config.ptx, config.policy
+    if not ptx.trains:
+        return
+
+    if ptx.train == "off":
+        yield (
+            f"ptx.coefficient: {ptx.coefficient:g} without a text to train on, since ptx.train is "
+            "off. Give --ptx.train a file, a data set or synthetic, or set the coefficient to 0."
+        )
+    updates = policy.epochs * policy.num_mini_batches
+    if ptx.examples_per_step < updates:
+        yield (
+            f"ptx.examples_per_step: {ptx.examples_per_step} texts for the {updates} optimizer "
+            "steps of a training step (policy.epochs x policy.num_mini_batches), of which each "
+            f"needs one. Set it to at least {updates}."
+        )
+
+
 def _rewards(config: RunConfig) -> Iterator[str]:
     reward = config.reward
     names = [function.name for function in reward.functions]
@@ -275,6 +294,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _evaluation,
     _optimizer,
     _critic,
+    _ptx,
     _rewards,
     _kl,
     _kl_to_the_old_policy,

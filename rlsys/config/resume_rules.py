@@ -58,6 +58,13 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("reward_model.", "accepted", "The optimizer keeps its moments."),
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),
+    _rule(
+        "ptx.coefficient",
+        "accepted",
+        "From 0 it cannot be raised: the checkpoint holds no position in the texts.",
+    ),
+    _rule("ptx.examples_per_step", "accepted", "The position is counted in texts."),
+    _rule("ptx.", "same problems", "The position in the texts is valid for the same texts only."),
     _rule("objective.", "accepted", ""),
     _rule("trainer.seed", "refused", _SAME_ORDER),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),

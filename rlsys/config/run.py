@@ -15,6 +15,7 @@ from rlsys.config.model import ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.policy import PolicyConfig
 from rlsys.config.presets import preset_called
+from rlsys.config.ptx import PtxConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.trainer import TrainerConfig
@@ -54,6 +55,7 @@ class RunConfig(RootConfig):
     algorithm: AlgorithmConfig = Field(
         default=AlgorithmConfig(), description="The mathematics of an update."
     )
+    ptx: PtxConfig = Field(default=PtxConfig(), description="Pretraining text in the update.")
     reward: RewardConfig = Field(default=RewardConfig(), description="Rewards.")
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="The training loop.")
     diagnostics: DiagnosticsConfig = Field(
@@ -85,6 +87,21 @@ class RunConfig(RootConfig):
         """The training steps in which the policy is trained: those after the critic's warm-up."""
         warmup = self.critic.warmup_steps if self.critic.enabled else 0
         return self.trainer.steps - warmup
+
+    @property
+    def evaluates_text(self) -> bool:
+        """Whether evaluations measure the loss of held-out text."""
+        return self.ptx.holds_out and self.trainer.evaluation.every > 0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the run trains on text or measures its loss."""
+        return self.ptx.trains or self.evaluates_text
+
+    @property
+    def longest_text(self) -> int:
+        """The positions that the longest piece of text takes; 0 where no text is read."""
+        return self.ptx.max_tokens + 1 if self.reads_text else 0
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlsys.config import ConfigError
+from rlsys.config import ConfigError, TextColumns
 from rlsys.config.offline import ExampleColumns, RankingColumns
 from rlsys.data.examples import Demonstration, PlainText, Ranking
 from rlsys.data.problems import ChatMessage
@@ -40,7 +40,7 @@ from rlsys.data.row_values import (
     response_text,
 )
 
-Columns = ExampleColumns | RankingColumns
+Columns = ExampleColumns | RankingColumns | TextColumns
 Role = Literal[
     "messages",
     "prompt",
@@ -78,6 +78,7 @@ class ExampleSource:
     # Called with a notice of the rows that were dropped because they are blank. None: such rows
     # are refused.
     on_dropped: Callable[[str], None] | None = None
+    columns_field: str = "data.columns"  # the config section of column names, for messages
 
 
 def read_demonstrations(
@@ -101,6 +102,19 @@ def read_demonstrations(
         return reading.rows(_conversation_row, "demonstration", "messages")
     if "response" in names and "prompt" in names:
         return reading.rows(_prompt_and_response, "demonstration", "a prompt or a response")
+    return reading.rows(_plain_text, "text", "a text")
+
+
+def read_texts(source: ExampleSource, columns: TextColumns) -> list[PlainText]:
+    """Return the plain texts of a file or a hub data set.
+
+    Raises:
+        ValueError: the source is unreadable, has no column of text, or a row cannot be used.
+    """
+    reading = _Reading.of(source, columns, ("text",))
+    reading.refuse_incomplete(
+        shapes=(("text",),), wanted="text", flags=f"--{source.columns_field}.text"
+    )
     return reading.rows(_plain_text, "text", "a text")
 
 
@@ -193,8 +207,8 @@ def _column_of(role: Role, columns: Columns, table: Table, source: ExampleSource
     if not table.columns:
         return configured
     raise ConfigError(
-        f"data.columns.{role}: {source.field} {source.source!r} has no column {configured!r}. Its "
-        f"columns are {listed_columns(table.columns)}."
+        f"{source.columns_field}.{role}: {source.field} {source.source!r} has no column "
+        f"{configured!r}. Its columns are {listed_columns(table.columns)}."
     )
 
 

@@ -93,12 +93,19 @@ class ExampleStream:
         seed: int,
         shuffle: bool,
         digest: str,
+        field: str = "data.train",
     ) -> None:
-        """Create a stream; `digest` is the `examples_digest` of the examples."""
+        """Create a stream.
+
+        Args:
+            digest: the `examples_digest` of the examples.
+            field: the config field of their source, for messages.
+        """
         self._examples = examples
         self._size = examples_per_step
         self._order = EpochOrder(len(examples), seed=seed, shuffle=shuffle)
         self._digest = digest
+        self._field = field
         self._taken = 0
         self._batches_taken = 0
 
@@ -141,7 +148,8 @@ class ExampleStream:
         """
         if (state["examples"], state["digest"]) != (len(self._examples), self._digest):
             raise ValueError(
-                f"data.train: the {len(self._examples)} examples are not the {state['examples']} "
+                f"{self._field}: the {len(self._examples)} examples are not the "
+                f"{state['examples']} "
                 "that the checkpoint was written with, or in another order. Resume with the same "
                 "data and filters, or start a new run from the checkpoint with --model.path."
             )

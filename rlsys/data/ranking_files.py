@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from rlsys.data.examples import Ranking
 
@@ -49,3 +52,42 @@ def write_rankings(rankings: Sequence[Ranking], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     pyarrow.parquet.write_table(pyarrow.table(columns), partial)
     partial.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingCounts:
+    """What a set of rankings has for a reward model to learn from."""
+
+    rankings: int
+    responses: int
+    pairs: int  # of two responses to one prompt
+    ties: int  # those of the pairs whose responses have the same rank
+
+    @staticmethod
+    def of(ranks: Sequence[Sequence[int]]) -> RankingCounts:
+        """Count the ranks of each ranking.
+
+        Example: the ranks (0, 1, 1) have 3 pairs, of which one is a tie.
+        """
+        pairs = [pair for one in ranks for pair in combinations(one, 2)]
+        return RankingCounts(
+            rankings=len(ranks),
+            responses=sum(map(len, ranks)),
+            pairs=len(pairs),
+            ties=sum(first == second for first, second in pairs),
+        )
+
+
+def read_ranking_rows(path: Path, *, limit: int) -> list[dict[str, Any]]:
+    """Return the first rows of a file that `write_rankings` wrote, by column name."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+
+
+def count_rankings(path: Path) -> RankingCounts:
+    """Return the counts of a file that `write_rankings` wrote."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path, columns=["ranks"])
+    return RankingCounts.of(table["ranks"].to_pylist())

@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy accuracy, mean@k, pass@k."""
+"""Held-out evaluation: greedy accuracy, mean@k, pass@k, and the loss of text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch
+from rlsys.data.example_stream import ExampleBatch
+from rlsys.driver.ports import Workers
 from rlsys.driver.sampling import Sampler, sampling_parameters
 from rlsys.evaluation.estimators import pass_at_k
+from rlsys.metrics import values
 from rlsys.rewards import has_accuracy, reward_model_of
 from rlsys.run.reward_failures import failure_counts
 
@@ -50,23 +53,23 @@ class Evaluator:
         judges = has_accuracy(functions)
         greedy = await self._sample(samples=1, temperature=0.0)
         rewards = [*greedy.rewards]
-        values = {"eval/accuracy": float(greedy.correct.mean())} if judges else {}
-        values["eval/response_length"] = greedy.tokens / len(self._prompts)
+        found = {"eval/accuracy": float(greedy.correct.mean())} if judges else {}
+        found["eval/response_length"] = greedy.tokens / len(self._prompts)
         if reward_model_of(functions) is not None:
-            values |= _mean_rewards(greedy.rewards)
+            found |= _mean_rewards(greedy.rewards)
 
         samples = settings.samples_per_prompt
         if samples > 1 and judges:
             sampled = await self._sample(samples=samples, temperature=settings.temperature)
             rewards += sampled.rewards
             counts = sampled.correct
-            values[f"eval/mean@{samples}"] = float(counts.mean()) / samples
+            found[f"eval/mean@{samples}"] = float(counts.mean()) / samples
             for k in settings.pass_at:
                 chances = [pass_at_k(samples, int(count), k) for count in counts]
-                values[f"eval/pass@{k}"] = float(np.mean(chances))
+                found[f"eval/pass@{k}"] = float(np.mean(chances))
 
         failures = {f"eval/{name}": float(n) for name, n in failure_counts(rewards).items() if n}
-        return values | failures
+        return found | failures
 
     async def _sample(self, *, samples: int, temperature: float) -> _Sampled:
         """Sample `samples` responses to each prompt, with their rewards."""
@@ -89,9 +92,30 @@ def _mean_rewards(batches: Sequence[RewardBatch]) -> dict[str, float]:
     """
     whole = RewardBatch.concatenate(batches)
     columns = {"reward": whole.rewards}
-    columns |= {f"component/{name}": values for name, values in whole.components.items()}
+    columns |= {f"component/{name}": column for name, column in whole.components.items()}
     return {
-        f"eval/{name}": float(np.nanmean(values))
-        for name, values in columns.items()
-        if not np.isnan(values).all()
+        f"eval/{name}": float(np.nanmean(column))
+        for name, column in columns.items()
+        if not np.isnan(column).all()
     }
+
+
+class TextEvaluator:
+    """Evaluation of the loss of held-out text, beside that of held-out prompts."""
+
+    def __init__(
+        self, workers: Workers, held_out: ExampleBatch, prompts: Evaluator | None = None
+    ) -> None:
+        """Create an evaluator; `prompts` evaluates held-out prompts, None: there are none."""
+        self._workers = workers
+        self._held_out = held_out
+        self._prompts = prompts
+
+    async def evaluate(self) -> dict[str, float]:
+        """Return `eval/text_loss`, and the metrics of `Evaluator`."""
+        assert self._workers.put is not None, "workers of a run with texts can store them"
+        texts = self._workers.put(self._held_out)
+        report = values(await self._workers.policy.text_loss(texts))
+        if self._prompts is None:
+            return report
+        return await self._prompts.evaluate() | report

@@ -198,12 +198,18 @@ class Policy(Trained, Protocol):
         self,
         batch: Handle[ScoredBatch],
         ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+        texts: Handle[ExampleBatch] | None = None,
     ) -> MetricMap:
         """Train all epochs and mini-batches of one batch; return metrics merged over ranks.
 
         The batch is a `TrainBatch`; with `advantage.recompute` a `ScoredBatch`, whose advantages
-        the ranks estimate. `ref_hidden` is for a loss with the exact KL to the reference.
+        the ranks estimate. `ref_hidden` is for a loss with the exact KL to the reference. `texts`
+        are divided among the optimizer steps, each of which gets their gradient too.
         """
+        ...
+
+    async def text_loss(self, texts: Handle[ExampleBatch]) -> MetricMap:
+        """Return eval/text_loss: the negative log-likelihood per token of held-out text."""
         ...
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
@@ -318,6 +324,8 @@ class Workers:
     advantages: AdvantageComputer
     weights: WeightSync
     critic: Critic | None = None  # None where critic.enabled is false
+    # Into the object store; None is enough where no pretraining text is read.
+    put: Callable[[ExampleBatch], Handle[ExampleBatch]] | None = None
     reporting: Sequence[HasMetrics] = ()
 
 

@@ -10,6 +10,8 @@ The critic is updated before the policy, not beside it: they share cores or a GP
 has to fit beside the activations of the other. In the first `critic.warmup_steps` steps only the
 critic is updated.
 
+With `ptx.coefficient` each update of the policy also gets the next batch of pretraining texts.
+
 Large records stay in the object store; this module handles references and small metrics only.
 """
 
@@ -25,8 +27,16 @@ from numpy.typing import NDArray
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import LogprobBatch, ValueBatch
+from rlsys.data.example_stream import ExampleBatch
 from rlsys.data.hidden_states import HiddenStates
-from rlsys.driver.ports import CreditedBatch, Handle, PromptSource, StepHandles, Workers
+from rlsys.driver.ports import (
+    CreditedBatch,
+    ExampleSource,
+    Handle,
+    PromptSource,
+    StepHandles,
+    Workers,
+)
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
 from rlsys.metrics import MetricMap, combine, values
@@ -56,15 +66,20 @@ class SynchronousLoop:
         sampler: Sampler,
         session: Session,
         rollouts_directory: Path,
+        texts: ExampleSource | None = None,
     ) -> None:
+        """Create a loop; `texts` are pretraining texts for the policy's updates."""
         self._config = config
         self._workers = workers
         self._prompts = prompts
         self._sampler = sampler
         self._session = session
         self._rollouts_directory = rollouts_directory
+        self._texts = texts
         self._needs = required_inputs(config)
         session.register("prompts", prompts)
+        if texts is not None:
+            session.register("texts", texts)
         session.register("advantages", workers.advantages)
         session.register_model(workers.policy)
         if workers.critic:
@@ -175,15 +190,21 @@ class SynchronousLoop:
         They are written meanwhile, or afterwards where the update itself estimates the advantages.
         """
         policy = self._workers.policy
+        update = policy.update(credited.batch, ref_hidden, self._next_texts())
         if not self._config.algorithm.advantage.recompute:
-            metrics, _ = await asyncio.gather(
-                policy.update(credited.batch, ref_hidden), self._write_rollouts(step, credited)
-            )
+            metrics, _ = await asyncio.gather(update, self._write_rollouts(step, credited))
             return metrics
 
-        metrics = await policy.update(credited.batch, ref_hidden)
+        metrics = await update
         await self._write_rollouts(step, credited, await policy.estimated_advantages())
         return metrics
+
+    def _next_texts(self) -> Handle[ExampleBatch] | None:
+        """Put the next pretraining texts into the object store; None where none are trained on."""
+        if self._texts is None:
+            return None
+        assert self._workers.put is not None, "workers of a run with texts can store them"
+        return self._workers.put(self._texts.next_batch())
 
     async def _write_rollouts(
         self,

@@ -37,6 +37,12 @@ class Setting:
         return data.train == "synthetic" and data.eval in ("synthetic", "auto", "off")
 
     @property
+    def reads_no_text_file(self) -> bool:
+        """No pretraining text comes from a file."""
+        ptx = self.config.ptx
+        return {ptx.train, ptx.eval} <= {"synthetic", "auto", "off"}
+
+    @property
     def has_gpus(self) -> bool:
         return self.starts_ray and self.hardware.gpus > 0
 
@@ -223,6 +229,49 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: s.has_no_gpu,
         because="this machine has no GPU",
     ),
+    # Pretraining text.
+    _row(
+        "ptx.examples_per_step",
+        when=lambda s: not s.config.ptx.trains,
+        because="ptx.coefficient is 0",
+    ),
+    _row(
+        "ptx.train",
+        "ptx.columns.",
+        "ptx.held_out",
+        "ptx.max_tokens",
+        when=lambda s: not s.config.reads_text,
+        because="ptx.coefficient is 0 and no evaluation measures the loss of text",
+    ),
+    _row(
+        "ptx.train",
+        when=lambda s: (
+            not s.config.ptx.trains and s.config.ptx.train != "off" and s.config.ptx.eval != "auto"
+        ),
+        because="ptx.coefficient is 0, and ptx.eval takes no text from it",
+    ),
+    _row(
+        "ptx.eval",
+        when=lambda s: s.config.ptx.holds_out and not s.config.evaluates_text,
+        because="trainer.evaluation.every is 0, so nothing is evaluated",
+    ),
+    _row(
+        "ptx.eval_limit",
+        when=lambda s: not s.config.evaluates_text,
+        because="no evaluation measures the loss of text",
+    ),
+    _row(
+        "ptx.held_out",
+        when=lambda s: (
+            s.config.ptx.eval not in ("auto", "synthetic") and s.config.ptx.train != "synthetic"
+        ),
+        because="ptx.eval is neither auto nor synthetic",
+    ),
+    _row(
+        "ptx.columns.",
+        when=lambda s: s.reads_no_text_file,
+        because="neither ptx.train nor ptx.eval names a file",
+    ),
     # Data.
     _row(
         "data.synthetic.",
@@ -247,8 +296,15 @@ TABLE: tuple[Ineffective, ...] = (
     ),
     _row(
         "data.eval_limit",
-        "trainer.evaluation.",
+        "trainer.evaluation.samples_per_prompt",
+        "trainer.evaluation.temperature",
+        "trainer.evaluation.pass_at",
         when=lambda s: s.config.data.eval == "off",
+        because="data.eval is off",
+    ),
+    _row(
+        "trainer.evaluation.every",
+        when=lambda s: s.config.data.eval == "off" and not s.config.ptx.holds_out,
         because="data.eval is off",
     ),
     # The loop.

@@ -179,6 +179,11 @@ def _check_positions(config: RunConfig, model_directory: Path) -> None:
             f"generation.max_tokens: data.max_prompt_tokens {prompt} + generation.max_tokens "
             f"{response} exceed the model's {limit} positions. Lower one of them."
         )
+    if limit is not None and config.longest_text > limit:
+        raise ConfigError(
+            f"ptx.max_tokens: {config.ptx.max_tokens} and the token before them exceed the model's "
+            f"{limit} positions. Set it to at most {limit - 1}."
+        )
 
 
 def _check_ends(config: RunConfig, model_directory: Path) -> None:
@@ -193,15 +198,15 @@ def _check_ends(config: RunConfig, model_directory: Path) -> None:
 
 
 def _check_architectures(config: RunConfig, directories: ModelDirectories) -> None:
-    longest = config.data.max_prompt_tokens + config.generation.max_tokens
+    sampled = config.data.max_prompt_tokens + config.generation.max_tokens
     models = {
-        "model.path": directories.policy,
-        "reference.path": directories.reference,
-        "critic.path": directories.critic,
+        "model.path": (directories.policy, max(sampled, config.longest_text)),
+        "reference.path": (directories.reference, sampled),
+        "critic.path": (directories.critic, sampled),
     }
     if directories.reward_model is not None:
-        models[PATH_FIELD] = directories.reward_model
-    for field, directory in models.items():
+        models[PATH_FIELD] = (directories.reward_model, sampled)
+    for field, (directory, longest) in models.items():
         try:
             check_architecture(
                 directory,

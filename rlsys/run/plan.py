@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
+from rlsys.data.text_stream import SourcedTexts
 from rlsys.models.loading import parameter_count
 from rlsys.rewards import pool_functions, reward_model_role, with_token_limit
 from rlsys.run.directory import RunDirectory
@@ -15,10 +17,18 @@ from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.required_inputs import estimator_parameters
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedData:
+    """The data of a run."""
+
+    problems: LoadedProblems
+    texts: SourcedTexts
+
+
 def describe_plan(
     config: RunConfig,
     hardware: Hardware,
-    problems: LoadedProblems,
+    data: PlannedData,
     directories: ModelDirectories,
     directory: RunDirectory,
 ) -> str:
@@ -27,7 +37,7 @@ def describe_plan(
     Memory of a rank of the policy or the critic: (4 weights + 4 gradients + 8 Adam) bytes per
     parameter, divided by the ranks, and a copy of the weights in bfloat16 where that is the compute
     dtype. Memory of an engine: its weights and the KV cache. Activations are not included; they
-    grow with policy.microbatch_tokens.
+    grow with policy.microbatch_tokens, or with ptx.max_tokens where a text is longer than that.
     """
     parameters = parameter_count(directories.policy)
     rows = {
@@ -41,7 +51,8 @@ def describe_plan(
         "rewards": _rewards(config),
         "reward model": _reward_model(config, directories.reward_model),
         "advantages": _advantages(config),
-        "data": f"{problems.describe()}, template {config.data.template}",
+        "data": f"{data.problems.describe()}, template {config.data.template}",
+        "text": _text(config, data.texts),
         "step": _step(config),
         "run": f"{config.trainer.steps} steps into {directory.path}",
     }
@@ -123,6 +134,21 @@ def _advantages(config: RunConfig) -> str:
         f"{algorithm.advantage.name}{parameters}, "
         f"objective {algorithm.objective.ratio} x {algorithm.objective.weight}, "
         f"{algorithm.aggregation}"
+    )
+
+
+def _text(config: RunConfig, texts: SourcedTexts) -> str:
+    ptx = config.ptx
+    if not config.reads_text:
+        return "none (ptx.coefficient is 0)"
+    held_out = f"the loss of {len(texts.held_out)} held-out texts"
+    if not config.evaluates_text:
+        held_out = "no evaluation"
+    if not ptx.trains:
+        return f"none is trained on (ptx.coefficient is 0); {held_out}"
+    return (
+        f"{len(texts.train)} texts from {ptx.train}, {ptx.examples_per_step} a step of at most "
+        f"{ptx.max_tokens} tokens, coefficient {ptx.coefficient:g}; {held_out}"
     )
 
 

@@ -109,6 +109,12 @@ def registered_states(
     """
     names = tuple(names)
     missing = [name for name in names if name not in {*checkpoint.state, REWARD_MODEL_STATE}]
+    if missing == ["texts"]:
+        raise ConfigError(
+            f"ptx.coefficient: checkpoint {checkpoint.path} was written without training on text, "
+            "so it holds no position in the texts. Resume with --ptx.coefficient 0, or start a new "
+            f"run with --model.path {checkpoint.path}."
+        )
     if missing:
         raise ConfigError(
             f"checkpoint {checkpoint.path} holds no state of {', '.join(missing)}: another kind of "

@@ -51,6 +51,7 @@ def estimate_step(
     *,
     parameters: int,
     prompt_tokens: float,
+    text_tokens: float = 0.0,
     speed: ProductSpeed | None,
 ) -> StepEstimate | None:
     """Estimate the time of a step, or return None where `speed` does not apply to the workers.
@@ -61,6 +62,7 @@ def estimate_step(
     Args:
         parameters: number of parameters of the model.
         prompt_tokens: mean length of a prompt.
+        text_tokens: mean length of a pretraining text that is trained on; 0: there are none.
         speed: speed of matrix products on one core of this machine; None for GPUs.
     """
     policy, generation, trainer = config.policy, config.generation, config.trainer
@@ -80,6 +82,7 @@ def estimate_step(
     if config.critic.enabled:
         passes += 2 + 6 * config.critic_passes()[0]  # the values, then their update
     training = passes * parameters * trained
+    training += 6 * parameters * config.ptx.examples_per_step * text_tokens
     sampling = 2 * parameters * (prompts * prompt_tokens + sampled)
 
     cores = 1e9 * hardware.cpus  # sampling and training take turns, each on all cores

@@ -34,6 +34,7 @@ from rlsys.data.batches import (
     TrainBatch,
     ValueBatch,
 )
+from rlsys.data.example_stream import ExampleBatch
 from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
@@ -152,6 +153,7 @@ class TablePolicy:
         self.logits = np.zeros((PROBLEMS, config.generation.max_tokens, VOCABULARY))
         self.momentum = np.zeros_like(self.logits)
         self.updates = 0
+        self.texts: list[ExampleBatch] = []  # of all updates
         self._estimated: NDArray[np.float32] | None = None
 
     async def logprobs(
@@ -218,9 +220,12 @@ class TablePolicy:
         self,
         batch: Handle[ScoredBatch],
         ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+        texts: Handle[ExampleBatch] | None = None,
     ) -> dict[str, Metric]:
         await self._stage.enter("update")
         (train,) = await _open_all([batch])
+        if texts is not None:
+            self.texts += await _open_all([texts])
         advantages = self._advantages(train)[train.rollouts.response_mask].astype(np.float64)
         if train.trained is not None and not train.trained.any():
             return {"policy/updates": total(0), "policy/skipped_updates": total(1)}
@@ -262,6 +267,12 @@ class TablePolicy:
         result = recomputed(self._config, train, np.arange(len(rollouts)), live, {})
         self._estimated = result.batch.advantages
         return self._estimated
+
+    async def text_loss(self, texts: Handle[ExampleBatch]) -> dict[str, Metric]:
+        await self._stage.enter("text_loss")
+        (batch,) = await _open_all([texts])
+        tokens = batch.sequences.num_loss_tokens
+        return {"eval/text_loss": mean(float(np.log(VOCABULARY)), tokens)}
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
         return None if self._estimated is None else self._stage.put(self._estimated)
@@ -558,5 +569,6 @@ def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
         critic=critic,
         advantages=advantages,
         weights=TableSync(stage, policy, generator),
+        put=stage.put,
         reporting=(generator, scorer, advantages),
     )

@@ -26,7 +26,7 @@ from rlsys.config import (
 )
 from rlsys.config.algorithm import GroupFilter
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
-from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.evaluation import Evaluator, TextEvaluator
 from rlsys.driver.ports import Handle, Workers
 from rlsys.driver.sampling import Sampler
 from rlsys.driver.session import Session
@@ -45,6 +45,7 @@ from tests.support.in_process_fakes import (
     in_process_workers,
     make_prompts,
 )
+from tests.support.text_examples import random_texts, text_stream
 
 DEADLOCK_S = 20  # a test that waits for an overlap which never comes fails after this
 
@@ -191,11 +192,19 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
     evaluator = None
     if config.data.eval != "off":
         evaluator = Evaluator(config, held_out_prompts(), sampler)
+    if config.evaluates_text:
+        evaluator = TextEvaluator(workers, random_texts(3), evaluator)
 
     session = Session(config, store, [log, recorder], evaluator)
     session.register("metrics_position", log)
     loop = SynchronousLoop(
-        config, workers, make_prompts(config), sampler, session, directory.rollouts
+        config,
+        workers,
+        make_prompts(config),
+        sampler,
+        session,
+        directory.rollouts,
+        texts=text_stream(config.ptx.examples_per_step) if config.ptx.trains else None,
     )
     if checkpoint:
         await session.restore(checkpoint)

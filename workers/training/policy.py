@@ -21,6 +21,7 @@ from rlsys.algorithms.policy_objectives import (
 )
 from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, ScoredBatch, TrainBatch
+from rlsys.data.example_stream import ExampleBatch
 from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack, mini_batch_rows
 from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
@@ -28,12 +29,21 @@ from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from rlsys.run.required_inputs import required_inputs
 from workers.training.auxiliary import AuxiliaryLearner
+from workers.training.backends import build_backend
+from workers.training.backends.backend import ModelBackend
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.training.lm_head import check_packed_for_exact_kl, lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
-from workers.training.model_setup import DTYPES
+from workers.training.model_setup import DTYPES, prepare_model
 from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.policy_loss import PolicyLoss, joined_tokens, pack_tokens
+from workers.training.pretraining_text import (
+    TextLoss,
+    TextPart,
+    held_out_metrics,
+    text_metrics,
+    text_parts,
+)
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
 from workers.training.update_metrics import loss_metrics
@@ -65,6 +75,13 @@ class PolicyWorker(SampledFromWorker):
             check_diagnosable(self.backend.module)
         return notes
 
+    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
+        """See `RankWorker`; the forward pass is checked at the length of the texts too."""
+        config = with_room_for_texts(self.config)
+        module, verdict = prepare_model(config, self.settings, self.model_directory, device)
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
+
     def load_reference_head(self, directory: str) -> None:
         """Load the LM head of the reference model, for the KL over the vocabulary.
 
@@ -89,7 +106,12 @@ class PolicyWorker(SampledFromWorker):
             )
         module.reference_head = head
 
-    def update(self, batch: ScoredBatch, ref_hidden: Sequence[Any] = ()) -> dict[str, Metric]:
+    def update(
+        self,
+        batch: ScoredBatch,
+        ref_hidden: Sequence[Any] = (),
+        texts: ExampleBatch | None = None,
+    ) -> dict[str, Metric]:
         """Train on one batch, in all its epochs and mini-batches.
 
         Every rank gets the whole batch and trains on its part.
@@ -97,6 +119,7 @@ class PolicyWorker(SampledFromWorker):
         Args:
             ref_hidden: object references to the `HiddenStates` of the reference's ranks, where
                 the loss has an exact KL.
+            texts: pretraining texts, which are divided among the mini-batches of all epochs.
         """
         policy = self.config.policy
         if ref_hidden:
@@ -112,15 +135,20 @@ class PolicyWorker(SampledFromWorker):
                 batch_id=batch.batch_id,
             )
         )
-        # A mini-batch without a trained response has no gradient. It is skipped, and counted.
+        # A mini-batch without a trained response has no gradient but that of its texts. Without
+        # texts it is skipped, and counted.
         trained = [_trained_rows(batch, rows) for rows in mini_batches]
-        self.steps.begin(empty=sum(not len(rows) for rows in trained))
+        empty = 0 if texts is not None else sum(not len(rows) for rows in trained)
+        self.steps.begin(empty=empty)
         self.estimated = None
 
         reports = []
-        for rows, all_rows in zip(trained, mini_batches, strict=True):
+        parts = text_parts(texts, len(mini_batches))
+        for rows, all_rows, part in zip(trained, mini_batches, parts, strict=True):
             if len(rows):
-                reports.append(self.update_on(batch, rows, all_rows))
+                reports.append(self.update_on(batch, rows, all_rows, part))
+            elif part is not None:
+                reports.append(self._backward_texts(part) | self.steps.take(self.backend))
 
         self.ref_hidden = None
         counts = self.steps.end(self.rank)
@@ -128,7 +156,11 @@ class PolicyWorker(SampledFromWorker):
         return combine(reports) | counts | penalty | self.metrics()
 
     def update_on(
-        self, scored: ScoredBatch, rows: NDArray[np.int64], all_rows: NDArray[np.int64]
+        self,
+        scored: ScoredBatch,
+        rows: NDArray[np.int64],
+        all_rows: NDArray[np.int64],
+        texts: TextPart | None = None,
     ) -> dict[str, Metric]:
         """Take one optimizer step on a mini-batch.
 
@@ -136,6 +168,7 @@ class PolicyWorker(SampledFromWorker):
             rows: the rows of the mini-batch that enter the loss.
             all_rows: all its rows. Recomputed advantages are estimated over them, since the
                 responses that are not trained still belong to their groups.
+            texts: the pretraining texts of the step, whose gradient is added before clipping.
         """
         batch, diagnostics, targets = self._with_advantages(scored, all_rows)
         diagnostics |= self._gradient_metrics(batch, rows)
@@ -156,6 +189,8 @@ class PolicyWorker(SampledFromWorker):
         losses_of_active, active_tokens = self._backward(loss, sizes, active, targets)
         losses += losses_of_active
         tokens += active_tokens
+        if texts is not None:
+            diagnostics |= self._backward_texts(texts)
         diagnostics["policy/skipped_fraction"] = mean(len(idle) / len(rows), len(rows))
         if self.auxiliary:
             diagnostics |= self.auxiliary.step()
@@ -207,6 +242,25 @@ class PolicyWorker(SampledFromWorker):
             if self.auxiliary and targets is not None:
                 self.auxiliary.accumulate(result, pack, targets)
         return losses, tokens
+
+    def _backward_texts(self, part: TextPart) -> dict[str, Metric]:
+        """Accumulate the gradient of the texts of one optimizer step."""
+        packs = self.packs_of_sequences(part.texts.sequences, part.rows)
+        loss = TextLoss(coefficient=self.config.ptx.coefficient)
+        passes = backward_passes(self.backend, packs, loss, part.sizes)
+        return text_metrics([pack_loss for _, _, pack_loss in passes])
+
+    @torch.no_grad()
+    def text_loss(self, texts: ExampleBatch) -> dict[str, Metric]:
+        """Return the loss per token of held-out text under the live weights; collective."""
+        part = TextPart(texts=texts, rows=np.arange(len(texts)))
+        loss, sizes = TextLoss(coefficient=1.0), part.sizes
+        losses: list[PackLoss] = []
+        for pack in self.packs_of_sequences(texts.sequences, part.rows):
+            result = self.run(pack, 1.0)
+            if not pack.is_padding:
+                losses.append(loss(result, PackColumns(pack, self.backend.device), sizes))
+        return held_out_metrics(losses)
 
     def _packs_with_gradient(self, rollouts: RolloutBatch, rows: NDArray[np.int64]) -> list[Pack]:
         """Return this rank's packs of `rows`, or one padding pack where there are none.
@@ -428,6 +482,16 @@ class PolicyWorker(SampledFromWorker):
 
         if self.auxiliary:
             self.auxiliary.load(path)
+
+
+def with_room_for_texts(config: RunConfig) -> RunConfig:
+    """Return a configuration whose longest prompt and response are as long as the longest text."""
+    generation = config.generation
+    missing = config.longest_text - config.data.max_prompt_tokens
+    if missing <= generation.max_tokens:
+        return config
+    longer = generation.model_copy(update={"max_tokens": missing})
+    return config.model_copy(update={"generation": longer})
 
 
 # Of the groups of rows without a gradient every fourth is measured.

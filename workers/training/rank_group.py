@@ -153,12 +153,12 @@ class PolicyGroup(TrainedCausalLMGroup):
         self,
         batch: Handle[ScoredBatch],
         ref_hidden: Sequence[Handle[HiddenStates | None]] = (),
+        texts: Handle[ExampleBatch] | None = None,
     ) -> dict[str, Metric]:
         """See `ports.Policy`."""
         hidden = list(ref_hidden)
-        metrics = combine(
-            await asyncio.gather(*(worker.update.remote(batch, hidden) for worker in self._workers))
-        )
+        reports = (worker.update.remote(batch, hidden, texts) for worker in self._workers)
+        metrics = combine(await asyncio.gather(*reports))
 
         # The effective sample size, (sum rho)^2 / (n sum rho^2), is not a mean of those of the
         # ranks, so it is computed here from the means over all ranks.
@@ -168,6 +168,11 @@ class PolicyGroup(TrainedCausalLMGroup):
             fraction = first.value**2 / max(square.value, 1e-30)
             metrics["policy/effective_sample_size"] = mean(fraction, first.count)
         return metrics
+
+    async def text_loss(self, texts: Handle[ExampleBatch]) -> dict[str, Metric]:
+        """See `ports.Policy`."""
+        reports = (worker.text_loss.remote(texts) for worker in self._workers)
+        return combine(await asyncio.gather(*reports))
 
     async def estimated_advantages(self) -> Handle[NDArray[np.float32]] | None:
         """See `ports.Policy`."""

@@ -26,6 +26,7 @@ HEADLINES = (
     Headline("held-out reward", "eval/reward", "{:.4f}"),
     Headline("held-out reward margin", "eval/preference_margin", "{:.4f}"),
     Headline("held-out loss", "eval/loss", "{:.4f}"),
+    Headline("held-out text loss", "eval/text_loss", "{:.4f}"),
 )
 
 

@@ -55,6 +55,10 @@ CHARTS = (
         only_with="policy/loss",
     ),
     ChartSpec(
+        "Loss of pretraining text (nats per token)",
+        (("training", "policy/ptx_loss", "train"), ("held out", "eval/text_loss", "eval")),
+    ),
+    ChartSpec(
         "Gradient norm", (("before clipping", "policy/grad_norm", "train"),), may_be_log=True
     ),
     ChartSpec("Loss of the critic", (("mean of the mini-batches", "critic/loss", "train"),)),
@@ -192,6 +196,13 @@ def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
         _calibration(records),
         _time_by_phase(records),
     ]
+    return [chart for chart in charts if chart]
+
+
+def charts_called(titles: Sequence[str], records: Sequence[MetricsRecord]) -> list[str]:
+    """Return the charts of these titles that have something to draw, in this order."""
+    specs = {spec.title: spec for spec in CHARTS}
+    charts = [_chart(specs[title], records) for title in titles]
     return [chart for chart in charts if chart]
 
 

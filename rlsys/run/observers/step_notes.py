@@ -41,14 +41,20 @@ def _all_truncated(values: Numbers) -> Note | None:
         return None
     text = "every response was truncated at generation.max_tokens"
     if values.get("trained/responses") == 0:
-        text += " and masked out of the loss: nothing was trained"
+        text += f" and masked out of the loss: {_nothing_but(values)} was trained"
     return Note("all truncated", text)
 
 
 def _nothing_trained(values: Numbers) -> Note | None:
     if values.get("trained/responses") != 0 or values.get("rollout/truncated_fraction") == 1:
         return None
-    return Note("nothing trained", "no response entered the loss: nothing was trained")
+    return Note(
+        "nothing trained", f"no response entered the loss: {_nothing_but(values)} was trained"
+    )
+
+
+def _nothing_but(values: Numbers) -> str:
+    return "only the pretraining text" if "policy/ptx_loss" in values else "nothing"
 
 
 def _nothing_learned(values: Numbers) -> Note | None:

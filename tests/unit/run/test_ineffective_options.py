@@ -24,6 +24,7 @@ SEVERAL = {"policy.num_mini_batches": 2}
 CRITIC = {"critic.enabled": True, "algorithm.advantage.name": "gae"}
 VLLM = {"generation.engine": "vllm"}
 MODEL_ALONE = {"reward.functions": [{"name": "model", "parameters": {"path": "somewhere"}}]}
+PTX = {"ptx.coefficient": 0.5, "ptx.train": "synthetic"}
 
 # option, value, a setting in which it has no effect, one in which it has, and the machine.
 CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
@@ -117,6 +118,29 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
         0.2,
         {"data.train": "a.jsonl", "data.eval": "b.jsonl"},
         {"data.train": "a.jsonl"},
+        CPU,
+    ),
+    ("ptx.examples_per_step", 4, {}, PTX, CPU),
+    ("ptx.train", "synthetic", {"ptx.eval": "off"}, {}, CPU),
+    ("ptx.train", "synthetic", {"ptx.eval": "synthetic"}, {}, CPU),
+    ("ptx.columns.text", "body", {}, PTX | {"ptx.train": "texts.jsonl"}, CPU),
+    ("ptx.columns.text", "body", PTX, PTX | {"ptx.eval": "texts.jsonl"}, CPU),
+    ("ptx.held_out", 0.2, {}, PTX, CPU),
+    (
+        "ptx.held_out",
+        0.2,
+        PTX | {"ptx.train": "texts.jsonl", "ptx.eval": "off"},
+        PTX | {"ptx.train": "texts.jsonl"},
+        CPU,
+    ),
+    ("ptx.max_tokens", 64, {}, {"ptx.eval": "synthetic"}, CPU),
+    ("ptx.eval", "synthetic", {"trainer.evaluation.every": 0}, {}, CPU),
+    ("ptx.eval_limit", 10, {}, PTX, CPU),
+    (
+        "trainer.evaluation.every",
+        5,
+        {"data.eval": "off"},
+        {"data.eval": "off", "ptx.eval": "synthetic"},
         CPU,
     ),
     ("data.eval_limit", 9, {"data.eval": "off"}, {}, CPU),
