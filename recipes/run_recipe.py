@@ -6,12 +6,12 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
-from rlsys.config import RunConfig
+from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware, detect_hardware
@@ -62,7 +62,7 @@ class OnlinePrepared(Prepared[RunConfig]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Checked:
+class CheckedProblems:
     """A configuration without mistakes, its problems, and the checkpoint to resume from."""
 
     directory: RunDirectory
@@ -72,7 +72,7 @@ class _Checked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Models:
+class CheckedModels:
     """The models of a run, and the precisions in which they are computed."""
 
     directories: ModelDirectories
@@ -89,18 +89,32 @@ def _prepare(
     Raises:
         ValueError: mistakes, a line each; `as_config_error` turns it into a ConfigError.
     """
-    checked = _check(invocation, hardware)
+    config = invocation.config
+    checked = check_problems(config, config, hardware, resume=invocation.resume)
     evaluates = bool(checked.problems.evaluation)
-    if said_complete(checked.checkpoint, invocation.config, console, evaluates=evaluates):
+    if said_complete(checked.checkpoint, config, console, evaluates=evaluates):
         return None
 
-    models = _choose_models(invocation.config, hardware)
-    prompts = _load_prompts(models, checked)
+    models = choose_models(config, hardware)
+    prompts = load_checked_prompts(models, checked)
     return _assemble_prepared(invocation, hardware, checked, models, prompts)
 
 
-def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
-    """Check configuration and data, and find the checkpoint that a resume continues from."""
+def check_problems(
+    config: RootConfig,
+    online: RunConfig,
+    hardware: Hardware,
+    *,
+    resume: bool,
+    further_mistakes: Iterable[str] = (),
+) -> CheckedProblems:
+    """Check configuration and data, and find the checkpoint that a resume continues from.
+
+    Args:
+        config: the configuration of the run, which its checkpoints hold.
+        online: the RL run with its model, engine, rewards and problems; the same for an RL run.
+        further_mistakes: of kinds that an RL run cannot have, a line each.
+    """
     from rlsys.data.prompt_stream import load_problems
     from rlsys.rewards import reads_metadata
     from rlsys.run.checkpoints import CheckpointStore
@@ -108,25 +122,27 @@ def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
     from rlsys.run.preflight import config_mistakes
     from rlsys.run.resume import check_resumable
 
-    config = invocation.config
     directory = RunDirectory.named_by(config)
 
     # Mistakes in the configuration and in the data are reported together.
     mistakes = Mistakes()
-    mistakes.lines += config_mistakes(config, directory, hardware, resume=invocation.resume)
-    metadata = reads_metadata(config.reward.functions)
-    problems = mistakes.attempt("data.train", lambda: load_problems(config, metadata=metadata))
+    mistakes.lines += config_mistakes(online, directory, hardware, resume=resume)
+    mistakes.lines += further_mistakes
+    metadata = reads_metadata(online.reward.functions)
+    problems = mistakes.attempt("data.train", lambda: load_problems(online, metadata=metadata))
     mistakes.refuse()
     assert problems is not None, "data that cannot be read is a mistake"
 
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
-    checkpoint = store.latest() if invocation.resume else None
+    checkpoint = store.latest() if resume else None
     if checkpoint:
         check_resumable(checkpoint, config)
-    return _Checked(directory=directory, problems=problems, store=store, checkpoint=checkpoint)
+    return CheckedProblems(
+        directory=directory, problems=problems, store=store, checkpoint=checkpoint
+    )
 
 
-def _choose_models(config: RunConfig, hardware: Hardware) -> _Models:
+def choose_models(config: RunConfig, hardware: Hardware) -> CheckedModels:
     """Find and check the models, and choose their precisions for this machine."""
     from rlsys.models import resolve_model
     from rlsys.run.compute_dtype import choose_dtypes
@@ -140,10 +156,10 @@ def _choose_models(config: RunConfig, hardware: Hardware) -> _Models:
         critic=resolve_model(critic) if critic and config.critic.enabled else policy,
     )
     check_model(config, directories)
-    return _Models(directories=directories, dtypes=choose_dtypes(config, hardware, policy))
+    return CheckedModels(directories=directories, dtypes=choose_dtypes(config, hardware, policy))
 
 
-def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
+def load_checked_prompts(models: CheckedModels, checked: CheckedProblems) -> LoadedPrompts:
     """Tokenize the prompts, at the position of the checkpoint if there is one."""
     from rlsys.data.prompt_stream import load_prompts
     from rlsys.models.loading import load_tokenizer
@@ -161,8 +177,8 @@ def _load_prompts(models: _Models, checked: _Checked) -> LoadedPrompts:
 def _assemble_prepared(
     invocation: Invocation,
     hardware: Hardware,
-    checked: _Checked,
-    models: _Models,
+    checked: CheckedProblems,
+    models: CheckedModels,
     prompts: LoadedPrompts,
 ) -> OnlinePrepared:
     """Put the checked parts together, with the texts that the user will see."""

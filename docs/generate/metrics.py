@@ -196,6 +196,32 @@ METRICS = (
         "Fraction of groups whose rewards are all equal.",
     ),
     MetricDoc(
+        "rollout/entropy",
+        "mean",
+        "tokens of all samples",
+        "Expert iteration: entropy of the policy in nats per token, estimated without bias as the "
+        "mean of -log pi of the sampled tokens in the engine (with `top_p` 1 and `top_k` 0).",
+    ),
+    MetricDoc(
+        "expert/kept_fraction",
+        "mean",
+        ALL,
+        "Expert iteration: fraction of responses that are learned: correct ones, each once.",
+    ),
+    MetricDoc(
+        "expert/solved_fraction",
+        "mean",
+        "problems of the step",
+        "Expert iteration: fraction of problems with at least one response that is learned.",
+    ),
+    MetricDoc(
+        "expert/duplicates",
+        "sum",
+        "correct responses",
+        "Expert iteration: number of responses that repeat an earlier one to the same problem, "
+        "token by token; with `expert.deduplicate` they are not learned.",
+    ),
+    MetricDoc(
         "trained/responses",
         "sum",
         TRAINED,

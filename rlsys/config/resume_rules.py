@@ -59,6 +59,7 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),
     _rule("objective.", "accepted", ""),
+    _rule("expert.", "accepted", "The next step chooses and learns by the new values."),
     _rule("trainer.seed", "refused", _SAME_ORDER),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),
     _rule("data.shuffle", "refused", _SAME_ORDER),
