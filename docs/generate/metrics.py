@@ -470,7 +470,8 @@ METRICS = (
         "policy/learning_rate",
         "mean",
         STEP,
-        "Learning rate. In `critic.warmup_steps` a step has no `policy/*` but the memory.",
+        "Learning rate; with expert iteration that of the last update of the step. In "
+        "`critic.warmup_steps` a step has no `policy/*` but the memory.",
     ),
     MetricDoc(
         "critic/loss",
@@ -625,6 +626,12 @@ METRICS = (
         "Peak memory of the reward worker plus the present memory of its processes, in GiB.",
     ),
     MetricDoc("memory/advantage", "max", RUN, "Peak memory of the advantage controller, in GiB."),
+    MetricDoc(
+        "memory/filter",
+        "max",
+        RUN,
+        "Expert iteration: peak memory of the worker that chooses responses, in GiB.",
+    ),
     MetricDoc(
         "eval/loss",
         "mean",
