@@ -27,9 +27,6 @@ from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
 from rlsys.config.trainer import TrainerConfig
 
-# Sections of their own, which an RL run does not have.
-OWN_SECTIONS = frozenset({"expert", "objective"})
-
 
 class ExpertConfig(Section):
     """The choice of the responses to learn, and the passes over them."""
@@ -97,7 +94,7 @@ class ExpertIterationRunConfig(OfflineRunConfig):
 
     def online(self, *, longest_response: int | None = None) -> RunConfig:
         """See `OfflineRunConfig`; the problems and the training loop are the same too."""
-        sections: dict[str, Any] = self.model_dump(exclude=set(OWN_SECTIONS))
+        sections: dict[str, Any] = self.model_dump(include=set(RunConfig.model_fields))
         sections["algorithm"] = WITHOUT_ADVANTAGES.model_dump()
         if longest_response is not None:
             sections["generation"]["max_tokens"] = longest_response
