@@ -43,7 +43,7 @@ CURVES = (
     ("Kept responses", "expert/kept_fraction", "train", True),
     ("Loss of fine-tuning", "policy/loss", "train", False),
 )
-AXES = (
+AXES: tuple[tuple[str, str, Callable[[CellResult], int]], ...] = (
     ("responses per problem (G)", "G {}", lambda row: row.samples),
     ("epochs of fine-tuning", "epochs {}", lambda row: row.epochs),
     ("problems per step (D_b)", "D_b {}", lambda row: row.problems),
@@ -95,19 +95,29 @@ def _reports(results: Sequence[CellResult], path: Path) -> Iterator[str]:
         yield str(report.relative_to(path)) if report.is_file() else ""
 
 
+def effect_points(
+    results: Sequence[CellResult], value: Callable[[CellResult], int]
+) -> list[tuple[int, float]]:
+    """Return the final accuracy over one value of the grid, as the mean over the others.
+
+    A value has a point once every run with it has a result, since the means would be over
+    different combinations otherwise.
+    """
+    open_values = {value(row) for row in results if not math.isfinite(row.accuracy_after)}
+    points = []
+    for x in sorted({value(row) for row in results} - open_values):
+        found = [row.accuracy_after for row in results if value(row) == x]
+        points.append((x, sum(found) / len(found)))
+    return points
+
+
 def _effects(results: Sequence[CellResult]) -> Iterator[str]:
-    """Yield the final accuracy over each value that varies, as the mean over the others."""
-    done = [row for row in results if math.isfinite(row.accuracy_after)]
+    """Yield a chart for each value of the grid that has several points."""
     for label, at, value in AXES:
-        values = sorted({value(row) for row in done})
-        if len(values) < 2:
-            continue
-        points = []
-        for x in values:
-            found = [row.accuracy_after for row in done if value(row) == x]
-            points.append((x, sum(found) / len(found)))
-        line = Series("mean over the other values", tuple(points), markers=True, smooth=False)
-        yield line_chart(f"Final held-out accuracy over {label}", [line], percent=True, at=at)
+        points = effect_points(results, value)
+        if len(points) > 1:
+            line = Series("mean over the other values", tuple(points), markers=True, smooth=False)
+            yield line_chart(f"Final held-out accuracy over {label}", [line], percent=True, at=at)
 
 
 def _curves(runs: Sequence[tuple[Cell, CellResult]]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from rlsys.config.expert_grid import Cell
 from rlsys.config.hardware import Hardware
 from rlsys.run.directory import RunDirectory
 from rlsys.run.expert_grid_summary import CSV_FILE, PARQUET_FILE, result_of, write_summary
-from rlsys.run.observers.expert_grid_report import PAGE, summary_table, write_page
+from rlsys.run.observers.expert_grid_report import PAGE, effect_points, summary_table, write_page
 from rlsys.run.observers.metrics_log import MetricsLog
 from rlsys.run.observers.run_status import StatusWriter
 
@@ -95,7 +95,7 @@ def test_files_table_and_page(tmp_path: Path):
 
     write_page("grid", "tiny", list(zip(cells, results, strict=True)), tmp_path)
     page = (tmp_path / PAGE).read_text()
-    assert page.count("<svg") == 5  # a curve for each of five metrics
+    assert page.count("<figure") == 5  # a curve for each of five metrics
     assert f'href="{DONE.name}/report.html"' in page
     assert "G 4, epochs 2, D_b 64" in page
 
@@ -111,5 +111,11 @@ def test_the_effect_of_a_value_is_the_mean_over_the_others(tmp_path: Path):
     assert "Final held-out accuracy over responses per problem (G)" in page
     assert "Final held-out accuracy over epochs of fine-tuning" in page
     assert "over problems per step" not in page
-    assert "30%" in page
-    assert "70%" in page
+    results = [result for _, result in runs]
+    points = effect_points(results, lambda row: row.samples)
+    assert points == [(2, pytest.approx(0.3)), (4, pytest.approx(0.7))]
+    # G 8 has no result yet, and neither has epochs 2 of all of them then.
+    missing = result_of(MISSING, RunDirectory(tmp_path / MISSING.name))
+    assert effect_points([*results, missing], lambda row: row.samples) == points
+    epochs = effect_points([*results, missing], lambda row: row.epochs)
+    assert epochs == [(1, pytest.approx(0.4))]
