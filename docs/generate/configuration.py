@@ -74,7 +74,7 @@ EXPERT_ITERATION = """
 
 `recipes.expert_iteration_math` has the sections `model`, `data`, `generation`, `reward`, `trainer`,
 `cluster` and `run` of an RL run, `policy` without `epochs` and `num_mini_batches`, and those below.
-`recipes.expert_iteration_grid` has the section `grid` too ([how to](offline_training.md)).
+`recipes.expert_iteration_grid` has the section `grid` too ([how to](expert_iteration.md)).
 """
 OWN_SECTIONS = ("expert", "objective", "grid")
 
