@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
 GridRecipe = Callable[[Hardware], ExpertGridConfig]
 
-INTERRUPTED = 130
+FAILED = 1
 REFUSED = 2
+INTERRUPTED = 130
 
 
 def run_expert_grid(recipe: GridRecipe, arguments: Sequence[str] | None = None) -> NoReturn:
@@ -130,7 +131,7 @@ def _run(invocation: Invocation[ExpertGridConfig], hardware: Hardware) -> int:
             directory = claimed
             runs = planned_runs(config, directory)
     directory.write_config(config)
-    return _run_all(runs, config, directory, hardware, console)
+    return run_all(runs, config, directory, hardware, console)
 
 
 def _prepare(
@@ -195,7 +196,7 @@ def _describe(runs: Sequence[PlannedRun], console: Console) -> None:
         )
 
 
-def _run_all(
+def run_all(
     runs: Sequence[PlannedRun],
     config: ExpertGridConfig,
     directory: RunDirectory,
@@ -214,12 +215,11 @@ def _run_all(
             console.print(f"{title}: finished already", highlight=False)
             continue
         console.rule(title)
-        ended = _run_one(run, directory, hardware)
+        ended = run_one(run, directory, hardware)
         _write_summary(runs, config, directory)
-        if ended in (REFUSED, INTERRUPTED) or ended < 0:
-            code = REFUSED if ended == REFUSED else INTERRUPTED
+        code = max(code, ended)
+        if ended in (REFUSED, INTERRUPTED):
             break
-        code = code or ended
 
     _write_summary(runs, config, directory)
     _print_summary(runs, directory, console)
@@ -232,24 +232,30 @@ def _run_all(
     return code
 
 
-def _run_one(run: PlannedRun, directory: RunDirectory, hardware: Hardware) -> int:
-    """Start the process of a run and wait for it; return its exit code, negative if killed.
+def run_one(run: PlannedRun, directory: RunDirectory, hardware: Hardware) -> int:
+    """Start the process of a run, wait for it, and return its exit code; 1 if it was killed.
 
-    It has a session of its own, so that Ctrl-C reaches it once: from here.
+    It has a session of its own, so that Ctrl-C reaches it once: from here. Once that has happened
+    the code is that of an interrupt, also where the run has finished meanwhile.
     """
     overrides = directory.path / f"{run.cell.name}.yaml"
     overrides.write_text(yaml.safe_dump(run.overrides(hardware), sort_keys=False), encoding="utf-8")
     process = subprocess.Popen(run.command(overrides), start_new_session=True)
+    forwarded: list[int] = []
 
     def forward(number: int, frame: object) -> None:
+        forwarded.append(number)
         process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if forwarded:
+        return INTERRUPTED
+    return code if code >= 0 else FAILED
 
 
 def _write_summary(
