@@ -47,8 +47,8 @@ def on_cpu(hardware: Hardware) -> ExpertIterationRunConfig:
             max_tokens=16,
             cpus_per_worker=1 if hardware.cpus > 1 else 0,  # the policy reserves a single core
         ),
-        expert=ExpertConfig(epochs=2, examples_per_update=16),
-        policy=TrainableRoleConfig(optimizer=OptimizerConfig(learning_rate=2e-5)),
+        expert=ExpertConfig(epochs=1, examples_per_update=16),
+        policy=TrainableRoleConfig(optimizer=OptimizerConfig(learning_rate=5e-5)),
         trainer=TrainerConfig(
             steps=5,
             prompts_per_step=64,

@@ -17,6 +17,7 @@ from rlsys.config.expert_grid import ExpertGridConfig, GridConfig, cells_of, gri
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.fields import all_fields
 from rlsys.config.hardware import Hardware
+from rlsys.driver.sampling import sampling_parameters
 from rlsys.run.directory import RunDirectory
 
 RECIPES = (expert_iteration_math, expert_iteration_grid)
@@ -59,6 +60,8 @@ def test_the_quantities_of_the_literature_are_flags():
     assert (online.trainer.steps, online.trainer.prompts_per_step) == (5, 512)
     assert (online.generation.samples_per_prompt, online.generation.min_tokens) == (4, 4)
     assert config.expert.epochs == 2
+    sampling = sampling_parameters(online, samples=4, temperature=1.0, seed=0)
+    assert (sampling.stop, sampling.min_tokens) == (("</answer>",), 4)
 
 
 def test_one_sample_per_problem_is_enough():
