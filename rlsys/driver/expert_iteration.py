@@ -5,9 +5,10 @@
                    +------ sync weights <-- update (SFT epochs) <+
 
 A step is one iteration. It samples from the current policy and goes on training that policy; it
-does not start again from the initial weights. In expectation the supervised loss on the kept
-responses is that of the policy restricted to correct responses, pi(y) r(y) / Z, which is never a
-worse policy than pi.
+does not start again from the initial weights. With every correct sample kept, the expected loss has
+its minimum at the policy restricted to correct responses, pi(y) r(y) / Z with Z = E[r]: for each
+problem that the policy solves at all, a policy that always solves it. Where copies are left out,
+the minimum is uniform over the correct responses that were found.
 
 Source: Anthony et al. 2017 (arXiv:1705.08439); for language models Zelikman et al. 2022
 (arXiv:2203.14465) and Singh et al. 2023 (arXiv:2312.06585).
