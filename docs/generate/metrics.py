@@ -198,6 +198,32 @@ METRICS = (
         "Fraction of groups whose rewards are all equal.",
     ),
     MetricDoc(
+        "rollout/entropy",
+        "mean",
+        "tokens of all samples",
+        "Expert iteration: entropy of the policy in nats per token, estimated without bias as the "
+        "mean of -log pi of the sampled tokens in the engine (with `top_p` 1 and `top_k` 0).",
+    ),
+    MetricDoc(
+        "expert/kept_fraction",
+        "mean",
+        ALL,
+        "Expert iteration: fraction of responses that are learned: correct ones, each once.",
+    ),
+    MetricDoc(
+        "expert/solved_fraction",
+        "mean",
+        "problems of the step",
+        "Expert iteration: fraction of problems with at least one response that is learned.",
+    ),
+    MetricDoc(
+        "expert/duplicates",
+        "sum",
+        "correct responses",
+        "Expert iteration: number of responses that repeat an earlier one to the same problem, "
+        "token by token; with `expert.deduplicate` they are not learned.",
+    ),
+    MetricDoc(
         "trained/responses",
         "sum",
         TRAINED,
@@ -459,7 +485,8 @@ METRICS = (
         "policy/learning_rate",
         "mean",
         STEP,
-        "Learning rate. In `critic.warmup_steps` a step has no `policy/*` but the memory.",
+        "Learning rate; with expert iteration that of the last update of the step. In "
+        "`critic.warmup_steps` a step has no `policy/*` but the memory.",
     ),
     MetricDoc(
         "critic/loss",
@@ -614,6 +641,12 @@ METRICS = (
         "Peak memory of the reward worker plus the present memory of its processes, in GiB.",
     ),
     MetricDoc("memory/advantage", "max", RUN, "Peak memory of the advantage controller, in GiB."),
+    MetricDoc(
+        "memory/filter",
+        "max",
+        RUN,
+        "Expert iteration: peak memory of the worker that chooses responses, in GiB.",
+    ),
     MetricDoc(
         "eval/loss",
         "mean",

@@ -4,7 +4,8 @@
     PreferenceRunConfig     direct preference optimization (DPO) on ranked responses
     RewardModelRunConfig    a reward model from ranked responses
 
-Each has the options that have an effect in it, and no others.
+Expert iteration, which samples its examples, has its own in `rlsys.config.expert_iteration`. Each
+has the options that have an effect in it, and no others.
 """
 
 from __future__ import annotations
@@ -279,9 +280,19 @@ class OfflineRunConfig(RootConfig):
         """Whether an evaluation may sample: whether there are sections generation and reward."""
         return hasattr(self, "generation")
 
+    @property
+    def longest_response(self) -> int:
+        """The longest response that is trained on, in tokens."""
+        return self.data.max_response_tokens
+
     def reference_role(self) -> ModelRoleConfig | None:
         """Return the role of the frozen reference; None: there is none."""
         return None
+
+    def own_contradictions(self) -> Iterator[str]:
+        """Yield the fields that do not fit together by rules that an RL run does not have."""
+        yield from _ranks(self)
+        yield from _objective(self)
 
     def online(self, *, longest_response: int | None = None) -> RunConfig:
         """Return the RL run with this run's model, engine, rewards and held-out problems.
@@ -463,7 +474,7 @@ class RewardModelRunConfig(OfflineRunConfig):
 
 def offline_contradictions(config: OfflineRunConfig) -> list[str]:
     """Return the fields that do not fit together, a line each: field, value and remedy."""
-    return [*_shared_rules(config), *_ranks(config), *_objective(config)]
+    return [*_shared_rules(config), *config.own_contradictions()]
 
 
 def _shared_rules(config: OfflineRunConfig) -> Iterator[str]:

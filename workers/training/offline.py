@@ -45,7 +45,7 @@ REWARD_MEAN = "reward_mean"
 
 def online_of(config: OfflineRunConfig) -> RunConfig:
     """Return the RL run whose longest response is that of training or evaluation."""
-    longest = max(config.online().generation.max_tokens, config.data.max_response_tokens)
+    longest = max(config.online().generation.max_tokens, config.longest_response)
     return config.online(longest_response=longest)
 
 
@@ -68,13 +68,17 @@ class OfflineWorker(TrainedWorker):
         """
         self.steps.begin(empty=0)
         loss = self.loss_of(batch, reference)
-        packs = self.packs_of_batch(batch)
-        passes = backward_passes(self.backend, packs, loss, self.denominators(batch))
+        taken = self.take_step(self.packs_of_batch(batch), loss, self.denominators(batch))
+        return taken | self.steps.end(self.rank) | self.metrics()
+
+    def take_step(
+        self, packs: Iterable[Pack], loss: OfflineLoss, sizes: Denominators
+    ) -> dict[str, Metric]:
+        """Take one optimizer step on this rank's packs of a mini-batch; return its metrics."""
+        passes = backward_passes(self.backend, packs, loss, sizes)
         measured = self._measured(loss, (pack_loss for _, _, pack_loss in passes))
         norm = self.steps.take(self.backend)
-
-        reported = {f"{self.role}/{name}": metric for name, metric in measured.items()}
-        return reported | norm | self.steps.end(self.rank) | self.metrics()
+        return {f"{self.role}/{name}": metric for name, metric in measured.items()} | norm
 
     @torch.no_grad()
     def evaluate(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:
@@ -109,7 +113,7 @@ class OfflineWorker(TrainedWorker):
         return Denominators(
             num_tokens=max(1, batch.sequences.num_loss_tokens),
             num_sequences=batch.num_examples,
-            max_tokens=self.offline.data.max_response_tokens,
+            max_tokens=self.offline.longest_response,
         )
 
     def _measured(self, loss: OfflineLoss, losses: Iterable[PackLoss]) -> dict[str, Metric]:

@@ -43,7 +43,18 @@ CHARTS = (
         unless_equal=(("trained samples", "trained/accuracy", "train"),),
     ),
     ChartSpec("Response length (tokens)", (("mean", "rollout/response_length", "train"),)),
-    ChartSpec("Entropy (nats per token)", (("policy", "policy/entropy", "train"),)),
+    ChartSpec(
+        "Entropy (nats per token)",
+        (("policy", "policy/entropy", "train"), ("all samples", "rollout/entropy", "train")),
+    ),
+    ChartSpec(
+        "Expert iteration: what is learned",
+        (
+            ("kept responses", "expert/kept_fraction", "train"),
+            ("problems with one", "expert/solved_fraction", "train"),
+        ),
+        percent=True,
+    ),
     ChartSpec(
         "KL to the reference (nats per token)",
         (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
