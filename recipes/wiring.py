@@ -85,7 +85,7 @@ async def start_workers(
         cluster.spawn("generation", i, GenerationWorker, config, model)
         for i in range(config.generation.workers)
     ]
-    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, model, max_concurrency=1000)
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
