@@ -64,6 +64,9 @@ FILES = """
 `RewardInput` |
 | `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | results of \
 the reward functions |
+| `step_ends_<function>`, `step_rewards_<function>` | of functions that reward steps: the last \
+token of each step, counted from the response's first, and its unweighted reward; null where the \
+function failed |
 | `values`, `returns` | values of the critic before its update, and its targets; null without a \
 critic, and for dropped groups |
 | `advantages` | as used in the update; null where the response was not trained. With \
@@ -132,6 +135,19 @@ METRICS = (
         "mean",
         ALL,
         "Mean unweighted score of one reward function, over the responses that it could score.",
+    ),
+    MetricDoc(
+        "reward/steps/<function>",
+        "mean",
+        ALL,
+        "Mean number of steps of a response that a function rewards, over the responses that it "
+        "could score; only for functions that reward steps.",
+    ),
+    MetricDoc(
+        "reward/step_mean/<function>",
+        "mean",
+        ALL,
+        "Mean unweighted reward of a step. The rewards of steps are not in `reward/mean`.",
     ),
     MetricDoc("reward/reason/<reason>", "sum", ALL, "Number of responses with this reason."),
     MetricDoc(
