@@ -97,6 +97,33 @@ class RankingColumns(Section):
     )
 
 
+class StepColumns(Section):
+    """Names of the columns of a data file. null: recognized by the usual names."""
+
+    prompt: str | None = Field(
+        default=None,
+        description="Column of the prompt: its text, or chat messages. null: prompt, problem or "
+        "question.",
+    )
+    steps: str | None = Field(
+        default=None,
+        description="Column of the list of steps of a response. null: completions or steps.",
+    )
+    labels: str | None = Field(
+        default=None,
+        description="Column of the list of their labels: true or 1 is right, false or 0 is wrong. "
+        "null: labels.",
+    )
+    answer: str | None = Field(
+        default=None,
+        description="Column of the ground-truth answer. null: answer, where there is one.",
+    )
+    id: str | None = Field(
+        default="id",
+        description="Column of a unique id. null, or not in the file: the row number is the id.",
+    )
+
+
 class ExampleDataConfig(Section):
     """Sources of training and held-out examples, and their prompts."""
 
@@ -190,6 +217,18 @@ class RankingDataConfig(ExampleDataConfig):
         ge=2,
         le=4,
         description="Responses of each generated ranking, where train is synthetic.",
+    )
+
+
+class StepDataConfig(ExampleDataConfig):
+    """Responses in steps, with a label for each step."""
+
+    columns: StepColumns = Field(default=StepColumns(), description="Column names of the files.")
+    step_separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        description="Text between the steps of a response. Score responses of a policy with the "
+        "separator that it writes.",
     )
 
 
