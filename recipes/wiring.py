@@ -17,6 +17,7 @@ from rlsys.config import ModelRoleConfig, RootConfig, RunConfig
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
@@ -36,6 +37,7 @@ from workers.training.offline import (
     ExampleReferenceWorker,
     OfflineWorker,
     PreferenceWorker,
+    ProcessRewardModelWorker,
     RewardModelWorker,
     SupervisedWorker,
 )
@@ -206,6 +208,7 @@ OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
     SupervisedRunConfig: OfflineKind(SupervisedWorker),
     PreferenceRunConfig: OfflineKind(PreferenceWorker),
     RewardModelRunConfig: OfflineKind(RewardModelWorker, RewardModelGroup),
+    ProcessRewardModelRunConfig: OfflineKind(ProcessRewardModelWorker),
 }
 
 

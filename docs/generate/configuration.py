@@ -20,6 +20,7 @@ from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.config.fields import all_fields, type_name
 from rlsys.config.offline import (
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
@@ -58,13 +59,15 @@ OTHER_KINDS: dict[type[RootConfig], str] = {
     SupervisedRunConfig: """
 ## Runs on examples
 
-`recipes.sft_math`, `recipes.dpo_math` and `recipes.reward_model_math` have configurations of their
-own. The sections that are not listed here have the fields of an RL run: `model`, `policy` (in a run
-of a reward model `reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation`
-without `samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
+`recipes.sft_math`, `recipes.dpo_math`, `recipes.reward_model_math` and
+`recipes.process_reward_model_math` have configurations of their own. The sections that are not
+listed here have the fields of an RL run: `model`, `policy` (in a run of a reward model
+`reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation` without
+`samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
 """,
     PreferenceRunConfig: "",
     RewardModelRunConfig: "",
+    ProcessRewardModelRunConfig: "",
 }
 
 RESUMING = """

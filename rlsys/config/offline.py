@@ -3,6 +3,7 @@
     SupervisedRunConfig     fine-tuning on demonstrations (SFT), or on plain text
     PreferenceRunConfig     direct preference optimization (DPO) on ranked responses
     RewardModelRunConfig    a reward model from ranked responses
+    ProcessRewardModelRunConfig   a reward model from labelled steps
 
 Each has the options that have an effect in it, and no others.
 """
@@ -492,6 +493,22 @@ class RewardModelRunConfig(OfflineRunConfig):
         default=RankingDataConfig(), description="Rankings and prompts."
     )
     objective: RankingConfig = Field(default=RankingConfig(), description="The loss of an update.")
+    reward_model: TrainableRoleConfig = Field(
+        default=TrainableRoleConfig(), description="The model that is trained."
+    )
+    trainer: ScoringTrainerConfig = Field(
+        default=ScoringTrainerConfig(), description="The training loop."
+    )
+
+
+class ProcessRewardModelRunConfig(OfflineRunConfig):
+    """Training of a process reward model."""
+
+    trained_field: ClassVar[str] = "reward_model"
+
+    data: StepDataConfig = Field(
+        default=StepDataConfig(), description="Responses in steps with labels, and prompts."
+    )
     reward_model: TrainableRoleConfig = Field(
         default=TrainableRoleConfig(), description="The model that is trained."
     )
