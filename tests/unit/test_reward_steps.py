@@ -50,7 +50,12 @@ from rlsys.run.directory import RunDirectory
 from rlsys.run.preflight import config_mistakes
 from tests.support.advantage_examples import OUTCOME_ONLY
 from tests.support.rollout_examples import rollouts
-from workers.reward_worker import outcomes_in_tokens, reward_batch, step_rewards
+from workers.reward_worker import (
+    RewardWorker,
+    outcomes_in_tokens,
+    reward_batch,
+    step_rewards,
+)
 
 TOKENIZER: Any = load_tokenizer(resolve_model("tiny"))
 CPU = Hardware(cpus=4, memory_gib=16.0, gpus=0, gpu_memory_gib=0.0)
@@ -572,3 +577,39 @@ def test_estimators_see_the_ends_of_steps_as_a_mask():
     assert inputs.step_ends.int().tolist() == [[0, 1, 0, 1], [1, 0, 0, 0]]
     assert inputs.token_rewards.tolist() == [[0.0, 0.0, 0.0, 1.0], [0.0] * 4]
     assert inputs.token_rewards.dtype == torch.float32
+
+
+async def test_a_worker_scores_steps_in_its_processes_and_places_them():
+    """Half of the weight of `arithmetic_steps`; the score of `math` is the outcome."""
+    text = "2 * 3 = 6.\n\n6 + 1 = 8.\n\nSo \\boxed{0}"
+    ids = [*tokens(text), TOKENIZER.eos_token_id]
+    batch = with_text(rollouts([(tokens("2 * 3 + 1?"), [ids, tokens("no")])]), text, "no")
+    config = config_of("gae", OUTCOME, RewardFunctionConfig(name="arithmetic_steps", weight=0.5))
+
+    worker = RewardWorker(config, str(resolve_model("tiny")))
+    try:
+        given = await worker.score(batch)
+    finally:
+        await worker.shutdown()
+
+    steps = given.step_rewards["arithmetic_steps"]
+    assert given.rewards.tolist() == [1.0, 0.0]
+    assert steps.rewards.tolist() == [1.0, 0.0]
+    assert steps.offsets.tolist() == [0, 2, 2]
+    assert steps.ends.tolist() == [slow_token_of(ids, 10), slow_token_of(ids, 22)]
+
+    credited, _ = CreditAssigner(config).assign(batch, given, [], [])
+    first, second = advantages_of(credited)
+    end = int(steps.ends[0])
+    assert first == [1.5] * (end + 1) + [1.0] * (len(ids) - end - 1)
+    assert second == [0.0] * len(second)
+
+
+async def test_without_a_tokenizer_only_responses_are_scored():
+    worker = RewardWorker(config_of("gae", OUTCOME, RewardFunctionConfig(name="arithmetic_steps")))
+    try:
+        given = await worker.score(with_text(rollouts([([1], [[2]])]), "1 + 1 = 2"))
+    finally:
+        await worker.shutdown()
+    assert given.step_rewards == {}
+    assert given.components["arithmetic_steps"].tolist() == [0.0]
