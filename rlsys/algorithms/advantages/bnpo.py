@@ -31,7 +31,7 @@ def _validate(*, lowest: float, highest: float) -> None:
 
 
 @register_advantage_estimator(
-    NAME,
+    "bnpo",
     compares_group=True,
     step_rewards="refused",
     validate=_validate,

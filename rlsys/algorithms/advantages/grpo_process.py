@@ -30,7 +30,7 @@ NAME = "grpo_process"
 
 
 @register_advantage_estimator(
-    NAME,
+    "grpo_process",
     compares_group=True,
     step_rewards="needed",
     validate=_validate,
