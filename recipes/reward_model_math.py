@@ -43,7 +43,7 @@ def on_cpu(hardware: Hardware) -> RewardModelRunConfig:
             optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_steps=5)
         ),
         trainer=ScoringTrainerConfig(
-            steps=60,
+            steps=80,
             examples_per_step=32,
             evaluation=EvaluationSchedule(every=10),
             checkpoints=CheckpointConfig(every=20, keep=2),

@@ -147,6 +147,7 @@ def _assemble_prepared(
         with_dtypes,
     )
     from rlsys.run.ineffective_options import ineffective_options
+    from rlsys.run.plan import PlannedData
     from rlsys.run.step_time import describe_estimate
 
     config = with_dtypes(invocation.config, models.dtypes)
@@ -154,7 +155,8 @@ def _assemble_prepared(
     estimate = estimate_expert_step(
         config, hardware, models.directories, prompts.train.mean_tokens, models.dtypes.speed
     )
-    plan = describe_expert_plan(config, hardware, problems, models.directories, checked.directory)
+    sources = PlannedData(problems=problems, texts=checked.texts)
+    plan = describe_expert_plan(config, hardware, sources, models.directories, checked.directory)
     notices = [
         *([config.run.note] if config.run.note else []),
         *models.dtypes.reasons,

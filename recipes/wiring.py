@@ -18,6 +18,7 @@ from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
@@ -45,6 +46,7 @@ from workers.training.offline import (
     ExampleReferenceWorker,
     OfflineWorker,
     PreferenceWorker,
+    ProcessRewardModelWorker,
     RewardModelWorker,
     SupervisedWorker,
 )
@@ -96,7 +98,7 @@ async def start_workers(
         cluster.spawn("generation", i, GenerationWorker, config, model)
         for i in range(config.generation.workers)
     ]
-    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, model, max_concurrency=1000)
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
@@ -257,6 +259,7 @@ OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
     PreferenceRunConfig: OfflineKind(PreferenceWorker),
     RewardModelRunConfig: OfflineKind(RewardModelWorker, RewardModelGroup),
     ExpertIterationRunConfig: OfflineKind(ExpertIterationWorker),
+    ProcessRewardModelRunConfig: OfflineKind(ProcessRewardModelWorker),
 }
 
 

@@ -22,6 +22,7 @@ from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.fields import all_fields, type_name
 from rlsys.config.offline import (
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
@@ -61,13 +62,15 @@ OTHER_KINDS: dict[type[RootConfig], str] = {
     SupervisedRunConfig: """
 ## Runs on examples
 
-`recipes.sft_math`, `recipes.dpo_math` and `recipes.reward_model_math` have configurations of their
-own. The sections that are not listed here have the fields of an RL run: `model`, `policy` (in a run
-of a reward model `reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation`
-without `samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
+`recipes.sft_math`, `recipes.dpo_math`, `recipes.reward_model_math` and
+`recipes.process_reward_model_math` have configurations of their own. The sections that are not
+listed here have the fields of an RL run: `model`, `policy` (in a run of a reward model
+`reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation` without
+`samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
 """,
     PreferenceRunConfig: "",
     RewardModelRunConfig: "",
+    ProcessRewardModelRunConfig: "",
 }
 
 EXPERT_ITERATION = """

@@ -65,6 +65,9 @@ FILES = """
 `RewardInput` |
 | `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | results of \
 the reward functions |
+| `step_ends_<function>`, `step_rewards_<function>` | of functions that reward steps: the last \
+token of each step, counted from the response's first, and its unweighted reward; null where the \
+function failed |
 | `values`, `returns` | values of the critic before its update, and its targets; null without a \
 critic, and for dropped groups |
 | `advantages` | as used in the update; null where the response was not trained. With \
@@ -134,6 +137,19 @@ METRICS = (
         "mean",
         ALL,
         "Mean unweighted score of one reward function, over the responses that it could score.",
+    ),
+    MetricDoc(
+        "reward/steps/<function>",
+        "mean",
+        ALL,
+        "Mean number of steps of a response that a function rewards, over the responses that it "
+        "could score; only for functions that reward steps.",
+    ),
+    MetricDoc(
+        "reward/step_mean/<function>",
+        "mean",
+        ALL,
+        "Mean unweighted reward of a step. The rewards of steps are not in `reward/mean`.",
     ),
     MetricDoc("reward/reason/<reason>", "sum", ALL, "Number of responses with this reason."),
     MetricDoc(
@@ -768,6 +784,54 @@ METRICS = (
         BATCH_EXAMPLES,
         "Reward models: fraction of the pairs of a prompt whose better response has the higher "
         "reward; equal rewards count one half.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy",
+        "mean",
+        EXAMPLES,
+        "Process reward models: fraction of the steps whose label is the more probable one.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy_right",
+        "mean",
+        EXAMPLES,
+        "Process reward models: the same over the steps that are right.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy_wrong",
+        "mean",
+        EXAMPLES,
+        "Process reward models: the same over the steps that are wrong.",
+    ),
+    MetricDoc(
+        "eval/right_step_fraction",
+        "mean",
+        EXAMPLES,
+        "Process reward models: fraction of the steps that are right.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: fraction of the steps whose label is the more probable one.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy_right",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: the same over the steps that are right.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy_wrong",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: the same over the steps that are wrong.",
+    ),
+    MetricDoc(
+        "reward_model/right_step_fraction",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: fraction of the steps that are right.",
     ),
     MetricDoc(
         "eval/reward_mean",

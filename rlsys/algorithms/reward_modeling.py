@@ -1,4 +1,4 @@
-"""Losses of reward models: rankings of responses to one prompt."""
+"""Losses of reward models: rankings of responses to one prompt, and labels of single steps."""
 
 from __future__ import annotations
 
@@ -130,6 +130,58 @@ def calibration_bins(rewards: Tensor, ranks: Tensor, *, num_bins: int = 5) -> Ca
         predicted=per_bin(probabilities),
         observed=per_bin(right),
     )
+
+
+def step_loss(logits: Tensor, labels: Tensor, *, num_steps: float | None = None) -> Tensor:
+    """Return the binary cross-entropy of the logits of steps against their labels.
+
+        mean over steps of  - y log p - (1 - y) log(1 - p),    p = sigmoid(logit)
+
+    Source: Lightman et al. 2023, Let's Verify Step by Step, section 2.6 and appendix F
+    (arXiv:2305.20050): the correctness of a step is predicted after its last token.
+
+    Shapes: logits and labels of one shape -> scalar.
+
+    Conventions: a label is 1 (right), 0 (wrong), or negative where no step ends. There is one
+    logit; two of them with a softmax (TRL's `PRMTrainer`) are the same model, with their difference
+    as the logit. All steps count alike, so a long response counts more than a short one.
+    `num_steps` is the number of steps of the whole mini-batch over all ranks, so that losses of
+    microbatches ADD UP; None counts this tensor's own.
+
+    Raises:
+        ValueError: shapes that differ, or no step at all while `num_steps` is None.
+
+    Example: logits (0, 2) of labels (1, 0) give (log 2 + log(1 + e^2)) / 2 = 1.4100.
+    """
+    is_step = _steps_of(logits, labels)
+    if num_steps is None:
+        if not is_step.any():
+            raise ValueError("labels: no step ends anywhere, so there is nothing to learn")
+        num_steps = float(is_step.sum())
+
+    targets = labels.clamp(min=0).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return torch.where(is_step, losses, 0.0).sum() / num_steps
+
+
+def right_steps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each step whether the more probable label is the right one, as 1 or 0.
+
+    Conventions: as `step_loss`. A logit of 0 counts one half; 0 where no step ends.
+
+    Example: logits (1, -1, 0) of labels (1, 1, 0) give (1, 0, 1/2).
+    """
+    is_step = _steps_of(logits, labels)
+    signed = torch.where(labels > 0, logits, -logits)
+    return torch.where(is_step, (signed > 0).double() + 0.5 * (signed == 0), 0.0)
+
+
+def _steps_of(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have one shape"
+        )
+    return labels >= 0
 
 
 def centre_rewards(rewards: Tensor, calibration: Tensor) -> Tensor:

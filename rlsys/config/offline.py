@@ -3,6 +3,7 @@
     SupervisedRunConfig     fine-tuning on demonstrations (SFT), or on plain text
     PreferenceRunConfig     direct preference optimization (DPO) on ranked responses
     RewardModelRunConfig    a reward model from ranked responses
+    ProcessRewardModelRunConfig   a reward model from labelled steps
 
 Expert iteration, which samples its examples, has its own in `rlsys.config.expert_iteration`. Each
 has the options that have an effect in it, and no others.
@@ -91,6 +92,33 @@ class RankingColumns(Section):
         default=None,
         description="Column of the ground-truth answer, for held-out accuracy. null: answer, where "
         "there is one.",
+    )
+    id: str | None = Field(
+        default="id",
+        description="Column of a unique id. null, or not in the file: the row number is the id.",
+    )
+
+
+class StepColumns(Section):
+    """Names of the columns of a data file. null: recognized by the usual names."""
+
+    prompt: str | None = Field(
+        default=None,
+        description="Column of the prompt: its text, or chat messages. null: prompt, problem or "
+        "question.",
+    )
+    steps: str | None = Field(
+        default=None,
+        description="Column of the list of steps of a response. null: completions or steps.",
+    )
+    labels: str | None = Field(
+        default=None,
+        description="Column of the list of their labels: true or 1 is right, false or 0 is wrong. "
+        "null: labels.",
+    )
+    answer: str | None = Field(
+        default=None,
+        description="Column of the ground-truth answer. null: answer, where there is one.",
     )
     id: str | None = Field(
         default="id",
@@ -191,6 +219,18 @@ class RankingDataConfig(ExampleDataConfig):
         ge=2,
         le=4,
         description="Responses of each generated ranking, where train is synthetic.",
+    )
+
+
+class StepDataConfig(ExampleDataConfig):
+    """Responses in steps, with a label for each step."""
+
+    columns: StepColumns = Field(default=StepColumns(), description="Column names of the files.")
+    step_separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        description="Text between the steps of a response. Score responses of a policy with the "
+        "separator that it writes.",
     )
 
 
@@ -464,6 +504,22 @@ class RewardModelRunConfig(OfflineRunConfig):
         default=RankingDataConfig(), description="Rankings and prompts."
     )
     objective: RankingConfig = Field(default=RankingConfig(), description="The loss of an update.")
+    reward_model: TrainableRoleConfig = Field(
+        default=TrainableRoleConfig(), description="The model that is trained."
+    )
+    trainer: ScoringTrainerConfig = Field(
+        default=ScoringTrainerConfig(), description="The training loop."
+    )
+
+
+class ProcessRewardModelRunConfig(OfflineRunConfig):
+    """Training of a process reward model."""
+
+    trained_field: ClassVar[str] = "reward_model"
+
+    data: StepDataConfig = Field(
+        default=StepDataConfig(), description="Responses in steps with labels, and prompts."
+    )
     reward_model: TrainableRoleConfig = Field(
         default=TrainableRoleConfig(), description="The model that is trained."
     )

@@ -10,16 +10,15 @@ from dataclasses import replace
 from rlsys.config.command_line import evolve
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.hardware import Hardware
-from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.models.loading import parameter_count
 from rlsys.run.compute_dtype import DtypeChoice, ProductSpeed
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
-from rlsys.run.plan import as_table, plan_rows
+from rlsys.run.plan import PlannedData, as_table, plan_rows
 from rlsys.run.step_time import StepEstimate, estimate_step
 
 # Rows of the plan of an RL run that do not concern expert iteration.
-OTHER_ROWS = ("reference", "critic", "advantages")
+OTHER_ROWS = ("reference", "critic", "reward model", "advantages", "text")
 
 
 def with_dtypes(config: ExpertIterationRunConfig, choice: DtypeChoice) -> ExpertIterationRunConfig:
@@ -54,12 +53,12 @@ def estimate_expert_step(
 def describe_expert_plan(
     config: ExpertIterationRunConfig,
     hardware: Hardware,
-    problems: LoadedProblems,
+    data: PlannedData,
     directories: ModelDirectories,
     directory: RunDirectory,
 ) -> str:
     """Describe what a run would start, with a rough estimate of its memory; see `describe_plan`."""
-    rows = plan_rows(config.online(), hardware, problems, directories, directory)
+    rows = plan_rows(config.online(), hardware, data, directories, directory)
     rows = {name: text for name, text in rows.items() if name not in OTHER_ROWS}
     expert, prompts = config.expert, config.trainer.prompts_per_step
     samples = config.generation.samples_per_prompt

@@ -39,7 +39,7 @@ def describe_plan(
     dtype. Memory of an engine: its weights and the KV cache. Activations are not included; they
     grow with policy.microbatch_tokens, or with ptx.max_tokens where a text is longer than that.
     """
-    return as_table(plan_rows(config, hardware, problems, directories, directory))
+    return as_table(plan_rows(config, hardware, data, directories, directory))
 
 
 def as_table(rows: Mapping[str, str]) -> str:
@@ -50,7 +50,7 @@ def as_table(rows: Mapping[str, str]) -> str:
 def plan_rows(
     config: RunConfig,
     hardware: Hardware,
-    problems: LoadedProblems,
+    data: PlannedData,
     directories: ModelDirectories,
     directory: RunDirectory,
 ) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from rlsys.config import RunConfig
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
+from rlsys.data.example_encoding import NO_STEP
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.packing import Pack
 from rlsys.metrics import Metric, mean
@@ -32,6 +35,7 @@ from workers.training.offline_losses import (
     OfflineLoss,
     PreferenceLoss,
     RankingLoss,
+    StepLoss,
     SupervisedLoss,
 )
 from workers.training.optimizer_steps import OptimizerSteps
@@ -250,6 +254,41 @@ class RewardModelWorker(OfflineWorker):
         super().load(directory)
         facts = json.loads((Path(directory) / "config.json").read_text())
         self.reward_mean = facts.get(REWARD_MEAN)
+
+
+class ProcessRewardModelWorker(OfflineWorker):
+    """One rank of a process reward model: a decoder with a scalar head, read after each step."""
+
+    role = "reward_model"
+    offline: ProcessRewardModelRunConfig
+
+    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
+        """See `RankWorker`; a new head has the layout of token classification."""
+        kind = value_model("token")
+        module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
+
+    def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
+        """See `OfflineWorker`; the value after the last token of each step is read."""
+        marked = batch.sequences.marked_after(_labels(batch) != NO_STEP)
+        return self.packs_of_sequences(marked, np.arange(len(batch)), whole_groups=True)
+
+    def denominators(self, batch: ExampleBatch) -> Denominators:
+        """See `OfflineWorker`; the tokens are the ends of steps."""
+        steps = int((_labels(batch) != NO_STEP).sum())
+        return replace(super().denominators(batch), num_tokens=steps)
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """See `OfflineWorker`."""
+        # As `marked_after` moves its marks: the value after a token is that before the next one.
+        starts = batch.sequences.offsets[:-1]
+        return StepLoss(labels=np.insert(_labels(batch), starts, NO_STEP))
+
+
+def _labels(batch: ExampleBatch) -> NDArray[np.int8]:
+    assert batch.step_labels is not None, "the data of such a run are responses in steps"
+    return batch.step_labels
 
 
 def _ends(batch: ExampleBatch) -> NDArray[np.int64]:

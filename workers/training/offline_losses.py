@@ -3,6 +3,7 @@
     SupervisedLoss    demonstrations: negative log-likelihood
     PreferenceLoss    pairs: direct preference optimization
     RankingLoss       rankings: reward models
+    StepLoss          labels of steps: process reward models
 
 Losses that compare responses need all responses to a prompt in one pack.
 """
@@ -25,6 +26,8 @@ from rlsys.algorithms.reward_modeling import (
     calibration_bins,
     ranking_accuracy,
     ranking_loss,
+    right_steps,
+    step_loss,
 )
 from rlsys.algorithms.supervised import negative_log_likelihood
 from rlsys.config.offline import PreferenceConfig, RankingConfig, SupervisedConfig
@@ -195,6 +198,46 @@ def _calibration_metrics(sums: Mapping[str, float]) -> dict[str, Metric]:
             fraction = sums.get(f"{name}_{middle}", 0.0) / max(pairs, 1.0)
             metrics[f"calibration/{name}_at_{middle}"] = mean(fraction, pairs)
     return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """The loss of a process reward model against labels of steps."""
+
+    # [N] of the sequences that are packed; read where the model has a value, after each step
+    labels: NDArray[np.int8]
+
+    def __call__(self, result: ValueResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
+        """See `OfflineLoss`; `sizes.num_tokens` are the steps of the batch."""
+        labels = columns.take(self.labels)
+        logits = result.values
+        loss = step_loss(logits, labels, num_steps=sizes.num_tokens)
+
+        right = right_steps(logits.detach(), labels)
+        is_right_step = labels == 1
+        sums = {
+            "steps": float((labels >= 0).sum()),
+            "accuracy": float(right.sum()),
+            "right_steps": float(is_right_step.sum()),
+            "right_accuracy": float(right[is_right_step].sum()),
+            "wrong_steps": float((labels == 0).sum()),
+            "wrong_accuracy": float(right[labels == 0].sum()),
+        }
+        return PackLoss(loss=loss, sums=sums, maxima={})
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, Metric]:
+        """See `OfflineLoss`."""
+
+        def fraction(part: str, whole: str) -> Metric:
+            count = sums.get(whole, 0.0)
+            return mean(sums.get(part, 0.0) / max(count, 1.0), count)
+
+        return {
+            "step_accuracy": fraction("accuracy", "steps"),
+            "step_accuracy_right": fraction("right_accuracy", "right_steps"),
+            "step_accuracy_wrong": fraction("wrong_accuracy", "wrong_steps"),
+            "right_step_fraction": fraction("right_steps", "steps"),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ COLUMNS = (
     ("right", "policy/preference_accuracy", "{:.1%}"),
     ("margin", "policy/preference_margin", "{:.3f}"),
     ("right", "reward_model/ranking_accuracy", "{:.1%}"),
+    ("right", "reward_model/step_accuracy", "{:.1%}"),
     ("reward", "reward_model/reward_mean", "{:.3f}"),
     ("std", "reward_model/reward_std", "{:.3f}"),
     ("grad", "reward_model/grad_norm", "{:.2f}"),

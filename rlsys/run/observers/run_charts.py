@@ -174,6 +174,16 @@ CHARTS = (
         percent=True,
     ),
     ChartSpec(
+        "Step accuracy of the reward model",
+        (
+            ("training", "reward_model/step_accuracy", "train"),
+            ("held out", "eval/step_accuracy", "eval"),
+            ("held out, right steps", "eval/step_accuracy_right", "eval"),
+            ("held out, wrong steps", "eval/step_accuracy_wrong", "eval"),
+        ),
+        percent=True,
+    ),
+    ChartSpec(
         "Rewards of the reward model",
         (
             ("mean", "reward_model/reward_mean", "train"),

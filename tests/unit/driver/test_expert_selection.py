@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,14 +27,14 @@ def sampled() -> RolloutBatch:
     return rollouts(GROUPS, batch_id=7, first_group=40)
 
 
-def scored(correct: list[float], batch: RolloutBatch) -> RewardBatch:
+def scored(correct: Sequence[float], batch: RolloutBatch) -> RewardBatch:
     values = np.asarray(correct, dtype=np.float32)
     return replace(
         rewards_of(batch), rewards=values, accuracies=values, components={"math": values}
     )
 
 
-def chosen(correct: list[float] = CORRECT, **settings: bool) -> Chosen:
+def chosen(correct: Sequence[float] = CORRECT, **settings: bool) -> Chosen:
     batch = sampled()
     return choose_responses(batch, scored(correct, batch), ExpertConfig.model_validate(settings))
 
