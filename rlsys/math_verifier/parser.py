@@ -55,7 +55,7 @@ from rlsys.math_verifier.words import plain
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "not in", "~"})
 _SIGNS = frozenset({"+", "-", "+-", "-+"})
 _SET_OPERATIONS = frozenset({"union", "intersection", "difference"})
-_SEPARATORS = frozenset({",", ";", "and", "or"})
+_SEPARATORS = frozenset({",", ";", "and", "or", "\\\\"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
 _INVERSE = {
     "sin": "arcsin",
@@ -78,6 +78,8 @@ _BASE_WORDS = {
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
 _FUNCTION_LETTERS = frozenset("fgFG")
+_PROBABILITIES = frozenset({"P", "p", "Pr", "E", "the set P", "the set E"})  # of A | B
+_SYSTEMS = frozenset({"array", "aligned", "gathered"})
 MAX_SCIENTIFIC_EXPONENT = 4000
 
 
@@ -241,7 +243,7 @@ class _Parser:
         separators: set[str] = set()
         while self._peek() in _SEPARATORS:
             separator = self._next().text
-            if separator in (",", ";") and self._peek() in ("and", "or"):  # "1, 2, and 3"
+            if separator not in ("and", "or") and self._peek() in ("and", "or"):  # "1, 2, and 3"
                 separator = self._next().text
             separators.add(separator)
             items.append(self._clause())
@@ -256,6 +258,8 @@ class _Parser:
         outer = self._units
         self._units = []
         rounded = self._skip_fillers()
+        if self._position == 0:
+            self._accept("=")  # a sign before the answer
         if self._accept("~"):
             rounded = True
 
@@ -410,7 +414,7 @@ class _Parser:
     def _mixed(self, factors: list[Node], whole: Number, fraction: Node) -> Node:
         """Return the mixed number, which takes the place of the integer among the factors."""
         factors[-1] = Number(Fraction(1))
-        return Number(whole.value + _fraction_value(fraction))
+        return Number(whole.value + _fraction_value(fraction), mixed=True)
 
     def _starts_factor(self) -> bool:
         kind, name = self._kind(), self._peek()
@@ -429,6 +433,7 @@ class _Parser:
 
     _bars = 0
     _in_builder = False
+    _in_system = False
 
     def _closing_bar(self) -> bool:
         """Return whether there is another bar after the one at this position."""
@@ -755,6 +760,9 @@ class _Parser:
         if builder is not None:
             return builder
 
+        if self._position == 1 and self._peek() == "}" and self._kind(1) == "end":
+            self._position += 1
+            return EMPTY_SET
         node = self._rest_of_braces()
         if isinstance(node, Listing):
             return SetOf(node.items)
@@ -808,9 +816,12 @@ class _Parser:
 
     def _bracketed(self, opening: str) -> Node:
         """Parse a bracketed expression, a tuple, or an interval."""
+        before = self._tokens[self._position - 2].text if self._position > 1 else ""
         bars = self._bars
         self._bars = 0
         node = self._nested(self._listing)
+        if before in _PROBABILITIES and self._accept("|"):  # P(A | B)
+            node = Relation((node, self._nested(self._listing)), ("|",))
         self._bars = bars
         closing = self._next().text
         if closing not in _CLOSERS[opening]:
@@ -830,6 +841,9 @@ class _Parser:
     def _set_braces(self) -> Node:
         if self._accept("\\}"):
             return EMPTY_SET
+        system = self._system_in_array()
+        if system is not None:
+            return system
         bars = self._bars
         self._bars = 1  # a bar is "such that" here
         head = self._nested(self._listing_or_head)
@@ -924,7 +938,7 @@ class _Parser:
 
     def _absolute_value(self) -> Node:
         self._bars += 1
-        node = self._nested(self._sum)
+        node = self._nested(self._set)
         self._expect("|")
         self._bars -= 1
         return Call("abs", (node,))
@@ -965,13 +979,40 @@ class _Parser:
 
     def _system(self) -> Node:
         """Parse equations that hold together."""
+        return Listing(tuple(self._rows_of_system("cases")), "and")
+
+    def _rows_of_system(self, name: str) -> list[Node]:
         rows = [self._nested(self._clause)]
-        while self._accept("\\\\", ",") and self._peek() != "end":
+        while self._accept("\\\\", ",", ";") and self._peek() != "end":
             rows.append(self._nested(self._clause))
         self._expect("end")
-        if self._environment_name() != "cases" or len(rows) < 2:
+        if self._environment_name() != name or len(rows) < 2:
             raise UnparsableError("a definition by cases")
-        return Listing(tuple(rows), "and")
+        return rows
+
+    def _system_in_array(self) -> Node | None:
+        r"""Parse the equations of \left\{\begin{array}...\right.; None, and no token taken, else."""
+        if self._peek() != "begin" or self._in_system:  # no attempt within an attempt
+            return None
+
+        state = self._position, self._depth, self._bars, self._units
+        self._in_system = True
+        try:
+            self._position += 1
+            name = self._environment_name()
+            if name in _SYSTEMS:
+                if name == "array" and self._accept("{"):
+                    while not self._accept("}"):
+                        self._next()
+                rows = self._rows_of_system(name)
+                if self._peek() != "\\}" and all(isinstance(row, Relation) for row in rows):
+                    return Listing(tuple(rows), "and")
+        except UnparsableError:
+            pass
+        finally:
+            self._in_system = False
+        self._position, self._depth, self._bars, self._units = state
+        return None
 
     def _environment_name(self) -> str:
         self._expect("{")
