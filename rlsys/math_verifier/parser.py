@@ -106,15 +106,30 @@ _DECIMAL_COMMA = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{3})+|\d+),(\d+)(?![\d.])
 
 
 def _with_decimal_point(text: str) -> str | None:
-    """Return `1.000,5` and `2,74 $` with a decimal point; None for anything else."""
-    match = _DECIMAL_COMMA.search(text)
-    if match is None or text.count(",") > 1 or any(bracket in text for bracket in "()[]"):
+    """Return `1.000,5`, `2,74 $` and `(0,5; 1,5)` with points; None for anything else."""
+    numbers = list(_DECIMAL_COMMA.finditer(text))
+    if not numbers or len(numbers) < text.count(","):
         return None
-    whole, decimals = match.groups()
-    if len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0"):
-        return None  # 1,234 separates thousands
-    whole = whole.replace(".", "")
-    return f"{text[: match.start()]}{whole}.{decimals}{text[match.end() :]}"
+    # In a list or a tuple only where something else separates: 0,5; 1,5.
+    is_one_number = len(numbers) == 1 and not any(bracket in text for bracket in "()[]")
+    if not is_one_number and not _SEPARATED.search(text):
+        return None
+    if any(map(_separates_thousands, numbers)):
+        return None
+    return _DECIMAL_COMMA.sub(lambda number: f"{number[1].replace('.', '')}.{number[2]}", text)
+
+
+_SEPARATED = re.compile(r";|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|\\(?:cup|cap|lor|land)")
+
+
+def _separates_thousands(number: re.Match[str]) -> bool:
+    whole, decimals = number.groups()
+    return (
+        len(decimals) == 3
+        and whole.isdecimal()
+        and len(whole) <= 3
+        and not whole.startswith("0")
+    )
 
 
 def _readings(text: str) -> list[Node]:

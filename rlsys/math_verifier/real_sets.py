@@ -324,6 +324,8 @@ def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
     matters (inequalities), and the constant must be real.
     """
     names = symbols(left) | symbols(right)
+    if not names:  # constants have any ratio: f(1) = 3 and f(2) = 3
+        return int(same_value(left, right))
     ratios: list[Any] = []
     for real in (True, False):
         for point in points(names):
