@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES
+from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES, unescaped
 from rlsys.math_verifier.limits import TooLargeError, UnparsableError
 from rlsys.math_verifier.parser import FILLERS, readings
 from rlsys.math_verifier.units import UNIT_WORDS
@@ -34,8 +34,12 @@ _NUMBER_IN_TEXT = re.compile(
 _EXPLAINED = re.compile(
     rf"({_NUMBER_IN_TEXT.pattern}),?\s(?:because|since|as|not|which|so|where|if|when)\b"
 )
+_QUOTES = re.compile(r"^(?:[ *_`\"]|\\\")+|(?:[ *_`]|\\?\")+$")  # \" where escaped for JSON
+_LATEX = re.compile(r"\$|\\[A-Za-z(\[]")
+_UNKNOWN_VALUE = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")  # formulas that are not evaluated
+_CHOICE_LETTER = re.compile(r"(?<![\w$\\'])(?:[B-E]|A(?! [a-z]))(?![\w$'])")
 _NAME = re.compile(r"\(?[A-Za-z]{1,8}(?:_\w)?(?:\([a-z]\)|,\s*[A-Za-z]\))?")  # x, f(x), ABC, (x, y)
-_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![a-z])")
 _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
 # Not x, AB, \frac or sin(x).
 _WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
@@ -56,7 +60,18 @@ def announced(completion: str) -> str | None:
     display = _DISPLAYED.match(rest)  # which may have several lines
     if display and rest.startswith(("$$", "\\[")):
         return _inside(display)
-    return _answer_of_sentence(_first_sentence(rest))
+    sentence = _first_sentence(rest)
+    answer = _answer_of_sentence(sentence)
+    if answer and rest[len(sentence) :].strip(" .!?*\n") and _is_no_value(answer):
+        return None  # the text goes on
+    return answer
+
+
+def _is_no_value(answer: str) -> bool:
+    """Return whether an answer is LaTeX that the grammar does not know, or cannot evaluate."""
+    if _LATEX.search(answer) is None:
+        return False
+    return _UNKNOWN_VALUE.search(answer) is not None or not _is_mathematics(answer)
 
 
 def announced_after(completion: str, start: int = 0) -> str | None:
@@ -90,7 +105,7 @@ def _last_sentence(line: str) -> str:
 
 def _answer_of_sentence(sentence: str) -> str | None:
     """Return the answer in a sentence that was announced as one: all of it, or its end."""
-    sentence = sentence.strip(' *_`"')
+    sentence = _QUOTES.sub("", sentence)
     formula = _DISPLAYED.match(sentence)
     if _is_mathematics(sentence) and not (formula and formula.end() == len(sentence)):
         return sentence
@@ -121,7 +136,7 @@ def _is_mathematics(text: str) -> bool:
     if any(word.lower() not in _WORDS_OF_ANSWERS for word in words):
         return False
     try:
-        return bool(text.strip()) and bool(readings(text))
+        return bool(text.strip()) and bool(readings(unescaped(text)))
     except (UnparsableError, TooLargeError, RecursionError):
         return False
 
@@ -149,6 +164,9 @@ def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
     value = value or _last_value(_last_sentence(line)) or _last_value(line)
     if value is not None:
         return _right_side(value, keep_equation=keep_equation)
+    letters = set(_CHOICE_LETTER.findall(_last_sentence(line)))
+    if len(letters) == 1:
+        return letters.pop()  # "so B is right"
     return line if 0 < len(line) <= 30 and not line.endswith(":") else None
 
 
