@@ -206,7 +206,7 @@ def _named(name: Node, values: Node) -> Node:
 def _same_variable(left: Node, right: Node) -> bool:
     """Return whether two names are the same, up to an index: x and x, x_1 and x_2."""
     if not isinstance(left, Symbol) or not isinstance(right, Symbol):
-        return False
+        return left == right and _is_function_name(left)
     first, second = left.name.split("_"), right.name.split("_")
     return first[0] == second[0] and (len(first) == len(second))
 
@@ -320,7 +320,9 @@ def names_value(label: Node, value: Node) -> bool:
         return True
     if isinstance(value, Matrix):
         return bool(symbols(label)) and not _holds_matrix(label)
-    if not isinstance(label, Call) or label.name not in _NAMED_FUNCTIONS or symbols(value):
+    if not isinstance(label, Call) or symbols(value):
+        return False
+    if label.name not in _NAMED_FUNCTIONS and not label.name.startswith("formal "):
         return False
     return all(map(symbols, label.arguments))
 

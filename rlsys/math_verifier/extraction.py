@@ -104,6 +104,14 @@ def _joins(between: str) -> bool:
     return _BETWEEN_BOXES.fullmatch(words) is not None
 
 
+def rest_of_open_box(text: str) -> str | None:
+    """Return what follows a last box that never closes; None where it closes."""
+    box = _last_box(text)
+    if box is None or not box[1] or _balanced(text, box.end()) is not None:
+        return None
+    return text[box.end() :]
+
+
 def has_one_filled_box(text: str) -> bool:
     """Return whether there is exactly one box, closed and not empty."""
     boxes = sum(1 for _ in _BOX.finditer(text))

@@ -102,7 +102,7 @@ _RENAMED = {
     "textsterling": "pounds", "euro": "euro", "yen": "yen", "top": "top", "overline": "overline",
     "bar": "overline", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*",
     "And": "and", "pmod": "mod", "bmod": "mod", "mod": "mod", "percent": "%",
-    "textdollar": "\\$", "mathdollar": "\\$",
+    "textdollar": "\\$", "mathdollar": "\\$", "sum": "sum", "prod": "prod",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
     _words(

@@ -443,7 +443,7 @@ class _Parser:
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
             "(", "[", "{", "frac", "sqrt", "binom", "pi", "i", "infinity", "begin", "\\$", "lfloor",
-            "lceil", "<|", "pounds", "euro", "yen", "reals",
+            "lceil", "<|", "pounds", "euro", "yen", "reals", "sum", "prod",
         )  # fmt: skip
 
     _bars = 0
@@ -661,11 +661,27 @@ class _Parser:
 
         while self._accept("'"):
             name += "'"
+        if self._defines_function(name):
+            return self._undefined_function(name)
         if name in ("C", "P") and self._peek() == "(":
             return self._chosen(name)
         if name.rstrip("'") in _FUNCTION_LETTERS and self._peek() in ("(", "^"):
             return self._undefined_function(name)
         return Symbol(name)
+
+    def _defines_function(self, name: str) -> bool:
+        """Return whether the letter begins P(x) = ...; a capital in the brackets is an event."""
+        if len(name) != 1:
+            return False
+        argument = self._tokens[self._position : self._position + 4]
+        texts = [token.text for token in argument]
+        return (
+            len(texts) == 4
+            and texts[0] == "("
+            and texts[2:] == [")", "="]
+            and argument[1].kind == "letter"
+            and texts[1].islower()
+        )
 
     def _index(self) -> str:
         if self._accept("{"):
@@ -948,6 +964,24 @@ class _Parser:
             return Product((root, self._plain_number()))
         return root
 
+    def _formal(self, name: str) -> Node:
+        r"""Parse \sum_{k=1}^{n} a_k, which is not evaluated: it only equals the same sum."""
+        first: Node | None = None
+        last: Node = INFINITY
+        while self._peek() in ("_", "^"):
+            if self._next().text == "_":
+                first = self._nested(self._braces)
+            else:
+                last = self._nested(self._exponent)
+
+        terms = self._nested(self._product)
+        match first:
+            case Relation((Symbol(index), start), ("=",)):
+                ends = (start,) if last == INFINITY else (start, last)
+                return Call(f"formal {name} over {index}", (terms, *ends))
+            case _:
+                raise UnparsableError("a sum without its bounds")
+
     def _binomial(self) -> Node:
         return Call("binomial", (self._tex_argument(), self._tex_argument()))
 
@@ -1052,6 +1086,8 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
     "lfloor": lambda p: p._rounded_down("floor", "rfloor"),
     "lceil": lambda p: p._rounded_down("ceil", "rceil"),
     "begin": lambda p: p._environment(),
+    "sum": lambda p: p._formal("sum"),
+    "prod": lambda p: p._formal("product"),
     "pi": lambda p: Constant("pi"),
     "i": lambda p: Constant("i"),
     "infinity": lambda p: INFINITY,

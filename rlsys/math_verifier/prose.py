@@ -38,6 +38,8 @@ _QUOTES = re.compile(r"^(?:[ *_`\"]|\\\")+|(?:[ *_`]|\\?\")+$")  # \" where esca
 _LATEX = re.compile(r"\$|\\[A-Za-z(\[]")
 _UNKNOWN_VALUE = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")  # formulas that are not evaluated
 _CHOICE_LETTER = re.compile(r"(?<![\w$\\'])(?:[B-E]|A(?! [a-z]))(?![\w$'])")
+_LABELLED = re.compile(r"\(?[A-Z][.):]")  # "A. Because B is not valid" is the choice A
+_DENIED = re.compile(r"\b(?:not|cannot|no|wrong|incorrect|false|impossible)\b|n't\b", re.IGNORECASE)
 _NAME = re.compile(r"\(?[A-Za-z]{1,8}(?:_\w)?(?:\([a-z]\)|,\s*[A-Za-z]\))?")  # x, f(x), ABC, (x, y)
 _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![a-z])")
 _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
@@ -165,7 +167,7 @@ def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
     if value is not None:
         return _right_side(value, keep_equation=keep_equation)
     letters = set(_CHOICE_LETTER.findall(_last_sentence(line)))
-    if len(letters) == 1:
+    if len(letters) == 1 and not _LABELLED.match(line) and not _DENIED.search(line):
         return letters.pop()  # "so B is right"
     return line if 0 < len(line) <= 30 and not line.endswith(":") else None
 
