@@ -306,6 +306,7 @@ def _unsigned(term: Node) -> Node:
             return term
 
 
+_FORMULA = Symbol("a formula")
 _NAMED_FUNCTIONS = frozenset("sin cos tan cot sec csc max min gcd lcm arg Re Im".split())
 _COMBINATORIAL = frozenset({"C_", "A_", "P_"})
 
@@ -354,8 +355,13 @@ def _simplified_relation(node: Relation) -> Node:
             raise UnparsableError("a chain of different values")
         values = values[-1:]
 
+    if not named and len(values) > 1:
+        return Relation(tuple(parts), ("=",))
+    if not named and symbols(parts[0]) and not symbols(values[0]):
+        # 2x = 4 + 2 = 6 is 6, but it is not x = 6.
+        return Relation((_FORMULA, simplified(values[0])), ("=",))
     if not named:
-        return simplified(values[0]) if len(values) == 1 else Relation(tuple(parts), ("=",))
+        return simplified(values[0])
     value = simplified(values[0])
     if isinstance(parts[0], Group):
         return value

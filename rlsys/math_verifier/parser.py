@@ -644,8 +644,11 @@ class _Parser:
         mantissa, _, exponent = token.text.partition("e")
         if exponent and abs(int(exponent)) > MAX_SCIENTIFIC_EXPONENT:
             raise UnparsableError("an exponent too large")
-        value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        return Number(value, None if exponent else token.decimals)
+        power = int(exponent or 0)
+        value = Fraction(mantissa) * Fraction(10) ** power
+        if token.decimals is None or power > 0:
+            return Number(value, None if exponent else token.decimals)
+        return Number(value, token.decimals - power)
 
     def _letter(self) -> Node:
         name = self._next().text

@@ -6,9 +6,10 @@ Only the extraction `lenient` looks for it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES, unescaped
-from rlsys.math_verifier.limits import TooLargeError, UnparsableError
+from rlsys.math_verifier.limits import MAX_LIST_ITEMS, TooLargeError, UnparsableError
 from rlsys.math_verifier.parser import FILLERS, readings
 from rlsys.math_verifier.units import UNIT_WORDS
 
@@ -47,6 +48,7 @@ _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
 _WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
 _LONG_FILLERS = frozenset(word for word in FILLERS if len(word) > 3)  # "so" is s times o
 _WORDS_OF_ANSWERS = UNIT_WORDS | _LONG_FILLERS | frozenset(WORD_NAMES) | FUNCTIONS
+_JOINED = re.compile(r"\s*,?\s*(?:or|and)\s*", re.IGNORECASE)
 LONG_SENTENCE = 5  # words; "Final Answer: Jane started 3 hours ago" holds its answer, and is none
 MAX_LINE = 1000
 
@@ -146,12 +148,26 @@ def _is_mathematics(text: str) -> bool:
 def _last_value(text: str) -> str | None:
     """Return the last formula of a text that is more than a name, else its last number."""
     formulas = list(_DISPLAYED.finditer(text))
-    contents = [_inside(match) for match in formulas]
-    values = [content for content in contents if not _NAME.fullmatch(content.strip())]
+    values = [match for match in formulas if not _NAME.fullmatch(_inside(match).strip())]
     if values:
-        return values[-1]
-    numbers = _NUMBER_IN_TEXT.findall(_DISPLAYED.sub(" ", text))
-    return numbers[-1] if numbers else (contents[-1] if contents else None)
+        return _last_joined(text, values, _inside)
+    plain = _DISPLAYED.sub(" ", text)
+    numbers = list(_NUMBER_IN_TEXT.finditer(plain))
+    if numbers:
+        return _last_joined(plain, numbers, lambda number: number[0])
+    return _inside(formulas[-1]) if formulas else None
+
+
+def _last_joined(
+    text: str, found: list[re.Match[str]], content: Callable[[re.Match[str]], str]
+) -> str:
+    """Return the last of the values found, with those that an "or" or "and" joins to it."""
+    joined = [found[-1]]
+    for before in reversed(found[-MAX_LIST_ITEMS:-1]):
+        if not _JOINED.fullmatch(text, before.end(), joined[-1].start()):
+            break
+        joined.append(before)
+    return ", ".join(content(match) for match in reversed(joined))
 
 
 def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
