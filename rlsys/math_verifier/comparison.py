@@ -307,25 +307,40 @@ def _unsigned(term: Node) -> Node:
 
 
 _FORMULA = Symbol("a formula")
-_NAMED_FUNCTIONS = frozenset("sin cos tan cot sec csc max min gcd lcm arg Re Im".split())
-_COMBINATORIAL = frozenset({"C_", "A_", "P_"})
+_NAMED_FUNCTIONS = frozenset(
+    ["sin", "cos", "tan", "cot", "sec", "csc", "max", "min", "gcd", "lcm", "arg", "Re", "Im"]
+)
+_COMBINATORIAL = frozenset({"C_", "A_"})
 
 
 def names_value(label: Node, value: Node) -> bool:
     """Return whether a side of an equation only names the value on the other side.
 
-    A function of names does so for a constant (`sin A = 1/2`, but not `cos x = sin x`), and any
-    formula for a matrix that is written out (`A^{-1} = ...`).
+    A function of names does so for a constant (`sin A = 1/2`, but not `cos x = sin x`), and a
+    formula of names for a matrix that is written out (`A^{-1} = ...`).
     """
     if is_name(label):
         return True
     if isinstance(value, Matrix):
-        return bool(symbols(label)) and not _holds_matrix(label)
+        return _is_name_of_matrix(label)
     if not isinstance(label, Call) or symbols(value):
         return False
     if label.name not in _NAMED_FUNCTIONS and not label.name.startswith("formal "):
         return False
     return all(map(symbols, label.arguments))
+
+
+def _is_name_of_matrix(node: Node) -> bool:
+    """Return whether a formula has names only: A^{-1}, AB + C, but not 2A."""
+    match node:
+        case Symbol():
+            return True
+        case Power(base, Number()):
+            return _is_name_of_matrix(base)
+        case Product(parts) | Sum(parts) | Call("transpose", parts):
+            return all(map(_is_name_of_matrix, parts))
+        case _:
+            return False
 
 
 def _simplified_relation(node: Relation) -> Node:

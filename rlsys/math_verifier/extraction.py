@@ -19,7 +19,7 @@ _NO_NOUN = (
     r"since|because|if|when|by|from|to|after|before|first|final\w*|actually|wait|rather|check)\b"
 )
 _BETWEEN_BOXES = re.compile(
-    rf"(?:for [\w() ]{{1,30}}?|(?:(?!{_NO_NOUN})[a-z]{{1,15}} ?){{1,3}})?"
+    rf"(?:for [\w() ]{{1,30}}?|(?:(?!{_NO_NOUN})[a-z]{{1,15}}\b ?){{1,3}})?"
     r"(?:[,;]|(?:[,;] ?)?(?:\b(?:and|or|as well as|and also)\b|&))"
     r"(?: ?[a-z](?:\w{0,2}|_\{?\w{1,3}\}?) ?=)?"
     r"|[,;.]? ?\((?:[b-h]|[2-9]|ii|iii|iv|v)\)",

@@ -125,10 +125,7 @@ _SEPARATED = re.compile(r";|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|\\(?:cup|cap|lor
 def _separates_thousands(number: re.Match[str]) -> bool:
     whole, decimals = number.groups()
     return (
-        len(decimals) == 3
-        and whole.isdecimal()
-        and len(whole) <= 3
-        and not whole.startswith("0")
+        len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0")
     )
 
 

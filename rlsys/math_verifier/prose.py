@@ -38,7 +38,7 @@ _EXPLAINED = re.compile(
 _QUOTES = re.compile(r"^(?:[ *_`\"]|\\\")+|(?:[ *_`]|\\?\")+$")  # \" where escaped for JSON
 _LATEX = re.compile(r"\$|\\[A-Za-z(\[]")
 _UNKNOWN_VALUE = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")  # formulas that are not evaluated
-_CHOICE_LETTER = re.compile(r"(?<![\w$\\'])(?:[B-E]|A(?! [a-z]))(?![\w$'])")
+_CHOICE_LETTER = re.compile(r"(?<![\w$\\'])(?:[B-E]|A(?! (?!or |and )[a-z]))(?![\w$'])")
 _LABELLED = re.compile(r"\(?[A-Z][.):]")  # "A. Because B is not valid" is the choice A
 _DENIED = re.compile(r"\b(?:not|cannot|no|wrong|incorrect|false|impossible)\b|n't\b", re.IGNORECASE)
 _NAME = re.compile(r"\(?[A-Za-z]{1,8}(?:_\w)?(?:\([a-z]\)|,\s*[A-Za-z]\))?")  # x, f(x), ABC, (x, y)
@@ -66,8 +66,10 @@ def announced(completion: str) -> str | None:
         return _inside(display)
     sentence = _first_sentence(rest)
     answer = _answer_of_sentence(sentence)
-    if answer and rest[len(sentence) :].strip(" .!?*\n") and _is_no_value(answer):
-        return None  # the text goes on
+    following = rest[len(sentence) :]
+    goes_on = bool(following.strip(" .!?*\n"))
+    if answer and goes_on and (following.startswith("?") or _is_no_value(answer)):
+        return None
     return answer
 
 
