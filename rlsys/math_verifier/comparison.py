@@ -370,14 +370,13 @@ def _simplified_relation(node: Relation) -> Node:
             raise UnparsableError("a chain of different values")
         values = values[-1:]
 
-    if not named and len(values) > 1:
+    if len(values) > 1:
         return Relation(tuple(parts), ("=",))
-    if not named and symbols(parts[0]) and not symbols(values[0]):
-        # 2x = 4 + 2 = 6 is 6, but it is not x = 6.
-        return Relation((_FORMULA, simplified(values[0])), ("=",))
-    if not named:
-        return simplified(values[0])
     value = simplified(values[0])
+    if not named:
+        # 2x = 4 + 2 = 6 is 6, but it is not x = 6.
+        is_formula = symbols(parts[0]) and not symbols(value)
+        return Relation((_FORMULA, value), ("=",)) if is_formula else value
     if isinstance(parts[0], Group):
         return value
     if isinstance(value, Listing):

@@ -1040,7 +1040,7 @@ class _Parser:
         return rows
 
     def _system_in_array(self) -> Node | None:
-        r"""Parse the equations of \left\{\begin{array}...\right.; None, and no token taken, else."""
+        r"""Parse the equations of \left\{\begin{array}...; None, and no token taken, else."""
         if self._peek() != "begin" or self._in_system:  # no attempt within an attempt
             return None
 
