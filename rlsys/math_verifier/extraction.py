@@ -25,6 +25,7 @@ _BETWEEN_BOXES = re.compile(
     r"|[,;.]? ?\((?:[b-h]|[2-9]|ii|iii|iv|v)\)",
     re.IGNORECASE,
 )
+_OR = re.compile(r"\bor\b", re.IGNORECASE)
 _LABEL = re.compile(r"(?<![\w\\])([A-Za-z](?:\w{0,2}|_\{?\w{1,3}\}?))\s*=\s*$")
 _TEXT_BETWEEN = re.compile(r"\\+(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}")
 _SPACING_BETWEEN = re.compile(r"\\+(?:quad|qquad|[,;:! ])|[\s~]")
@@ -68,6 +69,7 @@ def last_boxes(text: str) -> str | None:
 
     contents = [content.strip()]
     labels = [_label(text, box)]
+    alternatives = True  # every joint is an "or"
     while len(contents) < MAX_LIST_ITEMS:
         before = _last_box(text, box.start())
         inner = None if before is None else _content(text, before)
@@ -76,13 +78,14 @@ def last_boxes(text: str) -> str | None:
         end = before.end() + len(inner) + (1 if before[1] else 0)
         if end > box.start() or not _joins(text[end : box.start()]):
             break
+        alternatives = alternatives and _OR.search(text, end, box.start()) is not None
         contents.append(inner.strip())
         labels.append(_label(text, before))
         box = before
 
     if len(contents) > 1 and all(labels) and not any("=" in content for content in contents):
         contents = [f"{label} = {content}" for label, content in zip(labels, contents, strict=True)]
-    return ", ".join(reversed(contents))
+    return (" or " if alternatives else ", ").join(reversed(contents))
 
 
 def _label(text: str, box: re.Match[str]) -> str:
