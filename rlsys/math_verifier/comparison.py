@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -275,7 +276,9 @@ def is_name(node: Node) -> bool:
             return _is_named_set_or_length(node.arguments[0])
         return node.name.startswith("undefined ")
     if isinstance(node, Power):  # C_5^2, a number of combinations
-        return isinstance(node.base, Symbol) and node.base.name[:2] in _COMBINATORIAL
+        return (
+            isinstance(node.base, Symbol) and _COMBINATORIAL.fullmatch(node.base.name) is not None
+        )
     if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
         return (
             0 < len(node.factors) <= 3
@@ -310,7 +313,7 @@ _FORMULA = Symbol("a formula")
 _NAMED_FUNCTIONS = frozenset(
     ["sin", "cos", "tan", "cot", "sec", "csc", "max", "min", "gcd", "lcm", "arg", "Re", "Im"]
 )
-_COMBINATORIAL = frozenset({"C_", "A_"})
+_COMBINATORIAL = re.compile(r"[CAP]_\d+")
 
 
 def names_value(label: Node, value: Node) -> bool:
@@ -1089,6 +1092,54 @@ def _long_decimals(left: Node, right: Node) -> bool:
     return bool(distance <= real_value(Number(tolerance)))
 
 
+_INTEGERS = frozenset({"the set Z", "the set N", "Z", "N"})
+
+
+def _family(node: Node) -> tuple[Node, str, str] | None:
+    """Return the members, parameter and set of `pi/4 + k pi, k in Z`; None for anything else."""
+    if not isinstance(node, Listing) or len(node.items) < 2:
+        return None
+    match node.items[-1]:
+        case Relation((Symbol(parameter), Symbol(integers)), ("in",)) if integers in _INTEGERS:
+            members = node.items[:-1]
+            if not all(parameter in symbols(item) for item in members):
+                return None
+            rest = members[0] if len(members) == 1 else Listing(members, node.separator)
+            return simplified(rest), parameter, integers.removeprefix("the set ")
+        case _:
+            return None
+
+
+def _families(left: Node, right: Node) -> bool:
+    """Compare solutions for every integer; the parameter's name is free where both name its set."""
+    first, second = _family(left), _family(right)
+    if first is None:
+        return False
+    members, parameter, integers = first
+    if second is None:
+        return same_answer(members, right)
+
+    others, other_parameter, other_integers = second
+    if integers != other_integers or parameter in symbols(others) - {other_parameter}:
+        return False
+    try:
+        return same_answer(members, _renamed(others, other_parameter, parameter))
+    except UnparsableError:
+        return False
+
+
+def _renamed(node: Node, old: str, new: str) -> Node:
+    match node:
+        case Relation(parts, operators):
+            return Relation(tuple(_renamed(part, old, new) for part in parts), operators)
+        case Listing(items, separator):
+            return Listing(tuple(_renamed(item, old, new) for item in items), separator)
+        case Group(opening, items, closing):
+            return Group(opening, tuple(_renamed(item, old, new) for item in items), closing)
+        case _:
+            return substitute(node, old, Symbol(new))
+
+
 def _ratios(left: Node, right: Node) -> bool:
     if not isinstance(left, Ratio):
         return False
@@ -1124,4 +1175,5 @@ _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _memberships,
     _sets,
     _long_decimals,
+    _families,
 )

@@ -253,7 +253,12 @@ class _Parser:
     def _listing(self) -> Node:
         items = [self._clause()]
         separators: set[str] = set()
-        while self._peek() in _SEPARATORS:
+        while self._peek() in _SEPARATORS or self._in_a_set():
+            if self._in_a_set():
+                self._position += 1
+                items.append(self._clause())
+                self._expect(")")
+                continue
             separator = self._next().text
             if separator not in ("and", "or") and self._peek() in ("and", "or"):  # "1, 2, and 3"
                 separator = self._next().text
@@ -265,6 +270,12 @@ class _Parser:
             if word in separators:
                 return Listing(tuple(items), word)
         return Listing(tuple(items), ",")
+
+    def _in_a_set(self) -> bool:
+        """Return whether `(k in Z)` comes, which says what a letter before it stands for."""
+        if self._peek() != "(" or self._peek(2) != "in" or self._peek(4) != ")":
+            return False
+        return self._kind(1) == self._kind(3) == "letter"
 
     def _clause(self) -> Node:
         outer = self._units
@@ -432,6 +443,8 @@ class _Parser:
         kind, name = self._kind(), self._peek()
         if kind in ("number", "letter"):
             return True
+        if self._in_a_set():
+            return False
         if name == "|":
             return self._bars == 0 and self._closing_bar()
         if name == "[" and (
@@ -721,6 +734,8 @@ class _Parser:
             else:
                 return Symbol(name)
         inner = self._nested(self._primary)
+        if self._accept("_"):  # f(x)_{max}
+            name += "_" + self._index()
         if isinstance(inner, Group):
             return Call(f"undefined {name}", inner.items)
         return Call(f"undefined {name}", (inner,))

@@ -48,7 +48,7 @@ _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
 _WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
 _LONG_FILLERS = frozenset(word for word in FILLERS if len(word) > 3)  # "so" is s times o
 _WORDS_OF_ANSWERS = UNIT_WORDS | _LONG_FILLERS | frozenset(WORD_NAMES) | FUNCTIONS
-_JOINED = re.compile(r"\s*,?\s*(?:or|and)\s*", re.IGNORECASE)
+_JOINED = re.compile(r",?\s*(?:or|and)", re.IGNORECASE)
 LONG_SENTENCE = 5  # words; "Final Answer: Jane started 3 hours ago" holds its answer, and is none
 MAX_LINE = 1000
 
@@ -166,7 +166,8 @@ def _last_joined(
     """Return the last of the values found, with those that an "or" or "and" joins to it."""
     joined = [found[-1]]
     for before in reversed(found[-MAX_LIST_ITEMS:-1]):
-        if not _JOINED.fullmatch(text, before.end(), joined[-1].start()):
+        between = text[before.end() : joined[-1].start()].strip()
+        if not _JOINED.fullmatch(between) and not (between == "," and len(joined) > 1):
             break
         joined.append(before)
     return ", ".join(content(match) for match in reversed(joined))
