@@ -366,7 +366,7 @@ def _simplified_relation(node: Relation) -> Node:
         return Listing(tuple(Relation((name, value), ("=",)) for name in names), "and")
 
     # Two sides with a variable are an equation; any other chain states equal values.
-    is_chain = named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))
+    is_chain = named or len(parts) > 2 or not (_is_open(parts[0]) or _is_open(parts[1]))
     if len(values) > 1 and is_chain:
         values = _without_formulas(values)
         if not all(same_answer(values[0], value) for value in values[1:]):
@@ -378,7 +378,7 @@ def _simplified_relation(node: Relation) -> Node:
     value = simplified(values[0])
     if not named:
         # 2x = 4 + 2 = 6 is 6, but it is not x = 6.
-        is_formula = symbols(parts[0]) and not symbols(value)
+        is_formula = _is_open(parts[0]) and not _is_open(value)
         return Relation((_FORMULA, value), ("=",)) if is_formula else value
     if isinstance(parts[0], Group):
         return value
@@ -400,14 +400,21 @@ def _without_formulas(values: list[Node]) -> list[Node]:
 
     A variable alone is no formula but a second name: x = y = 3 has two values.
     """
-    if symbols(values[-1]):
+    if _is_open(values[-1]):
         return values
     return [value for value in values if not _is_formula(value)]
 
 
 def _is_formula(node: Node) -> bool:
     is_function = isinstance(node, Call) and not is_name(node)
-    return bool(symbols(node)) and (is_function or isinstance(node, Sum | Product | Power))
+    return _is_open(node) and (is_function or isinstance(node, Sum | Product | Power))
+
+
+def _is_open(node: Node) -> bool:
+    """Return whether a node has a variable, or an unknown value such as f(2)."""
+    if isinstance(node, Symbol) or (isinstance(node, Call) and node.name.startswith("undefined ")):
+        return True
+    return any(map(_is_open, children(node)))
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:

@@ -642,6 +642,10 @@ class _Parser:
             raise UnparsableError("it ends too early")
 
         name = self._next().text
+        if name == "..." and self._position > 1:  # of 1 + 2 + ... + n, but not of a list
+            around = self._tokens[self._position - 2].text, self._peek()
+            if all(sign in ("+", "-", "*") for sign in around):
+                return Symbol(name)
         if name in FUNCTIONS and name not in ("sqrt",):
             return self._function(name)
         if name in _PRIMARIES:

@@ -48,9 +48,12 @@ _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
 _WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
 _LONG_FILLERS = frozenset(word for word in FILLERS if len(word) > 3)  # "so" is s times o
 _WORDS_OF_ANSWERS = UNIT_WORDS | _LONG_FILLERS | frozenset(WORD_NAMES) | FUNCTIONS
+_ANOTHER = re.compile(r"\s*(?:,?\s*or\b|(?:,|,?\s*and)\s*(?:\$|\\\())", re.IGNORECASE)
+_NO_VALUE_AFTER = re.compile(r"(?:\b(?:than|not|never)|n't)\s*$", re.IGNORECASE)
 _JOINED = re.compile(r",?\s*(?:or|and)", re.IGNORECASE)
 LONG_SENTENCE = 5  # words; "Final Answer: Jane started 3 hours ago" holds its answer, and is none
 MAX_LINE = 1000
+MAX_NOTE = 20  # characters before a value that may take it back
 
 
 def announced(completion: str) -> str | None:
@@ -116,7 +119,7 @@ def _answer_of_sentence(sentence: str) -> str | None:
     if _is_mathematics(sentence) and not (formula and formula.end() == len(sentence)):
         return sentence
     if formula:
-        return _inside(formula)
+        return _only_formula(sentence, formula)
     explained = _EXPLAINED.match(sentence)
     if explained:
         return explained[1]
@@ -125,11 +128,18 @@ def _answer_of_sentence(sentence: str) -> str | None:
     if verbs:
         said = sentence[verbs[-1].end() :]
         formula = _DISPLAYED.match(said)
-        if formula or _is_mathematics(said):
-            return _inside(formula) if formula else said
+        if formula:
+            return _only_formula(said, formula)
+        if _is_mathematics(said):
+            return said
     if len(sentence.split()) >= LONG_SENTENCE:
         return _last_value(sentence) or sentence
     return sentence or None
+
+
+def _only_formula(text: str, formula: re.Match[str]) -> str:
+    """Return a formula at the beginning of a text, or all of the text where another is joined."""
+    return text if _ANOTHER.match(text, formula.end()) else _inside(formula)
 
 
 def _inside(formula: re.Match[str]) -> str:
@@ -162,9 +172,14 @@ def _last_value(text: str) -> str | None:
 
 def _last_joined(
     text: str, found: list[re.Match[str]], content: Callable[[re.Match[str]], str]
-) -> str:
-    """Return the last of the values found, with those that an "or" or "and" joins to it."""
+) -> str | None:
+    """Return the last of the values found, with those that an "or" or "and" joins to it.
+
+    None where it is no value of anything: "fewer than 70", "not 70".
+    """
     joined = [found[-1]]
+    if _NO_VALUE_AFTER.search(text[: joined[0].start()][-MAX_NOTE:]):
+        return None
     for before in reversed(found[-MAX_LIST_ITEMS:-1]):
         between = text[before.end() : joined[-1].start()].strip()
         if not _JOINED.fullmatch(between) and not (between == "," and len(joined) > 1):
