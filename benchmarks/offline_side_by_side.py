@@ -20,8 +20,11 @@ Both get the allocator's settings of `workers/cluster.py`, as many threads as th
 and the same priority. Seconds per step are means from the end of the first step on. TRL runs with
 each number of micro-batches in `--accumulation`; its fastest counts. A ratio is that of two runs
 one after the other; the median over the rounds is printed with the smallest and the largest.
-Memory is the largest until the end of the last step: of the processes that hold a model (each one's
-own peak), and of all processes together. Results are recorded in docs/measurements.md.
+
+CPU seconds are those of all processes. Beside other programs they tell more than the clock, best
+with OMP_WAIT_POLICY=passive, so that waiting threads do not count. Memory is the largest until the
+end of the last step: of the processes that hold a model (each one's own peak, added up), and of all
+processes together. Results are recorded in docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.process_memory import MemorySamples
+from benchmarks.process_use import ProcessUse
 from benchmarks.side_by_side import MODEL, trl_python
 from rlsys.config.command_line import parse
 from rlsys.config.hardware import detect_hardware
@@ -103,6 +106,7 @@ class Run:
 
     losses: Sequence[float]
     ends: Sequence[float]  # of the steps, in seconds since the epoch
+    cpu: float  # CPU seconds of all processes from the end of the first step to that of the last
     model_gib: float  # processes that hold a model, the sum of their peaks
     all_gib: float  # all processes, at the same time
 
@@ -110,6 +114,11 @@ class Run:
     def seconds(self) -> float:
         """Mean seconds of a step without the first."""
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Mean CPU seconds of a step without the first."""
+        return self.cpu / (len(self.ends) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +258,8 @@ def check_rows(expected: Sequence[Sequence[Row]], seen: Sequence[Sequence[Row]])
         )
 
 
-def run_watched(command: Sequence[str], log: Path) -> MemorySamples:
-    """Run a command, and return the memory of its processes.
+def run_watched(command: Sequence[str], log: Path) -> ProcessUse:
+    """Run a command, and return what its processes used.
 
     Raises:
         RuntimeError: the command failed; with the end of what it printed.
@@ -262,27 +271,29 @@ def run_watched(command: Sequence[str], log: Path) -> MemorySamples:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        with MemorySamples(process.pid) as memory:
+        with ProcessUse(process.pid) as use:
             code = process.wait()
     if code:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return memory
+    return use
 
 
 def run_rlsys(work: Work, directory: Path) -> Run:
     """Run the recipe."""
     command = [sys.executable, "-m", f"recipes.{work.kind.recipe}", *work.flags(directory)]
-    memory = run_watched(command, directory.with_suffix(".log"))
+    use = run_watched(command, directory.with_suffix(".log"))
     records = [
         record for record in read_metrics(directory / "metrics.jsonl") if record.kind == "train"
     ]
     last = records[-1]
+    ends = [record.time for record in records]
     roles = (f"memory/{work.kind.role}", "memory/reference")
     return Run(
         losses=[record.values[f"{work.kind.role}/loss"] for record in records],
-        ends=[record.time for record in records],
+        ends=ends,
+        cpu=use.cpu_seconds(ends[0], ends[-1]),
         model_gib=sum(last.values.get(name, 0.0) for name in roles),
-        all_gib=memory.peak(last.time),
+        all_gib=use.peak_gib(ends[-1]),
     )
 
 
@@ -295,13 +306,15 @@ def run_trl(
     command += ["--kind", work.kind.name, "--output", str(output), "--steps", str(work.steps)]
     command += ["--examples", str(work.examples), "--accumulation", str(accumulation)]
     command += ["--optimizer", json.dumps(work.trl_settings())]
-    memory = run_watched(command, directory.with_suffix(".log"))
+    use = run_watched(command, directory.with_suffix(".log"))
     found = json.loads(output.read_text())
+    ends = found["ends"]
     run = Run(
         losses=found["losses"],
-        ends=found["ends"],
+        ends=ends,
+        cpu=use.cpu_seconds(ends[0], ends[-1]),
         model_gib=found["gib"],
-        all_gib=memory.peak(found["ends"][-1]),
+        all_gib=use.peak_gib(ends[-1]),
     )
     return run, found["rows"]
 
@@ -326,7 +339,7 @@ class Comparison:
         )
 
     def report(self) -> str:
-        """Return the losses and a row of the table."""
+        """Return the losses of the first round, step by step."""
         steps = zip(self.trl[0].losses, self.rlsys[0].losses, strict=True)
         lines = [f"\n{self.kind}: loss before each step\n\n| step | TRL | rlsys | difference |"]
         lines.append("|---|---|---|---|")
@@ -334,28 +347,40 @@ class Comparison:
             lines.append(f"| {step} | {theirs:.6f} | {ours:.6f} | {ours - theirs:+.1e} |")
         return "\n".join(lines)
 
-    def row(self) -> str:
-        """Return the row of the table."""
-        ratios = [
-            trl.seconds / rlsys.seconds for trl, rlsys in zip(self.trl, self.rlsys, strict=True)
-        ]
-        spread = f" ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else ""
-        cells = [
-            self.kind,
-            f"{self.tokens:.0f}",
-            f"{self.difference:.0e}",
-            f"{statistics.median(run.seconds for run in self.trl):.2f}",
-            f"{statistics.median(run.seconds for run in self.rlsys):.2f}",
-            f"**{statistics.median(ratios):.2f}**{spread}",
-            *(f"{max(run.model_gib for run in runs):.1f}" for runs in (self.trl, self.rlsys)),
-            *(f"{max(run.all_gib for run in runs):.1f}" for runs in (self.trl, self.rlsys)),
-        ]
-        return f"| {' | '.join(cells)} |"
+    def rows(self) -> tuple[str, str]:
+        """Return the row of each program."""
+        both = (("TRL", self.trl), ("rlsys", self.rlsys))
+        wall, cpu = self._ratios("seconds"), self._ratios("cpu_seconds")
+        first, second = (
+            [self.kind, f"{self.tokens:.0f}", name, *_figures(runs)] for name, runs in both
+        )
+        first += ["", "", ""]
+        second += [f"**{_spread(wall)}**", f"**{_spread(cpu)}**", f"{self.difference:.0e}"]
+        return f"| {' | '.join(first)} |", f"| {' | '.join(second)} |"
+
+    def _ratios(self, name: str) -> list[float]:
+        """Return TRL's figure divided by that of rlsys, for each round."""
+        rounds = zip(self.trl, self.rlsys, strict=True)
+        return [getattr(trl, name) / getattr(rlsys, name) for trl, rlsys in rounds]
+
+
+def _figures(runs: Sequence[Run]) -> list[str]:
+    return [
+        f"{statistics.median(run.seconds for run in runs):.2f}",
+        f"{statistics.median(run.cpu_seconds for run in runs):.2f}",
+        f"{max(run.model_gib for run in runs):.1f}",
+        f"{max(run.all_gib for run in runs):.1f}",
+    ]
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    median = f"{statistics.median(ratios):.2f}"
+    return median if len(ratios) == 1 else f"{median} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 HEADER = (
-    "| | tokens per step | largest difference of a loss | TRL, s per step | rlsys | ratio "
-    "| TRL, model's process, GiB | rlsys, model's processes | TRL, all processes | rlsys |\n"
+    "| | tokens per step | | s per step | CPU s per step | GiB, processes with a model "
+    "| GiB, all processes | times as fast | times less CPU time | largest difference of a loss |\n"
     + "|---" * 10
     + "|"
 )
@@ -428,7 +453,7 @@ def main() -> None:
         print(comparison.report())
     print("\n" + HEADER)
     for comparison in comparisons:
-        print(comparison.row())
+        print("\n".join(comparison.rows()))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps([asdict(each) for each in comparisons], indent=1))
 
