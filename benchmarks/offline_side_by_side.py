@@ -13,7 +13,7 @@ once (`--environment`). The examples are generated problems, several to a prompt
     prompt      What is 7 - 4?\\nFind the value of 9 + 2.
     response     7 - 4 = 3. \\boxed{3}\\n9 + 2 = 11. \\boxed{11}
 
-A prompt has 1 to 8 of them, so lengths vary, though less than those of MATH's solutions. A rejected
+A prompt has 1 to 8 of them (`--problems`), so lengths vary, though less than in MATH. A rejected
 response has wrong results. A step has `--sequences` sequences, that is half as many pairs.
 
 Both get the allocator's settings of `workers/cluster.py`, as many threads as this process may use,
@@ -60,7 +60,6 @@ from rlsys.run.observers.metrics_log import read_metrics
 from workers.cluster import ALLOCATOR
 
 TRL_STEP = Path(__file__).with_name("trl_offline_step.py")
-MOST_PROBLEMS = 8  # of one prompt
 TOLERANCE = 1e-3  # of a loss
 
 BETAS = (0.9, 0.95)
@@ -175,16 +174,16 @@ class Work:
         return settings
 
 
-def write_examples(kind: Kind, count: int, file: Path) -> None:
-    """Write examples in the columns that both read: prompt and completion, or a pair."""
+def write_examples(kind: Kind, count: int, problems: int, file: Path) -> None:
+    """Write examples of 1 to `problems` problems, in the columns that both read."""
     rng = random.Random(0)
-    counts = [rng.randint(1, MOST_PROBLEMS) for _ in range(count)]
+    counts = [rng.randint(1, problems) for _ in range(count)]
     solved, _ = generate_solved_problems((1,), train_size=sum(counts), eval_size=1, seed=0)
 
     lines = []
     for size in counts:
-        problems, solved = solved[:size], solved[size:]
-        lines.append(json.dumps(example(kind, problems)) + "\n")
+        own, solved = solved[:size], solved[size:]
+        lines.append(json.dumps(example(kind, own)) + "\n")
     file.write_text("".join(lines))
 
 
@@ -395,7 +394,7 @@ def compare(kind: Kind, arguments: argparse.Namespace, python: Path, directory: 
         save_reward_model(model, directory / "model")
         model = directory / "model"
     data = directory / "examples.jsonl"
-    write_examples(kind, examples * arguments.steps, data)
+    write_examples(kind, examples * arguments.steps, arguments.problems, data)
     work = Work(kind=kind, steps=arguments.steps, examples=examples, model=model, data=data)
     expected = expected_rows(work, directory / "unused")
 
@@ -436,6 +435,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sequences", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--problems", type=int, default=8, help="most problems of a prompt")
     parser.add_argument("--accumulation", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--environment", type=Path, default=cache_directory() / "trl")

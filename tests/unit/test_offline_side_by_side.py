@@ -30,7 +30,7 @@ from rlsys.models.loading import load_tokenizer
 def work(kind: str, tmp_path: Path, *, steps: int = 2) -> Work:
     examples = 4 // KINDS[kind].responses
     file = tmp_path / f"{kind}.jsonl"
-    write_examples(KINDS[kind], examples * steps, file)
+    write_examples(KINDS[kind], examples * steps, 3, file)
     return Work(
         kind=KINDS[kind], steps=steps, examples=examples, model=resolve_model("tiny"), data=file
     )
