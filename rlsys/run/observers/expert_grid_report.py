@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from rlsys.config.expert_grid import Cell
@@ -19,8 +20,9 @@ from rlsys.run.observers.run_charts import series_of
 
 PAGE = "summary.html"
 
-# The columns of the table: label, value of a row.
-COLUMNS: tuple[tuple[str, Callable[[CellResult], str]], ...] = (
+Columns = tuple[tuple[str, Callable[[CellResult], str]], ...]  # label, value of a row
+
+COLUMNS: Columns = (
     ("G", lambda row: str(row.samples)),
     ("epochs", lambda row: str(row.epochs)),
     ("D_b", lambda row: str(row.problems)),
@@ -33,6 +35,14 @@ COLUMNS: tuple[tuple[str, Callable[[CellResult], str]], ...] = (
     ("entropy", lambda row: _change(row.entropy_first, row.entropy_last, "{:.3f}")),
     ("updates", lambda row: str(row.updates)),
     ("sampled tokens", lambda row: f"{row.sampled_tokens:,}"),
+    ("seconds", lambda row: f"{row.seconds:.0f}"),
+)
+CONSOLE_COLUMNS: Columns = (
+    *COLUMNS[:4],
+    ("before", lambda row: _number(row.accuracy_before, "{:.1%}")),
+    ("after", lambda row: _number(row.accuracy_after, "{:.1%}")),
+    ("kept", lambda row: _number(row.kept_fraction, "{:.1%}")),
+    ("entropy", lambda row: _number(row.entropy_last, "{:.3f}")),
     ("seconds", lambda row: f"{row.seconds:.0f}"),
 )
 # The curves: title, metric, kind of its records, whether it is a fraction.
@@ -64,12 +74,17 @@ def rows_of(results: Sequence[CellResult]) -> list[list[str]]:
 
 
 def summary_table(results: Sequence[CellResult]) -> Table:
-    """Return the table for the console."""
-    table = Table(title="expert iteration: all combinations", title_justify="left")
-    for label, _ in COLUMNS:
-        table.add_column(label, justify="left" if label == "state" else "right")
-    for row in rows_of(results):
-        table.add_row(*row)
+    """Return the table for the console, which fits into 80 characters."""
+    table = Table(
+        title="held-out accuracy before and after, responses kept, entropy of the last step",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    for label, _ in CONSOLE_COLUMNS:
+        table.add_column(label, justify="left" if label == "state" else "right", no_wrap=True)
+    for result in results:
+        table.add_row(*(value(result) for _, value in CONSOLE_COLUMNS))
     return table
 
 
