@@ -143,6 +143,7 @@ def _prepare(
         ValueError: mistakes, a line each.
     """
     from recipes.run_recipe import check_problems, choose_models
+    from rlsys.run.expert_iteration_checks import expert_mistakes
 
     config = invocation.config
     mistakes = Mistakes()
@@ -159,7 +160,7 @@ def _prepare(
                 run.config.online(),
                 hardware,
                 resume=run.exists,
-                further_mistakes=run.config.own_contradictions(),
+                further_mistakes=expert_mistakes(run.config),
             ),
         )
     mistakes.lines = list(dict.fromkeys(mistakes.lines))

@@ -114,6 +114,7 @@ def _prepare(
         ValueError: mistakes, a line each.
     """
     from recipes.run_recipe import check_problems, choose_models, load_checked_prompts
+    from rlsys.run.expert_iteration_checks import expert_mistakes
 
     config = invocation.config
     checked = check_problems(
@@ -121,7 +122,7 @@ def _prepare(
         config.online(),
         hardware,
         resume=invocation.resume,
-        further_mistakes=config.own_contradictions(),
+        further_mistakes=expert_mistakes(config),
     )
     evaluates = bool(checked.problems.evaluation)
     if said_complete(checked.checkpoint, config, console, evaluates=evaluates):

@@ -5,12 +5,14 @@ Everything else is checked as in the RL run that `ExpertIterationRunConfig.onlin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from rlsys.config.command_line import evolve
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.models.loading import parameter_count
+from rlsys.rewards import refuse_reward_model
 from rlsys.run.compute_dtype import DtypeChoice, ProductSpeed
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
@@ -19,6 +21,15 @@ from rlsys.run.step_time import StepEstimate, estimate_step
 
 # Rows of the plan of an RL run that do not concern expert iteration.
 OTHER_ROWS = ("reference", "critic", "reward model", "advantages", "text")
+
+
+def expert_mistakes(config: ExpertIterationRunConfig) -> Iterator[str]:
+    """Yield the mistakes that only this kind of run can have, a line each."""
+    yield from config.own_contradictions()
+    try:
+        refuse_reward_model(config.reward.functions, "expert iteration")
+    except ValueError as error:
+        yield str(error)
 
 
 def with_dtypes(config: ExpertIterationRunConfig, choice: DtypeChoice) -> ExpertIterationRunConfig:
