@@ -27,7 +27,7 @@ from rlsys.data.batches import RewardBatch, RolloutBatch, ScoredBatch, StepRewar
 from rlsys.data.response_text import text_after_each_token
 from rlsys.data.rollout_files import read_rollouts, write_rollouts
 from rlsys.driver.batch_metrics import batch_metrics
-from rlsys.driver.credit_assignment import CreditAssigner
+from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
 from rlsys.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
@@ -613,3 +613,21 @@ async def test_without_a_tokenizer_only_responses_are_scored():
         await worker.shutdown()
     assert given.step_rewards == {}
     assert given.components["arithmetic_steps"].tolist() == [0.0]
+
+
+def test_advantages_that_are_estimated_again_have_the_rewards_of_steps():
+    """As before a mini-batch of `algorithm.advantage.recompute`, of the second response alone."""
+    made = pair_of_responses()
+    given = rewards_with([1, 0], [[1, 3], [0]], [[1.0, 0.5], [-1.0]])
+    live = LiveLogprobs(
+        logprobs=np.zeros(len(made.token_ids), dtype=np.float32),
+        squared_score_norms=np.ones(len(made.token_ids), dtype=np.float32),
+    )
+    found = recomputed(
+        config_of("reinforce", OUTCOME, STEPS),
+        ScoredBatch(rollouts=made, rewards=given),
+        np.array([1]),
+        live,
+        {},
+    )
+    assert advantages_of(found.batch) == [[0.0] * 4, [-2.0, 0.0]]
