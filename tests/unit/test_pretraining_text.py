@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,6 +305,21 @@ def test_a_step_of_texts_alone_is_a_step_of_the_optimizer(workers: list[PolicyWo
         worker.update(untrained, (), texts)
     assert worker.steps.completed == 5
     assert worker.text_loss(texts)["eval/text_loss"].value < before - 0.01
+
+
+def test_a_loaded_policy_goes_on_as_if_nothing_had_happened(
+    workers: list[PolicyWorker], tmp_path: Path
+):
+    worker = made(workers, settings(num_mini_batches=2))
+    worker.update(batch(), (), random_texts(5))
+    worker.save(str(tmp_path))
+    expected = weights_after(worker, batch(), (), random_texts(5, seed=1))
+
+    loaded = made(workers, settings(num_mini_batches=2))
+    loaded.load(str(tmp_path))
+    found = weights_after(loaded, batch(), (), random_texts(5, seed=1))
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-7), name
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens(workers: list[PolicyWorker]):
