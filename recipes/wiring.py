@@ -25,7 +25,7 @@ from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
 from rlsys.driver.ports import EvaluationWorkers, OfflineWorkers, Workers
 from rlsys.models.loading import longest_window
-from rlsys.rewards import reward_model_role
+from rlsys.rewards import reward_model_of, reward_model_role
 from rlsys.run.model_checks import ModelDirectories
 from workers.advantage_controller import AdvantageController, AdvantageControllerClient
 from workers.cluster import Cluster
@@ -104,7 +104,8 @@ async def start_workers(
             cluster, CriticWorker, config, config.critic_role(), directory, shares="policy"
         )
     scoring_actors = []
-    if directories.reward_model is not None:
+    if reward_model_of(config.reward.functions) is not None:
+        assert directories.reward_model is not None, "a reward that is a model needs its directory"
         role = reward_model_role(config)
         directory = str(directories.reward_model)
         scoring_actors = _spawn_ranks(

@@ -122,8 +122,7 @@ async def test_scores_do_not_depend_on_ranks_or_packing(reward_model: Path):
     plans: dict[str, dict[str, Any]] = {
         "one rank": {},
         "two ranks, small packs": {"ranks": 2, "microbatch_tokens": 20},
-        "two ranks, padded": {"ranks": 2, "packing": False},
-        "one rank, prompts repeated": {"shared_prefix_packing": False},
+        "two ranks, padded, prompts repeated": {"ranks": 2, "packing": False},
     }
     for name, plan in plans.items():
         batch = await scored(reward_model, **plan)

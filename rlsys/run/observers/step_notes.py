@@ -130,14 +130,13 @@ def _trained_fraction(values: Numbers) -> Note | None:
     trained, sampled = values.get("trained/responses"), values.get("rollout/responses")
     if not trained or trained == sampled:
         return None
-    reward = _number(values, "trained/reward_mean")
-    correct = _number(values, "trained/accuracy")
-    return Note(
-        "trained on a part",
+    text = (
         f"trained on {trained:.0f} of {sampled:.0f} responses: "
-        f"reward {reward:.3f}, correct {correct:.1%}",
-        warning=False,
+        f"reward {_number(values, 'trained/reward_mean'):.3f}"
     )
+    if "trained/accuracy" in values:  # absent where the first reward is a model
+        text += f", correct {_number(values, 'trained/accuracy'):.1%}"
+    return Note("trained on a part", text, warning=False)
 
 
 RULES: tuple[Callable[[Numbers], Note | None], ...] = (

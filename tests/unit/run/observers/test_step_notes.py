@@ -98,3 +98,9 @@ def test_what_was_trained_is_said_where_it_is_not_everything_and_is_no_warning()
     assert warning.warning  # first
     assert note.text == "trained on 64 of 96 responses: reward 0.281, correct 28.1%"
     assert not note.warning
+
+
+def test_no_fraction_of_correct_responses_is_said_where_none_is_measured():
+    part = {"rollout/responses": 96.0, "trained/reward_mean": 0.281}
+    (note,) = step_notes({**FINE, **part})
+    assert note.text == "trained on 64 of 96 responses: reward 0.281"
