@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import TrainBatch
+from rlsys.data.batches import ScoredBatch, TrainBatch
 from rlsys.data.example_stream import ExampleBatch
+from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm
 from tests.support.rollout_examples import random_rollouts, rewards_of
@@ -31,7 +32,9 @@ COEFFICIENT = 0.7
 Gradient = dict[str, torch.Tensor]
 
 
-def settings(coefficient: float = COEFFICIENT, **policy: Any) -> RunConfig:
+def settings(
+    coefficient: float = COEFFICIENT, algorithm: dict[str, Any] | None = None, **policy: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "tiny"},
@@ -41,6 +44,7 @@ def settings(coefficient: float = COEFFICIENT, **policy: Any) -> RunConfig:
                 "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "eps": 1e-2},
                 **policy,
             },
+            "algorithm": algorithm or {},
             "ptx": {"coefficient": coefficient, "train": "synthetic"},
         }
     )
@@ -167,6 +171,68 @@ def test_the_gradient_is_that_of_the_responses_plus_that_of_the_texts(
     norm = math.sqrt(sum(float((tensor**2).sum()) for tensor in both.values()))
     assert report["policy/grad_norm"].value == pytest.approx(norm, rel=1e-6)
     assert not {"policy/ptx_loss", "policy/ptx_tokens"} & without.keys()
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"aggregation": "constant", "entropy": {"bonus": 0.1}},
+        {"aggregation": "sequence_sum", "objective": {"ratio": "sequence", "weight": "cispo"}},
+        {"kl": {"coefficient": 0.3}},
+        {
+            "advantage": {
+                "name": "hierarchical",
+                "recompute": True,
+                "parameters": {"solver": "network"},
+            },
+            "objective": {"weight": "none"},
+        },
+    ],
+    ids=["constant", "gspo", "kl", "recompute"],
+)
+def test_the_text_adds_the_same_gradient_to_every_objective(
+    algorithm: dict[str, Any], workers: list[PolicyWorker], monkeypatch: pytest.MonkeyPatch
+):
+    train, texts = batch(), random_texts(6)
+    data: Any = train
+    if "kl" in algorithm:
+        data = replace(train, ref_logprobs=train.old_logprobs, kl_coefficient=0.3)
+    if "advantage" in algorithm:
+        data = ScoredBatch(rollouts=train.rollouts, rewards=train.rewards)
+    # A new worker for each: the baseline network of `recompute` learns in an update.
+    worker = made(workers, settings(algorithm=algorithm))
+    without = Gradients(worker, monkeypatch)
+    worker.update(data)
+    worker = made(workers, settings(algorithm=algorithm))
+    both = Gradients(worker, monkeypatch)
+    worker.update(data, (), texts)
+    expected = scaled(by_whole_logits(texts, list(range(6)))[1], COEFFICIENT)
+    assert_close(both.found[0], plus(without.found[0], expected))
+
+
+def test_texts_have_no_kl_over_the_vocabulary(
+    workers: list[PolicyWorker], monkeypatch: pytest.MonkeyPatch
+):
+    """The reference's hidden states belong to the responses. Here they are random."""
+    algorithm = {"kl": {"coefficient": 0.3, "kind": "exact"}}
+    worker = made(workers, settings(algorithm=algorithm))
+    worker.load_reference_head(str(resolve_model("tiny")))
+    steps = Gradients(worker, monkeypatch)
+    train, texts = batch(), random_texts(6)
+    train = replace(train, ref_logprobs=train.old_logprobs, kl_coefficient=0.3)
+    positions = np.flatnonzero(train.rollouts.response_mask)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(len(positions), worker.backend.module.hidden_size, generator=generator)
+    hidden = HiddenStates.of(train.batch_id, positions, states)
+
+    reports = []
+    for arguments in ((), (texts,)):
+        worker.ref_hidden = JoinedStates([hidden], len(train.rollouts.token_ids))
+        reports.append(worker.update(train, (), *arguments))
+    expected = scaled(by_whole_logits(texts, list(range(6)))[1], COEFFICIENT)
+    assert_close(steps.found[1], plus(steps.found[0], expected))
+    first, second = (report["policy/kl_ref_exact"].value for report in reports)
+    assert first == second > 0
 
 
 def test_each_optimizer_step_gets_its_part_of_the_texts_with_its_own_denominator(
