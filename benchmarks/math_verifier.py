@@ -5,6 +5,10 @@ where it is found:
 
     python -m benchmarks.math_verifier
 
+Accuracy alone, on the cases of other data sets than MATH, with the cases that are wrong:
+
+    python -m benchmarks.math_verifier --cases tests/data/math_verifier_wider.jsonl
+
 Random pairs of strings, on which it never raises and is symmetric:
 
     python -m benchmarks.math_verifier --fuzz 50000
@@ -38,9 +42,9 @@ MATH = Path(__file__).resolve().parents[2] / "shared" / "data" / "math"
 Verifier = Callable[[dict[str, Any]], bool]
 
 
-def load_cases() -> list[dict[str, Any]]:
-    """Return the labelled set, each case with its `completion` and `extraction`."""
-    cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+def load_cases(path: Path = CASES) -> list[dict[str, Any]]:
+    """Return labelled cases, each with its `completion` and `extraction`."""
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for case in cases:
         case.setdefault("completion", f"So the answer is $\\boxed{{{case.get('answer', '')}}}$.")
         case.setdefault("extraction", "boxed")
@@ -279,6 +283,7 @@ def main() -> None:
         metavar="N",
         help="only measure the reward pool with 1 to N processes",
     )
+    parser.add_argument("--cases", type=Path, help="only measure the accuracy, on this file")
     parser.add_argument("--pairs", type=int, default=20_000, help="random pairs of MATH answers")
     parser.add_argument("--show", action="store_true", help="print the cases that rlsys gets wrong")
     parser.add_argument("--ours-only", action="store_true", help="leave the other verifiers out")
@@ -289,6 +294,8 @@ def main() -> None:
         fuzz(arguments.fuzz)
     elif arguments.pool:
         pool_throughput(arguments.pool)
+    elif arguments.cases:
+        accuracy(load_cases(arguments.cases), {"rlsys": ours}, show=True)
     else:
         verifiers: dict[str, Verifier] = {"rlsys": ours}
         adversarial()

@@ -40,7 +40,7 @@ def on_cpu(hardware: Hardware) -> RewardModelRunConfig:
         model=ModelConfig(path="smollm2-135m"),
         data=RankingDataConfig(max_prompt_tokens=160, max_response_tokens=256),
         reward_model=TrainableRoleConfig(
-            optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear", warmup_steps=5)
+            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup_steps=5)
         ),
         trainer=ScoringTrainerConfig(
             steps=80,

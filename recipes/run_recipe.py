@@ -6,12 +6,12 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
-from rlsys.config import RunConfig
+from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware, detect_hardware
@@ -68,7 +68,7 @@ class OnlinePrepared(Prepared[RunConfig]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Checked:
+class CheckedProblems:
     """A configuration without mistakes, its data, and the checkpoint to resume from."""
 
     directory: RunDirectory
@@ -87,7 +87,7 @@ class _Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Models:
+class CheckedModels:
     """The models of a run, and the precisions in which they are computed."""
 
     directories: ModelDirectories
@@ -105,18 +105,32 @@ def prepare(
     Raises:
         ValueError: mistakes, a line each; `as_config_error` turns it into a ConfigError.
     """
-    checked = _check(invocation, hardware)
+    config = invocation.config
+    checked = check_problems(config, config, hardware, resume=invocation.resume)
     evaluates = bool(checked.problems.evaluation) or bool(checked.texts.held_out)
-    if said_complete(checked.checkpoint, invocation.config, console, evaluates=evaluates):
+    if said_complete(checked.checkpoint, config, console, evaluates=evaluates):
         return None
 
-    models = _choose_models(invocation.config, hardware, checked.checkpoint)
+    models = choose_models(config, hardware, checked.checkpoint)
     data = _load_data(models, checked)
     return _assemble_prepared(invocation, hardware, checked, models, data)
 
 
-def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
-    """Check configuration and data, and find the checkpoint that a resume continues from."""
+def check_problems(
+    config: RootConfig,
+    online: RunConfig,
+    hardware: Hardware,
+    *,
+    resume: bool,
+    further_mistakes: Iterable[str] = (),
+) -> CheckedProblems:
+    """Check configuration and data, and find the checkpoint that a resume continues from.
+
+    Args:
+        config: the configuration of the run, which its checkpoints hold.
+        online: the RL run with its model, engine, rewards and problems; the same for an RL run.
+        further_mistakes: of kinds that an RL run cannot have, a line each.
+    """
     from rlsys.data.prompt_stream import load_problems
     from rlsys.data.text_stream import source_texts
     from rlsys.rewards import reads_metadata
@@ -125,29 +139,31 @@ def _check(invocation: Invocation, hardware: Hardware) -> _Checked:
     from rlsys.run.preflight import config_mistakes
     from rlsys.run.resume import check_resumable
 
-    config = invocation.config
     directory = RunDirectory.named_by(config)
 
     # Mistakes in the configuration and in the data are reported together.
     mistakes = Mistakes()
-    mistakes.lines += config_mistakes(config, directory, hardware, resume=invocation.resume)
-    metadata = reads_metadata(config.reward.functions)
-    problems = mistakes.attempt("data.train", lambda: load_problems(config, metadata=metadata))
-    texts = mistakes.attempt("ptx.train", lambda: source_texts(config))
+    mistakes.lines += config_mistakes(online, directory, hardware, resume=resume)
+    mistakes.lines += further_mistakes
+    metadata = reads_metadata(online.reward.functions)
+    problems = mistakes.attempt("data.train", lambda: load_problems(online, metadata=metadata))
+    texts = mistakes.attempt("ptx.train", lambda: source_texts(online))
     mistakes.refuse()
     assert problems is not None, "data that cannot be read is a mistake"
     assert texts is not None, "texts that cannot be read are a mistake"
 
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
-    checkpoint = store.latest() if invocation.resume else None
+    checkpoint = store.latest() if resume else None
     if checkpoint:
         check_resumable(checkpoint, config)
-    return _Checked(
+    return CheckedProblems(
         directory=directory, problems=problems, texts=texts, store=store, checkpoint=checkpoint
     )
 
 
-def _choose_models(config: RunConfig, hardware: Hardware, checkpoint: Checkpoint | None) -> _Models:
+def choose_models(
+    config: RunConfig, hardware: Hardware, checkpoint: Checkpoint | None = None
+) -> CheckedModels:
     """Find and check the models, and choose their precisions for this machine."""
     from rlsys.models import resolve_model
     from rlsys.run.compute_dtype import choose_dtypes
@@ -164,39 +180,51 @@ def _choose_models(config: RunConfig, hardware: Hardware, checkpoint: Checkpoint
         reward_model=reward_model.directory if reward_model else None,
     )
     check_model(config, directories)
-    return _Models(
+    return CheckedModels(
         directories=directories,
         dtypes=choose_dtypes(config, hardware, policy),
         reward_model=reward_model,
     )
 
 
-def _load_data(models: _Models, checked: _Checked) -> _Data:
-    """Tokenize prompts and texts, at the position of the checkpoint if there is one."""
+def load_checked_prompts(models: CheckedModels, checked: CheckedProblems) -> LoadedPrompts:
+    """Tokenize the prompts, at the position of the checkpoint if there is one."""
     from rlsys.data.prompt_stream import load_prompts
-    from rlsys.data.text_stream import load_texts
-    from rlsys.models.loading import end_token_ids, load_tokenizer
-    from rlsys.run.resume import prompt_state, registered_states
+    from rlsys.run.resume import prompt_state
 
-    config = models.dtypes.config
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(models.directories.policy, trust_remote_code=trust)
-    prompts = load_prompts(config, tokenizer, checked.problems)
-    ends = end_token_ids(models.directories.policy, tokenizer)
-    texts = load_texts(config, tokenizer, checked.texts, ends)
+    prompts = load_prompts(models.dtypes.config, _tokenizer(models), checked.problems)
     if checked.checkpoint:
         prompts.train.load_state(prompt_state(checked.checkpoint))  # refuses other problems
-        if texts.train:
-            states = registered_states(checked.checkpoint, config, ("texts",))
-            texts.train.load_state(states["texts"])  # refuses other texts
-    return _Data(prompts=prompts, texts=texts)
+    return prompts
+
+
+def _load_data(models: CheckedModels, checked: CheckedProblems) -> _Data:
+    """Tokenize prompts and texts, at the position of the checkpoint if there is one."""
+    from rlsys.data.text_stream import load_texts
+    from rlsys.models.loading import end_token_ids
+    from rlsys.run.resume import registered_states
+
+    config, tokenizer = models.dtypes.config, _tokenizer(models)
+    ends = end_token_ids(models.directories.policy, tokenizer)
+    texts = load_texts(config, tokenizer, checked.texts, ends)
+    if checked.checkpoint and texts.train:
+        states = registered_states(checked.checkpoint, config, ("texts",))
+        texts.train.load_state(states["texts"])  # refuses other texts
+    return _Data(prompts=load_checked_prompts(models, checked), texts=texts)
+
+
+def _tokenizer(models: CheckedModels) -> Any:
+    from rlsys.models.loading import load_tokenizer
+
+    trust = models.dtypes.config.model.trust_remote_code
+    return load_tokenizer(models.directories.policy, trust_remote_code=trust)
 
 
 def _assemble_prepared(
     invocation: Invocation,
     hardware: Hardware,
-    checked: _Checked,
-    models: _Models,
+    checked: CheckedProblems,
+    models: CheckedModels,
     data: _Data,
 ) -> OnlinePrepared:
     """Put the checked parts together, with the texts that the user will see."""

@@ -14,16 +14,23 @@ import ray
 from numpy.typing import NDArray
 
 from rlsys.config import ModelRoleConfig, RootConfig, RunConfig
+from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
 from rlsys.data.batches import PromptBatch
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
-from rlsys.driver.ports import EvaluationWorkers, OfflineWorkers, Workers
+from rlsys.driver.ports import (
+    EvaluationWorkers,
+    ExpertIterationWorkers,
+    OfflineWorkers,
+    Workers,
+)
 from rlsys.models.loading import longest_window
 from rlsys.rewards import reward_model_of, reward_model_role
 from rlsys.run.model_checks import ModelDirectories
@@ -31,12 +38,15 @@ from workers.advantage_controller import AdvantageController, AdvantageControlle
 from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
+from workers.response_filter import ResponseFilter, ResponseFilterClient
 from workers.reward_worker import RewardWorker, RewardWorkerClient
 from workers.training.critic import CriticWorker
+from workers.training.expert_iteration import ExpertIterationWorker
 from workers.training.offline import (
     ExampleReferenceWorker,
     OfflineWorker,
     PreferenceWorker,
+    ProcessRewardModelWorker,
     RewardModelWorker,
     SupervisedWorker,
 )
@@ -88,7 +98,7 @@ async def start_workers(
         cluster.spawn("generation", i, GenerationWorker, config, model)
         for i in range(config.generation.workers)
     ]
-    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, model, max_concurrency=1000)
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
@@ -207,6 +217,36 @@ async def start_offline_workers(
     )
 
 
+async def start_expert_iteration_workers(
+    cluster: Cluster,
+    config: ExpertIterationRunConfig,
+    model_directory: Path,
+    prompts: LoadedPrompts,
+    notify: Callable[[str], None],
+) -> ExpertIterationWorkers:
+    """Start all actors of expert iteration, and return them when they are ready.
+
+    `notify` is called with their notes for the user.
+    """
+    # Of these prompts some are the probe on which engine and trainer are compared.
+    samples = tuple(prompts.samples)
+    problems = PromptBatch(batch_id=-1, prompts=samples, group_ids=np.arange(len(samples)))
+    filter_actor = cluster.spawn("filter", 0, ResponseFilter, config)
+    workers = await start_offline_workers(
+        cluster, config, model_directory, model_directory, problems, notify
+    )
+    assert workers.evaluation is not None, "the engines that evaluate sample for training too"
+    chooser = ResponseFilterClient(filter_actor)
+    return ExpertIterationWorkers(
+        generator=workers.evaluation.generator,
+        scorer=workers.evaluation.scorer,
+        filter=chooser,
+        policy=workers.trained,
+        weights=workers.evaluation.weights,
+        reporting=(*workers.reporting, chooser),
+    )
+
+
 @dataclass(frozen=True)
 class OfflineKind:
     """The trained model of a kind of run on examples."""
@@ -219,6 +259,8 @@ OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
     SupervisedRunConfig: OfflineKind(SupervisedWorker),
     PreferenceRunConfig: OfflineKind(PreferenceWorker),
     RewardModelRunConfig: OfflineKind(RewardModelWorker, RewardModelGroup),
+    ExpertIterationRunConfig: OfflineKind(ExpertIterationWorker),
+    ProcessRewardModelRunConfig: OfflineKind(ProcessRewardModelWorker),
 }
 
 

@@ -8,27 +8,46 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 from ray.exceptions import RayError
+from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RewardConfig, RunConfig
-from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch, ScoreBatch, StopReason
+from rlsys.data.batches import (
+    RewardBatch,
+    RewardFailure,
+    RolloutBatch,
+    ScoreBatch,
+    StepRewards,
+    StopReason,
+)
+from rlsys.data.response_text import text_after_each_token
 from rlsys.driver.ports import Handle, ScoreSource
 from rlsys.metrics import Metric, maximum, peak_memory_gib
+from rlsys.models.loading import load_tokenizer
 from rlsys.plugins import load_plugins
 from rlsys.rewards import (
     RewardInput,
     has_accuracy,
     pool_functions,
     reward_model_of,
+    step_functions,
     with_token_limit,
 )
 from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.scoring import CompletionOutcomes, FunctionFailure, outcome_of_score
+from rlsys.rewards.scoring import (
+    CompletionOutcomes,
+    FunctionFailure,
+    FunctionReward,
+    Outcome,
+    outcome_of_score,
+)
+from rlsys.rewards.steps import tokens_at
 
 # Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0
@@ -44,11 +63,22 @@ class RewardWorker:
     Its methods are async, so that many parts share one pool at the same time.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, model_directory: str | None = None) -> None:
+        """Start the pool.
+
+        Args:
+            model_directory: of the model whose responses are scored; its tokenizer places the
+                rewards of steps at tokens. None: only the rewards of whole responses are wanted.
+        """
         # Plugins may register reward functions.
         load_plugins(config.plugins)
         functions = with_token_limit(config.reward.functions, config.generation.max_tokens)
         self._config = config.reward.model_copy(update={"functions": functions})
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        if model_directory is not None and step_functions(functions):
+            self._tokenizer = load_tokenizer(
+                model_directory, trust_remote_code=config.model.trust_remote_code
+            )
         # A reward model is computed by ranks of its own; without functions the pool stays empty.
         self._in_pool = pool_functions(functions)
         self._pool = RewardPool(
@@ -69,7 +99,12 @@ class RewardWorker:
             parts = await asyncio.gather(*scores)
             found = ScoreBatch.scatter(parts, len(rollouts))
             outcomes = join_scores(self._config, outcomes, found)
-        return reward_batch(rollouts.batch_id, self._config, outcomes)
+        if self._tokenizer is None:
+            return reward_batch(rollouts.batch_id, self._config, outcomes)
+
+        outcomes = await asyncio.to_thread(outcomes_in_tokens, rollouts, outcomes, self._tokenizer)
+        rewards = reward_batch(rollouts.batch_id, self._config, outcomes)
+        return replace(rewards, step_rewards=step_rewards(self._config, outcomes))
 
     async def _outcomes_of_pool(self, rollouts: RolloutBatch) -> Sequence[CompletionOutcomes]:
         if not self._in_pool:
@@ -182,6 +217,83 @@ def reward_batch(
         failures=_failures(config, outcomes),
         has_accuracy=decides,
     )
+
+
+def step_rewards(
+    config: RewardConfig, outcomes: Sequence[CompletionOutcomes]
+) -> dict[str, StepRewards]:
+    """Return the rewards of steps of each function that gives them.
+
+    Args:
+        outcomes: with the ends of steps as tokens, see `outcomes_in_tokens`.
+    """
+    names = [function.name for function in config.functions]
+    return {
+        name: _steps_of([response.outcomes[names.index(name)] for response in outcomes])
+        for name in step_functions(config.functions)
+    }
+
+
+def _steps_of(given: Sequence[Outcome]) -> StepRewards:
+    """Return the steps of one function; it gave none where it failed."""
+    return StepRewards.of(
+        [one.step_ends if isinstance(one, FunctionReward) else () for one in given],
+        [one.step_rewards if isinstance(one, FunctionReward) else () for one in given],
+    )
+
+
+def outcomes_in_tokens(
+    rollouts: RolloutBatch,
+    outcomes: Sequence[CompletionOutcomes],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[CompletionOutcomes]:
+    """Return the outcomes with the ends of steps as tokens of the response, instead of characters.
+
+    A function whose steps cannot be placed has failed on that response: its tokens do not decode to
+    the text that the function saw.
+    """
+    return [_in_tokens(rollouts, row, response, tokenizer) for row, response in enumerate(outcomes)]
+
+
+def _in_tokens(
+    rollouts: RolloutBatch,
+    row: int,
+    response: CompletionOutcomes,
+    tokenizer: PreTrainedTokenizerBase,
+) -> CompletionOutcomes:
+    if not any(isinstance(one, FunctionReward) and one.step_ends for one in response.outcomes):
+        return response
+
+    first, end = rollouts.sequence_offsets[row], rollouts.sequence_offsets[row + 1]
+    start = first + rollouts.prompt_lengths[row]
+    text, lengths = text_after_each_token(
+        tokenizer,
+        rollouts.token_ids[first:start].tolist(),
+        rollouts.token_ids[start:end].tolist(),
+    )
+    # The engine may have cut the text within the last token, at a stop string.
+    if text.startswith(rollouts.response_texts[row]):
+        return CompletionOutcomes(
+            outcomes=tuple(_placed(one, lengths) for one in response.outcomes)
+        )
+
+    failure = FunctionFailure(
+        kind="error",
+        message="the ends of its steps have no token: the tokens of the response decode to another "
+        "text than the one that was scored",
+    )
+    return CompletionOutcomes(
+        outcomes=tuple(
+            failure if isinstance(one, FunctionReward) and one.step_ends else one
+            for one in response.outcomes
+        )
+    )
+
+
+def _placed(outcome: Outcome, lengths: Sequence[int]) -> Outcome:
+    if isinstance(outcome, FunctionFailure):
+        return outcome
+    return replace(outcome, step_ends=tuple(tokens_at(outcome.step_ends, lengths)))
 
 
 def _failures(

@@ -114,6 +114,8 @@ class Case:
             changes[f"algorithm.rollout_correction.{name}"] = value
         if self.estimator == "gdpo":
             changes["reward.functions"] = list(FUNCTIONS)
+        if self.estimator == "grpo_process":  # refused without a function that rewards steps
+            changes["reward.functions"] = ["math", "arithmetic_steps"]
         if self.kl_placement != "none":
             changes |= {
                 "algorithm.kl.placement": self.kl_placement,

@@ -55,9 +55,9 @@ Each piece is a pure function of padded `[B, T]` tensors of response tokens and 
 from the config or the command line (`--algorithm.advantage.name rloo --algorithm.objective.weight
 cispo`). Everything returns 0 outside the mask. A preset is a row of settings and nothing else.
 
-`values` come from a critic ([PPO](ppo.md)); without one `gae` runs with V = 0. No recipe provides
-process rewards from a model yet (`token_rewards` come from a KL or an entropy in the reward;
-`step_ends` from a caller of the library).
+`values` come from a critic ([PPO](ppo.md)); without one `gae` runs with V = 0. `token_rewards` are
+the sum of a KL and an entropy in the reward and of the
+[rewards of steps](rewards.md#rewards-of-steps), which come with `step_ends`.
 
 Published methods that are left out: staleness-adaptive trust regions (arXiv:2607.18722), which
 contract the clip range of the tokens with the largest log-ratios by a kernel whose formula no

@@ -17,9 +17,12 @@ from pydantic_core import PydanticUndefined
 from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import SWITCHES
 from rlsys.config.evaluation_run import EvaluationRunConfig
+from rlsys.config.expert_grid import ExpertGridConfig
+from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.fields import all_fields, type_name
 from rlsys.config.offline import (
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
@@ -59,14 +62,25 @@ OTHER_KINDS: dict[type[RootConfig], str] = {
     SupervisedRunConfig: """
 ## Runs on examples
 
-`recipes.sft_math`, `recipes.dpo_math` and `recipes.reward_model_math` have configurations of their
-own. The sections that are not listed here have the fields of an RL run: `model`, `policy` (in a run
-of a reward model `reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation`
-without `samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
+`recipes.sft_math`, `recipes.dpo_math`, `recipes.reward_model_math` and
+`recipes.process_reward_model_math` have configurations of their own. The sections that are not
+listed here have the fields of an RL run: `model`, `policy` (in a run of a reward model
+`reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation` without
+`samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
 """,
     PreferenceRunConfig: "",
     RewardModelRunConfig: "",
+    ProcessRewardModelRunConfig: "",
 }
+
+EXPERT_ITERATION = """
+## Expert iteration
+
+`recipes.expert_iteration_math` has the sections `model`, `data`, `generation`, `reward`, `trainer`,
+`cluster` and `run` of an RL run, `policy` without `epochs` and `num_mini_batches`, and those below.
+`recipes.expert_iteration_grid` has the section `grid` too ([how to](expert_iteration.md)).
+"""
+OWN_SECTIONS = ("expert", "objective", "grid")
 
 RESUMING = """
 ## Resuming
@@ -105,6 +119,12 @@ def reference() -> str:
     lines += [PRESETS_INTRODUCTION + "\n".join(_preset_rows())]
     for kind, text in OTHER_KINDS.items():
         lines += [text, *_field_tables(kind, heading="###", without=SHARED_SECTIONS)]
+    others = tuple({name.split(".")[0] for name, _ in all_fields(ExpertGridConfig)})
+    without = tuple(name for name in others if name not in OWN_SECTIONS)
+    of_grid = tuple(name for name in others if name != "grid")
+    lines += [EXPERT_ITERATION]
+    lines += _field_tables(ExpertIterationRunConfig, heading="###", without=without)
+    lines += _field_tables(ExpertGridConfig, heading="###", without=of_grid)
     lines += [RESUMING, *resume_table(), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()]
     lines += [EVALUATION + "\n".join(_evaluation_rows())]

@@ -65,6 +65,9 @@ FILES = """
 `RewardInput` |
 | `correct`, `accuracy`, `reward`, `reward_<function>`, `reason`, `extracted_answer` | results of \
 the reward functions |
+| `step_ends_<function>`, `step_rewards_<function>` | of functions that reward steps: the last \
+token of each step, counted from the response's first, and its unweighted reward; null where the \
+function failed |
 | `values`, `returns` | values of the critic before its update, and its targets; null without a \
 critic, and for dropped groups |
 | `advantages` | as used in the update; null where the response was not trained. With \
@@ -135,6 +138,19 @@ METRICS = (
         ALL,
         "Mean unweighted score of one reward function, over the responses that it could score.",
     ),
+    MetricDoc(
+        "reward/steps/<function>",
+        "mean",
+        ALL,
+        "Mean number of steps of a response that a function rewards, over the responses that it "
+        "could score; only for functions that reward steps.",
+    ),
+    MetricDoc(
+        "reward/step_mean/<function>",
+        "mean",
+        ALL,
+        "Mean unweighted reward of a step. The rewards of steps are not in `reward/mean`.",
+    ),
     MetricDoc("reward/reason/<reason>", "sum", ALL, "Number of responses with this reason."),
     MetricDoc(
         "reward/errors",
@@ -196,6 +212,32 @@ METRICS = (
         "mean",
         "groups of all samples",
         "Fraction of groups whose rewards are all equal.",
+    ),
+    MetricDoc(
+        "rollout/entropy",
+        "mean",
+        "tokens of all samples",
+        "Expert iteration: entropy of the policy in nats per token, estimated without bias as the "
+        "mean of -log pi of the sampled tokens in the engine (with `top_p` 1 and `top_k` 0).",
+    ),
+    MetricDoc(
+        "expert/kept_fraction",
+        "mean",
+        ALL,
+        "Expert iteration: fraction of responses that are learned: correct ones, each once.",
+    ),
+    MetricDoc(
+        "expert/solved_fraction",
+        "mean",
+        "problems of the step",
+        "Expert iteration: fraction of problems with at least one response that is learned.",
+    ),
+    MetricDoc(
+        "expert/duplicates",
+        "sum",
+        "correct responses",
+        "Expert iteration: number of responses that repeat an earlier one to the same problem, "
+        "token by token; with `expert.deduplicate` they are not learned.",
     ),
     MetricDoc(
         "trained/responses",
@@ -459,7 +501,8 @@ METRICS = (
         "policy/learning_rate",
         "mean",
         STEP,
-        "Learning rate. In `critic.warmup_steps` a step has no `policy/*` but the memory.",
+        "Learning rate; with expert iteration that of the last update of the step. In "
+        "`critic.warmup_steps` a step has no `policy/*` but the memory.",
     ),
     MetricDoc(
         "critic/loss",
@@ -615,6 +658,12 @@ METRICS = (
     ),
     MetricDoc("memory/advantage", "max", RUN, "Peak memory of the advantage controller, in GiB."),
     MetricDoc(
+        "memory/filter",
+        "max",
+        RUN,
+        "Expert iteration: peak memory of the worker that chooses responses, in GiB.",
+    ),
+    MetricDoc(
         "eval/loss",
         "mean",
         EXAMPLES,
@@ -710,11 +759,79 @@ METRICS = (
         "reward; equal rewards count one half.",
     ),
     MetricDoc(
+        "eval/calibration/predicted_at_<p>",
+        "mean",
+        "held-out pairs of a bin",
+        "Reward models: probability `sigmoid(|r_i - r_j|)` of the order that the rewards predict, "
+        "in five bins from 50 to 100 %; `<p>` is the middle of the bin.",
+    ),
+    MetricDoc(
+        "eval/calibration/observed_at_<p>",
+        "mean",
+        "held-out pairs of a bin",
+        "Reward models: fraction of the pairs in the bin whose predicted order is right.",
+    ),
+    MetricDoc(
+        "eval/calibration_error",
+        "driver",
+        "held-out pairs",
+        "Reward models: mean over pairs of the difference of the predicted and the observed "
+        "fraction of their bin (expected calibration error).",
+    ),
+    MetricDoc(
         "reward_model/ranking_accuracy",
         "mean",
         BATCH_EXAMPLES,
         "Reward models: fraction of the pairs of a prompt whose better response has the higher "
         "reward; equal rewards count one half.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy",
+        "mean",
+        EXAMPLES,
+        "Process reward models: fraction of the steps whose label is the more probable one.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy_right",
+        "mean",
+        EXAMPLES,
+        "Process reward models: the same over the steps that are right.",
+    ),
+    MetricDoc(
+        "eval/step_accuracy_wrong",
+        "mean",
+        EXAMPLES,
+        "Process reward models: the same over the steps that are wrong.",
+    ),
+    MetricDoc(
+        "eval/right_step_fraction",
+        "mean",
+        EXAMPLES,
+        "Process reward models: fraction of the steps that are right.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: fraction of the steps whose label is the more probable one.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy_right",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: the same over the steps that are right.",
+    ),
+    MetricDoc(
+        "reward_model/step_accuracy_wrong",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: the same over the steps that are wrong.",
+    ),
+    MetricDoc(
+        "reward_model/right_step_fraction",
+        "mean",
+        BATCH_EXAMPLES,
+        "Process reward models: fraction of the steps that are right.",
     ),
     MetricDoc(
         "eval/reward_mean",

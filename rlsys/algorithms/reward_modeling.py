@@ -1,6 +1,8 @@
-"""Losses of reward models: rankings of responses to one prompt."""
+"""Losses of reward models: rankings of responses to one prompt, and labels of single steps."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,103 @@ def ranking_accuracy(rewards: Tensor, ranks: Tensor) -> Tensor:
     differences = rewards[:, :, None] - rewards[:, None, :]
     right = (differences > 0).double() + 0.5 * (differences == 0)
     return torch.where(better, right, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBins:
+    """Pairs of responses by how sure the reward is of their order; all [n], one entry a bin."""
+
+    pairs: Tensor  # number of pairs
+    predicted: Tensor  # sum of the predicted probabilities
+    observed: Tensor  # number of pairs in the predicted order; equal rewards count one half
+
+
+def calibration_bins(rewards: Tensor, ranks: Tensor, *, num_bins: int = 5) -> CalibrationBins:
+    """Return how often the order that the rewards predict is right, by its predicted probability.
+
+        p = sigmoid(|r_i - r_j|)        for all pairs of one prompt that are not tied
+
+    The bins divide 1/2 to 1 evenly. A calibrated reward model is right in a fraction p of the pairs
+    to which it gives probability p.
+
+    Source: the Bradley-Terry model of `ranking_loss`; reliability diagrams as in Guo et al. 2017,
+    section 2 (arXiv:1706.04599).
+
+    Shapes: rewards [P, K], ranks [P, K] as in `ranking_loss` -> [num_bins] float64.
+
+    Conventions: each pair counts alike, so a prompt with many pairs counts more than one with few.
+    The ranges contain their lower bound, and the last one both. Plackett-Luce predicts the same
+    probability of a pair. A margin of the loss is not part of the prediction.
+
+    Example: a better response with the reward 1 and a worse one with 0 give one pair with
+    p = 0.731 in the third of five bins, 0.7 to 0.8, observed 1.
+    """
+    better = better_than(ranks)
+    differences = (rewards[:, :, None] - rewards[:, None, :])[better].double()
+    probabilities = torch.sigmoid(differences.abs())
+    bins = ((probabilities - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    right = (differences > 0).double() + 0.5 * (differences == 0)
+
+    def per_bin(weights: Tensor) -> Tensor:
+        return torch.bincount(bins, weights=weights, minlength=num_bins)
+
+    return CalibrationBins(
+        pairs=per_bin(torch.ones_like(right)),
+        predicted=per_bin(probabilities),
+        observed=per_bin(right),
+    )
+
+
+def step_loss(logits: Tensor, labels: Tensor, *, num_steps: float | None = None) -> Tensor:
+    """Return the binary cross-entropy of the logits of steps against their labels.
+
+        mean over steps of  - y log p - (1 - y) log(1 - p),    p = sigmoid(logit)
+
+    Source: Lightman et al. 2023, Let's Verify Step by Step, section 2.6 and appendix F
+    (arXiv:2305.20050): the correctness of a step is predicted after its last token.
+
+    Shapes: logits and labels of one shape -> scalar.
+
+    Conventions: a label is 1 (right), 0 (wrong), or negative where no step ends. There is one
+    logit; two of them with a softmax (TRL's `PRMTrainer`) are the same model, with their difference
+    as the logit. All steps count alike, so a long response counts more than a short one.
+    `num_steps` is the number of steps of the whole mini-batch over all ranks, so that losses of
+    microbatches ADD UP; None counts this tensor's own.
+
+    Raises:
+        ValueError: shapes that differ, or no step at all while `num_steps` is None.
+
+    Example: logits (0, 2) of labels (1, 0) give (log 2 + log(1 + e^2)) / 2 = 1.4100.
+    """
+    is_step = _steps_of(logits, labels)
+    if num_steps is None:
+        if not is_step.any():
+            raise ValueError("labels: no step ends anywhere, so there is nothing to learn")
+        num_steps = float(is_step.sum())
+
+    targets = labels.clamp(min=0).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return torch.where(is_step, losses, 0.0).sum() / num_steps
+
+
+def right_steps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each step whether the more probable label is the right one, as 1 or 0.
+
+    Conventions: as `step_loss`. A logit of 0 counts one half; 0 where no step ends.
+
+    Example: logits (1, -1, 0) of labels (1, 1, 0) give (1, 0, 1/2).
+    """
+    is_step = _steps_of(logits, labels)
+    signed = torch.where(labels > 0, logits, -logits)
+    return torch.where(is_step, (signed > 0).double() + 0.5 * (signed == 0), 0.0)
+
+
+def _steps_of(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have one shape"
+        )
+    return labels >= 0
 
 
 def centre_rewards(rewards: Tensor, calibration: Tensor) -> Tensor:

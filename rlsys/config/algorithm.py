@@ -268,3 +268,7 @@ class AlgorithmConfig(Section):
         default=DynamicSamplingConfig(),
         description="Replacement of groups without a learning signal (DAPO).",
     )
+
+
+# The algorithm of runs that read rewards but no advantages: it does not compare responses.
+WITHOUT_ADVANTAGES = AlgorithmConfig(advantage=AdvantageConfig(name="reinforce"))

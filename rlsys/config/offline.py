@@ -3,8 +3,10 @@
     SupervisedRunConfig     fine-tuning on demonstrations (SFT), or on plain text
     PreferenceRunConfig     direct preference optimization (DPO) on ranked responses
     RewardModelRunConfig    a reward model from ranked responses
+    ProcessRewardModelRunConfig   a reward model from labelled steps
 
-Each has the options that have an effect in it, and no others.
+Expert iteration, which samples its examples, has its own in `rlsys.config.expert_iteration`. Each
+has the options that have an effect in it, and no others.
 """
 
 from __future__ import annotations
@@ -90,6 +92,33 @@ class RankingColumns(Section):
         default=None,
         description="Column of the ground-truth answer, for held-out accuracy. null: answer, where "
         "there is one.",
+    )
+    id: str | None = Field(
+        default="id",
+        description="Column of a unique id. null, or not in the file: the row number is the id.",
+    )
+
+
+class StepColumns(Section):
+    """Names of the columns of a data file. null: recognized by the usual names."""
+
+    prompt: str | None = Field(
+        default=None,
+        description="Column of the prompt: its text, or chat messages. null: prompt, problem or "
+        "question.",
+    )
+    steps: str | None = Field(
+        default=None,
+        description="Column of the list of steps of a response. null: completions or steps.",
+    )
+    labels: str | None = Field(
+        default=None,
+        description="Column of the list of their labels: true or 1 is right, false or 0 is wrong. "
+        "null: labels.",
+    )
+    answer: str | None = Field(
+        default=None,
+        description="Column of the ground-truth answer. null: answer, where there is one.",
     )
     id: str | None = Field(
         default="id",
@@ -193,6 +222,18 @@ class RankingDataConfig(ExampleDataConfig):
     )
 
 
+class StepDataConfig(ExampleDataConfig):
+    """Responses in steps, with a label for each step."""
+
+    columns: StepColumns = Field(default=StepColumns(), description="Column names of the files.")
+    step_separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        description="Text between the steps of a response. Score responses of a policy with the "
+        "separator that it writes.",
+    )
+
+
 class OfflineTrainerConfig(LoopConfig):
     """The training loop."""
 
@@ -279,9 +320,19 @@ class OfflineRunConfig(RootConfig):
         """Whether an evaluation may sample: whether there are sections generation and reward."""
         return hasattr(self, "generation")
 
+    @property
+    def longest_response(self) -> int:
+        """The longest response that is trained on, in tokens."""
+        return self.data.max_response_tokens
+
     def reference_role(self) -> ModelRoleConfig | None:
         """Return the role of the frozen reference; None: there is none."""
         return None
+
+    def own_contradictions(self) -> Iterator[str]:
+        """Yield the fields that do not fit together by rules that an RL run does not have."""
+        yield from _ranks(self)
+        yield from _objective(self)
 
     def online(self, *, longest_response: int | None = None) -> RunConfig:
         """Return the RL run with this run's model, engine, rewards and held-out problems.
@@ -461,9 +512,25 @@ class RewardModelRunConfig(OfflineRunConfig):
     )
 
 
+class ProcessRewardModelRunConfig(OfflineRunConfig):
+    """Training of a process reward model."""
+
+    trained_field: ClassVar[str] = "reward_model"
+
+    data: StepDataConfig = Field(
+        default=StepDataConfig(), description="Responses in steps with labels, and prompts."
+    )
+    reward_model: TrainableRoleConfig = Field(
+        default=TrainableRoleConfig(), description="The model that is trained."
+    )
+    trainer: ScoringTrainerConfig = Field(
+        default=ScoringTrainerConfig(), description="The training loop."
+    )
+
+
 def offline_contradictions(config: OfflineRunConfig) -> list[str]:
     """Return the fields that do not fit together, a line each: field, value and remedy."""
-    return [*_shared_rules(config), *_ranks(config), *_objective(config)]
+    return [*_shared_rules(config), *config.own_contradictions()]
 
 
 def _shared_rules(config: OfflineRunConfig) -> Iterator[str]:

@@ -66,6 +66,7 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("ptx.examples_per_step", "accepted", "The position is counted in texts."),
     _rule("ptx.", "same problems", "The position in the texts is valid for the same texts only."),
     _rule("objective.", "accepted", ""),
+    _rule("expert.", "accepted", "The next step chooses and learns by the new values."),
     _rule("trainer.seed", "refused", _SAME_ORDER),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),
     _rule("data.shuffle", "refused", _SAME_ORDER),

@@ -188,6 +188,48 @@ class RewardFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepRewards:
+    """The rewards that one function gave the steps of B responses; S steps in all.
+
+    The steps of response b are those from `offsets[b]` to `offsets[b + 1]`. A response on which the
+    function failed has none. The ends of a response rise; two steps that end in one token have
+    equal ends, and the token gets the sum.
+    """
+
+    offsets: NDArray[np.int64]  # [B + 1]
+    ends: NDArray[np.int32]  # [S] last token of the step, counted from the response's first
+    rewards: NDArray[np.float32]  # [S] unweighted
+
+    def __post_init__(self) -> None:
+        assert self.ends.shape == self.rewards.shape == (int(self.offsets[-1]),)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[S] the response of each step."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    @staticmethod
+    def of(ends: Sequence[Sequence[int]], rewards: Sequence[Sequence[float]]) -> StepRewards:
+        """Return the record of B responses from the ends and the rewards of each one's steps."""
+        counts = [len(steps) for steps in ends]
+        return StepRewards(
+            offsets=np.cumsum([0, *counts], dtype=np.int64),
+            ends=np.asarray([end for steps in ends for end in steps], dtype=np.int32),
+            rewards=np.asarray([reward for steps in rewards for reward in steps], dtype=np.float32),
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[StepRewards]) -> StepRewards:
+        """Join the parts of one batch, in the order given."""
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        return StepRewards(
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            ends=np.concatenate([part.ends for part in parts]),
+            rewards=np.concatenate([part.rewards for part in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardBatch:
     """The rewards of the responses of one `RolloutBatch`, in its order.
 
@@ -206,6 +248,8 @@ class RewardBatch:
     extracted_answers: tuple[str, ...]  # [B] "" where there is none
     failures: tuple[RewardFailure, ...] = ()
     has_accuracy: bool = True  # False: the first reward is a model, and no response is right
+    # Of the functions that give rewards of steps, by name. They are not in `rewards`.
+    step_rewards: Mapping[str, StepRewards] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -256,6 +300,10 @@ class RewardBatch:
             ),
             failures=tuple(failures),
             has_accuracy=batches[0].has_accuracy,
+            step_rewards={
+                name: StepRewards.concatenate([batch.step_rewards[name] for batch in batches])
+                for name in batches[0].step_rewards
+            },
         )
 
 

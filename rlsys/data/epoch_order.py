@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 
 class EpochOrder:
@@ -30,3 +33,20 @@ class EpochOrder:
             self._cached_order = rng.permutation(self._size)
             self._cached_epoch = epoch
         return self._cached_order
+
+
+def mini_batches(
+    items: int, *, size: int, epochs: int, seed: Sequence[int]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the mini-batches of several passes over `items` items, as indices.
+
+    Each epoch is a permutation of its own, divided into as few parts of at most `size` as possible.
+    Their sizes differ by at most one, so that no small rest is an update of its own.
+
+    Args:
+        seed: epoch e is permuted with the seed (*seed, e).
+    """
+    parts = -(-items // size)
+    for epoch in range(epochs if items else 0):
+        order = np.random.default_rng([*seed, epoch]).permutation(items)
+        yield from np.array_split(order, parts)

@@ -2,6 +2,7 @@
 
     prompt and response      the prompt as `PromptRenderer` renders it, the response, an end token
     conversation             the model's chat template; the turns of the assistant are learned
+    response in steps        as a response, with each step's label at its last token
     plain text               windows of tokens; all but the first token of a text are learned
 
 A response is tokenized apart from its prompt, as an engine samples it. After a prompt that does not
@@ -14,17 +15,21 @@ or the chat template ends the prompt.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlsys.data.examples import Demonstration, PlainText, Ranking
+from rlsys.data.examples import Demonstration, PlainText, Ranking, StepLabels
 from rlsys.data.problems import ChatMessage, Problem
 from rlsys.data.prompt_templates import PromptRenderer, beginning_tokens
+from rlsys.data.response_text import text_after_each_token
 from rlsys.data.sequences import TokenSequences
+
+NO_STEP = -1  # the label of a token at which no step ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class EncodedResponse:
 
     token_ids: NDArray[np.int32]  # [L]
     learned: NDArray[np.bool_]  # [L]
+    # [L] int8 at the last token of a step 1 (right) or 0 (wrong), elsewhere NO_STEP; None: the
+    # response is not in steps
+    step_labels: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,37 @@ class ExampleEncoder:
         """
         return self._answered(example, example.responses, example.ranks)
 
+    def steps(self, example: StepLabels, separator: str) -> EncodedExample:
+        """Return the tokens of a response in steps, with a label at the end of each step.
+
+        The response is the steps with `separator` between them. A step ends at the token with its
+        last character that is not white space, as `rlsys.rewards.split_steps` places it. Steps
+        that end in one token have one label: wrong if one of them is.
+
+        Raises:
+            ValueError: as `demonstration`; the tokens do not decode to the steps.
+        """
+        response = separator.join(example.steps)
+        encoded = self._answered(example, (response,), (0,))
+        (tokens,) = encoded.responses
+        text, lengths = text_after_each_token(
+            self._tokenizer, encoded.prompt, tokens.token_ids.tolist()
+        )
+        start = text.find(response)
+        if start < 0:
+            raise ValueError(
+                f"data.train: the tokens of example {example.example_id!r} do not decode to its "
+                "steps, so their ends have no token. Remove characters that the model's tokenizer "
+                "does not keep, or drop the example."
+            )
+
+        labels = np.full(len(tokens.token_ids), NO_STEP, dtype=np.int8)
+        for step, label in zip(example.steps, example.labels, strict=True):
+            token = bisect_left(lengths, start + len(step.rstrip()))
+            labels[token] = label if labels[token] == NO_STEP else min(labels[token], label)
+            start += len(step) + len(separator)
+        return replace(encoded, responses=(replace(tokens, step_labels=labels),))
+
     def text(self, example: PlainText, window: int) -> list[EncodedExample]:
         """Return windows of at most `window` learned tokens; together they learn each token once.
 
@@ -117,7 +156,10 @@ class ExampleEncoder:
         return windows
 
     def _answered(
-        self, example: Demonstration | Ranking, responses: Sequence[str], ranks: tuple[int, ...]
+        self,
+        example: Demonstration | Ranking | StepLabels,
+        responses: Sequence[str],
+        ranks: tuple[int, ...],
     ) -> EncodedExample:
         problem = Problem(
             problem_id=example.example_id,
@@ -208,3 +250,14 @@ def sequences_of(examples: Sequence[EncodedExample], group_ids: Sequence[int]) -
         loss_mask=mask,
         group_ids=sequences.group_ids,
     )
+
+
+def step_labels_of(examples: Sequence[EncodedExample]) -> NDArray[np.int8] | None:
+    """Return [N] the labels of the tokens of `sequences_of`; None: no response is in steps."""
+    rows = [(example.prompt, response) for example in examples for response in example.responses]
+    parts: list[NDArray[np.int8]] = []
+    for prompt, response in rows:
+        if response.step_labels is None:
+            return None
+        parts += [np.full(len(prompt), NO_STEP, dtype=np.int8), response.step_labels]
+    return np.concatenate(parts)

@@ -3,6 +3,7 @@
     demonstrations   messages | prompt + completion | problem + solution | text
     rankings         prompt + chosen + rejected | chosen + rejected as whole conversations |
                      prompt + responses (+ ranks)
+    step labels      prompt + completions + labels
 
 A prompt is text, or chat messages that end with the user's; a response is text, or one message of
 the assistant. A column that is named in `data.columns` goes before the usual names.
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlsys.config import ConfigError, TextColumns
-from rlsys.config.offline import ExampleColumns, RankingColumns
-from rlsys.data.examples import Demonstration, PlainText, Ranking
+from rlsys.config.offline import ExampleColumns, RankingColumns, StepColumns
+from rlsys.data.examples import Demonstration, PlainText, Ranking, StepLabels
 from rlsys.data.problems import ChatMessage
 from rlsys.data.readers import (
     RowFilters,
@@ -30,6 +31,7 @@ from rlsys.data.readers import (
 )
 from rlsys.data.row_files import Row, Table, read_table
 from rlsys.data.row_values import (
+    Blank,
     Unfit,
     answer_text,
     conversation,
@@ -40,7 +42,7 @@ from rlsys.data.row_values import (
     response_text,
 )
 
-Columns = ExampleColumns | RankingColumns | TextColumns
+Columns = ExampleColumns | RankingColumns | StepColumns | TextColumns
 Role = Literal[
     "messages",
     "prompt",
@@ -50,6 +52,8 @@ Role = Literal[
     "rejected",
     "responses",
     "ranks",
+    "steps",
+    "labels",
     "answer",
     "id",
 ]
@@ -63,6 +67,8 @@ USUAL_NAMES: Mapping[Role, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "responses": ("responses",),
     "ranks": ("ranks",),
+    "steps": ("completions", "steps"),
+    "labels": ("labels",),
     "answer": ("answer",),
     "id": ("id",),
 }
@@ -139,6 +145,22 @@ def read_rankings(source: ExampleSource, columns: RankingColumns) -> list[Rankin
     if "prompt" in names:
         return reading.rows(_pair, "ranking", "a prompt or a response")
     return reading.rows(_pair_of_conversations, "ranking", "a conversation")
+
+
+def read_step_labels(source: ExampleSource, columns: StepColumns) -> list[StepLabels]:
+    """Return the responses in steps of a file or a hub data set, with the label of each step.
+
+    Raises:
+        ValueError: the source is unreadable, its columns are of no known shape, or a row cannot be
+            used, such as one with more steps than labels.
+    """
+    reading = _Reading.of(source, columns, ("prompt", "steps", "labels", "answer"))
+    reading.refuse_incomplete(
+        shapes=(("prompt", "steps", "labels"),),
+        wanted="prompt, completions and labels",
+        flags="--data.columns.prompt, --data.columns.steps and --data.columns.labels",
+    )
+    return reading.rows(_labelled_steps, "response in steps", "a prompt or a step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +336,46 @@ def _ranking(
         ranks=ranks,
         answer=row.answer,
     )
+
+
+def _labelled_steps(row: _ExampleRow) -> StepLabels:
+    prompt, context = row.get("prompt", prompt_parts)
+    steps = row.get("steps", _steps)
+    labels = row.get("labels", _labels)
+    if len(labels) != len(steps):
+        raise Unfit(f"has {len(labels)} labels for {len(steps)} steps", "Give each step a label.")
+    return StepLabels(
+        example_id=row.example_id,
+        prompt=prompt,
+        context=context,
+        steps=steps,
+        labels=labels,
+        answer=row.answer,
+    )
+
+
+def _steps(value: Any) -> tuple[str, ...]:
+    if is_missing(value):
+        raise Blank(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise Unfit(f"is {describe(value)}", "Write a list of the texts of the steps.")
+    return tuple(map(response_text, value))
+
+
+def _labels(value: Any) -> tuple[bool, ...]:
+    if is_missing(value):
+        raise Blank(value)
+    if not isinstance(value, list | tuple):
+        raise Unfit(f"is {describe(value)}", "Write a list of labels, true for a right step.")
+    for item in value:
+        # False == 0 and True == 1, in whatever form a file holds them.
+        if not isinstance(item, bool | int | float) or item not in (0, 1):
+            raise Unfit(
+                f"holds {describe(item)}",
+                "A label is true or 1 for a right step, and false or 0 for a wrong one. Of ratings "
+                "from -1 to 1, as in PRM800K, make labels first.",
+            )
+    return tuple(map(bool, value))
 
 
 def _texts(value: Any) -> tuple[str, ...]:

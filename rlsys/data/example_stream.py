@@ -10,16 +10,33 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlsys.config.offline import DemonstrationDataConfig, OfflineRunConfig, RankingDataConfig
+from rlsys.config.offline import (
+    DemonstrationDataConfig,
+    ExampleDataConfig,
+    OfflineRunConfig,
+    RankingDataConfig,
+    StepDataConfig,
+)
 from rlsys.data.batches import PromptBatch
 from rlsys.data.epoch_order import EpochOrder
-from rlsys.data.example_encoding import EncodedExample, ExampleEncoder, sequences_of
-from rlsys.data.example_readers import ExampleSource, read_demonstrations, read_rankings
+from rlsys.data.example_encoding import (
+    EncodedExample,
+    ExampleEncoder,
+    sequences_of,
+    step_labels_of,
+)
+from rlsys.data.example_readers import (
+    ExampleSource,
+    read_demonstrations,
+    read_rankings,
+    read_step_labels,
+)
 from rlsys.data.examples import (
     Demonstration,
     Example,
     PlainText,
     Ranking,
+    StepLabels,
     examples_digest,
     problem_of,
 )
@@ -29,6 +46,7 @@ from rlsys.data.readers import check_sources
 from rlsys.data.sequences import TokenSequences
 from rlsys.data.synthetic_problems import SolvedProblem, generate_solved_problems
 from rlsys.data.synthetic_rankings import generated_rankings
+from rlsys.data.synthetic_steps import generated_step_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +56,12 @@ class ExampleBatch:
     batch_id: int
     sequences: TokenSequences
     ranks: NDArray[np.int64]  # [B] of each response in its group; 0 is best
+    # [N] labels at the ends of steps, elsewhere NO_STEP; None: the responses are not in steps
+    step_labels: NDArray[np.int8] | None = None
 
     def __post_init__(self) -> None:
         assert self.ranks.shape == (len(self.sequences),)
+        assert self.step_labels is None or len(self.step_labels) == len(self.sequences.token_ids)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -59,6 +80,7 @@ class ExampleBatch:
             batch_id=batch_id,
             sequences=sequences_of(examples, groups),
             ranks=np.asarray(ranks, dtype=np.int64),
+            step_labels=step_labels_of(examples),
         )
 
 
@@ -171,6 +193,8 @@ class SourcedExamples:
         """What the examples are, for messages."""
         if isinstance(self.train[0], PlainText):
             return "texts"
+        if isinstance(self.train[0], StepLabels):
+            return "responses in steps"
         return "demonstrations" if isinstance(self.train[0], Demonstration) else "rankings"
 
     def describe(self) -> str:
@@ -281,6 +305,11 @@ def _synthetic(config: OfflineRunConfig) -> tuple[Sequence[Example], Sequence[Ex
             generated_rankings(train, responses=size, seed=config.trainer.seed),
             generated_rankings(held_out, responses=size, seed=config.trainer.seed),
         )
+    if isinstance(config.data, StepDataConfig):
+        return (
+            generated_step_labels(train, seed=config.trainer.seed),
+            generated_step_labels(held_out, seed=config.trainer.seed),
+        )
     return [*map(_demonstration, train)], [*map(_demonstration, held_out)]
 
 
@@ -295,7 +324,7 @@ def _demonstration(solved: SolvedProblem) -> Demonstration:
 
 
 def _read(
-    data: DemonstrationDataConfig | RankingDataConfig,
+    data: DemonstrationDataConfig | RankingDataConfig | StepDataConfig,
     source: str,
     field: str,
     notices: list[str],
@@ -308,6 +337,8 @@ def _read(
     )
     if isinstance(data, RankingDataConfig):
         return read_rankings(described, data.columns)
+    if isinstance(data, StepDataConfig):
+        return read_step_labels(described, data.columns)
     return read_demonstrations(described, data.columns)
 
 
@@ -354,7 +385,7 @@ def load_examples(
 def _encoded(
     examples: Sequence[Example],
     encoder: ExampleEncoder,
-    data: DemonstrationDataConfig | RankingDataConfig,
+    data: ExampleDataConfig,
     field: str,
     notices: list[str],
 ) -> list[tuple[Example, EncodedExample]]:
@@ -364,9 +395,7 @@ def _encoded(
         ValueError: there are longer ones and they are refused, or all are longer.
     """
     pairs = [
-        (example, encoded)
-        for example in examples
-        for encoded in _encode(example, encoder, data.max_response_tokens)
+        (example, encoded) for example in examples for encoded in _encode(example, encoder, data)
     ]
     kept = [(example, encoded) for example, encoded in pairs if _fits(encoded, data)]
     dropped = len(pairs) - len(kept)
@@ -389,15 +418,20 @@ def _encoded(
     return kept
 
 
-def _encode(example: Example, encoder: ExampleEncoder, window: int) -> list[EncodedExample]:
+def _encode(
+    example: Example, encoder: ExampleEncoder, data: ExampleDataConfig
+) -> list[EncodedExample]:
     if isinstance(example, PlainText):
-        return encoder.text(example, window)
+        return encoder.text(example, data.max_response_tokens)
+    if isinstance(example, StepLabels):
+        assert isinstance(data, StepDataConfig), "only such a run reads responses in steps"
+        return [encoder.steps(example, data.step_separator)]
     if isinstance(example, Demonstration):
         return [encoder.demonstration(example)]
     return [encoder.ranking(example)]
 
 
-def _fits(encoded: EncodedExample, data: DemonstrationDataConfig | RankingDataConfig) -> bool:
+def _fits(encoded: EncodedExample, data: ExampleDataConfig) -> bool:
     return (
         len(encoded.prompt) <= data.max_prompt_tokens
         and encoded.longest_response <= data.max_response_tokens

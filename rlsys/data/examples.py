@@ -2,6 +2,7 @@
 
     Demonstration    a prompt and the response to imitate, or a conversation with both
     Ranking          a prompt and K responses with their ranks; K = 2 is a preference pair
+    StepLabels       a prompt and a response in steps, each with a label: right or wrong
     PlainText        a text of which every token is learned
 
 Each has an id for messages, and a `prompt_key`: examples with equal keys have the same prompt, so
@@ -65,6 +66,27 @@ class Ranking:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepLabels:
+    """A prompt and a response in steps, with a label for each: true is right.
+
+    With `context` the prompt is that conversation, which ends with the user's turn, and `prompt` is
+    the text of that turn.
+    """
+
+    example_id: str
+    prompt: str
+    steps: tuple[str, ...]  # at least one
+    labels: tuple[bool, ...]  # as many
+    context: tuple[ChatMessage, ...] = ()
+    answer: str | None = None  # the ground truth
+
+    @property
+    def prompt_key(self) -> str:
+        """The prompt, with white space normalized."""
+        return _key(self.context, self.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlainText:
     """A text of which every token is learned."""
 
@@ -77,7 +99,7 @@ class PlainText:
         return _key((), self.text)
 
 
-Example = Demonstration | Ranking | PlainText
+Example = Demonstration | Ranking | StepLabels | PlainText
 
 
 def _key(turns: Sequence[ChatMessage], prompt: str) -> str:
@@ -85,7 +107,7 @@ def _key(turns: Sequence[ChatMessage], prompt: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
-def problem_of(example: Demonstration | Ranking) -> Problem | None:
+def problem_of(example: Demonstration | Ranking | StepLabels) -> Problem | None:
     """Return the problem that an example answers; None where its answer is not known."""
     if example.answer is None:
         return None

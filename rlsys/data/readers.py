@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rlsys.config import ColumnNames, DataConfig
-from rlsys.config.offline import DemonstrationDataConfig, RankingDataConfig
+from rlsys.config.offline import ExampleDataConfig
 from rlsys.data.problems import Problem
 from rlsys.data.row_files import Row, Table, read_table
 from rlsys.data.row_values import (
@@ -299,9 +299,7 @@ def optional_cell(row: Mapping[str, Any], name: str | None, convert: Callable[[A
         raise
 
 
-def check_sources(
-    data: DataConfig | DemonstrationDataConfig | RankingDataConfig, noun: str
-) -> None:
+def check_sources(data: DataConfig | ExampleDataConfig, noun: str) -> None:
     """Refuse sources that contradict each other; `noun` names what they hold.
 
     Raises:

@@ -94,6 +94,7 @@ def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "reason": pa.array(rewards.reasons),
         "failure": pa.array(_failures(rewards)),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
+        **_step_columns(rewards),
         "stop_reason": pa.array(
             [StopReason(reason).name.lower() for reason in rollouts.stop_reasons]
         ),
@@ -103,6 +104,16 @@ def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "response_mask": _ragged(offsets, rollouts.response_mask),
         "rollout_logprobs": _ragged(offsets, rollouts.rollout_logprobs),
     }
+
+
+def _step_columns(rewards: RewardBatch) -> dict[str, pa.Array]:
+    """Return the ends and rewards of the steps; null where the function failed."""
+    columns = {}
+    for name, steps in rewards.step_rewards.items():
+        given = ~np.isnan(rewards.components[name])
+        columns[f"step_ends_{name}"] = _ragged(steps.offsets, steps.ends, given)
+        columns[f"step_rewards_{name}"] = _ragged(steps.offsets, steps.rewards, given)
+    return columns
 
 
 def _ragged(

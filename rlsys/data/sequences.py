@@ -116,6 +116,20 @@ class TokenSequences:
             group_ids=np.concatenate([part.group_ids for part in parts]),
         )
 
+    def take(self, rows: NDArray[np.int64]) -> TokenSequences:
+        """Return the sequences at `rows`, in that order; there may be none."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # The place of each token in its own sequence, moved to where that sequence begins.
+        places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - self.offsets[rows], lengths)
+        return TokenSequences(
+            token_ids=self.token_ids[places],
+            offsets=offsets,
+            prompt_lengths=self.prompt_lengths[rows],
+            loss_mask=self.loss_mask[places],
+            group_ids=self.group_ids[rows],
+        )
+
     def marked_after(self, marks: NDArray[np.bool_]) -> TokenSequences:
         """Return sequences on which a value model reads the value after each token in `marks` [N].
 

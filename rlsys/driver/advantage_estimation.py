@@ -1,6 +1,6 @@
 """The advantage estimator's inputs, built here and nowhere else, and its call.
 
-    rewards ------------------------------+
+    rewards, rewards of steps ------------+
     log-probs, values, norms, ... (flat) -+--> AdvantageInputs --> estimator --> AdvantageOutput
     costs of tokens (KL, entropy) --------+         [B, T]                           [B, T]
 
@@ -11,8 +11,8 @@ the policy estimate before each mini-batch. Both call the functions here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class EstimatorContext:
     greedy: RewardBatch | None = None
     # Kept by the estimator from the batch before.
     state: Mapping[str, Any] = field(default_factory=dict)
-    # Of the reward functions, by name.
+    # Of the reward functions, by name; needed where one gives rewards of steps.
     reward_weights: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -111,26 +111,31 @@ def advantage_inputs(
     def chosen(values: NDArray) -> Tensor:
         return torch.from_numpy(values.copy())[index]
 
-    mask = padding.pad(rollouts.response_mask)[index]
+    whole_mask = padding.pad(rollouts.response_mask)
+    mask = whole_mask[index]
     old = padded(arrays.old)
     ref = padded(arrays.ref)
     greedy = context.greedy
     in_advantage = algorithm.kl.placement == "advantage"
+    costs = _token_costs(
+        algorithm, context.costs, mask, old=old, ref=ref, exact_kl=padded(arrays.exact_kl)
+    )
     components, weights = _reward_components(rewards, context.reward_weights)
+    baseline = None if greedy is None else _greedy_totals(rollouts, greedy, context)
+    steps = _steps(rewards, context.reward_weights, whole_mask)
 
     return AdvantageInputs(
         rewards=chosen(rewards.rewards),
         response_mask=mask,
         group_ids=chosen(rollouts.group_ids),
-        token_rewards=_token_rewards(
-            algorithm, context.costs, mask, old=old, ref=ref, exact_kl=padded(arrays.exact_kl)
-        ),
+        token_rewards=_sum_of(costs, None if steps is None else steps.rewards[index]),
         rollout_logprobs=padded(rollouts.rollout_logprobs),
         old_logprobs=old,
         ref_logprobs=ref,
         values=padded(arrays.values),
         squared_score_norms=padded(arrays.squared_score_norms),
-        greedy_rewards=None if greedy is None else chosen(of_each_response(rollouts, greedy)),
+        greedy_rewards=None if baseline is None else chosen(baseline),
+        step_ends=None if steps is None else steps.ends[index],
         truncated=chosen(rollouts.stop_reasons == StopReason.LENGTH),
         reward_components=None if components is None else chosen(components),
         reward_weights=weights,
@@ -141,7 +146,7 @@ def advantage_inputs(
     )
 
 
-def _token_rewards(
+def _token_costs(
     algorithm: AlgorithmConfig,
     costs: TokenCosts,
     mask: Tensor,
@@ -166,7 +171,66 @@ def _token_rewards(
         assert old is not None, "an entropy in the reward has old log-probabilities computed"
         parts.append(entropy_rewards(old, mask, costs.entropy_temperature))
 
-    return sum(parts[1:], parts[0]) if parts else None
+    return _sum_of(*parts)
+
+
+def _sum_of(*parts: Tensor | None) -> Tensor | None:
+    """Return the sum of the parts that are there; None without any."""
+    present = [part for part in parts if part is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+class _Steps(NamedTuple):
+    """The steps of a batch, of all functions that reward steps."""
+
+    rewards: Tensor  # [B, T] float32, the weighted sum of the steps that end at each token
+    ends: Tensor  # [B, T] bool
+
+
+def _steps(
+    rewards: RewardBatch, weights: Mapping[str, float], response_mask: Tensor
+) -> _Steps | None:
+    """Return the steps of the responses; None where no function gives rewards of steps.
+
+    Conventions: a token that the policy did not sample earns nothing, so a step that ends there
+    counts for the last sampled token before it, or else for the first of the response.
+
+    Example: a function of weight 2 with steps of rewards 1 and 0.5 that end at the tokens 1 and 3
+    of four: rewards (0, 2, 0, 1), ends at 1 and 3.
+    """
+    if not rewards.step_rewards:
+        return None
+
+    sampled = _sampled_at_or_before(response_mask)
+    total = torch.zeros(response_mask.shape)
+    ends = torch.zeros_like(response_mask)
+    for name, steps in rewards.step_rewards.items():
+        rows = torch.from_numpy(steps.rows)
+        columns = sampled[rows, torch.from_numpy(steps.ends.astype(np.int64))]
+        weighted = torch.from_numpy(steps.rewards * np.float32(weights[name]))
+        total.index_put_((rows, columns), weighted, accumulate=True)
+        ends[rows, columns] = True
+
+    return _Steps(total, ends & response_mask)
+
+
+def _sampled_at_or_before(response_mask: Tensor) -> Tensor:
+    """Return [B, T] the last sampled token up to each one; the first one where none is before."""
+    columns = torch.arange(response_mask.shape[1]).expand(response_mask.shape)
+    before = torch.where(response_mask, columns, -1).cummax(1).values
+    first = response_mask.int().argmax(1, keepdim=True)
+    return torch.where(before < 0, first, before)
+
+
+def _greedy_totals(
+    rollouts: RolloutBatch, greedy: RewardBatch, context: EstimatorContext
+) -> NDArray[Any]:
+    """Return [B] the reward of each prompt's greedy response, with the rewards of its steps."""
+    totals = greedy.rewards.copy()
+    for name, steps in greedy.step_rewards.items():
+        weight = np.float32(context.reward_weights[name])
+        np.add.at(totals, steps.rows, steps.rewards * weight)
+    return of_each_response(rollouts, replace(greedy, rewards=totals))
 
 
 def reward_weights(config: RunConfig) -> dict[str, float]:

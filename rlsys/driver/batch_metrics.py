@@ -149,7 +149,21 @@ def _reward_details(batches: Sequence[ScoredBatch]) -> dict[str, Metric]:
     verdicts = {
         f"reward/reason/{reason}": total(number) for reason, number in Counter(reasons).items()
     }
-    return {"reward/format_rate": _mean_of(answered)} | components | verdicts
+    return {"reward/format_rate": _mean_of(answered)} | components | _steps(rewards) | verdicts
+
+
+def _steps(rewards: Sequence[RewardBatch]) -> dict[str, Metric]:
+    """Return the number of steps and their mean reward, of each function that rewards steps."""
+    metrics = {}
+    for name in rewards[0].step_rewards:
+        steps = [part.step_rewards[name] for part in rewards]
+        counts = np.concatenate([np.diff(part.offsets) for part in steps])
+        failed = np.isnan(np.concatenate([part.components[name] for part in rewards]))
+        metrics[f"reward/steps/{name}"] = _mean_of(np.where(failed, np.nan, counts))
+        metrics[f"reward/step_mean/{name}"] = _mean_of(
+            np.concatenate([part.rewards for part in steps])
+        )
+    return metrics
 
 
 def _trained_metrics(columns: _Columns) -> dict[str, Metric]:

@@ -381,3 +381,54 @@ class OfflineWorkers:
     reference: ExampleReference | None = None  # None: the objective has no reference
     evaluation: EvaluationWorkers | None = None  # None: nothing is sampled
     reporting: Sequence[HasMetrics] = ()
+
+
+class ExpertLearner(Trained, Protocol):
+    """The actor group of a policy that learns its own correct responses."""
+
+    async def update(self, batch: Handle[ExampleBatch]) -> MetricMap:
+        """Train all epochs and mini-batches of the kept responses of a step, of which may be none.
+
+        Return metrics merged over ranks.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptResponses:
+    """The responses of a step that are learned, and all that were sampled."""
+
+    responses: int  # that are learned; may be 0
+    batch: Handle[ExampleBatch]  # of these
+    sampled: Handle[ScoredBatch]  # `trained` is True where a response is learned
+    metrics: MetricMap
+
+
+class ResponseFilter(Protocol):
+    """The worker that chooses the responses to learn; the driver does not open them."""
+
+    async def choose(
+        self, rollouts: Sequence[Handle[RolloutBatch]], rewards: Sequence[Handle[RewardBatch]]
+    ) -> KeptResponses:
+        """Choose among the responses of a step, given as its parts in prompt order."""
+        ...
+
+    async def write_rollouts(self, sampled: Handle[ScoredBatch], path: Path) -> None:
+        """Write everything that was sampled in one step as Parquet."""
+        ...
+
+    async def metrics(self) -> MetricMap:
+        """Return the peak memory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertIterationWorkers:
+    """All workers of expert iteration."""
+
+    generator: Generator
+    scorer: RewardScorer
+    filter: ResponseFilter
+    policy: ExpertLearner
+    weights: WeightSync
+    reporting: Sequence[HasMetrics] = ()

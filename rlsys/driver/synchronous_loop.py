@@ -137,7 +137,7 @@ class SynchronousLoop:
 
         memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
         metrics = combine([sampled.metrics, credited.metrics, *updates, sync, *memory])
-        return _with_throughput(values(metrics) | session.measurements())
+        return with_throughput(values(metrics) | session.measurements())
 
     async def _model_outputs(self, rollouts: Sequence[Handle]) -> _ModelOutputs:
         """Compute each output that is needed; concurrently unless one needs another."""
@@ -226,7 +226,7 @@ async def _none() -> Sequence[Handle[Any]]:
     return ()
 
 
-def _with_throughput(numbers: Mapping[str, float]) -> dict[str, float]:
+def with_throughput(numbers: Mapping[str, float]) -> dict[str, float]:
     """Add tokens per second: those that the engines sampled, and those that the update read."""
     sampled = numbers.get("rollout/tokens", 0.0) + numbers.get("rollout/greedy_tokens", 0.0)
     trained = numbers.get("policy/tokens", 0.0)

@@ -34,6 +34,7 @@ from rlsys.math_verifier.extraction import (
     has_one_filled_box,
     last_boxed,
     last_boxes,
+    rest_of_open_box,
 )
 from rlsys.math_verifier.lexer import unescaped
 from rlsys.math_verifier.limits import (
@@ -130,14 +131,15 @@ def ground_truth_answer(ground_truth: str) -> str:
     r"""Return the answer in a ground truth.
 
     It is what follows the last `####` (GSM8K), else the last box with the boxes joined to it, else
-    the mathematics after "the final answer is", else the whole text.
+    the mathematics after "the final answer is", else the rest of a box that was cut off, else the
+    whole text.
 
     Example: `ground_truth_answer("48 + 24 = 72\n#### 72")` and
     `ground_truth_answer(r"\boxed{72}")` are `"72"`.
     """
     marked = after_hashes(ground_truth)
     text = ground_truth if marked is None else marked
-    return (last_boxes(text) or announced_after(text) or text).strip()
+    return (last_boxes(text) or announced_after(text) or rest_of_open_box(text) or text).strip()
 
 
 def reads_ground_truth(ground_truth: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -62,6 +63,7 @@ MIN_DIGITS_OF_EXACT = 4
 # Digits that make a decimal a rounding without being said to be one, and those of a double.
 MIN_DIGITS_OF_ROUNDED = 12
 DIGITS_OF_DOUBLE = 15
+MAX_POWER_OF_DECIMAL = 100  # of ten, in scientific notation
 
 
 def same_answer(left: Node, right: Node) -> bool:
@@ -98,6 +100,9 @@ def simplified(node: Node) -> Node:
         return node
 
     node = _grouped_matrix(node)
+    point = _named_point(node)
+    if point is not None:
+        return point
     values = signs(node)
     return Listing(tuple(values), "and") if len(values) > 1 else node
 
@@ -109,6 +114,15 @@ def _flattened(items: Sequence[Node]) -> tuple[Node, ...]:
         inner = simplified(item)
         found.extend(inner.items if isinstance(inner, Listing) else (inner,))
     return tuple(found)
+
+
+def _named_point(node: Node) -> Relation | None:
+    """Return A(1, 2), a point with its name, as an equation; None for anything else."""
+    match node:
+        case Product((Symbol(name) as symbol, Group("(", items, ")") as point)):
+            if len(name) == 1 and name.isupper() and len(items) > 1:
+                return Relation((symbol, point), ("=",))
+    return None
 
 
 def _grouped_matrix(node: Node) -> Node:
@@ -193,7 +207,7 @@ def _named(name: Node, values: Node) -> Node:
 def _same_variable(left: Node, right: Node) -> bool:
     """Return whether two names are the same, up to an index: x and x, x_1 and x_2."""
     if not isinstance(left, Symbol) or not isinstance(right, Symbol):
-        return False
+        return left == right and _is_function_name(left)
     first, second = left.name.split("_"), right.name.split("_")
     return first[0] == second[0] and (len(first) == len(second))
 
@@ -245,7 +259,9 @@ def _with_sign(node: Node, sign: int) -> Node:
 def _is_part_of_name(node: Node) -> bool:
     if isinstance(node, Power):
         return node.exponent == MINUS_ONE and is_name(node.base)
-    return isinstance(node, Symbol | Relation) or (isinstance(node, Product) and is_name(node))
+    return isinstance(node, Symbol | Relation | SetOperation) or (
+        isinstance(node, Product) and is_name(node)
+    )
 
 
 def is_name(node: Node) -> bool:
@@ -257,8 +273,12 @@ def is_name(node: Node) -> bool:
         return node != REALS
     if isinstance(node, Call):
         if node.name == "abs":
-            return is_name(node.arguments[0])
+            return _is_named_set_or_length(node.arguments[0])
         return node.name.startswith("undefined ")
+    if isinstance(node, Power):  # C_5^2, a number of combinations
+        return (
+            isinstance(node.base, Symbol) and _COMBINATORIAL.fullmatch(node.base.name) is not None
+        )
     if isinstance(node, Product):  # AB, P(X = 2), dy/dx, AB/CD
         return (
             0 < len(node.factors) <= 3
@@ -272,6 +292,60 @@ def is_name(node: Node) -> bool:
     return isinstance(node, Constant) and node.name == "i"
 
 
+def _is_named_set_or_length(node: Node) -> bool:
+    """Return whether |node| names a value: |AB|, |a + b| of vectors, |A union B|."""
+    if isinstance(node, SetOperation):
+        return all(map(_is_named_set_or_length, (node.left, node.right)))
+    if isinstance(node, Sum):
+        return all(is_name(_unsigned(term)) for term in node.terms)
+    return is_name(node)
+
+
+def _unsigned(term: Node) -> Node:
+    match term:
+        case Product((first, inner)) if first == MINUS_ONE:
+            return inner
+        case _:
+            return term
+
+
+_FORMULA = Symbol("a formula")
+_NAMED_FUNCTIONS = frozenset(
+    ["sin", "cos", "tan", "cot", "sec", "csc", "max", "min", "gcd", "lcm", "arg", "Re", "Im"]
+)
+_COMBINATORIAL = re.compile(r"[CAP]_\d+")
+
+
+def names_value(label: Node, value: Node) -> bool:
+    """Return whether a side of an equation only names the value on the other side.
+
+    A function of names does so for a constant (`sin A = 1/2`, but not `cos x = sin x`), and a
+    formula of names for a matrix that is written out (`A^{-1} = ...`).
+    """
+    if is_name(label):
+        return True
+    if isinstance(value, Matrix):
+        return _is_name_of_matrix(label)
+    if not isinstance(label, Call) or symbols(value):
+        return False
+    if label.name not in _NAMED_FUNCTIONS and not label.name.startswith("formal "):
+        return False
+    return all(map(symbols, label.arguments))
+
+
+def _is_name_of_matrix(node: Node) -> bool:
+    """Return whether a formula has names only: A^{-1}, AB + C, but not 2A."""
+    match node:
+        case Symbol():
+            return True
+        case Power(base, Number()):
+            return _is_name_of_matrix(base)
+        case Product(parts) | Sum(parts) | Call("transpose", parts):
+            return all(map(_is_name_of_matrix, parts))
+        case _:
+            return False
+
+
 def _simplified_relation(node: Relation) -> Node:
     """Reduce a chain of equations to its value, and refuse contradictory chains."""
     parts, operators = list(node.parts), list(node.operators)
@@ -282,22 +356,30 @@ def _simplified_relation(node: Relation) -> Node:
     if set(operators) != {"="}:
         return node
 
-    if len(parts) == 2 and is_name(parts[1]) and not is_name(parts[0]):
+    if len(parts) == 2 and names_value(parts[1], parts[0]) and not names_value(*parts):
         parts.reverse()
-    named = is_name(parts[0])
+    named = names_value(parts[0], parts[-1])
     values = parts[1:] if named else parts
+    if _name_several_variables(parts):
+        value = simplified(parts[-1])
+        names = parts[:-1]
+        return Listing(tuple(Relation((name, value), ("=",)) for name in names), "and")
 
     # Two sides with a variable are an equation; any other chain states equal values.
-    is_chain = named or len(parts) > 2 or not (symbols(parts[0]) | symbols(parts[1]))
+    is_chain = named or len(parts) > 2 or not (_is_open(parts[0]) or _is_open(parts[1]))
     if len(values) > 1 and is_chain:
         values = _without_formulas(values)
         if not all(same_answer(values[0], value) for value in values[1:]):
             raise UnparsableError("a chain of different values")
         values = values[-1:]
 
-    if not named:
-        return simplified(values[0]) if len(values) == 1 else Relation(tuple(parts), ("=",))
+    if len(values) > 1:
+        return Relation(tuple(parts), ("=",))
     value = simplified(values[0])
+    if not named:
+        # 2x = 4 + 2 = 6 is 6, but it is not x = 6.
+        is_formula = _is_open(parts[0]) and not _is_open(value)
+        return Relation((_FORMULA, value), ("=",)) if is_formula else value
     if isinstance(parts[0], Group):
         return value
     if isinstance(value, Listing):
@@ -305,15 +387,34 @@ def _simplified_relation(node: Relation) -> Node:
     return Relation((parts[0], value), ("=",))
 
 
+def _name_several_variables(parts: list[Node]) -> bool:
+    """Return whether a chain gives one value to several variables: x = y = 4."""
+    names = parts[:-1]
+    if len(names) < 2 or symbols(parts[-1]) or len(set(names)) < len(names):
+        return False
+    return all(isinstance(name, Symbol) and name != REALS for name in names)
+
+
 def _without_formulas(values: list[Node]) -> list[Node]:
     """Return a chain that ends in a constant without its formulas: pi r^2 of A = pi r^2 = 9 pi.
 
     A variable alone is no formula but a second name: x = y = 3 has two values.
     """
-    if symbols(values[-1]):
+    if _is_open(values[-1]):
         return values
-    formulas = Sum | Product | Power
-    return [value for value in values if not isinstance(value, formulas) or not symbols(value)]
+    return [value for value in values if not _is_formula(value)]
+
+
+def _is_formula(node: Node) -> bool:
+    is_function = isinstance(node, Call) and not is_name(node)
+    return _is_open(node) and (is_function or isinstance(node, Sum | Product | Power))
+
+
+def _is_open(node: Node) -> bool:
+    """Return whether a node has a variable, or an unknown value such as f(2)."""
+    if isinstance(node, Symbol) or (isinstance(node, Call) and node.name.startswith("undefined ")):
+        return True
+    return any(map(_is_open, children(node)))
 
 
 def _rounded_chain(parts: list[Node], operators: list[str]) -> Node:
@@ -346,18 +447,20 @@ def _equations(left: Node, right: Node) -> bool:
     if not isinstance(left, Relation) or left.operators != ("=",):
         return False
     if not isinstance(right, Relation):
-        name = left.parts[0]
-        if not is_name(name) or (isinstance(right, Ratio) and not isinstance(name, Ratio)):
+        name, value = left.parts
+        if not names_value(name, value):
             return False
-        return same_answer(left.parts[1], right)
+        if isinstance(right, Ratio) and not isinstance(name, Ratio) and not _is_quotient(name):
+            return False
+        return same_answer(value, right)
     if right.operators != ("=",):
         return False
 
     first, second = left.parts[0], right.parts[0]
-    if first == second and is_name(first):
+    if first == second and names_value(first, left.parts[1]):
         return same_answer(left.parts[1], right.parts[1])
     both_functions = _is_function_name(first) and _is_function_name(second)
-    if both_functions and same_answer(left.parts[1], right.parts[1]):
+    if both_functions and same_answer(_with_variable_of(second, left), right.parts[1]):
         return True
 
     try:
@@ -366,8 +469,30 @@ def _equations(left: Node, right: Node) -> bool:
         return False
 
 
+def _is_quotient(node: Node) -> bool:
+    match node:
+        case Product((_, Power(_, exponent))):
+            return exponent == MINUS_ONE
+        case _:
+            return False
+
+
 def _is_function_name(node: Node) -> bool:
-    return node == Symbol("y") or (isinstance(node, Call) and node.name.startswith("undefined "))
+    """Return whether a side names a function: y or f(x), but not its value f(2)."""
+    if isinstance(node, Call):
+        of_variables = all(isinstance(argument, Symbol) for argument in node.arguments)
+        return node.name.startswith("undefined ") and of_variables
+    return node == Symbol("y")
+
+
+def _with_variable_of(name: Node, equation: Relation) -> Node:
+    """Return the right side of f(t) = 2t + 3 with the variable of another name, f(x)."""
+    match name, equation.parts:
+        case Call(first, (Symbol(wanted),)), (Call(second, (Symbol(variable),)), value):
+            if first == second and wanted not in symbols(value):
+                with suppress(UnparsableError):
+                    return substitute(value, variable, Symbol(wanted))
+    return equation.parts[1]
 
 
 def _difference(node: Relation) -> Node:
@@ -420,7 +545,8 @@ def _assignments(left: Node, right: Node) -> bool:
         )
 
     points = right.items if isinstance(right, Listing | SetOf) else (right,)
-    if all(map(_is_tuple, points)):
+    named_points = len(solutions) == 1 and all(map(_is_tuple, solutions[0].values()))
+    if all(map(_is_tuple, points)) and not named_points:
         return _same_multiset([_as_tuple(solution) for solution in solutions], points)
     if isinstance(right, Listing) and len(solutions) == 1:
         return _same_items(tuple(solutions[0].values()), right.items)
@@ -435,7 +561,7 @@ def _is_assigned(node: Node) -> bool:
 
 
 def _is_assignment(node: Node) -> bool:
-    return isinstance(node, Relation) and _is_equation(node) and is_name(node.parts[0])
+    return isinstance(node, Relation) and _is_equation(node) and names_value(*node.parts)
 
 
 def _solutions(node: Listing) -> list[dict[str, Node]] | None:
@@ -659,13 +785,42 @@ def _inner_product(first: tuple[Node, ...], second: tuple[Node, ...]) -> Node:
 
 
 def _power_of_matrix(base: Node, exponent: Fraction) -> Matrix | None:
+    matrix = as_matrix(base) if _holds_matrix(base) else None
+    if exponent == -1:
+        return _inverse(matrix) if matrix else None
     if exponent.denominator != 1 or not 0 < exponent <= MAX_MATRIX_EXPONENT:
         return None
-    matrix = as_matrix(base) if _holds_matrix(base) else None
     power = matrix
     for _ in range(int(exponent) - 1):
         power = _multiplied(power, matrix) if power and matrix else None
     return power
+
+
+def _inverse(matrix: Matrix) -> Matrix | None:
+    """Return the inverse of a matrix of rational numbers, by Gauss and Jordan; None without one."""
+    side = len(matrix.rows)
+    if side > MAX_MATRIX_SIDE or len(matrix.rows[0]) != side or matrix.determinant:
+        return None
+
+    rows: list[list[Fraction]] = []
+    for index, cells in enumerate(matrix.rows):
+        values = [exact(cell) for cell in cells]
+        known = [value for value in values if value is not None]
+        if len(known) < side:
+            return None
+        rows.append([*known, *(Fraction(int(index == column)) for column in range(side))])
+
+    for column in range(side):
+        pivot = next((i for i in range(column, side) if rows[i][column]), None)
+        if pivot is None:
+            return None
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        scale = rows[column][column]
+        rows[column] = [value / scale for value in rows[column]]
+        for i in set(range(side)) - {column}:
+            factor = rows[i][column]
+            rows[i] = [a - factor * b for a, b in zip(rows[i], rows[column], strict=True)]
+    return Matrix(tuple(tuple(map(Number, row[side:])) for row in rows))
 
 
 def _sum_of_matrices(terms: tuple[Node, ...]) -> Matrix | None:
@@ -762,15 +917,26 @@ def _values(left: Node, right: Node) -> bool:
 def _same_without_mark(left: Node, right: Node) -> bool:
     """Accept 90 for 90 degrees and 50 for 50 %.
 
-    A bare number below 1 is a fraction, not a percentage: 0.5 is not 0.5 %.
+    A bare number below 1 is no percentage, and neither is a fraction: 0.5 is not 0.5 %, and 9/2 is
+    not 4 1/2 %, but 4 1/2 and 4.5 are.
     """
     for marked, bare in ((left, right), (right, left)):
         if _mark(marked) == "degree" and not _mark(bare):
             return same_value(_unmarked(marked), bare)
         if _mark(marked) == "percent" and not _mark(bare):
             plain = _unmarked(marked)
-            return abs(real_value(plain)) >= 1 and same_value(plain, bare)
+            if abs(real_value(plain)) < 1 or _is_fraction(bare):
+                return False
+            return same_value(plain, bare)
     return False
+
+
+def _is_fraction(node: Node) -> bool:
+    """Return whether a node is a fraction, and neither a decimal nor a mixed number."""
+    value = exact(node)
+    if value is None or value.denominator == 1:
+        return False
+    return not isinstance(node, Number) or not (node.decimals or node.mixed)
 
 
 def _mark(node: Node) -> str:
@@ -892,11 +1058,22 @@ def _roundings(left: Node, right: Node) -> bool:
     return _rounds_to(against, plain, minimum=minimum)
 
 
-def _is_long_decimal(node: Node) -> bool:
-    """Return whether a number has so many digits that it must be a rounding."""
+def _long_decimal(node: Node) -> Number | None:
+    """Return a decimal with so many digits that it must be a rounding; None for anything else.
+
+    33.3333333333333 % and 3.33333333333333 * 10^{-1} are such decimals too.
+    """
+    match node:
+        case Marked(Number(value, int(decimals)), "percent"):
+            node = Number(value / 100, decimals + 2)
+        case Product((Number(value, int(decimals)), Power(Number(base, _), Number(exponent, _)))):
+            if base != 10 or exponent.denominator != 1 or abs(exponent) > MAX_POWER_OF_DECIMAL:
+                return None
+            node = Number(value * base**exponent.numerator, max(decimals - exponent.numerator, 0))
     if not isinstance(node, Number) or not node.decimals:
-        return False
-    return abs(node.value) * 10**node.decimals >= 10 ** (MIN_DIGITS_OF_ROUNDED - 1)
+        return None
+    is_long = abs(node.value) * 10**node.decimals >= 10 ** (MIN_DIGITS_OF_ROUNDED - 1)
+    return node if is_long else None
 
 
 def _long_decimals(left: Node, right: Node) -> bool:
@@ -904,20 +1081,70 @@ def _long_decimals(left: Node, right: Node) -> bool:
 
     The last digit may be off by one, and only as many digits as a double has must agree.
     """
-    if not _is_long_decimal(left) or not isinstance(right, _EXPRESSIONS) or symbols(right):
+    decimal = _long_decimal(left)
+    if decimal is None or not isinstance(right, _EXPRESSIONS) or symbols(right):
         return False
+    if _mark(right) == "percent":
+        right = Product((_unmarked(right), Number(Fraction(1, 100))))
     is_short = isinstance(right, Number) and (right.decimals or right.value.denominator == 1)
     if is_short or _holds_unit(right):
         return False
 
-    assert isinstance(left, Number)
-    unit = Fraction(1, 10 ** (left.decimals or 0))
-    tolerance = max(unit, abs(left.value) / 10**DIGITS_OF_DOUBLE)
+    unit = Fraction(1, 10 ** (decimal.decimals or 0))
+    tolerance = max(unit, abs(decimal.value) / 10**DIGITS_OF_DOUBLE)
     try:
-        distance = abs(real_value(Number(left.value)) - real_value(right))
+        distance = abs(real_value(Number(decimal.value)) - real_value(right))
     except (UnparsableError, UndefinedError, TooLargeError):
         return False
     return bool(distance <= real_value(Number(tolerance)))
+
+
+_INTEGERS = frozenset({"the set Z", "the set N", "Z", "N"})
+
+
+def _family(node: Node) -> tuple[Node, str, str] | None:
+    """Return the members, parameter and set of `pi/4 + k pi, k in Z`; None for anything else."""
+    if not isinstance(node, Listing) or len(node.items) < 2:
+        return None
+    match node.items[-1]:
+        case Relation((Symbol(parameter), Symbol(integers)), ("in",)) if integers in _INTEGERS:
+            members = node.items[:-1]
+            if not all(parameter in symbols(item) for item in members):
+                return None
+            rest = members[0] if len(members) == 1 else Listing(members, node.separator)
+            return simplified(rest), parameter, integers.removeprefix("the set ")
+        case _:
+            return None
+
+
+def _families(left: Node, right: Node) -> bool:
+    """Compare solutions for every integer; the parameter's name is free where both name its set."""
+    first, second = _family(left), _family(right)
+    if first is None:
+        return False
+    members, parameter, integers = first
+    if second is None:
+        return same_answer(members, right)
+
+    others, other_parameter, other_integers = second
+    if integers != other_integers or parameter in symbols(others) - {other_parameter}:
+        return False
+    try:
+        return same_answer(members, _renamed(others, other_parameter, parameter))
+    except UnparsableError:
+        return False
+
+
+def _renamed(node: Node, old: str, new: str) -> Node:
+    match node:
+        case Relation(parts, operators):
+            return Relation(tuple(_renamed(part, old, new) for part in parts), operators)
+        case Listing(items, separator):
+            return Listing(tuple(_renamed(item, old, new) for item in items), separator)
+        case Group(opening, items, closing):
+            return Group(opening, tuple(_renamed(item, old, new) for item in items), closing)
+        case _:
+            return substitute(node, old, Symbol(new))
 
 
 def _ratios(left: Node, right: Node) -> bool:
@@ -955,4 +1182,5 @@ _RULES: tuple[Callable[[Node, Node], bool], ...] = (
     _memberships,
     _sets,
     _long_decimals,
+    _families,
 )

@@ -346,7 +346,7 @@ class Evaluator:
                 return self._rational(constant)
 
         values = [self.value(argument) for argument in arguments]
-        if name.startswith("undefined "):
+        if name.startswith(("undefined ", "formal ")):
             return self._undefined(name, values)
         if name == "log":
             return self._log(values)

@@ -12,11 +12,21 @@ EXTRACTIONS = ("boxed", "boxes", "answer_tag", "after_hashes", "lenient")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 _BARE = re.compile(r"[^\s${}\\]+")
-# What stands between two boxes that are one answer: a comma, "and", "for part (a) and", "and y =".
+# What stands between two boxes that are one answer: a comma, "and", "for part (a) and", "and y =",
+# "papers and", "(b)". Words that say more about the first answer may take it back.
+_NO_NOUN = (
+    r"(?:is|was|are|were|has|have|but|no|not|wrong|in\w*correct|instead|so|then|hence|thus|which|that|"
+    r"since|because|if|when|by|from|to|after|before|first|final\w*|actually|wait|rather|check)\b"
+)
 _BETWEEN_BOXES = re.compile(
-    r"(?:for [\w() ]{1,30}?)?(?:[,;]|(?:[,;] ?)?\b(?:and|or)\b|&)(?: [A-Za-z]\w{0,2} =)?",
+    rf"(?:for [\w() ]{{1,30}}?|(?:(?!{_NO_NOUN})[a-z]{{1,15}}\b ?){{1,3}})?"
+    r"(?:[,;]|(?:[,;] ?)?(?:\b(?:and|or|as well as|and also)\b|&))"
+    r"(?: ?[a-z](?:\w{0,2}|_\{?\w{1,3}\}?) ?=)?"
+    r"|[,;.]? ?\((?:[b-h]|[2-9]|ii|iii|iv|v)\)",
     re.IGNORECASE,
 )
+_OR = re.compile(r"\bor\b", re.IGNORECASE)
+_LABEL = re.compile(r"(?<![\w\\])([A-Za-z](?:\w{0,2}|_\{?\w{1,3}\}?))\s*=\s*$")
 _TEXT_BETWEEN = re.compile(r"\\+(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}")
 _SPACING_BETWEEN = re.compile(r"\\+(?:quad|qquad|[,;:! ])|[\s~]")
 _DELIMITER = re.compile(r"\$+|\\+[()\[\]]")
@@ -45,8 +55,10 @@ def _content(text: str, box: re.Match[str]) -> str | None:
 def last_boxes(text: str) -> str | None:
     r"""Return the last box together with the boxes that it is joined to, as one list.
 
-    Boxes are joined by a comma, a semicolon, "and" or "or" between them, or by nothing. Boxes with
-    other text between them are separate, and the last one counts, as in `last_boxed`.
+    Boxes are joined by a comma, a semicolon, "and" or "or" between them, or by nothing; a noun may
+    stand before it, and the label of a part, (b), instead of it. Boxes with other text between them
+    are separate, and the last one counts, as in `last_boxed`. The names of `x = \\boxed{1}` and
+    `y = \\boxed{2}` belong to the answer.
 
     Example: `last_boxes(r"so \boxed{-2} and \boxed{1}")` is `-2, 1`.
     """
@@ -56,6 +68,8 @@ def last_boxes(text: str) -> str | None:
         return content
 
     contents = [content.strip()]
+    labels = [_label(text, box)]
+    alternatives = True  # every joint is an "or"
     while len(contents) < MAX_LIST_ITEMS:
         before = _last_box(text, box.start())
         inner = None if before is None else _content(text, before)
@@ -64,9 +78,21 @@ def last_boxes(text: str) -> str | None:
         end = before.end() + len(inner) + (1 if before[1] else 0)
         if end > box.start() or not _joins(text[end : box.start()]):
             break
+        alternatives = alternatives and _OR.search(text, end, box.start()) is not None
         contents.append(inner.strip())
+        labels.append(_label(text, before))
         box = before
-    return ", ".join(reversed(contents))
+
+    if len(contents) > 1 and all(labels) and not any("=" in content for content in contents):
+        contents = [f"{label} = {content}" for label, content in zip(labels, contents, strict=True)]
+    return (" or " if alternatives else ", ").join(reversed(contents))
+
+
+def _label(text: str, box: re.Match[str]) -> str:
+    """Return the name x of `x = \\boxed{1}`, empty where there is none."""
+    before = _DELIMITER.sub(" ", text[max(box.start() - MAX_BETWEEN_BOXES, 0) : box.start()])
+    label = _LABEL.search(before.rstrip("\\"))
+    return label[1] if label else ""
 
 
 def _joins(between: str) -> bool:
@@ -79,6 +105,14 @@ def _joins(between: str) -> bool:
         return "\n" not in between
     words = " ".join(_DELIMITER.sub(" ", text).split())
     return _BETWEEN_BOXES.fullmatch(words) is not None
+
+
+def rest_of_open_box(text: str) -> str | None:
+    """Return what follows a last box that never closes; None where it closes."""
+    box = _last_box(text)
+    if box is None or not box[1] or _balanced(text, box.end()) is not None:
+        return None
+    return text[box.end() :]
 
 
 def has_one_filled_box(text: str) -> bool:

@@ -102,7 +102,7 @@ _RENAMED = {
     "textsterling": "pounds", "euro": "euro", "yen": "yen", "top": "top", "overline": "overline",
     "bar": "overline", "prime": "prime", "coloneqq": "=", "equiv": "=", "to": ":", "rtimes": "*",
     "And": "and", "pmod": "mod", "bmod": "mod", "mod": "mod", "percent": "%",
-    "textdollar": "\\$", "mathdollar": "\\$",
+    "textdollar": "\\$", "mathdollar": "\\$", "sum": "sum", "prod": "prod",
 }  # fmt: skip
 _SYMBOL_COMMANDS = frozenset(
     _words(
@@ -123,6 +123,8 @@ _COMMAND_NAMES = (
 )  # fmt: skip
 _BACKSLASHES = re.compile(r"\\+")
 _DOUBLED_COMMAND = re.compile(r"(?<!\\)\\\\([A-Za-z]+|[^A-Za-z\\])")
+_NO_VALUES = frozenset({"=", ",", ";", "and", "or", ":", "(", "{", "["})
+_ESCAPED_FORMULA = re.compile(r"\s*(?:\\\\\(.*\\\\\)|\\\\\[.*\\\\\])\s*", re.DOTALL)
 _PUNCTUATION = frozenset("+-*/^_=<>()[]{}|,;:!%&'")
 # Commands of one character that stand for something: \\{ is a brace, \\& a word.
 _ESCAPED = {"{": "\\{", "}": "\\}", "$": "\\$", "%": "%", "&": "and", "|": "|"}
@@ -148,8 +150,13 @@ _ELLIPSIS = re.compile(r"\s*(?:\\l?dots\b|\\cdots\b|\.\.\.)")
 _PER_TIME = re.compile(r"\s*/\s*(?:s|h|sec|min|hr)(?![a-z])")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _LETTERS = re.compile(r"[A-Za-z]+")
+_GLUED_OR = re.compile(r"or(?=[A-Za-z](?:_\{?\w{1,3}\}?|\([a-z]\))?\s*=)")
+_PER_CENT = re.compile(r"per\s+cent(?![A-Za-z])", re.IGNORECASE)
 _TEXT_RUN = re.compile(r"[A-Za-z]+(?:[.'’-][A-Za-z]+)*\.?")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
+_GLUED_SPACE = re.compile("q?quad")
+# Behind a wide space: the name of another value.
+_ANOTHER_NAME = re.compile(r"\s*(?:\\quad\s*)*[A-Za-z](?:_(?:\w|\{\w{1,3}\}))?\s*=")
 NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
@@ -177,6 +184,8 @@ def unescaped(text: str) -> str:
     """
     if "\\\\" not in text:
         return text
+    if _ESCAPED_FORMULA.fullmatch(text):
+        return text.replace("\\\\", "\\")
     if any(len(run) % 2 for run in _BACKSLASHES.findall(text)):
         return text
     if not any(name in _COMMAND_NAMES for name in _DOUBLED_COMMAND.findall(text)):
@@ -271,6 +280,10 @@ class _Lexer:
 
     def _punctuation(self, character: str) -> None:
         two = self._text[self._position : self._position + 2]
+        if two == ":=":
+            self._position += 2
+            self._add("name", "=")
+            return
         third = self._text[self._position + 2 : self._position + 3]
         is_factorial = two == "!=" and third == "="  # 5!==120
         if two in ("<=", ">=", "!=", "**", "==") and not is_factorial:
@@ -328,7 +341,15 @@ class _Lexer:
 
         run = match[0].rstrip(".")
         lower = run.lower()
-        if lower in WORD_NAMES:
+        glued = None if self._in_text else _GLUED_OR.match(self._text, match.start())
+        per_cent = _PER_CENT.match(self._text, match.start())
+        if glued and self._tokens:  # 1orx=2
+            self._position = glued.end()
+            self._add("name", "or")
+        elif per_cent:
+            self._position = per_cent.end()
+            self._add("name", "%")
+        elif lower in WORD_NAMES:
             self._add("name", WORD_NAMES[lower])
         elif self._in_text and lower in UNIT_WORDS and self._after_value():
             self._add("word", run)  # before the functions: "min" is a minute here
@@ -434,6 +455,11 @@ class _Lexer:
         start = self._position
         self._position = match.end()
 
+        space = _GLUED_SPACE.match(name)
+        if space and name not in _SPACES:  # \quadx
+            name = space[0]
+            self._position = start + 1 + len(name)
+
         if name in _ESCAPED:
             self._add("name", _ESCAPED[name])
         elif name == "\\":
@@ -467,10 +493,19 @@ class _Lexer:
             self._spaced = True
             if self._at("{"):
                 self._argument()
+            elif name in ("quad", "qquad") and self._separates_values():
+                self._add("name", ",")
         elif name in _INVISIBLE:
             self._argument()
         elif name in ("left", "right") and self._at("."):
             self._position += 1
+
+    def _separates_values(self) -> bool:
+        r"""Return whether a wide space stands between two equations: x = 1 \quad y = 2."""
+        if not self._tokens or not _ANOTHER_NAME.match(self._text, self._position):
+            return False
+        has_equation = any(token.text == "=" for token in self._tokens)
+        return has_equation and self._tokens[-1].text not in _NO_VALUES
 
     def _named(self, name: str, start: int) -> None:
         if name in _TRANSPARENT:

@@ -14,11 +14,13 @@ from fractions import Fraction
 class Number:
     """An exact rational.
 
-    `decimals` is the number of digits written after the point (None for an integer).
+    `decimals` is the number of digits written after the point (None for an integer); `mixed` says
+    that it is written as an integer and a fraction, `2 1/2`.
     """
 
     value: Fraction
     decimals: int | None = None
+    mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ INFINITY = Constant("infinity")
 def negative(node: Node) -> Node:
     """Return -node, with a number's sign folded in."""
     if isinstance(node, Number):
-        return Number(-node.value, node.decimals)
+        return Number(-node.value, node.decimals, node.mixed)
     return Product((MINUS_ONE, node))
 
 

@@ -55,7 +55,7 @@ from rlsys.math_verifier.words import plain
 _RELATIONS = frozenset({"=", "!=", "<", "<=", ">", ">=", "in", "not in", "~"})
 _SIGNS = frozenset({"+", "-", "+-", "-+"})
 _SET_OPERATIONS = frozenset({"union", "intersection", "difference"})
-_SEPARATORS = frozenset({",", ";", "and", "or"})
+_SEPARATORS = frozenset({",", ";", "and", "or", "\\\\"})
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "<|": ("|>",), "<": (">",)}
 _INVERSE = {
     "sin": "arcsin",
@@ -78,6 +78,8 @@ _BASE_WORDS = {
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
 _FUNCTION_LETTERS = frozenset("fgFG")
+_PROBABILITIES = frozenset({"P", "p", "Pr", "E", "the set P", "the set E"})  # of A | B
+_SYSTEMS = frozenset({"array", "aligned", "gathered"})
 MAX_SCIENTIFIC_EXPONENT = 4000
 
 
@@ -104,15 +106,27 @@ _DECIMAL_COMMA = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{3})+|\d+),(\d+)(?![\d.])
 
 
 def _with_decimal_point(text: str) -> str | None:
-    """Return `1.000,5` and `2,74 $` with a decimal point; None for anything else."""
-    match = _DECIMAL_COMMA.search(text)
-    if match is None or text.count(",") > 1 or any(bracket in text for bracket in "()[]"):
+    """Return `1.000,5`, `2,74 $` and `(0,5; 1,5)` with points; None for anything else."""
+    numbers = list(_DECIMAL_COMMA.finditer(text))
+    if not numbers or len(numbers) < text.count(","):
         return None
-    whole, decimals = match.groups()
-    if len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0"):
-        return None  # 1,234 separates thousands
-    whole = whole.replace(".", "")
-    return f"{text[: match.start()]}{whole}.{decimals}{text[match.end() :]}"
+    # In a list or a tuple only where something else separates: 0,5; 1,5.
+    is_one_number = len(numbers) == 1 and not any(bracket in text for bracket in "()[]")
+    if not is_one_number and not _SEPARATED.search(text):
+        return None
+    if any(map(_separates_thousands, numbers)):
+        return None
+    return _DECIMAL_COMMA.sub(lambda number: f"{number[1].replace('.', '')}.{number[2]}", text)
+
+
+_SEPARATED = re.compile(r";|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|\\(?:cup|cap|lor|land)")
+
+
+def _separates_thousands(number: re.Match[str]) -> bool:
+    whole, decimals = number.groups()
+    return (
+        len(decimals) == 3 and whole.isdecimal() and len(whole) <= 3 and not whole.startswith("0")
+    )
 
 
 def _readings(text: str) -> list[Node]:
@@ -239,9 +253,14 @@ class _Parser:
     def _listing(self) -> Node:
         items = [self._clause()]
         separators: set[str] = set()
-        while self._peek() in _SEPARATORS:
+        while self._peek() in _SEPARATORS or self._in_a_set():
+            if self._in_a_set():
+                self._position += 1
+                items.append(self._clause())
+                self._expect(")")
+                continue
             separator = self._next().text
-            if separator in (",", ";") and self._peek() in ("and", "or"):  # "1, 2, and 3"
+            if separator not in ("and", "or") and self._peek() in ("and", "or"):  # "1, 2, and 3"
                 separator = self._next().text
             separators.add(separator)
             items.append(self._clause())
@@ -252,10 +271,18 @@ class _Parser:
                 return Listing(tuple(items), word)
         return Listing(tuple(items), ",")
 
+    def _in_a_set(self) -> bool:
+        """Return whether `(k in Z)` comes, which says what a letter before it stands for."""
+        if self._peek() != "(" or self._peek(2) != "in" or self._peek(4) != ")":
+            return False
+        return self._kind(1) == self._kind(3) == "letter"
+
     def _clause(self) -> Node:
         outer = self._units
         self._units = []
         rounded = self._skip_fillers()
+        if self._position == 0:
+            self._accept("=")  # a sign before the answer
         if self._accept("~"):
             rounded = True
 
@@ -410,12 +437,14 @@ class _Parser:
     def _mixed(self, factors: list[Node], whole: Number, fraction: Node) -> Node:
         """Return the mixed number, which takes the place of the integer among the factors."""
         factors[-1] = Number(Fraction(1))
-        return Number(whole.value + _fraction_value(fraction))
+        return Number(whole.value + _fraction_value(fraction), mixed=True)
 
     def _starts_factor(self) -> bool:
         kind, name = self._kind(), self._peek()
         if kind in ("number", "letter"):
             return True
+        if self._in_a_set():
+            return False
         if name == "|":
             return self._bars == 0 and self._closing_bar()
         if name == "[" and (
@@ -424,11 +453,12 @@ class _Parser:
             return False  # it closes an interval that is open on this side: [0, 3[
         return name in FUNCTIONS or name in (
             "(", "[", "{", "frac", "sqrt", "binom", "pi", "i", "infinity", "begin", "\\$", "lfloor",
-            "lceil", "<|", "pounds", "euro", "yen", "reals",
+            "lceil", "<|", "pounds", "euro", "yen", "reals", "sum", "prod",
         )  # fmt: skip
 
     _bars = 0
     _in_builder = False
+    _in_system = False
 
     def _closing_bar(self) -> bool:
         """Return whether there is another bar after the one at this position."""
@@ -612,6 +642,10 @@ class _Parser:
             raise UnparsableError("it ends too early")
 
         name = self._next().text
+        if name == "..." and self._position > 1:  # of 1 + 2 + ... + n, but not of a list
+            around = self._tokens[self._position - 2].text, self._peek()
+            if all(sign in ("+", "-", "*") for sign in around):
+                return Symbol(name)
         if name in FUNCTIONS and name not in ("sqrt",):
             return self._function(name)
         if name in _PRIMARIES:
@@ -624,8 +658,11 @@ class _Parser:
         mantissa, _, exponent = token.text.partition("e")
         if exponent and abs(int(exponent)) > MAX_SCIENTIFIC_EXPONENT:
             raise UnparsableError("an exponent too large")
-        value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        return Number(value, None if exponent else token.decimals)
+        power = int(exponent or 0)
+        value = Fraction(mantissa) * Fraction(10) ** power
+        if token.decimals is None or power > 0:
+            return Number(value, None if exponent else token.decimals)
+        return Number(value, token.decimals - power)
 
     def _letter(self) -> Node:
         name = self._next().text
@@ -641,11 +678,27 @@ class _Parser:
 
         while self._accept("'"):
             name += "'"
+        if self._defines_function(name):
+            return self._undefined_function(name)
         if name in ("C", "P") and self._peek() == "(":
             return self._chosen(name)
         if name.rstrip("'") in _FUNCTION_LETTERS and self._peek() in ("(", "^"):
             return self._undefined_function(name)
         return Symbol(name)
+
+    def _defines_function(self, name: str) -> bool:
+        """Return whether the letter begins P(x) = ...; a capital in the brackets is an event."""
+        if len(name) != 1:
+            return False
+        argument = self._tokens[self._position : self._position + 4]
+        texts = [token.text for token in argument]
+        return (
+            len(texts) == 4
+            and texts[0] == "("
+            and texts[2:] == [")", "="]
+            and argument[1].kind == "letter"
+            and texts[1].islower()
+        )
 
     def _index(self) -> str:
         if self._accept("{"):
@@ -685,6 +738,8 @@ class _Parser:
             else:
                 return Symbol(name)
         inner = self._nested(self._primary)
+        if self._accept("_"):  # f(x)_{max}
+            name += "_" + self._index()
         if isinstance(inner, Group):
             return Call(f"undefined {name}", inner.items)
         return Call(f"undefined {name}", (inner,))
@@ -755,6 +810,9 @@ class _Parser:
         if builder is not None:
             return builder
 
+        if self._position == 1 and self._peek() == "}" and self._kind(1) == "end":
+            self._position += 1
+            return EMPTY_SET
         node = self._rest_of_braces()
         if isinstance(node, Listing):
             return SetOf(node.items)
@@ -808,9 +866,12 @@ class _Parser:
 
     def _bracketed(self, opening: str) -> Node:
         """Parse a bracketed expression, a tuple, or an interval."""
+        before = self._tokens[self._position - 2].text if self._position > 1 else ""
         bars = self._bars
         self._bars = 0
         node = self._nested(self._listing)
+        if before in _PROBABILITIES and self._accept("|"):  # P(A | B)
+            node = Relation((node, self._nested(self._listing)), ("|",))
         self._bars = bars
         closing = self._next().text
         if closing not in _CLOSERS[opening]:
@@ -830,6 +891,9 @@ class _Parser:
     def _set_braces(self) -> Node:
         if self._accept("\\}"):
             return EMPTY_SET
+        system = self._system_in_array()
+        if system is not None:
+            return system
         bars = self._bars
         self._bars = 1  # a bar is "such that" here
         head = self._nested(self._listing_or_head)
@@ -919,12 +983,30 @@ class _Parser:
             return Product((root, self._plain_number()))
         return root
 
+    def _formal(self, name: str) -> Node:
+        r"""Parse \sum_{k=1}^{n} a_k, which is not evaluated: it only equals the same sum."""
+        first: Node | None = None
+        last: Node = INFINITY
+        while self._peek() in ("_", "^"):
+            if self._next().text == "_":
+                first = self._nested(self._braces)
+            else:
+                last = self._nested(self._exponent)
+
+        terms = self._nested(self._product)
+        match first:
+            case Relation((Symbol(index), start), ("=",)):
+                ends = (start,) if last == INFINITY else (start, last)
+                return Call(f"formal {name} over {index}", (terms, *ends))
+            case _:
+                raise UnparsableError("a sum without its bounds")
+
     def _binomial(self) -> Node:
         return Call("binomial", (self._tex_argument(), self._tex_argument()))
 
     def _absolute_value(self) -> Node:
         self._bars += 1
-        node = self._nested(self._sum)
+        node = self._nested(self._set)
         self._expect("|")
         self._bars -= 1
         return Call("abs", (node,))
@@ -965,13 +1047,40 @@ class _Parser:
 
     def _system(self) -> Node:
         """Parse equations that hold together."""
+        return Listing(tuple(self._rows_of_system("cases")), "and")
+
+    def _rows_of_system(self, name: str) -> list[Node]:
         rows = [self._nested(self._clause)]
-        while self._accept("\\\\", ",") and self._peek() != "end":
+        while self._accept("\\\\", ",", ";") and self._peek() != "end":
             rows.append(self._nested(self._clause))
         self._expect("end")
-        if self._environment_name() != "cases" or len(rows) < 2:
+        if self._environment_name() != name or len(rows) < 2:
             raise UnparsableError("a definition by cases")
-        return Listing(tuple(rows), "and")
+        return rows
+
+    def _system_in_array(self) -> Node | None:
+        r"""Parse the equations of \left\{\begin{array}...; None, and no token taken, else."""
+        if self._peek() != "begin" or self._in_system:  # no attempt within an attempt
+            return None
+
+        state = self._position, self._depth, self._bars, self._units
+        self._in_system = True
+        try:
+            self._position += 1
+            name = self._environment_name()
+            if name in _SYSTEMS:
+                if name == "array" and self._accept("{"):
+                    while not self._accept("}"):
+                        self._next()
+                rows = self._rows_of_system(name)
+                if self._peek() != "\\}" and all(isinstance(row, Relation) for row in rows):
+                    return Listing(tuple(rows), "and")
+        except UnparsableError:
+            pass
+        finally:
+            self._in_system = False
+        self._position, self._depth, self._bars, self._units = state
+        return None
 
     def _environment_name(self) -> str:
         self._expect("{")
@@ -996,6 +1105,8 @@ _PRIMARIES: dict[str, Callable[[_Parser], Node]] = {
     "lfloor": lambda p: p._rounded_down("floor", "rfloor"),
     "lceil": lambda p: p._rounded_down("ceil", "rceil"),
     "begin": lambda p: p._environment(),
+    "sum": lambda p: p._formal("sum"),
+    "prod": lambda p: p._formal("product"),
     "pi": lambda p: Constant("pi"),
     "i": lambda p: Constant("i"),
     "infinity": lambda p: INFINITY,

@@ -6,9 +6,10 @@ Only the extraction `lenient` looks for it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES
-from rlsys.math_verifier.limits import TooLargeError, UnparsableError
+from rlsys.math_verifier.lexer import FUNCTIONS, WORD_NAMES, unescaped
+from rlsys.math_verifier.limits import MAX_LIST_ITEMS, TooLargeError, UnparsableError
 from rlsys.math_verifier.parser import FILLERS, readings
 from rlsys.math_verifier.units import UNIT_WORDS
 
@@ -34,15 +35,25 @@ _NUMBER_IN_TEXT = re.compile(
 _EXPLAINED = re.compile(
     rf"({_NUMBER_IN_TEXT.pattern}),?\s(?:because|since|as|not|which|so|where|if|when)\b"
 )
+_QUOTES = re.compile(r"^(?:[ *_`\"]|\\\")+|(?:[ *_`]|\\?\")+$")  # \" where escaped for JSON
+_LATEX = re.compile(r"\$|\\[A-Za-z(\[]")
+_UNKNOWN_VALUE = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")  # formulas that are not evaluated
+_CHOICE_LETTER = re.compile(r"(?<![\w$\\'])(?:[B-E]|A(?! (?!or |and )[a-z]))(?![\w$'])")
+_LABELLED = re.compile(r"\(?[A-Z][.):]")  # "A. Because B is not valid" is the choice A
+_DENIED = re.compile(r"\b(?:not|cannot|no|wrong|incorrect|false|impossible)\b|n't\b", re.IGNORECASE)
 _NAME = re.compile(r"\(?[A-Za-z]{1,8}(?:_\w)?(?:\([a-z]\)|,\s*[A-Za-z]\))?")  # x, f(x), ABC, (x, y)
-_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![a-z])")
 _EQUALS = re.compile(r"[{}]|(?<![<>!=:\\])=(?!=)")
 # Not x, AB, \frac or sin(x).
 _WORD = re.compile(r"(?<![\w\\{])(?=[A-Z]*[a-z])[A-Za-z][A-Za-z']+(?![\w(])")
 _LONG_FILLERS = frozenset(word for word in FILLERS if len(word) > 3)  # "so" is s times o
 _WORDS_OF_ANSWERS = UNIT_WORDS | _LONG_FILLERS | frozenset(WORD_NAMES) | FUNCTIONS
+_ANOTHER = re.compile(r"\s*(?:,?\s*or\b|(?:,|,?\s*and)\s*(?:\$|\\\())", re.IGNORECASE)
+_NO_VALUE_AFTER = re.compile(r"(?:\b(?:than|not|never)|n't)\s*$", re.IGNORECASE)
+_JOINED = re.compile(r",?\s*(?:or|and)", re.IGNORECASE)
 LONG_SENTENCE = 5  # words; "Final Answer: Jane started 3 hours ago" holds its answer, and is none
 MAX_LINE = 1000
+MAX_NOTE = 20  # characters before a value that may take it back
 
 
 def announced(completion: str) -> str | None:
@@ -56,7 +67,20 @@ def announced(completion: str) -> str | None:
     display = _DISPLAYED.match(rest)  # which may have several lines
     if display and rest.startswith(("$$", "\\[")):
         return _inside(display)
-    return _answer_of_sentence(_first_sentence(rest))
+    sentence = _first_sentence(rest)
+    answer = _answer_of_sentence(sentence)
+    following = rest[len(sentence) :]
+    goes_on = bool(following.strip(" .!?*\n"))
+    if answer and goes_on and (following.startswith("?") or _is_no_value(answer)):
+        return None
+    return answer
+
+
+def _is_no_value(answer: str) -> bool:
+    """Return whether an answer is LaTeX that the grammar does not know, or cannot evaluate."""
+    if _LATEX.search(answer) is None:
+        return False
+    return _UNKNOWN_VALUE.search(answer) is not None or not _is_mathematics(answer)
 
 
 def announced_after(completion: str, start: int = 0) -> str | None:
@@ -90,12 +114,12 @@ def _last_sentence(line: str) -> str:
 
 def _answer_of_sentence(sentence: str) -> str | None:
     """Return the answer in a sentence that was announced as one: all of it, or its end."""
-    sentence = sentence.strip(' *_`"')
+    sentence = _QUOTES.sub("", sentence)
     formula = _DISPLAYED.match(sentence)
     if _is_mathematics(sentence) and not (formula and formula.end() == len(sentence)):
         return sentence
     if formula:
-        return _inside(formula)
+        return _only_formula(sentence, formula)
     explained = _EXPLAINED.match(sentence)
     if explained:
         return explained[1]
@@ -104,11 +128,18 @@ def _answer_of_sentence(sentence: str) -> str | None:
     if verbs:
         said = sentence[verbs[-1].end() :]
         formula = _DISPLAYED.match(said)
-        if formula or _is_mathematics(said):
-            return _inside(formula) if formula else said
+        if formula:
+            return _only_formula(said, formula)
+        if _is_mathematics(said):
+            return said
     if len(sentence.split()) >= LONG_SENTENCE:
         return _last_value(sentence) or sentence
     return sentence or None
+
+
+def _only_formula(text: str, formula: re.Match[str]) -> str:
+    """Return a formula at the beginning of a text, or all of the text where another is joined."""
+    return text if _ANOTHER.match(text, formula.end()) else _inside(formula)
 
 
 def _inside(formula: re.Match[str]) -> str:
@@ -121,7 +152,7 @@ def _is_mathematics(text: str) -> bool:
     if any(word.lower() not in _WORDS_OF_ANSWERS for word in words):
         return False
     try:
-        return bool(text.strip()) and bool(readings(text))
+        return bool(text.strip()) and bool(readings(unescaped(text)))
     except (UnparsableError, TooLargeError, RecursionError):
         return False
 
@@ -129,12 +160,32 @@ def _is_mathematics(text: str) -> bool:
 def _last_value(text: str) -> str | None:
     """Return the last formula of a text that is more than a name, else its last number."""
     formulas = list(_DISPLAYED.finditer(text))
-    contents = [_inside(match) for match in formulas]
-    values = [content for content in contents if not _NAME.fullmatch(content.strip())]
+    values = [match for match in formulas if not _NAME.fullmatch(_inside(match).strip())]
     if values:
-        return values[-1]
-    numbers = _NUMBER_IN_TEXT.findall(_DISPLAYED.sub(" ", text))
-    return numbers[-1] if numbers else (contents[-1] if contents else None)
+        return _last_joined(text, values, _inside)
+    plain = _DISPLAYED.sub(" ", text)
+    numbers = list(_NUMBER_IN_TEXT.finditer(plain))
+    if numbers:
+        return _last_joined(plain, numbers, lambda number: number[0])
+    return _inside(formulas[-1]) if formulas else None
+
+
+def _last_joined(
+    text: str, found: list[re.Match[str]], content: Callable[[re.Match[str]], str]
+) -> str | None:
+    """Return the last of the values found, with those that an "or" or "and" joins to it.
+
+    None where it is no value of anything: "fewer than 70", "not 70".
+    """
+    joined = [found[-1]]
+    if _NO_VALUE_AFTER.search(text[: joined[0].start()][-MAX_NOTE:]):
+        return None
+    for before in reversed(found[-MAX_LIST_ITEMS:-1]):
+        between = text[before.end() : joined[-1].start()].strip()
+        if not _JOINED.fullmatch(between) and not (between == "," and len(joined) > 1):
+            break
+        joined.append(before)
+    return ", ".join(content(match) for match in reversed(joined))
 
 
 def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
@@ -149,6 +200,9 @@ def answer_at_the_end(completion: str, *, keep_equation: bool) -> str | None:
     value = value or _last_value(_last_sentence(line)) or _last_value(line)
     if value is not None:
         return _right_side(value, keep_equation=keep_equation)
+    letters = set(_CHOICE_LETTER.findall(_last_sentence(line)))
+    if len(letters) == 1 and not _LABELLED.match(line) and not _DENIED.search(line):
+        return letters.pop()  # "so B is right"
     return line if 0 < len(line) <= 30 and not line.endswith(":") else None
 
 

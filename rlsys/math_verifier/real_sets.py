@@ -324,6 +324,21 @@ def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
     matters (inequalities), and the constant must be real.
     """
     names = symbols(left) | symbols(right)
+    if not names:  # constants have any ratio: f(1) = 3 and f(2) = 3
+        return int(same_value(left, right))
+
+    ratios = _equal_ratios(left, right, names)
+    if ratios is None:
+        return 0
+    if len(ratios) < 2:
+        return int(exact(left) is not None and exact(left) == exact(right))
+    if ordered and abs(ratios[0].imag) > 0:
+        return 0
+    return 1 if ratios[0].real > 0 else -1
+
+
+def _equal_ratios(left: Node, right: Node, names: frozenset[str]) -> list[Any] | None:
+    """Return the ratio of two expressions at several points; None where it is not constant."""
     ratios: list[Any] = []
     for real in (True, False):
         for point in points(names):
@@ -335,26 +350,21 @@ def same_equation(left: Node, right: Node, *, ordered: bool) -> int:
                 continue
 
             if evaluator.scale > MAX_SCALE:
-                return 0  # a change of the variables would not show in the ratio
+                return None  # a change of the variables would not show in the ratio
 
             noise = evaluator.scale * evaluator.context.mpf(10) ** -35
             vanishing = (abs(above) < noise) + (abs(below) < noise)
             if vanishing == 1:
-                return 0
+                return None
             if vanishing == 2:
                 continue
 
             ratios.append(above / below)
             tolerance = evaluator.context.mpf(10) ** -32
             if len(ratios) > 1 and abs(ratios[-1] / ratios[0] - 1) > tolerance:
-                return 0
+                return None
             if len(ratios) == 4:
                 break
         if len(ratios) >= 2:
             break
-
-    if len(ratios) < 2:
-        return int(exact(left) is not None and exact(left) == exact(right))
-    if ordered and abs(ratios[0].imag) > 0:
-        return 0
-    return 1 if ratios[0].real > 0 else -1
+    return ratios

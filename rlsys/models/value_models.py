@@ -124,15 +124,17 @@ def load_value_model(
     attention: str,
     trust_remote_code: bool = False,
     prefer: ValueLayout = "token",
+    head_seed: int | None = None,
 ) -> PreTrainedModel:
     """Load a model with a scalar head onto the CPU, in evaluation mode.
 
-    The directory holds such a model, or a language model, whose LM head is left out. A new head is
-    0, so that every value is 0 before the first update, on every rank.
+    The directory holds such a model, or a language model, whose LM head is left out.
 
     Args:
         attention: see `load_causal_lm`.
         prefer: the layout of a new head.
+        head_seed: seed of a new head's weights, the same on every rank; None: they are 0, and so
+            is every value before the first update.
 
     Raises:
         UnsupportedModelError: the weights are of another model, or see `value_layout`.
@@ -153,14 +155,15 @@ def load_value_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        _fill_head(model, report["missing_keys"], has_head=has_head)
+        if _has_new_head(model, report["missing_keys"], has_head=has_head):
+            _fill_head(value_head(model), head_seed)
         return model.eval()
 
     return load_with_attention(load, config, attention)
 
 
-def _fill_head(model: PreTrainedModel, missing: Any, *, has_head: bool) -> None:
-    """Set a new head to 0, and refuse a checkpoint that lacks any other weight."""
+def _has_new_head(model: PreTrainedModel, missing: Any, *, has_head: bool) -> bool:
+    """Return whether the checkpoint lacks the head; refuse one that lacks any other weight."""
     head = value_head(model)
     own = {name for name, module in model.named_modules() if module is head}
     new = {name for name in missing if name.rpartition(".")[0] in own}
@@ -170,9 +173,26 @@ def _fill_head(model: PreTrainedModel, missing: Any, *, has_head: bool) -> None:
             f"{type(model).__name__}: the checkpoint has no weights for {', '.join(absent[:3])}. "
             "Choose a complete model."
         )
-    if new:
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
+    return bool(new)
+
+
+def _fill_head(head: nn.Linear, seed: int | None) -> None:
+    """Set a new head to 0, or draw its weights.
+
+    Drawn weights are normal with variance 1 / (width + 1) (Stiennon et al. 2020, appendix B.1,
+    arXiv:2009.01325). Unlike a head of 0 they have a gradient for the decoder from the first
+    update on.
+    """
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    if seed is None:
+        return
+
+    generator = torch.Generator().manual_seed(seed)
+    deviation = (head.in_features + 1) ** -0.5
+    weights = torch.randn(head.weight.shape, generator=generator) * deviation
+    with torch.no_grad():
+        head.weight.copy_(weights)
 
 
 @contextmanager

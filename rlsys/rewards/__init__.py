@@ -1,6 +1,7 @@
 """Rewards: registered functions of a response that return a number, or one with its reason."""
 
 from rlsys.math_verifier import MathVerdict, verify_math
+from rlsys.rewards.arithmetic import arithmetic_steps_reward
 from rlsys.rewards.functions import (
     format_boxed_reward,
     format_r1_zero_reward,
@@ -24,13 +25,17 @@ from rlsys.rewards.registry import (
     get_reward_function,
     reads_metadata,
     register_reward_function,
+    step_functions,
     with_token_limit,
 )
+from rlsys.rewards.steps import Step, split_steps
 
 __all__ = [
     "MathVerdict",
     "RewardInput",
     "RewardResult",
+    "Step",
+    "arithmetic_steps_reward",
     "available_reward_functions",
     "check_reward_function",
     "format_boxed_reward",
@@ -48,6 +53,8 @@ __all__ = [
     "reward_model_of",
     "reward_model_role",
     "soft_overlong_reward",
+    "split_steps",
+    "step_functions",
     "verify_math",
     "with_token_limit",
 ]

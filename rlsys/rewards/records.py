@@ -25,8 +25,16 @@ class RewardInput(NamedTuple):
 
 
 class RewardResult(NamedTuple):
-    """A reward with its reason and the extracted answer, for functions that explain themselves."""
+    """A reward with its reason, the extracted answer, and the rewards of single steps.
 
-    score: float  # the reward
+    Only a function that is registered with `steps=True` gives rewards of steps. They are added to
+    the score: step k gets `step_rewards[k]` at its last token, and the response gets `score` at the
+    end. `step_ends[k]` is the number of characters of the completion up to and with step k, as
+    `split_steps` returns it; the ends rise.
+    """
+
+    score: float  # the reward of the response as a whole
     reason: str = "ok"  # for this reward: one word, which is counted in the metrics
     answer: str | None = None  # as found in the completion
+    step_rewards: Sequence[float] = ()
+    step_ends: Sequence[int] = ()

@@ -54,11 +54,13 @@ class RewardHooks:
         data before a run starts.
     warm_up: called once in each process of the pool before the first response, while time and
         memory are not limited yet.
+    steps: whether the function gives rewards of steps, in a `RewardResult`.
     """
 
     validate: Validate | None = None
     reads_ground_truth: Callable[[str], bool] | None = None
     warm_up: Callable[[], object] | None = None
+    steps: bool = False
 
 
 def register_reward_function(
@@ -67,6 +69,7 @@ def register_reward_function(
     validate: Validate | None = None,
     reads_ground_truth: Callable[[str], bool] | None = None,
     warm_up: Callable[[], object] | None = None,
+    steps: bool = False,
 ) -> Callable[[F], F]:
     """Return a decorator that registers a reward function for `reward.functions`.
 
@@ -80,7 +83,9 @@ def register_reward_function(
         ValueError: the name is taken, or the object cannot be called as a function.
     """
     register = _REWARDS.register(name)
-    hooks = RewardHooks(validate=validate, reads_ground_truth=reads_ground_truth, warm_up=warm_up)
+    hooks = RewardHooks(
+        validate=validate, reads_ground_truth=reads_ground_truth, warm_up=warm_up, steps=steps
+    )
 
     def decorator(function: F) -> F:
         register(function)
@@ -175,6 +180,19 @@ def reads_metadata(functions: Sequence[RewardFunctionConfig]) -> bool:
     """
     names = {function.name for function in functions} & set(available_reward_functions())
     return any(call_of(name) is Call.INPUT for name in names)
+
+
+def step_functions(functions: Sequence[RewardFunctionConfig]) -> tuple[str, ...]:
+    """Return the names of the functions that give rewards of steps.
+
+    Unknown names are ignored; they are refused elsewhere.
+    """
+    known = set(available_reward_functions())
+    return tuple(
+        function.name
+        for function in functions
+        if function.name in known and reward_hooks(function.name).steps
+    )
 
 
 def available_reward_functions() -> tuple[str, ...]:

@@ -6,7 +6,9 @@ Functions are independent: a failure of one does not change the rewards of the r
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import operator
 import re
 import traceback
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.config import RewardFunctionConfig
 from rlsys.rewards.records import RewardInput, RewardResult
-from rlsys.rewards.registry import Call, call_of, get_reward_function
+from rlsys.rewards.registry import Call, call_of, get_reward_function, reward_hooks
 
 if TYPE_CHECKING:  # the pool's processes need no NumPy
     from rlsys.data.batches import FailureKind
@@ -33,6 +35,9 @@ class FunctionReward:
     reward: float
     reason: str = "ok"
     answer: str = ""
+    step_rewards: tuple[float, ...] = ()
+    # As the function returned them: characters of the completion up to and with each step.
+    step_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +139,59 @@ def _reward(function: RewardFunctionConfig, inputs: RewardInput, terms: int) -> 
     call = get_reward_function(function.name)
     arguments = _arguments(call_of(function.name), inputs)
     result = call(*arguments, **function.parameters)
+    gives_steps = reward_hooks(function.name).steps
     if not isinstance(result, RewardResult):
+        if gives_steps:
+            raise TypeError(
+                f"it returned {_shown(result)}; a function registered with steps=True returns a "
+                "RewardResult with step_rewards and step_ends"
+            )
         result = RewardResult(result)
 
     value = _number(result.score)
     _check_size(value, function.weight, terms)
+    if len(result.step_rewards) and not gives_steps:
+        raise TypeError("it returned step_rewards; register it with steps=True")
+    step_rewards = tuple(_number(reward) for reward in result.step_rewards)
+    for reward in step_rewards:
+        # The reward of a token may be the sum of all that come after it.
+        _check_size(reward, function.weight, terms * (1 + len(step_rewards)))
+
     return FunctionReward(
-        reward=value, reason=_reason(result.reason), answer=_answer(result.answer)
+        reward=value,
+        reason=_reason(result.reason),
+        answer=_answer(result.answer),
+        step_rewards=step_rewards,
+        step_ends=_step_ends(result, len(inputs.completion)),
     )
+
+
+def _step_ends(result: RewardResult, characters: int) -> tuple[int, ...]:
+    """Return the ends of the steps in a completion of so many characters.
+
+    Raises:
+        TypeError: an end is not an integer.
+        ValueError: they do not fit the step rewards or the completion.
+    """
+    if len(result.step_ends) != len(result.step_rewards):
+        raise ValueError(
+            f"it returned {len(result.step_rewards)} step_rewards and {len(result.step_ends)} "
+            "step_ends; give each step both"
+        )
+    try:
+        ends = tuple(operator.index(end) for end in result.step_ends)
+    except TypeError:
+        raise TypeError(
+            f"its step_ends are {_shown(result.step_ends)}; an end is a number of characters"
+        ) from None
+
+    for before, end in itertools.pairwise((0, *ends)):
+        if not before < end <= characters:
+            raise ValueError(
+                f"its step_ends have {end} after {before}; ends rise, from 1 to the "
+                f"{characters} characters of the completion"
+            )
+    return ends
 
 
 def _arguments(call: Call, inputs: RewardInput) -> tuple[Any, ...]:

@@ -39,8 +39,24 @@ def describe_plan(
     dtype. Memory of an engine: its weights and the KV cache. Activations are not included; they
     grow with policy.microbatch_tokens, or with ptx.max_tokens where a text is longer than that.
     """
+    return as_table(plan_rows(config, hardware, data, directories, directory))
+
+
+def as_table(rows: Mapping[str, str]) -> str:
+    """Return the rows of a plan as text."""
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def plan_rows(
+    config: RunConfig,
+    hardware: Hardware,
+    data: PlannedData,
+    directories: ModelDirectories,
+    directory: RunDirectory,
+) -> dict[str, str]:
+    """Return the rows of a plan by their names; see `describe_plan`."""
     parameters = parameter_count(directories.policy)
-    rows = {
+    return {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
         "ray": config.cluster.joined_address or "started on this machine",
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
@@ -56,7 +72,6 @@ def describe_plan(
         "step": _step(config),
         "run": f"{config.trainer.steps} steps into {directory.path}",
     }
-    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
 
 
 def _generation(config: RunConfig, hardware: Hardware, parameters: int) -> str:

@@ -28,13 +28,16 @@ from rlsys.models import check_model_path
 from rlsys.plugins import load_plugins
 from rlsys.registry import follow_token_limit
 from rlsys.rewards import (
+    available_reward_functions,
     check_reward_function,
     get_reward_function,
     has_accuracy,
     reward_model_of,
     reward_model_role,
+    step_functions,
 )
 from rlsys.rewards.learned import PATH_FIELD
+from rlsys.rewards.registry import reward_hooks
 from rlsys.run.directory import RunDirectory
 from rlsys.run.evaluated_model import check_evaluated_path
 from rlsys.run.machine_checks import machine_mistakes
@@ -193,6 +196,7 @@ def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
     yield from _kl_contradictions(config, name)
     yield from _recompute_contradictions(config, name)
     yield from _critic_contradictions(config, name)
+    yield from _step_contradictions(config, name)
     yield from estimator_spec(name).check(config)
     for need in sorted(missing_inputs(config)):
         remedy = "Set critic.enabled true, or choose" if need == "values" else "Choose"
@@ -208,6 +212,39 @@ def _critic_contradictions(config: RunConfig, name: str) -> Iterator[str]:
         yield (
             f"critic.enabled: true trains a critic that the estimator {name!r} does not read. Set "
             f"it to false, or choose --algorithm.advantage.name {' or '.join(suitable)}."
+        )
+
+
+def _step_contradictions(config: RunConfig, name: str) -> Iterator[str]:
+    """Yield settings that would lose the rewards of steps, or that lack them."""
+    giving = step_functions(config.reward.functions)
+    use = estimator_spec(name).step_rewards
+    if use == "needed" and not giving:
+        given = ", ".join(function.name for function in config.reward.functions)
+        steps = [f for f in available_reward_functions() if reward_hooks(f).steps]
+        yield (
+            f"algorithm.advantage.name: {name!r} compares the rewards of steps, and "
+            f"reward.functions ({given}) rewards whole responses alone. Add a function that "
+            f"rewards steps ({', '.join(steps)}, or your own), or choose another estimator, such "
+            "as grpo."
+        )
+    if not giving:
+        return
+
+    if use == "refused":
+        estimators = available_advantage_estimators()
+        suitable = [e for e in estimators if estimator_spec(e).step_rewards == "needed"]
+        yield (
+            f"reward.functions: {giving[0]!r} rewards steps, and the estimator {name!r} is defined "
+            "for rewards of whole responses alone. Remove the function, or choose another "
+            f"algorithm.advantage.name: {', '.join(suitable)}, or one that sums rewards, as gae."
+        )
+    sampling = config.algorithm.dynamic_sampling
+    if sampling.max_rounds > 1 and sampling.by == "reward":
+        yield (
+            "algorithm.dynamic_sampling.by: 'reward' drops groups of equal rewards, whose steps "
+            f"may still differ in the rewards of {giving[0]!r}. Choose accuracy, or set "
+            "algorithm.dynamic_sampling.max_rounds to 1."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rlsys.algorithms.advantages import Need, estimator_needs, get_advantage_estimator
 from rlsys.config import RunConfig
 from rlsys.registry import follow_token_limit
+from rlsys.rewards import step_functions
 
 
 def required_inputs(config: RunConfig) -> frozenset[Need]:
@@ -29,7 +30,7 @@ def required_inputs(config: RunConfig) -> frozenset[Need]:
     return frozenset(needs)
 
 
-# Inputs that every run can provide. A response is not split into steps.
+# Inputs that every run can provide.
 PROVIDED: frozenset[Need] = frozenset(
     (
         "rollout_logprobs",
@@ -50,6 +51,8 @@ def missing_inputs(config: RunConfig) -> frozenset[Need]:
     provided = set(PROVIDED)
     if charges_tokens(config):
         provided.add("token_rewards")
+    if step_functions(config.reward.functions):
+        provided |= {"token_rewards", "step_ends"}
     if config.critic.enabled:
         provided.add("values")
     return estimator_needs(algorithm.advantage.name) - provided

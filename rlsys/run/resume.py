@@ -43,8 +43,8 @@ def _installed() -> Iterator[tuple[str, str]]:
 def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the configuration of the run that wrote a checkpoint, under its present names."""
     saved = translated(checkpoint.state["config"])
-    # Earlier versions had no critic.
-    return {"critic": {"enabled": False}} | saved
+    # Earlier versions of RL runs had no critic; other kinds have none.
+    return {"critic": {"enabled": False}} | saved if "algorithm" in saved else saved
 
 
 def check_resumable(checkpoint: Checkpoint, config: RootConfig) -> None:

@@ -34,11 +34,13 @@ SMALL = {
     "sft_math": (*DATA, *TRAINER, *POLICY),
     "dpo_math": (*DATA, *TRAINER, *POLICY),
     "reward_model_math": (*DATA, *TRAINER, *SCORED, "--data.responses", "4"),
+    "process_reward_model_math": (*DATA, *TRAINER, *SCORED),
 }
 HELD_OUT = {
     "sft_math": {"eval/loss", "eval/accuracy"},
     "dpo_math": {"eval/loss", "eval/accuracy", "eval/preference_accuracy"},
     "reward_model_math": {"eval/loss", "eval/ranking_accuracy"},
+    "process_reward_model_math": {"eval/loss", "eval/step_accuracy"},
 }
 
 

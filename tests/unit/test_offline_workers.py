@@ -11,22 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.metrics import Metric, values
 from rlsys.models import resolve_model
-from tests.support.example_batches import random_examples
+from tests.support.example_batches import random_examples, random_steps
 from workers.training.offline import (
     ExampleReferenceWorker,
     OfflineWorker,
     PreferenceWorker,
+    ProcessRewardModelWorker,
     RewardModelWorker,
     SupervisedWorker,
 )
@@ -52,6 +58,10 @@ def reward_model(**objective: Any) -> RewardModelRunConfig:
     return RewardModelRunConfig.model_validate(
         {**COMMON, "reward_model": ROLE, "objective": objective}
     )
+
+
+def process_reward_model(**role: Any) -> ProcessRewardModelRunConfig:
+    return ProcessRewardModelRunConfig.model_validate({**COMMON, "reward_model": ROLE | role})
 
 
 @contextmanager
@@ -177,9 +187,7 @@ def test_a_reward_model_learns_rankings_and_loads_in_transformers(kind: str, tmp
         worker.keep_reward_mean(last["eval/reward_mean"])
         worker.save(str(tmp_path))
 
-    # A new head is 0: no difference, so each pair counts one half.
-    assert first["eval/ranking_accuracy"] == 0.5
-    assert first["eval/reward_mean"] == 0
+    assert last["eval/calibration/observed_at_95"] > 0.9
     assert last["eval/ranking_accuracy"] > 0.9
     assert last["eval/loss"] < first["eval/loss"]
 
@@ -195,3 +203,45 @@ def test_a_reward_model_learns_rankings_and_loads_in_transformers(kind: str, tmp
     facts = json.loads((tmp_path / "config.json").read_text())
     assert float(np.mean(rewards)) == pytest.approx(last["eval/reward_mean"], abs=1e-4)
     assert facts["reward_mean"] == pytest.approx(last["eval/reward_mean"])
+
+
+def test_a_process_reward_model_learns_steps_and_loads_in_transformers(tmp_path: Path):
+    batch = random_steps(6)
+    with started(ProcessRewardModelWorker, process_reward_model()) as worker:
+        first = values(worker.evaluate(batch))
+        steps = [update(worker, batch) for _ in range(10)]
+        last = values(worker.evaluate(batch))
+        worker.save(str(tmp_path))
+
+    labels = batch.step_labels
+    assert labels is not None
+    # A new head is 0: log 2 for each step, each counted one half.
+    assert first["eval/loss"] == pytest.approx(float(np.log(2)), abs=1e-6)
+    assert first["eval/step_accuracy"] == 0.5
+    assert first["eval/right_step_fraction"] == pytest.approx((labels[labels >= 0] == 1).mean())
+    assert steps[0]["reward_model/loss"] == pytest.approx(first["eval/loss"], abs=1e-6)
+    assert last["eval/step_accuracy"] > 0.9
+
+    # The logit of transformers at the last token of a step, one response at a time.
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    assert model.config.num_labels == 1
+    losses = []
+    for row in range(len(batch)):
+        start, stop = batch.sequences.offsets[row : row + 2]
+        tokens = torch.from_numpy(batch.sequences.token_ids[start:stop].astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0, :, 0].double().numpy()
+        for logit, label in zip(logits, labels[start:stop], strict=True):
+            if label >= 0:
+                losses.append(np.log1p(np.exp(-logit if label else logit)))
+    assert float(np.mean(losses)) == pytest.approx(last["eval/loss"], abs=1e-4)
+
+
+def test_the_loss_of_steps_does_not_depend_on_the_packs():
+    batch = random_steps(7, seed=2)
+    found = []
+    for role in ({}, {"microbatch_tokens": 24}, {"packing": False}):
+        with started(ProcessRewardModelWorker, process_reward_model(**role)) as worker:
+            found.append([update(worker, batch)["reward_model/loss"] for _ in range(4)])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5)

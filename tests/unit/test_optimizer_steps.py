@@ -41,3 +41,26 @@ def test_all_mini_batches_of_a_trainer_step_have_its_rate():
     assert backend.rates == pytest.approx([1.0, 1.0, 0.5])
     assert values(steps.end(rank=1)) == {"critic/learning_rate": 0.5}
     assert steps.completed == 2
+
+
+def test_a_schedule_spread_over_the_updates_of_a_step_counts_one_step():
+    """Linear from 1 over 2 trainer steps, of 2 updates and of 1; a broken one counts too."""
+    steps = OptimizerSteps("policy", OptimizerConfig(learning_rate=1.0, schedule="linear"), 2)
+    backend: Any = Backend(1.0, float("nan"), 1.0)
+    steps.begin(empty=0, spread_over=2)
+    steps.take(backend)
+    steps.take(backend)
+    assert values(steps.end(rank=0))["policy/learning_rate"] == pytest.approx(0.75)
+    assert steps.completed == 1
+
+    steps.begin(empty=0, spread_over=1)
+    steps.take(backend)
+    steps.end(rank=0)
+    assert backend.rates == pytest.approx([1.0, 0.75, 0.5])
+
+
+def test_a_step_without_an_update_counts_in_the_schedule():
+    steps = OptimizerSteps("policy", OptimizerConfig(learning_rate=1.0, schedule="linear"), 2)
+    steps.begin(empty=1, spread_over=0)
+    assert values(steps.end(rank=0))["policy/skipped_updates"] == 1
+    assert steps.rate == pytest.approx(0.5)

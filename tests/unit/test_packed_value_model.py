@@ -265,3 +265,19 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path: Path):
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(UnsupportedModelError, match=r"no weights for model\.layers\.1\.mlp\.up"):
         load_value_model(tmp_path, dtype=torch.float32, attention="sdpa")
+
+
+def test_a_drawn_head_has_the_variance_of_its_width_and_depends_on_the_seed():
+    directory = resolve_model("tiny")
+
+    def head(seed: int | None) -> torch.Tensor:
+        model = load_value_model(
+            directory, dtype=torch.float32, attention="sdpa", prefer="sequence", head_seed=seed
+        )
+        return value_head(model).weight[0].detach()
+
+    width = len(head(0))
+    assert float(head(0).std()) == pytest.approx((width + 1) ** -0.5, rel=0.3)
+    torch.testing.assert_close(head(0), head(0), rtol=0, atol=0)
+    assert not torch.equal(head(0), head(1))
+    assert not head(None).any()

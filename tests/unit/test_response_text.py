@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from rlsys.data.response_text import ResponseText
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
-from workers.generation.response_text import ResponseText
 
 TOKENIZER: Any = load_tokenizer(resolve_model("tiny"))
 

@@ -47,3 +47,28 @@ def test_a_run_of_one_step_trains_at_the_peak():
 def test_steps_beyond_the_end_stay_at_the_minimum():
     optimizer = OptimizerConfig(learning_rate=1.0, schedule="linear", minimum_ratio=0.1)
     assert learning_rate(optimizer, 50, 10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_a_step_of_one_update_has_the_rate_of_a_whole_step(schedule: str, warmup: int):
+    optimizer = OptimizerConfig.model_validate(
+        {"learning_rate": 1.0, "schedule": schedule, "warmup_steps": warmup}
+    )
+    whole = rates(4, schedule=schedule, warmup_steps=warmup)
+    assert [learning_rate(optimizer, step, 4, width=1.0) for step in range(4)] == whole
+
+
+def test_updates_within_a_step_are_as_many_shorter_steps():
+    """Linear over 2 steps, of 2 and of 4 updates: x = 0, 1/4, then 4/8, 5/8, 6/8, 7/8."""
+    optimizer = OptimizerConfig(learning_rate=1.0, schedule="linear")
+    places = [(0.0, 0.5), (0.5, 0.5), (1.0, 0.25), (1.25, 0.25), (1.5, 0.25), (1.75, 0.25)]
+    found = [learning_rate(optimizer, place, 2, width=width) for place, width in places]
+    assert found == pytest.approx([1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8])
+
+
+def test_a_warm_up_of_one_step_rises_over_its_updates():
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=1)
+    found = [learning_rate(optimizer, update / 3, 5, width=1 / 3) for update in range(3)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert learning_rate(optimizer, 1.0, 5, width=0.5) == 1.0

@@ -89,3 +89,13 @@ def test_a_mark_inside_a_prompt_is_refused():
     marks[0] = True
     with pytest.raises(ValueError, match="inside a prompt"):
         TWO.marked_after(marks)
+
+
+def test_rows_are_taken_in_the_given_order():
+    sequences = TokenSequences.of([[1, 2], [3], [4]], [[5], [6, 7], []], group_ids=[0, 1, 2])
+    taken = sequences.take(np.array([1, 0]))
+    assert taken.token_ids.tolist() == [3, 6, 7, 1, 2, 5]
+    assert taken.offsets.tolist() == [0, 3, 6]
+    assert taken.loss_mask.tolist() == [False, True, True, False, False, True]
+    assert taken.group_ids.tolist() == [1, 0]
+    assert len(sequences.take(np.array([], dtype=np.int64))) == 0

@@ -7,10 +7,15 @@ import math
 from rlsys.config import OptimizerConfig
 
 
-def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
+def learning_rate(
+    optimizer: OptimizerConfig, step: float, total_steps: int, *, width: float = 1.0
+) -> float:
     """Return the learning rate of trainer step `step` (counted from 0) out of `total_steps`.
 
-        warm-up    peak (step + 1) / warmup_steps
+    An update that is a part of a trainer step begins at a fraction, such as 2.5 for the second of
+    two updates, and has a `width` below 1, such as 0.5.
+
+        warm-up    peak (step + width) / warmup_steps
         linear     peak (m + (1 - m) (1 - x)),        m = minimum_ratio
         cosine     peak (m + (1 - m) (1 + cos(pi x)) / 2)
 
@@ -24,7 +29,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, total_steps: int) -> fl
     floor = optimizer.minimum_ratio
 
     if step < optimizer.warmup_steps:
-        return peak * (step + 1) / optimizer.warmup_steps
+        return peak * min(1.0, (step + width) / optimizer.warmup_steps)
     if optimizer.schedule == "constant":
         return peak
 

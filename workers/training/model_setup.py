@@ -67,10 +67,12 @@ LANGUAGE_MODEL = ModelKind(
 )
 
 
-def value_model(prefer: ValueLayout = "token") -> ModelKind[PackedValueModel]:
-    """Return the kind of critics and reward models; `prefer` is the layout of a new head."""
+def value_model(
+    prefer: ValueLayout = "token", head_seed: int | None = None
+) -> ModelKind[PackedValueModel]:
+    """Return the kind of critics and reward models; for the arguments see `load_value_model`."""
     return ModelKind(
-        load=partial(load_value_model, prefer=prefer),
+        load=partial(load_value_model, prefer=prefer, head_seed=head_seed),
         wrap=lambda model, settings, packing: PackedValueModel(model, packing=packing),
         checked=VALUES,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from rlsys.config import RunConfig
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
+from rlsys.data.example_encoding import NO_STEP
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.packing import Pack
 from rlsys.metrics import Metric, mean
@@ -32,6 +35,7 @@ from workers.training.offline_losses import (
     OfflineLoss,
     PreferenceLoss,
     RankingLoss,
+    StepLoss,
     SupervisedLoss,
 )
 from workers.training.optimizer_steps import OptimizerSteps
@@ -45,7 +49,7 @@ REWARD_MEAN = "reward_mean"
 
 def online_of(config: OfflineRunConfig) -> RunConfig:
     """Return the RL run whose longest response is that of training or evaluation."""
-    longest = max(config.online().generation.max_tokens, config.data.max_response_tokens)
+    longest = max(config.online().generation.max_tokens, config.longest_response)
     return config.online(longest_response=longest)
 
 
@@ -68,18 +72,22 @@ class OfflineWorker(TrainedWorker):
         """
         self.steps.begin(empty=0)
         loss = self.loss_of(batch, reference)
-        packs = self.packs_of_batch(batch)
-        passes = backward_passes(self.backend, packs, loss, self.denominators(batch))
+        taken = self.take_step(self.packs_of_batch(batch), loss, self.denominators(batch))
+        return taken | self.steps.end(self.rank) | self.metrics()
+
+    def take_step(
+        self, packs: Iterable[Pack], loss: OfflineLoss, sizes: Denominators
+    ) -> dict[str, Metric]:
+        """Take one optimizer step on this rank's packs of a mini-batch; return its metrics."""
+        passes = backward_passes(self.backend, packs, loss, sizes)
         measured = self._measured(loss, (pack_loss for _, _, pack_loss in passes))
         norm = self.steps.take(self.backend)
-
-        reported = {f"{self.role}/{name}": metric for name, metric in measured.items()}
-        return reported | norm | self.steps.end(self.rank) | self.metrics()
+        return {f"{self.role}/{name}": metric for name, metric in measured.items()} | norm
 
     @torch.no_grad()
     def evaluate(self, batch: ExampleBatch, *reference: ReferenceLogprobs) -> dict[str, Metric]:
         """Return loss and metrics of a batch under the live weights; collective."""
-        loss, sizes = self.loss_of(batch, reference), self.denominators(batch)
+        loss, sizes = self.held_out_loss_of(batch, reference), self.denominators(batch)
 
         def losses() -> Iterable[PackLoss]:
             for pack in self.packs_of_batch(batch):
@@ -93,6 +101,12 @@ class OfflineWorker(TrainedWorker):
         """Return the loss of the configured objective on a batch."""
         raise NotImplementedError
 
+    def held_out_loss_of(
+        self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]
+    ) -> OfflineLoss:
+        """Return the loss of an evaluation, which may measure more than that of an update."""
+        return self.loss_of(batch, reference)
+
     def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
         """Return this rank's packs of a batch, with all responses to a prompt in one of them."""
         rows = np.arange(len(batch))
@@ -103,7 +117,7 @@ class OfflineWorker(TrainedWorker):
         return Denominators(
             num_tokens=max(1, batch.sequences.num_loss_tokens),
             num_sequences=batch.num_examples,
-            max_tokens=self.offline.data.max_response_tokens,
+            max_tokens=self.offline.longest_response,
         )
 
     def _measured(self, loss: OfflineLoss, losses: Iterable[PackLoss]) -> dict[str, Metric]:
@@ -202,7 +216,7 @@ class RewardModelWorker(OfflineWorker):
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """See `RankWorker`; a new head has the layout of sequence classification."""
-        kind = value_model("sequence")
+        kind = value_model("sequence", head_seed=self.config.trainer.seed)
         module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
@@ -217,6 +231,13 @@ class RewardModelWorker(OfflineWorker):
     def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
         """See `OfflineWorker`."""
         return RankingLoss(objective=self.offline.objective, batch=batch)
+
+    def held_out_loss_of(
+        self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]
+    ) -> OfflineLoss:
+        """See `OfflineWorker`; it measures calibration, too."""
+        objective = self.offline.objective
+        return RankingLoss(objective=objective, batch=batch, measures_calibration=True)
 
     def keep_reward_mean(self, value: float) -> None:
         """Keep the mean reward of the held-out responses for the next checkpoint."""
@@ -233,6 +254,41 @@ class RewardModelWorker(OfflineWorker):
         super().load(directory)
         facts = json.loads((Path(directory) / "config.json").read_text())
         self.reward_mean = facts.get(REWARD_MEAN)
+
+
+class ProcessRewardModelWorker(OfflineWorker):
+    """One rank of a process reward model: a decoder with a scalar head, read after each step."""
+
+    role = "reward_model"
+    offline: ProcessRewardModelRunConfig
+
+    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
+        """See `RankWorker`; a new head has the layout of token classification."""
+        kind = value_model("token")
+        module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
+
+    def packs_of_batch(self, batch: ExampleBatch) -> list[Pack]:
+        """See `OfflineWorker`; the value after the last token of each step is read."""
+        marked = batch.sequences.marked_after(_labels(batch) != NO_STEP)
+        return self.packs_of_sequences(marked, np.arange(len(batch)), whole_groups=True)
+
+    def denominators(self, batch: ExampleBatch) -> Denominators:
+        """See `OfflineWorker`; the tokens are the ends of steps."""
+        steps = int((_labels(batch) != NO_STEP).sum())
+        return replace(super().denominators(batch), num_tokens=steps)
+
+    def loss_of(self, batch: ExampleBatch, reference: Sequence[ReferenceLogprobs]) -> OfflineLoss:
+        """See `OfflineWorker`."""
+        # As `marked_after` moves its marks: the value after a token is that before the next one.
+        starts = batch.sequences.offsets[:-1]
+        return StepLoss(labels=np.insert(_labels(batch), starts, NO_STEP))
+
+
+def _labels(batch: ExampleBatch) -> NDArray[np.int8]:
+    assert batch.step_labels is not None, "the data of such a run are responses in steps"
+    return batch.step_labels
 
 
 def _ends(batch: ExampleBatch) -> NDArray[np.int64]:

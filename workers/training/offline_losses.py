@@ -3,6 +3,7 @@
     SupervisedLoss    demonstrations: negative log-likelihood
     PreferenceLoss    pairs: direct preference optimization
     RankingLoss       rankings: reward models
+    StepLoss          labels of steps: process reward models
 
 Losses that compare responses need all responses to a prompt in one pack.
 """
@@ -20,7 +21,14 @@ from torch import Tensor
 
 from rlsys.algorithms.loss_aggregation import aggregate_loss
 from rlsys.algorithms.preference import dpo_loss
-from rlsys.algorithms.reward_modeling import ABSENT, ranking_accuracy, ranking_loss
+from rlsys.algorithms.reward_modeling import (
+    ABSENT,
+    calibration_bins,
+    ranking_accuracy,
+    ranking_loss,
+    right_steps,
+    step_loss,
+)
 from rlsys.algorithms.supervised import negative_log_likelihood
 from rlsys.config.offline import PreferenceConfig, RankingConfig, SupervisedConfig
 from rlsys.data.example_stream import ExampleBatch
@@ -132,6 +140,7 @@ class RankingLoss:
 
     objective: RankingConfig
     batch: ExampleBatch
+    measures_calibration: bool = False
 
     def __call__(self, result: ValueResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
         """See `OfflineLoss`."""
@@ -154,6 +163,8 @@ class RankingLoss:
             "reward": float(detached.sum()),
             "reward_square": float((detached.double() ** 2).sum()),
         }
+        if self.measures_calibration:
+            sums |= _calibration_sums(table.detach(), ranks)
         return PackLoss(loss=loss, sums=sums, maxima={})
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, Metric]:
@@ -163,6 +174,69 @@ class RankingLoss:
             "ranking_accuracy": mean(sums.get("accuracy", 0.0) / max(prompts, 1.0), prompts),
             "reward_mean": mean(sums.get("reward", 0.0) / max(responses, 1.0), responses),
             "reward_square": mean(sums.get("reward_square", 0.0) / max(responses, 1.0), responses),
+        } | _calibration_metrics(sums)
+
+
+CALIBRATION_BINS = (55, 65, 75, 85, 95)  # their middles, in percent
+
+
+def _calibration_sums(rewards: Tensor, ranks: Tensor) -> dict[str, float]:
+    bins = calibration_bins(rewards, ranks, num_bins=len(CALIBRATION_BINS))
+    return {
+        f"{name}_{middle}": float(getattr(bins, name)[place])
+        for name in ("pairs", "predicted", "observed")
+        for place, middle in enumerate(CALIBRATION_BINS)
+    }
+
+
+def _calibration_metrics(sums: Mapping[str, float]) -> dict[str, Metric]:
+    """Return predicted and observed fractions of each bin, with its pairs as their weight."""
+    metrics: dict[str, Metric] = {}
+    for middle in CALIBRATION_BINS:
+        pairs = sums.get(f"pairs_{middle}", 0.0)
+        for name in ("predicted", "observed"):
+            fraction = sums.get(f"{name}_{middle}", 0.0) / max(pairs, 1.0)
+            metrics[f"calibration/{name}_at_{middle}"] = mean(fraction, pairs)
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """The loss of a process reward model against labels of steps."""
+
+    # [N] of the sequences that are packed; read where the model has a value, after each step
+    labels: NDArray[np.int8]
+
+    def __call__(self, result: ValueResult, columns: PackColumns, sizes: Denominators) -> PackLoss:
+        """See `OfflineLoss`; `sizes.num_tokens` are the steps of the batch."""
+        labels = columns.take(self.labels)
+        logits = result.values
+        loss = step_loss(logits, labels, num_steps=sizes.num_tokens)
+
+        right = right_steps(logits.detach(), labels)
+        is_right_step = labels == 1
+        sums = {
+            "steps": float((labels >= 0).sum()),
+            "accuracy": float(right.sum()),
+            "right_steps": float(is_right_step.sum()),
+            "right_accuracy": float(right[is_right_step].sum()),
+            "wrong_steps": float((labels == 0).sum()),
+            "wrong_accuracy": float(right[labels == 0].sum()),
+        }
+        return PackLoss(loss=loss, sums=sums, maxima={})
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, Metric]:
+        """See `OfflineLoss`."""
+
+        def fraction(part: str, whole: str) -> Metric:
+            count = sums.get(whole, 0.0)
+            return mean(sums.get(part, 0.0) / max(count, 1.0), count)
+
+        return {
+            "step_accuracy": fraction("accuracy", "steps"),
+            "step_accuracy_right": fraction("right_accuracy", "right_steps"),
+            "step_accuracy_wrong": fraction("wrong_accuracy", "wrong_steps"),
+            "right_step_fraction": fraction("right_steps", "steps"),
         }
 
 

@@ -25,6 +25,11 @@ class UpdateCounts:
     not_finite: int = 0  # skipped: the gradient was not finite
     empty: int = 0  # skipped: no response of the mini-batch is trained
 
+    @property
+    def tried(self) -> int:
+        """Mini-batches that had a gradient."""
+        return self.taken + self.not_finite
+
     def after(self, *, finite: bool) -> UpdateCounts:
         """Return the counts with one more mini-batch that had a gradient."""
         return replace(self, taken=self.taken + finite, not_finite=self.not_finite + (not finite))
@@ -48,15 +53,25 @@ class OptimizerSteps:
         self.counts = UpdateCounts()
         self._optimizer = optimizer
         self._total_steps = total_steps
+        self._spread_over = 1
 
     @property
     def rate(self) -> float:
-        """The learning rate of the present trainer step."""
-        return learning_rate(self._optimizer, self.completed, self._total_steps)
+        """The learning rate of the present trainer step, or of the present update in it."""
+        done = min(self.counts.tried, self._spread_over - 1) if self._spread_over > 1 else 0
+        width = 1 / self._spread_over
+        place = self.completed + done * width
+        return learning_rate(self._optimizer, place, self._total_steps, width=width)
 
-    def begin(self, *, empty: int) -> None:
-        """Start a trainer step, of whose mini-batches `empty` have nothing to train on."""
+    def begin(self, *, empty: int, spread_over: int = 1) -> None:
+        """Start a trainer step, of whose mini-batches `empty` have nothing to train on.
+
+        Args:
+            spread_over: the number of updates over which the schedule advances by one trainer
+                step. 1: all updates of the step have the same learning rate.
+        """
         self.counts = UpdateCounts(empty=empty)
+        self._spread_over = max(1, spread_over)
 
     def take(self, backend: ModelBackend[Any]) -> dict[str, Metric]:
         """Take one optimizer step and count it; return the gradient's norm if it is finite."""

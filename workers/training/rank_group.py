@@ -13,7 +13,7 @@ OfflineGroup           the ranks of a model that learns from examples
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +248,25 @@ class RewardModelGroup(OfflineGroup):
     ) -> dict[str, Metric]:
         """See `ports.ExampleLearner`; the ranks keep the mean reward for their checkpoints."""
         report = _with_deviation(await super().evaluate(batch, reference), "eval")
+        report |= _calibration_error(report)
         mean_reward = report["eval/reward_mean"].value
         await asyncio.gather(
             *(worker.keep_reward_mean.remote(mean_reward) for worker in self._workers)
         )
         return report
+
+
+def _calibration_error(report: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return the mean over all pairs of |predicted - observed fraction| of their bin."""
+    predicted = "eval/calibration/predicted_at_"
+    bins = [
+        (metric, report[name.replace("predicted", "observed")])
+        for name, metric in report.items()
+        if name.startswith(predicted)
+    ]
+    pairs = sum(metric.count for metric, _ in bins)
+    errors = sum(metric.count * abs(metric.value - observed.value) for metric, observed in bins)
+    return {"eval/calibration_error": mean(errors / max(pairs, 1.0), pairs)}
 
 
 def _with_deviation(report: dict[str, Metric], prefix: str) -> dict[str, Metric]:

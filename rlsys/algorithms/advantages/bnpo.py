@@ -31,7 +31,11 @@ def _validate(*, lowest: float, highest: float) -> None:
 
 
 @register_advantage_estimator(
-    "bnpo", compares_group=True, validate=_validate, check=refuse_token_costs(NAME)
+    "bnpo",
+    compares_group=True,
+    step_rewards="refused",
+    validate=_validate,
+    check=refuse_token_costs(NAME),
 )
 def bnpo_advantages(
     inputs: AdvantageInputs, *, lowest: float = 0.0, highest: float = 1.0

@@ -34,7 +34,8 @@ Need = Literal[
 
 # How a batch gets them; part of the message that one is missing.
 REMEDIES: Mapping[Need, str] = {
-    "token_rewards": "They come from a KL or an entropy in the reward.",
+    "token_rewards": "They come from reward functions that reward steps, and from a KL or an "
+    "entropy in the reward.",
     "rollout_logprobs": "The engine must return the log-probability of each sampled token.",
     "old_logprobs": "The policy computes them before the update.",
     "ref_logprobs": "Set algorithm.kl.coefficient above 0, so that the reference runs.",
@@ -42,7 +43,7 @@ REMEDIES: Mapping[Need, str] = {
     "squared_score_norms": "The policy computes them with old_logprobs.",
     "greedy_rewards": "The driver samples and rewards one greedy response per prompt.",
     "truncated": "Give for each response whether it was cut off at the token limit.",
-    "step_ends": "Give the last token of each step of a response.",
+    "step_ends": "They come from reward functions that reward steps.",
     "reward_components": "Give the reward of each function, with reward_weights.",
     "problem_ids": "Give for each response the id of its problem in the data.",
 }
@@ -216,6 +217,8 @@ class TokenAuxiliary(Protocol):
 
 
 AdvantageEstimator = Callable[..., AdvantageOutput]
+# What an estimator does with the rewards of steps that reward functions give.
+StepRewardsUse = Literal["added", "needed", "refused"]
 # A constant, or a function of the keyword parameters.
 Declared = bool | Callable[[Mapping[str, Any]], bool]
 # From the configuration and the width of a hidden state.
@@ -238,6 +241,7 @@ class EstimatorSpec:
     importance_corrected: Declared = False
     carries_kl: bool = False
     unbiased: Declared = False
+    step_rewards: StepRewardsUse = "added"
     check: Callable[[RunConfig], Iterator[str]] = _no_check
     validate: Callable[..., None] | None = None
     auxiliary: BuildAuxiliary | None = None
@@ -259,6 +263,7 @@ def register_advantage_estimator(  # noqa: PLR0913
     importance_corrected: Declared = False,
     carries_kl: bool = False,
     unbiased: Declared = False,
+    step_rewards: StepRewardsUse = "added",
     check: Callable[[RunConfig], Iterator[str]] = _no_check,
     validate: Callable[..., None] | None = None,
     auxiliary: BuildAuxiliary | None = None,
@@ -285,6 +290,10 @@ def register_advantage_estimator(  # noqa: PLR0913
         expected reward, process rewards included, neither scaled nor shifted. Where it is not,
         `algorithm.kl.kind: exact` is refused in the reward, since a part of its gradient is in the
         loss and would have another scale.
+    step_rewards: what it does with the rewards of steps. added: they are a part of `token_rewards`,
+        which it adds to the outcome. needed: they are what it is defined for, so a run in which no
+        reward function gives any is refused. refused: it is defined for outcomes alone, so a run in
+        which a reward function gives some is refused.
     check: called before a run starts; yields a message for every other setting that the estimator
         contradicts.
     validate: called before a run starts with all keyword parameters, defaults included; raises a
@@ -309,6 +318,7 @@ def register_advantage_estimator(  # noqa: PLR0913
             importance_corrected=importance_corrected,
             carries_kl=carries_kl,
             unbiased=unbiased,
+            step_rewards=step_rewards,
             check=check,
             validate=validate,
             auxiliary=auxiliary,

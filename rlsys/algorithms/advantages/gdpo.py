@@ -26,6 +26,7 @@ def _validate(*, std_ddof: int, eps: float) -> None:
     "gdpo",
     needs=("reward_components",),
     compares_group=True,
+    step_rewards="refused",
     validate=_validate,
     check=refuse_token_costs(NAME),
 )

@@ -11,6 +11,7 @@ from rlsys.algorithms.advantages.contract import (
     register_advantage_estimator,
 )
 from rlsys.algorithms.advantages.grouping import Groups
+from rlsys.algorithms.advantages.outcome_only import refuse_token_costs
 from rlsys.algorithms.advantages.returns import (
     check_eps,
     check_std_ddof,
@@ -25,7 +26,17 @@ def _validate(*, std_ddof: int, eps: float) -> None:
     check_eps(eps)
 
 
-@register_advantage_estimator("grpo_process", compares_group=True, validate=_validate)
+NAME = "grpo_process"
+
+
+@register_advantage_estimator(
+    "grpo_process",
+    compares_group=True,
+    step_rewards="needed",
+    validate=_validate,
+    # Between the ends of steps a cost per token would be lost.
+    check=refuse_token_costs(NAME),
+)
 def grpo_process_advantages(
     inputs: AdvantageInputs, *, std_ddof: int = 0, eps: float = 1e-6
 ) -> AdvantageOutput:

@@ -19,7 +19,9 @@ from rlsys.algorithms.advantages.outcome_only import (
 NAME = "maxrl"
 
 
-@register_advantage_estimator("maxrl", compares_group=True, check=refuse_token_costs(NAME))
+@register_advantage_estimator(
+    "maxrl", compares_group=True, step_rewards="refused", check=refuse_token_costs(NAME)
+)
 def maxrl_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
     """Return the reward of a response relative to its group, divided by the group's mean.
 

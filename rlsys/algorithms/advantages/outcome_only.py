@@ -1,4 +1,4 @@
-"""Refusals of estimators that are defined for outcome rewards, or for rewards in a range."""
+"""Refusals of estimators that are defined for the rewards of functions, or for some of them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def remax_advantages(inputs: AdvantageInputs) -> AdvantageOutput:
 
     Shapes: rewards [B], greedy_rewards [B] -> advantages [B, T].
 
-    Conventions: no scaling. Process rewards of the greedy response are not known and count as 0.
+    Conventions: no scaling. The greedy reward has the rewards of the greedy response's steps in
+    it; a KL or an entropy in the reward is not known there and counts as 0.
 
     Example: reward 1, greedy reward 0.25: advantage 0.75 at every token.
     """

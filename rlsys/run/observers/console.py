@@ -26,11 +26,13 @@ COLUMNS = (
     ("right", "policy/preference_accuracy", "{:.1%}"),
     ("margin", "policy/preference_margin", "{:.3f}"),
     ("right", "reward_model/ranking_accuracy", "{:.1%}"),
+    ("right", "reward_model/step_accuracy", "{:.1%}"),
     ("reward", "reward_model/reward_mean", "{:.3f}"),
     ("std", "reward_model/reward_std", "{:.3f}"),
     ("grad", "reward_model/grad_norm", "{:.2f}"),
     ("reward", "reward/mean", "{:.3f}"),
     ("correct", "reward/accuracy", "{:.1%}"),
+    ("kept", "expert/kept_fraction", "{:.1%}"),
     ("length", "rollout/response_length", "{:.1f}"),
     ("entropy", "policy/entropy", "{:.3f}"),
     ("grad", "policy/grad_norm", "{:.2f}"),
@@ -42,6 +44,12 @@ COLUMNS = (
 ALWAYS = (
     *("reward/mean", "reward/accuracy", "rollout/response_length", "policy/entropy"),
     *("policy/grad_norm", "policy/logprob_difference_mean", "throughput/step", "time/step"),
+)
+# Those of expert iteration.
+EXPERT = (
+    *("policy/loss", "reward/mean", "reward/accuracy", "expert/kept_fraction"),
+    *("rollout/response_length", "policy/entropy", "policy/grad_norm"),
+    *("throughput/step", "time/step"),
 )
 HEADER_EVERY = 20  # plain lines
 CELL = 8  # characters of a number
@@ -78,10 +86,13 @@ def phase_line(values: Mapping[str, float]) -> str:
 
 def columns_of(values: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Return the columns of a row: those of the run's kind."""
-    samples = "reward/mean" in values
-    return [
-        column for column in COLUMNS if (column[1] in ALWAYS if samples else column[1] in values)
-    ]
+    if "expert/kept_fraction" in values:
+        names = EXPERT
+    elif "reward/mean" in values:
+        names = ALWAYS
+    else:
+        names = tuple(values)
+    return [column for column in COLUMNS if column[1] in names]
 
 
 class Progress(Observer):

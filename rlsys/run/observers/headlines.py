@@ -24,6 +24,7 @@ HEADLINES = (
     Headline("held-out preference accuracy", "eval/preference_accuracy", "{:.1%}"),
     Headline("held-out ranking accuracy", "eval/ranking_accuracy", "{:.1%}"),
     Headline("held-out reward", "eval/reward", "{:.4f}"),
+    Headline("held-out step accuracy", "eval/step_accuracy", "{:.1%}"),
     Headline("held-out reward margin", "eval/preference_margin", "{:.4f}"),
     Headline("held-out loss", "eval/loss", "{:.4f}"),
     Headline("held-out text loss", "eval/text_loss", "{:.4f}"),

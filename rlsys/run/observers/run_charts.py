@@ -13,6 +13,8 @@ from rlsys.run.observers.run_summary import finite_values
 
 COMPONENTS = "reward/component/"
 EFFECTIVE_SAMPLE_SIZE = "advantage/effective_fraction/at_"
+PREDICTED = "eval/calibration/predicted_at_"
+OBSERVED = "eval/calibration/observed_at_"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,18 @@ CHARTS = (
         unless_equal=(("trained samples", "trained/accuracy", "train"),),
     ),
     ChartSpec("Response length (tokens)", (("mean", "rollout/response_length", "train"),)),
-    ChartSpec("Entropy (nats per token)", (("policy", "policy/entropy", "train"),)),
+    ChartSpec(
+        "Entropy (nats per token)",
+        (("policy", "policy/entropy", "train"), ("all samples", "rollout/entropy", "train")),
+    ),
+    ChartSpec(
+        "Expert iteration: what is learned",
+        (
+            ("kept responses", "expert/kept_fraction", "train"),
+            ("problems with one", "expert/solved_fraction", "train"),
+        ),
+        percent=True,
+    ),
     ChartSpec(
         "KL to the reference (nats per token)",
         (("k1", "policy/kl_ref_k1", "train"), ("k3", "policy/kl_ref_k3", "train")),
@@ -161,6 +174,16 @@ CHARTS = (
         percent=True,
     ),
     ChartSpec(
+        "Step accuracy of the reward model",
+        (
+            ("training", "reward_model/step_accuracy", "train"),
+            ("held out", "eval/step_accuracy", "eval"),
+            ("held out, right steps", "eval/step_accuracy_right", "eval"),
+            ("held out, wrong steps", "eval/step_accuracy_wrong", "eval"),
+        ),
+        percent=True,
+    ),
+    ChartSpec(
         "Rewards of the reward model",
         (
             ("mean", "reward_model/reward_mean", "train"),
@@ -191,6 +214,7 @@ def charts_of(records: Sequence[MetricsRecord]) -> list[str]:
         _reward_components(records),
         *others,
         _effective_sample_size(records),
+        _calibration(records),
         _time_by_phase(records),
     ]
     return [chart for chart in charts if chart]
@@ -230,6 +254,32 @@ def _effective_sample_size(records: Sequence[MetricsRecord]) -> str:
     lines = series_over_position(records, EFFECTIVE_SAMPLE_SIZE)
     title = "Effective sample size of the ratios over position (% of the longest response)"
     return line_chart(title, lines, percent=True, at="{} % of the longest response")
+
+
+def _calibration(records: Sequence[MetricsRecord]) -> str:
+    """Draw observed over predicted fractions of held-out pairs, and the diagonal."""
+    evaluations = [record for record in records if any(map(_is_predicted, record.values))]
+    if not evaluations:
+        return ""
+    shown = evaluations[:1] + evaluations[1:][-1:]
+    lines = [
+        Series(f"step {record.step}", tuple(sorted(_calibration_points(record))), markers=True)
+        for record in shown
+    ]
+    diagonal = Series("calibrated", ((50.0, 0.5), (100.0, 1.0)), smooth=False)
+    title = "Calibration: observed over predicted fraction of held-out pairs (%)"
+    return line_chart(title, [*lines, diagonal], percent=True, at="predicted {} %")
+
+
+def _is_predicted(name: str) -> bool:
+    return name.startswith(PREDICTED)
+
+
+def _calibration_points(record: MetricsRecord) -> Iterator[tuple[float, float]]:
+    for name in filter(_is_predicted, record.values):
+        observed = record.values.get(OBSERVED + name.removeprefix(PREDICTED))
+        if observed is not None:
+            yield round(100 * record.values[name], 1), observed
 
 
 def _time_by_phase(records: Sequence[MetricsRecord]) -> str:

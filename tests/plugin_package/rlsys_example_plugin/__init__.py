@@ -1,4 +1,4 @@
-"""An example of a user's own package: one advantage estimator and two rewards."""
+"""An example of a user's own package: one advantage estimator and three rewards."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from rlsys.algorithms.advantages import (
     AdvantageOutput,
     register_advantage_estimator,
 )
-from rlsys.rewards import register_reward_function
+from rlsys.rewards import RewardResult, register_reward_function
 
 
 @register_advantage_estimator("example_sign")
@@ -34,6 +34,18 @@ def digits_reward(completion: str, ground_truth: str, *, per_digit: float = 0.1)
     Even a random model can raise this reward.
     """
     return min(1.0, per_digit * len(re.findall(r"\d", completion)))
+
+
+@register_reward_function("example_steps", steps=True)
+def steps_reward(completion: str, ground_truth: str, *, characters: int = 4) -> RewardResult:
+    """Reward each step of `characters` characters with its fraction of digits."""
+    ends = [*range(characters, len(completion), characters), len(completion)]
+    steps = [completion[max(0, end - characters) : end] for end in ends if end]
+    return RewardResult(
+        0.0,
+        step_rewards=[sum(map(str.isdigit, step)) / characters for step in steps],
+        step_ends=[end for end in ends if end],
+    )
 
 
 @register_reward_function("example_trouble")

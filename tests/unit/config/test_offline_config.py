@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from recipes.dpo_math import dpo_math
+from recipes.process_reward_model_math import process_reward_model_math
 from recipes.reward_model_math import reward_model_math
 from recipes.sft_math import sft_math
 from rlsys.config import ConfigError, RunConfig
@@ -16,12 +17,18 @@ from rlsys.config.hardware import Hardware
 from rlsys.config.offline import (
     OfflineRunConfig,
     PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
     RewardModelRunConfig,
     SupervisedRunConfig,
 )
 
-KINDS = (SupervisedRunConfig, PreferenceRunConfig, RewardModelRunConfig)
-RECIPES = (sft_math, dpo_math, reward_model_math)
+KINDS = (
+    SupervisedRunConfig,
+    PreferenceRunConfig,
+    RewardModelRunConfig,
+    ProcessRewardModelRunConfig,
+)
+RECIPES = (sft_math, dpo_math, reward_model_math, process_reward_model_math)
 
 
 def machine(gpus: int = 0) -> Hardware:

@@ -10,7 +10,13 @@ import pytest
 
 from rlsys.config import RunConfig
 from rlsys.config.command_line import all_fields, flat
-from rlsys.config.offline import PreferenceRunConfig, RewardModelRunConfig, SupervisedRunConfig
+from rlsys.config.expert_iteration import ExpertIterationRunConfig
+from rlsys.config.offline import (
+    PreferenceRunConfig,
+    ProcessRewardModelRunConfig,
+    RewardModelRunConfig,
+    SupervisedRunConfig,
+)
 from rlsys.config.resume_rules import RULES, VERDICTS, rule_of
 from rlsys.run.checkpoints import Checkpoint
 from rlsys.run.resume import (
@@ -122,7 +128,8 @@ def test_what_may_change_is_told(name: str, value: Any) -> None:
 
 
 def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
-    kinds = (RunConfig, SupervisedRunConfig, PreferenceRunConfig, RewardModelRunConfig)
+    offline = (SupervisedRunConfig, PreferenceRunConfig, RewardModelRunConfig)
+    kinds = (RunConfig, *offline, ProcessRewardModelRunConfig, ExpertIterationRunConfig)
     names = [name for kind in kinds for name, _ in all_fields(kind)]
     used = {rule_of(name).field for name in names}
     assert used == {rule.field for rule in RULES}

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
+from rlsys.data.response_text import ResponseText
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
 from rlsys.models.loading import end_token_ids, load_causal_lm, load_tokenizer
 from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engines.engine import SampledGroup, SampledResponse
-from workers.generation.response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 

@@ -65,6 +65,20 @@ def test_a_row_shows_what_has_no_value_as_a_dash_and_keeps_its_columns():
     assert note.strip() == "!  not finite: policy/grad_norm"
 
 
+def test_a_row_of_expert_iteration_shows_what_was_kept_and_keeps_its_columns():
+    console = plain_console()
+    progress = Progress(console, live=False)
+    progress.on_start(1, 2)
+    sampled = {"reward/mean": 0.25, "reward/accuracy": 0.5, "expert/kept_fraction": 0.4}
+    progress.on_step(1, sampled | {"policy/loss": 1.5, "time/step": 2.0})
+    progress.on_step(2, sampled | {"expert/kept_fraction": 0.0, "time/step": 1.0})
+    header, first, second = console.export_text().splitlines()
+    assert header.split()[:5] == ["step", "loss", "reward", "correct", "kept"]
+    assert first.split()[:5] == ["1/2", "1.5000", "0.250", "50.0%", "40.0%"]
+    assert second.split()[:5] == ["2/2", "-", "0.250", "50.0%", "0.0%"]
+    assert len(first.split()) == len(second.split())
+
+
 def test_what_a_step_is_to_be_told_of_stands_below_its_row():
     console = plain_console()
     progress = Progress(console, live=False)

@@ -79,3 +79,22 @@ class ResponseText:
             # does.
             self._stream = DecodeStream(skip_special_tokens=True)
             return self._stream.step(self._fast, token) or ""
+
+
+def text_after_each_token(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]
+) -> tuple[str, list[int]]:
+    """Return the text of a response, and its length in characters after each token.
+
+    Conventions: as in the engines, special tokens have no text, and a character counts from the
+    token on that completes its bytes.
+
+    Example: "a€" of a byte-level tokenizer in four tokens (a and the three bytes of the euro sign):
+    lengths 1, 1, 1, 2.
+    """
+    text = ResponseText(tokenizer, prompt)
+    lengths = []
+    for token in response:
+        text.append(token)
+        lengths.append(len(text.text))
+    return text.text, lengths

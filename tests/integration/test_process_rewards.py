@@ -1,0 +1,175 @@
+"""Rewards of steps in whole runs: from a function of the text to the advantages of tokens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import pytest
+
+from docs.generate.metrics import documented
+from rlsys.data.rollout_files import read_rollouts
+from rlsys.models import resolve_model
+from rlsys.models.loading import load_tokenizer
+from rlsys.run.observers.metrics_log import read_metrics
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "tests" / "plugin_package"
+TOKENIZER: Any = load_tokenizer(resolve_model("tiny"))
+WEIGHT = 0.5
+
+SMALL = [
+    *("--model.path", "tiny", "--generation.engine", "transformers"),
+    *("--generation.dtype", "float32", "--policy.compute_dtype", "float32"),
+    *("--generation.max_tokens", "12", "--generation.samples_per_prompt", "3"),
+    *("--generation.cpus_per_worker", "0"),
+    *("--trainer.prompts_per_step", "4", "--trainer.steps", "2"),
+    *("--data.synthetic.train_size", "40", "--data.synthetic.eval_size", "4"),
+    *("--plugins", "rlsys_example_plugin"),
+    *("--reward.functions", f"[example_digits, {{name: example_steps, weight: {WEIGHT}}}]"),
+    *("--trainer.checkpoints.every", "0", "--trainer.evaluation.every", "0"),
+]
+
+
+def run(recipe: str, directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", recipe, "--run.directory", str(directory), *SMALL, *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(PLUGINS), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def rows_of(directory: Path) -> list[dict]:
+    """Return the responses of the second step."""
+    return read_rollouts(directory / "rollouts" / "step_000002.parquet")
+
+
+def response_ids(row: dict) -> list[int]:
+    return row["token_ids"][row["prompt_length"] :]
+
+
+def step_rewards(row: dict) -> list[float]:
+    """Return the weighted rewards of steps at each token, the outcome at the last one added."""
+    rewards = [0.0] * len(response_ids(row))
+    steps = (row["step_ends_example_steps"], row["step_rewards_example_steps"])
+    for end, reward in zip(*steps, strict=True):
+        rewards[end] += WEIGHT * reward
+    rewards[-1] += row["reward"]
+    return rewards
+
+
+def check_places(row: dict) -> None:
+    """Check that each step ends at the token with which its last character is complete."""
+    ids = response_ids(row)
+    ends = row["step_ends_example_steps"]
+    texts = [TOKENIZER.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+    characters = len(row["response"])
+    wanted = [*range(4, characters, 4), characters] if characters else []
+    assert len(ends) == len(wanted)
+    for end, character in zip(ends, wanted, strict=True):
+        before = texts[end].rstrip("\ufffd")
+        assert len(before) < character <= len(texts[end + 1])
+
+
+def slow_grpo_process(group: list[dict]) -> list[list[float]]:
+    """Return the advantages of each response of a group, one step and token at a time."""
+    steps = []
+    for row in group:
+        ends = sorted(set(row["step_ends_example_steps"]))
+        rewards = step_rewards(row)
+        last = len(rewards) - 1
+        own = {end: rewards[end] for end in ends}
+        final = max(ends, default=last)
+        if final != last:  # the last step ends with the response, and has the outcome
+            own[last] = own.pop(final, 0.0) + rewards[last]
+        steps.append(own)
+
+    everything = [reward for own in steps for reward in own.values()]
+    mean, std = fmean(everything), pstdev(everything)
+    return [
+        [
+            sum((reward - mean) / (std + 1e-6) for end, reward in own.items() if end >= t)
+            for t in range(len(response_ids(row)))
+        ]
+        for row, own in zip(group, steps, strict=True)
+    ]
+
+
+def test_grpo_process_compares_the_steps_of_a_group(tmp_path: Path):
+    directory = tmp_path / "run"
+    done = run(
+        "recipes.grpo_math",
+        directory,
+        *("--algorithm.advantage.name", "grpo_process", "--algorithm.advantage.parameters", "{}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rows = rows_of(directory)
+    assert len(rows) == 12
+    for row in rows:
+        check_places(row)
+    for group_id in {row["group_id"] for row in rows}:
+        group = [row for row in rows if row["group_id"] == group_id]
+        for row, expected in zip(group, slow_grpo_process(group), strict=True):
+            found = row["advantages"][row["prompt_length"] :]
+            assert found == pytest.approx(expected, abs=1e-4)
+
+    (_, second) = [r for r in read_metrics(directory / "metrics.jsonl") if r.kind == "train"]
+    steps = [row["step_rewards_example_steps"] for row in rows]
+    everything = [reward for own in steps for reward in own]
+    assert second.values["reward/steps/example_steps"] == pytest.approx(fmean(map(len, steps)))
+    assert second.values["reward/step_mean/example_steps"] == pytest.approx(fmean(everything))
+    assert all(documented(name) for name in second.values)
+
+
+def test_gae_learns_from_the_rewards_of_steps(tmp_path: Path):
+    directory = tmp_path / "run"
+    done = run(
+        "recipes.ppo_math",
+        directory,
+        *("--algorithm.advantage.parameters", "{gamma: 1.0, lam: 1.0}"),
+        *("--algorithm.kl.coefficient", "0"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rows = rows_of(directory)
+    assert any(any(row["step_rewards_example_steps"]) for row in rows)
+    for row in rows:
+        check_places(row)
+        rewards = step_rewards(row)
+        returns = [sum(rewards[t:]) for t in range(len(rewards))]
+        assert row["returns"][row["prompt_length"] :] == pytest.approx(returns, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            ("--algorithm.advantage.name", "grpo_process", "--reward.functions", "math"),
+            ("'grpo_process' compares the rewards of steps", "(math)", "arithmetic_steps"),
+        ),
+        (
+            ("--algorithm.advantage.name", "maxrl"),
+            ("'example_steps' rewards steps", "'maxrl' is defined for rewards of whole responses"),
+        ),
+    ],
+)
+def test_what_would_lose_steps_is_refused(tmp_path: Path, flags: tuple, parts: tuple):
+    done = run(
+        "recipes.grpo_math",
+        tmp_path / "run",
+        *("--algorithm.advantage.parameters", "{}"),
+        *flags,
+        "--dry-run",
+    )
+    assert done.returncode != 0
+    output = " ".join((done.stdout + done.stderr).split())
+    for part in parts:
+        assert part in output
