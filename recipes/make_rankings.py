@@ -14,6 +14,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -117,7 +118,10 @@ def prepare(
     dtype = choose_dtypes(online, hardware, directory).config.generation.dtype
     config = evolve(config, {"generation.dtype": dtype})
     tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
-    return config, directory, load_prompts(config.online(), tokenizer, problems)
+    prompts = load_prompts(config.online(), tokenizer, problems)
+    # There are no steps here: a last batch that is not full repeats no problem.
+    notices = [notice for notice in prompts.notices if not notice.startswith("trainer.")]
+    return config, directory, replace(prompts, notices=tuple(notices))
 
 
 async def _make(
