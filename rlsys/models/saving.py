@@ -56,7 +56,11 @@ def copy_model_files(source: Path, target: Path) -> None:
 
 def change_model_config(directory: Path, fields: Mapping[str, Any]) -> None:
     """Set entries of the config.json in `directory`."""
-    file = directory / "config.json"
+    change_json(directory / "config.json", fields)
+
+
+def change_json(file: Path, fields: Mapping[str, Any]) -> None:
+    """Set entries of a JSON file."""
     facts = json.loads(file.read_text())
     file.write_text(json.dumps(facts | dict(fields), indent=2) + "\n")
 

@@ -29,7 +29,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rlsys.models.loading import UnsupportedModelError, load_with_attention
+from rlsys.models.loading import (
+    UnsupportedModelError,
+    end_token_ids,
+    load_tokenizer,
+    load_with_attention,
+)
+from rlsys.models.saving import change_json
 
 ValueLayout = Literal["token", "sequence"]
 
@@ -228,3 +234,33 @@ def value_config_fields(model: PreTrainedModel) -> dict[str, Any]:
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
+
+
+def separate_padding(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Give a saved sequence classifier a padding token that is not an end token.
+
+    transformers reads such a model at the last token that is not padding. Where the padding token
+    is an end token, as in many language models, that would be the token before the end of the
+    response, and the reward would be another one.
+
+    Conventions: the first special token that ends no response becomes the padding token of model
+    and tokenizer. Where there is none, the model has no padding token, and transformers takes
+    single sequences only.
+    """
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+    ends = end_token_ids(directory, tokenizer)
+    facts = json.loads((directory / "config.json").read_text())
+    if facts.get("pad_token_id") not in ends | {None}:
+        return
+
+    special = sorted(
+        (number, token.content)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number not in ends
+    )
+    number, text = special[0] if special else (None, None)
+    change_json(directory / "config.json", {"pad_token_id": number})
+    change_json(directory / "tokenizer_config.json", {"pad_token": text})
+    older = directory / "special_tokens_map.json"
+    if older.exists():
+        change_json(older, {"pad_token": text})

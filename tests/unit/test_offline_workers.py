@@ -193,7 +193,6 @@ def test_a_reward_model_learns_rankings_and_loads_in_transformers(kind: str, tmp
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
     assert model.config.num_labels == 1
-    model.config.pad_token_id = 0
     sequences, rewards = batch.sequences, []
     for row in range(len(batch)):
         start, stop = sequences.offsets[row : row + 2]

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -25,6 +26,7 @@ from rlsys.models.value_models import (
     ValueLayout,
     load_value_model,
     saved_value_layout,
+    separate_padding,
     value_head,
     value_layout,
 )
@@ -281,3 +283,26 @@ def test_a_drawn_head_has_the_variance_of_its_width_and_depends_on_the_seed():
     torch.testing.assert_close(head(0), head(0), rtol=0, atol=0)
     assert not torch.equal(head(0), head(1))
     assert not head(None).any()
+
+
+def test_transformers_reads_a_saved_sequence_classifier_at_the_end_token(tmp_path: Path):
+    directory = resolve_model("tiny")
+    model = load_value_model(
+        directory, dtype=torch.float32, attention="sdpa", prefer="sequence", head_seed=0
+    )
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path)
+    separate_padding(tmp_path)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.pad_token_id not in {None, tokenizer.eos_token_id}
+    texts = [f"{text}{tokenizer.eos_token}" for text in ("7 + 8 = 15.", "The sum of 1 and 2 is 3.")]
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        padded = tokenizer(texts, return_tensors="pt", padding=True)
+        rewards = saved(**padded).logits[:, 0]
+        for text, reward in zip(texts, rewards, strict=True):
+            tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+            hidden = saved.base_model(input_ids=tokens).last_hidden_state[0, -1]
+            expected = hidden @ saved.score.weight[0]
+            torch.testing.assert_close(reward, expected, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,7 @@ from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.packing import Pack
 from rlsys.metrics import Metric, mean
 from rlsys.models.saving import change_model_config
+from rlsys.models.value_models import separate_padding
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
@@ -246,6 +247,9 @@ class RewardModelWorker(OfflineWorker):
     def save(self, directory: str) -> None:
         """See `OfflineWorker`; config.json gets the mean reward, to be subtracted by readers."""
         super().save(directory)
+        if self.rank == 0:
+            trust = self.config.model.trust_remote_code
+            separate_padding(Path(directory), trust_remote_code=trust)
         if self.rank == 0 and self.reward_mean is not None:
             change_model_config(Path(directory), {REWARD_MEAN: self.reward_mean})
 
