@@ -72,6 +72,33 @@ def config_mistakes(
     return mistakes.lines
 
 
+def future_reward_model_mistakes(config: RunConfig) -> list[str]:
+    """Return the mistakes in the rewards of a run whose reward model is yet to be trained.
+
+    They are those of `config_mistakes` that depend on the rewards and on no file of the model. Its
+    `path` may be any text.
+
+    Raises:
+        ValueError: a plug-in cannot be loaded, so that the names it registers are unknown.
+    """
+    load_plugins(config.plugins)
+    mistakes = Mistakes()
+
+    for function in config.reward.functions:
+        mistakes.attempt(
+            "reward.functions",
+            lambda function=function: check_reward(function, config.generation.max_tokens),
+        )
+    model = reward_model_of(config.reward.functions)
+    if model is not None and _is_valid(model):
+        mistakes.attempt(PATH_FIELD, lambda: _check_reward_model_ranks(config))
+
+    mistakes.lines += contradictions(config)
+    mistakes.lines += _estimator_contradictions(config)
+    mistakes.lines += _accuracy_contradictions(config)
+    return mistakes.lines
+
+
 def _checks(
     config: RunConfig, directory: RunDirectory, *, resume: bool
 ) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -157,6 +184,10 @@ def _check_reward_model(config: RunConfig) -> None:
     if function is None or not _is_valid(function):
         return  # `check_reward` refuses its parameters
     check_evaluated_path(function.parameters["path"], PATH_FIELD)
+    _check_reward_model_ranks(config)
+
+
+def _check_reward_model_ranks(config: RunConfig) -> None:
     ranks = reward_model_role(config).ranks
     if ranks > config.policy.ranks:
         raise ValueError(

@@ -20,9 +20,11 @@ from docs.generate.metrics import documented
 from recipes.evaluate_math import evaluate_math
 from recipes.grpo_math import grpo_math
 from recipes.make_rankings import run_rankings
+from recipes.rlhf import rlhf
 from recipes.run_evaluation import run_evaluation
 from recipes.run_offline import run_offline
 from recipes.run_recipe import run_recipe
+from recipes.run_rlhf import run_rlhf
 from recipes.sft_math import sft_math
 from rlsys.config import ConfigError, RewardConfig, RewardFunctionConfig, RunConfig
 from rlsys.config.command_line import evolve
@@ -206,6 +208,20 @@ def test_dynamic_sampling_by_accuracy_needs_one(dry_run: Command, reward_model: 
     assert dry_run(flag(MATH, model(reward_model)), *flags)[0] == 0
     by_reward = (*flags, "--algorithm.dynamic_sampling.by", "reward")
     assert dry_run(flag(model(reward_model)), *by_reward)[0] == 0
+
+
+def test_a_pipeline_refuses_rewards_before_it_trains_their_model(
+    capsys: pytest.CaptureFixture[str],
+):
+    functions = flag(RewardFunctionConfig(name="model", parameters={"ranks": 7}), MATH)
+    rounds = ["--ppo.algorithm.dynamic_sampling.max_rounds", "2"]
+    rewards = ["--ppo.reward.functions", functions]
+    with pytest.raises(SystemExit) as end:
+        run_rlhf(rlhf, ["--model.path", "tiny", "--dry-run", *rounds, *rewards])
+    assert end.value.code == 2
+    ranks, accuracy = capsys.readouterr().err.splitlines()
+    assert "ppo.reward.functions.parameters.ranks: 7 is above ppo.policy.ranks 1" in ranks
+    assert "ppo.algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong" in accuracy
 
 
 def test_a_warning_tells_where_accuracy_could_be_measured(dry_run: Command, reward_model: Path):
