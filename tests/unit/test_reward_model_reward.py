@@ -20,6 +20,8 @@ from docs.generate.metrics import documented
 from recipes.evaluate_math import evaluate_math
 from recipes.grpo_math import grpo_math
 from recipes.make_rankings import run_rankings
+from recipes.process_reward_model_math import process_reward_model_math
+from recipes.reward_model_math import reward_model_math
 from recipes.rlhf import rlhf
 from recipes.run_evaluation import run_evaluation
 from recipes.run_offline import run_offline
@@ -158,6 +160,14 @@ def changed_model(source: Path, target: Path, **fields: Any) -> Path:
             "it is saved as ForTokenClassification, as a critic is",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "it is a reward model without a head."),
+        # What started from a reward model, or has no other layout, is saved as one.
+        ({"value_role": "critic"}, "it is a critic, whose values are no rewards."),
+        ({"value_role": "process_reward_model"}, "it is a process reward model, whose values"),
+        # 160 tokens of prompt, 16 of response and an end token.
+        (
+            {"rope_parameters": {"type": "dynamic", "original_max_position_embeddings": 176}},
+            "changes the frequencies of sequences beyond 176 tokens",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
@@ -168,6 +178,31 @@ def test_a_model_that_does_not_fit_is_refused(
     assert code == 2
     assert err.startswith("error: reward.functions.parameters.path: ")
     assert message in err
+
+
+@pytest.mark.parametrize("field", ["model.path", "reference.path"])
+def test_a_reward_model_is_no_policy_and_no_reference(
+    field: str, dry_run: Command, reward_model: Path
+):
+    kl = ["--algorithm.kl.coefficient", "0.1"]
+    code, _, err = dry_run(flag(MATH), f"--{field}", str(reward_model), *kl)
+    assert code == 2
+    assert f"{field}: '{reward_model}': it is saved as LlamaForSequenceClassification" in err
+
+
+def test_a_reward_model_starts_from_no_process_reward_model(
+    capsys: pytest.CaptureFixture[str], reward_model: Path, tmp_path: Path
+):
+    fields = {"architectures": ["LlamaForTokenClassification"]}
+    steps = changed_model(reward_model, tmp_path / "steps", **fields)
+    for recipe, start, saved in (
+        (reward_model_math, steps, "ForTokenClassification"),
+        (process_reward_model_math, reward_model, "ForSequenceClassification"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_offline(recipe, ["--model.path", str(start), "--dry-run"])
+        assert end.value.code == 2
+        assert f"model.path: '{start}': it is saved as {saved}, and" in capsys.readouterr().err
 
 
 def test_a_model_of_another_tokenizer_is_refused(
