@@ -24,7 +24,7 @@ from rlsys.config.offline import (
 from rlsys.data.example_stream import LoadedExamples, SourcedExamples
 from rlsys.models.loading import context_length, parameter_count
 from rlsys.models.value_models import ValueLayout, check_layout_to_train
-from rlsys.rewards import ground_truth_notices, refuse_reward_model
+from rlsys.rewards import ground_truth_notices, refuse_rewards_of_training
 from rlsys.run.compute_dtype import ProductSpeed, choose_dtypes
 from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
@@ -57,7 +57,7 @@ def offline_mistakes(
     mistakes.lines += config_mistakes(online, directory, hardware, resume=resume)
     mistakes.attempt(
         "reward.functions",
-        lambda: refuse_reward_model(online.reward.functions, "a run on examples"),
+        lambda: refuse_rewards_of_training(online.reward.functions, "a run on examples"),
     )
     lines = [named_as_here(line, config) for line in mistakes.lines]
     return list(dict.fromkeys([*lines, *offline_contradictions(config)]))

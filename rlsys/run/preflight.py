@@ -206,16 +206,23 @@ def _is_valid(function: RewardFunctionConfig) -> bool:
 
 
 def _accuracy_contradictions(config: RunConfig) -> Iterator[str]:
-    """Yield options that read an accuracy where the rewards decide none."""
+    """Yield options that read an accuracy where the rewards decide none, or a wrong one."""
+    functions = config.reward.functions
+    first = functions[0].name
+    if first in available_reward_functions() and not reward_hooks(first).scores:
+        yield (
+            f"reward.functions: {first!r} is first, where it decides accuracy, and its score is "
+            "always 0, so every response would count as wrong. Put a function such as math first, "
+            "with weight 0 if it is not to be rewarded."
+        )
     dynamic = config.algorithm.dynamic_sampling
-    if dynamic.max_rounds > 1 and dynamic.by == "accuracy":
-        functions = config.reward.functions
-        if not has_accuracy(functions):
-            yield (
-                f"algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong responses, and "
-                f"the first of reward.functions is {functions[0].name!r}, which decides none. Set "
-                "it to reward, or put a function such as math first."
-            )
+    by_accuracy = dynamic.max_rounds > 1 and dynamic.by == "accuracy"
+    if by_accuracy and not has_accuracy(functions):
+        yield (
+            f"algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong responses, and the "
+            f"first of reward.functions is {first!r}, which decides none. Set it to reward, or put "
+            "a function such as math first."
+        )
 
 
 def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
