@@ -64,13 +64,21 @@ def saved_value_layout(directory: Path | str) -> ValueLayout | None:
     Raises:
         UnsupportedModelError: its head has several outputs.
     """
-    facts = json.loads((Path(directory) / "config.json").read_text())
-    architecture = (facts.get("architectures") or [""])[0]
+    facts = _facts(directory)
+    architecture = _architecture(facts)
     for layout, suffix in _SUFFIXES.items():
         if architecture.endswith(suffix):
             _check_one_label(facts, architecture)
             return layout
     return None
+
+
+def _facts(directory: Path | str) -> dict[str, Any]:
+    return json.loads((Path(directory) / "config.json").read_text())
+
+
+def _architecture(facts: Mapping[str, Any]) -> str:
+    return (facts.get("architectures") or [""])[0]
 
 
 def _check_one_label(facts: Mapping[str, Any], architecture: str) -> None:
@@ -96,7 +104,7 @@ def value_layout(directory: Path | str, *, prefer: ValueLayout = "token") -> Val
     if saved is not None:
         return saved
 
-    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    kind = _facts(directory).get("model_type")
     other: ValueLayout = "sequence" if prefer == "token" else "token"
     for layout in (prefer, other):
         if kind in _MODEL_TYPES[layout]:
@@ -121,7 +129,7 @@ def check_reward_head(directory: Path | str) -> None:
             "it is a reward model without a head. Give one that is saved as "
             "ForSequenceClassification with one label, as recipes.reward_model_math trains it."
         )
-    facts = json.loads((Path(directory) / "config.json").read_text())
+    facts = _facts(directory)
     role = facts.get(VALUE_ROLE)
     if role == "process_reward_model":
         raise UnsupportedModelError(
@@ -148,7 +156,7 @@ def check_layout_to_train(directory: Path | str, layout: ValueLayout) -> None:
             several outputs.
     """
     saved = saved_value_layout(directory)
-    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    kind = _facts(directory).get("model_type")
     if saved is not None and saved != layout and kind in _MODEL_TYPES[layout]:
         raise UnsupportedModelError(
             f"it is saved as {_SUFFIXES[saved]}, and this recipe trains a model that is saved as "
@@ -164,8 +172,7 @@ def check_has_lm_head(directory: Path | str) -> None:
     Raises:
         UnsupportedModelError: it has a head for values.
     """
-    facts = json.loads((Path(directory) / "config.json").read_text())
-    architecture = (facts.get("architectures") or [""])[0]
+    architecture = _architecture(_facts(directory))
     if architecture.endswith(tuple(_SUFFIXES.values())):
         raise UnsupportedModelError(
             f"it is saved as {architecture}, as reward models and critics are, and has no head for "
@@ -299,7 +306,7 @@ def separate_padding(directory: Path, *, trust_remote_code: bool = False) -> Non
     """
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     ends = end_token_ids(directory, tokenizer)
-    facts = json.loads((directory / "config.json").read_text())
+    facts = _facts(directory)
     if facts.get("pad_token_id") not in ends | {None}:
         return
 
