@@ -17,6 +17,8 @@ from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware, detect_hardware
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from rlsys.data.prompt_stream import LoadedProblems, LoadedPrompts
@@ -167,16 +169,22 @@ def choose_models(
     """Find and check the models, and choose their precisions for this machine."""
     from rlsys.models import resolve_model
     from rlsys.run.compute_dtype import choose_dtypes
+    from rlsys.run.evaluated_model import named
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.reward_model_identity import reward_model_identity
 
     policy = resolve_model(config.model.path)
-    reference, critic = config.reference.path, config.critic.path
+    reference = config.reference.path
+    critic = config.critic.path if config.critic.enabled else None
     reward_model = reward_model_identity(config, checkpoint)
+
+    def other(field: str, path: str | None) -> Path:
+        return named(field, lambda: resolve_model(path)) if path else policy
+
     directories = ModelDirectories(
         policy=policy,
-        reference=resolve_model(reference) if reference else policy,
-        critic=resolve_model(critic) if critic and config.critic.enabled else policy,
+        reference=other("reference.path", reference),
+        critic=other("critic.path", critic),
         reward_model=reward_model.directory if reward_model else None,
     )
     check_model(config, directories)

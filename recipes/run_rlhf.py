@@ -176,15 +176,17 @@ class _StageCheck:
         values = results_of_earlier_stages(config, stage, self._directory)
         stand_ins = self._stand_ins()
         invocation = self._invocation(with_values(config.stage(stage), values | stand_ins))
-        try:
-            if "reward.functions" in stand_ins:
-                _check_future_rewards(with_values(config.stage(stage), values))
-            check = _check_rankings if stage == "rankings" else _check_training
-            plan, remarks = check(invocation, hardware, console)
-        except ValueError as error:
-            lines = str(error).splitlines()
-            raise ValueError("\n".join(self._named(line) for line in lines)) from error
+        mistakes = Mistakes()
+        if "reward.functions" in stand_ins:
+            future = with_values(config.stage(stage), values)
+            mistakes.attempt(stage, lambda: _check_future_rewards(future))
+        check = _check_rankings if stage == "rankings" else _check_training
+        checked = mistakes.attempt(stage, lambda: check(invocation, hardware, console))
+        if mistakes.lines or checked is None:
+            lines = [line for message in mistakes.lines for line in message.splitlines()]
+            raise ValueError("\n".join(self._named(line) for line in lines))
 
+        plan, remarks = checked
         if "data.train" in stand_ins:  # what is known of generated data is not true of rankings
             plan = _without(_without(plan, "data "), "evaluation ")
             remarks = _without(remarks, "data: ")

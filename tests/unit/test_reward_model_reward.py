@@ -25,7 +25,7 @@ from recipes.reward_model_math import reward_model_math
 from recipes.rlhf import rlhf
 from recipes.run_evaluation import run_evaluation
 from recipes.run_offline import run_offline
-from recipes.run_recipe import run_recipe
+from recipes.run_recipe import choose_models, run_recipe
 from recipes.run_rlhf import run_rlhf
 from recipes.sft_math import sft_math
 from rlsys.config import ConfigError, RewardConfig, RewardFunctionConfig, RunConfig
@@ -188,6 +188,23 @@ def test_a_reward_model_is_no_policy_and_no_reference(
     code, _, err = dry_run(flag(MATH), f"--{field}", str(reward_model), *kl)
     assert code == 2
     assert f"{field}: '{reward_model}': it is saved as LlamaForSequenceClassification" in err
+
+
+@pytest.mark.parametrize("field", ["reference.path", "critic.path"])
+def test_a_model_that_cannot_be_fetched_is_named_by_its_field(
+    field: str, monkeypatch: pytest.MonkeyPatch
+):
+    def resolve(path: str) -> Path:
+        if path == "tiny":
+            return resolve_model(path)
+        raise ValueError(f"model.path: {path!r} could not be fetched from the hub.")
+
+    monkeypatch.setattr("rlsys.models.resolve_model", resolve)
+    config = evolve(
+        grpo_math(CPU), {"model.path": "tiny", "critic.enabled": True, field: "some/model"}
+    )
+    with pytest.raises(ValueError, match=rf"^{field}: 'some/model' could not be fetched"):
+        choose_models(config, CPU)
 
 
 def test_a_reward_model_starts_from_no_process_reward_model(
