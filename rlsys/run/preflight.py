@@ -284,6 +284,11 @@ def _step_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             f"may still differ in the rewards of {giving[0]!r}. Choose accuracy, or set "
             "algorithm.dynamic_sampling.max_rounds to 1."
         )
+    if config.diagnostics.gradient:
+        yield (
+            "diagnostics.gradient: true compares with baselines of the rewards of whole responses, "
+            f"to which those of steps ({giving[0]}) do not belong. Set it to false."
+        )
 
 
 def _group_contradictions(config: RunConfig, name: str) -> Iterator[str]:

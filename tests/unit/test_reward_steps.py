@@ -15,6 +15,7 @@ from rlsys.algorithms.advantages import available_advantage_estimators, estimato
 from rlsys.config import (
     AdvantageConfig,
     AlgorithmConfig,
+    DiagnosticsConfig,
     DynamicSamplingConfig,
     EntropyConfig,
     GenerationConfig,
@@ -554,6 +555,14 @@ def test_dynamic_sampling_by_outcomes_would_lose_steps(tmp_path: Path):
     by_accuracy = DynamicSamplingConfig(max_rounds=2, by="accuracy")
     found = mistakes(config_of("gae", OUTCOME, STEPS, dynamic_sampling=by_accuracy), tmp_path)
     assert "dynamic_sampling" not in found
+
+
+def test_gradients_under_baselines_of_outcomes_are_not_measured_beside_steps(tmp_path: Path):
+    measured = {"diagnostics": DiagnosticsConfig(gradient=True)}
+    with_steps = config_of("gae", OUTCOME, STEPS).model_copy(update=measured)
+    assert "diagnostics.gradient: true compares with baselines" in mistakes(with_steps, tmp_path)
+    outcomes = config_of("gae", OUTCOME).model_copy(update=measured)
+    assert "diagnostics.gradient" not in mistakes(outcomes, tmp_path)
 
 
 def test_a_function_without_a_score_decides_no_accuracy(tmp_path: Path):
