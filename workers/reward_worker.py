@@ -82,7 +82,9 @@ class RewardWorker:
         # A reward model is computed by ranks of its own; without functions the pool stays empty.
         self._in_pool = pool_functions(functions)
         self._pool = RewardPool(
-            self._config.model_copy(update={"functions": self._in_pool}), config.plugins
+            self._config.model_copy(update={"functions": self._in_pool}),
+            config.plugins,
+            terms=len(functions),
         )
         if self._in_pool:
             self._pool.warm_up()

@@ -99,8 +99,16 @@ class Output:
 class RewardPool:
     """A pool of `config.processes` processes, each driven by one thread of this process."""
 
-    def __init__(self, config: RewardConfig, plugins: Sequence[str]) -> None:
+    def __init__(
+        self, config: RewardConfig, plugins: Sequence[str], *, terms: int | None = None
+    ) -> None:
+        """Create a pool; its processes start when they are needed.
+
+        Args:
+            terms: the rewards that are summed, if there are others than those of `config`.
+        """
         self._config = config
+        self._terms = len(config.functions) if terms is None else terms
         self._plugins = tuple(plugins)
         self._threads = ThreadPoolExecutor(config.processes, thread_name_prefix="reward")
         self._local = threading.local()
@@ -212,7 +220,9 @@ class RewardPool:
         if process is None:
             if self._closed:
                 raise RuntimeError("the pool is shut down")
-            process = self._local.process = _Process(self._config, self._plugins, self.output)
+            process = self._local.process = _Process(
+                self._config, self._plugins, self.output, self._terms
+            )
             self._processes.add(process)
         return process
 
@@ -242,7 +252,9 @@ def _texts_of(inputs: RewardInput) -> RewardInput:
 class _Process:
     """The pool's side of one process."""
 
-    def __init__(self, config: RewardConfig, plugins: Sequence[str], output: Output) -> None:
+    def __init__(
+        self, config: RewardConfig, plugins: Sequence[str], output: Output, terms: int
+    ) -> None:
         """Start the process.
 
         Raises:
@@ -272,14 +284,14 @@ class _Process:
         self.reads_all = False  # see `Ready`
         self.answered: set[int] = set()  # functions that have returned a result here
         try:
-            self._start(config, plugins)
+            self._start(config, plugins, terms)
         except BaseException:
             self.kill()
             raise
 
-    def _start(self, config: RewardConfig, plugins: Sequence[str]) -> None:
+    def _start(self, config: RewardConfig, plugins: Sequence[str], terms: int) -> None:
         try:
-            self.send((config.functions, plugins, config.memory_gb))
+            self.send((config.functions, plugins, config.memory_gb, terms))
             answer = self.receive(START_LIMIT_S)
         except (EOFError, OSError) as error:
             if isinstance(error, TimeoutError):
@@ -352,7 +364,7 @@ def _warm_up(functions: Sequence[RewardFunctionConfig]) -> None:
 
 def _serve(connection: Connection) -> None:
     """Answer requests until the connection is closed."""
-    functions, plugins, memory_gb = pickle.loads(connection.recv_bytes())
+    functions, plugins, memory_gb, terms = pickle.loads(connection.recv_bytes())
     try:
         load_plugins(plugins)
         _warm_up(functions)
@@ -367,7 +379,7 @@ def _serve(connection: Connection) -> None:
         chosen, values = pickle.loads(connection.recv_bytes())
         inputs = RewardInput(*values)
         for i in chosen:
-            outcome = run_function(functions[i], inputs, terms=len(functions))
+            outcome = run_function(functions[i], inputs, terms=terms)
             connection.send_bytes(pickle.dumps(outcome))
 
 

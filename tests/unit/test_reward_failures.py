@@ -427,6 +427,17 @@ def test_a_first_answer_may_take_longer_for_what_it_imports(pools: list[RewardPo
     ] == [(1.0,), (1.0,)]
 
 
+def test_a_sum_with_a_reward_from_elsewhere_cannot_be_infinite(pools: list[RewardPool]):
+    """3e38 alone fits into float32; with the score of a reward model beside it two could not."""
+    function = RewardFunctionConfig(name="counts_a", parameters={"scale": 3e38})
+    config = RewardConfig(functions=(function,))
+    for terms, fits in ((None, True), (2, False)):
+        pool = RewardPool(config, (PLUGIN,), terms=terms)
+        pools.append(pool)
+        found = pool.submit(RewardInput(completion="a", ground_truth="")).result()
+        assert isinstance(found.outcomes[0], FunctionReward) == fits
+
+
 def test_what_a_function_prints_is_kept_until_it_is_taken(pools: list[RewardPool]):
     pool = RewardPool(configured("gives_none"), (PLUGIN,))
     pools.append(pool)
