@@ -96,7 +96,7 @@ def prepare(
     from rlsys.data.prompt_stream import load_problems, load_prompts
     from rlsys.models import resolve_model
     from rlsys.models.loading import load_tokenizer
-    from rlsys.rewards import refuse_reward_model
+    from rlsys.rewards import refuse_rewards_of_training
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories, check_model
@@ -106,8 +106,9 @@ def prepare(
     mistakes.lines += config_mistakes(online, RunDirectory.named_by(online), hardware, resume=False)
     mistakes.attempt(
         "reward.functions",
-        lambda: refuse_reward_model(config.reward.functions, "recipes.make_rankings"),
+        lambda: refuse_rewards_of_training(config.reward.functions, "recipes.make_rankings"),
     )
+    mistakes.attempt("reward.functions", lambda: _refuse_steps(config))
     if Path(config.output).exists():
         mistakes.lines.append(f"output: {config.output!r} exists already. Name another file.")
     problems = mistakes.attempt("data.train", lambda: load_problems(online))
@@ -122,6 +123,23 @@ def prepare(
     # There are no steps here: a last batch that is not full repeats no problem.
     notices = [notice for notice in prompts.notices if not notice.startswith("trainer.")]
     return config, directory, replace(prompts, notices=tuple(notices))
+
+
+def _refuse_steps(config: RankingsRunConfig) -> None:
+    """Refuse rewards of steps beside a score: rankings would compare only a part of the reward.
+
+    Raises:
+        ValueError: a function gives both.
+    """
+    from rlsys.rewards import step_functions
+    from rlsys.rewards.registry import reward_hooks
+
+    giving = [name for name in step_functions(config.reward.functions) if reward_hooks(name).scores]
+    if giving:
+        raise ValueError(
+            f"reward.functions: {giving[0]!r} rewards steps, and rankings compare the scores of "
+            "whole responses. Leave it out."
+        )
 
 
 async def _make(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from rlsys.config import RunConfig
     from rlsys.run.pipeline_directory import PipelineDirectory, StageState
 
 INTERRUPTED = 130
@@ -176,6 +177,8 @@ class _StageCheck:
         stand_ins = self._stand_ins()
         invocation = self._invocation(with_values(config.stage(stage), values | stand_ins))
         try:
+            if "reward.functions" in stand_ins:
+                _check_future_rewards(with_values(config.stage(stage), values))
             check = _check_rankings if stage == "rankings" else _check_training
             plan, remarks = check(invocation, hardware, console)
         except ValueError as error:
@@ -230,6 +233,19 @@ class _StageCheck:
         return Invocation(
             config=config, dry_run=True, resume=resume, explicit=frozenset(names), saved=saved
         )
+
+
+def _check_future_rewards(config: RunConfig) -> None:
+    """Refuse rewards that could not be computed with the reward model of the stage before.
+
+    Raises:
+        ConfigError: mistakes, a line each.
+    """
+    from rlsys.run.preflight import future_reward_model_mistakes
+
+    mistakes = Mistakes()
+    mistakes.lines += future_reward_model_mistakes(config)
+    mistakes.refuse()
 
 
 def _without(lines: Sequence[str], start: str) -> list[str]:

@@ -38,6 +38,11 @@ from rlsys.models.loading import (
 from rlsys.models.saving import change_json
 
 ValueLayout = Literal["token", "sequence"]
+ValueRole = Literal["critic", "reward_model", "process_reward_model"]
+
+# The entry of config.json that tells what the values of a model are. The layout alone does not: a
+# model that starts from another keeps its layout, and some types of models have only one.
+VALUE_ROLE = "value_role"
 
 _AUTO_CLASSES: Mapping[ValueLayout, Any] = {
     "token": AutoModelForTokenClassification,
@@ -59,13 +64,21 @@ def saved_value_layout(directory: Path | str) -> ValueLayout | None:
     Raises:
         UnsupportedModelError: its head has several outputs.
     """
-    facts = json.loads((Path(directory) / "config.json").read_text())
-    architecture = (facts.get("architectures") or [""])[0]
+    facts = _facts(directory)
+    architecture = _architecture(facts)
     for layout, suffix in _SUFFIXES.items():
         if architecture.endswith(suffix):
             _check_one_label(facts, architecture)
             return layout
     return None
+
+
+def _facts(directory: Path | str) -> dict[str, Any]:
+    return json.loads((Path(directory) / "config.json").read_text())
+
+
+def _architecture(facts: Mapping[str, Any]) -> str:
+    return (facts.get("architectures") or [""])[0]
 
 
 def _check_one_label(facts: Mapping[str, Any], architecture: str) -> None:
@@ -91,7 +104,7 @@ def value_layout(directory: Path | str, *, prefer: ValueLayout = "token") -> Val
     if saved is not None:
         return saved
 
-    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
+    kind = _facts(directory).get("model_type")
     other: ValueLayout = "sequence" if prefer == "token" else "token"
     for layout in (prefer, other):
         if kind in _MODEL_TYPES[layout]:
@@ -107,7 +120,8 @@ def check_reward_head(directory: Path | str) -> None:
     """Refuse a model that is no reward model with one label.
 
     Raises:
-        UnsupportedModelError: it is a language model, a critic, or its head has several outputs.
+        UnsupportedModelError: it is a language model, a critic, a process reward model, or its head
+            has several outputs.
     """
     saved = saved_value_layout(directory)
     if saved is None:
@@ -115,11 +129,54 @@ def check_reward_head(directory: Path | str) -> None:
             "it is a reward model without a head. Give one that is saved as "
             "ForSequenceClassification with one label, as recipes.reward_model_math trains it."
         )
-    kind = json.loads((Path(directory) / "config.json").read_text()).get("model_type")
-    if saved == "token" and kind in _MODEL_TYPES["sequence"]:
+    facts = _facts(directory)
+    role = facts.get(VALUE_ROLE)
+    if role == "process_reward_model":
+        raise UnsupportedModelError(
+            "it is a process reward model, whose values judge the steps of a response and not the "
+            "whole. Give a reward model of whole responses, as recipes.reward_model_math trains it."
+        )
+    if role == "critic":
+        raise UnsupportedModelError(
+            "it is a critic, whose values are no rewards. Give a reward model, as "
+            "recipes.reward_model_math trains it."
+        )
+    if saved == "token" and facts.get("model_type") in _MODEL_TYPES["sequence"]:
         raise UnsupportedModelError(
             "it is saved as ForTokenClassification, as a critic is, whose values are no rewards. "
             "Give a model that is saved as ForSequenceClassification with one label."
+        )
+
+
+def check_layout_to_train(directory: Path | str, layout: ValueLayout) -> None:
+    """Refuse to start from a model with a head of the other layout, which it would keep.
+
+    Raises:
+        UnsupportedModelError: it has one, and its type of model could have `layout`; its head has
+            several outputs.
+    """
+    saved = saved_value_layout(directory)
+    kind = _facts(directory).get("model_type")
+    if saved is not None and saved != layout and kind in _MODEL_TYPES[layout]:
+        raise UnsupportedModelError(
+            f"it is saved as {_SUFFIXES[saved]}, and this recipe trains a model that is saved as "
+            f"{_SUFFIXES[layout]}. Start from a language model, or from a model of that kind."
+        )
+
+
+def check_has_lm_head(directory: Path | str) -> None:
+    """Refuse a model with a head for values instead of one for tokens.
+
+    transformers would load its decoder and draw a new head for tokens.
+
+    Raises:
+        UnsupportedModelError: it has a head for values.
+    """
+    architecture = _architecture(_facts(directory))
+    if architecture.endswith(tuple(_SUFFIXES.values())):
+        raise UnsupportedModelError(
+            f"it is saved as {architecture}, as reward models and critics are, and has no head for "
+            "tokens. Give a language model."
         )
 
 
@@ -249,7 +306,7 @@ def separate_padding(directory: Path, *, trust_remote_code: bool = False) -> Non
     """
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     ends = end_token_ids(directory, tokenizer)
-    facts = json.loads((directory / "config.json").read_text())
+    facts = _facts(directory)
     if facts.get("pad_token_id") not in ends | {None}:
         return
 

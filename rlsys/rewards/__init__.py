@@ -14,7 +14,7 @@ from rlsys.rewards.learned import (
     has_accuracy,
     model_reward,
     pool_functions,
-    refuse_reward_model,
+    refuse_rewards_of_training,
     reward_model_of,
     reward_model_role,
 )
@@ -47,7 +47,7 @@ __all__ = [
     "model_reward",
     "pool_functions",
     "reads_metadata",
-    "refuse_reward_model",
+    "refuse_rewards_of_training",
     "register_reward_function",
     "repetition_reward",
     "reward_model_of",

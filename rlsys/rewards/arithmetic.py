@@ -33,7 +33,9 @@ def _warm_up() -> None:
     same_answer_text("3 + 4", "7")
 
 
-@register_reward_function("arithmetic_steps", validate=_validate, warm_up=_warm_up, steps=True)
+@register_reward_function(
+    "arithmetic_steps", validate=_validate, warm_up=_warm_up, steps=True, scores=False
+)
 def arithmetic_steps_reward(
     completion: str,
     ground_truth: str,

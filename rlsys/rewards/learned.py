@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlsys.config import ModelRoleConfig, RewardFunctionConfig, RunConfig
-from rlsys.rewards.registry import register_reward_function
+from rlsys.rewards.registry import (
+    available_reward_functions,
+    register_reward_function,
+    reward_hooks,
+)
 
 REWARD_MODEL = "model"
 PATH_FIELD = "reward.functions.parameters.path"
@@ -91,8 +95,8 @@ def reward_model_role(config: RunConfig) -> ModelRoleConfig:
     return ModelRoleConfig.model_validate(common | own)
 
 
-def refuse_reward_model(functions: Sequence[RewardFunctionConfig], command: str) -> None:
-    """Refuse a reward that is a model where no ranks of it are started.
+def refuse_rewards_of_training(functions: Sequence[RewardFunctionConfig], command: str) -> None:
+    """Refuse rewards that only RL training reads: a model, and rewards of nothing but steps.
 
     Raises:
         ValueError: there is one.
@@ -102,3 +106,10 @@ def refuse_reward_model(functions: Sequence[RewardFunctionConfig], command: str)
             f"reward.functions: {REWARD_MODEL!r} is a reward of RL training, and {command} starts "
             "no reward model. Leave it out, and name functions such as math."
         )
+    known = set(available_reward_functions())
+    for function in functions:
+        if function.name in known and not reward_hooks(function.name).scores:
+            raise ValueError(
+                f"reward.functions: {function.name!r} rewards steps alone, which RL training "
+                f"reads, and {command} reads the rewards of whole responses. Leave it out."
+            )

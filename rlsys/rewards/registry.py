@@ -55,12 +55,15 @@ class RewardHooks:
     warm_up: called once in each process of the pool before the first response, while time and
         memory are not limited yet.
     steps: whether the function gives rewards of steps, in a `RewardResult`.
+    scores: false where the score of a whole response is always 0. Such a function cannot be the
+        first one, which decides accuracy.
     """
 
     validate: Validate | None = None
     reads_ground_truth: Callable[[str], bool] | None = None
     warm_up: Callable[[], object] | None = None
     steps: bool = False
+    scores: bool = True
 
 
 def register_reward_function(
@@ -70,6 +73,7 @@ def register_reward_function(
     reads_ground_truth: Callable[[str], bool] | None = None,
     warm_up: Callable[[], object] | None = None,
     steps: bool = False,
+    scores: bool = True,
 ) -> Callable[[F], F]:
     """Return a decorator that registers a reward function for `reward.functions`.
 
@@ -84,7 +88,11 @@ def register_reward_function(
     """
     register = _REWARDS.register(name)
     hooks = RewardHooks(
-        validate=validate, reads_ground_truth=reads_ground_truth, warm_up=warm_up, steps=steps
+        validate=validate,
+        reads_ground_truth=reads_ground_truth,
+        warm_up=warm_up,
+        steps=steps,
+        scores=scores,
     )
 
     def decorator(function: F) -> F:

@@ -16,7 +16,7 @@ from rlsys.config.evaluation_run import (
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_templates import load_template
 from rlsys.plugins import load_plugins
-from rlsys.rewards import refuse_reward_model
+from rlsys.rewards import refuse_rewards_of_training
 from rlsys.run.evaluated_model import EvaluatedModel, check_evaluated_path, named
 from rlsys.run.evaluation_directory import EvaluationDirectory
 from rlsys.run.ineffective_options import TABLE, Ineffective, Setting, without_effect
@@ -65,7 +65,7 @@ def _checks(
         )
     yield (
         "reward.functions",
-        lambda: refuse_reward_model(config.reward.functions, "recipes.evaluate_math"),
+        lambda: refuse_rewards_of_training(config.reward.functions, "recipes.evaluate_math"),
     )
 
 

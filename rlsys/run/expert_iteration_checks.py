@@ -12,7 +12,7 @@ from rlsys.config.command_line import evolve
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.models.loading import parameter_count
-from rlsys.rewards import refuse_reward_model
+from rlsys.rewards import refuse_rewards_of_training
 from rlsys.run.compute_dtype import DtypeChoice, ProductSpeed
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
@@ -27,7 +27,7 @@ def expert_mistakes(config: ExpertIterationRunConfig) -> Iterator[str]:
     """Yield the mistakes that only this kind of run can have, a line each."""
     yield from config.own_contradictions()
     try:
-        refuse_reward_model(config.reward.functions, "expert iteration")
+        refuse_rewards_of_training(config.reward.functions, "expert iteration")
     except ValueError as error:
         yield str(error)
 

@@ -17,7 +17,7 @@ from rlsys.models.loading import (
     end_token_ids,
     load_tokenizer,
 )
-from rlsys.models.value_models import check_reward_head, value_layout
+from rlsys.models.value_models import check_has_lm_head, check_reward_head, value_layout
 from rlsys.rewards import reward_model_of
 from rlsys.rewards.learned import PATH_FIELD
 
@@ -37,17 +37,24 @@ class ModelDirectories:
         return ModelDirectories(policy=directory, reference=directory, critic=directory)
 
 
-def check_model(config: RunConfig, directories: ModelDirectories) -> None:
+def check_model(
+    config: RunConfig, directories: ModelDirectories, *, trains_values: bool = False
+) -> None:
     """Refuse models that the run cannot train, sample from or compare.
+
+    Args:
+        trains_values: the model that is trained gets a head for values; there is no policy.
 
     Raises:
         ConfigError: an architecture that cannot be trained, attention heads that cannot be split,
-            a reference, a critic or a reward model with other tokens, a critic that can have no
-            value head, a reward model without one, a model without an end token, or too few
-            positions for prompt and response.
+            a policy or a reference without a head for tokens, a reference, a critic or a reward
+            model with other tokens, a critic that can have no value head, a reward model without
+            one, a model without an end token, or too few positions for prompt and response.
     """
     model = _model_config(directories.policy, "model.path", config.model.path)
     _check_architectures(config, directories)
+    if not trains_values:
+        _check_lm_heads(config, directories)
     _check_heads(config, model)
     if directories.reference != directories.policy:
         _check_vocabularies(config, model, directories.reference)
@@ -57,6 +64,18 @@ def check_model(config: RunConfig, directories: ModelDirectories) -> None:
         _check_reward_model(config, model, directories.policy, directories.reward_model)
     _check_ends(config, directories.policy)
     _check_positions(config, directories.policy)
+
+
+def _check_lm_heads(config: RunConfig, directories: ModelDirectories) -> None:
+    """Refuse a policy or a reference that has a head for values instead of one for tokens."""
+    models = {"model.path": (config.model.path, directories.policy)}
+    if config.reference.path:
+        models["reference.path"] = (config.reference.path, directories.reference)
+    for field, (path, directory) in models.items():
+        try:
+            check_has_lm_head(directory)
+        except ValueError as error:
+            raise ConfigError(f"{field}: {path!r}: {error}") from error
 
 
 def _check_critic(
@@ -205,7 +224,8 @@ def _check_architectures(config: RunConfig, directories: ModelDirectories) -> No
         "critic.path": (directories.critic, sampled),
     }
     if directories.reward_model is not None:
-        models[PATH_FIELD] = (directories.reward_model, sampled)
+        # A response without an end token gets one for scoring.
+        models[PATH_FIELD] = (directories.reward_model, sampled + 1)
     for field, (directory, longest) in models.items():
         try:
             check_architecture(

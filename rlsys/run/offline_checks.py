@@ -6,7 +6,7 @@ What concerns the model, the engine, the rewards and the machine is checked as i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,17 @@ from rlsys.config import ConfigError
 from rlsys.config.command_line import evolve
 from rlsys.config.errors import Mistakes
 from rlsys.config.hardware import Hardware
-from rlsys.config.offline import OfflineRunConfig, named_as_here, offline_contradictions
+from rlsys.config.offline import (
+    OfflineRunConfig,
+    ProcessRewardModelRunConfig,
+    RewardModelRunConfig,
+    named_as_here,
+    offline_contradictions,
+)
 from rlsys.data.example_stream import LoadedExamples, SourcedExamples
 from rlsys.models.loading import context_length, parameter_count
-from rlsys.rewards import ground_truth_notices, refuse_reward_model
+from rlsys.models.value_models import ValueLayout, check_layout_to_train
+from rlsys.rewards import ground_truth_notices, refuse_rewards_of_training
 from rlsys.run.compute_dtype import ProductSpeed, choose_dtypes
 from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
@@ -34,6 +41,11 @@ SAMPLING_OPTIONS = (
     "trainer.evaluation.temperature",
     "trainer.evaluation.pass_at",
 )
+# How a model with a head for values is saved, by the kind of run that trains it.
+LAYOUTS: Mapping[type[OfflineRunConfig], ValueLayout] = {
+    RewardModelRunConfig: "sequence",
+    ProcessRewardModelRunConfig: "token",
+}
 
 
 def offline_mistakes(
@@ -45,7 +57,7 @@ def offline_mistakes(
     mistakes.lines += config_mistakes(online, directory, hardware, resume=resume)
     mistakes.attempt(
         "reward.functions",
-        lambda: refuse_reward_model(online.reward.functions, "a run on examples"),
+        lambda: refuse_rewards_of_training(online.reward.functions, "a run on examples"),
     )
     lines = [named_as_here(line, config) for line in mistakes.lines]
     return list(dict.fromkeys([*lines, *offline_contradictions(config)]))
@@ -57,15 +69,22 @@ def check_offline_model(
     """Refuse models that the run cannot train, sample from or compare.
 
     Raises:
-        ConfigError: see `check_model`; too few positions for a prompt and a response.
+        ConfigError: see `check_model`; a head of another layout than the one that is trained; too
+            few positions for a prompt and a response.
     """
+    layout = LAYOUTS.get(type(config))
     try:
         directories = ModelDirectories(
             policy=directory, reference=reference_directory, critic=directory
         )
-        check_model(config.online(), directories)
+        check_model(config.online(), directories, trains_values=layout is not None)
     except ConfigError as error:
         raise ConfigError(named_as_here(str(error), config)) from error
+    if layout is not None:
+        try:
+            check_layout_to_train(directory, layout)
+        except ValueError as error:
+            raise ConfigError(f"model.path: {config.model.path!r}: {error}") from error
 
     prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
     limit = context_length(directory)

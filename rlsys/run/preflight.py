@@ -72,6 +72,33 @@ def config_mistakes(
     return mistakes.lines
 
 
+def future_reward_model_mistakes(config: RunConfig) -> list[str]:
+    """Return the mistakes in the rewards of a run whose reward model is yet to be trained.
+
+    They are those of `config_mistakes` that depend on the rewards and on no file of the model. Its
+    `path` may be any text.
+
+    Raises:
+        ValueError: a plug-in cannot be loaded, so that the names it registers are unknown.
+    """
+    load_plugins(config.plugins)
+    mistakes = Mistakes()
+
+    for function in config.reward.functions:
+        mistakes.attempt(
+            "reward.functions",
+            lambda function=function: check_reward(function, config.generation.max_tokens),
+        )
+    model = reward_model_of(config.reward.functions)
+    if model is not None and _is_valid(model):
+        mistakes.attempt(PATH_FIELD, lambda: _check_reward_model_ranks(config))
+
+    mistakes.lines += contradictions(config)
+    mistakes.lines += _estimator_contradictions(config)
+    mistakes.lines += _accuracy_contradictions(config)
+    return mistakes.lines
+
+
 def _checks(
     config: RunConfig, directory: RunDirectory, *, resume: bool
 ) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -157,6 +184,10 @@ def _check_reward_model(config: RunConfig) -> None:
     if function is None or not _is_valid(function):
         return  # `check_reward` refuses its parameters
     check_evaluated_path(function.parameters["path"], PATH_FIELD)
+    _check_reward_model_ranks(config)
+
+
+def _check_reward_model_ranks(config: RunConfig) -> None:
     ranks = reward_model_role(config).ranks
     if ranks > config.policy.ranks:
         raise ValueError(
@@ -175,16 +206,23 @@ def _is_valid(function: RewardFunctionConfig) -> bool:
 
 
 def _accuracy_contradictions(config: RunConfig) -> Iterator[str]:
-    """Yield options that read an accuracy where the rewards decide none."""
+    """Yield options that read an accuracy where the rewards decide none, or a wrong one."""
+    functions = config.reward.functions
+    first = functions[0].name
+    if first in available_reward_functions() and not reward_hooks(first).scores:
+        yield (
+            f"reward.functions: {first!r} is first, where it decides accuracy, and its score is "
+            "always 0, so every response would count as wrong. Put a function such as math first, "
+            "with weight 0 if it is not to be rewarded."
+        )
     dynamic = config.algorithm.dynamic_sampling
-    if dynamic.max_rounds > 1 and dynamic.by == "accuracy":
-        functions = config.reward.functions
-        if not has_accuracy(functions):
-            yield (
-                f"algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong responses, and "
-                f"the first of reward.functions is {functions[0].name!r}, which decides none. Set "
-                "it to reward, or put a function such as math first."
-            )
+    by_accuracy = dynamic.max_rounds > 1 and dynamic.by == "accuracy"
+    if by_accuracy and not has_accuracy(functions):
+        yield (
+            f"algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong responses, and the "
+            f"first of reward.functions is {first!r}, which decides none. Set it to reward, or put "
+            "a function such as math first."
+        )
 
 
 def _estimator_contradictions(config: RunConfig) -> Iterator[str]:

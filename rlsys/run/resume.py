@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlsys.config import ConfigError, RootConfig
+from rlsys.config import ConfigError, CriticConfig, PtxConfig, RootConfig
 from rlsys.config.command_line import flat
 from rlsys.config.engines import ENGINES
 from rlsys.config.renamed_fields import translated
@@ -43,8 +43,10 @@ def _installed() -> Iterator[tuple[str, str]]:
 def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the configuration of the run that wrote a checkpoint, under its present names."""
     saved = translated(checkpoint.state["config"])
-    # Earlier versions of RL runs had no critic; other kinds have none.
-    return {"critic": {"enabled": False}} | saved if "algorithm" in saved else saved
+    # Earlier versions of RL runs had no critic and no text; other kinds have none.
+    off = {"critic": CriticConfig(), "ptx": PtxConfig()}
+    absent = {name: section.model_dump(mode="json") for name, section in off.items()}
+    return absent | saved if "algorithm" in saved else saved
 
 
 def check_resumable(checkpoint: Checkpoint, config: RootConfig) -> None:

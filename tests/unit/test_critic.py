@@ -143,6 +143,7 @@ def test_a_saved_critic_continues_with_the_same_numbers(tmp_path: Path):
     assert json.loads((tmp_path / "critic_state.json").read_text()) == {"ranks": 1, "steps": 1}
     facts = json.loads((tmp_path / "config.json").read_text())
     assert facts["architectures"] == ["LlamaForTokenClassification"]
+    assert facts["value_role"] == "critic"
 
     with one_rank(config) as worker:
         worker.load(str(tmp_path))

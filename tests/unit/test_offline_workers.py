@@ -27,6 +27,7 @@ from rlsys.config.offline import (
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.metrics import Metric, values
 from rlsys.models import resolve_model
+from rlsys.models.value_models import check_reward_head
 from tests.support.example_batches import random_examples, random_steps
 from workers.training.offline import (
     ExampleReferenceWorker,
@@ -202,6 +203,31 @@ def test_a_reward_model_learns_rankings_and_loads_in_transformers(kind: str, tmp
     facts = json.loads((tmp_path / "config.json").read_text())
     assert float(np.mean(rewards)) == pytest.approx(last["eval/reward_mean"], abs=1e-4)
     assert facts["reward_mean"] == pytest.approx(last["eval/reward_mean"])
+
+
+def test_a_checkpoint_tells_what_its_values_are_and_inherits_no_mean_reward(tmp_path: Path):
+    def facts(name: str) -> dict[str, Any]:
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    with started(RewardModelWorker, reward_model()) as worker:
+        worker.keep_reward_mean(0.5)
+        worker.save(str(tmp_path / "first"))
+    assert facts("first")["reward_mean"] == 0.5
+    assert facts("first")["value_role"] == "reward_model"
+    check_reward_head(tmp_path / "first")
+
+    # The mean of the first model is not that of one that starts from it and was not evaluated.
+    first = str(tmp_path / "first")
+    with started(RewardModelWorker, reward_model(), first) as worker:
+        worker.save(str(tmp_path / "second"))
+    assert facts("second")["reward_mean"] is None
+
+    # A model keeps the layout of the head that it starts with.
+    with started(ProcessRewardModelWorker, process_reward_model(), first) as worker:
+        worker.save(str(tmp_path / "steps"))
+    assert facts("steps")["architectures"] == ["LlamaForSequenceClassification"]
+    with pytest.raises(ValueError, match="it is a process reward model"):
+        check_reward_head(tmp_path / "steps")
 
 
 def test_a_process_reward_model_learns_steps_and_loads_in_transformers(tmp_path: Path):

@@ -20,9 +20,13 @@ from docs.generate.metrics import documented
 from recipes.evaluate_math import evaluate_math
 from recipes.grpo_math import grpo_math
 from recipes.make_rankings import run_rankings
+from recipes.process_reward_model_math import process_reward_model_math
+from recipes.reward_model_math import reward_model_math
+from recipes.rlhf import rlhf
 from recipes.run_evaluation import run_evaluation
 from recipes.run_offline import run_offline
 from recipes.run_recipe import run_recipe
+from recipes.run_rlhf import run_rlhf
 from recipes.sft_math import sft_math
 from rlsys.config import ConfigError, RewardConfig, RewardFunctionConfig, RunConfig
 from rlsys.config.command_line import evolve
@@ -156,6 +160,14 @@ def changed_model(source: Path, target: Path, **fields: Any) -> Path:
             "it is saved as ForTokenClassification, as a critic is",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "it is a reward model without a head."),
+        # What started from a reward model, or has no other layout, is saved as one.
+        ({"value_role": "critic"}, "it is a critic, whose values are no rewards."),
+        ({"value_role": "process_reward_model"}, "it is a process reward model, whose values"),
+        # 160 tokens of prompt, 16 of response and an end token.
+        (
+            {"rope_parameters": {"type": "dynamic", "original_max_position_embeddings": 176}},
+            "changes the frequencies of sequences beyond 176 tokens",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
@@ -166,6 +178,31 @@ def test_a_model_that_does_not_fit_is_refused(
     assert code == 2
     assert err.startswith("error: reward.functions.parameters.path: ")
     assert message in err
+
+
+@pytest.mark.parametrize("field", ["model.path", "reference.path"])
+def test_a_reward_model_is_no_policy_and_no_reference(
+    field: str, dry_run: Command, reward_model: Path
+):
+    kl = ["--algorithm.kl.coefficient", "0.1"]
+    code, _, err = dry_run(flag(MATH), f"--{field}", str(reward_model), *kl)
+    assert code == 2
+    assert f"{field}: '{reward_model}': it is saved as LlamaForSequenceClassification" in err
+
+
+def test_a_reward_model_starts_from_no_process_reward_model(
+    capsys: pytest.CaptureFixture[str], reward_model: Path, tmp_path: Path
+):
+    fields = {"architectures": ["LlamaForTokenClassification"]}
+    steps = changed_model(reward_model, tmp_path / "steps", **fields)
+    for recipe, start, saved in (
+        (reward_model_math, steps, "ForTokenClassification"),
+        (process_reward_model_math, reward_model, "ForSequenceClassification"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_offline(recipe, ["--model.path", str(start), "--dry-run"])
+        assert end.value.code == 2
+        assert f"model.path: '{start}': it is saved as {saved}, and" in capsys.readouterr().err
 
 
 def test_a_model_of_another_tokenizer_is_refused(
@@ -206,6 +243,20 @@ def test_dynamic_sampling_by_accuracy_needs_one(dry_run: Command, reward_model: 
     assert dry_run(flag(MATH, model(reward_model)), *flags)[0] == 0
     by_reward = (*flags, "--algorithm.dynamic_sampling.by", "reward")
     assert dry_run(flag(model(reward_model)), *by_reward)[0] == 0
+
+
+def test_a_pipeline_refuses_rewards_before_it_trains_their_model(
+    capsys: pytest.CaptureFixture[str],
+):
+    functions = flag(RewardFunctionConfig(name="model", parameters={"ranks": 7}), MATH)
+    rounds = ["--ppo.algorithm.dynamic_sampling.max_rounds", "2"]
+    rewards = ["--ppo.reward.functions", functions]
+    with pytest.raises(SystemExit) as end:
+        run_rlhf(rlhf, ["--model.path", "tiny", "--dry-run", *rounds, *rewards])
+    assert end.value.code == 2
+    ranks, accuracy = capsys.readouterr().err.splitlines()
+    assert "ppo.reward.functions.parameters.ranks: 7 is above ppo.policy.ranks 1" in ranks
+    assert "ppo.algorithm.dynamic_sampling.by: 'accuracy' needs right and wrong" in accuracy
 
 
 def test_a_warning_tells_where_accuracy_could_be_measured(dry_run: Command, reward_model: Path):

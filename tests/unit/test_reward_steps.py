@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.make_rankings import make_rankings, prepare
 from rlsys.algorithms.advantages import available_advantage_estimators, estimator_spec
 from rlsys.config import (
     AdvantageConfig,
@@ -553,6 +554,29 @@ def test_dynamic_sampling_by_outcomes_would_lose_steps(tmp_path: Path):
     by_accuracy = DynamicSamplingConfig(max_rounds=2, by="accuracy")
     found = mistakes(config_of("gae", OUTCOME, STEPS, dynamic_sampling=by_accuracy), tmp_path)
     assert "dynamic_sampling" not in found
+
+
+def test_a_function_without_a_score_decides_no_accuracy(tmp_path: Path):
+    alone = RewardFunctionConfig(name="arithmetic_steps")
+    message = "reward.functions: 'arithmetic_steps' is first, where it decides accuracy"
+    assert message in mistakes(config_of("gae", alone, OUTCOME), tmp_path)
+    assert message not in mistakes(config_of("gae", OUTCOME, alone), tmp_path)
+
+
+def test_rankings_refuse_rewards_of_which_they_would_compare_a_part():
+    def refusal(name: str) -> str:
+        reward = RewardConfig(functions=(OUTCOME, RewardFunctionConfig(name=name)))
+        config = make_rankings(CPU).model_copy(update={"reward": reward})
+        with pytest.raises(ValueError, match="Leave it out") as error:
+            prepare(config, CPU)
+        return str(error.value)
+
+    assert "'steps_for_test' rewards steps, and rankings compare the scores" in refusal(
+        "steps_for_test"
+    )
+    assert "'arithmetic_steps' rewards steps alone, which RL training reads" in refusal(
+        "arithmetic_steps"
+    )
 
 
 def test_an_empty_delimiter_of_the_arithmetic_rule_is_refused(tmp_path: Path):

@@ -27,6 +27,7 @@ class CriticWorker(TrainedWorker):
     """One rank of the critic."""
 
     role = "critic"
+    value_role = "critic"
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         super().__init__(config, config.critic_role(), model_directory, rank, world_size)

@@ -207,6 +207,7 @@ class RewardModelWorker(OfflineWorker):
     """One rank of a reward model: a decoder with a scalar head, read after the last token."""
 
     role = "reward_model"
+    value_role = "reward_model"
     offline: RewardModelRunConfig
 
     def __init__(
@@ -245,12 +246,14 @@ class RewardModelWorker(OfflineWorker):
         self.reward_mean = value
 
     def save(self, directory: str) -> None:
-        """See `OfflineWorker`; config.json gets the mean reward, to be subtracted by readers."""
+        """See `OfflineWorker`; config.json gets the mean reward, to be subtracted by readers.
+
+        Where it was not measured, the entry is null: that of the model at the start is of others.
+        """
         super().save(directory)
         if self.rank == 0:
             trust = self.config.model.trust_remote_code
             separate_padding(Path(directory), trust_remote_code=trust)
-        if self.rank == 0 and self.reward_mean is not None:
             change_model_config(Path(directory), {REWARD_MEAN: self.reward_mean})
 
     def load(self, directory: str) -> None:
@@ -264,6 +267,7 @@ class ProcessRewardModelWorker(OfflineWorker):
     """One rank of a process reward model: a decoder with a scalar head, read after each step."""
 
     role = "reward_model"
+    value_role = "process_reward_model"
     offline: ProcessRewardModelRunConfig
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:

@@ -69,6 +69,15 @@ def test_changes_are_listed_with_both_values() -> None:
     ]
 
 
+def test_a_run_from_before_critics_and_texts_had_them_off() -> None:
+    old = checkpoint_of(config())
+    for section in ("critic", "ptx"):
+        del old.state["config"][section]
+    check_resumable(old, config())
+    assert differences(old, config()) == []
+    assert differences(old, changed("ptx.eval_limit", 7)) == ["ptx.eval_limit: 100 -> 7"]
+
+
 def test_where_a_run_is_shown_and_placed_makes_no_difference() -> None:
     moved = config(run={"directory": "elsewhere", "progress": False}, cluster={"address": "auto"})
     assert differences(checkpoint_of(config()), moved) == []
