@@ -240,9 +240,6 @@ def test_a_process_reward_model_learns_steps_and_loads_in_transformers(tmp_path:
 
     labels = batch.step_labels
     assert labels is not None
-    # A new head is 0: log 2 for each step, each counted one half.
-    assert first["eval/loss"] == pytest.approx(float(np.log(2)), abs=1e-6)
-    assert first["eval/step_accuracy"] == 0.5
     assert first["eval/right_step_fraction"] == pytest.approx((labels[labels >= 0] == 1).mean())
     assert steps[0]["reward_model/loss"] == pytest.approx(first["eval/loss"], abs=1e-6)
     assert last["eval/step_accuracy"] > 0.9

@@ -272,7 +272,7 @@ class ProcessRewardModelWorker(OfflineWorker):
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """See `RankWorker`; a new head has the layout of token classification."""
-        kind = value_model("token")
+        kind = value_model("token", head_seed=self.config.trainer.seed)
         module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
