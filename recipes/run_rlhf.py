@@ -370,9 +370,11 @@ def _run_stages(prepared: PreparedPipeline, console: Console) -> int:
         console.rule(f"{number}: {TITLES[stage]}{text}", align="left")
 
     runner = StageProcess(config, directory)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, runner.pass_on)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, runner.pass_on)
     result = run_stages(
         config.stages,
         runner,
