@@ -13,7 +13,9 @@ from docs.generate.metrics import documented
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.rewards import split_steps
 from rlsys.run.observers.metrics_log import read_metrics
+from tests.support.reward_models import build_process_reward_model, plain_step_scores
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,10 +57,10 @@ def response_ids(row: dict) -> list[int]:
     return row["token_ids"][row["prompt_length"] :]
 
 
-def step_rewards(row: dict) -> list[float]:
+def step_rewards(row: dict, name: str = "example_steps") -> list[float]:
     """Return the weighted rewards of steps at each token, the outcome at the last one added."""
     rewards = [0.0] * len(response_ids(row))
-    steps = (row["step_ends_example_steps"], row["step_rewards_example_steps"])
+    steps = (row[f"step_ends_{name}"], row[f"step_rewards_{name}"])
     for end, reward in zip(*steps, strict=True):
         rewards[end] += WEIGHT * reward
     rewards[-1] += row["reward"]
@@ -78,12 +80,12 @@ def check_places(row: dict) -> None:
         assert len(before) < character <= len(texts[end + 1])
 
 
-def slow_grpo_process(group: list[dict]) -> list[list[float]]:
+def slow_grpo_process(group: list[dict], name: str = "example_steps") -> list[list[float]]:
     """Return the advantages of each response of a group, one step and token at a time."""
     steps = []
     for row in group:
-        ends = sorted(set(row["step_ends_example_steps"]))
-        rewards = step_rewards(row)
+        ends = sorted(set(row[f"step_ends_{name}"]))
+        rewards = step_rewards(row, name)
         last = len(rewards) - 1
         own = {end: rewards[end] for end in ends}
         final = max(ends, default=last)
@@ -146,6 +148,53 @@ def test_gae_learns_from_the_rewards_of_steps(tmp_path: Path):
         rewards = step_rewards(row)
         returns = [sum(rewards[t:]) for t in range(len(rewards))]
         assert row["returns"][row["prompt_length"] :] == pytest.approx(returns, abs=1e-5)
+
+
+def test_a_process_reward_model_rewards_the_steps(tmp_path: Path):
+    """As transformers scores them on single sequences, to the advantages of grpo_process."""
+    model = build_process_reward_model(tmp_path / "model")
+    parameters = f"{{path: {model}, split: delimiter, delimiter: e}}"
+    judge = f"{{name: process_model, weight: {WEIGHT}, parameters: {parameters}}}"
+    directory = tmp_path / "run"
+    done = run(
+        "recipes.grpo_math",
+        directory,
+        *("--algorithm.advantage.name", "grpo_process", "--algorithm.advantage.parameters", "{}"),
+        *("--reward.functions", f"[example_digits, {judge}]", "--trainer.evaluation.every", "2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rows = rows_of(directory)
+    places = []
+    for row in rows:
+        ids, text = response_ids(row), row["response"]
+        texts = [TOKENIZER.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
+        ends = [step.end for step in split_steps(text, delimiter="e")]
+        tokens = [next(n for n, t in enumerate(texts) if len(t) >= end) for end in ends]
+        assert row["step_ends_process_model"] == sorted(set(tokens))
+        assert row["reward_process_model"] == 0
+        places.append([row["prompt_length"] + n for n in row["step_ends_process_model"]])
+    assert max(map(len, places)) > 1
+
+    expected = plain_step_scores(model, [row["token_ids"] for row in rows], places)
+    for row, scores in zip(rows, expected, strict=True):
+        assert row["step_rewards_process_model"] == pytest.approx(scores, abs=1e-4)
+    for group_id in {row["group_id"] for row in rows}:
+        group = [row for row in rows if row["group_id"] == group_id]
+        slow = slow_grpo_process(group, "process_model")
+        for row, advantages in zip(group, slow, strict=True):
+            found = row["advantages"][row["prompt_length"] :]
+            assert found == pytest.approx(advantages, abs=1e-4)
+
+    records = list(read_metrics(directory / "metrics.jsonl"))
+    second = next(r.values for r in records if r.kind == "train" and r.step == 2)
+    assert second["reward/steps/process_model"] == pytest.approx(fmean(map(len, places)))
+    everything = [score for scores in expected for score in scores]
+    mean = second["reward/step_mean/process_model"]
+    assert mean == pytest.approx(fmean(everything), abs=1e-4)
+    evaluation = next(r.values for r in records if r.kind == "eval")
+    assert 0 < evaluation["eval/step_mean/process_model"] < 1
+    assert all(documented(name) for record in records for name in record.values)
 
 
 @pytest.mark.parametrize(
