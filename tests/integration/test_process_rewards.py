@@ -160,7 +160,8 @@ def test_a_process_reward_model_rewards_the_steps(tmp_path: Path):
         "recipes.grpo_math",
         directory,
         *("--algorithm.advantage.name", "grpo_process", "--algorithm.advantage.parameters", "{}"),
-        *("--reward.functions", f"[example_digits, {judge}]", "--trainer.evaluation.every", "2"),
+        *("--reward.functions", f"[example_digits, {judge}]", "--policy.ranks", "2"),
+        *("--trainer.evaluation.every", "2"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
