@@ -39,6 +39,7 @@ from rlsys.data.response_text import text_after_each_token
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.driver.evaluation import Evaluator
+from rlsys.driver.ports import Handle
 from rlsys.driver.sampling import Sampler
 from rlsys.metrics import values
 from rlsys.models import resolve_model
@@ -430,7 +431,7 @@ def test_no_step_is_scored_twice():
 
 async def test_an_evaluation_reports_the_mean_of_steps():
     class WithSteps(FirstTokenScorer):
-        async def _score(self, rollouts: RolloutBatch) -> RewardBatch:
+        async def _score(self, rollouts: Handle[RolloutBatch]) -> RewardBatch:
             rewards = await super()._score(rollouts)
             outcomes = [
                 CompletionOutcomes(
