@@ -62,7 +62,7 @@ from workers.training.rank_group import (
 )
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
-from workers.training.reward_scoring import ScoringWorker
+from workers.training.reward_scoring import scoring_worker
 from workers.weight_sync.object_store import ObjectStoreWeightSync
 
 
@@ -119,7 +119,7 @@ async def start_workers(
         role = reward_model_role(config)
         directory = str(directories.reward_model)
         scoring_actors = _spawn_ranks(
-            cluster, ScoringWorker, config, role, directory, shares="policy"
+            cluster, scoring_worker(config), config, role, directory, shares="policy"
         )
     await cluster.wait_until_ready()
 

@@ -24,6 +24,7 @@ from rlsys.data.batches import (
     RolloutBatch,
     ScoreBatch,
     StepRewards,
+    StepScoreBatch,
     StopReason,
 )
 from rlsys.data.response_text import text_after_each_token
@@ -46,6 +47,7 @@ from rlsys.rewards.scoring import (
     FunctionReward,
     Outcome,
     outcome_of_score,
+    outcome_of_steps,
 )
 from rlsys.rewards.steps import tokens_at
 
@@ -53,6 +55,12 @@ from rlsys.rewards.steps import tokens_at
 OUTPUT_EVERY_S = 1.0
 # At the end of a run the last output is waited for at most this long.
 LAST_OUTPUT_LIMIT_S = 5.0
+
+UNPLACED = FunctionFailure(
+    kind="error",
+    message="the ends of its steps have no token: the tokens of the response decode to another "
+    "text than the one that was scored",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,19 +101,20 @@ class RewardWorker:
         """Return the rewards of one part, in the order of its responses.
 
         Args:
-            scores: references to the `ScoreBatch` of each rank of the reward model, if there is
-                one; the functions run while it computes.
+            scores: references to the `ScoreBatch` or `StepScoreBatch` of each rank of the reward
+                model, if there is one; the functions run while it computes.
         """
         outcomes = await self._outcomes_of_pool(rollouts)
+        if self._tokenizer is not None:
+            outcomes = await asyncio.to_thread(
+                outcomes_in_tokens, rollouts, outcomes, self._tokenizer
+            )
         if reward_model_of(self._config.functions) is not None:
-            parts = await asyncio.gather(*scores)
-            found = ScoreBatch.scatter(parts, len(rollouts))
-            outcomes = join_scores(self._config, outcomes, found)
-        if self._tokenizer is None:
-            return reward_batch(rollouts.batch_id, self._config, outcomes)
+            outcomes = join_parts(self._config, outcomes, await asyncio.gather(*scores))
 
-        outcomes = await asyncio.to_thread(outcomes_in_tokens, rollouts, outcomes, self._tokenizer)
         rewards = reward_batch(rollouts.batch_id, self._config, outcomes)
+        if self._tokenizer is None:
+            return rewards
         return replace(rewards, step_rewards=step_rewards(self._config, outcomes))
 
     async def _outcomes_of_pool(self, rollouts: RolloutBatch) -> Sequence[CompletionOutcomes]:
@@ -174,13 +183,49 @@ def join_scores(
     """
     model = reward_model_of(config.functions)
     assert model is not None, "no reward is a model"
-    place, terms = config.functions.index(model), len(config.functions)
-    joined = []
-    for response, score in zip(outcomes, scores.tolist(), strict=True):
-        own = outcome_of_score(score, model, terms=terms)
-        others = response.outcomes
-        joined.append(CompletionOutcomes(outcomes=(*others[:place], own, *others[place:])))
-    return joined
+    terms = len(config.functions)
+    own = [outcome_of_score(score, model, terms=terms) for score in scores.tolist()]
+    return _joined(config.functions.index(model), outcomes, own)
+
+
+def join_step_scores(
+    config: RewardConfig, outcomes: Sequence[CompletionOutcomes], parts: Sequence[StepScoreBatch]
+) -> list[CompletionOutcomes]:
+    """Return the outcomes with that of the process reward model at its place among the functions.
+
+    Args:
+        outcomes: the results of the other functions for each response.
+        parts: of all ranks of the process reward model.
+    """
+    model = reward_model_of(config.functions)
+    assert model is not None, "no reward is a model"
+    terms = len(config.functions)
+    own = [
+        outcome_of_steps(steps, model, terms=terms)
+        for steps in StepScoreBatch.gather(parts, len(outcomes))
+    ]
+    for row in parts[0].unplaced:
+        own[row] = UNPLACED
+    return _joined(config.functions.index(model), outcomes, own)
+
+
+def join_parts(
+    config: RewardConfig, outcomes: Sequence[CompletionOutcomes], parts: Sequence[Any]
+) -> list[CompletionOutcomes]:
+    """Return the outcomes with that of the reward model, from the parts of its ranks."""
+    if isinstance(parts[0], StepScoreBatch):
+        return join_step_scores(config, outcomes, parts)
+    return join_scores(config, outcomes, ScoreBatch.scatter(parts, len(outcomes)))
+
+
+def _joined(
+    place: int, outcomes: Sequence[CompletionOutcomes], own: Sequence[Outcome]
+) -> list[CompletionOutcomes]:
+    """Return the outcomes with one more for each response, at `place` among the functions."""
+    return [
+        CompletionOutcomes(outcomes=(*others.outcomes[:place], one, *others.outcomes[place:]))
+        for others, one in zip(outcomes, own, strict=True)
+    ]
 
 
 def reward_batch(
@@ -279,14 +324,9 @@ def _in_tokens(
             outcomes=tuple(_placed(one, lengths) for one in response.outcomes)
         )
 
-    failure = FunctionFailure(
-        kind="error",
-        message="the ends of its steps have no token: the tokens of the response decode to another "
-        "text than the one that was scored",
-    )
     return CompletionOutcomes(
         outcomes=tuple(
-            failure if isinstance(one, FunctionReward) and one.step_ends else one
+            UNPLACED if isinstance(one, FunctionReward) and one.step_ends else one
             for one in response.outcomes
         )
     )

@@ -930,6 +930,13 @@ METRICS = (
         "Mean unweighted reward of one function over the greedy responses; as `eval/reward`.",
     ),
     MetricDoc(
+        "eval/step_mean/<function>",
+        "driver",
+        HELD_OUT,
+        "Mean unweighted reward of a step over the greedy responses; as `eval/reward`. The rewards "
+        "of steps are not in `eval/reward`.",
+    ),
+    MetricDoc(
         "eval/response_length",
         "driver",
         HELD_OUT,

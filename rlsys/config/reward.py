@@ -40,8 +40,8 @@ class RewardConfig(Section):
         default=(RewardFunctionConfig(name="math"),),
         description="Reward functions; the reward is their weighted sum. Names "
         "(`math,format_boxed`), or mappings with name, weight and parameters. `model` is a reward "
-        "model, with the parameter path. The first one decides accuracy: a response to which it "
-        "gives at least 0.5 is correct; a model decides none.",
+        "model, and `process_model` one of steps, with the parameter path. The first one decides "
+        "accuracy: a response to which it gives at least 0.5 is correct; a model decides none.",
     )
     on_failure: Literal["zero", "drop"] = Field(
         default="zero",

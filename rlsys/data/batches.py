@@ -326,6 +326,33 @@ class ScoreBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepScoreBatch:
+    """Scores of the steps of some responses under a process reward model, as one rank returns them.
+
+    A response without steps has none.
+    """
+
+    batch_id: int
+    rows: NDArray[np.int64]  # [s] the response of each step, an index into the whole batch
+    ends: NDArray[np.int64]  # [s] last token of the step, counted from the response's first
+    scores: NDArray[np.float32]  # [s]
+    # Responses whose tokens decode to another text than the engine's, so that steps have no tokens;
+    # every rank lists all of them.
+    unplaced: tuple[int, ...] = ()
+
+    @staticmethod
+    def gather(parts: Sequence[StepScoreBatch], responses: int) -> list[list[tuple[int, float]]]:
+        """Return the ends and scores of all ranks' steps for each response, in their order."""
+        steps: list[dict[int, float]] = [{} for _ in range(responses)]
+        for part in parts:
+            columns = (part.rows.tolist(), part.ends.tolist(), part.scores.tolist())
+            for row, end, score in zip(*columns, strict=True):
+                assert end not in steps[row], "each step must come from exactly one rank"
+                steps[row][end] = score
+        return [sorted(found.items()) for found in steps]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogprobBatch:
     """Log-probabilities of some rows of a batch under one policy, as one rank returns them.
 

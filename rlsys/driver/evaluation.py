@@ -86,13 +86,14 @@ class Evaluator:
 
 
 def _mean_rewards(batches: Sequence[RewardBatch]) -> dict[str, float]:
-    """Return `eval/reward` and each `eval/component/<function>`; those that are missing count not.
+    """Return `eval/reward`, each `eval/component/<function>` and `eval/step_mean/<function>`.
 
-    A mean without any value is left out.
+    What is missing does not count, and a mean without any value is left out.
     """
     whole = RewardBatch.concatenate(batches)
     columns = {"reward": whole.rewards}
     columns |= {f"component/{name}": column for name, column in whole.components.items()}
+    columns |= {f"step_mean/{name}": steps.rewards for name, steps in whole.step_rewards.items()}
     return {
         f"eval/{name}": float(np.nanmean(column))
         for name, column in columns.items()

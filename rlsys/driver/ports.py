@@ -24,6 +24,7 @@ from rlsys.data.batches import (
     SamplingParameters,
     ScoreBatch,
     ScoredBatch,
+    StepScoreBatch,
     TrainBatch,
     ValueBatch,
 )
@@ -134,7 +135,9 @@ class RewardScorer(Protocol):
 class ScoreSource(Protocol):
     """The actor group of a reward model, behind the reward scorer."""
 
-    def scores(self, rollouts: Handle[RolloutBatch]) -> Sequence[Handle[ScoreBatch]]:
+    def scores(
+        self, rollouts: Handle[RolloutBatch]
+    ) -> Sequence[Handle[ScoreBatch]] | Sequence[Handle[StepScoreBatch]]:
         """Start to score one part's responses; return one handle per rank."""
         ...
 

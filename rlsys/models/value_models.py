@@ -134,7 +134,8 @@ def check_reward_head(directory: Path | str) -> None:
     if role == "process_reward_model":
         raise UnsupportedModelError(
             "it is a process reward model, whose values judge the steps of a response and not the "
-            "whole. Give a reward model of whole responses, as recipes.reward_model_math trains it."
+            "whole. Name the reward process_model, or give a reward model of whole responses, as "
+            "recipes.reward_model_math trains it."
         )
     if role == "critic":
         raise UnsupportedModelError(
@@ -144,7 +145,38 @@ def check_reward_head(directory: Path | str) -> None:
     if saved == "token" and facts.get("model_type") in _MODEL_TYPES["sequence"]:
         raise UnsupportedModelError(
             "it is saved as ForTokenClassification, as a critic is, whose values are no rewards. "
-            "Give a model that is saved as ForSequenceClassification with one label."
+            "Give a model that is saved as ForSequenceClassification with one label, or name the "
+            "reward process_model where the values judge steps."
+        )
+
+
+def check_process_reward_head(directory: Path | str) -> None:
+    """Refuse a model that is no process reward model with one label.
+
+    Raises:
+        UnsupportedModelError: it is a language model, a critic, a reward model of whole responses,
+            or its head has several outputs.
+    """
+    remedy = "Give a process reward model, as recipes.process_reward_model_math trains it."
+    whole = f"Name the reward 'model' where the response is to be scored as a whole. {remedy}"
+    saved = saved_value_layout(directory)
+    if saved is None:
+        raise UnsupportedModelError(
+            "it is a process reward model without a head. Give one that is saved as "
+            "ForTokenClassification with one label, as recipes.process_reward_model_math trains it."
+        )
+    facts = _facts(directory)
+    role = facts.get(VALUE_ROLE)
+    if role == "critic":
+        raise UnsupportedModelError(f"it is a critic, whose values are no rewards. {remedy}")
+    if role == "reward_model":
+        raise UnsupportedModelError(
+            f"it is a reward model, whose value judges a whole response and not its steps. {whole}"
+        )
+    if saved == "sequence" and facts.get("model_type") in _MODEL_TYPES["token"]:
+        raise UnsupportedModelError(
+            "it is saved as ForSequenceClassification, as a reward model of whole responses is. "
+            f"{whole}"
         )
 
 

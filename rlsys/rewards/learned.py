@@ -1,22 +1,26 @@
-"""The reward that is a model: the score of a reward model, computed by ranks of its own.
+"""The rewards that are models: `model` scores a response, `process_model` each of its steps.
 
-It is configured as any reward function. Its value does not come from the reward pool: a group of
-ranks scores each group of responses as soon as it is complete.
+They are configured as any reward function. Their values do not come from the reward pool: a group
+of ranks scores each group of responses as soon as it is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from rlsys.config import ModelRoleConfig, RewardFunctionConfig, RunConfig
+from rlsys.rewards.records import RewardResult
 from rlsys.rewards.registry import (
     available_reward_functions,
     register_reward_function,
     reward_hooks,
 )
+from rlsys.rewards.steps import DELIMITER, Split, Step, split_steps
 
 REWARD_MODEL = "model"
+PROCESS_REWARD_MODEL = "process_model"
+LEARNED = (REWARD_MODEL, PROCESS_REWARD_MODEL)
 PATH_FIELD = "reward.functions.parameters.path"
 ROLE_PARAMETERS = ("ranks", "compute_dtype", "microbatch_tokens")
 DTYPES = ("float32", "bfloat16")
@@ -35,6 +39,20 @@ def _validate(
     for name, value in (("ranks", ranks), ("microbatch_tokens", microbatch_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"reward.functions.parameters.{name}: {value} must be at least 1.")
+
+
+def _validate_steps(*, split: Split, delimiter: str, **role: Any) -> None:
+    _validate(**role)
+    if not delimiter:
+        raise ValueError(
+            "reward.functions.parameters.delimiter: '' does not separate anything. Give at least "
+            "one character."
+        )
+    if split == "sentences" and delimiter != DELIMITER:
+        raise ValueError(
+            f"reward.functions.parameters.delimiter: {delimiter!r} is not read where split is "
+            "sentences. Leave it out, or set split to delimiter."
+        )
 
 
 @register_reward_function("model", validate=_validate)  # --help reads it from here
@@ -65,16 +83,83 @@ def model_reward(
     )
 
 
+@register_reward_function(
+    "process_model", validate=_validate_steps, steps=True, scores=False
+)  # --help reads it from here
+def process_model_reward(
+    completion: str,
+    ground_truth: str,
+    *,
+    path: str,
+    split: Split = "delimiter",
+    delimiter: str = DELIMITER,
+    ranks: int | None = None,
+    compute_dtype: Literal["float32", "bfloat16"] | None = None,
+    microbatch_tokens: int | None = None,
+) -> RewardResult:
+    """Return for each step the probability that it is right, from a process reward model.
+
+    The steps are those of `split_steps`. The reward of a step is the sigmoid of the value of the
+    model's head at the token with the step's last character, where training reads it. Steps that
+    end in one token are one. The score of the whole response is 0.
+
+    `path` names a process reward model with one label, as a directory, hub id or run of
+    process_reward_model_math. `ranks`, `compute_dtype` and `microbatch_tokens` are as in `model`.
+
+    Raises:
+        RuntimeError: always, since ranks of the model compute it.
+    """
+    raise RuntimeError(
+        f"the reward {PROCESS_REWARD_MODEL!r} is computed by the ranks of the model, not here"
+    )
+
+
 def reward_model_of(functions: Sequence[RewardFunctionConfig]) -> RewardFunctionConfig | None:
-    """Return the reward that is a model, or None where all are functions."""
-    return next((function for function in functions if function.name == REWARD_MODEL), None)
+    """Return the reward that is a model of either kind, or None where all are functions."""
+    return next((function for function in functions if function.name in LEARNED), None)
+
+
+def learned_contradictions(functions: Sequence[RewardFunctionConfig]) -> Iterator[str]:
+    """Yield why the models among the rewards cannot be in one run."""
+    names = [function.name for function in functions]
+    if all(name in names for name in LEARNED):
+        yield (
+            f"reward.functions: {REWARD_MODEL!r} and {PROCESS_REWARD_MODEL!r} are both models, and "
+            "a run has the ranks of one. Remove one of them."
+        )
+
+
+def scores_steps(config: RunConfig) -> bool:
+    """Return whether the model among the rewards scores steps instead of responses."""
+    function = reward_model_of(config.reward.functions)
+    return function is not None and function.name == PROCESS_REWARD_MODEL
+
+
+def longest_scored(config: RunConfig) -> int:
+    """Return the tokens of the longest sequence that the model among the rewards reads.
+
+    A model of whole responses reads an end token, which a response that was cut off gets for it.
+    """
+    longest = config.data.max_prompt_tokens + config.generation.max_tokens
+    return longest if scores_steps(config) else longest + 1
+
+
+def scored_steps(config: RunConfig, completion: str) -> list[Step]:
+    """Return the steps of a response that the process reward model scores."""
+    function = reward_model_of(config.reward.functions)
+    assert function is not None, "the run has no process reward model"
+    return split_steps(
+        completion,
+        function.parameters.get("split", "delimiter"),
+        delimiter=function.parameters.get("delimiter", DELIMITER),
+    )
 
 
 def pool_functions(
     functions: Sequence[RewardFunctionConfig],
 ) -> tuple[RewardFunctionConfig, ...]:
     """Return the rewards that the reward pool computes."""
-    return tuple(function for function in functions if function.name != REWARD_MODEL)
+    return tuple(function for function in functions if function.name not in LEARNED)
 
 
 def has_accuracy(functions: Sequence[RewardFunctionConfig]) -> bool:
@@ -101,9 +186,10 @@ def refuse_rewards_of_training(functions: Sequence[RewardFunctionConfig], comman
     Raises:
         ValueError: there is one.
     """
-    if reward_model_of(functions) is not None:
+    model = reward_model_of(functions)
+    if model is not None:
         raise ValueError(
-            f"reward.functions: {REWARD_MODEL!r} is a reward of RL training, and {command} starts "
+            f"reward.functions: {model.name!r} is a reward of RL training, and {command} starts "
             "no reward model. Leave it out, and name functions such as math."
         )
     known = set(available_reward_functions())

@@ -111,9 +111,34 @@ def outcome_of_score(score: float, function: RewardFunctionConfig, *, terms: int
     try:
         _check_size(score, function.weight, terms)
     except (ValueError, OverflowError) as error:
-        message = str(error).replace("it returned", "its score is", 1)
-        return FunctionFailure(kind="error", message=f"{type(error).__name__}: {message}")
+        return _failed_score(error)
     return FunctionReward(reward=score)
+
+
+def outcome_of_steps(
+    steps: Sequence[tuple[int, float]], function: RewardFunctionConfig, *, terms: int
+) -> Outcome:
+    """Return the outcome of the scores of steps that were computed elsewhere.
+
+    Args:
+        steps: last token and score of each step, in order. The ends of the outcome are tokens.
+        terms: as in `run_function`.
+    """
+    try:
+        for _, score in steps:
+            _check_size(score, function.weight, terms * (1 + len(steps)))
+    except (ValueError, OverflowError) as error:
+        return _failed_score(error)
+    return FunctionReward(
+        reward=0.0,
+        step_rewards=tuple(score for _, score in steps),
+        step_ends=tuple(end for end, _ in steps),
+    )
+
+
+def _failed_score(error: Exception) -> FunctionFailure:
+    message = str(error).replace("it returned", "its score is", 1)
+    return FunctionFailure(kind="error", message=f"{type(error).__name__}: {message}")
 
 
 def _failure(error: BaseException, message: str) -> FunctionFailure:

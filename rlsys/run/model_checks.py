@@ -17,9 +17,14 @@ from rlsys.models.loading import (
     end_token_ids,
     load_tokenizer,
 )
-from rlsys.models.value_models import check_has_lm_head, check_reward_head, value_layout
+from rlsys.models.value_models import (
+    check_has_lm_head,
+    check_process_reward_head,
+    check_reward_head,
+    value_layout,
+)
 from rlsys.rewards import reward_model_of
-from rlsys.rewards.learned import PATH_FIELD
+from rlsys.rewards.learned import PATH_FIELD, longest_scored, scores_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +114,19 @@ def _check_reward_model(
     function = reward_model_of(config.reward.functions)
     assert function is not None, "a directory without a reward that is a model"
     path, trust = function.parameters["path"], config.model.trust_remote_code
+    of_steps = scores_steps(config)
     try:
-        check_reward_head(directory)
+        if of_steps:
+            check_process_reward_head(directory)
+        else:
+            check_reward_head(directory)
     except ValueError as error:
         raise ConfigError(f"{PATH_FIELD}: {path!r}: {error}") from error
 
     reader = _Reader(name="reward model", field=PATH_FIELD, path=path, directory=directory)
     _check_same_tokens(config, model, policy, reader)
-    if not end_token_ids(directory, load_tokenizer(directory, trust_remote_code=trust)):
+    ends = end_token_ids(directory, load_tokenizer(directory, trust_remote_code=trust))
+    if not ends and not of_steps:
         raise ConfigError(
             f"{PATH_FIELD}: neither the configuration nor the tokenizer of {path!r} names an end "
             "token, at which a response is scored. Put eos_token_id into its config.json."
@@ -124,10 +134,11 @@ def _check_reward_model(
 
     prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
     limit = context_length(directory)
-    if limit is not None and prompt + response + 1 > limit:
+    if limit is not None and longest_scored(config) > limit:
+        end = "" if of_steps else " + 1 for an end token"
         raise ConfigError(
-            f"{PATH_FIELD}: data.max_prompt_tokens {prompt} + generation.max_tokens {response} + 1 "
-            f"for an end token exceed the {limit} positions of {path!r}. Lower one of them."
+            f"{PATH_FIELD}: data.max_prompt_tokens {prompt} + generation.max_tokens {response}"
+            f"{end} exceed the {limit} positions of {path!r}. Lower one of them."
         )
 
 
@@ -224,8 +235,7 @@ def _check_architectures(config: RunConfig, directories: ModelDirectories) -> No
         "critic.path": (directories.critic, sampled),
     }
     if directories.reward_model is not None:
-        # A response without an end token gets one for scoring.
-        models[PATH_FIELD] = (directories.reward_model, sampled + 1)
+        models[PATH_FIELD] = (directories.reward_model, longest_scored(config))
     for field, (directory, longest) in models.items():
         try:
             check_architecture(

@@ -36,7 +36,7 @@ from rlsys.rewards import (
     reward_model_role,
     step_functions,
 )
-from rlsys.rewards.learned import PATH_FIELD
+from rlsys.rewards.learned import PATH_FIELD, learned_contradictions
 from rlsys.rewards.registry import reward_hooks
 from rlsys.run.directory import RunDirectory
 from rlsys.run.evaluated_model import check_evaluated_path
@@ -68,6 +68,7 @@ def config_mistakes(
     mistakes.lines += contradictions(config)
     mistakes.lines += _estimator_contradictions(config)
     mistakes.lines += _accuracy_contradictions(config)
+    mistakes.lines += learned_contradictions(config.reward.functions)
     mistakes.lines += machine_mistakes(config, hardware)
     return mistakes.lines
 
@@ -96,6 +97,7 @@ def future_reward_model_mistakes(config: RunConfig) -> list[str]:
     mistakes.lines += contradictions(config)
     mistakes.lines += _estimator_contradictions(config)
     mistakes.lines += _accuracy_contradictions(config)
+    mistakes.lines += learned_contradictions(config.reward.functions)
     return mistakes.lines
 
 

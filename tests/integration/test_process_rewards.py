@@ -1,19 +1,31 @@
 """Rewards of steps in whole runs: from a function of the text to the advantages of tokens."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from docs.generate.metrics import documented
+from rlsys.config import RunConfig
+from rlsys.data.batches import RewardBatch, RolloutBatch
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer
+from rlsys.rewards import split_steps
 from rlsys.run.observers.metrics_log import read_metrics
+from tests.support.reward_models import build_process_reward_model, plain_step_scores
+from tests.support.rollout_examples import rollouts
+from workers.reward_worker import RewardWorker, RewardWorkerClient
+from workers.training.rank_group import ScoringGroup
+from workers.training.reward_scoring import StepScoringWorker
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,10 +67,10 @@ def response_ids(row: dict) -> list[int]:
     return row["token_ids"][row["prompt_length"] :]
 
 
-def step_rewards(row: dict) -> list[float]:
+def step_rewards(row: dict, name: str = "example_steps") -> list[float]:
     """Return the weighted rewards of steps at each token, the outcome at the last one added."""
     rewards = [0.0] * len(response_ids(row))
-    steps = (row["step_ends_example_steps"], row["step_rewards_example_steps"])
+    steps = (row[f"step_ends_{name}"], row[f"step_rewards_{name}"])
     for end, reward in zip(*steps, strict=True):
         rewards[end] += WEIGHT * reward
     rewards[-1] += row["reward"]
@@ -78,12 +90,12 @@ def check_places(row: dict) -> None:
         assert len(before) < character <= len(texts[end + 1])
 
 
-def slow_grpo_process(group: list[dict]) -> list[list[float]]:
+def slow_grpo_process(group: list[dict], name: str = "example_steps") -> list[list[float]]:
     """Return the advantages of each response of a group, one step and token at a time."""
     steps = []
     for row in group:
-        ends = sorted(set(row["step_ends_example_steps"]))
-        rewards = step_rewards(row)
+        ends = sorted(set(row[f"step_ends_{name}"]))
+        rewards = step_rewards(row, name)
         last = len(rewards) - 1
         own = {end: rewards[end] for end in ends}
         final = max(ends, default=last)
@@ -146,6 +158,107 @@ def test_gae_learns_from_the_rewards_of_steps(tmp_path: Path):
         rewards = step_rewards(row)
         returns = [sum(rewards[t:]) for t in range(len(rewards))]
         assert row["returns"][row["prompt_length"] :] == pytest.approx(returns, abs=1e-5)
+
+
+def test_a_process_reward_model_rewards_the_steps(tmp_path: Path):
+    """As transformers scores them on single sequences, to the advantages of grpo_process."""
+    model = build_process_reward_model(tmp_path / "model")
+    parameters = f"{{path: {model}, split: delimiter, delimiter: e}}"
+    judge = f"{{name: process_model, weight: {WEIGHT}, parameters: {parameters}}}"
+    directory = tmp_path / "run"
+    done = run(
+        "recipes.grpo_math",
+        directory,
+        *("--algorithm.advantage.name", "grpo_process", "--algorithm.advantage.parameters", "{}"),
+        *("--reward.functions", f"[example_digits, {judge}]", "--trainer.evaluation.every", "2"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rows = rows_of(directory)
+    places = []
+    for row in rows:
+        ids, text = response_ids(row), row["response"]
+        texts = [TOKENIZER.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
+        ends = [step.end for step in split_steps(text, delimiter="e")]
+        tokens = [next(n for n, t in enumerate(texts) if len(t) >= end) for end in ends]
+        assert row["step_ends_process_model"] == sorted(set(tokens))
+        assert row["reward_process_model"] == 0
+        places.append([row["prompt_length"] + n for n in row["step_ends_process_model"]])
+    assert max(map(len, places)) > 1
+
+    expected = plain_step_scores(model, [row["token_ids"] for row in rows], places)
+    for row, scores in zip(rows, expected, strict=True):
+        assert row["step_rewards_process_model"] == pytest.approx(scores, abs=1e-4)
+    for group_id in {row["group_id"] for row in rows}:
+        group = [row for row in rows if row["group_id"] == group_id]
+        slow = slow_grpo_process(group, "process_model")
+        for row, advantages in zip(group, slow, strict=True):
+            found = row["advantages"][row["prompt_length"] :]
+            assert found == pytest.approx(advantages, abs=1e-4)
+
+    records = list(read_metrics(directory / "metrics.jsonl"))
+    second = next(r.values for r in records if r.kind == "train" and r.step == 2)
+    assert second["reward/steps/process_model"] == pytest.approx(fmean(map(len, places)))
+    everything = [score for scores in expected for score in scores]
+    mean = second["reward/step_mean/process_model"]
+    assert mean == pytest.approx(fmean(everything), abs=1e-4)
+    evaluation = next(r.values for r in records if r.kind == "eval")
+    assert 0 < evaluation["eval/step_mean/process_model"] < 1
+    assert all(documented(name) for record in records for name in record.values)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_ranks_of_a_process_reward_model_share_the_steps(tmp_path: Path):
+    """Two ranks and small packs; in the second part only one response has steps."""
+    model = build_process_reward_model(tmp_path / "model")
+    judge = {"name": "process_model", "parameters": {"path": str(model), "delimiter": "."}}
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "tiny"},
+            "data": {"max_prompt_tokens": 64},
+            "generation": {"max_tokens": 64},
+            "policy": {"compute_dtype": "float32", "ranks": 2, "microbatch_tokens": 20},
+            "reward": {"functions": ["math", judge]},
+        }
+    )
+    parts = [part_of(0, ["a.b", "no end", "", "1.2.3.4"]), part_of(1, ["", "x. y", "\n"])]
+    worker: Any = ray.remote(RewardWorker)
+    rank_class: Any = ray.remote(StepScoringWorker)
+    tiny = str(resolve_model("tiny"))
+    actor = worker.options(num_cpus=0, max_concurrency=100).remote(config, tiny)
+    ranks = [
+        rank_class.options(num_cpus=0).remote(config, str(model), rank, 2) for rank in range(2)
+    ]
+    try:
+        group = ScoringGroup(ranks)
+        await group.setup()
+        client = RewardWorkerClient(actor, group)
+        handles = [client.score(ray.put(part)) for part in parts]
+        rewards = RewardBatch.concatenate(await asyncio.gather(*handles))
+    finally:
+        for started in (actor, *ranks):
+            ray.kill(started)
+
+    steps = rewards.step_rewards["process_model"]
+    assert np.diff(steps.offsets).tolist() == [2, 1, 0, 4, 0, 2, 0]
+    whole = RolloutBatch.concatenate(parts)
+    tokens = [row.tolist() for row in np.split(whole.token_ids, whole.sequence_offsets[1:-1])]
+    places = [
+        [length + end for end in ends.tolist()]
+        for length, ends in zip(
+            whole.prompt_lengths, np.split(steps.ends, steps.offsets[1:-1]), strict=True
+        )
+    ]
+    expected = [score for own in plain_step_scores(model, tokens, places) for score in own]
+    np.testing.assert_allclose(steps.rewards, expected, atol=1e-4)
+    assert not rewards.failures
+
+
+def part_of(group: int, texts: list[str]) -> RolloutBatch:
+    """Return responses to one prompt."""
+    ids = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in texts]
+    made = rollouts([([5, 6, 7 + group], ids)], first_group=group)
+    return replace(made, response_texts=tuple(texts))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from rlsys.data.batches import (
     RolloutBatch,
     ScoreBatch,
     ScoredBatch,
+    StepScoreBatch,
     TrainBatch,
     ValueBatch,
 )
@@ -200,7 +201,9 @@ class CriticGroup(TrainedGroup):
 class ScoringGroup(RankGroup):
     """The ranks of the frozen reward model of RL training."""
 
-    def scores(self, rollouts: Handle[RolloutBatch]) -> Sequence[Handle[ScoreBatch]]:
+    def scores(
+        self, rollouts: Handle[RolloutBatch]
+    ) -> Sequence[Handle[ScoreBatch]] | Sequence[Handle[StepScoreBatch]]:
         """See `ports.ScoreSource`."""
         # The ranks compute together. Each works in the order of the calls, which all of them get.
         return [worker.scores.remote(rollouts) for worker in self._workers]

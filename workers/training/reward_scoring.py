@@ -1,24 +1,32 @@
-"""A frozen reward model that scores the responses of RL training.
+"""Frozen reward models that score the responses of RL training, exactly as sampled.
 
-The score of a response is the value of the head after its end token, minus the mean reward that
-the model's config.json holds. It is computed on prompt and response exactly as sampled; a response
-without an end token gets one (`with_end_tokens`).
+A reward model: the score of a response is the value of the head after its end token, minus the mean
+reward that the model's config.json holds. A response without an end token gets one
+(`with_end_tokens`).
+
+A process reward model: the score of a step is the sigmoid of the value after the token with the
+step's last character that is not white space, where `ExampleEncoder.steps` puts its label.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import RolloutBatch, ScoreBatch
+from rlsys.data.batches import RolloutBatch, ScoreBatch, StepScoreBatch
 from rlsys.data.response_ends import marked_after_last, with_end_tokens
+from rlsys.data.response_text import text_after_each_token
 from rlsys.models.loading import UnsupportedModelError, end_token_ids, load_tokenizer
-from rlsys.rewards.learned import PATH_FIELD, reward_model_role
+from rlsys.models.value_models import ValueLayout
+from rlsys.rewards.learned import PATH_FIELD, reward_model_role, scored_steps, scores_steps
+from rlsys.rewards.steps import Step, tokens_at
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import prepare, value_model
@@ -26,10 +34,34 @@ from workers.training.offline import REWARD_MEAN
 from workers.training.rank_worker import RankWorker
 
 
-class ScoringWorker(RankWorker):
-    """One rank of the reward model."""
+class _FrozenRewardModelWorker(RankWorker):
+    """One rank of a frozen model with a scalar head."""
 
     role = "reward_model"
+    layout: ValueLayout
+
+    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
+        """See `RankWorker`.
+
+        Raises:
+            UnsupportedModelError: the model can give no right scores.
+        """
+        kind = value_model(self.layout)
+        try:
+            module, verdict = prepare(
+                kind, self.config, self.settings, self.model_directory, device
+            )
+        except UnsupportedModelError as error:
+            reason = str(error).removeprefix("model.path: ")
+            raise UnsupportedModelError(f"{PATH_FIELD}: {reason}") from error
+        backend = build_backend(module, self.settings, device, self.model_directory)
+        return backend, verdict.reason
+
+
+class ScoringWorker(_FrozenRewardModelWorker):
+    """One rank of the reward model."""
+
+    layout = "sequence"
 
     def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
         # A truncated response gets an end token, so the longest one is longer by a token.
@@ -49,23 +81,6 @@ class ScoringWorker(RankWorker):
 
         facts = json.loads((self.model_directory / "config.json").read_text())
         self.reward_mean = float(facts.get(REWARD_MEAN) or 0.0)
-
-    def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
-        """See `RankWorker`.
-
-        Raises:
-            UnsupportedModelError: the model can give no right scores.
-        """
-        kind = value_model("sequence")
-        try:
-            module, verdict = prepare(
-                kind, self.config, self.settings, self.model_directory, device
-            )
-        except UnsupportedModelError as error:
-            reason = str(error).removeprefix("model.path: ")
-            raise UnsupportedModelError(f"{PATH_FIELD}: {reason}") from error
-        backend = build_backend(module, self.settings, device, self.model_directory)
-        return backend, verdict.reason
 
     @torch.no_grad()
     def scores(self, rollouts: RolloutBatch) -> ScoreBatch:
@@ -87,3 +102,84 @@ class ScoringWorker(RankWorker):
             rows=np.concatenate(rows or nothing[0]),
             scores=np.concatenate(scores or nothing[1]),
         )
+
+
+class StepScoringWorker(_FrozenRewardModelWorker):
+    """One rank of the process reward model."""
+
+    layout = "token"
+
+    def __init__(self, config: RunConfig, model_directory: str, rank: int, world_size: int) -> None:
+        super().__init__(config, reward_model_role(config), model_directory, rank, world_size)
+        self.tokenizer = load_tokenizer(
+            model_directory, trust_remote_code=config.model.trust_remote_code
+        )
+
+    @torch.no_grad()
+    def scores(self, rollouts: RolloutBatch) -> StepScoreBatch:
+        """Return the scores of the steps of this rank's responses; collective."""
+        placed = step_end_tokens(
+            rollouts, self.tokenizer, lambda text: scored_steps(self.config, text)
+        )
+        sequences = rollouts.sequences
+        starts = sequences.offsets[:-1] + sequences.prompt_lengths
+        marks = np.zeros(len(sequences.token_ids), dtype=np.bool_)
+        for start, ends in zip(starts, placed, strict=True):
+            marks[start + np.asarray(ends or (), dtype=np.int64)] = True
+
+        rows = [np.zeros(0, dtype=np.int64)]
+        ends_of_steps = [np.zeros(0, dtype=np.int64)]
+        scores = [np.zeros(0, dtype=np.float32)]
+        # Every rank finds the same responses without steps, and no pack can be empty.
+        with_steps = np.asarray([row for row, ends in enumerate(placed) if ends], dtype=np.int64)
+        marked = sequences.marked_after(marks)
+        for pack in self.packs_of_sequences(marked, with_steps) if len(with_steps) else ():
+            values = self.run(pack, 1.0).values
+            # A padding pack repeats rows that another pack already has.
+            if pack.is_padding:
+                continue
+            rows.append(pack.rows[pack.response_index])
+            # `marked_after` has moved the marks by a token.
+            ends_of_steps.append(pack.response_positions - 1)
+            scores.append(torch.sigmoid(values).cpu().numpy())
+
+        return StepScoreBatch(
+            batch_id=rollouts.batch_id,
+            rows=np.concatenate(rows),
+            ends=np.concatenate(ends_of_steps),
+            scores=np.concatenate(scores),
+            unplaced=tuple(row for row, ends in enumerate(placed) if ends is None),
+        )
+
+
+def scoring_worker(config: RunConfig) -> type[ScoringWorker] | type[StepScoringWorker]:
+    """Return the kind of ranks that the model among the rewards has."""
+    return StepScoringWorker if scores_steps(config) else ScoringWorker
+
+
+def step_end_tokens(
+    rollouts: RolloutBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Callable[[str], Sequence[Step]],
+) -> list[list[int] | None]:
+    """Return the tokens at which the steps of each response end, counted from its first token.
+
+    Conventions: steps that end in one token are one, as in training. A response whose tokens do not
+    decode to its text has None.
+    """
+    starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
+    placed: list[list[int] | None] = []
+    for row, completion in enumerate(rollouts.response_texts):
+        first, end = rollouts.sequence_offsets[row], rollouts.sequence_offsets[row + 1]
+        text, lengths = text_after_each_token(
+            tokenizer,
+            rollouts.token_ids[first : starts[row]].tolist(),
+            rollouts.token_ids[starts[row] : end].tolist(),
+        )
+        # The engine may have cut the text within the last token, at a stop string.
+        if not text.startswith(completion):
+            placed.append(None)
+            continue
+        tokens = tokens_at([step.end for step in split(completion)], lengths)
+        placed.append(list(dict.fromkeys(tokens)))
+    return placed
