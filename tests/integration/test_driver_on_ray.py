@@ -193,7 +193,7 @@ class TrainerClient:
         (batch,) = await self._actor.credit.remote(*step.rollouts, *step.rewards)
         return CreditedBatch(batch=batch)
 
-    async def update(self, batch: Any, ref_hidden: Any = ()) -> dict:
+    async def update(self, batch: Any, ref_hidden: Any = (), texts: Any = None) -> dict:
         self.tokens.append(await self._actor.update.remote(batch))
         return {}
 
