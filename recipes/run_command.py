@@ -28,11 +28,15 @@ from rlsys.run.run_log import HeldLog, log_to
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rlsys.driver.session import Session
+    from rlsys.config import RunConfig
+    from rlsys.driver.session import HeldOutEvaluation, Session
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
+    from rlsys.run.compute_dtype import ProductSpeed
     from rlsys.run.directory import RunDirectory
+    from rlsys.run.observers.console import Progress
     from rlsys.run.observers.observer import Outcome
     from rlsys.run.observers.run_status import StatusWriter
+    from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
 RootT = TypeVar("RootT", bound=RootConfig)
@@ -66,6 +70,13 @@ class Prepared(Generic[RootT]):
     notices: tuple[str, ...]  # on the data, the precision and the time of a step
     reasons: tuple[str, ...]  # of choices that depend on the machine, for config.yaml
     warnings: tuple[str, ...]
+    speed: ProductSpeed | None  # of matrix products on this machine
+    estimate: StepEstimate | None  # of a step's time
+
+    @property
+    def online(self) -> RunConfig:
+        """The RL run with the same model, engine and rewards."""
+        raise NotImplementedError
 
     def connect(self) -> Cluster:
         """Connect to Ray and reserve the resources of the run."""
@@ -74,6 +85,26 @@ class Prepared(Generic[RootT]):
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """Start all actors, and build the loop and its session."""
         raise NotImplementedError
+
+    def open_session(
+        self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
+    ) -> Session:
+        """Return the session of the run: its observers, evaluation and checkpoints."""
+        from rlsys.driver.session import Session
+        from rlsys.run.observers.html_report import ReportWriter
+        from rlsys.run.observers.metrics_log import MetricsLog
+        from rlsys.run.step_time import StepTimeWatch, likely_causes
+
+        metrics = MetricsLog(self.directory)
+        slowness = StepTimeWatch(
+            self.estimate,
+            lambda: likely_causes(self.online, detect_hardware(), self.speed),
+            progress.notice,
+        )
+        observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
+        session = Session(self.config, self.store, observers, evaluator)
+        session.register("metrics_position", metrics)
+        return session
 
 
 Prepare = Callable[[Invocation[RootT], Hardware, "Console"], Prepared[RootT] | None]

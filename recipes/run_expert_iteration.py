@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, NoReturn
 from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
-from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.config.hardware import Hardware
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from recipes.run_recipe import CheckedModels, CheckedProblems
+    from rlsys.config import RunConfig
     from rlsys.data.prompt_stream import LoadedPrompts
     from rlsys.driver.ports import ExpertIterationWorkers
-    from rlsys.run.compute_dtype import ProductSpeed
     from rlsys.run.observers.run_status import StatusWriter
-    from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
 ExpertRecipe = Callable[[Hardware], ExpertIterationRunConfig]
@@ -43,14 +42,17 @@ class ExpertIterationPrepared(Prepared[ExpertIterationRunConfig]):
 
     prompts: LoadedPrompts
     model_directory: Path
-    speed: ProductSpeed | None  # of matrix products on this machine
-    estimate: StepEstimate | None  # of a step's time
+
+    @property
+    def online(self) -> RunConfig:
+        """See `Prepared`."""
+        return self.config.online()
 
     def connect(self) -> Cluster:
         """See `Prepared`."""
         from workers.cluster import Cluster
 
-        return Cluster.connect(self.config.online())
+        return Cluster.connect(self.online)
 
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """See `Prepared`."""
@@ -76,29 +78,17 @@ def _assemble(
     from rlsys.driver.evaluation import Evaluator
     from rlsys.driver.expert_iteration import ExpertIterationLoop
     from rlsys.driver.sampling import Sampler
-    from rlsys.driver.session import Session
     from rlsys.run.observers.console import Progress
-    from rlsys.run.observers.html_report import ReportWriter
-    from rlsys.run.observers.metrics_log import MetricsLog
-    from rlsys.run.step_time import StepTimeWatch, likely_causes
 
     config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
-    online = config.online()
+    online = prepared.online
     progress = Progress(console, live=config.run.progress)
     sampler = Sampler(online, workers.generator, workers.scorer, notify=progress.notice)
     evaluator = None
     if len(prompts.evaluation):
         evaluator = Evaluator(online, prompts.evaluation, sampler)
 
-    metrics = MetricsLog(directory)
-    slowness = StepTimeWatch(
-        prepared.estimate,
-        lambda: likely_causes(online, detect_hardware(), prepared.speed),
-        progress.notice,
-    )
-    observers = [metrics, status, progress, ReportWriter(directory), slowness]
-    session = Session(config, prepared.store, observers, evaluator)
-    session.register("metrics_position", metrics)
+    session = prepared.open_session(progress, status, evaluator)
     loop = ExpertIterationLoop(config, workers, prompts.train, sampler, session, directory.rollouts)
     return Started(loop=loop, session=session)
 

@@ -15,7 +15,7 @@ from recipes.run_command import Prepared, Started, changes_of, run_command, said
 from rlsys.config import RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.errors import Mistakes
-from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.config.hardware import Hardware
 from rlsys.config.offline import OfflineRunConfig
 
 if TYPE_CHECKING:
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
     from rlsys.data.example_stream import LoadedExamples, SourcedExamples
     from rlsys.driver.ports import OfflineWorkers
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
-    from rlsys.run.compute_dtype import ProductSpeed
     from rlsys.run.directory import RunDirectory
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.offline_checks import OfflineDtypes
-    from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
 OfflineRecipe = Callable[[Hardware], OfflineRunConfig]
@@ -46,12 +44,10 @@ class OfflinePrepared(Prepared[OfflineRunConfig]):
     examples: LoadedExamples
     model_directory: Path
     reference_directory: Path
-    speed: ProductSpeed | None  # of matrix products on this machine
-    estimate: StepEstimate | None  # of a step's time
 
     @property
     def online(self) -> RunConfig:
-        """The RL run with the same model, engine and rewards."""
+        """See `Prepared`."""
         return self.config.online()
 
     @property
@@ -89,14 +85,10 @@ def _assemble(
     from rlsys.driver.evaluation import Evaluator
     from rlsys.driver.offline_loop import OfflineEvaluator, OfflineLoop
     from rlsys.driver.sampling import Sampler
-    from rlsys.driver.session import Session
     from rlsys.run.observers.console import Progress
-    from rlsys.run.observers.html_report import ReportWriter
-    from rlsys.run.observers.metrics_log import MetricsLog
-    from rlsys.run.step_time import StepTimeWatch, likely_causes
 
-    config, directory, online = prepared.config, prepared.directory, prepared.online
-    progress = Progress(console, live=config.run.progress)
+    online = prepared.online
+    progress = Progress(console, live=prepared.config.run.progress)
     answers = None
     if workers.evaluation is not None:
         generator, scorer = workers.evaluation.generator, workers.evaluation.scorer
@@ -106,15 +98,7 @@ def _assemble(
     if prepared.examples.held_out is not None:
         evaluator = OfflineEvaluator(workers, prepared.examples.held_out, answers)
 
-    metrics = MetricsLog(directory)
-    slowness = StepTimeWatch(
-        prepared.estimate,
-        lambda: likely_causes(online, detect_hardware(), prepared.speed),
-        progress.notice,
-    )
-    observers = [metrics, status, progress, ReportWriter(directory), slowness]
-    session = Session(config, prepared.store, observers, evaluator)
-    session.register("metrics_position", metrics)
+    session = prepared.open_session(progress, status, evaluator)
     loop = OfflineLoop(workers, prepared.examples.train, session)
     return Started(loop=loop, session=session)
 

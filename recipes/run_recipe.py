@@ -14,7 +14,7 @@ from recipes.run_command import Prepared, Started, changes_of, run_command, said
 from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.errors import Mistakes
-from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.config.hardware import Hardware
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,15 +26,12 @@ if TYPE_CHECKING:
     from rlsys.driver.evaluation import Evaluator, TextEvaluator
     from rlsys.driver.ports import Workers
     from rlsys.driver.sampling import Sampler
-    from rlsys.driver.session import Session
-    from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
-    from rlsys.run.compute_dtype import DtypeChoice, ProductSpeed
+    from rlsys.run.compute_dtype import DtypeChoice
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.reward_model_identity import RewardModelIdentity
-    from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
 
 Recipe = Callable[[Hardware], RunConfig]
@@ -53,8 +50,11 @@ class OnlinePrepared(Prepared[RunConfig]):
     texts: LoadedTexts
     models: ModelDirectories
     reward_model: RewardModelIdentity | None  # None: no reward is a model
-    speed: ProductSpeed | None  # of matrix products on this machine
-    estimate: StepEstimate | None  # of a step's time
+
+    @property
+    def online(self) -> RunConfig:
+        """See `Prepared`."""
+        return self.config
 
     def connect(self) -> Cluster:
         """See `Prepared`."""
@@ -65,8 +65,7 @@ class OnlinePrepared(Prepared[RunConfig]):
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """See `Prepared`."""
         workers = await _start_workers(self, cluster, console)
-        loop, session = _assemble(self, workers, status, console)
-        return Started(loop=loop, session=session)
+        return _assemble(self, workers, status, console)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,43 +303,31 @@ async def _start_workers(prepared: OnlinePrepared, cluster: Cluster, console: Co
 
 def _assemble(
     prepared: OnlinePrepared, workers: Workers, status: StatusWriter, console: Console
-) -> tuple[SynchronousLoop, Session]:
+) -> Started:
     """Build the loop and its session: observers, evaluation and checkpoints."""
     from rlsys.driver.sampling import Sampler
-    from rlsys.driver.session import Session
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.observers.console import Progress
-    from rlsys.run.observers.html_report import ReportWriter
-    from rlsys.run.observers.metrics_log import MetricsLog
     from rlsys.run.resume import REWARD_MODEL_STATE
-    from rlsys.run.step_time import StepTimeWatch, likely_causes
 
-    config, prompts, directory = prepared.config, prepared.prompts, prepared.directory
+    config = prepared.config
     progress = Progress(console, live=config.run.progress)
     sampler = Sampler(config, workers.generator, workers.scorer, notify=progress.notice)
     evaluator = _evaluator(prepared, workers, sampler)
 
-    metrics = MetricsLog(directory)
-    slowness = StepTimeWatch(
-        prepared.estimate,
-        lambda: likely_causes(config, detect_hardware(), prepared.speed),
-        progress.notice,
-    )
-    observers = [metrics, status, progress, ReportWriter(directory), slowness]
-    session = Session(config, prepared.store, observers, evaluator)
-    session.register("metrics_position", metrics)
+    session = prepared.open_session(progress, status, evaluator)
     if prepared.reward_model:
         session.register(REWARD_MODEL_STATE, prepared.reward_model)
     loop = SynchronousLoop(
         config,
         workers,
-        prompts.train,
+        prepared.prompts.train,
         sampler,
         session,
-        directory.rollouts,
+        prepared.directory.rollouts,
         texts=prepared.texts.train,
     )
-    return loop, session
+    return Started(loop=loop, session=session)
 
 
 def _evaluator(
