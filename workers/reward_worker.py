@@ -27,7 +27,7 @@ from rlsys.data.batches import (
     StepScoreBatch,
     StopReason,
 )
-from rlsys.data.response_text import text_after_each_token
+from rlsys.data.response_text import lengths_after_tokens
 from rlsys.driver.ports import Handle, ScoreSource
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.models.loading import load_tokenizer
@@ -311,15 +311,8 @@ def _in_tokens(
     if not any(isinstance(one, FunctionReward) and one.step_ends for one in response.outcomes):
         return response
 
-    first, end = rollouts.sequence_offsets[row], rollouts.sequence_offsets[row + 1]
-    start = first + rollouts.prompt_lengths[row]
-    text, lengths = text_after_each_token(
-        tokenizer,
-        rollouts.token_ids[first:start].tolist(),
-        rollouts.token_ids[start:end].tolist(),
-    )
-    # The engine may have cut the text within the last token, at a stop string.
-    if text.startswith(rollouts.response_texts[row]):
+    lengths = lengths_after_tokens(rollouts, row, tokenizer)
+    if lengths is not None:
         return CompletionOutcomes(
             outcomes=tuple(_placed(one, lengths) for one in response.outcomes)
         )

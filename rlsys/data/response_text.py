@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from rlsys.data.batches import RolloutBatch
+
 
 class ResponseText:
     """The text of a response without special tokens.
@@ -98,3 +100,21 @@ def text_after_each_token(
         text.append(token)
         lengths.append(len(text.text))
     return text.text, lengths
+
+
+def lengths_after_tokens(
+    rollouts: RolloutBatch, row: int, tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """Return the length of the text of a response after each token; see `text_after_each_token`.
+
+    None where the tokens decode to another text than the engine's.
+    """
+    first, end = rollouts.sequence_offsets[row], rollouts.sequence_offsets[row + 1]
+    start = first + rollouts.prompt_lengths[row]
+    text, lengths = text_after_each_token(
+        tokenizer,
+        rollouts.token_ids[first:start].tolist(),
+        rollouts.token_ids[start:end].tolist(),
+    )
+    # The engine may have cut the text within the last token, at a stop string.
+    return lengths if text.startswith(rollouts.response_texts[row]) else None

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, ScoreBatch, StepScoreBatch
 from rlsys.data.response_ends import marked_after_last, with_end_tokens
-from rlsys.data.response_text import text_after_each_token
+from rlsys.data.response_text import lengths_after_tokens
 from rlsys.models.loading import UnsupportedModelError, end_token_ids, load_tokenizer
 from rlsys.models.value_models import ValueLayout
 from rlsys.rewards.learned import PATH_FIELD, reward_model_role, scored_steps, scores_steps
@@ -86,8 +85,8 @@ class ScoringWorker(_FrozenRewardModelWorker):
     def scores(self, rollouts: RolloutBatch) -> ScoreBatch:
         """Return the scores of this rank's responses; collective."""
         ended = with_end_tokens(rollouts.sequences, self.end_tokens, self.end)
-        rows: list[NDArray[np.int64]] = []
-        scores: list[NDArray[np.float32]] = []
+        rows = [np.zeros(0, dtype=np.int64)]
+        scores = [np.zeros(0, dtype=np.float32)]
         for pack in self.packs_of_sequences(marked_after_last(ended), np.arange(len(rollouts))):
             values = self.run(pack, 1.0).values
             # A padding pack repeats rows that another pack already has.
@@ -96,11 +95,8 @@ class ScoringWorker(_FrozenRewardModelWorker):
             rows.append(pack.rows[pack.response_index])
             scores.append(values.cpu().numpy() - np.float32(self.reward_mean))
 
-        nothing = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
         return ScoreBatch(
-            batch_id=rollouts.batch_id,
-            rows=np.concatenate(rows or nothing[0]),
-            scores=np.concatenate(scores or nothing[1]),
+            batch_id=rollouts.batch_id, rows=np.concatenate(rows), scores=np.concatenate(scores)
         )
 
 
@@ -167,17 +163,10 @@ def step_end_tokens(
     Conventions: steps that end in one token are one, as in training. A response whose tokens do not
     decode to its text has None.
     """
-    starts = rollouts.sequence_offsets[:-1] + rollouts.prompt_lengths
     placed: list[list[int] | None] = []
     for row, completion in enumerate(rollouts.response_texts):
-        first, end = rollouts.sequence_offsets[row], rollouts.sequence_offsets[row + 1]
-        text, lengths = text_after_each_token(
-            tokenizer,
-            rollouts.token_ids[first : starts[row]].tolist(),
-            rollouts.token_ids[starts[row] : end].tolist(),
-        )
-        # The engine may have cut the text within the last token, at a stop string.
-        if not text.startswith(completion):
+        lengths = lengths_after_tokens(rollouts, row, tokenizer)
+        if lengths is None:
             placed.append(None)
             continue
         tokens = tokens_at([step.end for step in split(completion)], lengths)
