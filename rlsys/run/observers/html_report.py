@@ -145,8 +145,12 @@ def render_page(template: str, **values: Any) -> str:
 
     All values are escaped, but for those that the template marks as safe.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string((TEMPLATES / template).read_text()).render(
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+    )
+    return environment.get_template(template).render(
         style=(TEMPLATES / "report_style.html").read_text(),
         script=(TEMPLATES / "report_script.html").read_text(),
         **values,
