@@ -274,9 +274,9 @@ def _has_new_head(model: PreTrainedModel, missing: Any, *, has_head: bool) -> bo
 def _fill_head(head: nn.Linear, seed: int | None) -> None:
     """Set a new head to 0, or draw its weights.
 
-    Drawn weights are normal with variance 1 / (width + 1) (Stiennon et al. 2020, appendix B.1,
-    arXiv:2009.01325). Unlike a head of 0 they have a gradient for the decoder from the first
-    update on.
+    Drawn weights are normal with variance 1 / (width + 1), as in Stiennon et al. 2020
+    (arXiv:2009.01325). Unlike a head of 0 they give the decoder a gradient from the first update
+    on.
     """
     for parameter in head.parameters():
         nn.init.zeros_(parameter)

@@ -97,14 +97,7 @@ def _check_critic(
 
     critic = _Reader(name="critic", field="critic.path", path=path, directory=directories.critic)
     _check_same_tokens(config, model, directories.policy, critic)
-
-    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
-    limit = context_length(directories.critic)
-    if limit is not None and prompt + response > limit:
-        raise ConfigError(
-            f"critic.path: data.max_prompt_tokens {prompt} + generation.max_tokens {response} "
-            f"exceed the {limit} positions of {path!r}. Lower one of them."
-        )
+    _check_room(config, critic)
 
 
 def _check_reward_model(
@@ -132,14 +125,7 @@ def _check_reward_model(
             "token, at which a response is scored. Put eos_token_id into its config.json."
         )
 
-    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
-    limit = context_length(directory)
-    if limit is not None and longest_scored(config) > limit:
-        end = "" if of_steps else " + 1 for an end token"
-        raise ConfigError(
-            f"{PATH_FIELD}: data.max_prompt_tokens {prompt} + generation.max_tokens {response}"
-            f"{end} exceed the {limit} positions of {path!r}. Lower one of them."
-        )
+    _check_room(config, reader, adds_end_token=not of_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +136,18 @@ class _Reader:
     field: str
     path: str
     directory: Path
+
+
+def _check_room(config: RunConfig, reader: _Reader, *, adds_end_token: bool = False) -> None:
+    """Refuse a model whose positions are too few for prompt and response."""
+    prompt, response = config.data.max_prompt_tokens, config.generation.max_tokens
+    limit = context_length(reader.directory)
+    if limit is not None and prompt + response + adds_end_token > limit:
+        end = " + 1 for an end token" if adds_end_token else ""
+        raise ConfigError(
+            f"{reader.field}: data.max_prompt_tokens {prompt} + generation.max_tokens {response}"
+            f"{end} exceed the {limit} positions of {reader.path!r}. Lower one of them."
+        )
 
 
 def _check_same_tokens(
