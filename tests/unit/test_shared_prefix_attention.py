@@ -65,8 +65,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, groups: list[SegmentGro
 def test_it_equals_the_masked_softmax(layout: str, dtype: torch.dtype, tolerance: float):
     groups = groups_of(layout)
     query, key, value = states(groups[-1].start + groups[-1].length, dtype)
-    spans = PackedLayout(groups, torch.device("cpu")).spans(dtype)
-    got = shared_prefix_attention(query, key, value, spans, SCALING)
+    calls = PackedLayout(groups, torch.device("cpu")).calls(dtype)
+    got = shared_prefix_attention(query, key, value, calls, SCALING)
     expected = reference(query, key, value, groups)
     assert torch.allclose(got.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -79,16 +79,47 @@ def test_it_equals_the_masked_softmax(layout: str, dtype: torch.dtype, tolerance
 
 
 def test_both_ways_to_compute_a_group_are_taken():
-    """A group of short responses is one masked call; long responses have their own calls."""
+    """A group of short responses is one masked call; long responses are sequences of their own."""
     layout = PackedLayout(groups_of("both"), torch.device("cpu"))
-    short, long, prompt_heavy = layout.spans(torch.float32)
-    for spans in (short, prompt_heavy):
-        (call,) = spans.own
-        assert call.mask is not None
-        assert spans.shared is None
-    assert len(long.own) == 4
-    assert all(call.mask is None and call.causal for call in long.own)
-    assert long.shared is not None
+    calls = layout.calls(torch.float32)
+    assert [(span.first, span.last) for span in calls.masked] == [(99, 143)]
+    assert [(span.first, span.last, span.begin, span.end) for span in calls.prompts] == [
+        (9, 99, 4, 9)
+    ]
+    # The group with one response [0, 4) and the prompt [4, 9); then the responses of 30 tokens.
+    short, long = calls.causal
+    assert sorted(set(short.tokens.tolist())) == list(range(9))
+    assert long.tokens.tolist() == list(range(9, 99))
+    assert short.padding is not None
+    assert long.padding is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sequences_of_other_lengths_in_a_call_change_nothing(dtype: torch.dtype):
+    """Output and gradients of each sequence are those that it has alone."""
+    lengths = [5, 13, 1, 9, 40, 48]
+    starts = [0, *itertools.accumulate(lengths)]
+    groups = [
+        SegmentGroup(start, length - 1, (1,))
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+    query, key, value = states(sum(lengths), dtype)
+    layout = PackedLayout(groups, torch.device("cpu"))
+    assert len(layout.calls(dtype).causal) == 3
+    together = shared_prefix_attention(query, key, value, layout.calls(dtype), SCALING)
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad((together * weights).sum(), (query, key, value))
+
+    for start, length in zip(starts, lengths, strict=False):
+        part = slice(start, start + length)
+        q, k, v = (whole[:, :, part].detach().requires_grad_() for whole in (query, key, value))
+        alone = PackedLayout([SegmentGroup(0, length - 1, (1,))], torch.device("cpu"))
+        output = shared_prefix_attention(q, k, v, alone.calls(dtype), SCALING)
+        expected = torch.autograd.grad((output * weights[:, part]).sum(), (q, k, v))
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        assert torch.allclose(together[:, part], output, atol=tolerance)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert torch.allclose(gradient[:, :, part], wanted, atol=5 * tolerance)
 
 
 def test_a_merge_is_the_softmax_over_both_sets_of_keys():

@@ -19,9 +19,9 @@ from transformers import AttentionInterface
 
 from rlsys.data.packing import SegmentGroup
 from workers.training.shared_prefix_attention import (
-    PrefixSpans,
+    AttentionCalls,
+    attention_calls,
     is_applicable,
-    prefix_spans,
     shared_prefix_attention,
 )
 
@@ -114,7 +114,7 @@ class PackedLayout:
         self._blocks: dict[int | None, list[list[AttentionBlock]]] = {}
         self._block_masks: dict[int | None, Any] = {}
         self._cumulative: Tensor | None = None
-        self._spans: dict[torch.dtype, list[PrefixSpans]] = {}
+        self._calls: dict[torch.dtype, AttentionCalls] = {}
 
     def window(self, sliding_window: int | None) -> int | None:
         """Return the window if it hides any token of this pack from another, else None."""
@@ -130,18 +130,16 @@ class PackedLayout:
             ]
         return self._blocks[window]
 
-    def spans(self, dtype: torch.dtype) -> list[PrefixSpans]:
+    def calls(self, dtype: torch.dtype) -> AttentionCalls:
         """Return the calls of `shared_prefix_attention`, for queries of a dtype."""
-        if dtype not in self._spans:
-            self._spans[dtype] = [self._spans_of(group, dtype) for group in self.groups]
-        return self._spans[dtype]
 
-    def _spans_of(self, group: SegmentGroup, dtype: torch.dtype) -> PrefixSpans:
-        def additive_mask() -> Tensor:
+        def additive_mask(group: SegmentGroup) -> Tensor:
             visible = group_mask(group, self.device)
             return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
-        return prefix_spans(group, additive_mask)
+        if dtype not in self._calls:
+            self._calls[dtype] = attention_calls(self.groups, additive_mask)
+        return self._calls[dtype]
 
     @property
     def cumulative_lengths(self) -> Tensor:
@@ -374,8 +372,8 @@ def _sdpa_of_packs(call: _AttentionCall) -> Tensor:
         return _sdpa_by_blocks(call)
 
     scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    spans = call.layout.spans(call.query.dtype)
-    return shared_prefix_attention(call.query, call.key, call.value, spans, scaling)
+    calls = call.layout.calls(call.query.dtype)
+    return shared_prefix_attention(call.query, call.key, call.value, calls, scaling)
 
 
 def _eager(

@@ -8,9 +8,10 @@ of keys is computed in two parts, which are merged by their sums of exponentials
     l   = log(e^{l_p} + e^{l_r})
     o   = e^{l_p - l} o_p + e^{l_r - l} o_r
 
-The queries of all responses of a group meet the prompt in one call, and each response meets itself
-in one causal call: no keys are copied, and no product is computed only to be masked. Groups of
-short responses are computed in one call with a mask, which is cheaper there.
+The queries of all responses of a group meet the prompt in one call. The prompts and the responses
+themselves are causal sequences; those of similar length in the whole pack are computed in one call,
+padded on the right, which a causal query never sees. No product is computed only to be masked,
+except in groups of short responses: one call with a mask is cheaper there.
 
 The gradient of flash attention for a set of keys needs the output o and the log-sum l alone
 (P_j = e^{s_j - l}), so the backward pass calls the same kernel for each set, with the merged o
@@ -38,6 +39,9 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # products that are needed: a call has a cost of its own, so short responses are better joined.
 SPLIT_WHEN_WASTED = 2.0
 
+# The log-sum of a query that is padding: its probabilities e^{s - l} are 0, and so its gradients.
+_NO_PROBABILITY = 1e30
+
 
 class Span(NamedTuple):
     """Queries [first, last) of the packed tokens, which see the keys [begin, end)."""
@@ -46,7 +50,6 @@ class Span(NamedTuple):
     last: int
     begin: int
     end: int
-    causal: bool
     mask: Tensor | None = None  # [queries, keys] added to the logits: 0 or -inf
 
     @property
@@ -60,34 +63,99 @@ class Span(NamedTuple):
         return slice(self.begin, self.end)
 
 
-class PrefixSpans(NamedTuple):
-    """The attention of one group, in calls of the kernel."""
+class CausalBatch(NamedTuple):
+    """b sequences of the pack in one causal call, padded on the right to L tokens."""
 
-    own: tuple[Span, ...]  # these cover every query of the group once
-    shared: Span | None  # the responses' attention to their prompt, merged into `own`
+    size: int  # b
+    tokens: Tensor  # [b * L] into the pack; padding repeats the last token of its sequence
+    padding: Tensor | None  # [b, 1, L] bool; None: there is none
+
+    @property
+    def places(self) -> Tensor | None:
+        """The places [r] of `tokens` that are no padding; None: all."""
+        return None if self.padding is None else (~self.padding).flatten().nonzero()[:, 0]
+
+    def take(self, states: Tensor) -> Tensor:
+        """Return [b, h, L, ...] of [1, h, n, ...]."""
+        rows = states[0].transpose(0, 1).index_select(0, self.tokens)
+        return rows.unflatten(0, (self.size, -1)).transpose(1, 2)
+
+    def put(self, states: Tensor, values: Tensor) -> None:
+        """Write [b, h, L, ...] to its tokens in [1, h, n, ...]."""
+        rows = values.transpose(1, 2).flatten(0, 1)
+        tokens, places = self.tokens, self.places
+        if places is not None:
+            rows = rows.index_select(0, places)
+            tokens = tokens.index_select(0, places)
+        states[0].transpose(0, 1).index_copy_(0, tokens, rows)
 
 
-def prefix_spans(group: SegmentGroup, make_mask: Callable[[], Tensor]) -> PrefixSpans:
-    """Return the calls that compute a group: one for all of it, or its parts, whichever is cheaper.
+class AttentionCalls(NamedTuple):
+    """The attention of a pack in calls of the kernel."""
+
+    causal: tuple[CausalBatch, ...]  # these and the next cover every query once
+    masked: tuple[Span, ...]
+    prompts: tuple[Span, ...]  # attention of responses to their prompt, merged into the others
+
+
+def attention_calls(
+    groups: Sequence[SegmentGroup], make_mask: Callable[[SegmentGroup], Tensor]
+) -> AttentionCalls:
+    """Return the calls that compute a pack.
 
     Args:
         make_mask: returns [L, L], 0 where a token of the group sees another and -inf elsewhere.
     """
-    prompt, start = group.prompt_length, group.start
-    stop = start + group.length
-    lengths = group.response_lengths
-    if group.length**2 <= SPLIT_WHEN_WASTED * group.visible_products:
-        whole = Span(start, stop, start, stop, causal=False, mask=make_mask())
-        return PrefixSpans((whole,), None)
-
-    own = [Span(start, start + prompt, start, start + prompt, causal=True)]
-    first = start + prompt
-    for length in lengths:
+    sequences: list[range] = []
+    masked: list[Span] = []
+    prompts: list[Span] = []
+    for group in groups:
+        start, stop = group.start, group.start + group.length
         # A response of one token is empty in the pack, since its last token predicts nothing.
-        if length:
-            own.append(Span(first, first + length, first, first + length, causal=True))
-        first += length
-    return PrefixSpans(tuple(own), Span(start + prompt, stop, start, start + prompt, causal=False))
+        lengths = [length for length in group.response_lengths if length]
+        if len(lengths) <= 1:
+            sequences.append(range(start, stop))
+        elif group.length**2 <= SPLIT_WHEN_WASTED * group.visible_products:
+            masked.append(Span(start, stop, start, stop, mask=make_mask(group)))
+        else:
+            first = start + group.prompt_length
+            sequences.append(range(start, first))
+            prompts.append(Span(first, stop, start, first))
+            for length in lengths:
+                sequences.append(range(first, first + length))
+                first += length
+    return AttentionCalls(causal_batches(sequences), tuple(masked), tuple(prompts))
+
+
+def causal_batches(sequences: Sequence[range]) -> tuple[CausalBatch, ...]:
+    """Return batches of sequences of similar length, which together hold all `sequences`."""
+    batches: list[list[range]] = []
+    for sequence in sorted(sequences, key=len):
+        if batches and len(sequence) <= _longest_beside(len(batches[-1][0])):
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return tuple(_causal_batch(batch) for batch in batches)
+
+
+def _longest_beside(shortest: int) -> int:
+    """Return the length of the longest sequence that shares a call with one of this length."""
+    return max(shortest + 8, shortest * 5 // 4)
+
+
+def _causal_batch(sequences: Sequence[range]) -> CausalBatch:
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    starts = torch.tensor([sequence.start for sequence in sequences])
+    columns = torch.arange(int(lengths.max()))
+
+    last = lengths[:, None] - 1
+    tokens = starts[:, None] + torch.minimum(columns, last)
+    padding = columns > last
+    return CausalBatch(
+        size=len(sequences),
+        tokens=tokens.flatten(),
+        padding=padding[:, None] if padding.any() else None,
+    )
 
 
 def is_applicable(query: Tensor, value: Tensor) -> bool:
@@ -100,14 +168,14 @@ def is_applicable(query: Tensor, value: Tensor) -> bool:
 
 
 def shared_prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[PrefixSpans], scaling: float
+    query: Tensor, key: Tensor, value: Tensor, calls: AttentionCalls, scaling: float
 ) -> Tensor:
     """Return the attention of every token to its prompt and to its response up to itself.
 
     Shapes: query [1, h, n, d]; key and value [1, k, n, d], h a multiple of k (grouped queries)
     -> [1, n, h, d].
     """
-    output = _SharedPrefixAttention.apply(query, key, value, tuple(spans), scaling)
+    output = _SharedPrefixAttention.apply(query, key, value, calls, scaling)
     assert isinstance(output, Tensor)
     return output.transpose(1, 2)
 
@@ -121,13 +189,19 @@ class _SharedPrefixAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        spans: tuple[PrefixSpans, ...],
+        calls: AttentionCalls,
         scaling: float,
     ) -> Tensor:
         keys = _for_all_heads(query, key)
         values = _for_all_heads(query, value)
-        output = _empty_output(query)
-        log_sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = _token_major(query, query.shape[-1:], query.dtype)
+        log_sums = _token_major(query, (), torch.float32)
+
+        for batch in calls.causal:
+            inputs = (batch.take(states) for states in (query, keys, values))
+            part, sums = _forward(*inputs, 0.0, True, scale=scaling)
+            batch.put(output, part)
+            batch.put(log_sums, sums)
 
         def attend(span: Span) -> tuple[Tensor, Tensor]:
             return _forward(
@@ -135,21 +209,19 @@ class _SharedPrefixAttention(torch.autograd.Function):
                 keys[:, :, span.keys],
                 values[:, :, span.keys],
                 0.0,
-                span.causal,
+                False,
                 attn_mask=span.mask,
                 scale=scaling,
             )
 
-        for own, shared in spans:
-            for span in own:
-                part = span.queries
-                output[:, :, part], log_sums[:, :, part] = attend(span)
-            if shared is not None:
-                part = shared.queries
-                merge_into(output[:, :, part], log_sums[:, :, part], *attend(shared))
+        for span in calls.masked:
+            output[:, :, span.queries], log_sums[:, :, span.queries] = attend(span)
+        for span in calls.prompts:
+            part = span.queries
+            merge_into(output[:, :, part], log_sums[:, :, part], *attend(span))
 
         ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.spans, ctx.scaling = spans, scaling
+        ctx.calls, ctx.scaling = calls, scaling
         return output
 
     @staticmethod
@@ -158,11 +230,18 @@ class _SharedPrefixAttention(torch.autograd.Function):
         query, key, value, output, log_sums = ctx.saved_tensors
         keys = _for_all_heads(query, key)
         values = _for_all_heads(query, value)
-        grad_query = torch.empty_like(query)
-        grad_keys = torch.empty_like(keys)
-        grad_values = torch.empty_like(values)
+        totals = tuple(torch.empty_like(states) for states in (query, keys, values))
 
-        def gradients(span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        for batch in ctx.calls.causal:
+            inputs = (batch.take(states) for states in (grad, query, keys, values, output))
+            sums = batch.take(log_sums).contiguous()
+            if batch.padding is not None:
+                sums.masked_fill_(batch.padding, _NO_PROBABILITY)
+            gradients = _backward(*inputs, sums, 0.0, True, scale=ctx.scaling)
+            for total, gradient in zip(totals, gradients, strict=True):
+                batch.put(total, gradient)
+
+        def gradients_of(span: Span) -> tuple[Tensor, Tensor, Tensor]:
             part = span.queries
             return _backward(
                 grad[:, :, part],
@@ -172,23 +251,21 @@ class _SharedPrefixAttention(torch.autograd.Function):
                 output[:, :, part],
                 log_sums[:, :, part].contiguous(),
                 0.0,
-                span.causal,
+                False,
                 attn_mask=span.mask,
                 scale=ctx.scaling,
             )
 
-        for own, shared in ctx.spans:
-            for span in own:
-                of_query, of_keys, of_values = gradients(span)
-                grad_query[:, :, span.queries] = of_query
-                grad_keys[:, :, span.keys] = of_keys
-                grad_values[:, :, span.keys] = of_values
-            if shared is not None:
-                of_query, of_keys, of_values = gradients(shared)
-                grad_query[:, :, shared.queries] += of_query
-                grad_keys[:, :, shared.keys] += of_keys
-                grad_values[:, :, shared.keys] += of_values
+        for span in ctx.calls.masked:
+            places = (span.queries, span.keys, span.keys)
+            for total, place, gradient in zip(totals, places, gradients_of(span), strict=True):
+                total[:, :, place] = gradient
+        for span in ctx.calls.prompts:
+            places = (span.queries, span.keys, span.keys)
+            for total, place, gradient in zip(totals, places, gradients_of(span), strict=True):
+                total[:, :, place] += gradient
 
+        grad_query, grad_keys, grad_values = totals
         of_key = _sum_over_queries(grad_keys, key)
         of_value = _sum_over_queries(grad_values, value)
         return grad_query, of_key, of_value, None, None
@@ -203,16 +280,21 @@ def merge_into(output: Tensor, log_sums: Tensor, other: Tensor, other_log_sums: 
     log_sums.copy_(total)
 
 
-def _empty_output(query: Tensor) -> Tensor:
-    """Return [1, h, n, d] whose transpose is contiguous, as the next projection reads it."""
-    batch, heads, tokens, width = query.shape
-    return query.new_empty(batch, tokens, heads, width).transpose(1, 2)
+def _token_major(query: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an empty [1, h, n, *shape] with the values of a token side by side.
+
+    So the next projection reads the output, and the batches write their rows.
+    """
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, *shape, dtype=dtype).transpose(1, 2)
 
 
 def _for_all_heads(query: Tensor, states: Tensor) -> Tensor:
     """Return [1, h, n, d] of [1, k, n, d]: a key head for each query head."""
     times = query.shape[1] // states.shape[1]
-    return states if times == 1 else states.repeat_interleave(times, dim=1)
+    if times == 1:
+        return states
+    return states.transpose(1, 2).repeat_interleave(times, dim=2).transpose(1, 2)
 
 
 def _sum_over_queries(gradient: Tensor, states: Tensor) -> Tensor:
