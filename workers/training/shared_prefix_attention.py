@@ -34,6 +34,11 @@ from rlsys.data.packing import SegmentGroup
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Up to so many queries and keys of a sequence the kernel's backward pass is faster in float32 than
+# in bfloat16, whose small products are slow: docs/measurements_log.md.
+FLOAT32_QUERIES = 512
+FLOAT32_KEYS = 256
+
 
 # A group is computed in one masked call where that costs at most this many times the query-key
 # products that are needed: a call has a cost of its own, so short responses are better joined.
@@ -82,7 +87,7 @@ class CausalBatch(NamedTuple):
 
     def put(self, states: Tensor, values: Tensor) -> None:
         """Write [b, h, L, ...] to its tokens in [1, h, n, ...]."""
-        rows = values.transpose(1, 2).flatten(0, 1)
+        rows = values.transpose(1, 2).flatten(0, 1).to(states.dtype)
         tokens, places = self.tokens, self.places
         if places is not None:
             rows = rows.index_select(0, places)
@@ -237,23 +242,22 @@ class _SharedPrefixAttention(torch.autograd.Function):
             sums = batch.take(log_sums).contiguous()
             if batch.padding is not None:
                 sums.masked_fill_(batch.padding, _NO_PROBABILITY)
-            gradients = _backward(*inputs, sums, 0.0, True, scale=ctx.scaling)
+            gradients = _gradients(*inputs, sums, causal=True, scaling=ctx.scaling)
             for total, gradient in zip(totals, gradients, strict=True):
                 batch.put(total, gradient)
 
         def gradients_of(span: Span) -> tuple[Tensor, Tensor, Tensor]:
             part = span.queries
-            return _backward(
+            return _gradients(
                 grad[:, :, part],
                 query[:, :, part],
                 keys[:, :, span.keys],
                 values[:, :, span.keys],
                 output[:, :, part],
                 log_sums[:, :, part].contiguous(),
-                0.0,
-                False,
-                attn_mask=span.mask,
-                scale=ctx.scaling,
+                causal=False,
+                scaling=ctx.scaling,
+                mask=span.mask,
             )
 
         for span in ctx.calls.masked:
@@ -269,6 +273,21 @@ class _SharedPrefixAttention(torch.autograd.Function):
         of_key = _sum_over_queries(grad_keys, key)
         of_value = _sum_over_queries(grad_values, value)
         return grad_query, of_key, of_value, None, None
+
+
+def _gradients(
+    *states: Tensor, causal: bool, scaling: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value of one call; in float32 for short sequences.
+
+    Args:
+        states: gradient of the output, query, key, value, output, log-sums.
+    """
+    _, query, key, *_ = states
+    if query.shape[2] <= FLOAT32_QUERIES and key.shape[2] <= FLOAT32_KEYS:
+        states = tuple(each.float() for each in states)
+        mask = None if mask is None else mask.float()
+    return _backward(*states, 0.0, causal, attn_mask=mask, scale=scaling)
 
 
 def merge_into(output: Tensor, log_sums: Tensor, other: Tensor, other_log_sums: Tensor) -> None:
