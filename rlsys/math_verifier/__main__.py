@@ -219,10 +219,10 @@ def compare(before: Path, after: Path) -> int:
     for i, old, new in different:
         cells = [str(i), str(new.get("answer")), str(new.get("ground_truth"))]
         cells += [f"{row['score']:g} {row.get('rule')}: {row.get('reason')}" for row in (old, new)]
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*cells)
 
     if different:
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     gained = sum(new["score"] > old["score"] for _, old, new in different)
     lost = len(different) - gained
     print(
