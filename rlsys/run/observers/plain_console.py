@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
-from rlsys.run.shown_text import shown
+from rlsys.config.secrets import SHORTEST
+from rlsys.run.shown_text import shown, visible
 
 
 class PlainConsole(Console):
@@ -22,6 +24,10 @@ class PlainConsole(Console):
         """Open the console; `options` as of `rich.console.Console`."""
         super().__init__(markup=False, emoji=False, **options)
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text for rich, so that the width of a column is that of what is shown."""
+        return super().render_str(shown(text), **options)
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
@@ -29,5 +35,7 @@ class PlainConsole(Console):
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
-            else:
-                yield Segment(shown(segment.text), segment.style)
+                continue
+            # Most parts of a live display are too short for a secret.
+            show = shown if len(segment.text) >= SHORTEST else visible
+            yield Segment(show(segment.text), segment.style)
