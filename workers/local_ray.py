@@ -117,10 +117,17 @@ def _on_loopback() -> Iterator[None]:
     Ray itself does so on macOS and Windows. Elsewhere it takes the address of the machine, also
     where `ray.init` is given the one of the loopback.
     """
-    # Of the processes that Ray starts.
-    os.environ[ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    with mock.patch.object(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", False):
-        yield
+    constants = ray._private.ray_constants
+    variable = constants.ENABLE_RAY_CLUSTERS_ENV_VAR  # for the processes that Ray starts
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"
+    try:
+        with mock.patch.object(constants, "ENABLE_RAY_CLUSTER", False):
+            yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
 
 
 @contextmanager
