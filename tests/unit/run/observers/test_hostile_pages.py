@@ -72,9 +72,14 @@ class Elements(HTMLParser):
         self.found["comment",] += 1
 
 
+def readable(text: str) -> str:
+    """Return a text without lone surrogates, which configurations and Parquet refuse."""
+    return text.encode(errors="ignore").decode()
+
+
 def file_name(text: str) -> str:
     """Return the part of a text that the name of a directory can have."""
-    return text.encode(errors="ignore").decode().replace("/", "").replace("\x00", "")
+    return readable(text).replace("/", "").replace("\x00", "")
 
 
 def write_metrics(directory: RunDirectory, text: str) -> None:
@@ -112,8 +117,9 @@ def with_texts(text: str, batch: RolloutBatch) -> RolloutBatch:
 
 def run_page(text: str, path: Path) -> str:
     directory = RunDirectory(path / file_name(text))
-    config = {"recipe": text, "model": {"path": text}, "run": {"note": text}, "plugins": [text]}
-    directory.create(RunConfig.model_validate(config), [text.replace("\r", "")])
+    field = readable(text)
+    config = {"recipe": field, "model": {"path": field}, "run": {"note": field}}
+    directory.create(RunConfig.model_validate(config | {"plugins": [field]}))
     write_metrics(directory, text)
     StatusWriter(directory).fail(text)
 
@@ -131,7 +137,7 @@ def evaluation_page(text: str, path: Path) -> str:
     models = [evaluated(text, path, name, right) for name, right in (("a", True), ("b", False))]
     options = EvaluationOptions(by=("topic",))
     generation = EvaluationGenerationConfig(samples_per_prompt=2)
-    config = EvaluationRunConfig(recipe=text, generation=generation, evaluation=options)
+    config = EvaluationRunConfig(recipe=readable(text), generation=generation, evaluation=options)
     results = summarize(
         config,
         [one.answered for one in models],
@@ -174,14 +180,12 @@ def pipeline_page(text: str, path: Path) -> str:
     config = recipe.model_copy(update={"recipe": text, "model": model})
     directory = PipelineDirectory(RunDirectory(path / file_name(text)))
     (path / file_name(text)).mkdir()
-    # Parquet holds no lone surrogates.
-    readable = text.encode(errors="ignore").decode()
     ranking = Ranking(
         example_id="x",
-        prompt=readable,
-        responses=(readable, f"{readable}.", f"{readable}!"),
+        prompt=readable(text),
+        responses=(readable(text), readable(f"{text}."), readable(f"{text}!")),
         ranks=(0, 1, 1),
-        answer=readable,
+        answer=readable(text),
     )
     write_rankings([ranking], directory.rankings)
     return render_pipeline(config, directory)
