@@ -9,7 +9,7 @@ receive, and SIGKILL a second later, one daemon after the other; the daemons cou
 own workers.
 
 Nobody else can use this Ray: all that it opens for the run listens on the loopback address, it asks
-for a token, and the token's file is readable by its owner alone.
+for a token, and its token and its folder are for their owner alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import psutil
 import ray
 import ray._private.ray_constants
 import ray._private.utils
+import ray._private.worker
 from ray._private.authentication.authentication_token_generator import (
     generate_new_authentication_token,
 )
@@ -60,6 +61,7 @@ class LocalRay:
         protect_token()
         with _sigterm_held_back(), _on_loopback():
             ray.init(address="local", include_dashboard=False, **settings)
+            _close_session_folder()
             self._daemons = set(psutil.Process().children()) - earlier
 
     def stop(self) -> None:
@@ -108,6 +110,16 @@ def protect_token() -> None:
     except OSError as error:
         logger.info("ray: a token for this run only, since %s (%s)", file, error.strerror)
         os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
+
+
+def _close_session_folder() -> None:
+    """Keep other users out of the folder with Ray's sockets, logs and run-time packages.
+
+    Ray lets everybody write there.
+    """
+    node = ray._private.worker._global_node
+    assert node is not None, "Ray has started"
+    Path(node.get_session_dir_path()).chmod(0o700)
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def evaluation_page(text: str, path: Path) -> str:
         problems,
         origin=text,
         complete=True,
-        overlap=find_overlap(problems, problems[:1], 20),
+        overlap=find_overlap(problems, problems, 20),
         notices=[text],
     )
     directory = EvaluationDirectory(path / file_name(text))
