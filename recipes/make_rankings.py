@@ -23,6 +23,7 @@ from rlsys.config.command_line import HelpRequested, dump_yaml, evolve, parse
 from rlsys.config.errors import Mistakes, as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.config.rankings import ProblemSourceConfig, RankingsRunConfig
+from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,19 +58,20 @@ def run_rankings(arguments: Sequence[str] | None = None) -> NoReturn:
         print("interrupted; no file was written", file=sys.stderr)
         code = 130
     except ConfigError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        lines = [f"error: {line}" for line in str(error).splitlines()]
+        print(shown("\n".join(lines)), file=sys.stderr)
         code = 2
     sys.exit(code)
 
 
 def _run(arguments: Sequence[str], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
+    from rlsys.run.observers.plain_console import PlainConsole
 
     invocation = parse(make_rankings(hardware), arguments)
     if invocation.resume:
         raise ConfigError("--resume: rankings are made in one go. Leave it out.")
-    console = Console()
+    console = PlainConsole()
     with as_config_error():
         config, model_directory, prompts = prepare(invocation.config, hardware)
     for notice in prompts.notices:
@@ -79,7 +81,7 @@ def _run(arguments: Sequence[str], hardware: Hardware) -> int:
         f"{len(prompts.train)} problems x {samples} samples into {config.output}", highlight=False
     )
     if invocation.dry_run:
-        print(dump_yaml(config))
+        print(shown(dump_yaml(config)))
         return 0
     asyncio.run(_make(config, model_directory, prompts, console))
     return 0

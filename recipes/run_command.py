@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
@@ -24,6 +25,7 @@ from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.errors import as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.run_log import HeldLog, log_to
+from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,6 +135,8 @@ def run_command(
 def exit_with_code_of(run: Callable[[], int], *, continued: str) -> NoReturn:
     """Exit with the code that `run` returns, 0 after help, 130 if interrupted, 2 if refused.
 
+    After any other error it prints the traceback and exits with 1.
+
     Args:
         continued: what --resume continues after an interrupt.
     """
@@ -149,22 +153,25 @@ def exit_with_code_of(run: Callable[[], int], *, continued: str) -> NoReturn:
         code = 130
     except ConfigError as error:
         lines = str(error).splitlines()
-        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+        print(shown("\n".join(f"error: {line}" for line in lines)), file=sys.stderr)
         code = 2
+    except Exception:
+        print(shown(traceback.format_exc()), file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 
 def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
+    from rlsys.run.observers.plain_console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     with as_config_error():  # preparation only checks input
         prepared = prepare(invocation, hardware, console)
     if prepared is None:
         return 0
     if invocation.dry_run:
-        print(prepared.plan)
+        print(shown(prepared.plan))
         _print_start(prepared, console)
         return 0
 

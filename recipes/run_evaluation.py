@@ -26,6 +26,7 @@ from rlsys.config.errors import Mistakes, as_config_error
 from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.run_log import log_to
+from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,13 +60,13 @@ def run_evaluation(recipe: EvaluationRecipe, arguments: Sequence[str] | None = N
 
 def _run(invocation: Invocation[EvaluationRunConfig], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
+    from rlsys.run.observers.plain_console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     with as_config_error():  # preparation only checks input
         prepared = _prepare(invocation, hardware)
     if invocation.dry_run:
-        print(f"{dump_yaml(prepared.config)}\n{_plan(prepared, hardware)}")
+        print(shown(f"{dump_yaml(prepared.config)}\n{_plan(prepared, hardware)}"))
         _print_start(prepared, console)
         return 0
 

@@ -30,6 +30,7 @@ from rlsys.config.expert_grid import (
 )
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,16 +113,15 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(invocation: Invocation[ExpertGridConfig], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
-
     from rlsys.run.directory import RunDirectory
+    from rlsys.run.observers.plain_console import PlainConsole
 
-    console, config = Console(), invocation.config
+    console, config = PlainConsole(), invocation.config
     directory = RunDirectory.named_by(config)
     with as_config_error():
         runs = _prepare(invocation, directory, hardware)
     if invocation.dry_run:
-        print(dump_yaml(config))
+        print(shown(dump_yaml(config)))
         _describe(runs, console)
         return 0
 

@@ -34,6 +34,7 @@ from rlsys.config.rlhf import (
     with_shared_fields,
     with_values,
 )
+from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,14 +65,14 @@ def run_rlhf(
 
 def _run(invocation: Invocation[RlhfRunConfig], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
+    from rlsys.run.observers.plain_console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     with as_config_error():  # preparation only checks input
         prepared = _prepare(invocation, hardware, console)
     _print_checks(prepared, console)
     if invocation.dry_run:
-        print(f"{dump_yaml(prepared.config)}\n{_plan(prepared)}")
+        print(shown(f"{dump_yaml(prepared.config)}\n{_plan(prepared)}"))
         return 0
     return _run_stages(prepared, console)
 

@@ -7,21 +7,33 @@ itself blocks SIGINT.
 Therefore this process must also stop them. Ray would send SIGTERM to its daemons, which they do not
 receive, and SIGKILL a second later, one daemon after the other; the daemons could not stop their
 own workers.
+
+Nobody else can use this Ray: all that it opens for the run listens on the loopback address, it asks
+for a token, and its token and its folder are for their owner alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import psutil
 import ray
+import ray._private.ray_constants
 import ray._private.utils
+import ray._private.worker
+from ray._private.authentication.authentication_token_generator import (
+    generate_new_authentication_token,
+)
+
+logger = logging.getLogger(__name__)
 
 # Daemons that the driver needs until it has left; `ray.shutdown` stops them.
 STOPPED_BY_RAY = ("raylet", "gcs_server")
@@ -46,8 +58,10 @@ class LocalRay:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
         earlier = set(psutil.Process().children())
-        with _sigterm_held_back():
+        protect_token()
+        with _sigterm_held_back(), _on_loopback():
             ray.init(address="local", include_dashboard=False, **settings)
+            _close_session_folder()
             self._daemons = set(psutil.Process().children()) - earlier
 
     def stop(self) -> None:
@@ -71,6 +85,61 @@ def interrupt_on_sigterm() -> None:
     """Handle SIGTERM like Ctrl-C from now on."""
     # The handler that `ray.init` installs aborts the process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def protect_token() -> None:
+    """Let Ray ask for a token that no other user of this machine can read.
+
+    Ray reads it from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH, or from ~/.ray/auth_token.
+    It would make the last one readable for everybody. RAY_AUTH_MODE=disabled is respected.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        logger.warning("RAY_AUTH_MODE is not token: who reaches this Ray's ports runs code")
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+
+    file = Path.home() / ".ray" / "auth_token"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(generate_new_authentication_token())
+        file.chmod(0o600)
+    except OSError as error:
+        logger.info("ray: a token for this run only, since %s (%s)", file, error.strerror)
+        os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
+
+
+def _close_session_folder() -> None:
+    """Keep other users out of the folder with Ray's sockets, logs and run-time packages.
+
+    Ray lets everybody write there.
+    """
+    node = ray._private.worker._global_node
+    assert node is not None, "Ray has started"
+    Path(node.get_session_dir_path()).chmod(0o700)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make a Ray that is started inside the context listen on the loopback address.
+
+    Ray itself does so on macOS and Windows. Elsewhere it takes the address of the machine, also
+    where `ray.init` is given the one of the loopback.
+    """
+    constants = ray._private.ray_constants
+    variable = constants.ENABLE_RAY_CLUSTERS_ENV_VAR  # for the processes that Ray starts
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"
+    try:
+        with mock.patch.object(constants, "ENABLE_RAY_CLUSTER", False):
+            yield
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
 
 
 @contextmanager

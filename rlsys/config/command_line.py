@@ -28,6 +28,7 @@ from rlsys.config.presets import preset_called
 from rlsys.config.renamed_fields import REMOVED_FIELDS, refuse_old_names, translated
 from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig
 from rlsys.config.run import RunConfig
+from rlsys.config.secrets import refuse_secrets
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -108,10 +109,16 @@ def parse(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     """Apply the command line to a recipe's configuration, or with --resume to that of the run.
 
     Raises:
-        ConfigError: unknown flag or field, unreadable file, invalid value, no run to resume; a line
-            for each mistake.
+        ConfigError: unknown flag or field, unreadable file, invalid value, a secret, no run to
+            resume; a line for each mistake.
         HelpRequested: --help.
     """
+    invocation = _parsed(recipe, arguments)
+    refuse_secrets(invocation.config)
+    return invocation
+
+
+def _parsed(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     if "--help" in arguments or "-h" in arguments:
         raise HelpRequested(help_text(_chosen(recipe, arguments), SWITCHES))
 

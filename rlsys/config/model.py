@@ -24,5 +24,7 @@ class ModelConfig(Section):
         "installed, else sdpa.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Allow Python code that comes with a Hub model to run."
+        default=False,
+        description="Run the Python code that comes with a model or its tokenizer, with your "
+        "rights, in every process that loads it. Read the code first.",
     )

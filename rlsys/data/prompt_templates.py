@@ -32,6 +32,7 @@ from typing import Any
 
 import jinja2
 import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import DataConfig
@@ -126,7 +127,10 @@ def _check_source(template: str, source: str) -> None:
 
 
 def _compiled(source: str) -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    # A template from elsewhere has no access to Python, as the chat templates of transformers.
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
     return environment.from_string(source)
 
 

@@ -9,6 +9,7 @@ and returns either. Values and returns are there where a critic runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +83,17 @@ def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
     return {
         "batch_id": pa.array([rollouts.batch_id] * len(rollouts)),
         "group_id": pa.array(rollouts.group_ids),
-        "problem_id": pa.array([prompt.problem_id for prompt in prompts]),
-        "prompt": pa.array([prompt.text for prompt in prompts]),
-        "response": pa.array(rollouts.response_texts),
-        "ground_truth": pa.array([prompt.ground_truth for prompt in prompts]),
+        "problem_id": _texts([prompt.problem_id for prompt in prompts]),
+        "prompt": _texts([prompt.text for prompt in prompts]),
+        "response": _texts(rollouts.response_texts),
+        "ground_truth": _texts([prompt.ground_truth for prompt in prompts]),
         "metadata": pa.array([json.dumps(prompt.metadata, default=str) for prompt in prompts]),
-        "extracted_answer": pa.array(rewards.extracted_answers),
+        "extracted_answer": _texts(rewards.extracted_answers),
         "reward": pa.array(rewards.rewards),
         "accuracy": pa.array(rewards.accuracies),
         "correct": _correct(rewards),
-        "reason": pa.array(rewards.reasons),
-        "failure": pa.array(_failures(rewards)),
+        "reason": _texts(rewards.reasons),
+        "failure": _texts(_failures(rewards)),
         **{f"reward_{name}": pa.array(values) for name, values in rewards.components.items()},
         **_step_columns(rewards),
         "stop_reason": pa.array(
@@ -104,6 +105,11 @@ def sample_columns(batch: ScoredBatch) -> dict[str, pa.Array]:
         "response_mask": _ragged(offsets, rollouts.response_mask),
         "rollout_logprobs": _ragged(offsets, rollouts.rollout_logprobs),
     }
+
+
+def _texts(values: Sequence[str]) -> pa.Array:
+    """Return texts with escapes for lone surrogates, which Parquet cannot hold."""
+    return pa.array([text.encode(errors="backslashreplace").decode() for text in values])
 
 
 def _step_columns(rewards: RewardBatch) -> dict[str, pa.Array]:

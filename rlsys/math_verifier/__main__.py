@@ -103,8 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         matrix_products=options.matrix_products,
     )
     for name, value in asdict(verdict).items():
-        print(f"{name.replace('_', ' '):12} {value}")
+        print(f"{name.replace('_', ' '):12} {_printable(str(value))}")
     return 0 if verdict.score == 1.0 else 1
+
+
+def _printable(text: str) -> str:
+    """Return a text with escapes for what would act on a terminal."""
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
 
 
 def score_file(options: argparse.Namespace) -> int:
@@ -219,10 +224,10 @@ def compare(before: Path, after: Path) -> int:
     for i, old, new in different:
         cells = [str(i), str(new.get("answer")), str(new.get("ground_truth"))]
         cells += [f"{row['score']:g} {row.get('rule')}: {row.get('reason')}" for row in (old, new)]
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*map(_printable, cells))
 
     if different:
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     gained = sum(new["score"] > old["score"] for _, old, new in different)
     lost = len(different) - gained
     print(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config import RewardFunctionConfig
+from rlsys.config.secrets import redacted
 from rlsys.rewards.records import RewardInput, RewardResult
 from rlsys.rewards.registry import Call, call_of, get_reward_function, reward_hooks
 
@@ -149,8 +150,8 @@ def _failure(error: BaseException, message: str) -> FunctionFailure:
     text = "".join(traceback.format_exception(type(error), error, shown))
     return FunctionFailure(
         kind="error",
-        message=" ".join(message.split())[:MAX_MESSAGE_CHARACTERS],
-        traceback=text[-MAX_TRACEBACK_CHARACTERS:] if shown is not None else "",
+        message=redacted(" ".join(message.split()))[:MAX_MESSAGE_CHARACTERS],
+        traceback=redacted(text)[-MAX_TRACEBACK_CHARACTERS:] if shown is not None else "",
     )
 
 

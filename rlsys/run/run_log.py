@@ -1,10 +1,19 @@
-"""run.log: all messages of Python's logging during a run."""
+"""run.log: all messages of Python's logging during a run, without secrets."""
 
 from __future__ import annotations
 
 import logging
 from logging.handlers import MemoryHandler
 from pathlib import Path
+
+from rlsys.run.shown_text import shown
+
+
+class ShownFormatter(logging.Formatter):
+    """A formatter of messages and tracebacks as people see them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class HeldLog(MemoryHandler):
@@ -14,8 +23,8 @@ class HeldLog(MemoryHandler):
     """
 
     def __init__(self, path: Path, *, held: bool) -> None:
-        file = logging.FileHandler(path, delay=held)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file = logging.FileHandler(path, delay=held, encoding="utf-8")
+        file.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         super().__init__(capacity=0, target=file, flushOnClose=False)
         self._held = held
 

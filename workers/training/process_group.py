@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,9 +20,20 @@ def open_rendezvous(host: str, world_size: int) -> TCPStore:
     """Open the store at which the ranks meet, on a free port of `host`; rank 0 keeps it.
 
     The port is bound once and stays bound: one that was only looked up could be taken by another
-    process before the ranks meet.
+    process before the ranks meet. It is bound to the address `host` alone, where torch would listen
+    on all addresses of the machine.
     """
-    return TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_process_group(
@@ -36,6 +48,9 @@ def join_process_group(
     if store is None:
         host, _, port = address.rpartition(":")
         store = TCPStore(host, int(port), world_size, is_master=False)
+
+    if address.startswith("127."):  # all ranks are on this machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
     on_gpu = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rlsys.run.shown_text import visible
+
 WIDTH, HEIGHT = 420, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
 COLOURS = 7  # styles of lines and bars in the page's CSS
@@ -468,7 +470,9 @@ def _break_sign(frame: _Frame, x: float, width: float) -> str:
 def _figure(
     title: str, legend: str, body: str, data: Sequence[Mapping[str, Any]], at: str = "step {}"
 ) -> str:
-    points = html.escape(json.dumps(data, allow_nan=False), quote=True)
+    # The page's script shows what JSON.parse returns, so that JSON's own escapes do not help.
+    labelled = [{**line, "label": visible(line["label"])} for line in data]
+    points = html.escape(json.dumps(labelled, allow_nan=False), quote=True)
     name = html.escape(title)
     cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
     return (

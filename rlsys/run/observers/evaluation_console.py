@@ -30,6 +30,7 @@ from rlsys.run.observers.evaluation_text import (
     title_of,
     with_interval,
 )
+from rlsys.run.shown_text import visible
 
 LETTERS = "AB"
 LINES = 10  # of progress for each model, where there is no live display
@@ -44,12 +45,12 @@ class EvaluationProgress:
         self._display = None
         if live and console.is_terminal:
             self._display = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
                 transient=True,
             )
@@ -139,7 +140,7 @@ def _main_table(results: EvaluationResults) -> Table:
     table = Table()
     table.add_column("")
     for name in _short_names(results):
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(visible(name)), overflow="fold")
     comparison = results.comparison
     if comparison is not None:
         table.add_column("B - A")
@@ -173,15 +174,15 @@ def _in_two_lines(cell: str) -> str:
 def _breakdown_table(results: EvaluationResults, column: str) -> Table:
     """Return accuracy, pass@k and majority@k of one model, or the accuracies of two."""
     names = broken_down(results) if len(results.models) == 1 else ["accuracy"]
-    table = Table(title=Text(f"by {column}"), title_justify="left")
-    table.add_column(Text(column), overflow="fold")
+    table = Table(title=Text(visible(f"by {column}")), title_justify="left")
+    table.add_column(Text(visible(column)), overflow="fold")
     table.add_column("prompts", justify="right")
     for head in breakdown_heads(results, names, _short_names(results)):
-        table.add_column(Text(head), overflow="fold")
+        table.add_column(Text(visible(head)), overflow="fold")
     for value, prompts, cells in breakdown_rows(results, column, names):
         if results.comparison is not None:
             cells = [_in_two_lines(cell) for cell in cells]
-        table.add_row(Text(value), str(prompts), *map(Text, cells))
+        table.add_row(Text(visible(value)), str(prompts), *map(Text, cells))
     return table
 
 

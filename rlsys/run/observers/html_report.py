@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import jinja2
 import yaml
 
 from rlsys.config.command_line import flat
+from rlsys.config.secrets import VARIABLE
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.charts import format_number
@@ -28,6 +30,7 @@ from rlsys.run.observers.observer import Observer, Outcome
 from rlsys.run.observers.run_charts import charts_of
 from rlsys.run.observers.run_status import RunStatus, read_status
 from rlsys.run.observers.run_summary import RunSummary, run_summary
+from rlsys.run.shown_text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ def render_report(directory: RunDirectory) -> str:
     """Return the page."""
     records = read_metrics(directory.metrics)
     summary = run_summary(records)
-    config = yaml.safe_load(directory.config.read_text())
+    config = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
     status, now = read_status(directory), time.time()
     return render_page(
         "report_template.html",
@@ -143,10 +146,19 @@ def render_report(directory: RunDirectory) -> str:
 def render_page(template: str, **values: Any) -> str:
     """Return a page with the common style, and the script for values under the pointer.
 
-    All values are escaped, but for those that the template marks as safe.
+    All values are escaped, but for those that the template marks as safe: style, script and charts.
+    All are shown without secrets and without characters that act on the display.
     """
+    secrets = {name: value for name, value in os.environ.items() if VARIABLE.search(name)}
+
+    def finalize(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return type(value)(shown(value, secrets))
+
     environment = jinja2.Environment(
         autoescape=True,
+        finalize=finalize,
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(TEMPLATES),
     )

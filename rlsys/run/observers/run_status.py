@@ -18,6 +18,7 @@ import psutil
 
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
+from rlsys.run.shown_text import shown
 
 State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
 
@@ -94,7 +95,7 @@ class StatusWriter(Observer):
     def fail(self, message: str) -> None:
         """Write that the run failed, unless its end was written already."""
         if not self._status.is_over:
-            self._change(state="failed", message=message)
+            self._change(state="failed", message=shown(message))
 
     def _change(self, **fields: object) -> None:
         changed = {"time": time.time(), **fields}
@@ -114,4 +115,4 @@ class StatusWriter(Observer):
         self._change(step=step)
 
     def on_end(self, outcome: Outcome, message: str) -> None:
-        self._change(state=outcome, message=message)
+        self._change(state=outcome, message=shown(message))

@@ -36,7 +36,8 @@ CPU_BLOCK_TOKENS = 32
 
 def _prepare_environment(config: RunConfig) -> None:
     """Set the environment variables that vLLM reads when it is imported."""
-    # The engine runs in this process, so that weights can be passed by reference.
+    # The engine runs in this process, so that weights can be passed by reference and functions need
+    # no VLLM_ALLOW_INSECURE_SERIALIZATION.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
     cache_gib = max(1, round(config.generation.kv_cache_gib))
@@ -48,8 +49,6 @@ def _prepare_environment(config: RunConfig) -> None:
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        # `apply_model` serializes functions; all of them are from this module.
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
