@@ -1,24 +1,21 @@
-"""Loading the parts of a resolved model directory."""
+"""Loading the parts of a resolved model directory.
+
+transformers takes seconds to import, and some actors need only small parts of this module; so it is
+imported inside of the functions.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any
 
 from rlsys.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class UnsupportedModelError(ConfigError):
@@ -29,6 +26,8 @@ def load_tokenizer(
     directory: Path | str, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
@@ -42,6 +41,8 @@ def load_causal_lm(
             for models that need it: torch's kernel would leave out their attention softcap or
             sinks.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
     def load(kernel: str) -> PreTrainedModel:
@@ -90,6 +91,8 @@ def check_architecture(
         ValueError: not a causal language model, remote code that is not allowed, quantized weights,
             or position encodings that change with the length of a sequence.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     facts = json.loads((Path(directory) / "config.json").read_text())
     kind = facts.get("model_type")
     remote = "AutoModelForCausalLM" in facts.get("auto_map", {})
@@ -179,6 +182,8 @@ def longest_window(directory: Path | str, *, trust_remote_code: bool = False) ->
 
     None: no layer has a window.
     """
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     windows = [

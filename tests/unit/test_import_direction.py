@@ -133,3 +133,20 @@ def test_the_command_line_loads_nothing_heavy(statement: str):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("workers.reward_worker", ("torch", "transformers")),
+        ("workers.advantage_controller", ("transformers", "torch._dynamo")),
+        ("workers.generation.worker", ("transformers", "torch._dynamo")),
+    ],
+)
+def test_an_actor_loads_only_what_it_works_with(module: str, heavy: tuple[str, ...]):
+    """Each process of a run imports for itself, which is most of the time of its start."""
+    script = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
