@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# The tables of transformers that answer for all types of models take as long to import as the
+# models. These are rows of theirs, so that a driver, which loads no model, need not wait for them.
+CAUSAL_LMS = frozenset({"gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
+TOKENIZERS_AS_SAVED = frozenset({"llama"})  # whose saved class AutoTokenizer takes as it is
+
 
 class UnsupportedModelError(ConfigError):
     """A model that cannot be trained correctly, as detected when it was loaded or tried."""
@@ -26,9 +31,30 @@ def load_tokenizer(
     directory: Path | str, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory."""
+    if _is_saved_as_backend(Path(directory)):
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend.from_pretrained(directory)
+
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def _is_saved_as_backend(directory: Path) -> bool:
+    """Return whether the tokenizer is certainly one that tokenizer.json describes alone."""
+    files = (directory / "config.json", directory / "tokenizer_config.json")
+    if not all(file.is_file() for file in (*files, directory / "tokenizer.json")):
+        return False
+    try:
+        model, tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        return (
+            model.get("model_type") in TOKENIZERS_AS_SAVED
+            and tokenizer.get("tokenizer_class") == "TokenizersBackend"
+            and "auto_map" not in {**model, **tokenizer}
+        )
+    except (ValueError, AttributeError):  # AutoTokenizer says what is wrong
+        return False
 
 
 def load_causal_lm(
@@ -91,17 +117,16 @@ def check_architecture(
         ValueError: not a causal language model, remote code that is not allowed, quantized weights,
             or position encodings that change with the length of a sequence.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     facts = json.loads((Path(directory) / "config.json").read_text())
     kind = facts.get("model_type")
     remote = "AutoModelForCausalLM" in facts.get("auto_map", {})
-    if remote and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+    local = _is_causal_lm(kind)
+    if remote and not local and not trust_remote_code:
         raise ValueError(
             f"{field}: a model of type {kind!r} runs Python code that comes with it. Read the code "
             f"in {directory}, then set model.trust_remote_code true."
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+    if not local and not remote:
         raise ValueError(
             f"{field}: transformers has no causal language model of type {kind!r}. Choose a "
             "decoder such as Llama, Qwen or Mistral."
@@ -113,6 +138,15 @@ def check_architecture(
             "trained. Choose the model in float32 or bfloat16."
         )
     _check_rope(facts.get("text_config", facts), field=field, longest=longest)
+
+
+def _is_causal_lm(kind: str | None) -> bool:
+    """Return whether transformers has a causal language model of this type."""
+    if kind in CAUSAL_LMS:
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:

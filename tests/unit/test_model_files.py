@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlsys.models import resolve_model
 from rlsys.models.checkpoint_names import from_checkpoint, names_without_mapping, to_checkpoint
 from rlsys.models.loading import (
+    CAUSAL_LMS,
     context_length,
     end_token_ids,
     load_tokenizer,
@@ -186,3 +190,39 @@ def test_trust_reaches_the_tokenizer(tmp_path: Path):
     assert tokenizer.mine
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_tokenizer(tmp_path)
+
+
+def test_rows_of_the_tables_of_transformers_are_in_them():
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) >= CAUSAL_LMS
+
+
+@pytest.mark.parametrize("changed", [{}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(changed: dict, tmp_path: Path):
+    shutil.copytree(resolve_model("tiny"), tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+    chosen = AutoTokenizer.from_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(tmp_path / "model")
+    assert type(loaded) is type(chosen)
+    text = "Problem: Ann has 3.\n<|im_end|> \\boxed{4}"
+    assert loaded(text)["input_ids"] == chosen(text)["input_ids"]
+    assert loaded.special_tokens_map == chosen.special_tokens_map
+    assert loaded.chat_template == chosen.chat_template
+
+
+def test_a_tokenizer_loads_without_models():
+    """A driver tokenizes the prompts; importing models would take it seconds."""
+    script = (
+        "import sys\n"
+        "from rlsys.models import resolve_model\n"
+        "from rlsys.models.loading import load_tokenizer, longest_window, check_architecture\n"
+        "directory = resolve_model('tiny')\n"
+        "load_tokenizer(directory)\n"
+        "longest_window(directory)\n"
+        "check_architecture(directory, field='', longest=9, trust_remote_code=False)\n"
+        "print([m for m in ('torch', 'transformers.modeling_utils') if m in sys.modules])"
+    )
+    resolve_model("tiny")  # building it takes torch
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
