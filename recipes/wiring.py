@@ -132,7 +132,7 @@ async def start_workers(
     critic = CriticGroup(critic_actors) if critic_actors else None
     optional = [group for group in (reference, critic, reward_model) if group]
 
-    for note in await _set_up(cluster, [policy, *optional]):
+    for note in await set_up_models(cluster, [policy, *optional]):
         notify(note)
     if reference and config.algorithm.kl.estimator == "exact":
         await policy.load_reference_head(directories.reference)
@@ -189,7 +189,7 @@ async def start_offline_workers(
     trained = kind.group(trained_actors)
     reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
     groups = [trained, reference] if reference else [trained]
-    for note in await _set_up(cluster, groups):
+    for note in await set_up_models(cluster, groups):
         notify(note)
     optional = [reference] if reference else []
     if problems is None:
@@ -261,7 +261,7 @@ OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
 }
 
 
-async def _set_up(cluster: Cluster, groups: Sequence[RankGroup]) -> list[str]:
+async def set_up_models(cluster: Cluster, groups: Sequence[RankGroup]) -> list[str]:
     """Wait for all actors, set up the models of `groups`, and return notes for the user.
 
     Models are set up while engines start, except on GPUs that both use: an engine measures the
@@ -275,8 +275,8 @@ async def _set_up(cluster: Cluster, groups: Sequence[RankGroup]) -> list[str]:
         await cluster.wait_until_ready(group.workers)
         return await group.setup()
 
-    ready = cluster.wait_until_ready()
-    _, *notes = await asyncio.gather(ready, *(set_up(group) for group in groups))
+    models = asyncio.gather(*(set_up(group) for group in groups))
+    _, notes = await asyncio.gather(cluster.wait_until_ready(), models)
     return list(itertools.chain.from_iterable(notes))
 
 
