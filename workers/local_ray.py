@@ -35,7 +35,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 @contextmanager
-def _needed_processes_only() -> Iterator[None]:
+def needed_processes_only() -> Iterator[None]:
     """Leave out processes of a Ray started inside of the context that no run on one machine needs.
 
     Each imports Ray for a second of CPU time, and `ray.init` waits for most of them: the monitor
@@ -65,7 +65,7 @@ class LocalRay:
     def __init__(self) -> None:
         self._daemons: set[psutil.Process] = set()
 
-    @_needed_processes_only()
+    @needed_processes_only()
     def start(self, **settings: Any) -> None:
         """Start Ray with `ray.init(address="local", **settings)`.
 
