@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # The tables of transformers that answer for all types of models take as long to import as the
 # models. These are rows of theirs, so that a driver, which loads no model, need not wait for them.
 CAUSAL_LMS = frozenset({"gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
-TOKENIZERS_AS_SAVED = frozenset({"llama"})  # whose saved class AutoTokenizer takes as it is
+# Of these AutoTokenizer takes the saved class as it is, and config.json alone tells of windows.
+PLAIN_TYPES = frozenset({"llama"})
 
 
 class UnsupportedModelError(ConfigError):
@@ -49,7 +50,7 @@ def _is_saved_as_backend(directory: Path) -> bool:
     try:
         model, tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files)
         return (
-            model.get("model_type") in TOKENIZERS_AS_SAVED
+            model.get("model_type") in PLAIN_TYPES
             and tokenizer.get("tokenizer_class") == "TokenizersBackend"
             and "auto_map" not in {**model, **tokenizer}
         )
@@ -216,14 +217,15 @@ def longest_window(directory: Path | str, *, trust_remote_code: bool = False) ->
 
     None: no layer has a window.
     """
-    from transformers import AutoConfig
+    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
+    facts = json.loads((Path(directory) / "config.json").read_text())
+    if facts.get("model_type") in PLAIN_TYPES and "auto_map" not in facts:
+        windows = [facts.get(name) for name in names]
+    else:
+        from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    windows = [
-        getattr(text, name, None)
-        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
-    ]
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        windows = [getattr(config.get_text_config(), name, None) for name in names]
     return max((window for window in windows if isinstance(window, int)), default=None)
 
 

@@ -211,18 +211,20 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(changed: dict, tmp_p
     assert loaded.chat_template == chosen.chat_template
 
 
-def test_a_tokenizer_loads_without_models():
-    """A driver tokenizes the prompts; importing models would take it seconds."""
+def test_the_checks_of_a_run_load_no_models():
+    """The driver tokenizes the prompts, and importing models as well would take it seconds."""
     script = (
         "import sys\n"
-        "from rlsys.models import resolve_model\n"
-        "from rlsys.models.loading import load_tokenizer, longest_window, check_architecture\n"
-        "directory = resolve_model('tiny')\n"
-        "load_tokenizer(directory)\n"
-        "longest_window(directory)\n"
-        "check_architecture(directory, field='', longest=9, trust_remote_code=False)\n"
-        "print([m for m in ('torch._dynamo', 'transformers.modeling_utils') if m in sys.modules])"
+        "from recipes.grpo_math import on_cpu\n"
+        "from recipes.run_recipe import run_recipe\n"
+        "try:\n"
+        "    run_recipe(on_cpu, ['--model.path', 'tiny', '--dry-run'])\n"
+        "finally:\n"
+        "    heavy = ('torch._dynamo', 'transformers.modeling_utils')\n"
+        "    print('loaded:', [name for name in heavy if name in sys.modules])"
     )
-    resolve_model("tiny")  # building it takes torch
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    resolve_model("tiny")  # building it takes its classes
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("loaded: []\n")
