@@ -56,6 +56,7 @@ from workers.training.rank_group import (
     ExampleReferenceGroup,
     OfflineGroup,
     PolicyGroup,
+    RankGroup,
     ReferenceGroup,
     RewardModelGroup,
     ScoringGroup,
@@ -121,7 +122,6 @@ async def start_workers(
         scoring_actors = _spawn_ranks(
             cluster, scoring_worker(config), config, role, directory, shares="policy"
         )
-    await cluster.wait_until_ready()
 
     policy = PolicyGroup(policy_actors)
     generator = GenerationGroup(generation_actors)
@@ -132,8 +132,7 @@ async def start_workers(
     critic = CriticGroup(critic_actors) if critic_actors else None
     optional = [group for group in (reference, critic, reward_model) if group]
 
-    setups = await asyncio.gather(policy.setup(), *(group.setup() for group in optional))
-    for note in itertools.chain.from_iterable(setups):
+    for note in await set_up_models(cluster, [policy, *optional]):
         notify(note)
     if reference and config.algorithm.kl.estimator == "exact":
         await policy.load_reference_head(directories.reference)
@@ -186,14 +185,12 @@ async def start_offline_workers(
             for i in range(online.generation.workers)
         ]
         reward_actor = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
-    await cluster.wait_until_ready()
 
     trained = kind.group(trained_actors)
     reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
     groups = [trained, reference] if reference else [trained]
-    for notes in await asyncio.gather(*(group.setup() for group in groups)):
-        for note in notes:
-            notify(note)
+    for note in await set_up_models(cluster, groups):
+        notify(note)
     optional = [reference] if reference else []
     if problems is None:
         return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
@@ -262,6 +259,25 @@ OFFLINE_KINDS: Mapping[type[OfflineRunConfig], OfflineKind] = {
     ExpertIterationRunConfig: OfflineKind(ExpertIterationWorker),
     ProcessRewardModelRunConfig: OfflineKind(ProcessRewardModelWorker),
 }
+
+
+async def set_up_models(cluster: Cluster, groups: Sequence[RankGroup]) -> list[str]:
+    """Wait for all actors, set up the models of `groups`, and return notes for the user.
+
+    Models are set up while engines start, except on GPUs that both use: an engine measures the
+    memory that is free when it starts.
+    """
+    if any(0 < bundle.gpus < 1 for bundle in cluster.bundles):
+        await cluster.wait_until_ready()
+
+    async def set_up(group: RankGroup) -> tuple[str, ...]:
+        # Without one of the ranks the others would wait for it in vain.
+        await cluster.wait_until_ready(group.workers)
+        return await group.setup()
+
+    models = asyncio.gather(*(set_up(group) for group in groups))
+    _, notes = await asyncio.gather(cluster.wait_until_ready(), models)
+    return list(itertools.chain.from_iterable(notes))
 
 
 def _spawn_ranks(

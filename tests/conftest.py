@@ -20,12 +20,15 @@ def ray_cluster() -> Iterator[None]:
     """Start a real local Ray, shared by the tests of one session."""
     import ray
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=512 * 1024**2,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    from workers.local_ray import needed_processes_only
+
+    with needed_processes_only():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=512 * 1024**2,
+            log_to_driver=False,
+            configure_logging=False,
+        )
     yield
     ray.shutdown()

@@ -198,8 +198,8 @@ class Cluster:
                 return position
         return None
 
-    async def wait_until_ready(self) -> None:
-        """Wait until every actor spawned so far has been constructed.
+    async def wait_until_ready(self, actors: Collection[Any] | None = None) -> None:
+        """Wait until `actors`, or every actor spawned so far, have been constructed.
 
         Raises:
             RuntimeError: the first failure, with the actor's name.
@@ -212,7 +212,12 @@ class Cluster:
             except RayError as error:
                 raise RuntimeError(f"actor {name} did not start: {error}") from error
 
-        await asyncio.gather(*(ready(name, actor) for name, actor in self.actors.items()))
+        awaited = {
+            name: actor
+            for name, actor in self.actors.items()
+            if actors is None or any(actor is one for one in actors)
+        }
+        await asyncio.gather(*(ready(name, actor) for name, actor in awaited.items()))
 
     def stop(self, role: str) -> None:
         """Kill the actors of a role; their places in the reservation become free."""

@@ -26,7 +26,9 @@ from unittest import mock
 
 import psutil
 import ray
+import ray._private.node
 import ray._private.ray_constants
+import ray._private.services
 import ray._private.utils
 import ray._private.worker
 from ray._private.authentication.authentication_token_generator import (
@@ -37,8 +39,36 @@ logger = logging.getLogger(__name__)
 
 # Daemons that the driver needs until it has left; `ray.shutdown` stops them.
 STOPPED_BY_RAY = ("raylet", "gcs_server")
+# By default Ray starts a process per core that waits for work, and `ray.init` waits for them.
+# Actors with environment variables, such as those of a run, cannot use them.
+PRESTARTED = ("RAY_enable_worker_prestart", "RAY_prestart_worker_first_driver")
 # A constant of Linux, from <linux/prctl.h>.
 PR_SET_CHILD_SUBREAPER = 36
+
+
+@contextmanager
+def needed_processes_only() -> Iterator[None]:
+    """Leave out processes of a Ray started inside of the context that no run on one machine needs.
+
+    Each imports Ray for a second of CPU time, and `ray.init` waits for most of them: the monitor
+    (it asks an autoscaler for nodes), the log monitor (the logs are not sent to the driver), the
+    server of the dashboard (there is no dashboard), and workers for tasks.
+    """
+    for name in PRESTARTED:
+        os.environ.setdefault(name, "0")
+
+    def start_nothing(_: ray._private.node.Node) -> None: ...
+
+    # What `ray.init` has no arguments for. No address and no process: what Ray itself continues
+    # with where the server of the dashboard does not start.
+    without_server = mock.patch.object(
+        ray._private.services, "start_api_server", return_value=("", None)
+    )
+    without_monitors = mock.patch.multiple(
+        ray._private.node.Node, start_monitor=start_nothing, start_log_monitor=start_nothing
+    )
+    with without_server, without_monitors:
+        yield
 
 
 class LocalRay:
@@ -47,6 +77,7 @@ class LocalRay:
     def __init__(self) -> None:
         self._daemons: set[psutil.Process] = set()
 
+    @needed_processes_only()
     def start(self, **settings: Any) -> None:
         """Start Ray with `ray.init(address="local", **settings)`.
 

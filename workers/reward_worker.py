@@ -9,13 +9,12 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 from ray.exceptions import RayError
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RewardConfig, RunConfig
 from rlsys.data.batches import (
@@ -50,6 +49,9 @@ from rlsys.rewards.scoring import (
     outcome_of_steps,
 )
 from rlsys.rewards.steps import tokens_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0

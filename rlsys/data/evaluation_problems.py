@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config.evaluation_run import EvaluationRunConfig
 from rlsys.data.batches import PromptBatch
@@ -20,6 +20,9 @@ from rlsys.data.prompt_stream import (
 )
 from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
 from rlsys.data.synthetic_problems import generate_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.data.examples import Demonstration, PlainText, Ranking, StepLabels
 from rlsys.data.problems import ChatMessage, Problem
 from rlsys.data.prompt_templates import PromptRenderer, beginning_tokens
 from rlsys.data.response_text import text_after_each_token
 from rlsys.data.sequences import TokenSequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_STEP = -1  # the label of a token at which no step ends
 

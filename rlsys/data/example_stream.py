@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config.offline import (
     DemonstrationDataConfig,
@@ -47,6 +46,9 @@ from rlsys.data.sequences import TokenSequences
 from rlsys.data.synthetic_problems import SolvedProblem, generate_solved_problems
 from rlsys.data.synthetic_rankings import generated_rankings
 from rlsys.data.synthetic_steps import generated_step_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

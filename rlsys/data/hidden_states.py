@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class HiddenStates:
     @staticmethod
     def of(batch_id: int, positions: NDArray[np.int64], states: Tensor) -> HiddenStates:
         """Return the record of `states` [k, d]."""
+        import torch
+
         bits = states.view(torch.int16) if states.dtype == torch.bfloat16 else states
         return HiddenStates(
             batch_id=batch_id,
@@ -47,6 +50,8 @@ class JoinedStates:
             ranks: None is the part of a rank without rows.
             num_tokens: N, the tokens of the batch.
         """
+        import torch
+
         parts = [part for part in ranks if part is not None]
         positions = np.concatenate([part.positions for part in parts])
         bits = np.concatenate([part.states for part in parts])
@@ -56,6 +61,8 @@ class JoinedStates:
 
     def take(self, positions: NDArray[np.int64]) -> Tensor:
         """Return [m, d] the states at `positions` [m], on the CPU."""
+        import torch
+
         index = self._index[positions]
         assert (index >= 0).all(), "a sampled token has no hidden state"
         return self._states[torch.from_numpy(index)]

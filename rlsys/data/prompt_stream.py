@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import DataConfig, RunConfig
 from rlsys.data.batches import Prompt, PromptBatch
@@ -17,6 +16,9 @@ from rlsys.data.problems import Problem, problems_digest
 from rlsys.data.prompt_templates import PromptRenderer, check_template_takes
 from rlsys.data.readers import check_sources, read_problems
 from rlsys.data.synthetic_problems import generate_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class PromptStream:

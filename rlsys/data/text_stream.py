@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlsys.config import PtxConfig, RunConfig
 from rlsys.data.example_encoding import EncodedExample, ExampleEncoder
@@ -14,6 +13,9 @@ from rlsys.data.example_stream import ExampleBatch, ExampleStream
 from rlsys.data.examples import PlainText, examples_digest
 from rlsys.data.held_out import hold_out_by
 from rlsys.data.synthetic_texts import synthetic_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

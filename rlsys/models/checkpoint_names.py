@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def to_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,6 +26,8 @@ def to_checkpoint(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict
     from its config, or files with the names of the module), the default ones of the model's type
     are reverted, as vLLM expects.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     if not getattr(model, "_weight_conversions", None):
         setattr(model, "_weight_conversions", None)  # noqa: B010  ([] would mean: as in the module)
     return revert_weight_conversion(model, dict(weights))

@@ -1,24 +1,27 @@
-"""Loading the parts of a resolved model directory."""
+"""Loading the parts of a resolved model directory.
+
+transformers takes seconds to import, and some actors need only small parts of this module; so it is
+imported inside of the functions.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any
 
 from rlsys.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# The tables of transformers that answer for all types of models take as long to import as the
+# models. These are rows of theirs, so that a driver, which loads no model, need not wait for them.
+CAUSAL_LMS = frozenset({"gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
+# Of these AutoTokenizer takes the saved class as it is, and config.json alone tells of windows.
+PLAIN_TYPES = frozenset({"llama"})
 
 
 class UnsupportedModelError(ConfigError):
@@ -29,7 +32,30 @@ def load_tokenizer(
     directory: Path | str, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory."""
+    if _is_saved_as_backend(Path(directory)):
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend.from_pretrained(directory)
+
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def _is_saved_as_backend(directory: Path) -> bool:
+    """Return whether the tokenizer is certainly one that tokenizer.json describes alone."""
+    files = (directory / "config.json", directory / "tokenizer_config.json")
+    if not all(file.is_file() for file in (*files, directory / "tokenizer.json")):
+        return False
+    try:
+        model, tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        return (
+            model.get("model_type") in PLAIN_TYPES
+            and tokenizer.get("tokenizer_class") == "TokenizersBackend"
+            and "auto_map" not in {**model, **tokenizer}
+        )
+    except (ValueError, AttributeError):  # AutoTokenizer says what is wrong
+        return False
 
 
 def load_causal_lm(
@@ -42,6 +68,8 @@ def load_causal_lm(
             for models that need it: torch's kernel would leave out their attention softcap or
             sinks.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
     def load(kernel: str) -> PreTrainedModel:
@@ -93,12 +121,13 @@ def check_architecture(
     facts = json.loads((Path(directory) / "config.json").read_text())
     kind = facts.get("model_type")
     remote = "AutoModelForCausalLM" in facts.get("auto_map", {})
-    if remote and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+    local = _is_causal_lm(kind)
+    if remote and not local and not trust_remote_code:
         raise ValueError(
             f"{field}: a model of type {kind!r} runs Python code that comes with it. Read the code "
             f"in {directory}, then set model.trust_remote_code true."
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+    if not local and not remote:
         raise ValueError(
             f"{field}: transformers has no causal language model of type {kind!r}. Choose a "
             "decoder such as Llama, Qwen or Mistral."
@@ -110,6 +139,15 @@ def check_architecture(
             "trained. Choose the model in float32 or bfloat16."
         )
     _check_rope(facts.get("text_config", facts), field=field, longest=longest)
+
+
+def _is_causal_lm(kind: str | None) -> bool:
+    """Return whether transformers has a causal language model of this type."""
+    if kind in CAUSAL_LMS:
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_rope(facts: Mapping[str, Any], *, field: str, longest: int) -> None:
@@ -179,12 +217,15 @@ def longest_window(directory: Path | str, *, trust_remote_code: bool = False) ->
 
     None: no layer has a window.
     """
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    windows = [
-        getattr(text, name, None)
-        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
-    ]
+    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
+    facts = json.loads((Path(directory) / "config.json").read_text())
+    if facts.get("model_type") in PLAIN_TYPES and "auto_map" not in facts:
+        windows = [facts.get(name) for name in names]
+    else:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        windows = [getattr(config.get_text_config(), name, None) for name in names]
     return max((window for window in windows if isinstance(window, int)), default=None)
 
 

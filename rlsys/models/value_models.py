@@ -13,21 +13,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
-from transformers.utils import logging as transformers_logging
 
 from rlsys.models.loading import (
     UnsupportedModelError,
@@ -37,6 +26,9 @@ from rlsys.models.loading import (
 )
 from rlsys.models.saving import change_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ValueLayout = Literal["token", "sequence"]
 ValueRole = Literal["critic", "reward_model", "process_reward_model"]
 
@@ -44,14 +36,6 @@ ValueRole = Literal["critic", "reward_model", "process_reward_model"]
 # model that starts from another keeps its layout, and some types of models have only one.
 VALUE_ROLE = "value_role"
 
-_AUTO_CLASSES: Mapping[ValueLayout, Any] = {
-    "token": AutoModelForTokenClassification,
-    "sequence": AutoModelForSequenceClassification,
-}
-_MODEL_TYPES: Mapping[ValueLayout, Mapping[str, Any]] = {
-    "token": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "sequence": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-}
 _SUFFIXES: Mapping[ValueLayout, str] = {
     "token": "ForTokenClassification",
     "sequence": "ForSequenceClassification",
@@ -71,6 +55,17 @@ def saved_value_layout(directory: Path | str) -> ValueLayout | None:
             _check_one_label(facts, architecture)
             return layout
     return None
+
+
+def _has_class(kind: str | None, layout: ValueLayout) -> bool:
+    """Return whether transformers has a class of this layout for a type of model."""
+    from transformers.models.auto import modeling_auto
+
+    kinds: Mapping[ValueLayout, Mapping[str, Any]] = {
+        "token": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "sequence": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return kind in kinds[layout]
 
 
 def _facts(directory: Path | str) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def value_layout(directory: Path | str, *, prefer: ValueLayout = "token") -> Val
     kind = _facts(directory).get("model_type")
     other: ValueLayout = "sequence" if prefer == "token" else "token"
     for layout in (prefer, other):
-        if kind in _MODEL_TYPES[layout]:
+        if _has_class(kind, layout):
             return layout
     raise UnsupportedModelError(
         f"transformers has no model of type {kind!r} with a head for values (neither "
@@ -142,7 +137,7 @@ def check_reward_head(directory: Path | str) -> None:
             "it is a critic, whose values are no rewards. Give a reward model, as "
             "recipes.reward_model_math trains it."
         )
-    if saved == "token" and facts.get("model_type") in _MODEL_TYPES["sequence"]:
+    if saved == "token" and _has_class(facts.get("model_type"), "sequence"):
         raise UnsupportedModelError(
             "it is saved as ForTokenClassification, as a critic is, whose values are no rewards. "
             "Give a model that is saved as ForSequenceClassification with one label, or name the "
@@ -173,7 +168,7 @@ def check_process_reward_head(directory: Path | str) -> None:
         raise UnsupportedModelError(
             f"it is a reward model, whose value judges a whole response and not its steps. {whole}"
         )
-    if saved == "sequence" and facts.get("model_type") in _MODEL_TYPES["token"]:
+    if saved == "sequence" and _has_class(facts.get("model_type"), "token"):
         raise UnsupportedModelError(
             "it is saved as ForSequenceClassification, as a reward model of whole responses is. "
             f"{whole}"
@@ -189,7 +184,7 @@ def check_layout_to_train(directory: Path | str, layout: ValueLayout) -> None:
     """
     saved = saved_value_layout(directory)
     kind = _facts(directory).get("model_type")
-    if saved is not None and saved != layout and kind in _MODEL_TYPES[layout]:
+    if saved is not None and saved != layout and _has_class(kind, layout):
         raise UnsupportedModelError(
             f"it is saved as {_SUFFIXES[saved]}, and this recipe trains a model that is saved as "
             f"{_SUFFIXES[layout]}. Start from a language model, or from a model of that kind."
@@ -234,15 +229,21 @@ def load_value_model(
     Raises:
         UnsupportedModelError: the weights are of another model, or see `value_layout`.
     """
+    import transformers
+
     layout = value_layout(directory, prefer=prefer)
+    classes: Mapping[ValueLayout, Any] = {
+        "token": transformers.AutoModelForTokenClassification,
+        "sequence": transformers.AutoModelForSequenceClassification,
+    }
     has_head = saved_value_layout(directory) is not None
-    config = AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         directory, num_labels=1, trust_remote_code=trust_remote_code
     )
 
     def load(kernel: str) -> PreTrainedModel:
         with _quiet_transformers():
-            model, report = _AUTO_CLASSES[layout].from_pretrained(
+            model, report = classes[layout].from_pretrained(
                 directory,
                 config=config,
                 dtype=dtype,
@@ -293,6 +294,8 @@ def _fill_head(head: nn.Linear, seed: int | None) -> None:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Leave out the report that the head is new and the LM head not used: both are intended."""
+    from transformers.utils import logging as transformers_logging
+
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

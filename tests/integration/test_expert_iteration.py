@@ -1,6 +1,7 @@
 """Expert iteration and its grid as a user runs them: processes, files, exit codes."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from docs.generate.metrics import documented
+from recipes.run_expert_grid import run_expert_grid
+from recipes.run_expert_iteration import run_expert_iteration
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.run.observers.metrics_log import read_metrics
 
@@ -56,16 +59,20 @@ def values_of(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     }
 
 
-def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(tmp_path: Path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = run(
-        command(
-            "expert_iteration_math", *ONE, "--trainer.steps", "2", "--run.directory", str(whole)
-        )
-    )
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run of four steps."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    flags = (*ONE, "--trainer.steps", "4", "--run.directory", str(directory))
+    done = run(command("expert_iteration_math", *flags))
     assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def test_a_run_trains_on_correct_responses_and_shows_what_it_did(whole: Path):
     expected = values_of(whole)
-    assert sorted(expected) == [("eval", 0), ("eval", 1), ("eval", 2), ("train", 1), ("train", 2)]
+    evaluations = [("eval", step) for step in range(5)]
+    assert sorted(expected) == [*evaluations, *(("train", step) for step in range(1, 5))]
     train = expected["train", 1]
     assert train["trained/responses"] > 0
     assert train["policy/updates"] > 1
@@ -84,30 +91,14 @@ def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(tmp_path: Pa
     assert "Expert iteration: what is learned" in page
     assert "Entropy (nats per token)" in page
 
-    half = run(
-        command(
-            "expert_iteration_math", *ONE, "--trainer.steps", "1", "--run.directory", str(parts)
-        )
-    )
-    assert half.returncode == 0, half.stdout + half.stderr
-    resumed = ("--run.directory", str(parts), "--resume")
-    rest = run(command("expert_iteration_math", *resumed, "--trainer.steps", "2"))
-    assert rest.returncode == 0, rest.stdout + rest.stderr
-    assert values_of(parts) == expected
 
-    again = run(command("expert_iteration_math", *resumed))
-    assert again.returncode == 0
-    assert "already complete" in again.stdout
-
-
-def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(tmp_path: Path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*ONE, "--trainer.steps", "4"]
-    done = run(command("expert_iteration_math", *flags, "--run.directory", str(whole)))
-    assert done.returncode == 0, done.stdout + done.stderr
-
+def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(whole: Path, tmp_path: Path):
+    """The interrupted run is one of three steps, and the resumed one makes four."""
+    parts = tmp_path / "parts"
     process = subprocess.Popen(
-        command("expert_iteration_math", *flags, "--run.directory", str(parts)),
+        command(
+            "expert_iteration_math", *ONE, "--trainer.steps", "3", "--run.directory", str(parts)
+        ),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -119,9 +110,14 @@ def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(tmp_path:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=200)
     assert process.returncode in (0, 130), output
-    rest = run(command("expert_iteration_math", "--run.directory", str(parts), "--resume"))
+    resumed = ("--run.directory", str(parts), "--resume")
+    rest = run(command("expert_iteration_math", *resumed, "--trainer.steps", "4"))
     assert rest.returncode == 0, rest.stdout + rest.stderr
     assert values_of(parts) == values_of(whole)
+
+    again = run(command("expert_iteration_math", *resumed))
+    assert again.returncode == 0
+    assert "already complete" in again.stdout
 
 
 def test_steps_in_which_nothing_is_correct_are_shown_and_end_the_run(tmp_path: Path):
@@ -153,12 +149,22 @@ def test_steps_in_which_nothing_is_correct_are_shown_and_end_the_run(tmp_path: P
         ("expert_iteration_grid", ("--data.train", "none.parquet"), "no such file 'none.parquet'"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(recipe: str, flags: tuple[str, ...], message: str):
-    done = run(command(recipe, *SMALL, *flags, "--dry-run"))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ")
+def test_bad_input_is_refused_in_one_line(
+    recipe: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+):
+    """Nothing starts, so the command runs in this process; it finds the plug-in by another name."""
+    plugin = "tests.plugin_package.rlsys_example_plugin"
+    small = [plugin if word == "rlsys_example_plugin" else word for word in SMALL]
+    function = getattr(importlib.import_module(f"recipes.{recipe}"), recipe)
+    start = run_expert_grid if recipe.endswith("grid") else run_expert_iteration
+    with pytest.raises(SystemExit) as end:
+        start(function, [*small, *flags, "--dry-run"])
+
+    errors = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("error: ")
 
 
 def test_a_grid_makes_each_run_once_and_summarizes_them(tmp_path: Path):

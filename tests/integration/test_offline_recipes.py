@@ -1,17 +1,23 @@
 """Recipes on examples as a user runs them: processes, files, exit codes."""
 
+import functools
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
 from docs.generate.metrics import documented
+from recipes.make_rankings import run_rankings
+from recipes.run_offline import run_offline
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.run_status import read_status
@@ -36,6 +42,7 @@ SMALL = {
     "reward_model_math": (*DATA, *TRAINER, *SCORED, "--data.responses", "4"),
     "process_reward_model_math": (*DATA, *TRAINER, *SCORED),
 }
+STEPS = ("--trainer.steps", "4")
 HELD_OUT = {
     "sft_math": {"eval/loss", "eval/accuracy"},
     "dpo_math": {"eval/loss", "eval/accuracy", "eval/preference_accuracy"},
@@ -56,6 +63,17 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_here(
+    capsys: pytest.CaptureFixture[str], recipe: str, *flags: str
+) -> tuple[object, str, str]:
+    """Run a command that starts nothing in this process; return exit code, output and errors."""
+    function = getattr(importlib.import_module(f"recipes.{recipe}"), recipe)
+    with pytest.raises(SystemExit) as end:
+        run_offline(function, flags)
+    printed = capsys.readouterr()
+    return end.value.code, printed.out, printed.err
+
+
 def values_of(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     """Return what does not depend on the clock or the process, by kind and step."""
     skipped = ("time/", "throughput/", "memory/")
@@ -67,13 +85,31 @@ def values_of(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
     }
 
 
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Return a function that trains a recipe for four steps, once.
+
+    It returns the run's directory and what it printed.
+    """
+
+    @functools.cache
+    def trained(recipe: str) -> tuple[Path, str]:
+        directory = tmp_path_factory.mktemp(recipe) / "run"
+        done = run(command(recipe, *SMALL[recipe], *STEPS, "--run.directory", str(directory)))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return directory, done.stdout
+
+    return trained
+
+
 @pytest.mark.parametrize("recipe", sorted(SMALL))
-def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(recipe: str, tmp_path: Path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = run(
-        command(recipe, *SMALL[recipe], "--trainer.steps", "4", "--run.directory", str(whole))
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(
+    recipe: str,
+    train: Callable[[str], tuple[Path, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    whole, output = train(recipe)
     expected = values_of(whole)
     assert {step for kind, step in expected if kind == "eval"} == {0, 2, 4}
     assert set(expected["eval", 4]) >= HELD_OUT[recipe]
@@ -83,33 +119,36 @@ def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(recipe: str,
     page = (whole / "report.html").read_text()
     assert page.count("<svg") >= 4
     assert "training loss" in page
-    assert "held-out loss" in done.stdout
+    assert "held-out loss" in output
 
-    half = run(
-        command(recipe, *SMALL[recipe], "--trainer.steps", "2", "--run.directory", str(parts))
-    )
-    assert half.returncode == 0, half.stdout + half.stderr
-    rest = run(command(recipe, "--run.directory", str(parts), "--resume", "--trainer.steps", "4"))
+    # As if the run had been killed after its second step.
+    parts = tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step_000004")
+    rest = run(command(recipe, "--run.directory", str(parts), "--resume"))
     assert rest.returncode == 0, rest.stdout + rest.stderr
-    # Schedules end at the last step, so a run of 2 steps differs; compare what does not.
-    assert "changed: trainer.steps: 2 -> 4" in rest.stdout
     found = values_of(parts)
     assert set(found) == set(expected)
     assert found["eval", 0] == expected["eval", 0]
+    for key, numbers in expected.items():
+        assert found[key] == pytest.approx(numbers, abs=1e-6), key
 
-    again = run(command(recipe, "--run.directory", str(parts), "--resume"))
-    assert again.returncode == 0
-    assert "already complete" in again.stdout
+    resumed = ("--run.directory", str(parts), "--resume")
+    code, output, _ = run_here(capsys, recipe, *resumed)
+    assert code == 0
+    assert "already complete" in output
+    code, output, _ = run_here(capsys, recipe, *resumed, "--trainer.steps", "6", "--dry-run")
+    assert code == 0
+    assert "changed: trainer.steps: 4 -> 6" in output
 
 
-def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(tmp_path: Path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*SMALL["sft_math"], "--trainer.steps", "8"]
-    done = run(command("sft_math", *flags, "--run.directory", str(whole)))
-    assert done.returncode == 0, done.stdout + done.stderr
-
+def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(
+    train: Callable[[str], tuple[Path, str]], tmp_path: Path
+):
+    whole, _ = train("sft_math")
+    parts = tmp_path / "parts"
     process = subprocess.Popen(
-        command("sft_math", *flags, "--run.directory", str(parts)),
+        command("sft_math", *SMALL["sft_math"], *STEPS, "--run.directory", str(parts)),
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -146,17 +185,25 @@ def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(tmp_path:
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    recipe: str, rows: list[dict], flags: tuple[str, ...], message: str, tmp_path: Path
+    recipe: str,
+    rows: list[dict],
+    flags: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(command(recipe, *SMALL[recipe][4:], "--data.train", str(file), *flags, "--dry-run"))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+    data = ("--data.train", str(file))
+    code, _, errors = run_here(capsys, recipe, *SMALL[recipe][4:], *data, *flags, "--dry-run")
+    assert code == 2
+    assert message in errors
+    assert all(line.startswith("error: ") for line in errors.splitlines())
 
 
-def test_rankings_are_made_twice_alike_and_train_a_reward_model(tmp_path: Path):
+def test_rankings_are_made_twice_alike_and_train_a_reward_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for file in files:
         done = run(
@@ -173,17 +220,14 @@ def test_rankings_are_made_twice_alike_and_train_a_reward_model(tmp_path: Path):
     assert tables[0].equals(tables[1])
     assert all(len(set(ranks)) > 1 for ranks in tables[0]["ranks"].to_pylist())
 
-    again = run(command("make_rankings", "--model.path", "tiny", "--output", str(files[0])))
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    with pytest.raises(SystemExit) as again:
+        run_rankings(["--model.path", "tiny", "--output", str(files[0])])
+    assert again.value.code == 2
+    assert "exists already" in capsys.readouterr().err
 
-    plan = run(
-        command(
-            "reward_model_math",
-            *TRAINER,
-            *SCORED,
-            *("--data.train", str(files[0]), "--data.eval", "off", "--dry-run"),
-        )
+    data = ("--data.train", str(files[0]), "--data.eval", "off")
+    code, plan, errors = run_here(
+        capsys, "reward_model_math", *TRAINER, *SCORED, *data, "--dry-run"
     )
-    assert plan.returncode == 0, plan.stderr
-    assert f"{tables[0].num_rows} training rankings" in plan.stdout
+    assert code == 0, errors
+    assert f"{tables[0].num_rows} training rankings" in plan

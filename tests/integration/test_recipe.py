@@ -286,9 +286,20 @@ def test_ctrl_c_and_a_scheduler_that_signals_every_process_save_and_leave(
 ):
     directory = tmp_path / "run"
     process = start(directory, "--trainer.steps", "500")
-    output = kill_when(process, directory, number, lambda status: status.step >= 1, group=True)
+    programs: set[str] = set()
+
+    def reached(status: RunStatus) -> bool:
+        if status.step < 1:
+            return False
+        programs.update(programs_of(process.pid))
+        return True
+
+    output = kill_when(process, directory, number, reached, group=True)
     assert process.returncode == 130, output
     assert not of_session(process.pid)
+    assert "raylet" in programs
+    # Processes of Ray that a run on one machine does not need.
+    assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & programs
     assert "stopping after this step" in output
     steps = max(training_values(directory))
     checkpoint = directory / "checkpoints" / f"step_{steps:06d}"
@@ -318,4 +329,13 @@ def of_session(leader: int) -> list[psutil.Process]:
         with suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) == leader:
                 found.append(process)
+    return found
+
+
+def programs_of(leader: int) -> set[str]:
+    """Return the file names in the command lines of the processes that a run started."""
+    found = set()
+    for process in of_session(leader):
+        with suppress(psutil.Error):
+            found |= {Path(word).name for word in process.cmdline()}
     return found

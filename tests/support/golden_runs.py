@@ -99,14 +99,16 @@ def main(target: Path, presets: list[str]) -> None:
     import ray
 
     from rlsys.config.presets import PRESETS
+    from workers.local_ray import needed_processes_only
 
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 * 1024**2,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    with needed_processes_only():
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=256 * 1024**2,
+            log_to_driver=False,
+            configure_logging=False,
+        )
 
     target.mkdir(parents=True, exist_ok=True)
 

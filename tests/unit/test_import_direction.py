@@ -133,3 +133,21 @@ def test_the_command_line_loads_nothing_heavy(statement: str):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("workers.reward_worker", ("torch", "transformers")),
+        ("workers.advantage_controller", ("transformers", "torch._dynamo")),
+        ("workers.generation.worker", ("transformers", "torch._dynamo")),
+        ("recipes.wiring", ("transformers.modeling_utils", "torch._dynamo", "sympy")),
+    ],
+)
+def test_a_process_loads_only_what_it_works_with(module: str, heavy: tuple[str, ...]):
+    """Each actor and the driver import for themselves: most of the time of their start."""
+    script = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlsys.models import resolve_model
 from rlsys.models.checkpoint_names import from_checkpoint, names_without_mapping, to_checkpoint
 from rlsys.models.loading import (
+    CAUSAL_LMS,
     context_length,
     end_token_ids,
     load_tokenizer,
@@ -162,7 +166,7 @@ def test_stacked_weights_without_a_way_back_are_named(
     build_family("qwen3_moe", tmp_path)
     model = load_family(tmp_path, seed=2)
     monkeypatch.setattr(
-        "rlsys.models.checkpoint_names.revert_weight_conversion", lambda model, weights: weights
+        "transformers.core_model_loading.revert_weight_conversion", lambda model, weights: weights
     )
     names = names_without_mapping(model, tmp_path)
     assert names[0] == "model.layers.0.mlp.experts.down_proj"
@@ -186,3 +190,41 @@ def test_trust_reaches_the_tokenizer(tmp_path: Path):
     assert tokenizer.mine
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_tokenizer(tmp_path)
+
+
+def test_rows_of_the_tables_of_transformers_are_in_them():
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) >= CAUSAL_LMS
+
+
+@pytest.mark.parametrize("changed", [{}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(changed: dict, tmp_path: Path):
+    shutil.copytree(resolve_model("tiny"), tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+    chosen = AutoTokenizer.from_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(tmp_path / "model")
+    assert type(loaded) is type(chosen)
+    text = "Problem: Ann has 3.\n<|im_end|> \\boxed{4}"
+    assert loaded(text)["input_ids"] == chosen(text)["input_ids"]
+    assert loaded.special_tokens_map == chosen.special_tokens_map
+    assert loaded.chat_template == chosen.chat_template
+
+
+def test_the_checks_of_a_run_load_no_models():
+    """The driver tokenizes the prompts, and importing models as well would take it seconds."""
+    script = (
+        "import sys\n"
+        "from recipes.grpo_math import on_cpu\n"
+        "from recipes.run_recipe import run_recipe\n"
+        "try:\n"
+        "    run_recipe(on_cpu, ['--model.path', 'tiny', '--dry-run'])\n"
+        "finally:\n"
+        "    heavy = ('torch._dynamo', 'transformers.modeling_utils')\n"
+        "    print('loaded:', [name for name in heavy if name in sys.modules])"
+    )
+    resolve_model("tiny")  # building it takes its classes
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("loaded: []\n")

@@ -90,7 +90,7 @@ def test_a_model_whose_names_cannot_be_mapped_back_is_refused_for_vllm_only(
 ):
     build_family("qwen3_moe", tmp_path)
     monkeypatch.setattr(
-        "rlsys.models.checkpoint_names.revert_weight_conversion", lambda model, weights: weights
+        "transformers.core_model_loading.revert_weight_conversion", lambda model, weights: weights
     )
     message = (
         r"^generation\.engine: 'vllm' .* 'qwen3_moe'.*experts.*"

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlsys.models.value_models import value_head
 from workers.training.packed_model import PackedCausalLM, PackTensors, padded_rows
 from workers.training.packed_value_model import PackedValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Logits of so many tokens exist at once.
 CHUNK_TOKENS = 256

@@ -28,14 +28,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlsys.data.packing import pack_rows
 from rlsys.data.sequences import TokenSequences
@@ -44,6 +43,9 @@ from rlsys.models.loading import UnsupportedModelError
 from workers.training.checked_outputs import CHUNK_TOKENS, LOGPROBS, CheckedOutput
 from workers.training.packed_attention import SHARING_KERNELS, register_packed_attention
 from workers.training.packed_model import PackTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,16 @@ The packed forward pass implements the operations that are read here and no othe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from rlsys.algorithms.token_logprobs import LogitTransform
 from rlsys.algorithms.vocabulary_kl import LMHead
 from rlsys.models.loading import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Names under which configurations keep a factor of the logits, and True where it divides them.
 _SCALES = (

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 from rlsys.models.loading import load_causal_lm
@@ -26,6 +25,9 @@ from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackedCausalLM, PackedModel
 from workers.training.packed_value_model import PackedValueModel
 from workers.training.process_group import agreed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PackedT = TypeVar("PackedT", bound=PackedModel)
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from rlsys.data.packing import SegmentGroup
 from workers.training.shared_prefix_attention import (
@@ -458,6 +457,8 @@ def register_packed_attention(kernel: str) -> str:
     Args:
         kernel: a value of `model.attention` other than auto.
     """
+    from transformers import AttentionInterface
+
     name = f"packed_{kernel}"
     AttentionInterface.register(name, _FUNCTIONS[kernel])
     return name

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlsys.algorithms.token_logprobs import token_logprobs, token_logprobs_of_logits
 from rlsys.algorithms.vocabulary_kl import LMHead, vocabulary_kl
@@ -26,6 +25,9 @@ from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack
 from workers.training.lm_head import logit_transform
 from workers.training.packed_attention import PackedLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

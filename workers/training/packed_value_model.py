@@ -9,14 +9,16 @@ A reward model is the same module, read after a token instead of before it: see
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlsys.models.value_models import value_config_fields, value_head
 from workers.training.packed_model import PackedModel, PackTensors, padded_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ValueResult(NamedTuple):

@@ -44,6 +44,11 @@ class RankGroup:
     def __init__(self, workers: Sequence[Any]) -> None:
         self._workers = workers
 
+    @property
+    def workers(self) -> Sequence[Any]:
+        """The actor handles in rank order."""
+        return self._workers
+
     async def setup(self) -> tuple[str, ...]:
         """Join the ranks and load the model. Return notes about it for the user.
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import RolloutBatch, ScoreBatch, StepScoreBatch
@@ -31,6 +30,9 @@ from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import prepare, value_model
 from workers.training.offline import REWARD_MEAN
 from workers.training.rank_worker import RankWorker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class _FrozenRewardModelWorker(RankWorker):
