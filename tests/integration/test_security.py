@@ -66,6 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, set[str]]:
         *("--policy.compute_dtype", "float32", "--generation.max_tokens", "8"),
         *("--generation.samples_per_prompt", "4", "--trainer.prompts_per_step", "8"),
         *("--data.train", str(folder / "data.jsonl"), "--data.eval", "off"),
+        *("--data.max_prompt_tokens", "400"),
         *("--plugins", "leaking", "--reward.functions", "leaking"),
         *("--trainer.steps", "2", "--trainer.checkpoints.every", "2"),
         *("--run.directory", str(folder / "run")),
