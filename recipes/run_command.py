@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
-SAME_REQUEST_S = 1.0  # a scheduler may signal a process and its parent, which passes it on
+SAME_REQUEST_S = 2.0  # a scheduler may signal a process and its parent, which passes it on
 
 
 class Loop(Protocol):

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "cluster.md"
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
+CPUS = 2  # of the cluster: policy and generation reserve one each, so two nodes share the run
+
 # Flags that make a documented command small; later ones override earlier ones.
 SMALL = [
     *("--policy.ranks", "1", "--generation.workers", "1"),
@@ -97,10 +99,10 @@ def node_script(block: str, head: int, directory: Path, *flags: str) -> str:
     """Return a block of the page that starts a node, for a node among others on a machine."""
     agent = free_ports(1)[0]
     block = block.replace(". .venv/bin/activate\n", "")
-    block = block.replace("HEAD:6379", f"127.0.0.1:{head}").replace("6379", str(head))
+    block = re.sub(r"\b6379\b", str(head), block).replace("HEAD:", "127.0.0.1:")
     more = [
         *("--block", "--temp-dir", str(directory), "--dashboard-agent-listen-port", str(agent)),
-        *("--min-worker-port", "0", "--max-worker-port", "0", "--num-cpus", "1"),
+        *("--min-worker-port", "0", "--max-worker-port", "0"),
         *("--object-store-memory", "100000000", *flags),
     ]
     return f"{block.rstrip().replace('ray start', 'exec ray start')} {' '.join(more)}"
@@ -121,7 +123,9 @@ def cluster_of_nodes(count: int, *, bare: bool = False) -> Iterator[Cluster]:
         if bare:
             binaries = make_bare_environment(directory / "bare")
         for index in range(count):
-            nodes.append(start_node(directory, index, binaries, (gcs, dashboard, client)))
+            cpus = ("--num-cpus", str(CPUS // count))
+            ports = (gcs, dashboard, client)
+            nodes.append(start_node(directory, index, binaries, ports, cpus))
         environment = {
             **environment_of(directory / "home-0", directory / "node-0", binaries),
             "RAY_AUTH_MODE": "token",
@@ -136,20 +140,26 @@ def cluster_of_nodes(count: int, *, bare: bool = False) -> Iterator[Cluster]:
     assert not left
 
 
-def start_node(directory: Path, index: int, binaries: Path, ports: tuple[int, int, int]) -> RayNode:
-    """Start the head (index 0) or a worker."""
+def start_node(
+    directory: Path,
+    index: int,
+    binaries: Path,
+    ports: tuple[int, int, int],
+    more: tuple[str, ...],
+) -> RayNode:
+    """Start the head (index 0) or a worker, with more flags of `ray start`."""
     gcs, dashboard, client = ports
     home, place = directory / f"home-{index}", directory / f"node-{index}"
     (home / ".ray").mkdir(parents=True)
     environment = environment_of(home, place, binaries)
     if index == 0:
         flags = ("--dashboard-port", str(dashboard), "--ray-client-server-port", str(client))
-        script = node_script(block_with("ray start --head"), gcs, place, *flags)
+        script = node_script(block_with("ray start --head"), gcs, place, *flags, *more)
         return RayNode.start(script, place, environment)
 
     # The page copies the token by ssh.
     shutil.copy(directory / "home-0" / ".ray" / "auth_token", home / ".ray")
-    script = node_script(block_with("ray start --address"), gcs, place)
+    script = node_script(block_with("ray start --address"), gcs, place, *more)
     return RayNode.start(script, place, environment)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlsys.run.ray_job import JOB_CONFIG, STOP_WAIT, stop_wait_warning
+from rlsys.run.ray_job import DEFAULT_STOP_WAIT_S, JOB_CONFIG, STOP_WAIT, stop_wait_warning
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_a_job_that_ray_would_kill_before_it_saved_is_warned(
 
 
 def test_the_names_are_those_of_the_installed_ray():
-    from ray._private import ray_constants
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
     from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
-    assert ray_constants.RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
-    assert JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S == 3
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
+    assert JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S == DEFAULT_STOP_WAIT_S
