@@ -159,7 +159,7 @@ def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
         return recipe
 
 
-def _directory_to_resume(recipe: RootT, changes: list[Change], *, auto: bool) -> str:
+def _directory_to_resume(recipe: RootConfig, changes: list[Change], *, auto: bool) -> str:
     """Return the directory of the run to continue.
 
     Raises:

@@ -22,7 +22,7 @@ from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.run_status import RunStatus, read_status
 from tests.support.ray_nodes import RayNode, free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "cluster.md"
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -54,7 +54,7 @@ class Cluster:
     environment: Mapping[str, str]  # of a client
     dashboard: str  # host:port
 
-    def shell(self, script: str, *flags: str, limit: float = 300) -> tuple[int, str]:
+    def shell(self, script: str, *flags: str, limit: float = 600) -> tuple[int, str]:
         """Run a block of the page with more flags at the end; return exit code and output."""
         script = script.replace(". .venv/bin/activate\n", "").rstrip()
         script = script.replace("127.0.0.1:8265", self.dashboard)
@@ -171,7 +171,7 @@ def cluster() -> Iterator[Cluster]:
 
 def wait_for(run: RunDirectory, reached: int, cluster: Cluster, job: str) -> RunStatus:
     """Wait until a run has completed a step, and return its status."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         status = read_status(run)
         if status and status.step >= reached:
@@ -189,7 +189,7 @@ def test_a_job_is_stopped_and_the_same_command_continues_it(cluster: Cluster):
     wait_for(run, 1, cluster, "math-1")
     code, output = cluster.shell("ray job stop math-1")
     assert code == 0, output
-    assert "STOPPED" in cluster.status("math-1")
+    assert "Job 'math-1' was stopped" in cluster.status("math-1")
     log = cluster.log("math-1")
     status = read_status(run)
     assert status is not None
@@ -204,7 +204,7 @@ def test_a_job_is_stopped_and_the_same_command_continues_it(cluster: Cluster):
     code, output = cluster.shell("ray job logs math-2 --follow")
     assert code == 0, output
     assert f"resuming from {run.checkpoints}/step_{status.step:06d}" in output
-    assert "SUCCEEDED" in cluster.status("math-2")
+    assert "Job 'math-2' succeeded" in cluster.status("math-2")
     records = read_metrics(run.metrics)
     assert [record.step for record in records] == list(range(1, steps + 1))
     check_plain_lines(cluster.log("math-2"), first=steps, last=steps)
@@ -229,7 +229,8 @@ def test_a_job_whose_results_ray_would_delete_fails_with_the_reason(cluster: Clu
     submit = block_with("--submission-id math-1").replace("math-1", "lost").replace("--no-wait", "")
     code, output = cluster.shell(submit, *SMALL, "--run.directory", "runs/lost")
     assert code == 1, output
-    assert "FAILED" in (status := cluster.status("lost"))
+    status = cluster.status("lost")
+    assert "Job 'lost' failed" in status
     assert re.search(r"error: run\.directory: 'runs/lost' lies in .*--run\.directory /PATH", status)
 
 

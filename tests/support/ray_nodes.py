@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 STARTED = "Ray runtime started."
-START_LIMIT_S = 180.0
+START_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
 
 
