@@ -78,6 +78,9 @@ def test_a_directory_that_ray_deletes_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match=message):
         RunDirectory(tmp_path / "session_latest" / "runs").check(resume=False)
 
+    with pytest.raises(ValueError, match=r"^output: .*--output /PATH/NAME"):
+        RunDirectory(Path("rankings"), is_given=False, field="output").check(resume=False)
+
     RunDirectory(tmp_path / "runs" / "session_2026").check(resume=False)
 
 
