@@ -68,9 +68,9 @@ def _run(arguments: Sequence[str], hardware: Hardware) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rlsys.run.observers.plain_console import PlainConsole
 
-    invocation = parse(make_rankings(hardware), arguments)
-    if invocation.resume:
+    if any(word.partition("=")[0] == "--resume" for word in arguments):
         raise ConfigError("--resume: rankings are made in one go. Leave it out.")
+    invocation = parse(make_rankings(hardware), arguments)
     console = PlainConsole()
     with as_config_error():
         config, model_directory, prompts = prepare(invocation.config, hardware)
@@ -105,7 +105,8 @@ def prepare(
     from rlsys.run.preflight import config_mistakes
 
     online, mistakes = config.online(), Mistakes()
-    mistakes.lines += config_mistakes(online, RunDirectory.named_by(online), hardware, resume=False)
+    place = RunDirectory(Path(config.output).parent, is_given=False, field="output")
+    mistakes.lines += config_mistakes(online, place, hardware, resume=False)
     mistakes.attempt(
         "reward.functions",
         lambda: refuse_rewards_of_training(config.reward.functions, "recipes.make_rankings"),

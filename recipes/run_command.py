@@ -24,10 +24,13 @@ from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.errors import as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.run.ray_job import stop_wait_warning
 from rlsys.run.run_log import HeldLog, log_to
 from rlsys.run.shown_text import shown
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import Console
 
     from rlsys.config import RunConfig
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from workers.cluster import Cluster
 
 RootT = TypeVar("RootT", bound=RootConfig)
+
+SAME_REQUEST_S = 2.0  # a scheduler may signal a process and its parent, which passes it on
 
 
 class Loop(Protocol):
@@ -140,6 +145,8 @@ def exit_with_code_of(run: Callable[[], int], *, continued: str) -> NoReturn:
     Args:
         continued: what --resume continues after an interrupt.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries in a log
     try:
         code = run()
     except HelpRequested as help_requested:
@@ -241,7 +248,8 @@ def _print_start(prepared: Prepared, console: Console) -> None:
         _print_lines(console, [origin])
         _print_lines(console, [f"changed: {change}" for change in prepared.changes])
     _print_lines(console, prepared.notices)
-    _warn(prepared.warnings, console)
+    stop_wait = stop_wait_warning(os.environ)
+    _warn([*prepared.warnings, *([stop_wait] if stop_wait else [])], console)
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
@@ -308,7 +316,12 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
             cluster.shutdown()
 
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
-    return 0 if outcome == "finished" else 130
+    if outcome == "finished":
+        return 0
+    saved = "saved; " if session.step else ""
+    stopped = f"stopped after step {session.step} of {config.trainer.steps}: {saved}continue with"
+    _print_lines(console, [f"{stopped} --run.directory {directory.path} --resume"])
+    return 130
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
@@ -333,14 +346,22 @@ def _report_failure(error: Exception, directory: RunDirectory, console: Console)
 
 
 def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None:
-    """Stop after the current step at the first Ctrl-C or SIGTERM, and at once at the second."""
+    """Stop after the current step at the first Ctrl-C or SIGTERM, and at once at a later one."""
     loop = asyncio.get_running_loop()
+    requests: list[float] = []
+
+    def stop_at_once(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - requests[0] > SAME_REQUEST_S:
+            signal.default_int_handler(number, frame)
 
     def stop(number: signal.Signals) -> None:
+        if requests:  # the loop also sees the signals that `stop_at_once` handles
+            return
+        requests.append(time.monotonic())
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, stop_at_once)
         console.print("stopping after this step; once more to stop at once", highlight=False)
         request_stop()
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)

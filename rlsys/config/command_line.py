@@ -3,8 +3,9 @@
     python -m recipes.grpo_math --preset gspo --config run.yaml --trainer.steps 50
 
 Later overrides earlier: recipe, preset, file, other flags in their order. Every field is a flag;
-values are YAML. With `--resume` the run's own `config.yaml` takes the place of the recipe. The kind
-of run is that of the recipe: the class of the configuration that it returns.
+values are YAML. With `--resume` the run's own `config.yaml` takes the place of the recipe; with
+`--resume auto` where there is one. The kind of run is that of the recipe: the class of the
+configuration that it returns.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ SWITCHES = {
     "--dry-run": "Check everything and print the configuration and the plan, but start nothing.",
     "--resume": (
         "Continue the run in run.directory from its newest complete checkpoint, with the run's own "
-        "configuration. --config and other flags change fields of it."
+        "configuration. --config and other flags change fields of it. --resume auto: start the run "
+        "where there is none yet, so that one command starts and continues it."
     ),
     "--help": (
         "Print this text. It includes the parameters of the estimator, the objective and the "
@@ -75,6 +77,8 @@ _Loader.add_implicit_resolver(
     list("-+0123456789"),
 )
 
+
+AUTO = "auto"  # value of --resume
 
 # The other files of a run's directory: rlsys.run.directory.
 CONFIG_FILE = "config.yaml"
@@ -134,17 +138,23 @@ def _parsed(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
         if name not in SWITCHES:
             field = _normal(name)
             from_flags.append((field, _parse_value(field, value, model)))
+    dry_run, resume_auto = "--dry-run" in switches, ("--resume", AUTO) in options
     if "--resume" in switches:
-        return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
+        directory = _directory_to_resume(recipe, [*from_files, *from_flags], auto=resume_auto)
+        if not resume_auto or holds_run(directory):
+            return _resumed(recipe, directory, from_files, from_flags, dry_run=dry_run)
 
     tree = recipe.model_dump(mode="json")
     _start_from_preset(tree, dict([*from_files, *from_flags]))
     explicit = _explicit(tree, from_files, from_flags)
     _apply(tree, [*from_files, *from_flags])
     config = _validated(tree, model, context=CONTRADICTIONS_LATER)
-    return Invocation(
-        config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
-    )
+    if resume_auto and _was_claimed(config.run.directory):
+        saved = flat(config.model_dump(mode="json"))
+        return Invocation(
+            config=config, dry_run=dry_run, resume=True, explicit=explicit, saved=saved
+        )
+    return Invocation(config=config, dry_run=dry_run, resume=False, explicit=explicit)
 
 
 def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
@@ -156,18 +166,48 @@ def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
         return recipe
 
 
+def _directory_to_resume(recipe: RootConfig, changes: list[Change], *, auto: bool) -> str:
+    """Return the directory of the run to continue.
+
+    Raises:
+        ConfigError: neither the recipe nor the changes name one.
+    """
+    directory = dict(changes).get("run.directory", recipe.run.directory)
+    if isinstance(directory, str) and directory:
+        return directory
+    if auto:
+        raise ConfigError(
+            "run.directory: --resume auto needs a directory of its own, in which the next start of "
+            "the same command finds the run. Add --run.directory /PATH/NAME."
+        )
+    raise ConfigError(
+        "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
+    )
+
+
+def holds_run(directory: str) -> bool:
+    """Return whether a run was started in a directory and wrote its configuration."""
+    file = Path(directory).expanduser() / CONFIG_FILE
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _was_claimed(directory: str | None) -> bool:
+    """Return whether a run took a directory and ended before it wrote its configuration."""
+    assert directory, "--resume auto without a directory is refused"
+    return (Path(directory).expanduser() / CONFIG_FILE).is_file() and not holds_run(directory)
+
+
 def _resumed(
-    recipe: RootT, from_files: list[Change], from_flags: list[Change], *, dry_run: bool
+    recipe: RootT,
+    directory: str,
+    from_files: list[Change],
+    from_flags: list[Change],
+    *,
+    dry_run: bool,
 ) -> Invocation[RootT]:
     """Return the run's own configuration with the changes applied to it."""
     changes = [*from_files, *from_flags]
     given = dict(changes)
-    directory = given.get("run.directory", recipe.run.directory)
-    if not isinstance(directory, str) or not directory:
-        raise ConfigError(
-            "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
-        )
-
     tree = saved_configuration(directory, type(recipe))
     saved = flat(tree)
     name = given.get("recipe", recipe.recipe)
@@ -259,15 +299,36 @@ def _options(arguments: Sequence[str], model: type[RootConfig]) -> Iterator[tupl
         if name not in SWITCHES and field_at(name.removeprefix("--"), model) is None:
             raise ConfigError(_no_such_flag(name, model))
 
-        takes_value = name not in ("--dry-run", "--resume")
+        takes_value = name != "--dry-run"
         if equals and not takes_value:
             raise ConfigError(f"{word}: {name} takes no value. Write {name}, or leave it out.")
-        if equals:
+        if name == "--resume":
+            yield name, _resume_value(word, rest)
+        elif equals:
             yield name, value
         elif takes_value and rest and not re.match(r"--[a-z]", rest[0]):
             yield name, rest.pop(0)
         else:
             yield name, None
+
+
+def _resume_value(word: str, rest: list[str]) -> str | None:
+    """Return "auto" for `--resume auto` and `--resume=auto`, None for `--resume` alone.
+
+    Raises:
+        ConfigError: any other value.
+    """
+    _, equals, value = word.partition("=")
+    if not equals:
+        if not rest or re.match(r"--[a-z]", rest[0]):
+            return None
+        value = rest.pop(0)
+    if value != AUTO:
+        raise ConfigError(
+            f"--resume: {value!r} is no value of it. Write --resume alone to continue a run, or "
+            "--resume auto to continue it where it exists and else to start it."
+        )
+    return AUTO
 
 
 def _no_such_flag(name: str, model: type[RootConfig]) -> str:

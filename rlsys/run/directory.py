@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,6 +21,10 @@ from typing import Self
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import CONFIG_FILE, dump_yaml
 
+# The directory of one Ray instance: logs, and below runtime_resources the unpacked working
+# directories of jobs, which Ray deletes when they have ended.
+RAY_SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_\d+")
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -27,6 +32,7 @@ class RunDirectory:
 
     path: Path
     is_given: bool = True  # the user named it; otherwise any free name will do
+    field: str = "run.directory"  # the option that decides the path, for messages
 
     @property
     def config(self) -> Path:
@@ -68,20 +74,22 @@ class RunDirectory:
         return cls(Path(directory).expanduser(), is_given=given is not None)
 
     def check(self, *, resume: bool) -> None:
-        """Refuse to overwrite a run, to resume a missing one, or to run where writing fails.
+        """Refuse to overwrite a run, to resume a missing one, or to run where results are lost.
 
-        Nothing is left behind on the disk.
+        That is where writing fails, and in a directory of Ray's own. Nothing is left behind on the
+        disk.
 
         Raises:
             ConfigError: one of these, with the field run.directory.
         """
+        self._check_kept()
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
-                f"run.directory: {str(self.path)!r} is a file. Name a directory, existing or not."
+                f"{self.field}: {str(self.path)!r} is a file. Name a directory, existing or not."
             )
         if resume and not self.config.is_file():
             raise ConfigError(
-                f"run.directory: {str(self.path)!r} holds no run to resume. Name the directory of "
+                f"{self.field}: {str(self.path)!r} holds no run to resume. Name the directory of "
                 "an earlier run."
             )
         if not resume and self.is_given and self.path.exists() and any(self.path.iterdir()):
@@ -90,12 +98,24 @@ class RunDirectory:
         existing = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not existing.is_dir():
             raise ConfigError(
-                f"run.directory: {str(self.path)!r} cannot be made below the file {existing}. Name "
+                f"{self.field}: {str(self.path)!r} cannot be made below the file {existing}. Name "
                 "another directory."
             )
         places = [existing, *self._existing_parts()] if resume else [existing]
         for place in places:
             self._check_writable(place)
+
+    def _check_kept(self) -> None:
+        """Refuse a directory that Ray will delete."""
+        path = self.path.resolve()
+        session = next((p for p in (path, *path.parents) if RAY_SESSION.fullmatch(p.name)), None)
+        if session is None:
+            return
+        raise ConfigError(
+            f"{self.field}: {str(self.path)!r} lies in {path.parent}, a directory of Ray's own. "
+            "Ray deletes it after the job, and the results with it. Name an absolute path on a "
+            f"disk that stays: --{self.field} /PATH/NAME."
+        )
 
     def _existing_parts(self) -> list[Path]:
         """Return the files and directories that a resumed run continues to write."""
@@ -114,15 +134,15 @@ class RunDirectory:
 
     def _cannot_be_written(self, place: Path, error: OSError) -> ConfigError:
         return ConfigError(
-            f"run.directory: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). "
+            f"{self.field}: {str(self.path)!r} cannot be written to ({place}: {error.strerror}). "
             "Name a directory where you may write."
         )
 
     def _exists_already(self) -> ConfigError:
-        return ConfigError(
-            f"run.directory: {str(self.path)!r} exists already. Add --resume to continue it, or "
-            "name another directory."
-        )
+        remedy = "Add --resume to continue it, or name another directory."
+        if not self.config.exists():
+            remedy = "It holds other files and no run. Name another directory."
+        return ConfigError(f"{self.field}: {str(self.path)!r} exists already. {remedy}")
 
     def claim(self) -> Self:
         """Create the directory of a new run, exclusively for this process.

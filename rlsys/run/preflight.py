@@ -41,6 +41,7 @@ from rlsys.rewards.registry import reward_hooks
 from rlsys.run.directory import RunDirectory
 from rlsys.run.evaluated_model import check_evaluated_path
 from rlsys.run.machine_checks import machine_mistakes
+from rlsys.run.observers.run_status import refuse_running
 from rlsys.run.plan import shown_parameters
 from rlsys.run.required_inputs import estimator_parameters, missing_inputs
 
@@ -106,6 +107,8 @@ def _checks(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     objective = config.algorithm.objective
     yield "run.directory", lambda: directory.check(resume=resume)
+    if resume:
+        yield "run.directory", lambda: refuse_running(directory)
     yield "model.path", lambda: check_model_path(config.model.path)
     yield "reference.path", lambda: _check_path("reference.path", config.reference.path)
     if config.critic.enabled:

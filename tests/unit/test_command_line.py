@@ -197,7 +197,9 @@ def test_another_function_drops_the_parameters_of_the_one_before():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume=false"], r"--resume=false: --resume takes no value"),
+        (["--resume=false"], r"--resume: 'false' is no value of it.*--resume auto"),
+        (["--resume", "always", "--trainer.steps", "1"], r"--resume: 'always' is no value of it"),
+        (["--resume", "auto"], r"run\.directory: --resume auto needs.*Add --run\.directory"),
         (["--data.synthetic.levels", "1,{"], r"levels: '\{' is not a valid YAML value"),
         (["--policy.optimizer.betas", "1.5,0.9"], r"betas\.0: 1\.5 does not fit.*decay rates"),
     ],
@@ -301,6 +303,30 @@ def test_a_resume_without_a_run(tmp_path: Path):
         parse(RECIPE, ["--resume"])
     with pytest.raises(ConfigError, match="holds no run to resume"):
         resumed(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--resume", "auto"], ["--resume=auto"]])
+def test_an_automatic_resume_starts_the_run_where_there_is_none(tmp_path: Path, words: list[str]):
+    flags = ["--run.directory", str(tmp_path / "new"), *words, "--trainer.steps", "7"]
+    invocation = parse(RECIPE, flags)
+    assert (invocation.resume, invocation.saved) == (False, None)
+    assert invocation.config == evolve(
+        RECIPE, {"run.directory": str(tmp_path / "new"), "trainer.steps": 7}
+    )
+
+
+def test_an_automatic_resume_continues_the_run_that_there_is(run: Path):
+    flags = ["--run.directory", str(run), "--resume", "auto", "--trainer.steps", "7"]
+    assert parse(RECIPE, flags) == resumed(run, "--trainer.steps", "7")
+
+
+def test_an_automatic_resume_begins_anew_what_died_before_its_configuration(tmp_path: Path):
+    """Such a run has taken its directory: only a resume may use it."""
+    (tmp_path / "config.yaml").touch()
+    invocation = parse(RECIPE, ["--run.directory", str(tmp_path), "--resume", "auto"])
+    assert invocation.resume
+    assert invocation.config == evolve(RECIPE, {"run.directory": str(tmp_path)})
+    assert invocation.saved == flat(invocation.config.model_dump(mode="json"))  # nothing changed
 
 
 GSPO = PRESETS["gspo"].algorithm

@@ -24,7 +24,7 @@ SHELL_BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILI
 ACTIVATION = [".", ".venv/bin/activate"]
 DRY_RUNS = 4  # seconds each
 # Programs besides `make` and Python that a command may start; their arguments are not checked.
-OTHER_PROGRAMS = ("cd", "docker", "export", "git", "ray", "tensorboard")
+OTHER_PROGRAMS = ("cd", "chmod", "docker", "export", "git", "ray", "ssh", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,11 @@ def invocation(module: str, arguments: list[str]) -> Invocation | None:
     """
     recipe = getattr(importlib.import_module(module), module.removeprefix("recipes."))
     # There is no run to resume here; its directory and the changes are flags like others.
-    flags = [word for word in arguments if word != "--resume"]
+    flags = [
+        word
+        for word, following in itertools.pairwise([*arguments, ""])
+        if word != "--resume" or following == "auto"
+    ]
     try:
         return parse(recipe(detect_hardware()), flags)
     except HelpRequested:
@@ -123,6 +127,7 @@ def test_a_documented_command_names_what_exists_and_takes_its_flags(command: Com
 
     if words[0] == "ray" and "--" in words:
         words = words[words.index("--") + 1 :]  # ray job submit ... -- python -m ...
+        words[0] = words[0].removeprefix("/opt/rlsys/bin/")
 
     if words[0] == "make":
         check_make(words[1], words[2:])

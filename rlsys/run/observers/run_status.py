@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from rlsys.config import ConfigError
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
 from rlsys.run.shown_text import shown
@@ -59,6 +60,21 @@ def read_status(directory: RunDirectory) -> RunStatus | None:
         message=(
             "its process is gone without a message; run.log may have more. Continue with --resume."
         ),
+    )
+
+
+def refuse_running(directory: RunDirectory) -> None:
+    """Refuse to continue a run whose process is still at work on this machine.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    status = read_status(directory)
+    if status is None or status.is_over or status.host != socket.gethostname():
+        return
+    raise ConfigError(
+        f"{directory.field}: the run in {str(directory.path)!r} is still at work, in process "
+        f"{status.process}. Wait for its end, or stop it first."
     )
 
 

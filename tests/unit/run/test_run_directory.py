@@ -61,6 +61,35 @@ def test_a_place_that_cannot_be_written_to_is_refused_early():
         directory.claim()
 
 
+RAY_WORKING_DIR = "session_2026-11-30_22-25-44_078040_9274/runtime_resources/working_dir_files/_p"
+
+
+def test_a_directory_that_ray_deletes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = tmp_path / RAY_WORKING_DIR
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    message = r"a directory of Ray's own.*absolute path.*--run\.directory /PATH/NAME"
+    for directory in (None, "runs/mine", str(job / "mine")):
+        config = RunConfig(run=RunSection(directory=directory))
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=rf"^run\.directory: .*{message}"):
+                RunDirectory.named_by(config).check(resume=resume)
+    (tmp_path / "session_latest").symlink_to(job.parents[2])
+    with pytest.raises(ValueError, match=message):
+        RunDirectory(tmp_path / "session_latest" / "runs").check(resume=False)
+
+    with pytest.raises(ValueError, match=r"^output: .*--output /PATH/NAME"):
+        RunDirectory(Path("rankings"), is_given=False, field="output").check(resume=False)
+
+    RunDirectory(tmp_path / "runs" / "session_2026").check(resume=False)
+
+
+def test_a_directory_with_other_files_is_not_said_to_hold_a_run(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds other files and no run"):
+        RunDirectory(tmp_path).check(resume=False)
+
+
 def test_a_check_leaves_no_trace(tmp_path: Path):
     RunDirectory(tmp_path / "a" / "b").check(resume=False)
     assert list(tmp_path.iterdir()) == []

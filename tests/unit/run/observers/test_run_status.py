@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,12 @@ import pytest
 
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.html_report import main, write_report
-from rlsys.run.observers.run_status import RunStatus, StatusWriter, read_status
+from rlsys.run.observers.run_status import (
+    RunStatus,
+    StatusWriter,
+    read_status,
+    refuse_running,
+)
 
 
 def read(directory: RunDirectory) -> RunStatus:
@@ -138,3 +144,16 @@ def test_a_resume_leaves_the_file_alone_until_the_loop_begins_or_the_start_fails
     assert read(directory).state == "failed"
     StatusWriter(directory, held=True).on_start(6, 10)
     assert read(directory).state == "running"
+
+
+def test_a_run_that_is_still_at_work_is_not_continued(directory: RunDirectory):
+    refuse_running(directory)  # nothing was started
+    writer = StatusWriter(directory)
+    writer.on_start(1, 10)
+    with pytest.raises(ValueError, match=rf"^run\.directory: .*at work, in process {os.getpid()}"):
+        refuse_running(directory)
+    died = json.loads(directory.status.read_text()) | {"process_began": 1.0}
+    directory.status.write_text(json.dumps(died))  # its number belongs to a later process
+    refuse_running(directory)
+    writer.on_end("failed", "")
+    refuse_running(directory)
