@@ -26,6 +26,8 @@ from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.run_log import HeldLog, log_to
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from rlsys.config import RunConfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
+    from workers.reward_worker import RewardOutput
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -94,6 +97,7 @@ class Prepared(Generic[RootT]):
         from rlsys.run.observers.html_report import ReportWriter
         from rlsys.run.observers.metrics_log import MetricsLog
         from rlsys.run.step_time import StepTimeWatch, likely_causes
+        from workers.ray_metrics import RayMetrics
 
         metrics = MetricsLog(self.directory)
         slowness = StepTimeWatch(
@@ -101,7 +105,8 @@ class Prepared(Generic[RootT]):
             lambda: likely_causes(self.online, detect_hardware(), self.speed),
             progress.notice,
         )
-        observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
+        gauges = RayMetrics(self.directory.path.resolve().name, self.config.recipe)
+        observers = [metrics, status, progress, ReportWriter(self.directory), slowness, gauges]
         session = Session(self.config, self.store, observers, evaluator)
         session.register("metrics_position", metrics)
         return session
@@ -295,13 +300,30 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         _report_failure(error, directory, console)
         return 1
     finally:
-        try:
-            await reward_output.finish()
-        finally:
-            cluster.shutdown()
+        refused = isinstance(sys.exception(), ConfigError)
+        # A refusal changes no file of a run.
+        await leave(cluster, reward_output, console, logs=None if refused else directory.logs)
 
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     return 0 if outcome == "finished" else 130
+
+
+async def leave(
+    cluster: Cluster, reward_output: RewardOutput, console: Console, *, logs: Path | None
+) -> None:
+    """Stop the actors and leave Ray.
+
+    Args:
+        logs: the folder for what the actors printed; None: it is not kept.
+    """
+    from workers.actor_logs import keep_actor_logs
+
+    try:
+        await reward_output.finish()
+        missed = keep_actor_logs(logs) if logs else []
+        _warn([f"output of actors was not collected: {line}" for line in missed], console)
+    finally:
+        cluster.shutdown()
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
@@ -319,7 +341,8 @@ def _report_failure(error: Exception, directory: RunDirectory, console: Console)
         soft_wrap=True,
     )
     console.print(
-        f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+        f"details in {directory.log}, output of the actors in {directory.logs}. Continue with "
+        f"--run.directory {directory.path} --resume",
         highlight=False,
         soft_wrap=True,
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.run_command import exit_with_code_of
+from recipes.run_command import exit_with_code_of, leave
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml, parse
 from rlsys.config.errors import Mistakes, as_config_error
@@ -308,10 +308,9 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     except Exception as error:
         failure, complete = error, False
     finally:
-        try:
-            await output.finish()
-        finally:
-            cluster.shutdown()
+        refused = isinstance(sys.exception(), ConfigError)
+        logs = None if refused else prepared.directory.logs
+        await leave(cluster, output, console, logs=logs)
 
     _report(prepared, console, complete=complete, seconds=time.monotonic() - began)
     if failure is not None:
@@ -452,7 +451,8 @@ def _report_failure(error: Exception, directory: EvaluationDirectory, console: C
     _print(console, f"the evaluation failed: {shown}", style="red")
     _print(
         console,
-        f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+        f"details in {directory.log}, output of the actors in {directory.logs}. Continue with "
+        f"--run.directory {directory.path} --resume",
     )
     return 1
 
