@@ -11,7 +11,7 @@ are then still in Ray's session folder on each node (/tmp/ray/session_*/logs/wor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,34 +48,66 @@ def collect_actor_logs(directory: Path) -> list[str]:
     """
     job = ray.get_runtime_context().get_job_id()
     outputs: dict[str, list[Output]] = {}
-    missed = []
     here = _own_node()
     if here is not None:
         node, folder = here
         outputs[node] = read_outputs(folder, job)
 
-    others = {node["NodeID"]: node for node in ray.nodes() if node["NodeID"] not in outputs}
-    tasks = {_start_reading(name, job): name for name, node in others.items() if node["Alive"]}
+    actors = _actors_of(job)
+    missed = _read_other_nodes(job, {actor.node for actor in actors}, outputs)
+    write_outputs(directory, outputs, {(actor.node, actor.process): actor.name for actor in actors})
+    return missed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Actor:
+    """The place of an actor's present or last process."""
+
+    name: str
+    node: str
+    process: int
+
+
+def _actors_of(job: str) -> list[_Actor]:
+    """Return the actors of a job; none where Ray's table cannot be read, as through ray://."""
+    try:
+        table = ray._private.state.actors().values()
+    except RayError:
+        return []
+    return [
+        _Actor(name=actor["Name"], node=actor["Address"]["NodeID"], process=actor["Pid"])
+        for actor in table
+        if actor["JobID"] == job
+    ]
+
+
+def _read_other_nodes(
+    job: str, used: Collection[str], outputs: dict[str, list[Output]]
+) -> list[str]:
+    """Add the outputs on all nodes but those that were read, and return what was missed.
+
+    Args:
+        used: the nodes of the job's actors; of others that are gone nothing is missed.
+    """
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["NodeID"] not in outputs}
+    addresses = {name: node["NodeManagerAddress"] for name, node in nodes.items()}
+    missed = [
+        f"{addresses[name]}: the node is gone"
+        for name, node in nodes.items()
+        if not node["Alive"] and name in used
+    ]
+    tasks = {_start_reading(name, job): name for name, node in nodes.items() if node["Alive"]}
+    if not tasks:
+        return missed
+
     answered, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=TIMEOUT_S)
     for task in answered:
         try:
             outputs[tasks[task]] = ray.get(task)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            missed.append(f"{others[tasks[task]]['NodeManagerAddress']}: {reason}")
-    for task in late:
-        address = others[tasks[task]]["NodeManagerAddress"]
-        missed.append(f"{address}: no answer within {TIMEOUT_S:.0f} s")
-
-    actors = ray._private.state.actors().values()
-    own = [actor for actor in actors if actor["JobID"] == job]
-    used = {actor["Address"]["NodeID"] for actor in own}
-    for name, node in others.items():
-        if not node["Alive"] and name in used:
-            missed.append(f"{node['NodeManagerAddress']}: the node is gone")
-
-    names = {(actor["Address"]["NodeID"], actor["Pid"]): actor["Name"] for actor in own}
-    write_outputs(directory, outputs, names)
+            missed.append(f"{addresses[tasks[task]]}: {reason}")
+    missed += [f"{addresses[tasks[task]]}: no answer within {TIMEOUT_S:.0f} s" for task in late]
     return missed
 
 

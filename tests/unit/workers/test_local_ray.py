@@ -1,6 +1,8 @@
 """Stopping Ray ends the processes that this process started for it, and no others."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ import psutil
 import pytest
 import ray
 
-from workers.local_ray import LocalRay
+from workers.local_ray import PR_SET_CHILD_SUBREAPER, LocalRay
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # Starts a process, writes its id, and ends: the process goes to another parent, as daemons do.
@@ -24,6 +26,15 @@ def detached() -> psutil.Process:
     """Return a process that is no descendant of this one, like the Ray of another user."""
     done = subprocess.run([sys.executable, "-c", DETACH], capture_output=True, text=True)
     return psutil.Process(int(done.stdout))
+
+
+@pytest.fixture(autouse=True)
+def _orphans_go_elsewhere() -> Iterator[None]:
+    """Let orphans go to their system's parent until Ray is started, also after earlier tests."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 0)
+    yield
+    prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 @pytest.fixture
@@ -77,8 +88,6 @@ def test_only_own_daemons_and_what_they_leave_behind_are_stopped(
 
 def _restoring_signals(start: Callable[[], None]) -> None:
     """Start Ray, which replaces the handler of SIGTERM, and put the earlier one back."""
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     try:
         start()
