@@ -1,7 +1,8 @@
 """The health check of the images: exit code 0 while the Ray node of this container answers.
 
-A container that runs `ray start` is healthy while its raylet answers. Any other, such as one that
-trains with a Ray of its own, is healthy while its main process lives, which Docker watches itself.
+A container that runs `ray start` is healthy while its raylet answers, and on the head the GCS too,
+through the dashboard; neither asks for a token. Any other, such as one that trains with a Ray of
+its own, is healthy while its main process lives, which Docker watches itself.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import itertools
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 RAYLET = "http://127.0.0.1:52365/api/local_raylet_healthz"
+GCS = "http://127.0.0.1:8265/api/gcs_healthz"
 TIMEOUT_S = 5.0
 
 
@@ -33,8 +35,16 @@ def is_ray_start(words: list[str]) -> bool:
     )
 
 
-def raylet_answers(address: str = RAYLET) -> bool:
-    """Return whether the raylet of this container says that it is well."""
+def services(command_lines: Iterable[list[str]]) -> list[str]:
+    """Return the addresses that must answer in a container with these processes."""
+    starts = [words for words in command_lines if is_ray_start(words)]
+    if not starts:
+        return []
+    return [RAYLET, GCS] if any("--head" in words for words in starts) else [RAYLET]
+
+
+def answers(address: str) -> bool:
+    """Return whether a part of Ray says that it is well."""
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
             return "success" in answer.read().decode()
@@ -43,5 +53,4 @@ def raylet_answers(address: str = RAYLET) -> bool:
 
 
 if __name__ == "__main__":
-    is_node = any(map(is_ray_start, commands()))
-    sys.exit(0 if not is_node or raylet_answers() else 1)
+    sys.exit(0 if all(map(answers, services(commands()))) else 1)

@@ -126,7 +126,7 @@ def test_compose_starts_a_head_and_two_workers_that_find_it():
     assert services["worker"]["depends_on"]["head"]["condition"] == "service_healthy"
     assert flags_of(commands["head"])["port"] == str(GCS_PORT)
     assert flags_of(commands["worker"])["address"] == f"head:{GCS_PORT}"
-    assert services["head"]["healthcheck"]["test"][-1] == f"head:{GCS_PORT}"
+    assert services["head"]["healthcheck"]["test"] == ["CMD", "python", "docker/healthcheck.py"]
     for name, words in commands.items():
         assert words[:2] == ["ray", "start"]
         assert "--block" in words
@@ -271,9 +271,10 @@ def test_a_container_is_a_node_where_it_runs_ray_start(tmp_path: Path):
     found = list(check.commands(tmp_path))
     assert len(found) == 2
     assert sorted(map(check.is_ray_start, found)) == [False, True]
-    assert check.is_ray_start(["python", "/usr/bin/ray", "start"])
-    assert not check.is_ray_start(["python", "-m", "recipes.grpo_math"])
+    assert check.services(found) == [check.RAYLET, check.GCS]
+    assert check.services([["python", "/usr/bin/ray", "start"]]) == [check.RAYLET]
+    assert check.services([["python", "-m", "recipes.grpo_math"]]) == []
 
 
 def test_a_node_whose_raylet_does_not_answer_is_not_healthy():
-    assert not health_check().raylet_answers("http://127.0.0.1:1/")
+    assert not health_check().answers("http://127.0.0.1:1/")
