@@ -18,7 +18,8 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 DETACH = (
     "import subprocess, sys; "
     "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], "
-    "start_new_session=True, stdout=subprocess.DEVNULL); print(p.pid)"
+    "start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+    "print(p.pid)"
 )
 
 
