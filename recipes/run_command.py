@@ -26,8 +26,6 @@ from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.run_log import HeldLog, log_to
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
     from rlsys.config import RunConfig
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
-    from workers.reward_worker import RewardOutput
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -300,30 +297,24 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         _report_failure(error, directory, console)
         return 1
     finally:
-        refused = isinstance(sys.exception(), ConfigError)
-        # A refusal changes no file of a run.
-        await leave(cluster, reward_output, console, logs=None if refused else directory.logs)
+        try:
+            await reward_output.finish()
+            keep_logs(directory, console)
+        finally:
+            cluster.shutdown()
 
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     return 0 if outcome == "finished" else 130
 
 
-async def leave(
-    cluster: Cluster, reward_output: RewardOutput, console: Console, *, logs: Path | None
-) -> None:
-    """Stop the actors and leave Ray.
-
-    Args:
-        logs: the folder for what the actors printed; None: it is not kept.
-    """
+def keep_logs(directory: RunDirectory, console: Console) -> None:
+    """Collect what the actors printed, before they are killed; a refusal changes no file."""
     from workers.actor_logs import keep_actor_logs
 
-    try:
-        await reward_output.finish()
-        missed = keep_actor_logs(logs) if logs else []
-        _warn([f"output of actors was not collected: {line}" for line in missed], console)
-    finally:
-        cluster.shutdown()
+    if isinstance(sys.exception(), ConfigError):
+        return
+    missed = keep_actor_logs(directory.logs)
+    _warn([f"output of actors was not collected: {line}" for line in missed], console)
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:

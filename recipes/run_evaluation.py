@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.run_command import exit_with_code_of, leave
+from recipes.run_command import exit_with_code_of, keep_logs
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml, parse
 from rlsys.config.errors import Mistakes, as_config_error
@@ -308,9 +308,11 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     except Exception as error:
         failure, complete = error, False
     finally:
-        refused = isinstance(sys.exception(), ConfigError)
-        logs = None if refused else prepared.directory.logs
-        await leave(cluster, output, console, logs=logs)
+        try:
+            await output.finish()
+            keep_logs(prepared.directory, console)
+        finally:
+            cluster.shutdown()
 
     _report(prepared, console, complete=complete, seconds=time.monotonic() - began)
     if failure is not None:

@@ -29,6 +29,8 @@ FILE = re.compile(r"worker-[0-9a-f]+-[0-9a-f]+-(\d+)\.(out|err)")
 # Lines that Ray writes into the files for itself.
 MARKER = re.compile(rb"^:(job_id|actor_name|task_name):(.*)\n", re.MULTILINE)
 
+_COLLECTED: set[tuple[str, int, str]] = set()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -55,8 +57,22 @@ def collect_actor_logs(directory: Path) -> list[str]:
 
     actors = _actors_of(job)
     missed = _read_other_nodes(job, {actor.node for actor in actors}, outputs)
-    write_outputs(directory, outputs, {(actor.node, actor.process): actor.name for actor in actors})
+    names = {(actor.node, actor.process): actor.name for actor in actors}
+    write_outputs(directory, new_outputs(outputs), names)
     return missed
+
+
+def new_outputs(outputs: Mapping[str, Iterable[Output]]) -> dict[str, list[Output]]:
+    """Return the outputs of processes that were not returned before, by node.
+
+    A process of this program may have several runs on one connection to Ray; each run is over, and
+    its actors silent, when its outputs are collected.
+    """
+    new = {}
+    for node, of_node in outputs.items():
+        new[node] = [one for one in of_node if (node, one.process, one.stream) not in _COLLECTED]
+        _COLLECTED.update((node, one.process, one.stream) for one in new[node])
+    return new
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,16 @@ def test_files_are_named_by_actor_and_silent_streams_have_none(tmp_path: Path):
     assert (logs / "policy-0.out").read_text() == "rank 0\nresumed\n"
 
 
+def test_the_output_of_an_earlier_run_of_the_program_is_not_collected_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(actor_logs, "_COLLECTED", set())
+    first = Output(process=11, stream="out", actor_class="A", text=b"first run\n")
+    second = Output(process=12, stream="out", actor_class="A", text=b"second run\n")
+    assert actor_logs.new_outputs({"node": [first]}) == {"node": [first]}
+    assert actor_logs.new_outputs({"node": [first, second]}) == {"node": [second]}
+
+
 def test_a_cluster_that_does_not_answer_changes_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
