@@ -241,11 +241,11 @@ def torch_cuda() -> str | None:
         tree = ast.parse(Path(found.origin).with_name("version.py").read_text())
     except OSError:
         return None
-    for node in tree.body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id == "cuda":
-            value = node.value if isinstance(node, ast.AnnAssign) else None
-            return value.value if isinstance(value, ast.Constant) and value.value else None
+    for node in tree.body:  # cuda: Optional[str] = '13.0'
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.target, ast.Name) and node.target.id == "cuda":
+            return str(node.value.value) if node.value.value else None
     return None
 
 

@@ -1,6 +1,7 @@
 """Facts are read where they stand, on any machine."""
 
 import http.server
+import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -107,3 +108,18 @@ def test_requirements_that_are_not_met_are_named(monkeypatch: pytest.MonkeyPatch
 
     del present["rlsys"]
     assert facts.unmet_requirements() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None), ("", None)],
+)
+def test_the_cuda_of_torch_is_read_without_importing_it(
+    line: str, cuda: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('it was imported')")
+    (tmp_path / "torch" / "version.py").write_text(f"debug = False\n{line}\n")
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr(facts, "find_spec", lambda name: spec)
+    assert facts.torch_cuda() == cuda
