@@ -75,7 +75,16 @@ def examine_cluster(address: str) -> dict[str, list[Finding]]:
 
 
 def connection_error(address: str) -> Finding | None:
-    """Return a failure where nothing listens at host:port; Ray itself would wait for a minute."""
+    """Return a failure where an address cannot be one, or nothing listens at host:port.
+
+    Ray itself would wait for a minute.
+    """
+    if address.startswith(("http://", "https://")):
+        return failure(
+            "Ray",
+            f"{address!r} is the address of a job server.",
+            "Give the host:port of the head (6379 by default), or auto on a node of the cluster.",
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return None

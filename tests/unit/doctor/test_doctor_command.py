@@ -109,6 +109,12 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
     assert connection_error("auto") is None
 
 
+def test_the_address_of_a_job_server_is_no_address_of_ray():
+    finding = connection_error("http://127.0.0.1:8265")
+    assert finding is not None
+    assert "6379" in finding.remedy
+
+
 def test_a_refused_token_has_its_own_remedy():
     refused = join_failure("auto", RuntimeError("AuthenticationError: invalid token"))
     assert "RAY_AUTH_MODE=token" in refused.remedy
