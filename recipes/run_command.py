@@ -101,6 +101,7 @@ class Prepared(Generic[RootT]):
         from rlsys.run.observers.html_report import ReportWriter
         from rlsys.run.observers.metrics_log import MetricsLog
         from rlsys.run.step_time import StepTimeWatch, likely_causes
+        from workers.ray_metrics import RayMetrics
 
         metrics = MetricsLog(self.directory)
         slowness = StepTimeWatch(
@@ -108,7 +109,8 @@ class Prepared(Generic[RootT]):
             lambda: likely_causes(self.online, detect_hardware(), self.speed),
             progress.notice,
         )
-        observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
+        gauges = RayMetrics(self.directory.path.resolve().name, self.config.recipe)
+        observers = [metrics, status, progress, ReportWriter(self.directory), slowness, gauges]
         session = Session(self.config, self.store, observers, evaluator)
         session.register("metrics_position", metrics)
         return session
@@ -312,6 +314,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     finally:
         try:
             await reward_output.finish()
+            keep_logs(directory, console)
         finally:
             cluster.shutdown()
 
@@ -322,6 +325,16 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     stopped = f"stopped after step {session.step} of {config.trainer.steps}: {saved}continue with"
     _print_lines(console, [f"{stopped} --run.directory {directory.path} --resume"])
     return 130
+
+
+def keep_logs(directory: RunDirectory, console: Console) -> None:
+    """Collect what the actors printed, before they are killed; a refusal changes no file."""
+    from workers.actor_logs import keep_actor_logs
+
+    if isinstance(sys.exception(), ConfigError):
+        return
+    missed = keep_actor_logs(directory.logs)
+    _warn([f"output of actors was not collected: {line}" for line in missed], console)
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
@@ -339,7 +352,8 @@ def _report_failure(error: Exception, directory: RunDirectory, console: Console)
         soft_wrap=True,
     )
     console.print(
-        f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+        f"details in {directory.log}, output of the actors in {directory.logs}. Continue with "
+        f"--run.directory {directory.path} --resume",
         highlight=False,
         soft_wrap=True,
     )

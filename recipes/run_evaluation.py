@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.run_command import exit_with_code_of
+from recipes.run_command import exit_with_code_of, keep_logs
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml, parse
 from rlsys.config.errors import Mistakes, as_config_error
@@ -311,6 +311,7 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     finally:
         try:
             await output.finish()
+            keep_logs(prepared.directory, console)
         finally:
             cluster.shutdown()
 
@@ -453,7 +454,8 @@ def _report_failure(error: Exception, directory: EvaluationDirectory, console: C
     _print(console, f"the evaluation failed: {shown}", style="red")
     _print(
         console,
-        f"details in {directory.log}. Continue with --run.directory {directory.path} --resume",
+        f"details in {directory.log}, output of the actors in {directory.logs}. Continue with "
+        f"--run.directory {directory.path} --resume",
     )
     return 1
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,10 @@ GUEST_GPUS = 0.01
 # glibc returns large blocks to the system when they are freed, and the system zeroes them before
 # they are used again. Keeping them makes a training step on a CPU a quarter faster.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
+
+# How many actors of a name this process has started.
+_STARTED: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +173,7 @@ class Cluster:
         """
         place = shares or role
         options.setdefault("num_cpus", 0)
+        options |= _identity(role, index)
         position = self._bundle_position(place, index)
         if position is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
@@ -231,6 +237,19 @@ class Cluster:
         self.actors.clear()
         remove_placement_group(self.reservation)
         self.leave_ray()
+
+
+def _identity(role: str, index: int) -> dict[str, str]:
+    """Return the name of an actor in Ray's dashboard, in `ray list actors` and of its log files.
+
+    It is role and index, as in `policy-0`; a later actor in the same place is `policy-0.2`, since
+    Ray frees a name only some time after the actor's end. Jobs have namespaces of their own.
+    """
+    name = f"{role}-{index}"
+    _STARTED[name] += 1
+    if _STARTED[name] > 1:
+        name = f"{name}.{_STARTED[name]}"
+    return {"name": name, "namespace": f"rlsys-{ray.get_runtime_context().get_job_id()}"}
 
 
 def _stay_connected() -> None:

@@ -73,6 +73,11 @@ def detect_hardware(
     )
 
 
+def cpu_flags(cpu_info: Path = CPU_INFO) -> frozenset[str]:
+    """Return the instruction sets of the CPU, as the kernel names them."""
+    return _cpu_description(cpu_info)[1]
+
+
 def available_memory_fraction(
     *, cgroup_root: Path = CGROUP_ROOT, own_cgroups: Path = OWN_CGROUPS
 ) -> float:

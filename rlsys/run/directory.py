@@ -2,7 +2,7 @@
 
 runs/<name>/
     config.yaml      metrics.jsonl      tensorboard/     rollouts/step_*.parquet
-    checkpoints/     report.html        status.json      run.log
+    checkpoints/     report.html        status.json      run.log         logs/<actor>.{out,err}
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class RunDirectory:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
+
+    @property
+    def logs(self) -> Path:
+        """What the actors printed; `log` is the driver's."""
+        return self.path / "logs"
 
     @classmethod
     def named_by(cls, config: RootConfig) -> Self:

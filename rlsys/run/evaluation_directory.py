@@ -2,7 +2,7 @@
 
 runs/<name>/
     config.yaml    run.log    responses/model/*.parquet    responses/compare/*.parquet
-    evaluation.json           report.html
+    evaluation.json           report.html                        logs/<actor>.{out,err}
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ SHELL_BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILI
 ACTIVATION = [".", ".venv/bin/activate"]
 DRY_RUNS = 4  # seconds each
 # Programs besides `make` and Python that a command may start; their arguments are not checked.
-OTHER_PROGRAMS = ("cd", "chmod", "docker", "export", "git", "ray", "ssh", "tensorboard")
+OTHER_PROGRAMS = (
+    *("cd", "chmod", "docker", "export", "git", "kubectl", "ray", "sbatch", "ssh", "tensorboard"),
+)
 
 
 @dataclass(frozen=True)
