@@ -26,8 +26,9 @@ from rlsys.config.fields import all_fields, field_at
 from rlsys.config.help_text import help_text
 from rlsys.config.presets import preset_called
 from rlsys.config.renamed_fields import REMOVED_FIELDS, refuse_old_names, translated
-from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig
+from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, RunSection
 from rlsys.config.run import RunConfig
+from rlsys.config.storage_uri import storage_mistake
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -118,15 +119,7 @@ def parse(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     model = type(recipe)
     options = list(_options(arguments, model))
     switches = {name for name, _ in options}
-    from_files: list[Change] = []
-    for name, file in options:
-        if name == "--config":
-            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")), model)
-    from_flags: list[Change] = []
-    for name, value in options:
-        if name not in SWITCHES:
-            field = _normal(name)
-            from_flags.append((field, _parse_value(field, value, model)))
+    from_files, from_flags = _changes(options, model)
     if "--resume" in switches:
         return _resumed(recipe, from_files, from_flags, dry_run="--dry-run" in switches)
 
@@ -138,6 +131,62 @@ def parse(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     return Invocation(
         config=config, dry_run="--dry-run" in switches, resume=False, explicit=explicit
     )
+
+
+def _changes(
+    options: Sequence[tuple[str, str | None]], model: type[RootConfig]
+) -> tuple[list[Change], list[Change]]:
+    """Return the fields that files set, and those that flags set."""
+    from_files: list[Change] = []
+    for name, file in options:
+        if name == "--config":
+            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")), model)
+    from_flags: list[Change] = []
+    for name, value in options:
+        if name not in SWITCHES:
+            field = _normal(name)
+            from_flags.append((field, _parse_value(field, value, model)))
+    return from_files, from_flags
+
+
+def places_to_resume(recipe: RootConfig, arguments: Sequence[str]) -> RunSection | None:
+    """Return directory and storage of the run that --resume continues; None without --resume.
+
+    The storage is the one that flags or files name, else that of the run's own configuration. The
+    directory need not exist: the storage may hold the run.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        return None
+    options = list(_options(arguments, type(recipe)))
+    if "--resume" not in {name for name, _ in options}:
+        return None
+
+    given = dict(change for changes in _changes(options, type(recipe)) for change in changes)
+    section = _run_section(recipe, given)
+    directory = section.given_directory
+    if directory is None or "run.storage" in given:
+        return section
+    file = Path(directory).expanduser() / CONFIG_FILE
+    if not file.is_file():
+        return section
+    saved = flat(_read_yaml(str(file), "run.directory")).get("run.storage")
+    return _run_section(recipe, {"run.directory": directory, "run.storage": saved})
+
+
+def _run_section(recipe: RootConfig, given: Mapping[str, Any]) -> RunSection:
+    """Return the directory and storage of a run, with the changes of the command line."""
+    values = {
+        name: given.get(f"run.{name}", getattr(recipe.run, name))
+        for name in ("directory", "storage")
+    }
+    texts = {name: value for name, value in values.items() if isinstance(value, str) and value}
+    mistake = storage_mistake(texts["storage"]) if "storage" in texts else None
+    if mistake is not None:
+        raise ConfigError(mistake)
+    return RunSection.model_validate(texts)
 
 
 def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
@@ -155,12 +204,18 @@ def _resumed(
     """Return the run's own configuration with the changes applied to it."""
     changes = [*from_files, *from_flags]
     given = dict(changes)
-    directory = given.get("run.directory", recipe.run.directory)
-    if not isinstance(directory, str) or not directory:
+    section = _run_section(recipe, given)
+    directory = section.given_directory
+    if directory is None:
         raise ConfigError(
             "run.directory: --resume needs the directory of the run. Add --run.directory runs/NAME."
         )
 
+    if section.storage and not (Path(directory).expanduser() / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"run.storage: {section.storage!r} holds no run to resume, nor does run.directory "
+            f"{directory!r}. Name the place of an earlier run, or leave out --resume."
+        )
     tree = saved_configuration(directory, type(recipe))
     saved = flat(tree)
     name = given.get("recipe", recipe.recipe)

@@ -62,8 +62,8 @@ class RunDirectory:
 
     @classmethod
     def named_by(cls, config: RootConfig) -> Self:
-        """Return `run.directory`, or a new directory under runs/ named by recipe and time."""
-        given = config.run.directory
+        """Return `run.directory`, else one in runs/ named by the storage, or by recipe and time."""
+        given = config.run.given_directory
         directory = given or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         return cls(Path(directory).expanduser(), is_given=given is not None)
 

@@ -43,6 +43,7 @@ from rlsys.run.evaluated_model import check_evaluated_path
 from rlsys.run.machine_checks import machine_mistakes
 from rlsys.run.plan import shown_parameters
 from rlsys.run.required_inputs import estimator_parameters, missing_inputs
+from rlsys.run.storage import check_storage
 
 CONNECT_LIMIT_S = 3.0
 LAST_PORT = 65535
@@ -106,6 +107,7 @@ def _checks(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     objective = config.algorithm.objective
     yield "run.directory", lambda: directory.check(resume=resume)
+    yield "run.storage", lambda: check_storage(config.run, directory, resume=resume)
     yield "model.path", lambda: check_model_path(config.model.path)
     yield "reference.path", lambda: _check_path("reference.path", config.reference.path)
     if config.critic.enabled:
