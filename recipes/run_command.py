@@ -246,15 +246,16 @@ def _store_complete_run(config: RootConfig, console: Console) -> int:
 
 def _store_rest(storage: RunStorage, directory: RunDirectory, console: Console) -> bool:
     """Wait until all of a run is stored, say where or what is missing; return whether all is."""
+    from rlsys.run.storage import shortened
+
     with _one_signal_held_back(storage.shown, console):
         missing = storage.finish()
     if not missing:
         console.print(f"{'stored':<12} {storage.shown}", highlight=False, soft_wrap=True)
         return True
-    names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     console.print(
-        f"not stored in {storage.shown}: {names}. All files are in {directory.path}; --resume with "
-        f"--run.directory {directory.path} stores them.",
+        f"not stored in {storage.shown}: {shortened(missing)}. All files are in {directory.path}; "
+        f"--resume with --run.directory {directory.path} stores them.",
         style="red",
         highlight=False,
         markup=False,

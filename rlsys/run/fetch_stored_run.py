@@ -73,13 +73,12 @@ def _fetch(
     notify: Callable[[str], None],
     silent_s: float,
 ) -> bool:
+    if not dry_run:
+        refuse_a_living_owner(place, silent_s=silent_s, notify=notify)
     stored = place.sizes()
     owner = read_owner(place)
     if owner is None or CONFIG_FILE not in stored:
         return False
-    if not dry_run:
-        refuse_a_living_owner(place, silent_s=silent_s, notify=notify)
-        stored = place.sizes()
     _refuse_another_run(place, directory, owner)
 
     found = list(_complete(place, stored))

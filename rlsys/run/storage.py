@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,7 @@ CHECKPOINTS = "checkpoints"
 # Files that are never changed once they have their name; others grow or are replaced.
 FINAL_FOLDERS = ("rollouts/",)
 FIELD = "run.storage"
+SHORT_S = 2.0  # an end of a run that is not worth a line
 LEAVING_S = 10.0  # for the block that is being written when the user gives up
 
 
@@ -150,13 +151,16 @@ class RunStorage:
         self._pace = pace or StoragePace()
         self._copied = _Copied()
         self._failure: str | None = None
+        self._everything_is_there = False
         self._ending = threading.Event()
         self._giving_up = threading.Event()
+        # Not `Thread.join`: an interrupt of it makes Python 3.11 believe that the thread has ended.
+        self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._ownership: Ownership | None = None
         self._files_due = 0.0
         self._prune_due = True
-        self.on_loss: Callable[[], None] = lambda: None  # for a run that should end then
+        self.on_loss: Callable[[], object] = lambda: None  # for a run that should end then
 
     @property
     def shown(self) -> str:
@@ -178,6 +182,7 @@ class RunStorage:
                     f"{FIELD}: {self.shown!r} belongs to another run than the directory "
                     f"{str(self._directory.path)!r}. Name another place."
                 )
+            refuse_a_living_owner(self._place, silent_s=0.0, notify=logger.info)
             run = own.run if own else os.urandom(16).hex()
             start = max(own.start if own else 0, before.start if before else 0) + 1
             LocalIdentity(run=run, start=start).write(self._directory)
@@ -200,7 +205,7 @@ class RunStorage:
         self._giving_up.set()
         self._ending.set()
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
         self._end_ownership()
         if resumed:
             return
@@ -216,16 +221,16 @@ class RunStorage:
         An interrupt (KeyboardInterrupt) ends the wait. Nothing more is copied then.
         """
         self.begin()
-        assert self._thread is not None
         self._ending.set()
         try:
-            while self._thread.is_alive():
-                self._thread.join(0.2)
+            if not self._done.wait(SHORT_S):
+                self._notify(f"storing in {self.shown}: {shortened(self.missing())} ...")
+            self._done.wait()
         except KeyboardInterrupt:
             self._giving_up.set()
-            self._thread.join(LEAVING_S)
+            self._done.wait(LEAVING_S)
         self._end_ownership()
-        return self.missing()
+        return [] if self._everything_is_there else self.missing()
 
     def missing(self) -> list[str]:
         """Return the names of the files and checkpoints that the storage lacks."""
@@ -252,46 +257,63 @@ class RunStorage:
 
     def _copy(self) -> None:
         """Copy until the run is over and everything is there."""
-        failures, left = 0, self._pace.tries_at_end
-        while True:
-            ending = self._ending.is_set()
-            try:
-                self._copy_what_is_new(all_now=ending)
-            except (GivenUp, StorageLost):
-                return
-            except Exception as error:  # also of packages that fsspec calls
-                failures = 1 if ending and left == self._pace.tries_at_end else failures + 1
-                left -= ending
-                pause = min(2.0 ** (failures - 1), self._pace.longest_pause)
-                self._say_failure(error, pause)
-                if left <= 0:
-                    return
-            else:
-                if ending and not failures:
-                    return
-                if failures:
-                    self._say_recovery()
-                    failures = 0  # once more, for run.log has a new line
-                pause = 0.0 if ending else self._pace.interval
-            self._pause(pause, interruptible=not ending)
+        try:
+            self._copy_until_the_end()
+        finally:
+            self._done.set()
 
-    def _pause(self, seconds: float, *, interruptible: bool) -> None:
-        """Wait; not longer than until the end of the run, or until the user gives up."""
-        (self._ending if interruptible else self._giving_up).wait(seconds)
+    def _copy_until_the_end(self) -> None:
+        failures = 0
+        while not self._ending.is_set():
+            failures = 0 if self._tried(failures, all_now=False) else failures + 1
+            self._ending.wait(self._pause(failures) if failures else self._pace.interval)
+
+        for number in range(self._pace.tries_at_end):
+            if self._is_over():
+                return
+            if not self._tried(number, all_now=True):
+                self._giving_up.wait(self._pause(number + 1))
+            elif not self.missing():  # else run.log has grown meanwhile
+                self._everything_is_there = True
+                return
+
+    def _tried(self, failures: int, *, all_now: bool) -> bool:
+        """Copy what is new; return False where that failed, after so many failures before."""
+        try:
+            self._copy_what_is_new(all_now=all_now)
+        except (GivenUp, StorageLost):
+            return self._is_over()
+        except StoreErrors as error:
+            self._say_failure(error, self._pause(failures + 1))
+            return False
+        if self._failure is not None:
+            self._failure = None
+            self._notify(f"storage {self.shown}: works again; all files up to now are there")
+        return True
+
+    def _pause(self, failures: int) -> float:
+        return min(2.0 ** (failures - 1), self._pace.longest_pause)
+
+    def _is_over(self) -> bool:
+        """Return whether the user has given up, or the storage is another process's."""
+        lost = self._ownership is not None and self._ownership.lost_to is not None
+        return lost or self._giving_up.is_set()
 
     def _say_failure(self, error: Exception, pause: float) -> None:
         reason = first_line(error)
-        logger.warning("storage %s failed; next try in %.0f s", self.shown, pause, exc_info=error)
+        logger.warning(
+            "storage %s failed (%s); next try in %.0f s",
+            self.shown,
+            reason,
+            pause,
+            exc_info=error if self._failure is None else None,
+        )
         if self._failure is None:
             self._notify(
                 f"storage {self.shown} failed ({reason}). The run goes on with its files in "
                 f"{self._directory.path}; storing them is tried again and again."
             )
         self._failure = reason
-
-    def _say_recovery(self) -> None:
-        self._failure = None
-        self._notify(f"storage {self.shown}: works again; all files up to now are there")
 
     def _copy_what_is_new(self, *, all_now: bool) -> None:
         self._refuse_to_go_on()
@@ -367,12 +389,16 @@ class RunStorage:
                     self._place.upload(path / file, f"{base}/{file}", self._between_blocks)
                     copied.begun_files.add(file)
             self._copy_files(all_now=True)
-            if self._ownership is not None and not self._ownership.renew():
-                raise StorageLost
+            self._require_ownership()
             self._place.write(f"{base}/{MANIFEST}", manifest)
             copied.checkpoints[path.name] = manifest
             copied.begun = None
             self._prune_due = True
+
+    def _require_ownership(self) -> None:
+        """Raise where another process has the storage, by what the storage itself says."""
+        if self._ownership is not None and not self._ownership.renew():
+            raise StorageLost
 
     def _between_blocks(self) -> None:
         """Keep the small files up to date while a large one is being copied."""
@@ -394,6 +420,8 @@ class RunStorage:
             return
         if known & local:
             stored = {name.split("/")[1] for name in self._place.sizes(CHECKPOINTS)}
+            if stored - local:
+                self._require_ownership()
             for name in sorted(stored - local):
                 self._delete_stored(f"{CHECKPOINTS}/{name}")
         self._prune_due = False
@@ -403,12 +431,18 @@ class RunStorage:
         for name, _, state in self._local_files():
             if name.startswith(FINAL_FOLDERS) and stored.get(name) == state[0]:
                 self._copied.files[name] = state
-        for name in stored:
-            folder, _, file = name.rpartition("/")
-            if file == MANIFEST and folder.startswith(f"{CHECKPOINTS}/"):
-                content = self._place.read(name)
-                if content is not None:
-                    self._copied.checkpoints[folder.rpartition("/")[2]] = content
+        # Others are damaged, or older, and are deleted or replaced.
+        for path in self._checkpoints.intact():
+            manifest = f"{CHECKPOINTS}/{path.name}/{MANIFEST}"
+            content = self._place.read(manifest) if manifest in stored else None
+            if content is not None:
+                self._copied.checkpoints[path.name] = content
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first of many names."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _manifest(checkpoint: Path) -> bytes | None:

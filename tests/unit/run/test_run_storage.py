@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from recipes import run_command
 from rlsys.config import RunConfig, RunSection
 from rlsys.run.checkpoints import MANIFEST, CheckpointStore, find_damage
 from rlsys.run.directory import RunDirectory
@@ -201,8 +207,8 @@ async def test_a_store_that_stays_away_is_said_at_the_end_and_stored_by_the_next
 ):
     place = FailingPlace(StoredPlace.open(str(tmp_path / "stored")))
     run = Machine(tmp_path / "a", place)
-    run.start()
     place.fails = lambda name: name != OWNER
+    run.start()
     await run.step(1)
     missing = run.storage.finish()
     assert missing[0] == "checkpoints/step_000001"
@@ -450,3 +456,58 @@ def test_no_identity_no_run(tmp_path: Path):
     LocalIdentity.file(run.directory).unlink()
     with pytest.raises(ValueError, match="holds another run"):
         run.fetch()
+
+
+class WatchedText(io.StringIO):
+    """A console's file that says when a text was written to it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+        self.seen = threading.Event()
+
+    def write(self, text: str, /) -> int:
+        if self._text in text:
+            self.seen.set()
+        return super().write(text)
+
+
+async def test_the_second_ctrl_c_leaves_and_names_what_is_missing(tmp_path: Path):
+    place = FailingPlace(StoredPlace.open(str(tmp_path / "stored")))
+    run = Machine(tmp_path / "a", place)
+    begun, leaving = threading.Event(), threading.Event()
+
+    def waits(name: str) -> bool:
+        if name.startswith("checkpoints/"):
+            begun.set()
+            assert leaving.wait(60)
+        return False
+
+    place.fails = waits
+    run.start()
+    await run.step(1)
+    output = WatchedText("once more to leave at once")
+
+    def interrupt() -> None:
+        assert begun.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert output.seen.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.storage._giving_up.wait(60)
+        leaving.set()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a run leaves it
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(interrupt)
+            console = Console(file=output, width=500)
+            stored = run_command._store_rest(run.storage, run.directory, console)
+            sent.result()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not stored
+    assert f"not stored in {place.shown}: checkpoints/step_000001" in output.getvalue()
+    owner = read_owner(place)
+    assert owner is not None
+    assert owner.ended
