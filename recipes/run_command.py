@@ -179,6 +179,8 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
     try:
         storage = _claim_storage(prepared.config, prepared.directory, prepared.store, console)
         code = asyncio.run(_train(prepared, log, console, storage))
+        stored = storage is None or _store_rest(storage, prepared.directory, console)
+        return code if stored else 1
     except ConfigError:  # refused by a worker at set-up: leave no trace of the run
         if storage is not None:
             storage.discard(resumed=prepared.resume)
@@ -189,8 +191,6 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
         if storage is not None:
             _store_rest(storage, prepared.directory, console)
         raise
-    stored = storage is None or _store_rest(storage, prepared.directory, console)
-    return code if stored else 1
 
 
 def _fetch_to_resume(config: RootConfig, arguments: Sequence[str]) -> None:
