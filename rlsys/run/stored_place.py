@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import uuid
@@ -17,6 +18,7 @@ import pyarrow.fs as pafs
 from rlsys.config import ConfigError
 
 BLOCK = 8 << 20  # bytes
+BLOCKS_IN_FLIGHT = 8  # that may wait in memory for a slow store
 PARTIAL = ".partial"
 PROBE = ".probe-"
 # Stores that show an object only when it was written whole, by the name of the file system in
@@ -98,8 +100,13 @@ class StoredPlace:
 
         def copy(stream: pa.NativeFile) -> None:
             with local.open("rb") as source:
-                while block := source.read(BLOCK):
+                for number in itertools.count(1):
+                    block = source.read(BLOCK)
+                    if not block:
+                        return
                     stream.write(block)
+                    if number % BLOCKS_IN_FLIGHT == 0:  # pyarrow would read a whole file ahead
+                        stream.flush()
                     between()
 
         self._write(name, copy)
@@ -130,9 +137,12 @@ class StoredPlace:
             OSError: one of these failed.
         """
         name, content = f"{PROBE}{uuid.uuid4().hex}", b"rlsys"
+        existed = self._files.get_file_info(self._path).type != pafs.FileType.NotFound
         self.write(name, content)
         found = self.read(name)
         self.delete(name)
+        if not (existed or self._writes_whole or self.sizes()):
+            self._files.delete_dir(self._path)  # `write` has made it
         if found != content:
             raise OSError(f"a file was written, and read as {found!r}")
 

@@ -434,6 +434,7 @@ def test_a_start_that_was_killed_before_it_stored_anything_leaves_the_place_free
 def test_the_check_leaves_no_trace(uri: str, tmp_path: Path):
     check_storage(RunSection(storage=uri), RunDirectory(tmp_path / "run"), resume=False)
     assert StoredPlace.open(uri).sizes() == {}
+    assert not (tmp_path / "stored" / "run").exists()
 
 
 def test_places_that_cannot_be_used_are_refused_with_one_line(tmp_path: Path, s3: S3Server):
