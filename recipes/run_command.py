@@ -16,12 +16,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
 
 from rlsys.config import ConfigError, RootConfig
-from rlsys.config.command_line import HelpRequested, Invocation, parse
+from rlsys.config.command_line import HelpRequested, Invocation, parse, places_to_resume
 from rlsys.config.errors import as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.run.ray_job import stop_wait_warning
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from rlsys.run.observers.observer import Outcome
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.step_time import StepEstimate
+    from rlsys.run.storage import RunStorage
     from workers.cluster import Cluster
 
 RootT = TypeVar("RootT", bound=RootConfig)
@@ -133,8 +136,9 @@ def run_command(
     hardware = detect_hardware()
 
     def run() -> int:
-        invocation = parse(recipe(hardware), sys.argv[1:] if arguments is None else arguments)
-        return _run(invocation, prepare, hardware)
+        config, words = recipe(hardware), sys.argv[1:] if arguments is None else arguments
+        _fetch_to_resume(config, words)
+        return _run(parse(config, words), prepare, hardware)
 
     exit_with_code_of(run, continued="a saved run")
 
@@ -178,7 +182,7 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
     with as_config_error():  # preparation only checks input
         prepared = prepare(invocation, hardware, console)
     if prepared is None:
-        return 0
+        return 0 if invocation.dry_run else _store_complete_run(invocation.config, console)
     if invocation.dry_run:
         print(shown(prepared.plan))
         _print_start(prepared, console)
@@ -187,12 +191,111 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
     prepared = _claim(prepared)
     log = log_to(prepared.directory.log, held=prepared.resume)
     _print_start(prepared, console)
+    storage: RunStorage | None = None
     try:
-        return asyncio.run(_train(prepared, log, console))
+        storage = _claim_storage(prepared.config, prepared.directory, prepared.store, console)
+        code = asyncio.run(_train(prepared, log, console, storage))
+        stored = storage is None or _store_rest(storage, prepared.directory, console)
+        return code if stored else 1
     except ConfigError:  # refused by a worker at set-up: leave no trace of the run
+        if storage is not None:
+            storage.discard(resumed=prepared.resume)
         if not prepared.resume:
             prepared.directory.discard()
         raise
+    except KeyboardInterrupt:
+        if storage is not None:
+            _store_rest(storage, prepared.directory, console)
+        raise
+
+
+def _fetch_to_resume(config: RootConfig, arguments: Sequence[str]) -> None:
+    """With --resume, make the local directory hold the newest state of the run."""
+    places = places_to_resume(config, arguments)
+    if places is None or places.storage is None or places.given_directory is None:
+        return
+    from rlsys.run.directory import RunDirectory
+    from rlsys.run.fetch_stored_run import fetch_stored_run
+    from rlsys.run.observers.plain_console import PlainConsole
+    from rlsys.run.stored_place import StoredPlace
+
+    console = PlainConsole()
+    fetch_stored_run(
+        StoredPlace.open(places.storage),
+        RunDirectory(Path(places.given_directory).expanduser()),
+        dry_run="--dry-run" in arguments,
+        notify=lambda line: _print_lines(console, [line]),
+    )
+
+
+def _claim_storage(
+    config: RootConfig, directory: RunDirectory, checkpoints: CheckpointStore, console: Console
+) -> RunStorage | None:
+    """Take `run.storage` for this process; None where the run has none."""
+    if config.run.storage is None:
+        return None
+    from rlsys.run.storage import RunStorage
+    from rlsys.run.stored_place import StoredPlace
+
+    storage = RunStorage(
+        StoredPlace.open(config.run.storage),
+        directory,
+        checkpoints,
+        lambda line: _print_lines(console, [line]),
+    )
+    storage.claim()
+    return storage
+
+
+def _store_complete_run(config: RootConfig, console: Console) -> int:
+    """Store what an earlier start of a complete run could not, and return the exit code."""
+    from rlsys.run.checkpoints import CheckpointStore
+    from rlsys.run.directory import RunDirectory
+
+    directory = RunDirectory.named_by(config)
+    store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
+    store.latest()  # finds damaged ones, which are not stored
+    storage = _claim_storage(config, directory, store, console)
+    return 0 if storage is None or _store_rest(storage, directory, console) else 1
+
+
+def _store_rest(storage: RunStorage, directory: RunDirectory, console: Console) -> bool:
+    """Wait until all of a run is stored, say where or what is missing; return whether all is."""
+    from rlsys.run.storage import shortened
+
+    with _one_signal_held_back(storage.shown, console):
+        missing = storage.finish()
+    if not missing:
+        console.print(f"{'stored':<12} {storage.shown}", highlight=False, soft_wrap=True)
+        return True
+    console.print(
+        f"not stored in {storage.shown}: {shortened(missing)}. All files are in {directory.path}; "
+        f"--resume with --run.directory {directory.path} stores them.",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return False
+
+
+@contextmanager
+def _one_signal_held_back(place: str, console: Console) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM pass with a line, and interrupt at the second."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def note(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.default_int_handler)
+        console.print(f"still storing in {place}; once more to leave at once", highlight=False)
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: not a handler of Python's, but Ray's, and Ray is not running any more.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def said_complete(
@@ -270,7 +373,9 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
         )
 
 
-async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
+async def _train(
+    prepared: Prepared, log: HeldLog, console: Console, storage: RunStorage | None
+) -> int:
     """Start the actors, train, and return the exit code.
 
     A resume changes no file before the loop starts.
@@ -303,6 +408,10 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
             directory.create(config, prepared.reasons)
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
+        if storage is not None:
+            loop = asyncio.get_running_loop()
+            storage.on_loss = lambda: loop.call_soon_threadsafe(session.request_stop)
+            storage.begin()
         outcome = await started.loop.run()
     except ConfigError:
         raise

@@ -27,9 +27,10 @@ from rlsys.config.fields import all_fields, field_at
 from rlsys.config.help_text import help_text
 from rlsys.config.presets import preset_called
 from rlsys.config.renamed_fields import REMOVED_FIELDS, refuse_old_names, translated
-from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig
+from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, RunSection
 from rlsys.config.run import RunConfig
 from rlsys.config.secrets import refuse_secrets
+from rlsys.config.storage_uri import storage_mistake
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -129,15 +130,7 @@ def _parsed(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     model = type(recipe)
     options = list(_options(arguments, model))
     switches = {name for name, _ in options}
-    from_files: list[Change] = []
-    for name, file in options:
-        if name == "--config":
-            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")), model)
-    from_flags: list[Change] = []
-    for name, value in options:
-        if name not in SWITCHES:
-            field = _normal(name)
-            from_flags.append((field, _parse_value(field, value, model)))
+    from_files, from_flags = _changes(options, model)
     dry_run, resume_auto = "--dry-run" in switches, ("--resume", AUTO) in options
     if "--resume" in switches:
         directory = _directory_to_resume(recipe, [*from_files, *from_flags], auto=resume_auto)
@@ -149,12 +142,68 @@ def _parsed(recipe: RootT, arguments: Sequence[str]) -> Invocation[RootT]:
     explicit = _explicit(tree, from_files, from_flags)
     _apply(tree, [*from_files, *from_flags])
     config = _validated(tree, model, context=CONTRADICTIONS_LATER)
-    if resume_auto and _was_claimed(config.run.directory):
+    if resume_auto and _was_claimed(config.run.given_directory):
         saved = flat(config.model_dump(mode="json"))
         return Invocation(
             config=config, dry_run=dry_run, resume=True, explicit=explicit, saved=saved
         )
     return Invocation(config=config, dry_run=dry_run, resume=False, explicit=explicit)
+
+
+def _changes(
+    options: Sequence[tuple[str, str | None]], model: type[RootConfig]
+) -> tuple[list[Change], list[Change]]:
+    """Return the fields that files set, and those that flags set."""
+    from_files: list[Change] = []
+    for name, file in options:
+        if name == "--config":
+            from_files += _leaves(_with_current_names(_read_yaml(file, "--config")), model)
+    from_flags: list[Change] = []
+    for name, value in options:
+        if name not in SWITCHES:
+            field = _normal(name)
+            from_flags.append((field, _parse_value(field, value, model)))
+    return from_files, from_flags
+
+
+def places_to_resume(recipe: RootConfig, arguments: Sequence[str]) -> RunSection | None:
+    """Return directory and storage of the run that --resume continues; None without --resume.
+
+    The storage is the one that flags or files name, else that of the run's own configuration. The
+    directory need not exist: the storage may hold the run.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        return None
+    options = list(_options(arguments, type(recipe)))
+    if "--resume" not in {name for name, _ in options}:
+        return None
+
+    given = dict(change for changes in _changes(options, type(recipe)) for change in changes)
+    section = _run_section(recipe, given)
+    directory = section.given_directory
+    if directory is None or "run.storage" in given:
+        return section
+    file = _config_file(directory)
+    if not file.is_file():
+        return section
+    saved = flat(_read_yaml(str(file), "run.directory")).get("run.storage")
+    return _run_section(recipe, {"run.directory": directory, "run.storage": saved})
+
+
+def _run_section(recipe: RootConfig, given: Mapping[str, Any]) -> RunSection:
+    """Return the directory and storage of a run, with the changes of the command line."""
+    values = {
+        name: given.get(f"run.{name}", getattr(recipe.run, name))
+        for name in ("directory", "storage")
+    }
+    texts = {name: value for name, value in values.items() if isinstance(value, str) and value}
+    mistake = storage_mistake(texts["storage"]) if "storage" in texts else None
+    if mistake is not None:
+        raise ConfigError(mistake)
+    return RunSection.model_validate(texts)
 
 
 def _chosen(recipe: RootT, arguments: Sequence[str]) -> RootT:
@@ -170,10 +219,16 @@ def _directory_to_resume(recipe: RootConfig, changes: list[Change], *, auto: boo
     """Return the directory of the run to continue.
 
     Raises:
-        ConfigError: neither the recipe nor the changes name one.
+        ConfigError: neither the recipe nor the changes name one, or their storage holds no run.
     """
-    directory = dict(changes).get("run.directory", recipe.run.directory)
-    if isinstance(directory, str) and directory:
+    section = _run_section(recipe, dict(changes))
+    directory = section.given_directory
+    if directory is not None:
+        if section.storage and not auto and not _config_file(directory).is_file():
+            raise ConfigError(
+                f"run.storage: {section.storage!r} holds no run to resume, nor does run.directory "
+                f"{directory!r}. Name the place of an earlier run, or leave out --resume."
+            )
         return directory
     if auto:
         raise ConfigError(
@@ -187,14 +242,18 @@ def _directory_to_resume(recipe: RootConfig, changes: list[Change], *, auto: boo
 
 def holds_run(directory: str) -> bool:
     """Return whether a run was started in a directory and wrote its configuration."""
-    file = Path(directory).expanduser() / CONFIG_FILE
+    file = _config_file(directory)
     return file.is_file() and file.stat().st_size > 0
 
 
 def _was_claimed(directory: str | None) -> bool:
     """Return whether a run took a directory and ended before it wrote its configuration."""
     assert directory, "--resume auto without a directory is refused"
-    return (Path(directory).expanduser() / CONFIG_FILE).is_file() and not holds_run(directory)
+    return _config_file(directory).is_file() and not holds_run(directory)
+
+
+def _config_file(directory: str) -> Path:
+    return Path(directory).expanduser() / CONFIG_FILE
 
 
 def _resumed(

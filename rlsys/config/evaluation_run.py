@@ -16,6 +16,7 @@ from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
+from rlsys.config.storage_uri import unsupported_storage
 
 LOWEST_TEMPERATURE = 0.01  # above 0; vLLM's lower limit
 
@@ -254,6 +255,7 @@ def evaluation_contradictions(config: EvaluationRunConfig) -> list[str]:
         *_sampling(config),
         *_values_of_k(config),
         *_sources(config),
+        *unsupported_storage(config.run.storage, "an evaluation"),
     ]
 
 

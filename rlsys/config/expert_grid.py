@@ -12,6 +12,7 @@ from pydantic import Field
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.root import CONTRADICTIONS_LATER
 from rlsys.config.section import Section
+from rlsys.config.storage_uri import unsupported_storage
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -93,6 +94,7 @@ def cells_of(grid: GridConfig) -> Iterator[Cell]:
 
 def grid_mistakes(config: ExpertGridConfig, explicit: Iterable[str]) -> Iterator[str]:
     """Yield a line for each field that a flag sets and the grid would overwrite."""
+    yield from unsupported_storage(config.run.storage, "a grid")
     given = set(explicit)
     for axis, field in AXES.items():
         if field in given:

@@ -32,6 +32,7 @@ from rlsys.config.rankings import RankingsRunConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
+from rlsys.config.storage_uri import unsupported_storage
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -198,6 +199,7 @@ RESULTS: Mapping[str, str] = {
 UNUSED: Mapping[str, str] = {
     "reward_model.data.responses": "rankings.responses says how many a ranking has",
     "reward_model.data.synthetic.": "the rankings are those of the stage before",
+    **{f"{stage}.run.storage": "it stores nothing in a second place" for stage in TRAINING},
 }
 
 GENERATED = "synthetic"
@@ -283,7 +285,8 @@ def rlhf_contradictions(config: RlhfRunConfig) -> list[str]:
 
     What concerns one stage alone is checked with that stage.
     """
-    return [*_held_out(config), *_model_reward(config), *_comparison(config)]
+    storage = unsupported_storage(config.run.storage, "a pipeline")
+    return [*_held_out(config), *_model_reward(config), *_comparison(config), *storage]
 
 
 def _held_out(config: RlhfRunConfig) -> Iterator[str]:

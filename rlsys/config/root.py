@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from rlsys.config.section import Section
+from rlsys.config.storage_uri import storage_mistake, stored_name
 
 if TYPE_CHECKING:
     from rlsys.config.model import ModelConfig
@@ -20,7 +22,16 @@ class RunSection(Section):
     """Output directory and display of a run."""
 
     directory: str | None = Field(
-        default=None, description="Output directory. null: runs/<recipe>-<date>-<time>."
+        default=None,
+        description="Output directory. null: runs/<recipe>-<date>-<time>, or with `storage` "
+        "runs/<last part of it>.",
+    )
+    storage: str | None = Field(
+        default=None,
+        description="Second place of the run's files, which the run keeps up to date and from "
+        "which --resume continues on another machine: a directory, or a folder in any file system "
+        "that pyarrow.fs or fsspec opens (s3://bucket/runs/name, gs://, hdfs://, file://). "
+        "Credentials come from the environment. null: none. See docs/storage.md.",
     )
     progress: bool = Field(
         default=True, description="Live display on a terminal. false: plain lines, as elsewhere."
@@ -28,6 +39,21 @@ class RunSection(Section):
     note: str | None = Field(
         default=None, description="Text to print when the run starts. null: none."
     )
+
+    @property
+    def given_directory(self) -> str | None:
+        """The output directory that the user named, by itself or by the storage."""
+        if self.directory is None and self.storage is not None:
+            return f"runs/{stored_name(self.storage)}"
+        return self.directory
+
+    @field_validator("storage")
+    @classmethod
+    def _holds_no_secret(cls, uri: str | None) -> str | None:
+        mistake = None if uri is None else storage_mistake(uri)
+        if mistake is not None:  # whole lines, since another message would show the URI
+            raise PydanticCustomError("mistakes", "{lines}", {"lines": mistake})
+        return uri
 
 
 class ClusterConfig(Section):

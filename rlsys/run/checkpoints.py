@@ -19,8 +19,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ class CheckpointStore:
         self._directory = directory
         self._keep = keep
         self._damaged: set[Path] = set()  # filled by `latest`
+        self._held: Path | None = None
+        self._lock = threading.Lock()  # of `_held`, and of what `_prune` deletes
 
     async def save(
         self, step: int, write: Callable[[Path], Awaitable[None]], state: dict[str, Any]
@@ -75,9 +79,10 @@ class CheckpointStore:
             self._refuse_a_full_disk(partial, error)
             raise
 
-        if final.exists():  # it is damaged: otherwise the run would have resumed from it
-            self._retire(final)
-        partial.rename(final)
+        with self._lock:
+            if final.exists():  # it is damaged: otherwise the run would have resumed from it
+                self._retire(final)
+            partial.rename(final)
         _sync_directory(self._directory)
         await asyncio.to_thread(self._prune)
         return final
@@ -96,21 +101,54 @@ class CheckpointStore:
                 "checkpoints with trainer.checkpoints.keep."
             ) from cause
 
-    def _retire(self, checkpoint: Path) -> None:
-        """Rename a checkpoint before deleting it, so that a half-deleted one is never loaded."""
+    def _retire(self, checkpoint: Path) -> Path:
+        """Rename a checkpoint before deleting it, so that a half-deleted one is never loaded.
+
+        Returns the new path.
+        """
         retired = checkpoint.with_name(checkpoint.name + ".retired" + PARTIAL)
         shutil.rmtree(retired, ignore_errors=True)  # left by a process that was killed here
         checkpoint.rename(retired)
         self._damaged.discard(checkpoint)
+        return retired
 
     def _prune(self) -> None:
         """Delete all but the newest `keep` undamaged checkpoints, and what killed saves left."""
-        steps = self._steps()
-        intact = [path for path in steps if path not in self._damaged]
-        for path in {*steps} - {*intact[-self._keep :]}:
-            self._retire(path)
+        with self._lock:
+            kept = {*self._intact()[-self._keep :], self._held}
+            for path in {*self._steps()} - kept:
+                self._retire(path)
         for leftover in self._directory.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    @contextmanager
+    def held(self, checkpoint: Path) -> Iterator[bool]:
+        """Keep a checkpoint while another thread reads it; yield whether it is still there.
+
+        Without that, copies that take longer than the time between two checkpoints would never be
+        completed. There is one holder at a time.
+        """
+        with self._lock:
+            assert self._held is None, "one holder at a time"
+            there = checkpoint.is_dir()
+            self._held = checkpoint if there else None
+        try:
+            yield there
+        finally:
+            with self._lock:
+                self._held = None
+                expired = there and checkpoint not in self._intact()[-self._keep :]
+                retired = self._retire(checkpoint) if expired else None
+            if retired is not None:  # not by `_prune`, which may not run beside a save
+                shutil.rmtree(retired, ignore_errors=True)
+
+    def intact(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first, without those that `latest` skipped."""
+        with self._lock:
+            return self._intact()
+
+    def _intact(self) -> list[Path]:
+        return [path for path in self._steps() if path not in self._damaged]
 
     def _steps(self) -> list[Path]:
         """Return the complete checkpoint directories, oldest first."""

@@ -33,6 +33,7 @@ class RunDirectory:
     path: Path
     is_given: bool = True  # the user named it; otherwise any free name will do
     field: str = "run.directory"  # the option that decides the path, for messages
+    is_stored: bool = False  # `run.storage` keeps its files
 
     @property
     def config(self) -> Path:
@@ -73,10 +74,14 @@ class RunDirectory:
 
     @classmethod
     def named_by(cls, config: RootConfig) -> Self:
-        """Return `run.directory`, or a new directory under runs/ named by recipe and time."""
-        given = config.run.directory
+        """Return `run.directory`, else one in runs/ named by the storage, or by recipe and time."""
+        given = config.run.given_directory
         directory = given or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return cls(Path(directory).expanduser(), is_given=given is not None)
+        return cls(
+            Path(directory).expanduser(),
+            is_given=given is not None,
+            is_stored=config.run.storage is not None,
+        )
 
     def check(self, *, resume: bool) -> None:
         """Refuse to overwrite a run, to resume a missing one, or to run where results are lost.
@@ -111,7 +116,9 @@ class RunDirectory:
             self._check_writable(place)
 
     def _check_kept(self) -> None:
-        """Refuse a directory that Ray will delete."""
+        """Refuse a directory that Ray will delete, unless a storage keeps the run's files."""
+        if self.is_stored:
+            return
         path = self.path.resolve()
         session = next((p for p in (path, *path.parents) if RAY_SESSION.fullmatch(p.name)), None)
         if session is None:
@@ -119,7 +126,7 @@ class RunDirectory:
         raise ConfigError(
             f"{self.field}: {str(self.path)!r} lies in {path.parent}, a directory of Ray's own. "
             "Ray deletes it after the job, and the results with it. Name an absolute path on a "
-            f"disk that stays: --{self.field} /PATH/NAME."
+            f"disk that stays: --{self.field} /PATH/NAME, or a storage: --run.storage URI."
         )
 
     def _existing_parts(self) -> list[Path]:

@@ -30,6 +30,7 @@ from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
 from rlsys.run.model_checks import ModelDirectories, check_model
+from rlsys.run.plan import describe_places
 from rlsys.run.preflight import config_mistakes
 from rlsys.run.step_time import StepEstimate
 
@@ -173,7 +174,7 @@ def describe_offline_plan(
         "data": f"{examples.describe()}, template {config.data.template}",
         "step": f"{config.trainer.examples_per_step} examples, one optimizer step",
         "evaluation": _evaluation(config, examples),
-        "run": f"{config.trainer.steps} steps into {directory.path}",
+        "run": describe_places(config, directory),
     }
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import RunConfig, TrainableRoleConfig
+from rlsys.config import RootConfig, RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.data.text_stream import SourcedTexts
@@ -70,8 +70,14 @@ def plan_rows(
         "data": f"{data.problems.describe()}, template {config.data.template}",
         "text": _text(config, data.texts),
         "step": _step(config),
-        "run": f"{config.trainer.steps} steps into {directory.path}",
+        "run": describe_places(config, directory),
     }
+
+
+def describe_places(config: RootConfig, directory: RunDirectory) -> str:
+    """Return the row of a plan about what a run writes."""
+    text = f"{config.trainer.steps} steps into {directory.path}"
+    return f"{text}, stored in {config.run.storage}" if config.run.storage else text
 
 
 def _generation(config: RunConfig, hardware: Hardware, parameters: int) -> str:

@@ -44,6 +44,7 @@ from rlsys.run.machine_checks import machine_mistakes
 from rlsys.run.observers.run_status import refuse_running
 from rlsys.run.plan import shown_parameters
 from rlsys.run.required_inputs import estimator_parameters, missing_inputs
+from rlsys.run.storage import check_storage
 
 CONNECT_LIMIT_S = 3.0
 LAST_PORT = 65535
@@ -109,6 +110,7 @@ def _checks(
     yield "run.directory", lambda: directory.check(resume=resume)
     if resume:
         yield "run.directory", lambda: refuse_running(directory)
+    yield "run.storage", lambda: check_storage(config.run, directory, resume=resume)
     yield "model.path", lambda: check_model_path(config.model.path)
     yield "reference.path", lambda: _check_path("reference.path", config.reference.path)
     if config.critic.enabled:
