@@ -148,25 +148,26 @@ async def _make(
     """Sample, rank and write."""
     from rich.progress import Progress
 
+    from recipes.wiring import spawn_reward_workers
     from rlsys.data.ranking_files import write_rankings
     from rlsys.driver.sampling import Sampler
     from workers.cluster import Cluster
     from workers.generation.group import GenerationGroup
     from workers.generation.worker import GenerationWorker
     from workers.local_ray import interrupt_on_sigterm
-    from workers.reward_worker import RewardWorker, RewardWorkerClient
+    from workers.reward_worker import RewardWorkerClient
 
     interrupt_on_sigterm()
     online = config.online()
     cluster = Cluster.connect(online)
     try:
         engines = [
-            cluster.spawn("generation", i, GenerationWorker, online, str(model_directory))
+            cluster.spawn("generation", i, GenerationWorker, online, model_directory)
             for i in range(online.generation.workers)
         ]
-        reward = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
+        rewards = spawn_reward_workers(cluster, online)
         await cluster.wait_until_ready()
-        sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(reward))
+        sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(rewards))
 
         rankings: list[Ranking] = []
         batches = prompt_batches(prompts, config.batch)

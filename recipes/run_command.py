@@ -278,8 +278,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     try:
         started = await prepared.start(cluster, status, console)
         session = started.session
-        if "reward-0" in cluster.actors:
-            reward_output.follow(cluster.actors["reward-0"])
+        reward_output.follow(cluster.actors_of("reward"))
         if prepared.checkpoint:
             await session.restore(prepared.checkpoint)
         if prepared.resume:

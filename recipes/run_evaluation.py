@@ -327,13 +327,13 @@ def _is_complete(prepared: Prepared, collector: ResponseCollector, one: Prepared
 
 async def _start_rewards(cluster: Cluster, prepared: Prepared, output: Any) -> RewardScorer:
     """Start the reward worker, which scores the responses of all models."""
-    from workers.reward_worker import RewardWorker, RewardWorkerClient
+    from recipes.wiring import spawn_reward_workers
+    from workers.reward_worker import RewardWorkerClient
 
-    config = prepared.models[0].sampling_run
-    actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    actors = spawn_reward_workers(cluster, prepared.models[0].sampling_run)
     await cluster.wait_until_ready()
-    output.follow(actor)
-    return RewardWorkerClient(actor)
+    output.follow(actors)
+    return RewardWorkerClient(actors)
 
 
 async def _sample(
@@ -354,7 +354,7 @@ async def _sample(
     files.create(one.origin)
     run = one.sampling_run
     actors = [
-        cluster.spawn("generation", i, GenerationWorker, run, str(one.model.directory))
+        cluster.spawn("generation", i, GenerationWorker, run, one.model.directory)
         for i in range(run.generation.workers)
     ]
     await cluster.wait_until_ready()
