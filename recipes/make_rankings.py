@@ -101,6 +101,7 @@ def prepare(
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.preflight import config_mistakes
+    from workers.cluster_machines import machines_of_cluster
 
     online, mistakes = config.online(), Mistakes()
     mistakes.lines += config_mistakes(online, RunDirectory.named_by(online), hardware, resume=False)
@@ -116,8 +117,9 @@ def prepare(
 
     directory = resolve_model(config.model.path)
     check_model(online, ModelDirectories.same(directory))
-    dtype = choose_dtypes(online, hardware, directory).config.generation.dtype
-    config = evolve(config, {"generation.dtype": dtype})
+    machines = machines_of_cluster(online, directory)
+    choice = choose_dtypes(online, hardware, directory, machines=machines)
+    config = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config.online(), tokenizer, problems)
     # There are no steps here: a last batch that is not full repeats no problem.

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
 
@@ -85,6 +85,23 @@ class Prepared(Generic[RootT]):
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """Start all actors, and build the loop and its session."""
         raise NotImplementedError
+
+    @property
+    def unreserved(self) -> Mapping[str, int]:
+        """How many actors there are of the roles that reserve nothing."""
+        raise NotImplementedError
+
+    def places(self) -> str:
+        """Join the cluster, find the place of every actor, and give all places back.
+
+        Raises:
+            ConfigError: an actor has no place; the message names what each node lacks.
+        """
+        cluster = self.connect()
+        try:
+            return cluster.places(self.unreserved)
+        finally:
+            cluster.shutdown()
 
     def open_session(
         self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
@@ -165,6 +182,8 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
         return 0
     if invocation.dry_run:
         print(prepared.plan)
+        if prepared.online.cluster.joined_address:
+            print(f"places (nothing was started):\n{prepared.places()}")
         _print_start(prepared, console)
         return 0
 

@@ -66,6 +66,8 @@ def _run(invocation: Invocation[EvaluationRunConfig], hardware: Hardware) -> int
         prepared = _prepare(invocation, hardware)
     if invocation.dry_run:
         print(f"{dump_yaml(prepared.config)}\n{_plan(prepared, hardware)}")
+        if prepared.config.cluster.joined_address:
+            print(f"places (nothing was started):\n{_places(prepared)}")
         _print_start(prepared, console)
         return 0
 
@@ -152,10 +154,13 @@ def _with_dtype(
     from rlsys.config.command_line import evolve
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.evaluated_model import resolve_evaluated
+    from workers.cluster_machines import machines_of_cluster
 
     field, path = config.model_paths[0]
     directory = resolve_evaluated(path, field).directory
-    choice = choose_dtypes(config.sampling_run(), hardware, directory)
+    sampling_run = config.sampling_run()
+    machines = machines_of_cluster(sampling_run, directory)
+    choice = choose_dtypes(sampling_run, hardware, directory, machines=machines)
     chosen = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     return chosen, choice.reasons, choice.warnings
 
@@ -239,6 +244,18 @@ def _plan(prepared: Prepared, hardware: Hardware) -> str:
         "run": f"into {prepared.directory.path}",
     }
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _places(prepared: Prepared) -> str:
+    """Join the cluster, find the place of every actor, and give all places back."""
+    from workers.cluster import Cluster
+
+    run = prepared.models[0].sampling_run
+    cluster = Cluster.connect(run, roles=("generation",))
+    try:
+        return cluster.places({"reward": run.reward.workers})
+    finally:
+        cluster.shutdown()
 
 
 def _claim(prepared: Prepared) -> Prepared:

@@ -53,7 +53,7 @@ from workers.placement import (
     places_table,
     reserved_words,
 )
-from workers.user_code import user_code_environment
+from workers.user_code import code_mistakes, user_code_environment
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,7 @@ def bundles_of(
     gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
     gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
 
-    has_reference = config.algorithm.kl.coefficient > 0
-    has_reward_model = reward_model_of(config.reward.functions) is not None
-    guests = has_reference + config.critic.enabled + has_reward_model
+    guests = len(guests_of(config))
     guest_gpus = min(GUEST_GPUS, gpus_per_rank / (1 + guests)) if guests else 0
 
     ranks = [
@@ -126,6 +124,17 @@ def bundles_of(
         for index in range(generation.workers)
     ]
     return tuple(bundle for bundle in (*ranks, *workers) if bundle.role in roles)
+
+
+def guests_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the roles whose ranks run beside those of the policy."""
+    has_reward_model = reward_model_of(config.reward.functions) is not None
+    present = {
+        "reference": config.algorithm.kl.coefficient > 0,
+        "critic": config.critic.enabled,
+        "reward_model": has_reward_model,
+    }
+    return tuple(role for role, is_there in present.items() if is_there)
 
 
 @dataclass
@@ -164,7 +173,7 @@ class Cluster:
 
         try:
             if not connected:
-                _connect_to_ray(config, local)
+                connect_to_ray(config, local)
             nodes = cluster_nodes()
             with_gpus = any(node.has("GPU") for node in nodes)
             bundles = bundles_of(config, with_gpus=with_gpus, roles=roles)
@@ -174,7 +183,26 @@ class Cluster:
             leave_ray()
             raise
 
-        return cls(bundles=bundles, reservation=reservation, leave_ray=leave_ray, config=config)
+        cluster = cls(bundles=bundles, reservation=reservation, leave_ray=leave_ray, config=config)
+        try:
+            cluster.check_user_code()
+        except BaseException:
+            cluster.shutdown()
+            raise
+        return cluster
+
+    def check_user_code(self) -> None:
+        """Refuse plug-ins that are not the same on all nodes of the run.
+
+        Raises:
+            ConfigError: the module, and where each of the two is found.
+        """
+        unreserved = [self.node_of("reward", index) for index in range(self.config.reward.workers)]
+        used = {*bundle_nodes(self.reservation), *unreserved} - {driver_node()}
+        addresses = {node.node_id: node.address for node in cluster_nodes()}
+        lines = list(code_mistakes(self.config.plugins, {node: addresses[node] for node in used}))
+        if lines:
+            raise ConfigError("\n".join(lines))
 
     def spawn(
         self,
@@ -279,10 +307,13 @@ class Cluster:
             unreserved: how many actors there are of the roles that reserve nothing.
         """
         addresses = {node.node_id: node.address for node in cluster_nodes()}
-        nodes = bundle_nodes(self.reservation)
+        nodes, beside = bundle_nodes(self.reservation), guests_of(self.config)
         rows = [
             Place(
-                actor=f"{bundle.role}-{bundle.index}" + (" and beside it" * bool(bundle.guests)),
+                actor=", ".join(
+                    f"{role}-{bundle.index}"
+                    for role in (bundle.role, *(beside if bundle.guests else ()))
+                ),
                 address=addresses[node],
                 reserves=reserved_words(bundle.resources),
             )
@@ -340,7 +371,7 @@ def _stay_connected() -> None:
     """Do nothing: this process was connected to Ray before the run."""
 
 
-def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
+def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     """Join the configured cluster, or start Ray on this machine.
 
     Raises:

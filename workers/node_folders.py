@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.config import ConfigError
 from rlsys.models.catalogue import cache_directory
 from rlsys.models.folder_files import FileFacts, FolderFacts, checked_writer, chunks_of
-from workers.placement import driver_node
+from workers.placement import call_on_nodes, driver_node
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class NodeFolders:
             return
 
         facts = FolderFacts.of(directory, files)
-        found = _on_each(wanted, _find, str(directory), facts)
+        found = call_on_nodes(wanted, _find, str(directory), facts)
         lacking = [node for node, place in found.items() if place is None]
         if lacking:
             found |= _send(directory, facts, lacking, keep=keep)
@@ -83,7 +82,7 @@ def _send(
     )
     refs = [[ray.put(chunk) for chunk in chunks_of(directory / file.name)] for file in facts.files]
     try:
-        return _on_each(nodes, _receive, directory.name, facts, refs, keep)
+        return call_on_nodes(nodes, _receive, directory.name, facts, refs, keep)
     except ray.exceptions.RayTaskError as error:
         reason = (str(error.cause).splitlines() or [""])[-1]
         raise ConfigError(
@@ -91,18 +90,6 @@ def _send(
             "its ~/.cache/rlsys (or RLSYS_CACHE), or put the directory on a file system that all "
             "nodes share."
         ) from error
-
-
-def _on_each(nodes: Sequence[str], function: Any, *arguments: Any) -> dict[str, Any]:
-    """Return the results of a function on some nodes, which run it at the same time."""
-    remote: Any = ray.remote(num_cpus=0, max_retries=1)(function)
-    calls = [
-        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            *arguments
-        )
-        for node in nodes
-    ]
-    return dict(zip(nodes, ray.get(calls), strict=True))
 
 
 # On the other node

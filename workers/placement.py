@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.config.node_label import split_label
 
 if TYPE_CHECKING:
     from workers.cluster import Bundle
+
+T = TypeVar("T")
 
 # The fields that decide how many actors of a role there are, what each reserves, and where it goes.
 COUNT = {"policy": "policy.ranks", "generation": "generation.workers"}
@@ -70,6 +74,20 @@ def driver_node() -> str | None:
     if ray.util.client.ray.is_connected():
         return None
     return ray.get_runtime_context().get_node_id()
+
+
+def call_on_nodes(
+    nodes: Sequence[str], function: Callable[..., T], *arguments: Any
+) -> dict[str, T]:
+    """Return the results of a function on some nodes by their ids; all run it at the same time."""
+    remote: Any = ray.remote(num_cpus=0, max_retries=1)(function)
+    calls = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            *arguments
+        )
+        for node in nodes
+    ]
+    return dict(zip(nodes, ray.get(calls), strict=True))
 
 
 def own_label(node: ClusterNode) -> str:
@@ -239,7 +257,5 @@ def reserved_words(resources: Mapping[str, float]) -> str:
 
 def bundle_nodes(reservation: Any) -> list[str]:
     """Return the node id of each bundle of a placement group that was made."""
-    from ray.util.placement_group import placement_group_table
-
     found = placement_group_table(reservation)["bundles_to_node_id"]
     return [found[position] for position in range(len(found))]

@@ -355,6 +355,11 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: not s.starts_ray,
         because="the run joins a cluster, whose object store has its size already",
     ),
+    _row(
+        "cluster.placement",
+        when=lambda s: s.starts_ray,
+        because="the run starts Ray on this machine, which is the only node",
+    ),
 )
 
 # Values that switch an option off: whoever sets them expects no effect.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.node_cluster import (
-    HOME,
     WORK,
     Node,
     NodeCluster,
@@ -118,6 +118,101 @@ def test_a_run_on_three_nodes_that_share_nothing(cluster: NodeCluster):
 
     done = recipe(cluster, "run", "--resume", "--trainer.steps", "2")
     assert "resuming from" in done.stdout
+    assert (run / "run.log").read_text().count("tiny: sending") == 1
     assert metrics_of(run) == [1, 2]
     assert (run / "checkpoints" / "step_000002" / "optimizer_rank1.pt").is_file()
-    assert HOME.name in str(driver.home)
+
+
+@pytest.mark.nodes
+def test_a_dry_run_says_who_goes_where_and_starts_nothing(cluster: NodeCluster):
+    flags = [*SMALL, *PLACED, "--algorithm.kl.coefficient", "0.01", "--dry-run"]
+    done = recipe(cluster, "dry", *flags)
+    table = done.stdout.partition("places (nothing was started):")[2].splitlines()
+    rows = [re.match(r"  (\S.*\S) +(10\.77\.0\.\d)  ", line) for line in table]
+    places = {row[1]: row[2] for row in rows if row}
+    ranks = {places.pop("policy-0, reference-0"), places.pop("policy-1, reference-1")}
+    assert ranks == {"10.77.0.2", "10.77.0.3"}
+    assert places == {
+        "generation-0": "10.77.0.1",
+        "reward-0": "10.77.0.1",
+        "reward-1": "10.77.0.2",
+        "reward-2": "10.77.0.3",
+        "advantage-0": "10.77.0.1",
+    }
+    assert not (cluster.nodes[0].work / "dry").exists()
+
+
+@pytest.mark.nodes
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--policy.node_label", "pool=gpu"],
+            "policy.node_label: no node of the cluster has the label 'pool=gpu' (10.77.0.1: "
+            "pool=sample; 10.77.0.2: pool=train; 10.77.0.3: pool=train)",
+        ),
+        (
+            ["--policy.cpus_per_rank", "2"],
+            "no node with the label pool=train has them: 10.77.0.2 has 1 CPUs (lacks 1); "
+            "10.77.0.3 has 1 CPUs (lacks 1)",
+        ),
+        (["--policy.ranks", "3"], "the nodes with the label pool=train have room for 2"),
+        (["--reward.node_label", "pool=none"], "reward.node_label: no node of the cluster"),
+    ],
+)
+def test_what_has_no_place_is_refused_before_anything_starts(
+    cluster: NodeCluster, flags: list[str], message: str
+):
+    done = recipe(cluster, "refused", *SMALL, *PLACED, *flags, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert not (cluster.nodes[0].work / "refused").exists()
+
+
+@pytest.mark.nodes
+def test_other_code_by_the_same_name_on_a_node_is_refused(cluster: NodeCluster):
+    stale = cluster.nodes[2].work / "my_scores.py"
+    stale.write_text("def digits(text): return 1.0")
+    try:
+        done = recipe(cluster, "stale", *SMALL, *PLACED, check=False)
+    finally:
+        stale.unlink()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "plugins: 10.77.0.3 imports another 'my_scores', /tmp/work/my_scores.py" in done.stderr
+
+
+@pytest.mark.nodes
+def test_a_local_model_directory_and_its_reference_reach_other_nodes(cluster: NodeCluster):
+    """The driver's node has a directory that no catalogue knows, and does not compute."""
+    driver = cluster.nodes[0]
+    script = (
+        "import shutil; from rlsys.models import resolve_model; "
+        "shutil.copytree(resolve_model('tiny'), 'mine')"
+    )
+    driver.python("-c", script)
+    flags = [*SMALL, "--model.path", "./mine", "--trainer.steps", "1", "--policy.node_label", TRAIN]
+    kl = ["--algorithm.kl.coefficient", "0.01", "--algorithm.kl.kind", "exact"]
+    recipe(cluster, "local", *flags, "--generation.node_label", TRAIN, *kl)
+    assert metrics_of(driver.work / "local") == [1]
+    for node in cluster.nodes[1:]:
+        assert "mine" in received(node)
+
+
+@pytest.mark.nodes
+def test_nodes_with_different_cpus_agree_on_float32(tmp_path: Path):
+    with node_cluster(tmp_path, nodes=2) as made:
+        first, second = made.nodes
+        common = ["--object-store-memory=100000000", "--num-cpus=1"]
+        first.start_ray(*common)
+        second.start_ray(*common, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+        (first.work / "my_rewards.py").write_text(PLUGIN)
+        (first.work / "my_scores.py").write_text(SCORES)
+        done = recipe(
+            *(made, "auto", *SMALL, "--cluster.placement", "SPREAD", "--dry-run"),
+            *("--generation.dtype", "auto", "--policy.compute_dtype", "auto"),
+        )
+    if "the nodes differ" not in done.stdout:
+        assert "auto -> float32 (10.77.0.1, 10.77.0.2: " in done.stdout
+        pytest.skip("this CPU multiplies faster in float32, so no node chooses bfloat16")
+    assert "auto -> float32 (the nodes differ" in done.stdout
+    assert "10.77.0.1: bfloat16" in done.stdout
