@@ -281,6 +281,8 @@ class Cluster:
 
         The first call for a directory sends it to all nodes of the reservation that lack it.
         """
+        # The processes of a cluster that was joined have other working folders.
+        directory = directory.absolute()
         nodes = {node, *bundle_nodes(self.reservation)}
         self.folders.deliver(directory, model_files(directory), nodes)
         return self.folders.on(directory, node)

@@ -99,6 +99,7 @@ class TrainedGroup(RankGroup):
 
     async def save(self, directory: Path) -> None:
         """See `ports.Trained`; what ranks on other machines write is brought to this one."""
+        directory = directory.absolute()
         paths = dict.fromkeys(self._workers, str(directory))
         elsewhere = await self._without(directory)
         try:
@@ -112,6 +113,7 @@ class TrainedGroup(RankGroup):
 
     async def load(self, directory: Path) -> None:
         """See `ports.Trained`; ranks on other machines get a copy of the files."""
+        directory = directory.absolute()
         nodes = await asyncio.gather(*(worker.node.remote() for worker in self._workers))
         folders, files = NodeFolders(), all_files(directory)
         await asyncio.to_thread(folders.deliver, directory, files, nodes, keep=False)
