@@ -15,6 +15,7 @@ ends. So no process, interface or mount is left behind.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -151,18 +152,18 @@ def node_cluster(folder: Path, nodes: int = 3) -> Iterator[NodeCluster]:
         _in_network(switch, "ip", "link", "add", "bridge", "type", "bridge")
         _in_network(switch, "ip", "address", "add", f"{NETWORK}.254/24", "dev", "bridge")
         _in_network(switch, "ip", "link", "set", "bridge", "up")
-        made = []
+        made, token = [], secrets.token_hex(16)
         for number in range(1, nodes + 1):
             own = folder / f"node{number}"
             init = stack.enter_context(_node_namespaces(number, own))
             _plug_in(switch, init, number)
             made.append(
-                Node(number=number, folder=own, init=init, environment=_environment(number))
+                Node(number=number, folder=own, init=init, environment=_environment(number, token))
             )
         yield NodeCluster(nodes=made)
 
 
-def _environment(number: int) -> dict[str, str]:
+def _environment(number: int, token: str) -> dict[str, str]:
     """Return the whole environment of the commands of a node."""
     return {
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:"
@@ -177,6 +178,8 @@ def _environment(number: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "300",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
     }
 
 
