@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -88,9 +89,13 @@ def test_other_code_on_a_node_is_refused(folder: Path, monkeypatch: pytest.Monke
 
     (folder / "work_package" / "scores.py").write_text("changed = True")
     (folder / "work_helper.py").unlink()
+    # A process that has imported it remembers its place.
+    helper = sys.modules.pop("work_helper")
+    importlib.invalidate_caches()
     answers["id3"] = module._importable(names)
     (folder / "work_package" / "scores.py").write_text("")
     (folder / "work_helper.py").write_text("")
+    sys.modules["work_helper"] = helper
     missing, other = list(code_mistakes(plugins, nodes))
     assert missing.startswith("plugins: 10.0.0.3 cannot import 'work_helper', which is ")
     assert other.startswith("plugins: 10.0.0.3 imports another 'work_package', ")
