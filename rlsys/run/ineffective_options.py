@@ -336,6 +336,7 @@ TABLE: tuple[Ineffective, ...] = (
     ),
     # Rewards.
     _row(
+        "reward.workers",
         "reward.processes",
         "reward.memory_gb",
         "reward.timeout_s",
