@@ -121,9 +121,11 @@ def measured(nodes: int, folder: Path) -> Throughput:
         (driver.work / "sleeping_reward.py").write_text(PLUGIN)
         done = driver.python(
             *("-m", "benchmarks.nodes", "--here", str(nodes)),
+            variables={
+                "RAY_ADDRESS": cluster.address,
+                "PYTHONPATH": f"{driver.environment['PYTHONPATH']}:{WORK}",
+            },
             timeout=1200,
-            RAY_ADDRESS=cluster.address,
-            PYTHONPATH=f"{driver.environment['PYTHONPATH']}:{WORK}",
         )
     return Throughput(**json.loads(done.stdout.splitlines()[-1]))
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
 
 from rlsys.config import ConfigError
 from rlsys.models.catalogue import cache_directory
@@ -83,7 +84,7 @@ def _send(
     refs = [[ray.put(chunk) for chunk in chunks_of(directory / file.name)] for file in facts.files]
     try:
         return call_on_nodes(nodes, _receive, directory.name, facts, refs, keep)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         reason = (str(error.cause).splitlines() or [""])[-1]
         raise ConfigError(
             f"{directory}: a node of the cluster could not store a copy ({reason}). Make room in "

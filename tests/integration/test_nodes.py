@@ -77,7 +77,7 @@ def recipe(
     """Run the recipe on node 1, with its directory in the working folder of that node."""
     words = ["-m", "recipes.grpo_math", "--run.directory", run, *flags]
     variables = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": ":".join(code_paths(cluster))}
-    return cluster.nodes[0].python(*words, timeout=1500, check=check, **variables)
+    return cluster.nodes[0].python(*words, variables=variables, timeout=1500, check=check)
 
 
 def code_paths(cluster: NodeCluster) -> list[str]:
@@ -204,7 +204,8 @@ def test_nodes_with_different_cpus_agree_on_float32(tmp_path: Path):
         first, second = made.nodes
         common = ["--object-store-memory=100000000", "--num-cpus=1"]
         first.start_ray(*common)
-        second.start_ray(*common, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+        avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        second.start_ray(*common, variables=avx2)
         (first.work / "my_rewards.py").write_text(PLUGIN)
         (first.work / "my_scores.py").write_text(SCORES)
         done = recipe(

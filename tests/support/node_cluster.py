@@ -75,34 +75,41 @@ class Node:
         """Its HOME, as this process sees it."""
         return self.folder / HOME.relative_to("/tmp")
 
-    def command(self, *words: str, **variables: str) -> list[str]:
-        """Return the words that run a command on this node."""
+    def command(self, *words: str, variables: Mapping[str, str] | None = None) -> list[str]:
+        """Return the words that run a command on this node; `variables` join its environment."""
         enter = ["nsenter", f"--target={self.init.pid}", "--net", "--mount", "--pid", "--uts"]
-        values = {**self.environment, **variables}
+        values = {**self.environment, **(variables or {})}
         pairs = [f"{name}={value}" for name, value in values.items()]
         return [*enter, "env", "-i", f"--chdir={WORK}", *pairs, *words]
 
     def run(
-        self, *words: str, timeout: float = 300, check: bool = True, **variables: str
+        self,
+        *words: str,
+        variables: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this node, and return its output.
 
         Raises:
             AssertionError: it failed, and `check` is true.
         """
-        done = subprocess.run(
-            self.command(*words, **variables), capture_output=True, text=True, timeout=timeout
-        )
+        command = self.command(*words, variables=variables)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done
 
     def python(
-        self, *words: str, timeout: float = 300, check: bool = True, **variables: str
+        self,
+        *words: str,
+        variables: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         """Run Python with arguments on this node; see `run`."""
-        return self.run(sys.executable, *words, timeout=timeout, check=check, **variables)
+        return self.run(sys.executable, *words, variables=variables, timeout=timeout, check=check)
 
-    def start_ray(self, *options: str, **variables: str) -> None:
+    def start_ray(self, *options: str, variables: Mapping[str, str] | None = None) -> None:
         """Start Ray here: the head on node 1, and a node that joins it elsewhere."""
         own = [f"--node-ip-address={self.address}", "--num-gpus=0", "--disable-usage-stats"]
         if self.number == 1:
@@ -110,7 +117,7 @@ class Node:
         else:
             own += [f"--address={NETWORK}.1:{PORT}"]
         ray = str(Path(sys.executable).parent / "ray")
-        self.run(ray, "start", *own, *options, **variables)
+        self.run(ray, "start", *own, *options, variables=variables)
 
     def kill(self) -> None:
         """End the node with all its processes, as a power cut would."""
