@@ -1,6 +1,7 @@
 # make setup   .venv with everything (EXTRA=gpu on a CUDA machine; cpu otherwise)
 # make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
 # make test    unit tests of every module and one real run, in 4 minutes: proves the installation
+# make test-nodes  runs on three nodes in namespaces, as root; the rest of what docs/cluster.md claims of several nodes
 # make test-rest   what `make test` leaves out, small campaigns included     make test-all   both
 # make check   ruff and pyright
 PYTHON ?= python3.11
@@ -20,7 +21,7 @@ else
 TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
 endif
 
-.PHONY: setup run test test-rest test-all check docs clean
+.PHONY: setup run test test-rest test-all test-nodes check docs clean
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
@@ -38,15 +39,18 @@ $(STAMP): pyproject.toml uv.lock Makefile
 run: setup
 	$(BIN)/python -m recipes.grpo_math $(ARGS)
 
-# The marker `slow` divides the tests. ARGS instead: make test ARGS="tests/unit -k grpo"
+# The markers `slow` and `nodes` divide the tests. ARGS instead: make test ARGS="tests/unit -k grpo"
 test: setup
-	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")
+	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow and not nodes")
 
 test-rest: setup
 	$(BIN)/python -m pytest $(or $(ARGS),-m slow)
 
 test-all: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-m "not nodes")
+
+test-nodes: setup
+	$(BIN)/python -m pytest $(or $(ARGS),-m nodes)
 
 check: setup
 	$(BIN)/ruff check .

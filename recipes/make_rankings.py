@@ -103,6 +103,7 @@ def prepare(
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.preflight import config_mistakes
+    from workers.cluster_machines import machines_of_cluster
 
     online, mistakes = config.online(), Mistakes()
     place = RunDirectory(Path(config.output).parent, is_given=False, field="output")
@@ -119,8 +120,9 @@ def prepare(
 
     directory = resolve_model(config.model.path)
     check_model(online, ModelDirectories.same(directory))
-    dtype = choose_dtypes(online, hardware, directory).config.generation.dtype
-    config = evolve(config, {"generation.dtype": dtype})
+    machines = machines_of_cluster(online, directory)
+    choice = choose_dtypes(online, hardware, directory, machines=machines)
+    config = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
     prompts = load_prompts(config.online(), tokenizer, problems)
     # There are no steps here: a last batch that is not full repeats no problem.
@@ -151,25 +153,26 @@ async def _make(
     """Sample, rank and write."""
     from rich.progress import Progress
 
+    from recipes.wiring import spawn_reward_workers
     from rlsys.data.ranking_files import write_rankings
     from rlsys.driver.sampling import Sampler
     from workers.cluster import Cluster
     from workers.generation.group import GenerationGroup
     from workers.generation.worker import GenerationWorker
     from workers.local_ray import interrupt_on_sigterm
-    from workers.reward_worker import RewardWorker, RewardWorkerClient
+    from workers.reward_worker import RewardWorkerClient
 
     interrupt_on_sigterm()
     online = config.online()
     cluster = Cluster.connect(online)
     try:
         engines = [
-            cluster.spawn("generation", i, GenerationWorker, online, str(model_directory))
+            cluster.spawn("generation", i, GenerationWorker, online, model_directory)
             for i in range(online.generation.workers)
         ]
-        reward = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
+        rewards = spawn_reward_workers(cluster, online)
         await cluster.wait_until_ready()
-        sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(reward))
+        sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(rewards))
 
         rankings: list[Ranking] = []
         batches = prompt_batches(prompts, config.batch)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +95,23 @@ class Prepared(Generic[RootT]):
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """Start all actors, and build the loop and its session."""
         raise NotImplementedError
+
+    @property
+    def unreserved(self) -> Mapping[str, int]:
+        """How many actors there are of the roles that reserve nothing."""
+        raise NotImplementedError
+
+    def places(self) -> str:
+        """Join the cluster, find the place of every actor, and give all places back.
+
+        Raises:
+            ConfigError: an actor has no place; the message names what each node lacks.
+        """
+        cluster = self.connect()
+        try:
+            return cluster.places(self.unreserved)
+        finally:
+            cluster.shutdown()
 
     def open_session(
         self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
@@ -185,6 +202,8 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
         return 0 if invocation.dry_run else _store_complete_run(invocation.config, console)
     if invocation.dry_run:
         print(shown(prepared.plan))
+        if prepared.online.cluster.joined_address:
+            print(shown(f"places (nothing was started):\n{prepared.places()}"))
         _print_start(prepared, console)
         return 0
 
@@ -400,8 +419,7 @@ async def _train(
     try:
         started = await prepared.start(cluster, status, console)
         session = started.session
-        if "reward-0" in cluster.actors:
-            reward_output.follow(cluster.actors["reward-0"])
+        reward_output.follow(cluster.actors_of("reward"))
         if prepared.checkpoint:
             await session.restore(prepared.checkpoint)
         if prepared.resume:

@@ -67,6 +67,8 @@ def _run(invocation: Invocation[EvaluationRunConfig], hardware: Hardware) -> int
         prepared = _prepare(invocation, hardware)
     if invocation.dry_run:
         print(shown(f"{dump_yaml(prepared.config)}\n{_plan(prepared, hardware)}"))
+        if prepared.config.cluster.joined_address:
+            print(shown(f"places (nothing was started):\n{_places(prepared)}"))
         _print_start(prepared, console)
         return 0
 
@@ -153,10 +155,13 @@ def _with_dtype(
     from rlsys.config.command_line import evolve
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.evaluated_model import resolve_evaluated
+    from workers.cluster_machines import machines_of_cluster
 
     field, path = config.model_paths[0]
     directory = resolve_evaluated(path, field).directory
-    choice = choose_dtypes(config.sampling_run(), hardware, directory)
+    sampling_run = config.sampling_run()
+    machines = machines_of_cluster(sampling_run, directory)
+    choice = choose_dtypes(sampling_run, hardware, directory, machines=machines)
     chosen = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     return chosen, choice.reasons, choice.warnings
 
@@ -240,6 +245,18 @@ def _plan(prepared: Prepared, hardware: Hardware) -> str:
         "run": f"into {prepared.directory.path}",
     }
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _places(prepared: Prepared) -> str:
+    """Join the cluster, find the place of every actor, and give all places back."""
+    from workers.cluster import Cluster
+
+    run = prepared.models[0].sampling_run
+    cluster = Cluster.connect(run, roles=("generation",))
+    try:
+        return cluster.places({"reward": run.reward.workers})
+    finally:
+        cluster.shutdown()
 
 
 def _claim(prepared: Prepared) -> Prepared:
@@ -329,13 +346,13 @@ def _is_complete(prepared: Prepared, collector: ResponseCollector, one: Prepared
 
 async def _start_rewards(cluster: Cluster, prepared: Prepared, output: Any) -> RewardScorer:
     """Start the reward worker, which scores the responses of all models."""
-    from workers.reward_worker import RewardWorker, RewardWorkerClient
+    from recipes.wiring import spawn_reward_workers
+    from workers.reward_worker import RewardWorkerClient
 
-    config = prepared.models[0].sampling_run
-    actor = cluster.spawn("reward", 0, RewardWorker, config, max_concurrency=1000)
+    actors = spawn_reward_workers(cluster, prepared.models[0].sampling_run)
     await cluster.wait_until_ready()
-    output.follow(actor)
-    return RewardWorkerClient(actor)
+    output.follow(actors)
+    return RewardWorkerClient(actors)
 
 
 async def _sample(
@@ -356,7 +373,7 @@ async def _sample(
     files.create(one.origin)
     run = one.sampling_run
     actors = [
-        cluster.spawn("generation", i, GenerationWorker, run, str(one.model.directory))
+        cluster.spawn("generation", i, GenerationWorker, run, one.model.directory)
         for i in range(run.generation.workers)
     ]
     await cluster.wait_until_ready()

@@ -8,7 +8,7 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -47,6 +47,11 @@ class ExpertIterationPrepared(Prepared[ExpertIterationRunConfig]):
     def online(self) -> RunConfig:
         """See `Prepared`."""
         return self.config.online()
+
+    @property
+    def unreserved(self) -> Mapping[str, int]:
+        """See `Prepared`."""
+        return {"reward": self.online.reward.workers, "filter": 1}
 
     def connect(self) -> Cluster:
         """See `Prepared`."""

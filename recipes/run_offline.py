@@ -6,7 +6,7 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -55,6 +55,11 @@ class OfflinePrepared(Prepared[OfflineRunConfig]):
         """Whether the evaluation samples."""
         evaluates = self.config.trainer.evaluation.every > 0
         return evaluates and len(self.examples.problems) > 0
+
+    @property
+    def unreserved(self) -> Mapping[str, int]:
+        """See `Prepared`."""
+        return {"reward": self.online.reward.workers} if self.samples else {}
 
     def connect(self) -> Cluster:
         """See `Prepared`."""
@@ -125,6 +130,7 @@ def prepare(
     """
     from rlsys.models import resolve_model
     from rlsys.run.offline_checks import check_offline_model, choose_offline_dtypes
+    from workers.cluster_machines import machines_of_cluster
 
     config = invocation.config
     checked = _check(invocation, hardware)
@@ -138,7 +144,8 @@ def prepare(
     if reference is not None and reference.path:
         reference_directory = resolve_model(reference.path)
     check_offline_model(config, directory, reference_directory)
-    dtypes = choose_offline_dtypes(config, hardware, directory)
+    machines = machines_of_cluster(config.online(), directory)
+    dtypes = choose_offline_dtypes(config, hardware, directory, machines)
     loaded = _load(dtypes.config, directory, checked)
     return _assemble_prepared(
         invocation, hardware, checked, (directory, reference_directory), dtypes, loaded

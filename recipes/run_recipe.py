@@ -6,7 +6,7 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,6 +55,11 @@ class OnlinePrepared(Prepared[RunConfig]):
     def online(self) -> RunConfig:
         """See `Prepared`."""
         return self.config
+
+    @property
+    def unreserved(self) -> Mapping[str, int]:
+        """See `Prepared`."""
+        return {"reward": self.config.reward.workers, "advantage": 1}
 
     def connect(self) -> Cluster:
         """See `Prepared`."""
@@ -171,6 +176,7 @@ def choose_models(
     from rlsys.run.evaluated_model import named
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.reward_model_identity import reward_model_identity
+    from workers.cluster_machines import machines_of_cluster
 
     policy = resolve_model(config.model.path)
     reference = config.reference.path
@@ -189,7 +195,9 @@ def choose_models(
     check_model(config, directories)
     return CheckedModels(
         directories=directories,
-        dtypes=choose_dtypes(config, hardware, policy),
+        dtypes=choose_dtypes(
+            config, hardware, policy, machines=machines_of_cluster(config, policy)
+        ),
         reward_model=reward_model,
     )
 

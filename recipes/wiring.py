@@ -93,32 +93,30 @@ async def start_workers(
 
     `notify` is called with their notes for the user.
     """
-    model = str(directories.policy)
+    model = directories.policy
     policy_actors = _spawn_ranks(cluster, PolicyWorker, config, config.policy, model)
     generation_actors = [
         cluster.spawn("generation", i, GenerationWorker, config, model)
         for i in range(config.generation.workers)
     ]
-    reward_actor = cluster.spawn("reward", 0, RewardWorker, config, model, max_concurrency=1000)
+    reward_actors = spawn_reward_workers(cluster, config, model)
     controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
         role = config.reference_role()
-        directory = str(directories.reference)
         reference_actors = _spawn_ranks(
-            cluster, ReferenceWorker, config, role, directory, shares="policy"
+            cluster, ReferenceWorker, config, role, directories.reference, shares="policy"
         )
     critic_actors = []
     if config.critic.enabled:
-        directory = str(directories.critic)
+        role = config.critic_role()
         critic_actors = _spawn_ranks(
-            cluster, CriticWorker, config, config.critic_role(), directory, shares="policy"
+            cluster, CriticWorker, config, role, directories.critic, shares="policy"
         )
     scoring_actors = []
     if reward_model_of(config.reward.functions) is not None:
         assert directories.reward_model is not None, "a reward that is a model needs its directory"
-        role = reward_model_role(config)
-        directory = str(directories.reward_model)
+        role, directory = reward_model_role(config), directories.reward_model
         scoring_actors = _spawn_ranks(
             cluster, scoring_worker(config), config, role, directory, shares="policy"
         )
@@ -126,7 +124,7 @@ async def start_workers(
     policy = PolicyGroup(policy_actors)
     generator = GenerationGroup(generation_actors)
     reward_model = ScoringGroup(scoring_actors) if scoring_actors else None
-    scorer = RewardWorkerClient(reward_actor, reward_model)
+    scorer = RewardWorkerClient(reward_actors, reward_model)
     controller = AdvantageControllerClient(controller_actor)
     reference = ReferenceGroup(reference_actors) if reference_actors else None
     critic = CriticGroup(critic_actors) if critic_actors else None
@@ -135,7 +133,12 @@ async def start_workers(
     for note in await set_up_models(cluster, [policy, *optional]):
         notify(note)
     if reference and config.algorithm.kl.estimator == "exact":
-        await policy.load_reference_head(directories.reference)
+        await policy.load_reference_head(
+            [
+                cluster.on_node(directories.reference, cluster.node_of("policy", rank))
+                for rank in range(config.policy.ranks)
+            ]
+        )
     return Workers(
         generator=generator,
         scorer=scorer,
@@ -164,9 +167,8 @@ async def start_offline_workers(
         notify: called with the actors' notes for the user.
     """
     online, kind = config.online(), OFFLINE_KINDS[type(config)]
-    model = str(model_directory)
     trained_actors = _spawn_ranks(
-        cluster, kind.worker, config, config.trained, model, place="policy"
+        cluster, kind.worker, config, config.trained, model_directory, place="policy"
     )
     role, reference_actors = config.reference_role(), []
     if role is not None:
@@ -175,16 +177,16 @@ async def start_offline_workers(
             ExampleReferenceWorker,
             config,
             role,
-            str(reference_directory),
+            reference_directory,
             shares="policy",
         )
-    generation_actors, reward_actor = [], None
+    generation_actors, reward_actors = [], []
     if problems is not None:
         generation_actors = [
-            cluster.spawn("generation", i, GenerationWorker, online, model)
+            cluster.spawn("generation", i, GenerationWorker, online, model_directory)
             for i in range(online.generation.workers)
         ]
-        reward_actor = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
+        reward_actors = spawn_reward_workers(cluster, online)
 
     trained = kind.group(trained_actors)
     reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
@@ -195,7 +197,7 @@ async def start_offline_workers(
     if problems is None:
         return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
 
-    generator, scorer = GenerationGroup(generation_actors), RewardWorkerClient(reward_actor)
+    generator, scorer = GenerationGroup(generation_actors), RewardWorkerClient(reward_actors)
     probe = probe_sequences(
         [prompt.token_ids for prompt in problems.prompts],
         limit=config.data.max_prompt_tokens + online.generation.max_tokens - 1,
@@ -280,12 +282,22 @@ async def set_up_models(cluster: Cluster, groups: Sequence[RankGroup]) -> list[s
     return list(itertools.chain.from_iterable(notes))
 
 
+def spawn_reward_workers(
+    cluster: Cluster, config: RunConfig, model_directory: Path | None = None
+) -> list[Any]:
+    """Start the actors that compute rewards; see `RewardWorker` for `model_directory`."""
+    return [
+        cluster.spawn("reward", index, RewardWorker, config, model_directory, max_concurrency=1000)
+        for index in range(config.reward.workers)
+    ]
+
+
 def _spawn_ranks(
     cluster: Cluster,
     worker: type[RankWorker],
     config: RootConfig,
     role: ModelRoleConfig,
-    directory: str,
+    directory: Path,
     *,
     place: str | None = None,
     shares: str | None = None,
@@ -293,6 +305,7 @@ def _spawn_ranks(
     """Start the ranks of one model.
 
     Args:
+        directory: of the model, on this machine.
         place: the bundles that were reserved for them; None: those of the worker's role.
         shares: a role on whose resources they run instead.
     """

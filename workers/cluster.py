@@ -10,8 +10,9 @@
     advantage     none                          0                0
 
 All bundles belong to one placement group, so a run starts with everything that it needs or not at
-all. The reward worker and the advantage controller reserve nothing: they work while the other
-actors wait.
+all. The reward workers and the advantage controller reserve nothing: they work while the other
+actors wait. Reward workers take the nodes in turn, the driver's first; the advantage controller
+runs on the driver's.
 """
 
 from __future__ import annotations
@@ -22,17 +23,38 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.hardware import detect_hardware
+from rlsys.config.node_label import split_label
+from rlsys.models.saving import model_files
 from rlsys.rewards import reward_model_of
 from workers.local_ray import LocalRay, interrupt_on_sigterm
+from workers.node_folders import NodeFolders
+from workers.placement import (
+    COUNT,
+    ClusterNode,
+    Place,
+    bundle_nodes,
+    cluster_nodes,
+    driver_node,
+    free_resources,
+    label_mistake,
+    placement_mistakes,
+    places_table,
+    reserved_words,
+)
+from workers.user_code import code_mistakes, user_code_environment
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +82,7 @@ class Bundle:
     gpus: float
     guests: int = 0  # actors that share the place
     guest_gpus: float = 0.0  # of `gpus`, for each of them
+    label: str | None = None  # of the nodes on which it may be, as name=value
 
     @property
     def resources(self) -> dict[str, float]:
@@ -80,9 +103,7 @@ def bundles_of(
     gpus_per_rank = policy.gpus_per_rank if with_gpus else 0
     gpus_per_worker = generation.gpus_per_worker * generation.tensor_parallel if with_gpus else 0
 
-    has_reference = config.algorithm.kl.coefficient > 0
-    has_reward_model = reward_model_of(config.reward.functions) is not None
-    guests = has_reference + config.critic.enabled + has_reward_model
+    guests = len(guests_of(config))
     guest_gpus = min(GUEST_GPUS, gpus_per_rank / (1 + guests)) if guests else 0
 
     ranks = [
@@ -93,16 +114,32 @@ def bundles_of(
             gpus=gpus_per_rank,
             guests=guests,
             guest_gpus=guest_gpus,
+            label=policy.node_label,
         )
         for rank in range(policy.ranks)
     ]
     workers = [
         Bundle(
-            role="generation", index=index, cpus=generation.cpus_per_worker, gpus=gpus_per_worker
+            role="generation",
+            index=index,
+            cpus=generation.cpus_per_worker,
+            gpus=gpus_per_worker,
+            label=generation.node_label,
         )
         for index in range(generation.workers)
     ]
     return tuple(bundle for bundle in (*ranks, *workers) if bundle.role in roles)
+
+
+def guests_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the roles whose ranks run beside those of the policy."""
+    has_reward_model = reward_model_of(config.reward.functions) is not None
+    present = {
+        "reference": config.algorithm.kl.coefficient > 0,
+        "critic": config.critic.enabled,
+        "reward_model": has_reward_model,
+    }
+    return tuple(role for role, is_there in present.items() if is_there)
 
 
 @dataclass
@@ -115,8 +152,9 @@ class Cluster:
     bundles: tuple[Bundle, ...]
     reservation: PlacementGroup
     leave_ray: Callable[[], None]
-    threads: Mapping[str, int]
+    config: RunConfig
     actors: dict[str, Any] = field(default_factory=dict)
+    folders: NodeFolders = field(default_factory=NodeFolders)
 
     @classmethod
     def connect(
@@ -140,19 +178,36 @@ class Cluster:
 
         try:
             if not connected:
-                _connect_to_ray(config, local)
-            available = ray.cluster_resources()
-            with_gpus = available.get("GPU", 0) > 0
+                connect_to_ray(config, local)
+            nodes = cluster_nodes()
+            with_gpus = any(node.has("GPU") for node in nodes)
             bundles = bundles_of(config, with_gpus=with_gpus, roles=roles)
-            _check_capacity(bundles, available)
-            reservation = _reserve(bundles)
+            _check_capacity(bundles, nodes, config)
+            reservation = _reserve(bundles, config.cluster.placement)
         except BaseException:  # an interrupt must not leave Ray running either
             leave_ray()
             raise
 
-        return cls(
-            bundles=bundles, reservation=reservation, leave_ray=leave_ray, threads=_threads(config)
-        )
+        cluster = cls(bundles=bundles, reservation=reservation, leave_ray=leave_ray, config=config)
+        try:
+            cluster.check_user_code()
+        except BaseException:
+            cluster.shutdown()
+            raise
+        return cluster
+
+    def check_user_code(self) -> None:
+        """Refuse plug-ins that are not the same on all nodes of the run.
+
+        Raises:
+            ConfigError: the module, and where each of the two is found.
+        """
+        unreserved = [self.node_of("reward", index) for index in range(self.config.reward.workers)]
+        used = {*bundle_nodes(self.reservation), *unreserved} - {driver_node()}
+        addresses = {node.node_id: node.address for node in cluster_nodes()}
+        lines = list(code_mistakes(self.config.plugins, {node: addresses[node] for node in used}))
+        if lines:
+            raise ConfigError("\n".join(lines))
 
     def spawn(
         self,
@@ -166,6 +221,8 @@ class Cluster:
         """Start `actor_class(*args)` as actor number `index` of `role`.
 
         Args:
+            args: a `Path` is a model directory of this machine: the actor gets the path of the same
+                files on its node, to which they are sent where the node does not have them.
             shares: a role in whose bundle the actor is placed, on the same GPU and without CPUs of
                 its own. Otherwise it is placed in the bundle of `role`, or anywhere if that has
                 none.
@@ -175,7 +232,10 @@ class Cluster:
         options.setdefault("num_cpus", 0)
         options |= _identity(role, index)
         position = self._bundle_position(place, index)
-        if position is not None:
+        node = self.node_of(place, index)
+        if position is None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        else:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self.reservation, placement_group_bundle_index=position
             )
@@ -188,12 +248,15 @@ class Cluster:
 
         # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
         environment = {
-            "OMP_NUM_THREADS": str(self.threads.get(place, 1)),
+            "OMP_NUM_THREADS": str(self._threads(place, node)),
             "TOKENIZERS_PARALLELISM": "false",
         } | ALLOCATOR
         # Ray's type stubs do not accept a class that is known only at run time.
         remote_class: Any = ray.remote(actor_class)
-        actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
+        local = [self.on_node(arg, node) if isinstance(arg, Path) else arg for arg in args]
+        actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(
+            *local
+        )
         self.actors[f"{role}-{index}"] = actor
         return actor
 
@@ -203,6 +266,77 @@ class Cluster:
             if (bundle.role, bundle.index) == (role, index):
                 return position
         return None
+
+    def node_of(self, role: str, index: int) -> str:
+        """Return the id of the node of actor number `index` of a role that reserves its place.
+
+        The nodes of the others are chosen here: for the reward workers in turn, the driver's first.
+
+        Raises:
+            ConfigError: no node has the label of the role.
+        """
+        position = self._bundle_position(role, index)
+        if position is not None:
+            return bundle_nodes(self.reservation)[position]
+        label = self.config.reward.node_label if role == "reward" else None
+        allowed = _unreserved_nodes(role, label)
+        return allowed[index % len(allowed) if role == "reward" else 0].node_id
+
+    def on_node(self, directory: Path, node: str) -> str:
+        """Return the path of a model directory of this machine on a node.
+
+        The first call for a directory sends it to all nodes of the reservation that lack it.
+        """
+        # The processes of a cluster that was joined have other working folders.
+        directory = directory.absolute()
+        nodes = {node, *bundle_nodes(self.reservation)}
+        self.folders.deliver(directory, model_files(directory), nodes)
+        return self.folders.on(directory, node)
+
+    def _threads(self, role: str, node: str) -> int:
+        """Return the number of torch threads of an actor that computes on a CPU."""
+        if role not in COUNT:
+            return 1
+        if role == "policy" and self.config.policy.threads_per_rank:
+            return self.config.policy.threads_per_rank
+
+        # Generation and policy take turns, so each gets all cores of a node.
+        nodes = bundle_nodes(self.reservation)
+        sharing = sum(
+            bundle.role == role and where == node
+            for bundle, where in zip(self.bundles, nodes, strict=True)
+        )
+        return max(1, _cores_of(node) // max(1, sharing))
+
+    def places(self, unreserved: Mapping[str, int]) -> str:
+        """Return the place of every actor as a table.
+
+        Args:
+            unreserved: how many actors there are of the roles that reserve nothing.
+        """
+        addresses = {node.node_id: node.address for node in cluster_nodes()}
+        nodes, beside = bundle_nodes(self.reservation), guests_of(self.config)
+        rows = [
+            Place(
+                actor=", ".join(
+                    f"{role}-{bundle.index}"
+                    for role in (bundle.role, *(beside if bundle.guests else ()))
+                ),
+                address=addresses[node],
+                reserves=reserved_words(bundle.resources),
+            )
+            for bundle, node in zip(self.bundles, nodes, strict=True)
+        ]
+        rows += [
+            Place(
+                actor=f"{role}-{index}",
+                address=addresses[self.node_of(role, index)],
+                reserves="nothing",
+            )
+            for role, count in unreserved.items()
+            for index in range(count)
+        ]
+        return places_table(rows)
 
     async def wait_until_ready(self, actors: Collection[Any] | None = None) -> None:
         """Wait until `actors`, or every actor spawned so far, have been constructed.
@@ -225,9 +359,16 @@ class Cluster:
         }
         await asyncio.gather(*(ready(name, actor) for name, actor in awaited.items()))
 
+    def actors_of(self, role: str) -> list[Any]:
+        """Return the handles of the actors of a role."""
+        return [self.actors[name] for name in self._names_of(role)]
+
+    def _names_of(self, role: str) -> list[str]:
+        return [name for name in self.actors if name.rpartition("-")[0] == role]
+
     def stop(self, role: str) -> None:
         """Kill the actors of a role; their places in the reservation become free."""
-        for name in [name for name in self.actors if name.rpartition("-")[0] == role]:
+        for name in self._names_of(role):
             ray.kill(self.actors.pop(name))
 
     def shutdown(self) -> None:
@@ -256,7 +397,7 @@ def _stay_connected() -> None:
     """Do nothing: this process was connected to Ray before the run."""
 
 
-def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
+def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     """Join the configured cluster, or start Ray on this machine.
 
     Raises:
@@ -273,7 +414,7 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
 
     if address:
         try:
-            ray.init(address=address, **settings)
+            ray.init(address=address, runtime_env=user_code_environment(config.plugins), **settings)
         except ConnectionError as error:
             setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
             raise ConfigError(
@@ -298,29 +439,34 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     )
 
 
-def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:
+def _reserve(bundles: tuple[Bundle, ...], strategy: str) -> PlacementGroup:
     """Reserve the bundles.
 
     Raises:
         ConfigError: the cluster did not free them in time.
     """
-    # PACK places the bundles on as few nodes as possible.
-    reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    labels = [dict([split_label(bundle.label)]) if bundle.label else {} for bundle in bundles]
+    reservation = placement_group(
+        [bundle.resources for bundle in bundles],
+        strategy=strategy,
+        bundle_label_selector=labels if any(labels) else None,  # pyright: ignore[reportArgumentType]
+    )
     if not reservation.wait(RESERVATION_TIMEOUT_S):
+        free = free_resources(cluster_nodes())
         remove_placement_group(reservation)
         raise ConfigError(
             f"{_fields(bundles)}: the cluster did not free {_total(bundles)} within "
-            f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources. Wait for them, "
-            f"or lower {_fields(bundles, ' or ')}."
+            f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources, or they do not "
+            f"fit together on its nodes ({free}). Wait for them, or lower "
+            f"{_fields(bundles, ' or ')}."
         )
     return reservation
 
 
 def _fields(bundles: tuple[Bundle, ...], separator: str = ", ") -> str:
     """Return the fields that decide how many bundles there are."""
-    names = {"policy": "policy.ranks", "generation": "generation.workers"}
     roles = dict.fromkeys(bundle.role for bundle in bundles)
-    return separator.join(names[role] for role in roles)
+    return separator.join(COUNT[role] for role in roles)
 
 
 def _total(bundles: tuple[Bundle, ...]) -> str:
@@ -330,31 +476,37 @@ def _total(bundles: tuple[Bundle, ...]) -> str:
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
-def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float]) -> None:
-    """Refuse a run that the whole cluster is too small for.
+def _check_capacity(
+    bundles: tuple[Bundle, ...], nodes: tuple[ClusterNode, ...], config: RunConfig
+) -> None:
+    """Refuse a run that the whole cluster is too small for, or that no node has the labels for.
 
     Raises:
-        ConfigError: the resource, how much is needed, and how much there is.
+        ConfigError: the field, what is needed, and what each node has.
     """
-    required = {
-        "CPU": sum(bundle.cpus for bundle in bundles),
-        "GPU": sum(bundle.gpus for bundle in bundles),
-    }
-    for resource, needed in required.items():
-        total = available.get(resource, 0)
-        if needed > total:
-            raise ConfigError(
-                f"{_fields(bundles)}: the run needs {needed:g} {resource}s, the cluster has "
-                f"{total:g}. Lower {_fields(bundles)} or the {resource}s of each, or use a larger "
-                "cluster."
-            )
+    lines = list(placement_mistakes(bundles, nodes, config.cluster.placement))
+    label = config.reward.node_label
+    if not any(node.has_label(label) for node in nodes):
+        lines.append(label_mistake("reward", label, nodes))
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
-def _threads(config: RunConfig) -> dict[str, int]:
-    """Return the number of torch threads of the actors that compute on a CPU, by role."""
-    # Generation and policy take turns, so each gets all cores.
-    cores = detect_hardware().cpus
-    return {
-        "policy": config.policy.threads_per_rank or max(1, cores // config.policy.ranks),
-        "generation": max(1, cores // config.generation.workers),
-    }
+def _unreserved_nodes(role: str, label: str | None) -> list[ClusterNode]:
+    """Return the nodes of actors that reserve nothing, the driver's first.
+
+    Raises:
+        ConfigError: no node has the label.
+    """
+    nodes, own = cluster_nodes(), driver_node()
+    allowed = [node for node in nodes if node.has_label(label)]
+    if not allowed:
+        raise ConfigError(label_mistake(role, label, nodes))
+    return sorted(allowed, key=lambda node: node.node_id != own)
+
+
+def _cores_of(node: str) -> int:
+    """Return how many cores the actors on a node may use."""
+    if node == driver_node():
+        return detect_hardware().cpus
+    return next((int(one.has("CPU")) for one in cluster_nodes() if one.node_id == node), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 from array import array
@@ -28,7 +29,7 @@ from rlsys.data.batches import (
 )
 from rlsys.data.response_text import lengths_after_tokens
 from rlsys.driver.ports import Handle, ScoreSource
-from rlsys.metrics import Metric, maximum, peak_memory_gib
+from rlsys.metrics import Metric, combine, maximum, peak_memory_gib
 from rlsys.models.loading import load_tokenizer
 from rlsys.plugins import load_plugins
 from rlsys.rewards import (
@@ -360,34 +361,38 @@ def _failures(
 
 
 class RewardWorkerClient:
-    """The `ports.RewardScorer` over the actor."""
+    """The `ports.RewardScorer` over actors, which take turns with the parts."""
 
-    def __init__(self, actor: Any, model: ScoreSource | None = None) -> None:
+    def __init__(self, actors: Sequence[Any], model: ScoreSource | None = None) -> None:
         """`model` computes the reward that is a model, where one is configured."""
-        self._actor = actor
+        self._actors = actors
+        self._turns = itertools.cycle(actors)
         self._model = model
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
         """See `ports.RewardScorer`."""
+        actor = next(self._turns)
         if self._model is None:
-            return self._actor.score.remote(rollouts)
-        return self._actor.score.remote(rollouts, self._model.scores(rollouts))
+            return actor.score.remote(rollouts)
+        return actor.score.remote(rollouts, self._model.scores(rollouts))
 
     async def metrics(self) -> dict[str, Metric]:
-        """See `ports.RewardScorer`."""
-        return await self._actor.metrics.remote()
+        """Return the largest memory of a reward worker with its pool."""
+        return combine(await asyncio.gather(*(actor.metrics.remote() for actor in self._actors)))
 
 
 class RewardOutput:
     """The output of reward functions, copied to this process's log (run.log) during a run."""
 
     def __init__(self) -> None:
-        self._actor: Any = None
+        self._actors: Sequence[Any] = ()
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, actor: Any) -> None:
-        """Begin to copy the output of the reward worker `actor`."""
-        self._actor = actor
+    def follow(self, actors: Sequence[Any]) -> None:
+        """Begin to copy the output of reward workers."""
+        if not actors:
+            return
+        self._actors = actors
         self._task = asyncio.create_task(self._write_forever())
 
     async def finish(self) -> None:
@@ -408,5 +413,6 @@ class RewardOutput:
 
     async def _write(self) -> None:
         """Write the lines that have come since the last call."""
-        for line in await self._actor.output.remote():
+        outputs = await asyncio.gather(*(actor.output.remote() for actor in self._actors))
+        for line in itertools.chain.from_iterable(outputs):
             logger.info("%s", line)

@@ -5,6 +5,7 @@ from pydantic_core import PydanticCustomError
 
 from rlsys.config.engines import ENGINES
 from rlsys.config.model import Dtype
+from rlsys.config.node_label import NodeLabel
 from rlsys.config.section import Section
 
 
@@ -36,11 +37,17 @@ class EngineConfig(Section):
         description="CPU cores that each worker reserves. 0: none, for small machines, where "
         "generation and training take turns on the same cores.",
     )
+    node_label: NodeLabel | None = Field(
+        default=None,
+        description="Place the workers only on nodes of a joined cluster with this label, as "
+        "name=value (`ray start --labels name=value`). null: on any node.",
+    )
     dtype: Dtype = Field(
         default="auto",
         description="Precision of the engine's weights and arithmetic. auto: bfloat16 where it is "
-        "faster on the driver's machine (GPUs of compute capability 8.0 or higher; CPUs where a "
-        "short measurement says so), else float32.",
+        "faster on this machine, or on all nodes of a joined cluster on which the workers may run "
+        "(GPUs of compute capability 8.0 or higher; CPUs where a short measurement says so), else "
+        "float32.",
     )
     top_p: float = Field(
         default=1.0,

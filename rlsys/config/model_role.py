@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlsys.config.model import Dtype
+from rlsys.config.node_label import NodeLabel
 from rlsys.config.optimizer import OptimizerConfig
 from rlsys.config.section import Section
 
@@ -35,6 +36,11 @@ class ModelRoleConfig(Section):
         ge=0,
         description="PyTorch threads of each rank on a CPU. 0: the cores of a node divided by its "
         "ranks.",
+    )
+    node_label: NodeLabel | None = Field(
+        default=None,
+        description="Place the ranks only on nodes of a joined cluster with this label, as "
+        "name=value (`ray start --labels name=value`). null: on any node.",
     )
     compute_dtype: Dtype = Field(
         default="auto",

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rlsys.config.node_label import NodeLabel
 from rlsys.config.section import Section
 
 LARGEST_WEIGHT = 1e30  # a weight, a score and their product are float32
@@ -49,7 +50,20 @@ class RewardConfig(Section):
         "the response has no reward, does not count in the statistics of its group, and is not "
         "trained on.",
     )
-    processes: int = Field(default=1, ge=1, description="Processes that run reward functions.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="Reward workers (Ray actors). They take turns with the groups of a step; on a "
+        "joined cluster each is on another node, as far as there are nodes.",
+    )
+    node_label: NodeLabel | None = Field(
+        default=None,
+        description="Place the reward workers only on nodes of a joined cluster with this label, "
+        "as name=value (`ray start --labels name=value`). null: on any node, the driver's first.",
+    )
+    processes: int = Field(
+        default=1, ge=1, description="Processes of each reward worker that run reward functions."
+    )
     memory_gb: float = Field(
         default=1.0,
         ge=0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -69,6 +69,13 @@ class ClusterConfig(Section):
         default=1.0,
         ge=0.1,
         description="Size of Ray's object store where the run starts Ray, in GiB; at least 0.1.",
+    )
+
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="PACK",
+        description="How policy ranks and generation workers are placed on the nodes of a joined "
+        "cluster, in Ray's words. PACK: on as few nodes as possible; SPREAD: on as many as "
+        "possible; STRICT_PACK: on one node; STRICT_SPREAD: each on a node of its own.",
     )
 
     @property

@@ -44,14 +44,42 @@ def copy_model_files(source: Path, target: Path) -> None:
     target = target.absolute()
     own = target.relative_to(source).parts[0] if target.is_relative_to(source) else None
 
-    others = {file.parent for file in source.glob("*/*_state.json") if file.name in STATE_FILES}
-    for file in sorted(source.rglob("*")):
+    for file in _without_other_models(source):
         relative = file.relative_to(source)
-        if others & {*file.parents}:
-            continue
-        if file.is_file() and relative.parts[0] != own and _belongs_to_a_model(relative):
+        if relative.parts[0] != own and _belongs_to_a_model(relative):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / relative)
+
+
+def model_files(directory: Path) -> list[Path]:
+    """Return the files that loading a model needs: what `copy_model_files` copies, and weights.
+
+    Conventions: where there are safetensors at the top, weights in other formats are left out, as
+    transformers leaves them out. The optimizer of a checkpoint is no part of its model.
+    """
+    files = _without_other_models(directory)
+    suffixes = {".safetensors"} if any(directory.glob("*.safetensors")) else {".bin"}
+    return [
+        file
+        for file in files
+        if _belongs_to_a_model(file.relative_to(directory)) or _is_weight(file, suffixes)
+    ]
+
+
+def _is_weight(file: Path, suffixes: set[str]) -> bool:
+    """Return whether a file has weights of these formats, or is their index."""
+    is_index = bool(WEIGHT_NAMES.fullmatch(file.name)) and file.suffix == ".json"
+    return file.suffix in suffixes or is_index
+
+
+def _without_other_models(directory: Path) -> list[Path]:
+    """Return the files below a directory without those of a second model, such as a critic."""
+    others = {file.parent for file in directory.glob("*/*_state.json") if file.name in STATE_FILES}
+    return [
+        file
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and not others & {*file.parents}
+    ]
 
 
 def change_model_config(directory: Path, fields: Mapping[str, Any]) -> None:

@@ -5,9 +5,10 @@ several times as fast as float32 ones where the CPU has instructions for them, a
 slow where they are emulated. The flags of the CPU are not enough, since environment variables may
 limit the instructions that the libraries use.
 
-The choice is made once, on the driver's machine, and written to the run's `config.yaml` as an
-explicit value: all workers compute in the same precision, and a run that is resumed elsewhere keeps
-it.
+The choice is made once and written to the run's `config.yaml` as an explicit value: all workers
+compute in the same precision, and a run that is resumed elsewhere keeps it. A run that joins a
+cluster asks every node on which a part of it may compute; where they would choose differently, it
+is float32, which is right on all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,24 @@ class ProductSpeed:
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A node of a cluster on which parts of a run may compute."""
+
+    name: str
+    hardware: Hardware
+    speed: ProductSpeed | None  # None: it was not measured, since all of its parts have GPUs
+    gpu_parts: frozenset[str]  # sections of the configuration that compute on its GPUs ...
+    cpu_parts: frozenset[str]  # ... and on its CPUs
+
+    def choice(self, part: str) -> tuple[str, str]:
+        """Return the precision that `auto` means for a part here, and the reason."""
+        if part in self.gpu_parts:
+            return _for_gpu(self.hardware)
+        assert self.speed is not None, "a CPU that computes is measured"
+        return _for_cpu(self.hardware, self.speed)
+
+
 Measure = Callable[[Hardware, tuple[int, int]], ProductSpeed]
 
 
@@ -77,28 +96,25 @@ def choose_dtypes(
     model_directory: Path,
     *,
     measure: Measure | None = None,
+    machines: Sequence[Machine] = (),
 ) -> DtypeChoice:
     """Return the configuration with each precision that is `auto` resolved for this machine.
 
     Args:
         measure: a replacement of `cached_product_speed`, for tests.
+        machines: the nodes of the cluster that the run joins, which decide instead of this machine.
     """
-    configured = {
-        "generation.dtype": config.generation.dtype,
-        "policy.compute_dtype": config.policy.compute_dtype,
-    }
+    configured = configured_dtypes(config)
+    if machines:
+        return _agreed_choice(config, configured, machines)
+
     trains_on_gpu = hardware.gpus > 0 and config.policy.gpus_per_rank > 0
     on_gpu = {
         "generation.dtype": hardware.gpus > 0 and config.generation.gpus_per_worker > 0,
         "policy.compute_dtype": trains_on_gpu,
     }
-    if config.reference.compute_dtype is not None:
-        configured["reference.compute_dtype"] = config.reference.compute_dtype
-        on_gpu["reference.compute_dtype"] = trains_on_gpu
-
-    if config.critic.compute_dtype is not None:
-        configured["critic.compute_dtype"] = config.critic.compute_dtype
-        on_gpu["critic.compute_dtype"] = trains_on_gpu
+    for field in configured:
+        on_gpu.setdefault(field, trains_on_gpu)  # reference and critic run beside the policy
 
     speed = None
     if not all(on_gpu.values()):
@@ -127,6 +143,56 @@ def choose_dtypes(
         warnings=_slow_bfloat16(bfloat16_on_cpu, hardware, speed),
         speed=speed,
     )
+
+
+def configured_dtypes(config: RunConfig) -> dict[str, str]:
+    """Return the precisions of the configuration by the names of their fields."""
+    configured: dict[str, str] = {
+        "generation.dtype": config.generation.dtype,
+        "policy.compute_dtype": config.policy.compute_dtype,
+    }
+    if config.reference.compute_dtype is not None:
+        configured["reference.compute_dtype"] = config.reference.compute_dtype
+    if config.critic.compute_dtype is not None:
+        configured["critic.compute_dtype"] = config.critic.compute_dtype
+    return configured
+
+
+def _agreed_choice(
+    config: RunConfig, configured: Mapping[str, str], machines: Sequence[Machine]
+) -> DtypeChoice:
+    """Resolve each `auto` to what all machines would choose, or else to float32."""
+    chosen: dict[str, str] = {}
+    fields_by_reason: dict[str, list[str]] = {}
+    for field, dtype in configured.items():
+        if dtype != "auto":
+            continue
+        part = "generation" if field == "generation.dtype" else "policy"
+        choices = {
+            machine.name: machine.choice(part)
+            for machine in machines
+            if part in machine.gpu_parts | machine.cpu_parts
+        }
+        chosen[field], why = _agreed(choices)
+        fields_by_reason.setdefault(f"auto -> {chosen[field]} ({why})", []).append(field)
+    return DtypeChoice(
+        config=evolve(config, chosen) if chosen else config,
+        reasons=tuple(
+            f"{', '.join(fields)}: {reason}" for reason, fields in fields_by_reason.items()
+        ),
+        warnings=(),
+        speed=None,
+    )
+
+
+def _agreed(choices: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return the precision of all machines, or float32 where they differ, and the reason."""
+    dtypes = {dtype for dtype, _ in choices.values()}
+    if len(dtypes) == 1:
+        reasons = dict.fromkeys(why for _, why in choices.values())
+        return dtypes.pop(), f"{', '.join(choices)}: {'; '.join(reasons)}"
+    each = "; ".join(f"{name}: {dtype}, {why}" for name, (dtype, why) in choices.items())
+    return "float32", f"the nodes differ, and all parts compute in one precision. {each}"
 
 
 def _for_gpu(hardware: Hardware) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from rlsys.rewards import refuse_rewards_of_training
 from rlsys.run.evaluated_model import EvaluatedModel, check_evaluated_path, named
 from rlsys.run.evaluation_directory import EvaluationDirectory
 from rlsys.run.ineffective_options import TABLE, Ineffective, Setting, without_effect
-from rlsys.run.machine_checks import engine_mistakes, memory_mistakes
+from rlsys.run.machine_checks import engine_mistakes, label_mistakes, memory_mistakes
 from rlsys.run.model_checks import ModelDirectories, check_model
 from rlsys.run.preflight import check_address, check_reward
 
@@ -46,6 +46,7 @@ def evaluation_mistakes(
         sampling_run = config.sampling_run()
         mistakes.lines += engine_mistakes(sampling_run, hardware)
         mistakes.lines += memory_mistakes(sampling_run, hardware)
+        mistakes.lines += label_mistakes(sampling_run)
         mistakes.lines += _places(config, hardware)
     return mistakes.lines
 

@@ -336,6 +336,7 @@ TABLE: tuple[Ineffective, ...] = (
     ),
     # Rewards.
     _row(
+        "reward.workers",
         "reward.processes",
         "reward.memory_gb",
         "reward.timeout_s",
@@ -354,6 +355,11 @@ TABLE: tuple[Ineffective, ...] = (
         "cluster.object_store_gib",
         when=lambda s: not s.starts_ray,
         because="the run joins a cluster, whose object store has its size already",
+    ),
+    _row(
+        "cluster.placement",
+        when=lambda s: s.starts_ray,
+        because="the run starts Ray on this machine, which is the only node",
     ),
 )
 

@@ -28,6 +28,7 @@ def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     yield from engine_mistakes(config, hardware)
     yield from memory_mistakes(config, hardware)
     yield from _actors(config, hardware)
+    yield from label_mistakes(config)
 
 
 def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
@@ -107,6 +108,21 @@ def memory_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
             f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is more than the "
             f"{memory:.0f} GiB of memory of this machine. Lower it."
         )
+
+
+def label_mistakes(config: RunConfig) -> Iterator[str]:
+    """Yield labels of nodes in a run that starts Ray on this machine, whose node has none."""
+    labels = {
+        "policy.node_label": config.policy.node_label,
+        "generation.node_label": config.generation.node_label,
+        "reward.node_label": config.reward.node_label,
+    }
+    for field, label in labels.items():
+        if label is not None:
+            yield (
+                f"{field}: {label!r} is a label of nodes of a cluster, and this run starts Ray on "
+                "this machine. Join a cluster with cluster.address, or leave it out."
+            )
 
 
 def _actors(config: RunConfig, hardware: Hardware) -> Iterator[str]:

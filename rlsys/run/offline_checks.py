@@ -6,7 +6,7 @@ What concerns the model, the engine, the rewards and the machine is checked as i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from rlsys.data.example_stream import LoadedExamples, SourcedExamples
 from rlsys.models.loading import context_length, parameter_count
 from rlsys.models.value_models import ValueLayout, check_layout_to_train
 from rlsys.rewards import ground_truth_notices, refuse_rewards_of_training
-from rlsys.run.compute_dtype import ProductSpeed, choose_dtypes
+from rlsys.run.compute_dtype import Machine, ProductSpeed, choose_dtypes
 from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
@@ -107,10 +107,17 @@ class OfflineDtypes:
 
 
 def choose_offline_dtypes(
-    config: OfflineRunConfig, hardware: Hardware, directory: Path
+    config: OfflineRunConfig,
+    hardware: Hardware,
+    directory: Path,
+    machines: Sequence[Machine] = (),
 ) -> OfflineDtypes:
-    """Return the configuration with each precision that is `auto` resolved for this machine."""
-    choice = choose_dtypes(config.online(), hardware, directory)
+    """Return the configuration with each precision that is `auto` resolved for this machine.
+
+    Args:
+        machines: see `choose_dtypes`.
+    """
+    choice = choose_dtypes(config.online(), hardware, directory, machines=machines)
     trained = config.trained_field
     chosen = {f"{trained}.compute_dtype": choice.config.policy.compute_dtype}
     if config.samples:

@@ -133,7 +133,8 @@ def _rewards(config: RunConfig) -> str:
     if not functions:
         return "no functions"
     names = [f"{function.name}{shown_parameters(function.parameters)}" for function in functions]
-    return f"{config.reward.processes} processes: {', '.join(names)}"
+    workers = f"{config.reward.workers} workers of " if config.reward.workers > 1 else ""
+    return f"{workers}{config.reward.processes} processes: {', '.join(names)}"
 
 
 def _reward_model(config: RunConfig, directory: Path | None) -> str:

@@ -195,7 +195,7 @@ async def test_exact_kl_does_not_depend_on_ranks_or_packing(ranks: RankProcesses
     for plan in (config(1), config(2, microbatch_tokens=50, logit_chunk_tokens=3)):
         settings = plan.model_copy(update={"algorithm": algorithm})
         async with ranks.group(settings) as policy, reference_group(settings) as reference:
-            await policy.load_reference_head(directory)
+            await policy.load_reference_head([str(directory)] * settings.policy.ranks)
             _, hidden = await reference.logprobs_and_hidden(rollouts)
             start = await weights_of(policy)
             first = values(await policy.update(ray.put(batch), hidden))
@@ -221,7 +221,7 @@ async def test_exact_kl_does_not_depend_on_ranks_or_packing(ranks: RankProcesses
 async def test_exact_kl_is_refused_for_padded_models(ranks: RankProcesses):
     async with ranks.group(config(1, packing=False)) as policy:
         with pytest.raises(UnsupportedModelError, match="needs the packed forward pass"):
-            await policy.load_reference_head(resolve_model("tiny"))
+            await policy.load_reference_head([str(resolve_model("tiny"))])
 
     padded = config(1, packing=False)
     exact = AlgorithmConfig(kl=KLConfig(coefficient=0.05, kind="exact"))

@@ -232,7 +232,7 @@ async def test_ranks_of_a_process_reward_model_share_the_steps(tmp_path: Path):
     try:
         group = ScoringGroup(ranks)
         await group.setup()
-        client = RewardWorkerClient(actor, group)
+        client = RewardWorkerClient([actor], group)
         handles = [client.score(ray.put(part)) for part in parts]
         rewards = RewardBatch.concatenate(await asyncio.gather(*handles))
     finally:

@@ -98,7 +98,7 @@ async def scorer(path: Path, policy: dict[str, Any]) -> AsyncIterator[RewardWork
     try:
         group = ScoringGroup(actors)
         await group.setup()
-        yield RewardWorkerClient(actor, group)
+        yield RewardWorkerClient([actor], group)
         assert values(await group.metrics())["memory/reward_model"] > 0
     finally:
         for started in (actor, *actors):

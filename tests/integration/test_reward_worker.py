@@ -56,7 +56,7 @@ async def test_weighted_sum_reasons_and_answers(plugin_path: str):
         RewardFunctionConfig(name="format_boxed", weight=0.1),
     )
     batch = with_texts([r"\boxed{0}", r"\boxed{7}", "none", r"\boxed{3} and \boxed{3}"])
-    rewards = await RewardWorkerClient(actor).score(ray.put(batch))
+    rewards = await RewardWorkerClient([actor]).score(ray.put(batch))
     assert rewards.rewards.tolist() == pytest.approx([1.1, 0.1, 0.0, 1.0])
     assert rewards.accuracies.tolist() == [1, 0, 0, 1]
     assert rewards.reasons == ("correct", "wrong", "no_answer", "correct")
@@ -66,7 +66,7 @@ async def test_weighted_sum_reasons_and_answers(plugin_path: str):
 
 async def test_hanging_crashing_and_failing_functions_cost_one_answer_each(plugin_path: str):
     actor = worker(plugin_path, RewardFunctionConfig(name="example_trouble"), timeout_s=1.0)
-    client = RewardWorkerClient(actor)
+    client = RewardWorkerClient([actor])
     texts = ["fine", "hang", "fine", "hang in c", "crash", "raise", "ignore signals", "fine"]
     rewards = await client.score(ray.put(with_texts(texts)))
     assert rewards.reasons == ("ok", "timeout", "ok", "timeout", "crash", "error", "timeout", "ok")
@@ -92,9 +92,9 @@ async def test_what_functions_print_reaches_the_log_of_the_driver(
 ):
     actor = worker(plugin_path, RewardFunctionConfig(name="example_trouble"), processes=1)
     output = RewardOutput()
-    output.follow(actor)
+    output.follow([actor])
     with caplog.at_level("INFO", logger="workers.reward_worker"):
-        await RewardWorkerClient(actor).score(ray.put(with_texts(["print", "crash"])))
+        await RewardWorkerClient([actor]).score(ray.put(with_texts(["print", "crash"])))
         await output.finish()
     assert "printed as requested" in caplog.messages
     assert (
@@ -106,7 +106,7 @@ async def test_what_functions_print_reaches_the_log_of_the_driver(
 
 async def test_many_parts_at_once_each_in_its_order(plugin_path: str):
     actor = worker(plugin_path, RewardFunctionConfig(name="math"))
-    client = RewardWorkerClient(actor)
+    client = RewardWorkerClient([actor])
     # Response i of part `number` is right (its ground truth is i) where number + i is even.
     parts = [
         with_texts([f"\\boxed{{{i if (number + i) % 2 == 0 else -1}}}" for i in range(4)])
@@ -125,7 +125,7 @@ async def test_the_token_limit_of_the_run_reaches_the_functions(plugin_path: str
     """
     actor = worker(plugin_path, RewardFunctionConfig(name="soft_overlong"))
     batch = rollouts([([1], [[2] * 48, [2] * 56, [2] * 64])])
-    rewards = await RewardWorkerClient(actor).score(ray.put(batch))
+    rewards = await RewardWorkerClient([actor]).score(ray.put(batch))
     assert rewards.rewards.tolist() == [0.0, -0.5, -1.0]
     ray.kill(actor)
 

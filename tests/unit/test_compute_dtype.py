@@ -15,7 +15,7 @@ from rlsys.config.command_line import load_yaml, parse
 from rlsys.config.hardware import Hardware, detect_hardware
 from rlsys.models.loading import mlp_shape
 from rlsys.run import compute_dtype
-from rlsys.run.compute_dtype import ProductSpeed, cached_product_speed, choose_dtypes
+from rlsys.run.compute_dtype import Machine, ProductSpeed, cached_product_speed, choose_dtypes
 from rlsys.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,42 @@ def test_each_role_computes_on_its_own_device(model: Path):
         "generation.dtype",
         "policy.compute_dtype",
     ]
+
+
+def machine(name: str, speed: ProductSpeed, *parts: str) -> Machine:
+    return Machine(
+        name=name, hardware=CPU, speed=speed, gpu_parts=frozenset(), cpu_parts=frozenset(parts)
+    )
+
+
+def test_nodes_of_a_cluster_agree_on_a_precision_or_compute_in_float32(model: Path):
+    both = ("policy", "generation")
+    config = RunConfig()
+
+    agreed = choose_dtypes(
+        config, CPU, model, machines=[machine("a", FAST, *both), machine("b", FAST, *both)]
+    )
+    assert dtypes(agreed.config) == ("bfloat16", "bfloat16")
+    (reason,) = agreed.reasons
+    assert reason.startswith("generation.dtype, policy.compute_dtype: auto -> bfloat16 (a, b: ")
+
+    # Each role is decided by the nodes on which it may be.
+    machines = [machine("a", FAST, *both), machine("b", SLOW, "policy")]
+    mixed = choose_dtypes(config, CPU, model, machines=machines)
+    assert dtypes(mixed.config) == ("bfloat16", "float32")
+    (differ,) = [reason for reason in mixed.reasons if reason.startswith("policy")]
+    assert "the nodes differ" in differ
+    assert "a: bfloat16, Some CPU" in differ
+    assert "b: float32, Some CPU" in differ
+
+
+def test_a_driver_without_a_gpu_chooses_for_the_gpus_of_the_cluster(model: Path):
+    on_gpu = Machine(
+        name="a", hardware=GPU, speed=SLOW, gpu_parts=frozenset({"policy"}), cpu_parts=frozenset()
+    )
+    machines = [on_gpu, machine("b", SLOW, "generation")]
+    choice = choose_dtypes(RunConfig(), CPU, model, machines=machines)
+    assert dtypes(choice.config) == ("float32", "bfloat16")
 
 
 def test_explicit_values_stay_and_slow_ones_give_one_warning_with_the_ratio(model: Path):

@@ -53,7 +53,13 @@ PARTS = (
     "workers.advantage_controller",
     "workers.cluster",
 )
-BELOW_PARTS = ("workers.local_ray",)  # any of the parts may use it
+# Any of the parts may use them.
+BELOW_PARTS = (
+    "workers.local_ray",
+    "workers.node_folders",
+    "workers.placement",
+    "workers.user_code",
+)
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -34,6 +36,21 @@ def open_rendezvous(host: str, world_size: int) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def use_interface_of(address: str) -> None:
+    """Let gloo and NCCL use the network interface that has an address of this machine.
+
+    By itself gloo takes the interface to which the name of the machine resolves, often the
+    loopback, at which no other machine reaches it. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where
+    they are set, stay as they are, and so does everything on a machine without a network.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        own = {entry.address for entry in addresses}
+        if address in own and not ipaddress.ip_address(address).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            # NCCL takes names as prefixes unless they begin with "=".
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def join_process_group(

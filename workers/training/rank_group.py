@@ -13,6 +13,7 @@ OfflineGroup           the ranks of a model that learns from examples
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
+from rlsys.models.folder_files import all_files
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import WeightManifest
+from workers.node_folders import NodeFolders, collect
 
 
 class RankGroup:
@@ -100,12 +103,37 @@ class TrainedGroup(RankGroup):
     """The ranks of a model that is trained."""
 
     async def save(self, directory: Path) -> None:
-        """See `ports.Trained`."""
-        await asyncio.gather(*(worker.save.remote(str(directory)) for worker in self._workers))
+        """See `ports.Trained`; what ranks on other machines write is brought to this one."""
+        directory = directory.absolute()
+        paths = dict.fromkeys(self._workers, str(directory))
+        elsewhere = await self._without(directory)
+        try:
+            for worker in elsewhere:
+                paths[worker] = await worker.open_outbox.remote()
+            await asyncio.gather(*(worker.save.remote(path) for worker, path in paths.items()))
+            for worker in elsewhere:
+                await collect(worker, directory)
+        finally:
+            await asyncio.gather(*(worker.close_outbox.remote() for worker in elsewhere))
 
     async def load(self, directory: Path) -> None:
-        """See `ports.Trained`."""
-        await asyncio.gather(*(worker.load.remote(str(directory)) for worker in self._workers))
+        """See `ports.Trained`; ranks on other machines get a copy of the files."""
+        directory = directory.absolute()
+        nodes = await asyncio.gather(*(worker.node.remote() for worker in self._workers))
+        folders, files = NodeFolders(), all_files(directory)
+        await asyncio.to_thread(folders.deliver, directory, files, nodes, keep=False)
+        paths = [folders.on(directory, node) for node in nodes]
+        calls = list(zip(self._workers, paths, strict=True))
+        await asyncio.gather(*(worker.load.remote(path) for worker, path in calls))
+        await asyncio.gather(*(worker.forget.remote(path) for worker, path in calls))
+
+    async def _without(self, directory: Path) -> list[Any]:
+        """Return the ranks that do not see a directory of this machine."""
+        with tempfile.NamedTemporaryFile(prefix=".seen-", dir=directory) as mark:
+            seen = await asyncio.gather(
+                *(worker.sees.remote(mark.name) for worker in self._workers)
+            )
+        return [worker for worker, sees in zip(self._workers, seen, strict=True) if not sees]
 
 
 class TrainedCausalLMGroup(TrainedGroup):
@@ -132,15 +160,17 @@ class TrainedCausalLMGroup(TrainedGroup):
 class PolicyGroup(TrainedCausalLMGroup):
     """The ranks of the policy."""
 
-    async def load_reference_head(self, directory: Path) -> None:
+    async def load_reference_head(self, directories: Sequence[str]) -> None:
         """Load the reference's LM head on every rank, for the KL over the vocabulary.
+
+        Args:
+            directories: of the reference, as each rank sees it.
 
         Raises:
             UnsupportedModelError: the models do not allow it.
         """
-        await self._at_set_up(
-            worker.load_reference_head.remote(str(directory)) for worker in self._workers
-        )
+        calls = zip(self._workers, directories, strict=True)
+        await self._at_set_up(worker.load_reference_head.remote(path) for worker, path in calls)
 
     async def logprobs(
         self,

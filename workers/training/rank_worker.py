@@ -27,6 +27,7 @@ from rlsys.data.packing import Pack, pack_rows
 from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum
 from rlsys.plugins import load_plugins
+from workers.node_folders import OnSomeNode
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.model_setup import choose_kernel, prepare_model
@@ -37,10 +38,11 @@ from workers.training.process_group import (
     open_rendezvous,
     peak_memory_gib,
     use_all_threads,
+    use_interface_of,
 )
 
 
-class RankWorker:
+class RankWorker(OnSomeNode):
     """One rank of a model that is distributed over a group of actors."""
 
     role: str  # in metrics and notes
@@ -74,6 +76,7 @@ class RankWorker:
 
     def setup(self, address: str) -> tuple[str, ...]:
         """Join the other ranks and build the model; collective. Return notes for the user."""
+        use_interface_of(ray.util.get_node_ip_address())
         device = join_process_group(address, self.rank, self.world_size, self._store)
         self.backend, padded_because = self.build(device)
 

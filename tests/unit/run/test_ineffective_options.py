@@ -161,6 +161,8 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("reward.timeout_s", 3.0, MODEL_ALONE, {}, CPU),
     ("trainer.evaluation.samples_per_prompt", 4, MODEL_ALONE, {}, CPU),
     ("diagnostics.gradient_every", 3, {}, {"diagnostics.gradient": True}, CPU),
+    ("reward.workers", 2, MODEL_ALONE, {}, CPU),
+    ("cluster.placement", "SPREAD", {}, {"cluster.address": "auto"}, CPU),
     ("cluster.object_store_gib", 2.0, {"cluster.address": "auto"}, {}, CPU),
 ]
 

@@ -68,6 +68,16 @@ def test_the_recipe_of_a_machine_fits_it(hardware: Hardware):
             "generation.kv_cache_gib: 16 for each of 2 workers",
         ),
         (
+            {"policy.node_label": "pool=train"},
+            CPU,
+            "policy.node_label: 'pool=train' is a label of nodes of a cluster, and this run starts",
+        ),
+        (
+            {"reward.node_label": "pool=cpu"},
+            CPU,
+            "reward.node_label: 'pool=cpu' is a label",
+        ),
+        (
             {"cluster.object_store_gib": 100.0},
             CPU,
             "cluster.object_store_gib: 100 is more than the 24 GiB",
