@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, Self, TypeVar
 
+from recipes.restarting import Supervision, begin_restart, reconnect, save_evidence
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.errors import as_config_error
@@ -72,6 +73,7 @@ class Prepared(Generic[RootT]):
     warnings: tuple[str, ...]
     speed: ProductSpeed | None  # of matrix products on this machine
     estimate: StepEstimate | None  # of a step's time
+    supervision: Supervision | None = None  # None: not started yet
 
     @property
     def online(self) -> RunConfig:
@@ -85,6 +87,18 @@ class Prepared(Generic[RootT]):
     async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
         """Start all actors, and build the loop and its session."""
         raise NotImplementedError
+
+    @property
+    def generation_workers(self) -> int:
+        """The number of generation workers; 0 where nothing is sampled."""
+        generation = getattr(self.config, "generation", None)
+        return generation.workers if generation else 0
+
+    def with_generation_workers(self, workers: int) -> Self:
+        """Return the run with another number of generation workers."""
+        generation = getattr(self.config, "generation")  # noqa: B009  (not every kind has one)
+        changed = generation.model_copy(update={"workers": workers})
+        return replace(self, config=self.config.model_copy(update={"generation": changed}))
 
     def open_session(
         self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
@@ -102,7 +116,11 @@ class Prepared(Generic[RootT]):
             progress.notice,
         )
         observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
-        session = Session(self.config, self.store, observers, evaluator)
+        watchdog = restarts = None
+        if self.supervision:
+            watchdog, restarts = self.supervision.watchdog, self.supervision.restarts
+            observers += [watchdog, restarts]
+        session = Session(self.config, self.store, observers, evaluator, watchdog, restarts)
         session.register("metrics_position", metrics)
         return session
 
@@ -254,7 +272,7 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
 
 
 async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
-    """Start the actors, train, and return the exit code.
+    """Train, with restarts from the newest checkpoint where they help; return the exit code.
 
     A resume changes no file before the loop starts.
     """
@@ -262,7 +280,6 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     from rlsys.run.observers.metrics_log import read_metrics
     from rlsys.run.observers.run_status import StatusWriter
     from workers.local_ray import interrupt_on_sigterm
-    from workers.reward_worker import RewardOutput
 
     began = time.monotonic()
     config, directory = prepared.config, prepared.directory
@@ -271,37 +288,90 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
+    supervision = Supervision.of(prepared)
+    prepared = replace(prepared, supervision=supervision)
+
+    while True:
+        try:
+            outcome = await _train_once(prepared, supervision, status, log, console)
+            break
+        except Exception as error:
+            if isinstance(error, ConfigError) and not supervision.restarted:
+                raise
+            restarted = await _restarted(prepared, error, status, console)
+            if restarted is None:
+                status.fail(f"{type(error).__name__}: {error}")
+                log.end_hold()
+                _report_failure(error, directory, console)
+                return 1
+            prepared = restarted
+
+    print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
+    return 0 if outcome == "finished" else 130
+
+
+async def _train_once(
+    prepared: Prepared,
+    supervision: Supervision,
+    status: StatusWriter,
+    log: HeldLog,
+    console: Console,
+) -> Outcome:
+    """Start the actors, train until the end or a failure, and stop the actors."""
+    from workers.reward_worker import RewardOutput
+
+    directory, restarted = prepared.directory, supervision.restarted
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
-    cluster = prepared.connect()
+    if restarted:
+        prepared, cluster = await reconnect(prepared, console)
+    else:
+        cluster = prepared.connect()
     reward_output = RewardOutput()
 
     try:
-        started = await prepared.start(cluster, status, console)
+        supervision.begin_start(cluster, directory.failures)
+        starting = prepared.start(cluster, status, console)
+        started = await supervision.watchdog.guard(starting)
         session = started.session
         if "reward-0" in cluster.actors:
             reward_output.follow(cluster.actors["reward-0"])
-        if prepared.checkpoint:
-            await session.restore(prepared.checkpoint)
-        if prepared.resume:
-            directory.create(config, prepared.reasons)
+        await _go_to_checkpoint(session, prepared, supervision)
+        if prepared.resume and not restarted:
+            directory.create(prepared.config, prepared.reasons)
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
-        outcome = await started.loop.run()
-    except ConfigError:
-        raise
+        return await started.loop.run()
     except Exception as error:
-        status.fail(f"{type(error).__name__}: {error}")
-        log.end_hold()
-        _report_failure(error, directory, console)
-        return 1
+        if supervision.restarts.is_failure(error):
+            save_evidence(error, cluster, directory.failures / supervision.restarts.next_name)
+        raise
     finally:
         try:
             await reward_output.finish()
         finally:
             cluster.shutdown()
 
-    print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
-    return 0 if outcome == "finished" else 130
+
+async def _go_to_checkpoint(session: Session, prepared: Prepared, supervision: Supervision) -> None:
+    """Bring a session to the run's checkpoint, or to the beginning where there is none."""
+    if prepared.checkpoint:
+        await session.restore(prepared.checkpoint)
+    elif supervision.initial is None:
+        supervision.initial = await session.states()
+    else:
+        await session.load_states(supervision.initial)
+
+
+async def _restarted(
+    prepared: Prepared[RootT], error: Exception, status: StatusWriter, console: Console
+) -> Prepared[RootT] | None:
+    """Return the run at the checkpoint from which it is restarted; None where it is not."""
+    _end_stopping_on_signals()
+    try:
+        return await begin_restart(prepared, error, console)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        status.on_end("interrupted", "left before the actors were restarted")
+        raise
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
@@ -337,3 +407,11 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
+
+
+def _end_stopping_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the process at once: no session is there to finish its step."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.default_int_handler)

@@ -32,6 +32,7 @@ from rlsys.config import ConfigError, RunConfig
 from rlsys.config.hardware import detect_hardware
 from rlsys.rewards import reward_model_of
 from workers.local_ray import LocalRay, interrupt_on_sigterm
+from workers.stack_dumps import answer_with_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ GUEST_GPUS = 0.01
 # glibc returns large blocks to the system when they are freed, and the system zeroes them before
 # they are used again. Keeping them makes a training step on a CPU a quarter faster.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
+
+class CapacityError(ConfigError):
+    """A cluster that is not there or too small, which may change while a run waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,7 @@ class Cluster:
         RAY_ADDRESS is joined; else Ray is started on this machine.
 
         Raises:
-            ConfigError: no cluster answers, or it has too few CPUs or GPUs.
+            CapacityError: no cluster answers, or it has too few CPUs or GPUs.
         """
         connected = ray.is_initialized()
         local = LocalRay()
@@ -208,7 +213,7 @@ class Cluster:
         async def ready(name: str, actor: Any) -> None:
             # An error of a constructor shows only in the first call of a method.
             try:
-                await actor.__ray_ready__.remote()
+                await actor.__ray_call__.remote(answer_with_stacks)
             except RayError as error:
                 raise RuntimeError(f"actor {name} did not start: {error}") from error
 
@@ -221,11 +226,15 @@ class Cluster:
 
     def shutdown(self) -> None:
         """Kill the actors, release the reservation, and stop Ray if this run started it."""
-        for actor in self.actors.values():
-            ray.kill(actor)
-        self.actors.clear()
-        remove_placement_group(self.reservation)
-        self.leave_ray()
+        try:
+            for actor in self.actors.values():
+                ray.kill(actor)
+            remove_placement_group(self.reservation)
+        except Exception:  # Ray itself may be what failed; that is reported elsewhere
+            logger.warning("the actors could not be stopped one by one", exc_info=True)
+        finally:
+            self.actors.clear()
+            self.leave_ray()
 
 
 def _stay_connected() -> None:
@@ -236,7 +245,7 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     """Join the configured cluster, or start Ray on this machine.
 
     Raises:
-        ConfigError: no cluster answers at the configured address.
+        CapacityError: no cluster answers at the configured address.
     """
     address = config.cluster.joined_address
     settings: dict[str, Any] = {
@@ -252,7 +261,7 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             ray.init(address=address, **settings)
         except ConnectionError as error:
             setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-            raise ConfigError(
+            raise CapacityError(
                 f"{setting}: no cluster answers at {address!r}. Start the head node with "
                 f"`ray start --head`, or leave {setting} out to start Ray on this machine."
             ) from error
@@ -278,13 +287,13 @@ def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:
     """Reserve the bundles.
 
     Raises:
-        ConfigError: the cluster did not free them in time.
+        CapacityError: the cluster did not free them in time.
     """
     # PACK places the bundles on as few nodes as possible.
     reservation = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
     if not reservation.wait(RESERVATION_TIMEOUT_S):
         remove_placement_group(reservation)
-        raise ConfigError(
+        raise CapacityError(
             f"{_fields(bundles)}: the cluster did not free {_total(bundles)} within "
             f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources. Wait for them, "
             f"or lower {_fields(bundles, ' or ')}."
@@ -310,7 +319,7 @@ def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float])
     """Refuse a run that the whole cluster is too small for.
 
     Raises:
-        ConfigError: the resource, how much is needed, and how much there is.
+        CapacityError: the resource, how much is needed, and how much there is.
     """
     required = {
         "CPU": sum(bundle.cpus for bundle in bundles),
@@ -319,7 +328,7 @@ def _check_capacity(bundles: tuple[Bundle, ...], available: Mapping[str, float])
     for resource, needed in required.items():
         total = available.get(resource, 0)
         if needed > total:
-            raise ConfigError(
+            raise CapacityError(
                 f"{_fields(bundles)}: the run needs {needed:g} {resource}s, the cluster has "
                 f"{total:g}. Lower {_fields(bundles)} or the {resource}s of each, or use a larger "
                 "cluster."

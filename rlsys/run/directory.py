@@ -2,7 +2,7 @@
 
 runs/<name>/
     config.yaml      metrics.jsonl      tensorboard/     rollouts/step_*.parquet
-    checkpoints/     report.html        status.json      run.log
+    checkpoints/     report.html        status.json      run.log         failures/
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        """Evidence of failures, after which the actors were restarted; absent without any."""
+        return self.path / "failures"
 
     @property
     def report(self) -> Path:

@@ -155,7 +155,7 @@ class Progress(Observer):
     def on_end(self, outcome: Outcome, message: str) -> None:
         if self._live:
             self._live.stop()
-        if outcome == "finished":
+        if outcome in ("finished", "restarting"):  # the command prints that it restarts
             return
         line = f"run {outcome} after {self._step} steps"
         if message and outcome != "failed":  # the command prints the reason of a failure

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-Outcome = Literal["finished", "interrupted", "failed"]
+# "restarting": an actor failed, and the loop begins again from the newest checkpoint.
+Outcome = Literal["finished", "interrupted", "failed", "restarting"]
 
 # Phases of a step, in order. Each is reported as time/<phase>; their sum is time/step. `reward` is
 # the wait for rewards that were not ready when generation and log-probabilities were done; `critic`

@@ -19,7 +19,7 @@ import psutil
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
 
-State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
+State = Literal["starting", "running", "restarting", "finished", "interrupted", "failed", "died"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,178 @@
+"""Restarts of a run inside of its process: what outlives its actors, and how they come back.
+
+    failure -> evidence -> all actors end -> pause -> resources -> actors -> newest checkpoint
+
+The session and the loop know nothing of it, but that a failure may not be the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlsys.config import ConfigError
+from rlsys.driver.restarts import Restart, Restarts
+from rlsys.driver.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from recipes.run_command import Prepared
+    from workers.cluster import Cluster
+
+    PreparedT = TypeVar("PreparedT", bound=Prepared)
+
+ERROR_FILE = "error.txt"
+RESOURCES_EVERY_S = 2.0  # between two looks whether lost resources are there again
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Supervision:
+    """What outlives the actors and the session of a run."""
+
+    restarts: Restarts
+    watchdog: Watchdog
+    initial: Mapping[str, Any] | None = None  # states before the first step, for a new beginning
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Supervision:
+        """Return that of a run; its watchdog knows the times of the steps before a resume."""
+        from rlsys.run.observers.metrics_log import read_metrics
+        from workers.failures import failure_kind
+
+        trainer = prepared.config.trainer
+        watchdog = Watchdog(trainer.phase_timeout_s)
+        if prepared.resume:
+            watchdog.learn(record.values for record in read_metrics(prepared.directory.metrics))
+        return cls(restarts=Restarts(trainer.max_restarts, failure_kind), watchdog=watchdog)
+
+    def begin_start(self, cluster: Cluster, failures: Path) -> None:
+        """Watch the start of the actors, and from then on the session.
+
+        Args:
+            failures: directory for the stacks of a hang.
+        """
+        from workers.stack_dumps import dump_stacks, kill_processes
+
+        async def collect_evidence() -> str:
+            line = await dump_stacks(cluster.actors, failures / self.restarts.next_name)
+            await kill_processes(cluster.actors)
+            return line
+
+        self.restarts.begin_start()
+        self.watchdog.enter(0, "start")
+        self.watchdog.collect_evidence = collect_evidence
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the actors that run now are not the first ones."""
+        return bool(self.restarts.failures)
+
+
+def save_evidence(error: Exception, cluster: Cluster, directory: Path) -> None:
+    """Write the traceback of a failure, and the ends of the logs of its actors."""
+    from workers.actor_logs import save_actor_logs
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
+        save_actor_logs(cluster.actors, directory)
+    except Exception:  # the failure itself matters more
+        logger.exception("the evidence of a failure could not be saved in %s", directory)
+
+
+async def begin_restart(
+    prepared: PreparedT, error: Exception, console: Console
+) -> PreparedT | None:
+    """Announce a restart, wait for its pause, and return the run at its newest checkpoint.
+
+    Return None where there is no restart, and say why unless the error is none of the machinery.
+    """
+    assert prepared.supervision is not None, "a run that restarts is supervised"
+    restarts, failures = prepared.supervision.restarts, prepared.directory.failures
+    checkpoint = await asyncio.to_thread(prepared.store.latest)
+    refusal = restarts.refusal(error)
+    if refusal is None and checkpoint is None and prepared.checkpoint is not None:
+        refusal = f"no undamaged checkpoint is left in {prepared.directory.checkpoints}"
+    if refusal is not None:
+        if restarts.is_failure(error):
+            earlier = [failure.describe() for failure in restarts.failures]
+            for line in (*earlier, restarts.note(error).describe()):
+                say(line, console)
+            say(f"no restart: {refusal}; details in {failures}", console)
+        return None
+
+    restart = restarts.begin(error)
+    origin = f"checkpoint {checkpoint.path}" if checkpoint else "the beginning"
+    say(_announcement(restart, origin, failures), console)
+    await asyncio.sleep(restart.pause_s)
+    return replace(prepared, checkpoint=checkpoint)
+
+
+def _announcement(restart: Restart, origin: str, failures: Path) -> str:
+    steps = f"{restart.lost_steps} step{'s' if restart.lost_steps != 1 else ''}"
+    return (
+        f"{restart.failure.describe()}. Restart {restart.number}: all actors, from {origin} "
+        f"({steps} lost), in {restart.pause_s:g} s; details in {failures / restart.name}"
+    )
+
+
+async def reconnect(prepared: PreparedT, console: Console) -> tuple[PreparedT, Cluster]:
+    """Connect and reserve again, with fewer generation workers where resources stay away.
+
+    It waits at most `cluster.recovery_timeout_s` for all of them.
+
+    Raises:
+        ConfigError: there is no place even for one generation worker.
+    """
+    from workers.cluster import CapacityError
+
+    limit = prepared.config.cluster.recovery_timeout_s
+    began, waiting = time.monotonic(), False
+    while True:
+        try:
+            return prepared, prepared.connect()
+        except CapacityError as error:
+            if time.monotonic() - began >= limit:
+                return _with_fewer_workers(prepared, error, console)
+            if not waiting:
+                say(f"waiting at most {limit:g} s for resources: {error}", console)
+            waiting = True
+        await asyncio.sleep(RESOURCES_EVERY_S)
+
+
+def _with_fewer_workers(
+    prepared: PreparedT, error: ConfigError, console: Console
+) -> tuple[PreparedT, Cluster]:
+    """Connect with as many generation workers as there is a place for.
+
+    Raises:
+        ConfigError: `error`, if there is none for one.
+    """
+    from workers.cluster import CapacityError
+
+    wanted = prepared.generation_workers
+    for workers in range(wanted - 1, 0, -1):
+        fewer = prepared.with_generation_workers(workers)
+        try:
+            cluster = fewer.connect()
+        except CapacityError:
+            continue
+        say(f"going on with {workers} of {wanted} generation workers: {error}", console)
+        return fewer, cluster
+    raise error
+
+
+def say(line: str, console: Console) -> None:
+    """Print a line on the console, and write it to the run's log."""
+    logger.warning("%s", line)
+    console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
