@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.config import RunConfig
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.session import HeldOutEvaluation, Session
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.compute_dtype import ProductSpeed
@@ -82,15 +83,22 @@ class Prepared(Generic[RootT]):
         """Connect to Ray and reserve the resources of the run."""
         raise NotImplementedError
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
-        """Start all actors, and build the loop and its session."""
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
+        """Start all actors, and build the loop and its session; both write to `faults`."""
         raise NotImplementedError
 
     def open_session(
-        self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
+        self,
+        progress: Progress,
+        status: StatusWriter,
+        evaluator: HeldOutEvaluation | None,
+        faults: FaultLog,
     ) -> Session:
         """Return the session of the run: its observers, evaluation and checkpoints."""
         from rlsys.driver.session import Session
+        from rlsys.run.fault_events import FaultFile
         from rlsys.run.observers.html_report import ReportWriter
         from rlsys.run.observers.metrics_log import MetricsLog
         from rlsys.run.step_time import StepTimeWatch, likely_causes
@@ -101,8 +109,9 @@ class Prepared(Generic[RootT]):
             lambda: likely_causes(self.online, detect_hardware(), self.speed),
             progress.notice,
         )
-        observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
-        session = Session(self.config, self.store, observers, evaluator)
+        report, events = ReportWriter(self.directory), FaultFile(self.directory)
+        observers = [metrics, status, progress, events, report, slowness]
+        session = Session(self.config, self.store, observers, evaluator, faults)
         session.register("metrics_position", metrics)
         return session
 
@@ -258,6 +267,8 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
 
     A resume changes no file before the loop starts.
     """
+    from rlsys.driver.faults import FaultLog
+    from rlsys.run.fault_events import count_faults
     from rlsys.run.observers.console import print_summary
     from rlsys.run.observers.metrics_log import read_metrics
     from rlsys.run.observers.run_status import StatusWriter
@@ -274,9 +285,10 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
     cluster = prepared.connect()
     reward_output = RewardOutput()
+    faults = FaultLog(count_faults(directory.faults))
 
     try:
-        started = await prepared.start(cluster, status, console)
+        started = await prepared.start(cluster, status, console, faults)
         session = started.session
         if "reward-0" in cluster.actors:
             reward_output.follow(cluster.actors["reward-0"])
