@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlsys.config import ConfigError
-from rlsys.driver.restarts import Restart, Restarts
+from rlsys.driver.restarts import Failure, FailureKind, Restart, Restarts
 from rlsys.driver.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -25,12 +25,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from recipes.run_command import Prepared
+    from rlsys.driver.faults import FaultLog
+    from rlsys.run.checkpoints import Checkpoint
     from workers.cluster import Cluster
 
     PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 ERROR_FILE = "error.txt"
 RESOURCES_EVERY_S = 2.0  # between two looks whether lost resources are there again
+
+# The kinds of `rlsys.run.fault_events`.
+FAULT_OF: Mapping[FailureKind, str] = {
+    "lost process": "training_group",
+    "out of memory": "out_of_memory",
+    "hang": "phase_timeout",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +50,39 @@ class Supervision:
 
     restarts: Restarts
     watchdog: Watchdog
+    faults: FaultLog
     initial: Mapping[str, Any] | None = None  # states before the first step, for a new beginning
+    victim: str | None = None  # the actor that died, by name; None: not known
 
     @classmethod
-    def of(cls, prepared: Prepared) -> Supervision:
+    def of(cls, prepared: Prepared, console: Console) -> Supervision:
         """Return that of a run; its watchdog knows the times of the steps before a resume."""
+        from rlsys.driver.faults import FaultLog
+        from rlsys.run.fault_events import Fault, FaultFile, count_faults
         from rlsys.run.observers.metrics_log import read_metrics
         from workers.failures import failure_kind
 
-        trainer = prepared.config.trainer
+        directory, trainer = prepared.directory, prepared.config.trainer
         watchdog = Watchdog(trainer.phase_timeout_s)
         if prepared.resume:
-            watchdog.learn(record.values for record in read_metrics(prepared.directory.metrics))
-        return cls(restarts=Restarts(trainer.max_restarts, failure_kind), watchdog=watchdog)
+            watchdog.learn(record.values for record in read_metrics(directory.metrics))
+
+        file = FaultFile(directory)
+
+        def show(fault: Fault) -> None:  # until there is a session
+            file.on_fault(fault)
+            say(fault.line(), console)
+
+        faults = FaultLog(count_faults(directory.faults))
+        faults.listen(show)
+        return cls(
+            restarts=Restarts(trainer.max_restarts, failure_kind), watchdog=watchdog, faults=faults
+        )
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the actors that run now are not the first ones."""
+        return bool(self.restarts.failures)
 
     def begin_start(self, cluster: Cluster, failures: Path) -> None:
         """Watch the start of the actors, and from then on the session.
@@ -68,26 +97,34 @@ class Supervision:
             await kill_processes(cluster.actors)
             return line
 
-        self.restarts.begin_start()
-        self.watchdog.enter(0, "start")
+        step = self.restarts.begin_start()
+        self.faults.enter(step, "start")
+        self.watchdog.enter(step, "start")
         self.watchdog.collect_evidence = collect_evidence
 
-    @property
-    def restarted(self) -> bool:
-        """Whether the actors that run now are not the first ones."""
-        return bool(self.restarts.failures)
+    def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:
+        """Write the traceback of a failure, and the ends of the logs of its actors."""
+        from workers.actor_logs import save_actor_logs
+        from workers.failures import dead_actor
 
+        if not self.restarts.is_failure(error):
+            return
+        directory = failures / self.restarts.next_name
+        try:
+            self.victim = dead_actor(error, cluster.actors)
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
+            save_actor_logs(cluster.actors, directory)
+        except Exception:  # the failure itself matters more
+            logger.exception("the evidence of a failure could not be saved in %s", directory)
 
-def save_evidence(error: Exception, cluster: Cluster, directory: Path) -> None:
-    """Write the traceback of a failure, and the ends of the logs of its actors."""
-    from workers.actor_logs import save_actor_logs
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
-        save_actor_logs(cluster.actors, directory)
-    except Exception:  # the failure itself matters more
-        logger.exception("the evidence of a failure could not be saved in %s", directory)
+    def record(self, failure: Failure, action: str, evidence: Path) -> None:
+        """Count a failure in the metrics, and show it with what is done about it."""
+        event = f"{self.victim} died" if self.victim else failure.kind
+        details = evidence / failure.name
+        self.faults.record(
+            FAULT_OF[failure.kind], event, failure.message, f"{action}; details in {details}"
+        )
 
 
 async def begin_restart(
@@ -95,34 +132,34 @@ async def begin_restart(
 ) -> PreparedT | None:
     """Announce a restart, wait for its pause, and return the run at its newest checkpoint.
 
-    Return None where there is no restart, and say why unless the error is none of the machinery.
+    Return None where there is no restart, and say why unless the machinery did not fail.
     """
     assert prepared.supervision is not None, "a run that restarts is supervised"
-    restarts, failures = prepared.supervision.restarts, prepared.directory.failures
+    supervision, failures = prepared.supervision, prepared.directory.failures
+    restarts = supervision.restarts
+    if not restarts.is_failure(error):
+        return None
+
     checkpoint = await asyncio.to_thread(prepared.store.latest)
     refusal = restarts.refusal(error)
     if refusal is None and checkpoint is None and prepared.checkpoint is not None:
         refusal = f"no undamaged checkpoint is left in {prepared.directory.checkpoints}"
     if refusal is not None:
-        if restarts.is_failure(error):
-            earlier = [failure.describe() for failure in restarts.failures]
-            for line in (*earlier, restarts.note(error).describe()):
-                say(line, console)
-            say(f"no restart: {refusal}; details in {failures}", console)
+        supervision.record(restarts.note(error), f"no restart: {refusal}", failures)
         return None
 
     restart = restarts.begin(error)
-    origin = f"checkpoint {checkpoint.path}" if checkpoint else "the beginning"
-    say(_announcement(restart, origin, failures), console)
+    supervision.record(restart.failure, _announcement(restart, checkpoint), failures)
     await asyncio.sleep(restart.pause_s)
     return replace(prepared, checkpoint=checkpoint)
 
 
-def _announcement(restart: Restart, origin: str, failures: Path) -> str:
+def _announcement(restart: Restart, checkpoint: Checkpoint | None) -> str:
+    origin = f"checkpoint {checkpoint.path}" if checkpoint else "the beginning"
     steps = f"{restart.lost_steps} step{'s' if restart.lost_steps != 1 else ''}"
     return (
-        f"{restart.failure.describe()}. Restart {restart.number}: all actors, from {origin} "
-        f"({steps} lost), in {restart.pause_s:g} s; details in {failures / restart.name}"
+        f"restart {restart.failure.number} of all actors, from {origin} ({steps} lost), in "
+        f"{restart.pause_s:g} s"
     )
 
 

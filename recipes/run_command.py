@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, Self, TypeVar
 
-from recipes.restarting import Supervision, begin_restart, reconnect, save_evidence
+from recipes.restarting import Supervision, begin_restart, reconnect
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.errors import as_config_error
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.config import RunConfig
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.session import HeldOutEvaluation, Session
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.compute_dtype import ProductSpeed
@@ -84,8 +85,10 @@ class Prepared(Generic[RootT]):
         """Connect to Ray and reserve the resources of the run."""
         raise NotImplementedError
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
-        """Start all actors, and build the loop and its session."""
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
+        """Start all actors, and build the loop and its session; both write to `faults`."""
         raise NotImplementedError
 
     @property
@@ -101,10 +104,15 @@ class Prepared(Generic[RootT]):
         return replace(self, config=self.config.model_copy(update={"generation": changed}))
 
     def open_session(
-        self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
+        self,
+        progress: Progress,
+        status: StatusWriter,
+        evaluator: HeldOutEvaluation | None,
+        faults: FaultLog,
     ) -> Session:
         """Return the session of the run: its observers, evaluation and checkpoints."""
         from rlsys.driver.session import Session
+        from rlsys.run.fault_events import FaultFile
         from rlsys.run.observers.html_report import ReportWriter
         from rlsys.run.observers.metrics_log import MetricsLog
         from rlsys.run.step_time import StepTimeWatch, likely_causes
@@ -115,12 +123,13 @@ class Prepared(Generic[RootT]):
             lambda: likely_causes(self.online, detect_hardware(), self.speed),
             progress.notice,
         )
-        observers = [metrics, status, progress, ReportWriter(self.directory), slowness]
+        report, events = ReportWriter(self.directory), FaultFile(self.directory)
+        observers = [metrics, status, progress, events, report, slowness]
         watchdog = restarts = None
         if self.supervision:
             watchdog, restarts = self.supervision.watchdog, self.supervision.restarts
             observers += [watchdog, restarts]
-        session = Session(self.config, self.store, observers, evaluator, watchdog, restarts)
+        session = Session(self.config, self.store, observers, evaluator, faults, watchdog, restarts)
         session.register("metrics_position", metrics)
         return session
 
@@ -288,7 +297,7 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
-    supervision = Supervision.of(prepared)
+    supervision = Supervision.of(prepared, console)
     prepared = replace(prepared, supervision=supervision)
 
     while True:
@@ -330,7 +339,7 @@ async def _train_once(
 
     try:
         supervision.begin_start(cluster, directory.failures)
-        starting = prepared.start(cluster, status, console)
+        starting = prepared.start(cluster, status, console, supervision.faults)
         started = await supervision.watchdog.guard(starting)
         session = started.session
         if "reward-0" in cluster.actors:
@@ -342,8 +351,7 @@ async def _train_once(
         _stop_on_signals(session.request_stop, console)
         return await started.loop.run()
     except Exception as error:
-        if supervision.restarts.is_failure(error):
-            save_evidence(error, cluster, directory.failures / supervision.restarts.next_name)
+        supervision.save_evidence(error, cluster, directory.failures)
         raise
     finally:
         try:

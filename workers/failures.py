@@ -12,7 +12,8 @@ message where torch raises a bare RuntimeError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,4 +80,13 @@ def _kind_of_message(message: str) -> FailureKind | None:
         return "out of memory"
     if any(part in message for part in LOST_MESSAGES):
         return "lost process"
+    return None
+
+
+def dead_actor(error: BaseException, actors: Mapping[str, Any]) -> str | None:
+    """Return the name of the actor whose death an error reports; None where it reports none."""
+    names = {actor._actor_id.hex(): name for name, actor in actors.items()}
+    for cause in _chain(error):
+        if isinstance(cause, exceptions.RayActorError) and cause.actor_id in names:
+            return names[cause.actor_id]
     return None

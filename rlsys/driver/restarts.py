@@ -6,10 +6,9 @@ that around a session.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from rlsys.run.observers.observer import Observer
@@ -27,34 +26,29 @@ FailureKind = Literal["lost process", "out of memory", "hang"]
 class Failure:
     """A failure that a restart may repair, and where it happened."""
 
+    number: int  # of all failures of this process, from 1
     kind: FailureKind
     step: int  # the one in progress
     phase: str
     message: str
-    time: float = field(default_factory=time.time)  # seconds since the epoch
 
     @property
     def place(self) -> tuple[FailureKind, int, str]:
         return self.kind, self.step, self.phase
 
-    def describe(self) -> str:
-        """Return the failure in a line."""
-        return f"{self.kind} in {self.phase} of step {self.step}: {self.message}"
+    @property
+    def name(self) -> str:
+        """A name for a directory: number, step and phase."""
+        return _name(self.number, self.step, self.phase)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
     """A restart that is about to be made."""
 
-    number: int  # of all restarts of this process, from 1
     failure: Failure
     pause_s: float
     lost_steps: int  # complete steps after the newest checkpoint, which are taken again
-
-    @property
-    def name(self) -> str:
-        """The name of the failure: its number, phase and step."""
-        return _name(self.number, self.failure.step, self.failure.phase)
 
 
 class Restarts(Observer):
@@ -90,13 +84,14 @@ class Restarts(Observer):
         self._saved = step
         self._since_checkpoint = 0
 
-    def begin_start(self) -> None:
-        """Note that the actors are starting."""
+    def begin_start(self) -> int:
+        """Note that the actors are starting; return the step that was in progress before."""
         self._phase = "start"
+        return self._step
 
     @property
     def next_name(self) -> str:
-        """The name of the next failure: its number, phase and step."""
+        """The name of the next failure, as `Failure.name`."""
         return _name(len(self.failures) + 1, self._step, self._phase)
 
     def request_stop(self) -> None:
@@ -136,7 +131,6 @@ class Restarts(Observer):
         pause_s = min(FIRST_PAUSE_S * 2**self._since_checkpoint, LONGEST_PAUSE_S)
         self._since_checkpoint += 1
         return Restart(
-            number=len(self.failures),
             failure=failure,
             pause_s=pause_s,
             lost_steps=self._completed - self._saved,
@@ -146,7 +140,13 @@ class Restarts(Observer):
         """Add a failure to the history, and return it."""
         kind = self._kind_of(error)
         assert kind is not None, "other errors are no failures of the machinery"
-        failure = Failure(kind=kind, step=self._step, phase=self._phase, message=last_line(error))
+        failure = Failure(
+            number=len(self.failures) + 1,
+            kind=kind,
+            step=self._step,
+            phase=self._phase,
+            message=last_line(error),
+        )
         self.failures.append(failure)
         return failure
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rlsys.config import LoopConfig, RootConfig
+from rlsys.driver.faults import FaultLog
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.watchdog import Watchdog
 from rlsys.metrics import peak_memory_gib
@@ -97,12 +98,14 @@ class Session:
         checkpoints: CheckpointStore,
         observers: Sequence[Observer] = (),
         evaluator: HeldOutEvaluation | None = None,
+        faults: FaultLog | None = None,
         watchdog: Watchdog | None = None,
         restarts: Restarts | None = None,
     ) -> None:
         """Create the session of a run.
 
         Args:
+            faults: the log that the worker groups write to.
             watchdog: ends a phase that hangs; None: phases may take any time.
             restarts: know whether a failure ends the run; None: every failure does.
         """
@@ -123,6 +126,8 @@ class Session:
         self._save_time: dict[str, float] = {}  # goes with the next step, beyond its time/step
         self._place = "start"
         self._clock = PhaseClock()
+        self.faults = faults or FaultLog()
+        self.faults.listen(lambda fault: self._notify(lambda observer: observer.on_fault(fault)))
 
     # What belongs to a checkpoint
 
@@ -265,11 +270,12 @@ class Session:
             yield
 
     def measurements(self) -> dict[str, float]:
-        """Return the times of the step so far, and the driver's peak memory.
+        """Return the times of the step so far, the driver's peak memory, and the counts of faults.
 
         The memory must not grow with the batch: large records stay in the object store.
         """
-        return self._clock.values() | {"memory/driver": peak_memory_gib()}
+        memory = {"memory/driver": peak_memory_gib()}
+        return self._clock.values() | memory | self.faults.metrics()
 
     async def end_step(self, values: Mapping[str, float]) -> None:
         """Count the step, report its numbers, and evaluate and save where that is due."""
@@ -308,6 +314,7 @@ class Session:
     def _enter(self, phase: str) -> None:
         step = self._current_step
         self._place = f"{phase} of step {step}"
+        self.faults.enter(step, phase)
         self._notify(lambda observer: observer.on_phase(step, phase))
 
     def _notify(self, event: Callable[[Observer], None]) -> None:

@@ -62,6 +62,10 @@ class RunDirectory:
         return self.path / "status.json"
 
     @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "run.log"
 

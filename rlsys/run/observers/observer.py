@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rlsys.run.fault_events import Fault
 
 # "restarting": an actor failed, and the loop begins again from the newest checkpoint.
 Outcome = Literal["finished", "interrupted", "failed", "restarting"]
@@ -34,6 +37,9 @@ class Observer:
 
     def on_checkpoint(self, step: int, path: str) -> None:
         """React to a complete checkpoint."""
+
+    def on_fault(self, fault: Fault) -> None:
+        """React to the death of a process, when it is noticed."""
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         """React to the end of the loop; `message` is the reason where it failed."""
