@@ -17,6 +17,7 @@ T = TypeVar("T")
 FACTOR = 10.0  # times the longest measured time
 SHORTEST_S = 600.0
 UNMEASURED_S = 10800.0
+START = "start"  # of the actors, which is no phase of a step: its limit is always derived
 EVIDENCE_TIMEOUT_S = 90.0  # for collecting the stacks
 CANCEL_TIMEOUT_S = 5.0
 
@@ -45,12 +46,12 @@ class Watchdog(Observer):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Give each phase `timeout_s`; None: a limit derived from the times measured so far."""
+        """Give each phase of a step `timeout_s`; None: a limit derived from the times measured so far."""
         self._timeout_s = timeout_s
         self._clock = clock
         self._sleep = sleep
         self._longest: dict[str, float] = {}
-        self._step, self._phase = 0, "start"
+        self._step, self._phase = 0, START
         self._began = clock()
         # Saves stacks while the hang lasts, and returns a line about them.
         self.collect_evidence: Callable[[], Awaitable[str]] = _no_evidence
@@ -64,7 +65,7 @@ class Watchdog(Observer):
 
     def limit(self, phase: str) -> float:
         """Return the seconds that a phase may take."""
-        if self._timeout_s is not None:
+        if self._timeout_s is not None and phase != START:
             return self._timeout_s
         longest = self._longest.get(phase)
         return UNMEASURED_S if longest is None else max(FACTOR * longest, SHORTEST_S)
