@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Supervision:
+class Recovery:
     """What outlives the actors and the session of a run."""
 
     restarts: Restarts
@@ -55,7 +55,7 @@ class Supervision:
     victim: str | None = None  # the actor that died, by name; None: not known
 
     @classmethod
-    def of(cls, prepared: Prepared, console: Console) -> Supervision:
+    def of(cls, prepared: Prepared, console: Console) -> Recovery:
         """Return that of a run; its watchdog knows the times of the steps before a resume."""
         from rlsys.driver.faults import FaultLog
         from rlsys.run.fault_events import Fault, FaultFile, count_faults
@@ -90,12 +90,10 @@ class Supervision:
         Args:
             failures: directory for the stacks of a hang.
         """
-        from workers.stack_dumps import dump_stacks, kill_processes
+        from workers.stack_dumps import dump_stacks
 
         async def collect_evidence() -> str:
-            line = await dump_stacks(cluster.actors, failures / self.restarts.next_name)
-            await kill_processes(cluster.actors)
-            return line
+            return await dump_stacks(cluster.actors, failures / self.restarts.next_name)
 
         step = self.restarts.begin_start()
         self.faults.enter(step, "start")
@@ -134,9 +132,9 @@ async def begin_restart(
 
     Return None where there is no restart, and say why unless the machinery did not fail.
     """
-    assert prepared.supervision is not None, "a run that restarts is supervised"
-    supervision, failures = prepared.supervision, prepared.directory.failures
-    restarts = supervision.restarts
+    assert prepared.recovery is not None, "a run that restarts has one"
+    recovery, failures = prepared.recovery, prepared.directory.failures
+    restarts = recovery.restarts
     if not restarts.is_failure(error):
         return None
 
@@ -145,11 +143,11 @@ async def begin_restart(
     if refusal is None and checkpoint is None and prepared.checkpoint is not None:
         refusal = f"no undamaged checkpoint is left in {prepared.directory.checkpoints}"
     if refusal is not None:
-        supervision.record(restarts.note(error), f"no restart: {refusal}", failures)
+        recovery.record(restarts.note(error), f"no restart: {refusal}", failures)
         return None
 
     restart = restarts.begin(error)
-    supervision.record(restart.failure, _announcement(restart, checkpoint), failures)
+    recovery.record(restart.failure, _announcement(restart, checkpoint), failures)
     await asyncio.sleep(restart.pause_s)
     return replace(prepared, checkpoint=checkpoint)
 

@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, TypeVar
 
-from recipes.restarting import Supervision, begin_restart, reconnect
+from recipes.restarting import Recovery, begin_restart, reconnect
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.errors import as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.driver.watchdog import PhaseTimeoutError
 from rlsys.run.run_log import HeldLog, log_to
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from rlsys.run.observers.run_status import StatusWriter
     from rlsys.run.step_time import StepEstimate
     from workers.cluster import Cluster
+
+TASKS_END_S = 5.0  # for the tasks of a session to be cancelled
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -74,7 +77,7 @@ class Prepared(Generic[RootT]):
     warnings: tuple[str, ...]
     speed: ProductSpeed | None  # of matrix products on this machine
     estimate: StepEstimate | None  # of a step's time
-    supervision: Supervision | None = None  # None: not started yet
+    recovery: Recovery | None = None  # None: not started yet
 
     @property
     def online(self) -> RunConfig:
@@ -126,8 +129,8 @@ class Prepared(Generic[RootT]):
         report, events = ReportWriter(self.directory), FaultFile(self.directory)
         observers = [metrics, status, progress, events, report, slowness]
         watchdog = restarts = None
-        if self.supervision:
-            watchdog, restarts = self.supervision.watchdog, self.supervision.restarts
+        if self.recovery:
+            watchdog, restarts = self.recovery.watchdog, self.recovery.restarts
             observers += [watchdog, restarts]
         session = Session(self.config, self.store, observers, evaluator, faults, watchdog, restarts)
         session.register("metrics_position", metrics)
@@ -297,15 +300,15 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
-    supervision = Supervision.of(prepared, console)
-    prepared = replace(prepared, supervision=supervision)
+    recovery = Recovery.of(prepared, console)
+    prepared = replace(prepared, recovery=recovery)
 
     while True:
         try:
-            outcome = await _train_once(prepared, supervision, status, log, console)
+            outcome = await _train_once(prepared, recovery, status, log, console)
             break
         except Exception as error:
-            if isinstance(error, ConfigError) and not supervision.restarted:
+            if isinstance(error, ConfigError) and not recovery.restarted:
                 raise
             restarted = await _restarted(prepared, error, status, console)
             if restarted is None:
@@ -321,15 +324,17 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
 
 async def _train_once(
     prepared: Prepared,
-    supervision: Supervision,
+    recovery: Recovery,
     status: StatusWriter,
     log: HeldLog,
     console: Console,
 ) -> Outcome:
     """Start the actors, train until the end or a failure, and stop the actors."""
     from workers.reward_worker import RewardOutput
+    from workers.stack_dumps import kill_processes
 
-    directory, restarted = prepared.directory, supervision.restarted
+    directory, restarted = prepared.directory, recovery.restarted
+    earlier_tasks = asyncio.all_tasks()
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
     if restarted:
         prepared, cluster = await reconnect(prepared, console)
@@ -338,36 +343,57 @@ async def _train_once(
     reward_output = RewardOutput()
 
     try:
-        supervision.begin_start(cluster, directory.failures)
-        starting = prepared.start(cluster, status, console, supervision.faults)
-        started = await supervision.watchdog.guard(starting)
+        recovery.begin_start(cluster, directory.failures)
+        starting = _start(prepared, recovery, cluster, status, console)
+        started = await recovery.watchdog.guard(starting)
         session = started.session
         if "reward-0" in cluster.actors:
             reward_output.follow(cluster.actors["reward-0"])
-        await _go_to_checkpoint(session, prepared, supervision)
         if prepared.resume and not restarted:
             directory.create(prepared.config, prepared.reasons)
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
         return await started.loop.run()
     except Exception as error:
-        supervision.save_evidence(error, cluster, directory.failures)
+        recovery.save_evidence(error, cluster, directory.failures)
+        if isinstance(error, PhaseTimeoutError):
+            await _end_tasks(earlier_tasks)
+            await kill_processes(cluster.actors)
         raise
     finally:
         try:
             await reward_output.finish()
+            await _end_tasks(earlier_tasks)
         finally:
             cluster.shutdown()
 
 
-async def _go_to_checkpoint(session: Session, prepared: Prepared, supervision: Supervision) -> None:
-    """Bring a session to the run's checkpoint, or to the beginning where there is none."""
+async def _end_tasks(earlier: set[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that are left of a session: they must not see how its actors end."""
+    left = asyncio.all_tasks() - earlier - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=TASKS_END_S)
+
+
+async def _start(
+    prepared: Prepared,
+    recovery: Recovery,
+    cluster: Cluster,
+    status: StatusWriter,
+    console: Console,
+) -> Started:
+    """Start the actors, and go to the run's checkpoint, or to the beginning without one."""
+    started = await prepared.start(cluster, status, console, recovery.faults)
+    session = started.session
     if prepared.checkpoint:
         await session.restore(prepared.checkpoint)
-    elif supervision.initial is None:
-        supervision.initial = await session.states()
+    elif recovery.initial is None:
+        recovery.initial = await session.states()
     else:
-        await session.load_states(supervision.initial)
+        await session.load_states(recovery.initial)
+    return started
 
 
 async def _restarted(
