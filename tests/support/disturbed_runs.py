@@ -64,15 +64,15 @@ class Ended:
 
 
 class DisturbedRun:
-    """A run of `recipes.ppo_math` in a process of its own."""
+    """A run of a recipe in a process of its own."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, recipe: str = "recipes.ppo_math") -> None:
         """Start it; use it in `with`, which ends what is left of it."""
         self.directory = RunDirectory(directory)
         self.mark = uuid.uuid4().hex
         self._began = time.monotonic()
         self._output = directory.with_name(f"{directory.name}-{self.mark[:6]}.out").open("w+")
-        words = [sys.executable, "-m", "recipes.ppo_math", "--run.directory", str(directory)]
+        words = [sys.executable, "-m", recipe, "--run.directory", str(directory)]
         own = {"PYTHONPATH": f"{ROOT}:{PLUGINS}", "HF_HUB_OFFLINE": "1", MARK: self.mark}
         self.process = subprocess.Popen(
             [*words, *flags],
@@ -154,9 +154,11 @@ def _children(process: psutil.Process) -> Sequence[psutil.Process]:
 
 
 @contextmanager
-def undisturbed(directory: Path, *flags: str, timeout_s: float) -> Iterator[Ended]:
+def undisturbed(
+    directory: Path, *flags: str, timeout_s: float, recipe: str = "recipes.ppo_math"
+) -> Iterator[Ended]:
     """Run to the end, and yield what it printed."""
-    with DisturbedRun(directory, *flags) as run:
+    with DisturbedRun(directory, *flags, recipe=recipe) as run:
         ended = run.end(timeout_s)
         assert ended.code == 0, ended.output
         yield ended
