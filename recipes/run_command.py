@@ -285,13 +285,13 @@ async def _train(prepared: Prepared, log: HeldLog, console: Console) -> int:
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
     cluster = prepared.connect()
     reward_output = RewardOutput()
-    faults = FaultLog(count_faults(directory.faults))
+    faults = cluster.faults = FaultLog(count_faults(directory.faults))
 
     try:
         started = await prepared.start(cluster, status, console, faults)
         session = started.session
-        if "reward-0" in cluster.actors:
-            reward_output.follow(cluster.actors["reward-0"])
+        if "reward-0" in cluster.supervised:
+            reward_output.follow(cluster.supervised["reward-0"])
         if prepared.checkpoint:
             await session.restore(prepared.checkpoint)
         if prepared.resume:
