@@ -148,11 +148,11 @@ async def _make(
     """Sample, rank and write."""
     from rich.progress import Progress
 
+    from recipes.wiring import spawn_engines, supervised_rewards
     from rlsys.data.ranking_files import write_rankings
     from rlsys.driver.sampling import Sampler
     from workers.cluster import Cluster
     from workers.generation.group import GenerationGroup
-    from workers.generation.worker import GenerationWorker
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardWorker, RewardWorkerClient
 
@@ -160,19 +160,19 @@ async def _make(
     online = config.online()
     cluster = Cluster.connect(online)
     try:
-        engines = [
-            cluster.spawn("generation", i, GenerationWorker, online, str(model_directory))
-            for i in range(online.generation.workers)
-        ]
-        reward = cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
+        cluster.faults.listen(lambda fault: console.print(fault.line(), soft_wrap=True))
+        engines = spawn_engines(cluster, online, str(model_directory))
+        cluster.spawn("reward", 0, RewardWorker, online, max_concurrency=1000)
         await cluster.wait_until_ready()
-        sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(reward))
+        scorer = RewardWorkerClient(supervised_rewards(cluster))
+        sampler = Sampler(online, GenerationGroup(engines), scorer)
 
         rankings: list[Ranking] = []
         batches = prompt_batches(prompts, config.batch)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("sampling", total=len(prompts.train))
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                cluster.faults.enter(number, "")
                 rankings += await _ranked(config, online, sampler, batch)
                 progress.advance(task, len(batch))
     finally:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlsys.driver.faults import FaultLog
     from rlsys.run.checkpoints import Checkpoint
     from workers.cluster import Cluster
+    from workers.failures import Victim
 
     PreparedT = TypeVar("PreparedT", bound=Prepared)
 
@@ -52,7 +53,7 @@ class Recovery:
     watchdog: Watchdog
     faults: FaultLog
     initial: Mapping[str, Any] | None = None  # states before the first step, for a new beginning
-    victim: str | None = None  # the actor that died, by name; None: not known
+    victim: Victim | None = None  # of the last failure; None: not known
 
     @classmethod
     def of(cls, prepared: Prepared, console: Console) -> Recovery:
@@ -103,13 +104,13 @@ class Recovery:
     def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:
         """Write the traceback of a failure, and the ends of the logs of its actors."""
         from workers.actor_logs import save_actor_logs
-        from workers.failures import dead_actor
+        from workers.failures import victim_of
 
         if not self.restarts.is_failure(error):
             return
         directory = failures / self.restarts.next_name
         try:
-            self.victim = dead_actor(error, cluster.actors)
+            self.victim = victim_of(error, cluster.actors)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
             save_actor_logs(cluster.actors, directory)
@@ -118,11 +119,11 @@ class Recovery:
 
     def record(self, failure: Failure, action: str, evidence: Path) -> None:
         """Count a failure in the metrics, and show it with what is done about it."""
-        event = f"{self.victim} died" if self.victim else failure.kind
+        event, reason = failure.kind, failure.message
+        if self.victim:
+            event, reason = f"{self.victim.name} died", self.victim.reason
         details = evidence / failure.name
-        self.faults.record(
-            FAULT_OF[failure.kind], event, failure.message, f"{action}; details in {details}"
-        )
+        self.faults.record(FAULT_OF[failure.kind], event, reason, f"{action}; details in {details}")
 
 
 async def begin_restart(

@@ -340,6 +340,7 @@ async def _train_once(
         prepared, cluster = await reconnect(prepared, console)
     else:
         cluster = prepared.connect()
+    cluster.faults = recovery.faults
     reward_output = RewardOutput()
 
     try:
@@ -347,8 +348,8 @@ async def _train_once(
         starting = _start(prepared, recovery, cluster, status, console)
         started = await recovery.watchdog.guard(starting)
         session = started.session
-        if "reward-0" in cluster.actors:
-            reward_output.follow(cluster.actors["reward-0"])
+        if "reward-0" in cluster.supervised:
+            reward_output.follow(cluster.supervised["reward-0"])
         if prepared.resume and not restarted:
             directory.create(prepared.config, prepared.reasons)
         log.end_hold()

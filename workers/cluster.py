@@ -30,9 +30,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.hardware import detect_hardware
+from rlsys.driver.faults import FaultLog
 from rlsys.rewards import reward_model_of
 from workers.local_ray import LocalRay, interrupt_on_sigterm
 from workers.stack_dumps import answer_with_stacks
+from workers.supervision import SupervisedActor
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,10 @@ class Cluster:
     reservation: PlacementGroup
     leave_ray: Callable[[], None]
     threads: Mapping[str, int]
+    faults: FaultLog = field(default_factory=FaultLog)  # that supervised actors write to
     actors: dict[str, Any] = field(default_factory=dict)
+    supervised: dict[str, SupervisedActor] = field(default_factory=dict)
+    _starts: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     @classmethod
     def connect(
@@ -192,9 +197,36 @@ class Cluster:
         } | ALLOCATOR
         # Ray's type stubs do not accept a class that is known only at run time.
         remote_class: Any = ray.remote(actor_class)
-        actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(*args)
-        self.actors[f"{role}-{index}"] = actor
-        return actor
+        placed = remote_class.options(runtime_env={"env_vars": environment}, **options)
+        name = f"{role}-{index}"
+        self._starts[name] = lambda: placed.remote(*args)
+        self.actors[name] = self._starts[name]()
+        return self.actors[name]
+
+    def supervise(self, role: str, index: int, *, kind: str, called: str) -> SupervisedActor:
+        """Return the supervision of a spawned actor, which restarts it when its process dies.
+
+        Args:
+            kind: of its faults, see `FAULT_KINDS`.
+            called: its name for the user, such as "generation worker 1".
+        """
+        name = f"{role}-{index}"
+        self.supervised[name] = SupervisedActor(
+            called,
+            self.actors[name],
+            kind=kind,
+            restart=lambda: self._restart(name),
+            faults=self.faults,
+        )
+        return self.supervised[name]
+
+    async def _restart(self, name: str) -> Any:
+        """Start an actor again, with the same arguments in the same place."""
+        # One that only cannot be reached may be alive, and its place must be free.
+        ray.kill(self.actors[name])
+        self.actors[name] = self._starts[name]()
+        await self.actors[name].__ray_call__.remote(answer_with_stacks)
+        return self.actors[name]
 
     def _bundle_position(self, role: str, index: int) -> int | None:
         """Return the position of a bundle in the reservation; None if there is no such bundle."""
@@ -222,10 +254,15 @@ class Cluster:
     def stop(self, role: str) -> None:
         """Kill the actors of a role; their places in the reservation become free."""
         for name in [name for name in self.actors if name.rpartition("-")[0] == role]:
+            if name in self.supervised:
+                self.supervised.pop(name).close()
             ray.kill(self.actors.pop(name))
 
     def shutdown(self) -> None:
         """Kill the actors, release the reservation, and stop Ray if this run started it."""
+        for supervision in self.supervised.values():
+            supervision.close()
+        self.supervised.clear()
         try:
             for actor in self.actors.values():
                 ray.kill(actor)

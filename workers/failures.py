@@ -13,6 +13,7 @@ message where torch raises a bare RuntimeError.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from ray import exceptions
 
 from rlsys.driver.restarts import FailureKind
 from rlsys.driver.watchdog import PhaseTimeoutError
+from workers.death_evidence import describe_death
+from workers.supervision import TooManyDeathsError
 
 LOST = (
     exceptions.RayActorError,
@@ -42,6 +45,8 @@ MEMORY_MESSAGES = ("DefaultCPUAllocator", "CUDA out of memory")
 
 def failure_kind(error: BaseException) -> FailureKind | None:
     """Return the kind of a failure of the machinery; None for an error that would come again."""
+    if isinstance(error, TooManyDeathsError):  # its message has the evidence of all kinds of deaths
+        return None
     for cause in _chain(error):
         kind = _own_kind(cause)
         if kind is not None:
@@ -83,10 +88,18 @@ def _kind_of_message(message: str) -> FailureKind | None:
     return None
 
 
-def dead_actor(error: BaseException, actors: Mapping[str, Any]) -> str | None:
-    """Return the name of the actor whose death an error reports; None where it reports none."""
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """An actor that died."""
+
+    name: str
+    reason: str  # in one line
+
+
+def victim_of(error: BaseException, actors: Mapping[str, Any]) -> Victim | None:
+    """Return the actor whose death an error reports; None where it reports none."""
     names = {actor._actor_id.hex(): name for name, actor in actors.items()}
     for cause in _chain(error):
         if isinstance(cause, exceptions.RayActorError) and cause.actor_id in names:
-            return names[cause.actor_id]
+            return Victim(name=names[cause.actor_id], reason=describe_death(cause).reason)
     return None

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,7 @@ from rlsys.rewards.scoring import (
     outcome_of_steps,
 )
 from rlsys.rewards.steps import tokens_at
+from workers.supervision import SupervisedActor, supervised
 
 # Output of reward functions is fetched this often.
 OUTPUT_EVERY_S = 1.0
@@ -137,6 +138,10 @@ class RewardWorker:
             with contextlib.suppress(psutil.Error):
                 memory += psutil.Process(process).memory_info().rss / 1024**3
         return {"memory/reward": maximum(memory)}
+
+    async def process_deaths(self) -> list[str]:
+        """Return how processes of the pool died since the last call, whose work was repeated."""
+        return self._pool.take_deaths()
 
     async def process_ids(self) -> list[int]:
         """Return the ids of this process and, after it, of the pool's processes."""
@@ -357,35 +362,89 @@ def _failures(
     return tuple(failures)
 
 
-class RewardWorkerClient:
-    """The `ports.RewardScorer` over the actor."""
+class RewardHandle:
+    """The rewards of one part, which are computed again where the reward worker dies.
 
-    def __init__(self, actor: Any, model: ScoreSource | None = None) -> None:
+    Ray passes it on as the reference of the rewards.
+    """
+
+    def __init__(self, actor: SupervisedActor, rollouts: Any, scores: Sequence[Any]) -> None:
+        """Start to compute the rewards.
+
+        Args:
+            scores: of the ranks of the reward model, if there is one.
+        """
+        self._arguments = (rollouts, scores) if scores else (rollouts,)
+        # At once, so that the worker begins before this process waits for something else.
+        self._reference = self._start(actor.present)
+        self._task = asyncio.ensure_future(self._watch(actor))
+        # Where nobody waits for the rewards, an error must not be logged as forgotten.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _start(self, actor: Any) -> Any:
+        return actor.score.remote(*self._arguments)
+
+    async def _watch(self, supervised_actor: SupervisedActor) -> RewardBatch:
+        """Return the rewards, a small record; after a death, start again."""
+        started_on = supervised_actor.present
+
+        async def attempt(actor: Any) -> RewardBatch:
+            nonlocal started_on
+            if actor is not started_on:
+                self._reference, started_on = self._start(actor), actor
+            return await self._reference
+
+        return await supervised_actor.run(attempt)
+
+    def __await__(self) -> Generator[Any, None, RewardBatch]:
+        return asyncio.shield(self._task).__await__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._reference,)
+
+
+def _same(reference: Any) -> Any:
+    return reference
+
+
+class RewardWorkerClient:
+    """The `ports.RewardScorer` over the actor.
+
+    Where the actor dies, the parts in flight are scored again by its successor.
+    """
+
+    def __init__(self, actor: SupervisedActor | Any, model: ScoreSource | None = None) -> None:
         """`model` computes the reward that is a model, where one is configured."""
-        self._actor = actor
+        self._actor = supervised(actor, "the reward worker")
         self._model = model
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
         """See `ports.RewardScorer`."""
-        if self._model is None:
-            return self._actor.score.remote(rollouts)
-        return self._actor.score.remote(rollouts, self._model.scores(rollouts))
+        scores = self._model.scores(rollouts) if self._model else ()
+        return RewardHandle(self._actor, rollouts, scores)
 
     async def metrics(self) -> dict[str, Metric]:
-        """See `ports.RewardScorer`."""
-        return await self._actor.metrics.remote()
+        """See `ports.RewardScorer`; also record the processes that have died."""
+        for reason in await self._actor.call("process_deaths"):
+            self._actor.faults.record(
+                "reward_process",
+                "a reward process died",
+                reason,
+                "what it was computing is computed again in another one",
+            )
+        return await self._actor.call("metrics")
 
 
 class RewardOutput:
     """The output of reward functions, copied to this process's log (run.log) during a run."""
 
     def __init__(self) -> None:
-        self._actor: Any = None
+        self._actor: SupervisedActor | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, actor: Any) -> None:
-        """Begin to copy the output of the reward worker `actor`."""
-        self._actor = actor
+    def follow(self, actor: SupervisedActor | Any) -> None:
+        """Begin to copy the output of the reward worker `actor`, and of its successors."""
+        self._actor = supervised(actor)
         self._task = asyncio.create_task(self._write_forever())
 
     async def finish(self) -> None:
@@ -398,13 +457,14 @@ class RewardOutput:
             await asyncio.wait_for(self._write(), LAST_OUTPUT_LIMIT_S)
 
     async def _write_forever(self) -> None:
-        # If the actor dies, the run reports it elsewhere.
-        with contextlib.suppress(RayError):
-            while True:
+        while True:
+            # If the actor dies, whoever needs its rewards restarts it.
+            with contextlib.suppress(RayError):
                 await self._write()
-                await asyncio.sleep(OUTPUT_EVERY_S)
+            await asyncio.sleep(OUTPUT_EVERY_S)
 
     async def _write(self) -> None:
         """Write the lines that have come since the last call."""
-        for line in await self._actor.output.remote():
+        assert self._actor is not None, "there is an actor to follow"
+        for line in await self._actor.present.output.remote():
             logger.info("%s", line)

@@ -172,7 +172,8 @@ METRICS = (
         "reward/crashes",
         "sum",
         ALL_AND_GREEDY,
-        "Number of responses on which a reward function ended its process; each function counts.",
+        "Number of responses on which a reward function ended its process twice; each function "
+        "counts.",
     ),
     MetricDoc(
         "reward/failed/<function>",

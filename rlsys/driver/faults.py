@@ -37,8 +37,16 @@ class FaultLog:
         for fault in unseen:
             listener(fault)
 
+    @property
+    def place(self) -> str:
+        """The present step in words; "" where there are no steps."""
+        return f"in step {self.step}" if self.phase else ""
+
     def enter(self, step: int, phase: str) -> None:
-        """Set the place in the run that the next events belong to."""
+        """Set the place in the run that the next events belong to.
+
+        Without steps `step` is any number that grows with the progress, and `phase` is "".
+        """
         self.step = step
         self.phase = phase
 
