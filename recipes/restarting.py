@@ -96,6 +96,7 @@ class Recovery:
         async def collect_evidence() -> str:
             return await dump_stacks(cluster.actors, failures / self.restarts.next_name)
 
+        self.victim = None
         step = self.restarts.begin_start()
         self.faults.enter(step, "start")
         self.watchdog.enter(step, "start")
