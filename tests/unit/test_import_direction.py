@@ -52,7 +52,7 @@ PARTS = (
     "workers.advantage_controller",
     "workers.cluster",
 )
-BELOW_PARTS = ("workers.local_ray", "workers.supervision")  # any of the parts may use it
+BELOW_PARTS = ("workers.local_ray", "workers.stack_dumps", "workers.supervision")  # any of the parts may use it
 
 
 def modules() -> list[tuple[str, Path]]:
