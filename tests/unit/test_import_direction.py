@@ -52,7 +52,8 @@ PARTS = (
     "workers.advantage_controller",
     "workers.cluster",
 )
-BELOW_PARTS = ("workers.local_ray", "workers.stack_dumps", "workers.supervision")  # any of the parts may use it
+# Any of the parts may use these.
+BELOW_PARTS = ("workers.local_ray", "workers.stack_dumps", "workers.supervision")
 
 
 def modules() -> list[tuple[str, Path]]:
