@@ -104,7 +104,7 @@ class Recovery:
 
     def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:
         """Write the traceback of a failure, and the ends of the logs of its actors."""
-        from workers.actor_logs import save_actor_logs
+        from workers.failure_logs import save_actor_logs
         from workers.failures import victim_of
 
         if not self.restarts.is_failure(error):
