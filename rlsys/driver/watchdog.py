@@ -20,6 +20,7 @@ UNMEASURED_S = 10800.0
 START = "start"  # of the actors, which is no phase of a step: its limit is always derived
 EVIDENCE_TIMEOUT_S = 90.0  # for collecting the stacks
 CANCEL_TIMEOUT_S = 5.0
+LOOK_EVERY_S = 1.0  # at the clock, since the next phase may have a shorter limit
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Watchdog(Observer):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Give each phase of a step `timeout_s`; None: a limit derived from the times measured so far."""
+        """Give each phase of a step `timeout_s`; None: a limit derived from the measured times."""
         self._timeout_s = timeout_s
         self._clock = clock
         self._sleep = sleep
@@ -103,7 +104,7 @@ class Watchdog(Observer):
                 left = self._began + self.limit(self._phase) - self._clock()
                 if left <= 0:
                     raise await self._timeout()
-                await self._wait(task, left)
+                await self._wait(task, min(left, LOOK_EVERY_S))
             return task.result()
         finally:
             await _cancelled(task)

@@ -77,6 +77,22 @@ async def test_the_hang_is_ended_although_the_evidence_cannot_be_collected():
         await dog.guard(forever())
 
 
+async def test_a_phase_after_a_longer_one_has_its_own_limit():
+    dog, clock = watchdog()
+    dog.learn([{"time/update": 1.0}])
+
+    async def work() -> None:
+        dog.on_phase(3, "evaluate")
+        while clock.now < 100.0:
+            await asyncio.sleep(0)
+        dog.on_phase(3, "update")
+        await forever()
+
+    with pytest.raises(PhaseTimeoutError, match="update of step 3 hangs: it has taken 600 s"):
+        await dog.guard(work())
+    assert 700.0 <= clock.now <= 702.0
+
+
 async def test_many_phases_may_take_longer_together():
     dog, clock = watchdog(30.0)
 
