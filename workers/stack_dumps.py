@@ -12,10 +12,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,8 @@ async def _on_their_nodes(
     function: Any, processes: Mapping[str, tuple[str, int]]
 ) -> dict[str, dict[int, str]]:
     """Call `function` with the process ids of each node, on that node."""
+    if not processes:
+        return {}
     by_node: dict[str, list[int]] = {}
     for node, process in processes.values():
         by_node.setdefault(node, []).append(process)
@@ -162,7 +163,18 @@ def _handles_signal(process: int) -> bool:
 
 def _own_stacks() -> str:
     """Return what the tasks of this process's event loop wait for."""
-    text = StringIO()
-    for task in asyncio.all_tasks():
-        task.print_stack(file=text)
-    return text.getvalue()
+    return "\n".join(
+        f"Task {task.get_name()}\n" + "\n".join(_awaited(task.get_coro()))
+        for task in asyncio.all_tasks()
+    )
+
+
+def _awaited(coroutine: Any) -> Iterator[str]:
+    """Yield the place of a coroutine, and of those that it waits for, the innermost last."""
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
+        if frame is not None:
+            yield f"    {frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        elif not hasattr(coroutine, "cr_await"):
+            yield f"    waits for {coroutine!r}"
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
