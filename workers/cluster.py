@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray._private.worker
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -315,9 +316,23 @@ def _connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             object_store_memory=int(config.cluster.object_store_gib * 1024**3),
             **settings,
         )
+    _log_what_ray_reports()
     logger.info(
         "ray: %s, resources %s", address or "started on this machine", ray.cluster_resources()
     )
+
+
+def _log_what_ray_reports() -> None:
+    """Write Ray's reports, such as a worker that died, to the run's log.
+
+    Ray prints them over the display, a paragraph for each death; it has no setting for them.
+    """
+
+    def write(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        for line in data["lines"]:
+            logger.info("ray: %s", line)
+
+    ray._private.worker.print_to_stdstream = write
 
 
 def _reserve(bundles: tuple[Bundle, ...]) -> PlacementGroup:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import ray._private.worker
 
 LAST_LINES = 30  # of the process's stderr
 MAX_LINE_CHARACTERS = 300

@@ -219,24 +219,24 @@ class SupervisedActor:
         return min(pause, self._limits.longest_pause_s)
 
 
-def unsupervised(actor: Any, name: str = "the actor") -> SupervisedActor:
-    """Return a plain actor in the form of a supervised one; its death is an error."""
-    error: list[BaseException] = []
+class PlainActor(SupervisedActor):
+    """A plain actor in the form of a supervised one: nobody restarts it, its death is an error."""
 
-    class _Plain(SupervisedActor):
-        def died(self, actor: Any, cause: BaseException, action: str = "") -> None:
-            error.append(cause)
-            raise cause
+    def __init__(self, actor: Any, name: str) -> None:
+        super().__init__(name, actor, kind="generation_worker", restart=_refuse, faults=FaultLog())
 
-    async def never() -> Any:
-        raise error[0]
+    def died(self, actor: Any, error: BaseException, action: str = "") -> None:
+        """Raise the death."""
+        raise error
 
-    return _Plain(name, actor, kind="generation_worker", restart=never, faults=FaultLog())
+
+async def _refuse() -> Any:
+    raise AssertionError("nobody knows how to restart a plain actor")
 
 
 def supervised(actor: SupervisedActor | Any, name: str = "the actor") -> SupervisedActor:
     """Return `actor` where it is supervised, else in the form of one that is not restarted."""
-    return actor if isinstance(actor, SupervisedActor) else unsupervised(actor, name)
+    return actor if isinstance(actor, SupervisedActor) else PlainActor(actor, name)
 
 
 class ActorPool:

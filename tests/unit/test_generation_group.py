@@ -138,8 +138,8 @@ async def test_the_event_says_where_the_prompts_go():
     alone, _ = pool_of([{"generate": [4]}], faults=faults)
     await answers(GenerationGroup(alone), prompts(3))
     assert [fault.action for fault in seen] == [
-        "its 2 unfinished prompts go to the other workers, and it is restarted",
-        "its 1 unfinished prompt wait for a worker, and it is restarted",
+        "its unfinished prompts (2) go to the other workers, and it is restarted",
+        "its unfinished prompts (1) wait for a worker, and it is restarted",
     ]
 
 

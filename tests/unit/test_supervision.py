@@ -6,11 +6,13 @@ import asyncio
 from typing import Any
 
 import pytest
+from ray._private import worker
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlsys.driver.faults import FaultLog
 from rlsys.run.fault_events import Fault
 from tests.support.killed_actors import FakeActor, death, supervised_fake
+from workers.cluster import _log_what_ray_reports
 from workers.death_evidence import describe_death
 from workers.supervision import (
     ActorPool,
@@ -210,3 +212,15 @@ def test_equal_deaths_of_different_processes_have_equal_reasons():
     first, second = (describe_death(death(text.format(id="ab" * i, pid=i))) for i in (3, 4))
     assert first.reason == second.reason == "its process died"
     assert "connection error code 2" in first.evidence
+
+
+def test_what_ray_reports_goes_to_the_log_and_not_over_the_display(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: Any
+):
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    _log_what_ray_reports()
+    report = {"lines": ["A worker died."], "pid": "raylet", "is_err": False}
+    with caplog.at_level("INFO", logger="workers.cluster"):
+        worker.print_to_stdstream(report, ignore_prefix=False)
+    assert caplog.messages == ["ray: A worker died."]
+    assert capsys.readouterr().out == ""

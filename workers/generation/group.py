@@ -157,9 +157,8 @@ def _next_steps(unfinished: int, others: int) -> str:
     """Describe what happens with the prompts of a worker that died."""
     if not unfinished:
         return "it is restarted"
-    prompts = "prompt" if unfinished == 1 else "prompts"
     goes = "go to the other workers" if others else "wait for a worker"
-    return f"its {unfinished} unfinished {prompts} {goes}, and it is restarted"
+    return f"its unfinished prompts ({unfinished}) {goes}, and it is restarted"
 
 
 def _even_parts(items: Sequence[int], parts: int) -> list[tuple[int, ...]]:
