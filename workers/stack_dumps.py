@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STACKS_FILE = "stacks.txt"
 SIGNAL = signal.SIGUSR2
+STDERR = 2  # the descriptor, since `sys.stderr` of an actor need not have one
 PY_SPY_TIMEOUT_S = 20.0
 ANSWER_TIMEOUT_S = 3.0  # of an actor to the signal
 NODE_TIMEOUT_S = 60.0
@@ -32,7 +33,7 @@ NODE_TIMEOUT_S = 60.0
 
 def answer_with_stacks(_: Any = None) -> None:
     """Let this process write the stacks of its threads to its stderr on `SIGNAL`."""
-    faulthandler.register(SIGNAL, all_threads=True)
+    faulthandler.register(SIGNAL, file=STDERR, all_threads=True)
 
 
 async def dump_stacks(actors: Mapping[str, Any], directory: Path) -> str:
