@@ -153,12 +153,11 @@ async def _make(
     """Sample, rank and write."""
     from rich.progress import Progress
 
-    from recipes.wiring import spawn_reward_workers
+    from recipes.wiring import spawn_engines, spawn_reward_workers
     from rlsys.data.ranking_files import write_rankings
     from rlsys.driver.sampling import Sampler
     from workers.cluster import Cluster
     from workers.generation.group import GenerationGroup
-    from workers.generation.worker import GenerationWorker
     from workers.local_ray import interrupt_on_sigterm
     from workers.reward_worker import RewardWorkerClient
 
@@ -166,10 +165,8 @@ async def _make(
     online = config.online()
     cluster = Cluster.connect(online)
     try:
-        engines = [
-            cluster.spawn("generation", i, GenerationWorker, online, model_directory)
-            for i in range(online.generation.workers)
-        ]
+        cluster.faults.listen(lambda fault: console.print(fault.line(), soft_wrap=True))
+        engines = spawn_engines(cluster, online, model_directory)
         rewards = spawn_reward_workers(cluster, online)
         await cluster.wait_until_ready()
         sampler = Sampler(online, GenerationGroup(engines), RewardWorkerClient(rewards))
@@ -178,7 +175,8 @@ async def _make(
         batches = prompt_batches(prompts, config.batch)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("sampling", total=len(prompts.train))
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                cluster.faults.enter(number, "")
                 rankings += await _ranked(config, online, sampler, batch)
                 progress.advance(task, len(batch))
     finally:

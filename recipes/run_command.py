@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self, TypeVar
 
+from recipes.restarting import Recovery, begin_restart, reconnect
 from rlsys.config import ConfigError, RootConfig
 from rlsys.config.command_line import HelpRequested, Invocation, parse, places_to_resume
 from rlsys.config.errors import as_config_error
 from rlsys.config.hardware import Hardware, detect_hardware
+from rlsys.driver.watchdog import PhaseTimeoutError
 from rlsys.run.ray_job import stop_wait_warning
 from rlsys.run.run_log import HeldLog, log_to
 from rlsys.run.shown_text import shown
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.config import RunConfig
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.session import HeldOutEvaluation, Session
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.compute_dtype import ProductSpeed
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from rlsys.run.step_time import StepEstimate
     from rlsys.run.storage import RunStorage
     from workers.cluster import Cluster
+
+TASKS_END_S = 5.0  # for the tasks of a session to be cancelled
 
 RootT = TypeVar("RootT", bound=RootConfig)
 
@@ -82,6 +87,7 @@ class Prepared(Generic[RootT]):
     warnings: tuple[str, ...]
     speed: ProductSpeed | None  # of matrix products on this machine
     estimate: StepEstimate | None  # of a step's time
+    recovery: Recovery | None = None  # None: not started yet
 
     @property
     def online(self) -> RunConfig:
@@ -92,8 +98,10 @@ class Prepared(Generic[RootT]):
         """Connect to Ray and reserve the resources of the run."""
         raise NotImplementedError
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
-        """Start all actors, and build the loop and its session."""
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
+        """Start all actors, and build the loop and its session; both write to `faults`."""
         raise NotImplementedError
 
     @property
@@ -113,11 +121,28 @@ class Prepared(Generic[RootT]):
         finally:
             cluster.shutdown()
 
+    @property
+    def generation_workers(self) -> int:
+        """The number of generation workers; 0 where nothing is sampled."""
+        generation = getattr(self.config, "generation", None)
+        return generation.workers if generation else 0
+
+    def with_generation_workers(self, workers: int) -> Self:
+        """Return the run with another number of generation workers."""
+        generation = getattr(self.config, "generation")  # noqa: B009  (not every kind has one)
+        changed = generation.model_copy(update={"workers": workers})
+        return replace(self, config=self.config.model_copy(update={"generation": changed}))
+
     def open_session(
-        self, progress: Progress, status: StatusWriter, evaluator: HeldOutEvaluation | None
+        self,
+        progress: Progress,
+        status: StatusWriter,
+        evaluator: HeldOutEvaluation | None,
+        faults: FaultLog,
     ) -> Session:
         """Return the session of the run: its observers, evaluation and checkpoints."""
         from rlsys.driver.session import Session
+        from rlsys.run.fault_events import FaultFile
         from rlsys.run.observers.html_report import ReportWriter
         from rlsys.run.observers.metrics_log import MetricsLog
         from rlsys.run.step_time import StepTimeWatch, likely_causes
@@ -130,8 +155,13 @@ class Prepared(Generic[RootT]):
             progress.notice,
         )
         gauges = RayMetrics(self.directory.path.resolve().name, self.config.recipe)
-        observers = [metrics, status, progress, ReportWriter(self.directory), slowness, gauges]
-        session = Session(self.config, self.store, observers, evaluator)
+        report, events = ReportWriter(self.directory), FaultFile(self.directory)
+        observers = [metrics, status, progress, events, report, slowness, gauges]
+        watchdog = restarts = None
+        if self.recovery:
+            watchdog, restarts = self.recovery.watchdog, self.recovery.restarts
+            observers += [watchdog, restarts]
+        session = Session(self.config, self.store, observers, evaluator, faults, watchdog, restarts)
         session.register("metrics_position", metrics)
         return session
 
@@ -395,7 +425,7 @@ def _warn(warnings: Sequence[str], console: Console) -> None:
 async def _train(
     prepared: Prepared, log: HeldLog, console: Console, storage: RunStorage | None
 ) -> int:
-    """Start the actors, train, and return the exit code.
+    """Train, with restarts from the newest checkpoint where they help; return the exit code.
 
     A resume changes no file before the loop starts.
     """
@@ -403,7 +433,6 @@ async def _train(
     from rlsys.run.observers.metrics_log import read_metrics
     from rlsys.run.observers.run_status import StatusWriter
     from workers.local_ray import interrupt_on_sigterm
-    from workers.reward_worker import RewardOutput
 
     began = time.monotonic()
     config, directory = prepared.config, prepared.directory
@@ -412,44 +441,29 @@ async def _train(
         f"{config.recipe}: {config.model.path}, starting Ray and the actors ...", highlight=False
     )
     status = StatusWriter(directory, held=prepared.resume)
-    # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
-    cluster = prepared.connect()
-    reward_output = RewardOutput()
+    recovery = Recovery.of(prepared, console)
+    prepared = replace(prepared, recovery=recovery)
 
-    try:
-        started = await prepared.start(cluster, status, console)
-        session = started.session
-        reward_output.follow(cluster.actors_of("reward"))
-        if prepared.checkpoint:
-            await session.restore(prepared.checkpoint)
-        if prepared.resume:
-            directory.create(config, prepared.reasons)
-        log.end_hold()
-        _stop_on_signals(session.request_stop, console)
-        if storage is not None:
-            loop = asyncio.get_running_loop()
-            storage.on_loss = lambda: loop.call_soon_threadsafe(session.request_stop)
-            storage.begin()
-        outcome = await started.loop.run()
-    except ConfigError:
-        raise
-    except Exception as error:
-        status.fail(f"{type(error).__name__}: {error}")
-        log.end_hold()
-        _report_failure(error, directory, console)
-        return 1
-    finally:
+    while True:
         try:
-            await reward_output.finish()
-            keep_logs(directory, console)
-        finally:
-            cluster.shutdown()
+            outcome, step = await _train_once(prepared, recovery, status, log, console, storage)
+            break
+        except Exception as error:
+            if isinstance(error, ConfigError) and not recovery.restarted:
+                raise
+            restarted = await _restarted(prepared, error, status, console)
+            if restarted is None:
+                status.fail(f"{type(error).__name__}: {error}")
+                log.end_hold()
+                _report_failure(error, directory, console)
+                return 1
+            prepared = restarted
 
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     if outcome == "finished":
         return 0
-    saved = "saved; " if session.step else ""
-    stopped = f"stopped after step {session.step} of {config.trainer.steps}: {saved}continue with"
+    saved = "saved; " if step else ""
+    stopped = f"stopped after step {step} of {config.trainer.steps}: {saved}continue with"
     _print_lines(console, [f"{stopped} --run.directory {directory.path} --resume"])
     return 130
 
@@ -462,6 +476,103 @@ def keep_logs(directory: RunDirectory, console: Console) -> None:
         return
     missed = keep_actor_logs(directory.logs)
     _warn([f"output of actors was not collected: {line}" for line in missed], console)
+
+
+async def _train_once(
+    prepared: Prepared,
+    recovery: Recovery,
+    status: StatusWriter,
+    log: HeldLog,
+    console: Console,
+    storage: RunStorage | None,
+) -> tuple[Outcome, int]:
+    """Start the actors, train until the end or a failure, and stop the actors.
+
+    Returns:
+        How the run ended, and its last step.
+    """
+    from workers.reward_worker import RewardOutput
+    from workers.stack_dumps import kill_processes
+
+    directory, restarted = prepared.directory, recovery.restarted
+    earlier_tasks = asyncio.all_tasks()
+    # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
+    if restarted:
+        prepared, cluster = await reconnect(prepared, console)
+    else:
+        cluster = prepared.connect()
+    cluster.faults = recovery.faults
+    reward_output = RewardOutput()
+
+    try:
+        recovery.begin_start(cluster, directory.failures)
+        starting = _start(prepared, recovery, cluster, status, console)
+        started = await recovery.watchdog.guard(starting)
+        session = started.session
+        reward_output.follow(cluster.supervised_of("reward"))
+        if prepared.resume and not restarted:
+            directory.create(prepared.config, prepared.reasons)
+        log.end_hold()
+        _stop_on_signals(session.request_stop, console)
+        if storage is not None:
+            loop = asyncio.get_running_loop()
+            storage.on_loss = lambda: loop.call_soon_threadsafe(session.request_stop)
+            if not restarted:
+                storage.begin()
+        return await started.loop.run(), session.step
+    except Exception as error:
+        recovery.save_evidence(error, cluster, directory.failures)
+        if isinstance(error, PhaseTimeoutError):
+            await _end_tasks(earlier_tasks)
+            await kill_processes(cluster.actors)
+        raise
+    finally:
+        try:
+            await reward_output.finish()
+            await _end_tasks(earlier_tasks)
+            keep_logs(directory, console)
+        finally:
+            cluster.shutdown()
+
+
+async def _end_tasks(earlier: set[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that are left of a session: they must not see how its actors end."""
+    left = asyncio.all_tasks() - earlier - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=TASKS_END_S)
+
+
+async def _start(
+    prepared: Prepared,
+    recovery: Recovery,
+    cluster: Cluster,
+    status: StatusWriter,
+    console: Console,
+) -> Started:
+    """Start the actors, and go to the run's checkpoint, or to the beginning without one."""
+    started = await prepared.start(cluster, status, console, recovery.faults)
+    session = started.session
+    if prepared.checkpoint:
+        await session.restore(prepared.checkpoint)
+    elif recovery.initial is None:
+        recovery.initial = await session.states()
+    else:
+        await session.load_states(recovery.initial)
+    return started
+
+
+async def _restarted(
+    prepared: Prepared[RootT], error: Exception, status: StatusWriter, console: Console
+) -> Prepared[RootT] | None:
+    """Return the run at the checkpoint from which it is restarted; None where it is not."""
+    _end_stopping_on_signals()
+    try:
+        return await begin_restart(prepared, error, console)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        status.on_end("interrupted", "left before the actors were restarted")
+        raise
 
 
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
@@ -506,3 +617,11 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
+
+
+def _end_stopping_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the process at once: no session is there to finish its step."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.default_int_handler)

@@ -9,6 +9,7 @@ functions.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.data.evaluation_problems import EvaluationProblems, EvaluationPrompts
+    from rlsys.data.response_files import ScoredResponses
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.ports import RewardScorer
     from rlsys.driver.response_collection import ResponseCollector
     from rlsys.run.evaluated_model import EvaluatedModel
@@ -289,6 +292,7 @@ def _print(console: Console, line: str, style: str | None = None) -> None:
 
 async def _evaluate(prepared: Prepared, console: Console) -> int:
     """Start the workers, sample with each model, report, and return the exit code."""
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.response_collection import CollectionEvents, ResponseCollector
     from rlsys.run.observers.evaluation_console import EvaluationProgress
     from workers.cluster import Cluster
@@ -298,7 +302,10 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     began = time.monotonic()
     config = prepared.config
     progress = EvaluationProgress(console, live=config.run.progress)
-    events = CollectionEvents(kept=progress.keep, finished=progress.add, notice=progress.notice)
+    faults = FaultLog()
+    faults.listen(lambda fault: progress.notice(fault.line()))
+    finished = _with_place(faults, config.evaluation.prompts_per_part, progress.add)
+    events = CollectionEvents(kept=progress.keep, finished=finished, notice=progress.notice)
     collector = ResponseCollector(config, events)
     pending = [one for one in prepared.models if not _is_complete(prepared, collector, one)]
     if not pending:
@@ -311,6 +318,7 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     _print(console, f"{config.recipe}: {names}, starting Ray and the actors ...")
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
     cluster = Cluster.connect(prepared.models[0].sampling_run, roles=("generation",))
+    cluster.faults = faults
     output = RewardOutput()
     failure: Exception | None = None
     complete = False
@@ -336,6 +344,22 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
     if failure is not None:
         return _report_failure(failure, prepared.directory, console)
     return 0 if complete else 130
+
+
+def _with_place(
+    faults: FaultLog, prompts_per_part: int, add: Callable[[ScoredResponses], None]
+) -> Callable[[ScoredResponses], None]:
+    """Return `add`, which also tells `faults` the number of parts that are done.
+
+    So deaths that lie far apart are not taken for a crash at the same place.
+    """
+    answered = itertools.count(1)
+
+    def finished(group: ScoredResponses) -> None:
+        add(group)
+        faults.enter(next(answered) // prompts_per_part, "")
+
+    return finished
 
 
 def _is_complete(prepared: Prepared, collector: ResponseCollector, one: PreparedModel) -> bool:
@@ -364,22 +388,19 @@ async def _sample(
     progress: EvaluationProgress,
 ) -> bool:
     """Start the engines of one model, sample, stop them; return whether all is complete."""
+    from recipes.wiring import spawn_engines
     from workers.generation.group import GenerationGroup
-    from workers.generation.worker import GenerationWorker
 
     if collector.is_stopped:
         return False
     files = prepared.directory.responses_of(one.model.field)
     files.create(one.origin)
     run = one.sampling_run
-    actors = [
-        cluster.spawn("generation", i, GenerationWorker, run, one.model.directory)
-        for i in range(run.generation.workers)
-    ]
+    engines = spawn_engines(cluster, run, one.model.directory)
     await cluster.wait_until_ready()
     progress.start(one.model.name, len(one.prompts.prompts))
     try:
-        return await collector.collect(GenerationGroup(actors), scorer, one.prompts.prompts, files)
+        return await collector.collect(GenerationGroup(engines), scorer, one.prompts.prompts, files)
     finally:
         progress.stop()
         cluster.stop("generation")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from recipes.run_recipe import CheckedModels, CheckedProblems
     from rlsys.config import RunConfig
     from rlsys.data.prompt_stream import LoadedPrompts
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.ports import ExpertIterationWorkers
     from rlsys.run.observers.run_status import StatusWriter
     from workers.cluster import Cluster
@@ -59,7 +60,9 @@ class ExpertIterationPrepared(Prepared[ExpertIterationRunConfig]):
 
         return Cluster.connect(self.online)
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
         """See `Prepared`."""
         from recipes.wiring import start_expert_iteration_workers
 
@@ -70,7 +73,7 @@ class ExpertIterationPrepared(Prepared[ExpertIterationRunConfig]):
             self.prompts,
             notify=lambda note: console.print(note, highlight=False, markup=False),
         )
-        return _assemble(self, workers, status, console)
+        return _assemble(self, workers, status, console, faults)
 
 
 def _assemble(
@@ -78,6 +81,7 @@ def _assemble(
     workers: ExpertIterationWorkers,
     status: StatusWriter,
     console: Console,
+    faults: FaultLog,
 ) -> Started:
     """Build the loop and its session: observers, evaluation and checkpoints."""
     from rlsys.driver.evaluation import Evaluator
@@ -93,7 +97,7 @@ def _assemble(
     if len(prompts.evaluation):
         evaluator = Evaluator(online, prompts.evaluation, sampler)
 
-    session = prepared.open_session(progress, status, evaluator)
+    session = prepared.open_session(progress, status, evaluator, faults)
     loop = ExpertIterationLoop(config, workers, prompts.train, sampler, session, directory.rollouts)
     return Started(loop=loop, session=session)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsys.data.example_stream import LoadedExamples, SourcedExamples
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.ports import OfflineWorkers
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
     from rlsys.run.directory import RunDirectory
@@ -68,7 +69,9 @@ class OfflinePrepared(Prepared[OfflineRunConfig]):
         roles = ("policy", "generation") if self.samples else ("policy",)
         return Cluster.connect(self.online, roles)
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
         """See `Prepared`."""
         from recipes.wiring import start_offline_workers
 
@@ -80,11 +83,15 @@ class OfflinePrepared(Prepared[OfflineRunConfig]):
             self.examples.problems if self.samples else None,
             notify=lambda note: console.print(note, highlight=False, markup=False),
         )
-        return _assemble(self, workers, status, console)
+        return _assemble(self, workers, status, console, faults)
 
 
 def _assemble(
-    prepared: OfflinePrepared, workers: OfflineWorkers, status: StatusWriter, console: Console
+    prepared: OfflinePrepared,
+    workers: OfflineWorkers,
+    status: StatusWriter,
+    console: Console,
+    faults: FaultLog,
 ) -> Started:
     """Build the loop and its session: observers, evaluation and checkpoints."""
     from rlsys.driver.evaluation import Evaluator
@@ -103,7 +110,7 @@ def _assemble(
     if prepared.examples.held_out is not None:
         evaluator = OfflineEvaluator(workers, prepared.examples.held_out, answers)
 
-    session = prepared.open_session(progress, status, evaluator)
+    session = prepared.open_session(progress, status, evaluator, faults)
     loop = OfflineLoop(workers, prepared.examples.train, session)
     return Started(loop=loop, session=session)
 

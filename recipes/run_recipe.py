@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlsys.data.prompt_stream import LoadedProblems, LoadedPrompts
     from rlsys.data.text_stream import LoadedTexts, SourcedTexts
     from rlsys.driver.evaluation import Evaluator, TextEvaluator
+    from rlsys.driver.faults import FaultLog
     from rlsys.driver.ports import Workers
     from rlsys.driver.sampling import Sampler
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
@@ -67,10 +68,12 @@ class OnlinePrepared(Prepared[RunConfig]):
 
         return Cluster.connect(self.config)
 
-    async def start(self, cluster: Cluster, status: StatusWriter, console: Console) -> Started:
+    async def start(
+        self, cluster: Cluster, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
         """See `Prepared`."""
         workers = await _start_workers(self, cluster, console)
-        return _assemble(self, workers, status, console)
+        return _assemble(self, workers, status, console, faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +313,11 @@ async def _start_workers(prepared: OnlinePrepared, cluster: Cluster, console: Co
 
 
 def _assemble(
-    prepared: OnlinePrepared, workers: Workers, status: StatusWriter, console: Console
+    prepared: OnlinePrepared,
+    workers: Workers,
+    status: StatusWriter,
+    console: Console,
+    faults: FaultLog,
 ) -> Started:
     """Build the loop and its session: observers, evaluation and checkpoints."""
     from rlsys.driver.sampling import Sampler
@@ -323,7 +330,7 @@ def _assemble(
     sampler = Sampler(config, workers.generator, workers.scorer, notify=progress.notice)
     evaluator = _evaluator(prepared, workers, sampler)
 
-    session = prepared.open_session(progress, status, evaluator)
+    session = prepared.open_session(progress, status, evaluator, faults)
     if prepared.reward_model:
         session.register(REWARD_MODEL_STATE, prepared.reward_model)
     loop = SynchronousLoop(

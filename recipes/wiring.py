@@ -40,6 +40,7 @@ from workers.generation.group import GenerationGroup
 from workers.generation.worker import GenerationWorker
 from workers.response_filter import ResponseFilter, ResponseFilterClient
 from workers.reward_worker import RewardWorker, RewardWorkerClient
+from workers.supervision import ActorPool, SupervisedActor
 from workers.training.critic import CriticWorker
 from workers.training.expert_iteration import ExpertIterationWorker
 from workers.training.offline import (
@@ -82,6 +83,16 @@ def probe_tokens(
     )
 
 
+def spawn_engines(cluster: Cluster, config: RunConfig, model_directory: Path) -> ActorPool:
+    """Start the generation workers of a run, which are restarted when they die."""
+    members = []
+    for i in range(config.generation.workers):
+        cluster.spawn("generation", i, GenerationWorker, config, model_directory)
+        called = f"generation worker {i}"
+        members.append(cluster.supervise("generation", i, kind="generation_worker", called=called))
+    return ActorPool(members)
+
+
 async def start_workers(
     cluster: Cluster,
     config: RunConfig,
@@ -95,12 +106,9 @@ async def start_workers(
     """
     model = directories.policy
     policy_actors = _spawn_ranks(cluster, PolicyWorker, config, config.policy, model)
-    generation_actors = [
-        cluster.spawn("generation", i, GenerationWorker, config, model)
-        for i in range(config.generation.workers)
-    ]
-    reward_actors = spawn_reward_workers(cluster, config, model)
-    controller_actor = cluster.spawn("advantage", 0, AdvantageController, config)
+    engines = spawn_engines(cluster, config, model)
+    rewards = spawn_reward_workers(cluster, config, model)
+    cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
     if config.algorithm.kl.coefficient > 0:
         role = config.reference_role()
@@ -122,10 +130,14 @@ async def start_workers(
         )
 
     policy = PolicyGroup(policy_actors)
-    generator = GenerationGroup(generation_actors)
+    generator = GenerationGroup(engines)
     reward_model = ScoringGroup(scoring_actors) if scoring_actors else None
-    scorer = RewardWorkerClient(reward_actors, reward_model)
-    controller = AdvantageControllerClient(controller_actor)
+    scorer = RewardWorkerClient(rewards, reward_model)
+    controller = AdvantageControllerClient(
+        cluster.supervise(
+            "advantage", 0, kind="advantage_controller", called="the advantage controller"
+        )
+    )
     reference = ReferenceGroup(reference_actors) if reference_actors else None
     critic = CriticGroup(critic_actors) if critic_actors else None
     optional = [group for group in (reference, critic, reward_model) if group]
@@ -146,7 +158,7 @@ async def start_workers(
         reference=reference,
         critic=critic,
         advantages=controller,
-        weights=ObjectStoreWeightSync(policy, generation_actors, config, probe),
+        weights=ObjectStoreWeightSync(policy, engines, config, probe),
         put=ray.put,
         reporting=(generator, scorer, controller, *optional),
     )
@@ -180,13 +192,10 @@ async def start_offline_workers(
             reference_directory,
             shares="policy",
         )
-    generation_actors, reward_actors = [], []
+    engines, rewards = ActorPool(()), []
     if problems is not None:
-        generation_actors = [
-            cluster.spawn("generation", i, GenerationWorker, online, model_directory)
-            for i in range(online.generation.workers)
-        ]
-        reward_actors = spawn_reward_workers(cluster, online)
+        engines = spawn_engines(cluster, online, model_directory)
+        rewards = spawn_reward_workers(cluster, online)
 
     trained = kind.group(trained_actors)
     reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
@@ -197,7 +206,7 @@ async def start_offline_workers(
     if problems is None:
         return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
 
-    generator, scorer = GenerationGroup(generation_actors), RewardWorkerClient(reward_actors)
+    generator, scorer = GenerationGroup(engines), RewardWorkerClient(rewards)
     probe = probe_sequences(
         [prompt.token_ids for prompt in problems.prompts],
         limit=config.data.max_prompt_tokens + online.generation.max_tokens - 1,
@@ -210,7 +219,7 @@ async def start_offline_workers(
         evaluation=EvaluationWorkers(
             generator=generator,
             scorer=scorer,
-            weights=ObjectStoreWeightSync(trained, generation_actors, online, probe),
+            weights=ObjectStoreWeightSync(trained, engines, online, probe),
         ),
         reporting=(generator, scorer, *optional),
     )
@@ -230,12 +239,14 @@ async def start_expert_iteration_workers(
     # Of these prompts some are the probe on which engine and trainer are compared.
     samples = tuple(prompts.samples)
     problems = PromptBatch(batch_id=-1, prompts=samples, group_ids=np.arange(len(samples)))
-    filter_actor = cluster.spawn("filter", 0, ResponseFilter, config)
+    cluster.spawn("filter", 0, ResponseFilter, config)
     workers = await start_offline_workers(
         cluster, config, model_directory, model_directory, problems, notify
     )
     assert workers.evaluation is not None, "the engines that evaluate sample for training too"
-    chooser = ResponseFilterClient(filter_actor)
+    chooser = ResponseFilterClient(
+        cluster.supervise("filter", 0, kind="response_filter", called="the response filter")
+    )
     return ExpertIterationWorkers(
         generator=workers.evaluation.generator,
         scorer=workers.evaluation.scorer,
@@ -284,12 +295,17 @@ async def set_up_models(cluster: Cluster, groups: Sequence[RankGroup]) -> list[s
 
 def spawn_reward_workers(
     cluster: Cluster, config: RunConfig, model_directory: Path | None = None
-) -> list[Any]:
-    """Start the actors that compute rewards; see `RewardWorker` for `model_directory`."""
-    return [
+) -> list[SupervisedActor]:
+    """Start the actors that compute rewards, which are restarted when they die.
+
+    See `RewardWorker` for `model_directory`.
+    """
+    workers = []
+    for index in range(config.reward.workers):
         cluster.spawn("reward", index, RewardWorker, config, model_directory, max_concurrency=1000)
-        for index in range(config.reward.workers)
-    ]
+        called = f"reward worker {index}" if config.reward.workers > 1 else "the reward worker"
+        workers.append(cluster.supervise("reward", index, kind="reward_worker", called=called))
+    return workers
 
 
 def _spawn_ranks(

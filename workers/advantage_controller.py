@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from rlsys.data.batches import ScoredBatch
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.driver.credit_assignment import CreditAssigner
 from rlsys.driver.ports import CreditedBatch, Handle, StepHandles
-from rlsys.metrics import Metric, maximum, peak_memory_gib
+from rlsys.metrics import Metric, MetricMap, maximum, peak_memory_gib
 from rlsys.plugins import load_plugins
+from workers.supervision import SupervisedActor, supervised
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditFacts:
+    """The small part of the result of a step."""
+
+    has_dropped: bool
+    metrics: MetricMap
+    state: dict[str, Any]  # of the controller, after the step
 
 
 class AdvantageController:
@@ -25,18 +36,23 @@ class AdvantageController:
         load_plugins(config.plugins)
         self._assigner = CreditAssigner(config)
 
-    def credit(self, step: StepHandles) -> CreditedBatch:
-        """See `ports.AdvantageComputer`."""
+    def credit(self, step: StepHandles) -> tuple[ScoredBatch, ScoredBatch | None, CreditFacts]:
+        """Return the batch, the dropped one, and what the driver opens.
+
+        They are results of their own, which the caller owns: what an actor itself puts into the
+        object store is lost when it dies.
+        """
         # The handles are object references inside of `step`, which Ray does not resolve by itself.
         references: list[Any] = step.all()
         records = dict(zip(references, ray.get(references), strict=True))
 
         credited = self._assigner.credit(step.opened(records))
-        return CreditedBatch(
-            batch=ray.put(credited.batch),
-            dropped=None if credited.dropped is None else ray.put(credited.dropped),
+        facts = CreditFacts(
+            has_dropped=credited.dropped is not None,
             metrics=credited.metrics,
+            state=self._assigner.state(),
         )
+        return credited.batch, credited.dropped, facts
 
     def state(self) -> dict[str, Any]:
         """See `CreditAssigner`."""
@@ -62,22 +78,45 @@ class AdvantageController:
 
 
 class AdvantageControllerClient:
-    """The `ports.AdvantageComputer` over the actor."""
+    """The `ports.AdvantageComputer` over the actor.
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    Where the actor dies, its successor gets the state after the last complete step.
+    """
+
+    def __init__(self, actor: SupervisedActor | Any) -> None:
+        self._actor = supervised(actor, "the advantage controller")
+        self._actor.prepare_with(self._restore)
+        self._state: dict[str, Any] | None = None  # None: that of a new controller
+
+    async def _restore(self, actor: Any) -> None:
+        if self._state is not None:
+            await actor.load_state.remote(self._state)
 
     async def credit(self, step: StepHandles) -> CreditedBatch:
         """See `ports.AdvantageComputer`."""
-        return await self._actor.credit.remote(step)
+
+        async def attempt(actor: Any) -> tuple[CreditedBatch, CreditFacts]:
+            batch, dropped, small = actor.credit.options(num_returns=3).remote(step)
+            facts: CreditFacts = await small
+            credited = CreditedBatch(
+                batch=batch,
+                dropped=dropped if facts.has_dropped else None,
+                metrics=facts.metrics,
+            )
+            return credited, facts
+
+        credited, facts = await self._actor.run(attempt)
+        self._state = facts.state
+        return credited
 
     async def state(self) -> dict[str, Any]:
         """See `ports.AdvantageComputer`."""
-        return await self._actor.state.remote()
+        return await self._actor.call("state")
 
     async def load_state(self, state: dict[str, Any]) -> None:
         """See `ports.AdvantageComputer`."""
-        await self._actor.load_state.remote(state)
+        await self._actor.call("load_state", state)
+        self._state = state
 
     async def write_rollouts(
         self,
@@ -88,8 +127,8 @@ class AdvantageControllerClient:
         advantages: Handle[NDArray[np.float32]] | None = None,
     ) -> None:
         """See `ports.AdvantageComputer`."""
-        await self._actor.write_rollouts.remote(batch, str(path), dropped, advantages)
+        await self._actor.call("write_rollouts", batch, str(path), dropped, advantages)
 
     async def metrics(self) -> dict[str, Metric]:
         """See `ports.AdvantageComputer`."""
-        return await self._actor.metrics.remote()
+        return await self._actor.call("metrics")

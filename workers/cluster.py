@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.worker
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
@@ -37,6 +38,7 @@ from ray.util.scheduling_strategies import (
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.hardware import detect_hardware
 from rlsys.config.node_label import split_label
+from rlsys.driver.faults import FaultLog
 from rlsys.models.saving import model_files
 from rlsys.rewards import reward_model_of
 from workers.local_ray import LocalRay, interrupt_on_sigterm
@@ -54,6 +56,8 @@ from workers.placement import (
     places_table,
     reserved_words,
 )
+from workers.stack_dumps import answer_with_stacks
+from workers.supervision import SupervisedActor
 from workers.user_code import code_mistakes, user_code_environment
 
 logger = logging.getLogger(__name__)
@@ -70,6 +74,10 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": s
 
 # How many actors of a name this process has started.
 _STARTED: Counter[str] = Counter()
+
+
+class CapacityError(ConfigError):
+    """A cluster that is not there or too small, which may change while a run waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +161,11 @@ class Cluster:
     reservation: PlacementGroup
     leave_ray: Callable[[], None]
     config: RunConfig
+    faults: FaultLog = field(default_factory=FaultLog)  # that supervised actors write to
     actors: dict[str, Any] = field(default_factory=dict)
+    supervised: dict[str, SupervisedActor] = field(default_factory=dict)
     folders: NodeFolders = field(default_factory=NodeFolders)
+    _starts: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     @classmethod
     def connect(
@@ -166,7 +177,7 @@ class Cluster:
         RAY_ADDRESS is joined; else Ray is started on this machine.
 
         Raises:
-            ConfigError: no cluster answers, or it has too few CPUs or GPUs.
+            CapacityError: no cluster answers, or it has too few CPUs or GPUs.
         """
         connected = ray.is_initialized()
         local = LocalRay()
@@ -230,7 +241,6 @@ class Cluster:
         """
         place = shares or role
         options.setdefault("num_cpus", 0)
-        options |= _identity(role, index)
         position = self._bundle_position(place, index)
         node = self.node_of(place, index)
         if position is None:
@@ -253,12 +263,41 @@ class Cluster:
         } | ALLOCATOR
         # Ray's type stubs do not accept a class that is known only at run time.
         remote_class: Any = ray.remote(actor_class)
+        placed = remote_class.options(runtime_env={"env_vars": environment}, **options)
         local = [self.on_node(arg, node) if isinstance(arg, Path) else arg for arg in args]
-        actor = remote_class.options(runtime_env={"env_vars": environment}, **options).remote(
-            *local
+
+        def start() -> Any:
+            return placed.options(**_identity(role, index)).remote(*local)
+
+        name = f"{role}-{index}"
+        self._starts[name] = start
+        self.actors[name] = start()
+        return self.actors[name]
+
+    def supervise(self, role: str, index: int, *, kind: str, called: str) -> SupervisedActor:
+        """Return the supervision of a spawned actor, which restarts it when its process dies.
+
+        Args:
+            kind: of its faults, see `FAULT_KINDS`.
+            called: its name for the user, such as "generation worker 1".
+        """
+        name = f"{role}-{index}"
+        self.supervised[name] = SupervisedActor(
+            called,
+            self.actors[name],
+            kind=kind,
+            restart=lambda: self._restart(name),
+            faults=self.faults,
         )
-        self.actors[f"{role}-{index}"] = actor
-        return actor
+        return self.supervised[name]
+
+    async def _restart(self, name: str) -> Any:
+        """Start an actor again, with the same arguments in the same place."""
+        # One that only cannot be reached may be alive, and its place must be free.
+        ray.kill(self.actors[name])
+        self.actors[name] = self._starts[name]()
+        await self.actors[name].__ray_call__.remote(answer_with_stacks)
+        return self.actors[name]
 
     def _bundle_position(self, role: str, index: int) -> int | None:
         """Return the position of a bundle in the reservation; None if there is no such bundle."""
@@ -348,7 +387,7 @@ class Cluster:
         async def ready(name: str, actor: Any) -> None:
             # An error of a constructor shows only in the first call of a method.
             try:
-                await actor.__ray_ready__.remote()
+                await actor.__ray_call__.remote(answer_with_stacks)
             except RayError as error:
                 raise RuntimeError(f"actor {name} did not start: {error}") from error
 
@@ -359,9 +398,9 @@ class Cluster:
         }
         await asyncio.gather(*(ready(name, actor) for name, actor in awaited.items()))
 
-    def actors_of(self, role: str) -> list[Any]:
-        """Return the handles of the actors of a role."""
-        return [self.actors[name] for name in self._names_of(role)]
+    def supervised_of(self, role: str) -> list[SupervisedActor]:
+        """Return the supervised actors of a role."""
+        return [self.supervised[name] for name in self._names_of(role)]
 
     def _names_of(self, role: str) -> list[str]:
         return [name for name in self.actors if name.rpartition("-")[0] == role]
@@ -369,15 +408,24 @@ class Cluster:
     def stop(self, role: str) -> None:
         """Kill the actors of a role; their places in the reservation become free."""
         for name in self._names_of(role):
+            if name in self.supervised:
+                self.supervised.pop(name).close()
             ray.kill(self.actors.pop(name))
 
     def shutdown(self) -> None:
         """Kill the actors, release the reservation, and stop Ray if this run started it."""
-        for actor in self.actors.values():
-            ray.kill(actor)
-        self.actors.clear()
-        remove_placement_group(self.reservation)
-        self.leave_ray()
+        for supervision in self.supervised.values():
+            supervision.close()
+        self.supervised.clear()
+        try:
+            for actor in self.actors.values():
+                ray.kill(actor)
+            remove_placement_group(self.reservation)
+        except Exception:  # Ray itself may be what failed; that is reported elsewhere
+            logger.warning("the actors could not be stopped one by one", exc_info=True)
+        finally:
+            self.actors.clear()
+            self.leave_ray()
 
 
 def _identity(role: str, index: int) -> dict[str, str]:
@@ -401,7 +449,7 @@ def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
     """Join the configured cluster, or start Ray on this machine.
 
     Raises:
-        ConfigError: no cluster answers at the configured address.
+        CapacityError: no cluster answers at the configured address.
     """
     address = config.cluster.joined_address
     settings: dict[str, Any] = {
@@ -417,7 +465,7 @@ def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             ray.init(address=address, runtime_env=user_code_environment(config.plugins), **settings)
         except ConnectionError as error:
             setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
-            raise ConfigError(
+            raise CapacityError(
                 f"{setting}: no cluster answers at {address!r}. Start the head node with "
                 f"`ray start --head`, or leave {setting} out to start Ray on this machine."
             ) from error
@@ -434,16 +482,30 @@ def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             object_store_memory=int(config.cluster.object_store_gib * 1024**3),
             **settings,
         )
+    _log_what_ray_reports()
     logger.info(
         "ray: %s, resources %s", address or "started on this machine", ray.cluster_resources()
     )
+
+
+def _log_what_ray_reports() -> None:
+    """Write Ray's reports, such as a worker that died, to the run's log.
+
+    Ray prints them over the display, a paragraph for each death; it has no setting for them.
+    """
+
+    def write(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        for line in data["lines"]:
+            logger.info("ray: %s", line)
+
+    ray._private.worker.print_to_stdstream = write
 
 
 def _reserve(bundles: tuple[Bundle, ...], strategy: str) -> PlacementGroup:
     """Reserve the bundles.
 
     Raises:
-        ConfigError: the cluster did not free them in time.
+        CapacityError: the cluster did not free them in time.
     """
     labels = [dict([split_label(bundle.label)]) if bundle.label else {} for bundle in bundles]
     reservation = placement_group(
@@ -454,7 +516,7 @@ def _reserve(bundles: tuple[Bundle, ...], strategy: str) -> PlacementGroup:
     if not reservation.wait(RESERVATION_TIMEOUT_S):
         free = free_resources(cluster_nodes())
         remove_placement_group(reservation)
-        raise ConfigError(
+        raise CapacityError(
             f"{_fields(bundles)}: the cluster did not free {_total(bundles)} within "
             f"{RESERVATION_TIMEOUT_S:.0f} s, since other jobs hold its resources, or they do not "
             f"fit together on its nodes ({free}). Wait for them, or lower "
@@ -482,14 +544,14 @@ def _check_capacity(
     """Refuse a run that the whole cluster is too small for, or that no node has the labels for.
 
     Raises:
-        ConfigError: the field, what is needed, and what each node has.
+        CapacityError: the field, what is needed, and what each node has.
     """
     lines = list(placement_mistakes(bundles, nodes, config.cluster.placement))
     label = config.reward.node_label
     if not any(node.has_label(label) for node in nodes):
         lines.append(label_mistake("reward", label, nodes))
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise CapacityError("\n".join(lines))
 
 
 def _unreserved_nodes(role: str, label: str | None) -> list[ClusterNode]:
@@ -501,7 +563,7 @@ def _unreserved_nodes(role: str, label: str | None) -> list[ClusterNode]:
     nodes, own = cluster_nodes(), driver_node()
     allowed = [node for node in nodes if node.has_label(label)]
     if not allowed:
-        raise ConfigError(label_mistake(role, label, nodes))
+        raise CapacityError(label_mistake(role, label, nodes))
     return sorted(allowed, key=lambda node: node.node_id != own)
 
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ from rlsys.rewards.scoring import (
     outcome_of_steps,
 )
 from rlsys.rewards.steps import tokens_at
+from workers.supervision import SupervisedActor, supervised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,6 +141,10 @@ class RewardWorker:
             with contextlib.suppress(psutil.Error):
                 memory += psutil.Process(process).memory_info().rss / 1024**3
         return {"memory/reward": maximum(memory)}
+
+    async def process_deaths(self) -> list[str]:
+        """Return how processes of the pool died since the last call, whose work was repeated."""
+        return self._pool.take_deaths()
 
     async def process_ids(self) -> list[int]:
         """Return the ids of this process and, after it, of the pool's processes."""
@@ -360,39 +365,98 @@ def _failures(
     return tuple(failures)
 
 
-class RewardWorkerClient:
-    """The `ports.RewardScorer` over actors, which take turns with the parts."""
+class RewardHandle:
+    """The rewards of one part, which are computed again where the reward worker dies.
 
-    def __init__(self, actors: Sequence[Any], model: ScoreSource | None = None) -> None:
+    Ray passes it on as the reference of the rewards.
+    """
+
+    def __init__(self, actor: SupervisedActor, rollouts: Any, scores: Sequence[Any]) -> None:
+        """Start to compute the rewards.
+
+        Args:
+            scores: of the ranks of the reward model, if there is one.
+        """
+        self._arguments = (rollouts, scores) if scores else (rollouts,)
+        # At once, so that the worker begins before this process waits for something else.
+        self._reference = self._start(actor.present)
+        self._task = asyncio.ensure_future(self._watch(actor))
+        # Where nobody waits for the rewards, an error must not be logged as forgotten.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _start(self, actor: Any) -> Any:
+        return actor.score.remote(*self._arguments)
+
+    async def _watch(self, supervised_actor: SupervisedActor) -> RewardBatch:
+        """Return the rewards, a small record; after a death, start again."""
+        started_on = supervised_actor.present
+
+        async def attempt(actor: Any) -> RewardBatch:
+            nonlocal started_on
+            if actor is not started_on:
+                self._reference, started_on = self._start(actor), actor
+            return await self._reference
+
+        return await supervised_actor.run(attempt)
+
+    def __await__(self) -> Generator[Any, None, RewardBatch]:
+        return asyncio.shield(self._task).__await__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._reference,)
+
+
+def _same(reference: Any) -> Any:
+    return reference
+
+
+class RewardWorkerClient:
+    """The `ports.RewardScorer` over actors, which take turns with the parts.
+
+    Where an actor dies, its parts in flight are scored again by its successor.
+    """
+
+    def __init__(
+        self, actors: Sequence[SupervisedActor | Any], model: ScoreSource | None = None
+    ) -> None:
         """`model` computes the reward that is a model, where one is configured."""
-        self._actors = actors
-        self._turns = itertools.cycle(actors)
+        self._actors = [supervised(actor, "the reward worker") for actor in actors]
+        self._turns = itertools.cycle(self._actors)
         self._model = model
 
     def score(self, rollouts: Handle[RolloutBatch]) -> Handle[RewardBatch]:
         """See `ports.RewardScorer`."""
-        actor = next(self._turns)
-        if self._model is None:
-            return actor.score.remote(rollouts)
-        return actor.score.remote(rollouts, self._model.scores(rollouts))
+        scores = self._model.scores(rollouts) if self._model else ()
+        return RewardHandle(next(self._turns), rollouts, scores)
 
     async def metrics(self) -> dict[str, Metric]:
-        """Return the largest memory of a reward worker with its pool."""
-        return combine(await asyncio.gather(*(actor.metrics.remote() for actor in self._actors)))
+        """Return the largest memory of a reward worker with its pool.
+
+        The processes that have died are recorded, too.
+        """
+        for actor in self._actors:
+            for reason in await actor.call("process_deaths"):
+                actor.faults.record(
+                    "reward_process",
+                    "a reward process died",
+                    reason,
+                    "what it was computing is computed again in another one",
+                )
+        return combine(await asyncio.gather(*(actor.call("metrics") for actor in self._actors)))
 
 
 class RewardOutput:
     """The output of reward functions, copied to this process's log (run.log) during a run."""
 
     def __init__(self) -> None:
-        self._actors: Sequence[Any] = ()
+        self._actors: Sequence[SupervisedActor] = ()
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, actors: Sequence[Any]) -> None:
-        """Begin to copy the output of reward workers."""
+    def follow(self, actors: Sequence[SupervisedActor | Any]) -> None:
+        """Begin to copy the output of reward workers, and of their successors."""
         if not actors:
             return
-        self._actors = actors
+        self._actors = [supervised(actor) for actor in actors]
         self._task = asyncio.create_task(self._write_forever())
 
     async def finish(self) -> None:
@@ -405,14 +469,14 @@ class RewardOutput:
             await asyncio.wait_for(self._write(), LAST_OUTPUT_LIMIT_S)
 
     async def _write_forever(self) -> None:
-        # If the actor dies, the run reports it elsewhere.
-        with contextlib.suppress(RayError):
-            while True:
+        while True:
+            # If the actor dies, whoever needs its rewards restarts it.
+            with contextlib.suppress(RayError):
                 await self._write()
-                await asyncio.sleep(OUTPUT_EVERY_S)
+            await asyncio.sleep(OUTPUT_EVERY_S)
 
     async def _write(self) -> None:
         """Write the lines that have come since the last call."""
-        outputs = await asyncio.gather(*(actor.output.remote() for actor in self._actors))
-        for line in itertools.chain.from_iterable(outputs):
+        calls = (actor.present.output.remote() for actor in self._actors)
+        for line in itertools.chain.from_iterable(await asyncio.gather(*calls)):
             logger.info("%s", line)

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlsys.run.fault_events import FAULT_KINDS
+
 INTRODUCTION = """# Metrics
 
 Generated from `docs/generate/metrics.py` by `make docs`. `metrics.jsonl` has a line for each step
@@ -170,7 +172,8 @@ METRICS = (
         "reward/crashes",
         "sum",
         ALL_AND_GREEDY,
-        "Number of responses on which a reward function ended its process; each function counts.",
+        "Number of responses on which a reward function ended its process twice; each function "
+        "counts.",
     ),
     MetricDoc(
         "reward/failed/<function>",
@@ -662,6 +665,15 @@ METRICS = (
         "max",
         RUN,
         "Expert iteration: peak memory of the worker that chooses responses, in GiB.",
+    ),
+    *(
+        MetricDoc(
+            f"faults/{kind}",
+            "driver",
+            RUN,
+            f"Number of {meaning}; it continues in a resumed run. See docs/fault_tolerance.md.",
+        )
+        for kind, meaning in FAULT_KINDS.items()
     ),
     MetricDoc(
         "eval/loss",

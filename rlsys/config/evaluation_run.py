@@ -13,7 +13,7 @@ from rlsys.config.data import DataConfig, SyntheticConfig
 from rlsys.config.generation import EngineConfig
 from rlsys.config.model import ModelConfig
 from rlsys.config.reward import RewardConfig
-from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
+from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, RunSection, UnhealedClusterConfig
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
 from rlsys.config.storage_uri import unsupported_storage
@@ -196,7 +196,9 @@ class EvaluationRunConfig(RootConfig):
     evaluation: EvaluationOptions = Field(
         default=EvaluationOptions(), description="What is computed from the responses."
     )
-    cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
+    cluster: UnhealedClusterConfig = Field(  # pyright: ignore
+        default=UnhealedClusterConfig(), description="The Ray cluster."
+    )
     run: RunSection = Field(default=RunSection(), description="The run's directory and display.")
 
     @property

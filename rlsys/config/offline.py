@@ -31,6 +31,8 @@ from rlsys.config.trainer import (
     EvaluationConfig,
     EvaluationSchedule,
     LoopConfig,
+    MaxRestarts,
+    PhaseTimeout,
 )
 
 
@@ -251,6 +253,8 @@ class OfflineTrainerConfig(LoopConfig):
         description="Seed of the data order and of new weights; below 2^32.",
     )
     checkpoints: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints.")
+    max_restarts: MaxRestarts = 5
+    phase_timeout_s: PhaseTimeout = None
 
 
 class GeneratingEvaluationConfig(EvaluationConfig):

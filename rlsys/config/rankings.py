@@ -8,7 +8,7 @@ from rlsys.config.data import ColumnNames, SyntheticConfig
 from rlsys.config.generation import GenerationConfig
 from rlsys.config.model import ModelConfig
 from rlsys.config.reward import RewardConfig
-from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig
+from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, UnhealedClusterConfig
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
 
@@ -62,7 +62,9 @@ class RankingsRunConfig(RootConfig):
         default=GenerationConfig(), description="The generation group."
     )
     reward: RewardConfig = Field(default=RewardConfig(), description="Rewards.")
-    cluster: ClusterConfig = Field(default=ClusterConfig(), description="The Ray cluster.")
+    cluster: UnhealedClusterConfig = Field(  # pyright: ignore
+        default=UnhealedClusterConfig(), description="The Ray cluster."
+    )
 
     def online(self) -> RunConfig:
         """Return the RL run with this run's model, engine, rewards and problems."""

@@ -181,6 +181,7 @@ SHARED: tuple[SharedField, ...] = (
     SharedField.of("data.chat"),
     SharedField.of("cluster.address"),
     SharedField.of("cluster.object_store_gib"),
+    SharedField.of("cluster.recovery_timeout_s", TRAINING),
     SharedField.of("run.progress", TRAINING),
 )
 

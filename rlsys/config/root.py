@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -70,7 +70,13 @@ class ClusterConfig(Section):
         ge=0.1,
         description="Size of Ray's object store where the run starts Ray, in GiB; at least 0.1.",
     )
-
+    recovery_timeout_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds that a restart of the actors waits for the resources of a node that "
+        "died. Then the run goes on with fewer generation workers, or ends where the policy has no "
+        "place. 0: it does not wait.",
+    )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         default="PACK",
         description="How policy ranks and generation workers are placed on the nodes of a joined "
@@ -83,6 +89,12 @@ class ClusterConfig(Section):
         """The cluster that a run joins: `address`, else RAY_ADDRESS; None where it starts Ray."""
         address = self.address or os.environ.get("RAY_ADDRESS")
         return None if address in (None, "", "local") else address
+
+
+class UnhealedClusterConfig(ClusterConfig):
+    """The Ray cluster of a run without checkpoints, which is never restarted."""
+
+    recovery_timeout_s: ClassVar[float] = 0.0  # pyright: ignore
 
 
 class RootConfig(Section):

@@ -55,6 +55,27 @@ class CheckpointConfig(Section):
     )
 
 
+MaxRestarts = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="Restarts of all actors from the newest checkpoint after the death of one, a "
+        "failed process group, exhausted memory or a hang; counted anew at each new checkpoint. "
+        "The third failure of one kind at the same step and phase ends the run in any case. 0: the "
+        "first failure does.",
+    ),
+]
+
+PhaseTimeout = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        description="Seconds after which a phase of a step counts as hung. null: 10 times the "
+        "longest time that it took so far, at least 600; 10800 where it was never measured.",
+    ),
+]
+
+
 class LoopConfig(Section):
     """What the training loops of all kinds of runs have in common.
 
@@ -66,6 +87,8 @@ class LoopConfig(Section):
         seed: int
         evaluation: Any  # an `EvaluationSchedule`
         checkpoints: CheckpointConfig
+        max_restarts: int
+        phase_timeout_s: float | None
 
     def evaluation_is_due(self, step: int, evaluated_step: int) -> bool:
         """Return whether to evaluate after `step`: before the first, every N steps, after the last.
@@ -103,3 +126,5 @@ class TrainerConfig(LoopConfig):
         description="Write the rollouts to Parquet every N steps, and always of the first and the "
         "last step. 0: of these two only.",
     )
+    max_restarts: MaxRestarts = 5
+    phase_timeout_s: PhaseTimeout = None

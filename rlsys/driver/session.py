@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rlsys.config import LoopConfig, RootConfig
+from rlsys.driver.faults import FaultLog
+from rlsys.driver.restarts import Restarts
+from rlsys.driver.watchdog import Watchdog
 from rlsys.metrics import peak_memory_gib
 from rlsys.run.checkpoints import Checkpoint, CheckpointStore
 from rlsys.run.observers.observer import Observer, Outcome
@@ -95,12 +98,24 @@ class Session:
         checkpoints: CheckpointStore,
         observers: Sequence[Observer] = (),
         evaluator: HeldOutEvaluation | None = None,
+        faults: FaultLog | None = None,
+        watchdog: Watchdog | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
+        """Create the session of a run.
+
+        Args:
+            faults: the log that the worker groups write to.
+            watchdog: ends a phase that hangs; None: phases may take any time.
+            restarts: know whether a failure ends the run; None: every failure does.
+        """
         self._config = config
         self._trainer: LoopConfig = config.trainer
         self._checkpoints = checkpoints
         self._observers = observers
         self._evaluator = evaluator
+        self._watchdog = watchdog
+        self._restarts = restarts
         self._parts: dict[str, HasState] = {}
         self._models: dict[str, HasFiles] = {}
         self._stop_requested = asyncio.Event()
@@ -111,6 +126,8 @@ class Session:
         self._save_time: dict[str, float] = {}  # goes with the next step, beyond its time/step
         self._place = "start"
         self._clock = PhaseClock()
+        self.faults = faults or FaultLog()
+        self.faults.listen(lambda fault: self._notify(lambda observer: observer.on_fault(fault)))
 
     # What belongs to a checkpoint
 
@@ -141,8 +158,7 @@ class Session:
             logger.warning("changed since checkpoint %s: %s", checkpoint.path, change)
 
         states = registered_states(checkpoint, self._config, self._parts)
-        for name, part in self._parts.items():
-            await _settled(part.load_state(states[name]))
+        await self.load_states(states)
         for directory, model in self._models.items():
             await model.load(checkpoint.path / directory)
 
@@ -151,13 +167,21 @@ class Session:
         self._saved_step = checkpoint.step
         self._evaluated_step = checkpoint.state["evaluated_step"]
 
+    async def states(self) -> dict[str, Any]:
+        """Return the states of all registered parts."""
+        return {name: await _settled(part.state()) for name, part in self._parts.items()}
+
+    async def load_states(self, states: Mapping[str, Any]) -> None:
+        """Continue from what `states` returned."""
+        for name, part in self._parts.items():
+            await _settled(part.load_state(states[name]))
+
     async def save(self) -> None:
         """Write a checkpoint of the completed steps."""
         self._enter("checkpoint")
         start = time.perf_counter()
         state: dict[str, Any] = {"step": self.step, "evaluated_step": self._evaluated_step}
-        for name, part in self._parts.items():
-            state[name] = await _settled(part.state())
+        state |= await self.states()
         state |= describe_origin(self._config)
 
         path = await self._checkpoints.save(self.step, self._write_models, state)
@@ -184,20 +208,26 @@ class Session:
         steps = self._trainer.steps
         self._notify(lambda observer: observer.on_start(first_step, steps))
         try:
-            await train()
-            if self._saved_step < self.step:
-                await self.save()
+            work = self._train_and_save(train)
+            await (self._watchdog.guard(work) if self._watchdog else work)
         except (asyncio.CancelledError, KeyboardInterrupt):
             self._end("interrupted", f"left during {self._place}; {self._newest_checkpoint()}")
             raise
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[-1]
             error.add_note(f"This happened during {self._place}; {self._newest_checkpoint()}.")
-            self._end("failed", f"{self._place}: {type(error).__name__}: {reason}")
+            message = f"{self._place}: {type(error).__name__}: {reason}"
+            ends = self._restarts is None or self._restarts.refusal(error) is not None
+            self._end("failed" if ends else "restarting", message)
             raise
 
         complete = self.step >= steps and not self._evaluation_is_due()
         return self._end("finished" if complete else "interrupted", "")
+
+    async def _train_and_save(self, train: Callable[[], Awaitable[None]]) -> None:
+        await train()
+        if self._saved_step < self.step:
+            await self.save()
 
     def request_stop(self) -> None:
         """End after the step in progress, with a checkpoint; a running evaluation is cancelled.
@@ -205,6 +235,8 @@ class Session:
         A signal handler calls it.
         """
         self._stop_requested.set()
+        if self._restarts:
+            self._restarts.request_stop()
 
     def goes_on(self) -> bool:
         """Return whether there is another step to take."""
@@ -238,11 +270,12 @@ class Session:
             yield
 
     def measurements(self) -> dict[str, float]:
-        """Return the times of the step so far, and the driver's peak memory.
+        """Return the times of the step so far, the driver's peak memory, and the counts of faults.
 
         The memory must not grow with the batch: large records stay in the object store.
         """
-        return self._clock.values() | {"memory/driver": peak_memory_gib()}
+        memory = {"memory/driver": peak_memory_gib()}
+        return self._clock.values() | memory | self.faults.metrics()
 
     async def end_step(self, values: Mapping[str, float]) -> None:
         """Count the step, report its numbers, and evaluate and save where that is due."""
@@ -281,6 +314,7 @@ class Session:
     def _enter(self, phase: str) -> None:
         step = self._current_step
         self._place = f"{phase} of step {step}"
+        self.faults.enter(step, phase)
         self._notify(lambda observer: observer.on_phase(step, phase))
 
     def _notify(self, event: Callable[[Observer], None]) -> None:

@@ -1,9 +1,10 @@
 """A pool of processes that compute rewards of completions under a wall-clock limit.
 
-A process that takes too long is killed and replaced, and so is one that dies; either costs the
-reward of one function for one completion. The limit also holds inside C code, and its time starts
-with the function's turn. Memory is limited as well. Lines that the processes print are collected.
-Run as a module, this file is the process's side.
+A process that takes too long is killed and replaced, which costs the reward of one function for one
+completion. A process that dies is replaced, and the function is called again: its reward is lost
+only where the second process dies too, since then the function itself ends it. The limit also holds
+inside C code, and its time starts with the function's turn. Memory is limited as well. Lines that
+the processes print are collected. Run as a module, this file is the process's side.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class RewardPool:
         self._succeeded = [0] * len(config.functions)
         # Functions that exceeded even the longer limit of a first answer.
         self._slow_to_start: set[int] = set()
+        self._deaths: deque[str] = deque(maxlen=KEPT_LINES)
         self.output = Output()
 
     def warm_up(self) -> None:
@@ -155,26 +157,50 @@ class RewardPool:
 
         # A function that costs the process ends a call; the rest run in the next process.
         pending = [i for i in functions if i not in outcomes]
+        died_at: dict[int, str] = {}  # functions that are called for the second time
         while pending:
-            answered = self._call(pending, inputs)
+            answered, ending = self._call(pending, inputs)
+            if ending is not None:
+                function = pending[len(answered)]
+                if function in died_at:
+                    answered.append(FunctionFailure(kind="crash", message=ending))
+                else:
+                    died_at[function] = ending
             outcomes.update(zip(pending, answered, strict=False))
             self._count(pending, answered, inputs.completion)
+            self._count_deaths(pending, answered, died_at)
             pending = pending[len(answered) :]
 
         return CompletionOutcomes(outcomes=tuple(outcomes[i] for i in functions))
 
-    def _call(self, functions: Sequence[int], inputs: RewardInput) -> list[Outcome]:
-        """Return outcomes of the first of `functions`, at least of one.
+    def _count_deaths(
+        self, functions: Sequence[int], outcomes: Sequence[Outcome], died_at: dict[int, str]
+    ) -> None:
+        """Count the deaths that were not the fault of the function: the second call answered."""
+        for i, outcome in zip(functions, outcomes, strict=False):
+            if i in died_at and not isinstance(outcome, FunctionFailure):
+                self._deaths.append(died_at[i])
 
-        The last one is that of the function at which the process was lost, if it was.
+    def take_deaths(self) -> list[str]:
+        """Return how processes died since the last call that were not ended by a function."""
+        return [self._deaths.popleft() for _ in range(len(self._deaths))]
+
+    def _call(
+        self, functions: Sequence[int], inputs: RewardInput
+    ) -> tuple[list[Outcome], str | None]:
+        """Return outcomes of the first of `functions`, and how the process died if it did.
+
+        After a timeout the last outcome is that of the function which took too long. A process that
+        died did so at the function after those with an outcome.
         """
         try:
             process = self._process()
         except (RuntimeError, TimeoutError) as error:
             message = " ".join(f"no process to run it in: {error}".split())
-            return [FunctionFailure(kind="crash", message=message)] * len(functions)
+            return [FunctionFailure(kind="crash", message=message)] * len(functions), None
 
         outcomes: list[Outcome] = []
+        ending: str | None = None
         try:
             # Most functions read two texts only: other fields are not pickled for them.
             request = inputs if process.reads_all else _texts_of(inputs)
@@ -188,9 +214,9 @@ class RewardPool:
             outcomes.append(FunctionFailure(kind="timeout", message=message))
             self._drop()
         except (EOFError, OSError):
-            outcomes.append(FunctionFailure(kind="crash", message=process.ending()))
+            ending = process.ending()
             self._drop()
-        return outcomes
+        return outcomes, ending
 
     def _limit_s(self, process: _Process, function: int) -> float:
         is_first = function not in process.answered | self._slow_to_start

@@ -3,6 +3,7 @@
 runs/<name>/
     config.yaml      metrics.jsonl      tensorboard/     rollouts/step_*.parquet
     checkpoints/     report.html        status.json      run.log         logs/<actor>.{out,err}
+    failures/        faults.jsonl
 """
 
 from __future__ import annotations
@@ -56,12 +57,21 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def failures(self) -> Path:
+        """Evidence of failures, after which the actors were restarted; absent without any."""
+        return self.path / "failures"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
     @property
     def status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def faults(self) -> Path:
+        return self.path / "faults.jsonl"
 
     @property
     def log(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ class LargeRollouts:
     """A generation actor whose batches hold `sampling.max_tokens` tokens of 9 bytes each."""
 
     def generate(
-        self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
+        self,
+        prompts: PromptBatch,
+        positions: Sequence[int],
+        sampling: SamplingParameters,
+        version: int | None,
     ) -> Any:
         sequences = np.ones((2, sampling.max_tokens // 2), dtype=np.int32)
         batch = RolloutBatch(
@@ -148,8 +153,8 @@ class LargeRollouts:
             response_texts=("",) * 2,
             temperature=1.0,
         )
-        yield (first_prompt, batch.num_response_tokens)
         yield batch
+        yield (positions[0], batch.num_response_tokens)
 
 
 class Trainer:

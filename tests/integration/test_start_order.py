@@ -56,7 +56,7 @@ def cluster_of(actors: dict[str, Any], gpus: float = 0.0) -> Cluster:
         bundles=tuple(bundles),
         reservation=mock.Mock(),
         leave_ray=lambda: None,
-        threads={},
+        config=mock.Mock(),
         actors=actors,
     )
 

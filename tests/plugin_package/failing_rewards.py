@@ -5,6 +5,7 @@
 import ctypes
 import functools
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -79,6 +80,16 @@ def calls_os_exit(completion: str, ground_truth: str) -> float:
 def segfaults(completion: str, ground_truth: str) -> float:
     ctypes.string_at(0)
     return 1.0
+
+
+@register_reward_function("is_killed_once")
+def is_killed_once(completion: str, ground_truth: str) -> float:
+    """Have the process killed, unless the file that the completion names exists by now."""
+    if os.path.exists(completion):
+        return 1.0
+    with open(completion, "w"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
 
 @register_reward_function("returns_coroutine")

@@ -214,7 +214,7 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
 
 def without_times(records: list[MetricsRecord]) -> list[tuple]:
     """Return the part of the metrics that is equal in two runs of one configuration."""
-    measured = ("time/", "throughput/", "memory/")
+    measured = ("time/", "throughput/", "memory/", "faults/")
     rows = []
     for record in records:
         computed = {

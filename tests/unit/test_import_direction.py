@@ -58,6 +58,8 @@ BELOW_PARTS = (
     "workers.local_ray",
     "workers.node_folders",
     "workers.placement",
+    "workers.stack_dumps",
+    "workers.supervision",
     "workers.user_code",
 )
 

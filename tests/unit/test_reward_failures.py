@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -416,6 +418,37 @@ def test_a_function_that_ends_or_hangs_its_process_costs_its_own_score_alone(
     printed = "\n".join(pool.output.take())
     assert "last words" in printed
     assert "reward 'hangs': timeout, no answer within reward.timeout_s 0.5; on ...'a" in printed
+
+
+def test_a_process_that_is_killed_costs_nothing(pools: list[RewardPool], tmp_path: Path):
+    """The functions before it keep their scores; those from it on run in the next process."""
+    pool = RewardPool(configured("counts_a", "is_killed_once", "is_short"), (PLUGIN,))
+    pools.append(pool)
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in (*paths, paths[0]):
+        result = pool.submit(RewardInput(completion=path, ground_truth="")).result()
+        assert result.components[1:] == (1.0, 0.0)
+    assert pool.take_deaths() == ["its process was ended by SIGKILL"] * 2
+    assert pool.take_deaths() == []
+
+
+def test_an_idle_process_that_is_killed_costs_nothing(pools: list[RewardPool]):
+    pool = RewardPool(configured("counts_a"), (PLUGIN,))
+    pools.append(pool)
+    pool.warm_up()
+    for pid in pool.process_ids():
+        os.kill(pid, signal.SIGKILL)
+    found = [pool.submit(RewardInput(completion="aa", ground_truth="")) for _ in range(8)]
+    assert [one.result().components for one in found] == [(2.0,)] * 8
+    assert set(pool.take_deaths()) == {"its process was ended by SIGKILL"}
+
+
+def test_a_function_that_ends_its_process_is_no_fault(pools: list[RewardPool]):
+    pool = RewardPool(configured("calls_os_exit"), (PLUGIN,))
+    pools.append(pool)
+    (outcome,) = pool.submit(RewardInput(completion="a", ground_truth="")).result().outcomes
+    assert isinstance(outcome, FunctionFailure)
+    assert pool.take_deaths() == []
 
 
 def test_a_first_answer_may_take_longer_for_what_it_imports(pools: list[RewardPool]):

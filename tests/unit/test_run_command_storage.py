@@ -19,6 +19,7 @@ from recipes.run_command import Prepared, Started, changes_of, run_command, said
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation
 from rlsys.config.hardware import Hardware
+from rlsys.driver.faults import FaultLog
 from rlsys.driver.session import Session
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
@@ -71,6 +72,9 @@ class NoCluster:
 
     actors: dict[str, Any] = {}  # noqa: RUF012
 
+    def supervised_of(self, role: str) -> list[Any]:
+        return []
+
     def shutdown(self) -> None:
         pass
 
@@ -88,10 +92,12 @@ class CountingRun(Prepared[RunConfig]):
     def connect(self) -> Any:
         return NoCluster()
 
-    async def start(self, cluster: Any, status: StatusWriter, console: Console) -> Started:
+    async def start(
+        self, cluster: Any, status: StatusWriter, console: Console, faults: FaultLog
+    ) -> Started:
         if self.broken == "set-up":
             raise ConfigError("model.path: refused by a worker")
-        session = self.open_session(Progress(console, live=False), status, None)
+        session = self.open_session(Progress(console, live=False), status, None, faults)
         return Started(loop=Counter(session, self.broken), session=session)
 
 

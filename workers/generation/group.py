@@ -4,85 +4,165 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from rlsys.data.batches import PromptBatch, SamplingParameters
 from rlsys.driver.ports import RolloutPart
 from rlsys.metrics import Metric, combine
+from workers.supervision import ActorPool, SupervisedActor, as_pool, is_death
 
 
 class GenerationGroup:
-    """The `ports.Generator` over actor handles of `GenerationWorker`."""
+    """The `ports.Generator` over supervised actors of `GenerationWorker`.
 
-    def __init__(self, workers: Sequence[Any]) -> None:
-        self._workers = workers
+    Where a worker dies, the prompts that it has not answered go to the others, or wait for the
+    first that is ready again. A response depends on the seed, the prompt and its position in the
+    batch (`RolloutEngine`), so with the same weights it is the same from any worker.
+    """
+
+    def __init__(self, workers: ActorPool | Sequence[SupervisedActor | Any]) -> None:
+        self._pool = as_pool(workers)
 
     async def generate(
         self, prompts: PromptBatch, sampling: SamplingParameters
     ) -> AsyncIterator[RolloutPart]:
         """Split the prompts evenly over the workers and yield each group when it is finished."""
-        # A worker's task puts its parts into the queue, then None, or an error.
-        queue: asyncio.Queue[RolloutPart | BaseException | None] = asyncio.Queue()
-        ranges = _even_ranges(len(prompts), len(self._workers))
+        work = _OpenWork(prompts, self._pool.num_ready or len(self._pool))
         tasks = [
-            asyncio.create_task(self._stream(worker, prompts, indices, sampling, queue))
-            for worker, indices in zip(self._workers, ranges, strict=True)
-            if len(indices)
+            asyncio.create_task(self._serve(worker, work, sampling))
+            for worker in self._pool.members
         ]
-
         try:
-            running = len(tasks)
-            while running:
-                item = await queue.get()
-                if isinstance(item, RolloutPart):
-                    yield item
-                elif item is None:
-                    running -= 1
-                else:
-                    raise item
+            async for part in work.finished_parts():
+                yield part
         finally:
             # The driver may stop early, and an error of one worker ends all streams.
             for task in tasks:
                 task.cancel()
 
+    async def _serve(
+        self, worker: SupervisedActor, work: _OpenWork, sampling: SamplingParameters
+    ) -> None:
+        """Let one worker take pieces of the work until all of it is done."""
+        try:
+            while True:
+                actor = await worker.ready()
+                positions = await work.take()
+                try:
+                    await self._stream(actor, work, positions, sampling)
+                except Exception as error:
+                    if not is_death(error):
+                        raise
+                    others = sum(one.is_ready for one in self._pool.members if one is not worker)
+                    left = work.give_back(positions, pieces=max(1, others))
+                    worker.died(actor, error, _next_steps(left, others))
+        except Exception as error:
+            work.fail(error)
+
     async def _stream(
         self,
-        worker: Any,
-        prompts: PromptBatch,
-        indices: range,
+        actor: Any,
+        work: _OpenWork,
+        positions: Sequence[int],
         sampling: SamplingParameters,
-        queue: asyncio.Queue[Any],
     ) -> None:
-        """Generate the prompts `indices` on one worker and put the parts into the queue."""
-        own = PromptBatch(
-            batch_id=prompts.batch_id,
-            prompts=prompts.prompts[indices.start : indices.stop],
-            group_ids=prompts.group_ids[indices.start : indices.stop],
+        """Generate the prompts at `positions` on one worker."""
+        stream = actor.generate.options(num_returns="streaming").remote(
+            work.prompts_at(positions), positions, sampling, self._pool.version
         )
-        try:
-            stream = worker.generate.options(num_returns="streaming").remote(
-                own, indices.start, sampling
+        # The items alternate: a reference that is passed on, and a small one that is fetched.
+        async for rollouts in stream:
+            try:
+                head = await anext(stream)
+            except StopAsyncIteration:
+                await rollouts  # the last item of a stream that failed is its error
+                raise
+            position, tokens = await head
+            work.finish(
+                RolloutPart(prompt_index=position, num_response_tokens=tokens, rollouts=rollouts)
             )
-            # The items alternate: a small one that is fetched, and a reference that is passed on.
-            async for head in stream:
-                index, tokens = await head
-                rollouts = await anext(stream)
-                part = RolloutPart(
-                    prompt_index=index, num_response_tokens=tokens, rollouts=rollouts
-                )
-                await queue.put(part)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
+        work.check_finished(positions)
 
     async def metrics(self) -> dict[str, Metric]:
-        """Return the peak memory over the workers."""
-        return combine(await asyncio.gather(*(worker.metrics.remote() for worker in self._workers)))
+        """Return the peak memory over the workers that are not restarting."""
+        return combine([report for _, report in await self._pool.ask("metrics")])
 
 
-def _even_ranges(count: int, workers: int) -> list[range]:
-    """Return consecutive ranges whose sizes differ by at most one."""
-    bounds = [count * i // workers for i in range(workers + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+class _OpenWork:
+    """The prompts of one batch that have no response yet."""
+
+    def __init__(self, prompts: PromptBatch, pieces: int) -> None:
+        self._prompts = prompts
+        self._open = deque(_even_parts(range(len(prompts)), pieces))
+        self._unfinished = set(range(len(prompts)))
+        self._more = asyncio.Event()
+        self._results: asyncio.Queue[RolloutPart | BaseException] = asyncio.Queue()
+
+    async def finished_parts(self) -> AsyncIterator[RolloutPart]:
+        """Yield each part once, when it is finished.
+
+        Raises:
+            Exception: the first error of a worker.
+        """
+        for _ in range(len(self._prompts)):
+            item = await self._results.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    async def take(self) -> tuple[int, ...]:
+        """Return the positions of the next piece; where there is none, wait for one."""
+        while not self._open:
+            self._more.clear()
+            await self._more.wait()
+        return self._open.popleft()
+
+    def give_back(self, positions: Sequence[int], pieces: int) -> int:
+        """Offer the unfinished prompts of a piece again, and return how many there are."""
+        left = [position for position in positions if position in self._unfinished]
+        self._open.extend(_even_parts(left, pieces))
+        self._more.set()
+        return len(left)
+
+    def finish(self, part: RolloutPart) -> None:
+        """Pass on a part; each prompt has one."""
+        # A prompt that counts twice would silently bias the update.
+        assert part.prompt_index in self._unfinished, f"prompt {part.prompt_index} came twice"
+        self._unfinished.remove(part.prompt_index)
+        self._results.put_nowait(part)
+
+    def check_finished(self, positions: Sequence[int]) -> None:
+        """Assert that a worker that is done has answered all of its prompts."""
+        missing = self._unfinished.intersection(positions)
+        assert not missing, f"a generation worker left out the prompts {sorted(missing)}"
+
+    def fail(self, error: BaseException) -> None:
+        """End the work with an error."""
+        self._results.put_nowait(error)
+
+    def prompts_at(self, positions: Sequence[int]) -> PromptBatch:
+        """Return some of the prompts."""
+        return PromptBatch(
+            batch_id=self._prompts.batch_id,
+            prompts=tuple(self._prompts.prompts[position] for position in positions),
+            group_ids=self._prompts.group_ids[np.asarray(positions, dtype=np.int64)],
+        )
+
+
+def _next_steps(unfinished: int, others: int) -> str:
+    """Describe what happens with the prompts of a worker that died."""
+    if not unfinished:
+        return "it is restarted"
+    goes = "go to the other workers" if others else "wait for a worker"
+    return f"its unfinished prompts ({unfinished}) {goes}, and it is restarted"
+
+
+def _even_parts(items: Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """Split into at most `parts` consecutive parts, not empty, whose sizes differ by at most 1."""
+    bounds = [len(items) * i // parts for i in range(parts + 1)]
+    ranges = itertools.pairwise(bounds)
+    return [tuple(items[start:stop]) for start, stop in ranges if stop > start]

@@ -25,20 +25,34 @@ class GenerationWorker:
         self._version = -1
 
     def generate(
-        self, prompts: PromptBatch, first_prompt: int, sampling: SamplingParameters
-    ) -> Iterator[tuple[int, ...] | RolloutBatch]:
+        self,
+        prompts: PromptBatch,
+        positions: Sequence[int],
+        sampling: SamplingParameters,
+        version: int | None = None,
+    ) -> Iterator[tuple[int, int] | RolloutBatch]:
         """Yield two items for each finished group, as a streaming generator of Ray.
 
-        The first is the prompt's index in the batch with the number of sampled tokens, the second
-        the `RolloutBatch`. So the caller can fetch the small items and pass on the references of
-        the large ones.
+        The first is the `RolloutBatch`, the second the prompt's position with the number of sampled
+        tokens. So the caller can pass on the references of the large items and fetch the small
+        ones, of which each proves that the large one before it is in the object store.
+
+        Args:
+            positions: of the prompts in the whole batch.
+            version: of the weights that must be installed; None: any.
+
+        Raises:
+            RuntimeError: other weights are installed.
         """
-        positions = range(first_prompt, first_prompt + len(prompts))
+        if version not in (None, self._version):
+            raise RuntimeError(
+                f"weights version {self._version} is installed, not {version}: nothing is sampled"
+            )
         for groups in self._engine.generate(prompts.prompts, positions, sampling):
             for group in groups:
                 batch = build_rollouts(prompts, [group], sampling, self._version)
-                yield (first_prompt + group.index, batch.num_response_tokens)
                 yield batch
+                yield (positions[group.index], batch.num_response_tokens)
 
     def install_weights(self, manifest: WeightManifest, *shards: NDArray[np.uint8]) -> None:
         """Install the weights of `manifest.version`.

@@ -1,12 +1,15 @@
 """Weight sync from the policy to the engines through Ray's object store.
 
-After every sync a probe compares the log-probabilities of both sides.
+After every sync a probe compares the log-probabilities of both sides. The weights stay in the store
+until the next sync, so that a generation worker that is restarted gets the present ones without
+the trainer, which may be in the middle of an update by then.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +19,7 @@ from rlsys.config import RunConfig
 from rlsys.driver.ports import WeightSyncError
 from rlsys.metrics import Metric, maximum, mean, total
 from rlsys.models.weights import WeightManifest, unpack_weights
+from workers.supervision import ActorPool, SupervisedActor, as_pool
 
 
 class WeightSource(Protocol):
@@ -47,6 +51,15 @@ def difference_tolerance(config: RunConfig) -> float:
     return DEFAULT_TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PresentWeights:
+    """The weights of the last sync, with what proves that an engine has them."""
+
+    manifest: WeightManifest
+    shards: Sequence[Any]  # references
+    expected: NDArray[np.float32] | None  # log-probabilities of the probe; None: no comparison
+
+
 class ObjectStoreWeightSync:
     """The `ports.WeightSync` through the object store.
 
@@ -56,53 +69,92 @@ class ObjectStoreWeightSync:
     def __init__(
         self,
         policy: WeightSource,
-        workers: Sequence[Any],
+        workers: ActorPool | Sequence[SupervisedActor | Any],
         config: RunConfig,
         probe: Sequence[NDArray[np.int32]],
     ) -> None:
         """Take the two sides of the sync.
 
         Args:
-            workers: the generation actors.
+            workers: the generation actors; a pool that also samples checks the version there.
             probe: the sequences on which both sides are compared.
         """
         self._policy = policy
-        self._workers = workers
+        self._pool = as_pool(workers)
         self._tolerance = difference_tolerance(config)
         self._probe = probe
+        # None before the first sync; pending while the trainer exports.
+        self._present: asyncio.Future[PresentWeights] | None = None
+        for worker in self._pool.members:
+            worker.prepare_with(self._bring_up_to_date)
 
     async def sync(self, version: int) -> dict[str, Metric]:
-        """See `ports.WeightSync`."""
-        # The shards are references here; Ray resolves them on the workers' nodes.
-        manifest, shards = await self._policy.export_weights(version)
-        await asyncio.gather(
-            *(worker.install_weights.remote(manifest, *shards) for worker in self._workers)
-        )
+        """See `ports.WeightSync`.
 
-        metrics = {"sync/bytes": total(manifest.num_bytes)}
-        if self._tolerance:
-            metrics |= await self._compare(manifest, shards)
+        A worker that dies meanwhile gets these weights when it is restarted.
+        """
+        # From here on no worker can become ready with older weights.
+        present = self._present = asyncio.get_running_loop().create_future()
+        try:
+            weights = await self._export(version)
+        except BaseException as error:
+            present.set_exception(RuntimeError(f"the export of the weights failed: {error}"))
+            present.exception()  # nobody may be waiting for it
+            raise
+        present.set_result(weights)
+
+        await self._pool.ask("install_weights", weights.manifest, *weights.shards)
+        metrics = {"sync/bytes": total(weights.manifest.num_bytes)}
+        if weights.expected is not None:
+            metrics |= await self._compare(weights, weights.expected)
+        self._pool.version = version
         return metrics
 
-    async def _compare(self, manifest: WeightManifest, shards: Sequence[Any]) -> dict[str, Metric]:
+    async def _export(self, version: int) -> PresentWeights:
+        """Let the trainer put its weights into the store, and compute the probe."""
+        # The shards are references here; Ray resolves them on the workers' nodes.
+        manifest, shards = await self._policy.export_weights(version)
+        expected = None
+        if self._tolerance:
+            expected = np.concatenate(await self._policy.probe_logprobs(self._probe, 1.0))
+        return PresentWeights(manifest=manifest, shards=shards, expected=expected)
+
+    async def _bring_up_to_date(self, actor: Any) -> None:
+        """Install the present weights on a worker that was restarted, and compare it.
+
+        Before the first sync it has those of the model's files, as all have.
+
+        Raises:
+            WeightSyncError: engine and trainer disagree by more than the tolerance.
+        """
+        while self._present is not None:
+            present = self._present
+            weights = await asyncio.shield(present)
+            await actor.install_weights.remote(weights.manifest, *weights.shards)
+            if weights.expected is not None:
+                engine = np.concatenate(await actor.probe_logprobs.remote(self._probe))
+                difference = float(np.abs(engine - weights.expected).mean())
+                if not difference <= self._tolerance:
+                    raise await self._error(weights, actor, "a restarted worker", difference)
+            if self._present is present:  # else there was a sync meanwhile
+                return
+
+    async def _compare(
+        self, weights: PresentWeights, expected: NDArray[np.float32]
+    ) -> dict[str, Metric]:
         """Compare the log-probabilities of the probe on both sides.
 
         Raises:
             WeightSyncError: the mean difference of an engine is above the tolerance.
         """
-        # The sides take turns: both at once on the same cores take longer.
-        trainer = await self._policy.probe_logprobs(self._probe, 1.0)
-        engines = await asyncio.gather(
-            *(worker.probe_logprobs.remote(self._probe) for worker in self._workers)
-        )
-
-        expected = np.concatenate(trainer)
-        differences = [np.abs(np.concatenate(engine) - expected) for engine in engines]
+        answers = await self._pool.ask("probe_logprobs", self._probe)
+        differences = [np.abs(np.concatenate(engine) - expected) for _, engine in answers]
         means = [float(difference.mean()) for difference in differences]
         worst = int(np.argmax(means))
         # Written so that NaN is an error.
         if not means[worst] <= self._tolerance:
-            raise await self._error(manifest, shards, worst, means[worst])
+            worker, _ = answers[worst]
+            raise await self._error(weights, worker.present, worker.name, means[worst])
 
         num_tokens = sum(difference.size for difference in differences)
         largest = max(float(difference.max()) for difference in differences)
@@ -112,12 +164,13 @@ class ObjectStoreWeightSync:
         }
 
     async def _error(
-        self, manifest: WeightManifest, shards: Sequence[Any], worker: int, difference: float
+        self, weights: PresentWeights, actor: Any, name: str, difference: float
     ) -> WeightSyncError:
         """Return the error for a generation worker, with the parameter groups that differ."""
+        manifest = weights.manifest
         names = [entry.name for entry in manifest.entries]
-        held = await self._workers[worker].weight_checksums.remote(names)
-        different = differing_groups(manifest, [await shard for shard in shards], held)
+        held = await actor.weight_checksums.remote(names)
+        different = differing_groups(manifest, [await shard for shard in weights.shards], held)
 
         found = ", ".join(different)
         if not different:
@@ -126,7 +179,7 @@ class ObjectStoreWeightSync:
                 "(suspect the LM head of tied embeddings)"
             )
         return WeightSyncError(
-            f"after the sync of weights version {manifest.version}, generation worker {worker} and "
+            f"after the sync of weights version {manifest.version}, {name} and "
             f"the trainer differ by {difference:.4f} in mean log-probability "
             f"(generation.logprob_difference_tolerance is {self._tolerance}). "
             f"Parameter groups that differ: {found}."

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.run.directory import RunDirectory
+from rlsys.run.fault_events import Fault, count_faults
 from rlsys.run.observers.headlines import further_results, headline_of
 from rlsys.run.observers.metrics_log import MetricsRecord
 from rlsys.run.observers.observer import PHASES, Observer, Outcome
@@ -152,10 +153,13 @@ class Progress(Observer):
     def on_checkpoint(self, step: int, path: str) -> None:
         self._print(f"checkpoint {path}")
 
+    def on_fault(self, fault: Fault) -> None:
+        self._print(fault.line())
+
     def on_end(self, outcome: Outcome, message: str) -> None:
         if self._live:
             self._live.stop()
-        if outcome == "finished":
+        if outcome in ("finished", "restarting"):  # the command prints that it restarts
             return
         line = f"run {outcome} after {self._step} steps"
         if message and outcome != "failed":  # the command prints the reason of a failure
@@ -258,6 +262,10 @@ def print_summary(
         for warnings in summary.training.warnings:
             label = Text(warnings.kind, style="yellow")
             table.add_row(label, f"{warnings.steps} (last: {warnings.last})")
+    faults = count_faults(directory.faults)
+    if faults:
+        counts = ", ".join(f"{kind} {count}" for kind, count in faults.items())
+        table.add_row(Text("faults", style="yellow"), counts)
     table.add_row("wall time", duration(seconds))
     console.print(table)
     _print_paths(console, directory)
@@ -297,6 +305,7 @@ def _print_paths(console: Console, directory: RunDirectory) -> None:
         "metrics": directory.metrics,
         "rollouts": directory.rollouts,
         "checkpoints": directory.checkpoints,
+        "faults": directory.faults,
         "log": directory.log,
     }
     for label, path in written.items():

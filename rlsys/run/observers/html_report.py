@@ -24,6 +24,7 @@ from rlsys.config.command_line import flat
 from rlsys.config.secrets import VARIABLE
 from rlsys.data.rollout_files import read_rollouts
 from rlsys.run.directory import RunDirectory, write_whole
+from rlsys.run.fault_events import read_faults
 from rlsys.run.observers.charts import format_number
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import Observer, Outcome
@@ -110,6 +111,21 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _faults(directory: RunDirectory) -> list[dict[str, str]]:
+    """Return the deaths of processes, with the columns that the table shows."""
+    return [
+        {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.time)),
+            "place": f"{fault.phase} of step {fault.step}" if fault.phase else "start",
+            "event": fault.event,
+            "reason": fault.reason,
+            "action": fault.action,
+            "evidence": fault.evidence,
+        }
+        for fault in read_faults(directory.faults)
+    ]
+
+
 def _first_advantage(row: Mapping[str, Any]) -> str:
     """Return the advantage of the first sampled token; a dash where the file has none.
 
@@ -137,6 +153,7 @@ def render_report(directory: RunDirectory) -> str:
         written=now,
         tiles=list(_tiles(summary, status)),
         warnings=summary.training.warnings if summary.training else (),
+        faults=_faults(directory),
         charts=charts_of(records),
         config=[(name, json.dumps(v, ensure_ascii=False)) for name, v in flat(config).items()],
         samples=_samples(directory),

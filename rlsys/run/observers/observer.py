@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Outcome = Literal["finished", "interrupted", "failed"]
+if TYPE_CHECKING:
+    from rlsys.run.fault_events import Fault
+
+# "restarting": an actor failed, and the loop begins again from the newest checkpoint.
+Outcome = Literal["finished", "interrupted", "failed", "restarting"]
 
 # Phases of a step, in order. Each is reported as time/<phase>; their sum is time/step. `reward` is
 # the wait for rewards that were not ready when generation and log-probabilities were done; `critic`
@@ -33,6 +37,9 @@ class Observer:
 
     def on_checkpoint(self, step: int, path: str) -> None:
         """React to a complete checkpoint."""
+
+    def on_fault(self, fault: Fault) -> None:
+        """React to the death of a process, when it is noticed."""
 
     def on_end(self, outcome: Outcome, message: str) -> None:
         """React to the end of the loop; `message` is the reason where it failed."""

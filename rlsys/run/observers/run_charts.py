@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from rlsys.run.fault_events import FAULT_KINDS
 from rlsys.run.observers.charts import Series, line_chart, stacked_bars
 from rlsys.run.observers.metrics_log import MetricsRecord
 from rlsys.run.observers.observer import PHASES
@@ -111,6 +112,11 @@ CHARTS = (
             ("updates skipped", "policy/skipped_updates", "train"),
         ),
         may_be_log=True,
+        unless_zero=True,
+    ),
+    ChartSpec(
+        "Faults so far",
+        tuple((kind.replace("_", " "), f"faults/{kind}", "train") for kind in FAULT_KINDS),
         unless_zero=True,
     ),
     ChartSpec(

@@ -21,7 +21,7 @@ from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
 from rlsys.run.shown_text import shown
 
-State = Literal["starting", "running", "finished", "interrupted", "failed", "died"]
+State = Literal["starting", "running", "restarting", "finished", "interrupted", "failed", "died"]
 
 
 @dataclass(frozen=True, kw_only=True)

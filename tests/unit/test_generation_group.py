@@ -1,0 +1,291 @@
+"""The generation group answers each prompt once, whichever workers die, with present weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlsys.config import RunConfig
+from rlsys.data.batches import PromptBatch, SamplingParameters
+from rlsys.driver.faults import FaultLog
+from rlsys.driver.ports import WeightSyncError
+from rlsys.run.fault_events import Fault
+from tests.support.killed_actors import FakeActor, supervised_fake
+from tests.support.rollout_examples import rollouts
+from workers.generation.group import GenerationGroup
+from workers.supervision import ActorPool, TooManyDeathsError
+from workers.weight_sync.object_store import ObjectStoreWeightSync
+
+SAMPLING = SamplingParameters(
+    samples_per_prompt=1,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_tokens=0,
+    max_tokens=4,
+    stop=(),
+    seed=5,
+)
+
+
+def prompts(count: int) -> PromptBatch:
+    """Return `count` prompts."""
+    return rollouts([([i + 1], [[1]]) for i in range(count)], batch_id=3).prompts
+
+
+class Engine:
+    """A generation worker: the weights are one number, and responses name prompt and weights."""
+
+    def __init__(self) -> None:
+        self.weights, self.version = 0.0, -1
+
+    def generate(
+        self,
+        own: PromptBatch,
+        positions: Sequence[int],
+        sampling: SamplingParameters,
+        version: int | None,
+    ) -> Iterator[Any]:
+        assert version in (None, self.version), f"{self.version} is installed, not {version}"
+        # The last prompt is finished first, as with engines that batch continuously.
+        pairs = list(zip(own.prompts, own.group_ids.tolist(), positions, strict=True))
+        for prompt, group, position in reversed(pairs):
+            yield (prompt.problem_id, group, own.batch_id, self.weights)
+            yield (position, 10 + position)
+
+    def install_weights(self, manifest: Any, *shards: float) -> None:
+        self.weights, self.version = shards[0], manifest.version
+
+    def probe_logprobs(self, probe: Any) -> list[np.ndarray]:
+        return [np.full(3, self.weights, dtype=np.float32)]
+
+    def weight_checksums(self, names: Any) -> dict:
+        return {}
+
+    def metrics(self) -> dict:
+        return {}
+
+
+Fates = list[dict[str, list[int | None]]]
+
+
+def pool_of(*fates: Fates, faults: FaultLog | None = None) -> tuple[ActorPool, list[list[Engine]]]:
+    """Return a pool with a worker for each of `fates`, and the engines of each worker.
+
+    `fates[worker][n]` are those of the n-th process of a worker; later ones live.
+    """
+    engines: list[list[Engine]] = [[] for _ in fates]
+
+    def start(worker: int, number: int) -> FakeActor:
+        engines[worker].append(Engine())
+        own = fates[worker]
+        return FakeActor(engines[worker][-1], own[number] if number < len(own) else {})
+
+    members = [
+        supervised_fake(
+            lambda number, worker=worker: start(worker, number),
+            name=f"generation worker {worker}",
+            faults=faults,
+        )
+        for worker in range(len(fates))
+    ]
+    return ActorPool(members), engines
+
+
+async def answers(group: GenerationGroup, batch: PromptBatch) -> dict[int, Any]:
+    """Generate, and return the record of each prompt; every prompt must come once."""
+    found: dict[int, Any] = {}
+    async for part in group.generate(batch, SAMPLING):
+        assert part.prompt_index not in found
+        assert part.num_response_tokens == 10 + part.prompt_index
+        found[part.prompt_index] = await part.rollouts
+    return found
+
+
+def expected(count: int, weights: float = 0.0) -> dict[int, Any]:
+    """Return the records of all prompts."""
+    return {i: (f"p{i}", i, 3, weights) for i in range(count)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("passed", range(7))
+async def test_each_prompt_has_one_part_wherever_a_worker_dies(workers: int, passed: int):
+    """Kill the first worker after `passed` items of its stream, also between the two of a part."""
+    faults = FaultLog()
+    fates: list[Fates] = [[{"generate": [passed]}], *([[]] * (workers - 1))]
+    pool, _ = pool_of(*fates, faults=faults)
+    assert await asyncio.wait_for(answers(GenerationGroup(pool), prompts(12)), 10) == expected(12)
+    assert faults.metrics()["faults/generation_worker"] == 1
+
+
+async def test_all_workers_may_die_at_once_and_again():
+    faults = FaultLog()
+    twice: Fates = [{"generate": [1]}, {"generate": [2]}]
+    pool, _ = pool_of(twice, twice, twice, faults=faults)
+    assert await asyncio.wait_for(answers(GenerationGroup(pool), prompts(9)), 10) == expected(9)
+    assert faults.metrics()["faults/generation_worker"] == 6
+
+
+async def test_the_event_says_where_the_prompts_go():
+    faults, seen = FaultLog(), list[Fault]()
+    faults.listen(seen.append)
+    pool, _ = pool_of([{"generate": [2]}], [], faults=faults)
+    await answers(GenerationGroup(pool), prompts(6))
+    alone, _ = pool_of([{"generate": [4]}], faults=faults)
+    await answers(GenerationGroup(alone), prompts(3))
+    assert [fault.action for fault in seen] == [
+        "its unfinished prompts (2) go to the other workers, and it is restarted",
+        "its unfinished prompts (1) wait for a worker, and it is restarted",
+    ]
+
+
+async def test_workers_that_live_get_equal_shares():
+    """Without a death the first worker gets the first half, as a single request."""
+    pool, _ = pool_of([], [])
+    await answers(GenerationGroup(pool), prompts(5))
+    requests = [member.present.calls for member in pool.members]
+    assert [[arguments[1] for _, arguments in calls] for calls in requests] == [
+        [(0, 1)],
+        [(2, 3, 4)],
+    ]
+
+
+async def test_a_prompt_that_kills_every_worker_ends_the_run():
+    fatal: Fates = [{"generate": [0]}] * 9
+    pool, _ = pool_of(fatal, fatal)
+    with pytest.raises(TooManyDeathsError, match="died 3 times without progress in the same way"):
+        await asyncio.wait_for(answers(GenerationGroup(pool), prompts(2)), 10)
+
+
+async def test_an_error_of_the_engine_is_raised_and_restarts_nothing():
+    faults = FaultLog()
+    pool, engines = pool_of([], [], faults=faults)
+    pool.version = 4  # no engine has it
+    with pytest.raises(AssertionError, match="-1 is installed, not 4"):
+        await answers(GenerationGroup(pool), prompts(4))
+    assert set(faults.metrics().values()) == {0}
+    assert [len(found) for found in engines] == [1, 1]
+
+
+async def test_a_worker_that_leaves_out_a_prompt_is_an_error():
+    class Lazy(Engine):
+        def generate(self, own: Any, positions: Any, sampling: Any, version: Any) -> Iterator[Any]:
+            yield from list(super().generate(own, positions, sampling, version))[2:]
+
+    pool = ActorPool([supervised_fake(lambda number: FakeActor(Lazy()))])
+    with pytest.raises(AssertionError, match=r"left out the prompts \[2\]"):
+        await answers(GenerationGroup(pool), prompts(3))
+
+
+class Manifest:
+    """The part of a manifest that a sync reads."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.num_bytes, self.entries = version, 8, ()
+
+
+class Shard(float):
+    """A shard that is its own reference."""
+
+    def __await__(self) -> Iterator[Any]:
+        yield from ()
+
+
+class Trainer:
+    """The policy's side of the sync; its weights are the version plus a half."""
+
+    def __init__(self) -> None:
+        self.exports = 0
+        self.released = asyncio.Event()
+        self.released.set()
+        self.weights = 0.0
+
+    async def export_weights(self, version: int) -> Any:
+        await self.released.wait()
+        self.exports += 1
+        self.weights = version + 0.5
+        return Manifest(version), [Shard(self.weights)]
+
+    async def probe_logprobs(self, sequences: Any, temperature: float) -> list[np.ndarray]:
+        return [np.full(3, self.weights, dtype=np.float32)]
+
+
+def sync_of(pool: ActorPool, trainer: Trainer | None = None) -> ObjectStoreWeightSync:
+    """Return the sync between a trainer and the engines of a pool."""
+    probe = [np.arange(4, dtype=np.int32)]
+    return ObjectStoreWeightSync(trainer or Trainer(), pool, RunConfig(), probe)  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_restarted_worker_samples_with_the_present_weights():
+    pool, engines = pool_of([{"generate": [None, 2]}], [])
+    trainer = Trainer()
+    sync, group = sync_of(pool, trainer), GenerationGroup(pool)
+    for version in (0, 1):
+        await sync.sync(version)
+        assert await answers(group, prompts(6)) == expected(6, version + 0.5)
+
+    await pool.members[0].ready()
+    assert [engine.version for engine in engines[0]] == [1, 1]
+    assert await answers(group, prompts(6)) == expected(6, 1.5)
+    assert trainer.exports == 2, "the trainer must not be asked by a restart"
+    # It was probed before it took part again.
+    probed = [method for method, _ in pool.members[0].present.calls]
+    assert probed == ["install_weights", "probe_logprobs", "generate"]
+
+
+async def test_a_restart_during_a_sync_never_leaves_old_weights():
+    """It becomes ready while the trainer still exports, and must wait for the new weights."""
+    pool, engines = pool_of([{"generate": [0]}], [])
+    trainer = Trainer()
+    sync, group = sync_of(pool, trainer), GenerationGroup(pool)
+    await sync.sync(0)
+
+    trainer.released.clear()
+    await answers(group, prompts(4))
+    syncing = asyncio.create_task(sync.sync(1))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    trainer.released.set()
+    await syncing
+    await pool.members[0].ready()
+    assert engines[0][-1].version == engines[1][-1].version == 1
+    assert await answers(group, prompts(4)) == expected(4, 1.5)
+
+
+@pytest.mark.parametrize("method", ["install_weights", "probe_logprobs"])
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_worker_may_die_in_a_sync(method: str, workers: int):
+    pool, engines = pool_of([{method: [0]}], *([[]] * (workers - 1)))
+    sync, group = sync_of(pool), GenerationGroup(pool)
+    report = await asyncio.wait_for(sync.sync(0), 10)
+    assert report["sync/logprob_difference_mean"].value == 0
+    assert await asyncio.wait_for(answers(group, prompts(5)), 10) == expected(5, 0.5)
+    await pool.members[0].ready()
+    assert engines[0][-1].version == 0
+
+
+async def test_a_restarted_worker_that_fails_the_probe_ends_the_run():
+    class Stale(Engine):
+        def install_weights(self, manifest: Any, *shards: float) -> None:
+            self.version = manifest.version
+
+    def start(number: int) -> FakeActor:
+        return FakeActor(Stale() if number else Engine(), {} if number else {"generate": [0]})
+
+    pool = ActorPool([supervised_fake(start)])
+    await sync_of(pool).sync(0)
+    with pytest.raises(WeightSyncError, match=r"a restarted worker and the trainer differ by 0\.5"):
+        await asyncio.wait_for(answers(GenerationGroup(pool), prompts(2)), 10)
+
+
+async def test_workers_report_while_one_restarts():
+    faults = FaultLog()
+    pool, engines = pool_of([{"metrics": [0]}], [], faults=faults)
+    assert await GenerationGroup(pool).metrics() == {}
+    assert faults.metrics()["faults/generation_worker"] == 1
+    await pool.members[0].ready()
+    assert [len(found) for found in engines] == [2, 1]
