@@ -177,19 +177,17 @@ async def test_metrics_equal_those_of_an_undisturbed_run(tmp_path: Path) -> None
     assert min(stds) > 0, "equal rewards would teach nothing, and any two such runs are equal"
 
 
-class DiesInConstructor:
-    def __init__(self, path: str) -> None:
-        if os.path.exists(path):
-            print("no more memory", file=sys.stderr, flush=True)
-            os._exit(9)
-
-    def version(self) -> int:
-        return 0
-
-
 async def test_an_actor_that_always_dies_ends_the_run_with_what_it_printed(tmp_path: Path) -> None:
-    config = make_config(steps=1)
-    cluster = Cluster.connect(config)
+    class DiesInConstructor:  # here, so that its process need not import this module
+        def __init__(self, path: str) -> None:
+            if os.path.exists(path):
+                print("no more memory", file=sys.stderr, flush=True)
+                os._exit(9)
+
+        def version(self) -> int:
+            return 0
+
+    cluster = Cluster.connect(make_config(steps=1))
     try:
         path = tmp_path / "fatal"
         cluster.spawn("generation", 0, DiesInConstructor, str(path))
