@@ -213,8 +213,7 @@ def _plug_in(switch: psutil.Process, init: psutil.Process, number: int) -> None:
 @contextmanager
 def _node_namespaces(number: int, folder: Path) -> Iterator[psutil.Process]:
     """Make the namespaces of a node, with `folder` as its /tmp; yield their first process."""
-    shared = folder / "shm"
-    for own in (folder / "home", folder / "work", shared):
+    for own in (folder / "home", folder / "work"):
         own.mkdir(parents=True)
     mounts = [
         f"mount --bind {ROOT} {ROOT}",
