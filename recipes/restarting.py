@@ -103,8 +103,7 @@ class Recovery:
         self.watchdog.collect_evidence = collect_evidence
 
     def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:
-        """Write the traceback of a failure, and the ends of the logs of its actors."""
-        from workers.failure_logs import save_actor_logs
+        """Write the traceback of a failure."""
         from workers.failures import victim_of
 
         if not self.restarts.is_failure(error):
@@ -114,7 +113,6 @@ class Recovery:
             self.victim = victim_of(error, cluster.actors)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
-            save_actor_logs(cluster.actors, directory)
         except Exception:  # the failure itself matters more
             logger.exception("the evidence of a failure could not be saved in %s", directory)
 

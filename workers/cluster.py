@@ -263,11 +263,11 @@ class Cluster:
         } | ALLOCATOR
         # Ray's type stubs do not accept a class that is known only at run time.
         remote_class: Any = ray.remote(actor_class)
-        placed = remote_class.options(runtime_env={"env_vars": environment}, **options)
+        options["runtime_env"] = {"env_vars": environment}
         local = [self.on_node(arg, node) if isinstance(arg, Path) else arg for arg in args]
 
         def start() -> Any:
-            return placed.options(**_identity(role, index)).remote(*local)
+            return remote_class.options(**options, **_identity(role, index)).remote(*local)
 
         name = f"{role}-{index}"
         self._starts[name] = start
