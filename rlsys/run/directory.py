@@ -102,7 +102,7 @@ class RunDirectory:
         Raises:
             ConfigError: one of these, with the field run.directory.
         """
-        self._check_kept()
+        self.check_kept()
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(
                 f"{self.field}: {str(self.path)!r} is a file. Name a directory, existing or not."
@@ -125,7 +125,7 @@ class RunDirectory:
         for place in places:
             self._check_writable(place)
 
-    def _check_kept(self) -> None:
+    def check_kept(self) -> None:
         """Refuse a directory that Ray will delete, unless a storage keeps the run's files."""
         if self.is_stored:
             return

@@ -109,6 +109,7 @@ def _refuse_overlap(place: StoredPlace, directory: RunDirectory) -> None:
     if not place.is_local:
         return
     stored, local = Path(place.path).resolve(), directory.path.resolve()
+    RunDirectory(stored, field=FIELD).check_kept()
     if stored == local or stored in local.parents or local in stored.parents:
         raise ConfigError(
             f"{FIELD}: {place.shown!r} and the run's directory {str(directory.path)!r} overlap. "
