@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import ray
 import ray._private.state
+from ray._private import ray_constants
 
 from recipes.grpo_math import grpo_math
 from recipes.run_recipe import run_recipe
@@ -44,6 +45,8 @@ def _ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A Ray of `LocalRay` is on the loopback, where the doctor looks for it with the same setting.
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     root = logging.getLogger()
     loggers, level = list(root.handlers), root.level
