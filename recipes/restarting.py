@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from recipes.run_command import Prepared
+    from recipes.prepared_run import Prepared
     from rlsys.driver.faults import FaultLog
     from rlsys.run.checkpoints import Checkpoint
     from workers.cluster import Cluster

@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.run_command import exit_with_code_of, keep_logs
+from recipes.run_command import exit_with_code_of
+from recipes.training import keep_logs
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml, parse
 from rlsys.config.errors import Mistakes, as_config_error

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
+from recipes.prepared_run import Prepared, Started
+from recipes.run_command import changes_of, run_command, said_complete
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.hardware import Hardware

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
+from recipes.prepared_run import Prepared, Started
+from recipes.run_command import changes_of, run_command, said_complete
 from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
 from rlsys.config.errors import Mistakes

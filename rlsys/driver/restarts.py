@@ -1,6 +1,6 @@
 """The limits on restarts of a run: how many, after which pauses, and where one does not help.
 
-A restart tears all actors down and continues from the newest checkpoint; `recipes.run_command` does
+A restart tears all actors down and continues from the newest checkpoint; `recipes.training` does
 that around a session.
 """
 

@@ -13,7 +13,8 @@ import pytest
 from ray.exceptions import ActorDiedError
 from rich.console import Console
 
-from recipes.run_command import Prepared, Started, _train
+from recipes.prepared_run import Prepared, Started
+from recipes.training import train
 from rlsys.config import RunConfig
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.driver import restarts
@@ -114,7 +115,7 @@ async def finish(run: FakeRun) -> tuple[int, str]:
     """Return the exit code, and what the console showed."""
     console = Console(record=True, width=300)
     log = HeldLog(run.directory.log, held=False)
-    code = await asyncio.wait_for(_train(run, log, console, None), DEADLOCK_S)
+    code = await asyncio.wait_for(train(run, log, console, None), DEADLOCK_S)
     return code, console.export_text()
 
 

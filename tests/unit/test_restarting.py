@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError
 from rich.console import Console
 
 from recipes import restarting
+from recipes.prepared_run import Prepared
 from recipes.restarting import Recovery, begin_restart, reconnect
-from recipes.run_command import Prepared
 from rlsys.config import RunConfig
 from rlsys.driver import restarts as limits
 from rlsys.run.checkpoints import CheckpointStore

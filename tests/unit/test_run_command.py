@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from recipes import run_command
-from recipes.run_command import _stop_on_signals, exit_with_code_of
+from recipes import training
+from recipes.run_command import exit_with_code_of
+from recipes.training import _stop_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ async def signalled(console: Console, *numbers: signal.Signals) -> int:
 
 def test_a_signal_that_arrives_twice_is_one_request(monkeypatch: pytest.MonkeyPatch):
     """`ray job stop` signals a stage of a pipeline, and the pipeline, which passes it on."""
-    monkeypatch.setattr(run_command, "SAME_REQUEST_S", math.inf)  # on a machine of any speed
+    monkeypatch.setattr(training, "SAME_REQUEST_S", math.inf)  # on a machine of any speed
     output = io.StringIO()
     console = Console(file=output)
     assert asyncio.run(signalled(console, signal.SIGTERM, signal.SIGTERM)) == 1
@@ -48,7 +49,7 @@ def test_a_signal_that_arrives_twice_is_one_request(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_later_signal_stops_at_once(second: signal.Signals, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_command, "SAME_REQUEST_S", -1.0)
+    monkeypatch.setattr(training, "SAME_REQUEST_S", -1.0)
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(signalled(Console(file=io.StringIO()), signal.SIGTERM, second))
 

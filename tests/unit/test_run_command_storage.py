@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from recipes.run_command import Prepared, Started, changes_of, run_command, said_complete
+from recipes.prepared_run import Prepared, Started
+from recipes.run_command import changes_of, run_command, said_complete
 from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import Invocation
 from rlsys.config.hardware import Hardware
