@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlsys.config import ConfigError
+from rlsys.config.secrets import redacted
 from rlsys.driver.restarts import Failure, FailureKind, Restart, Restarts
 from rlsys.driver.watchdog import Watchdog
 
@@ -112,7 +113,8 @@ class Recovery:
         try:
             self.victim = victim_of(error, cluster.actors)
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / ERROR_FILE).write_text("".join(traceback.format_exception(error)))
+            text = "".join(traceback.format_exception(error))
+            (directory / ERROR_FILE).write_text(redacted(text))
         except Exception:  # the failure itself matters more
             logger.exception("the evidence of a failure could not be saved in %s", directory)
 

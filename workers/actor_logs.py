@@ -21,6 +21,8 @@ import ray._private.worker
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlsys.config.secrets import redacted
+
 # The end of each file is kept: this many bytes.
 KEPT_BYTES = 8 * 1024**2
 TIMEOUT_S = 30.0
@@ -197,8 +199,8 @@ def write_outputs(
             directory.mkdir(parents=True, exist_ok=True)
             file = directory / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.{output.stream}"
             # After a resume the earlier processes of the run stay in the file, above the later.
-            with file.open("ab") as stream:
-                stream.write(output.text)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(redacted(output.text.decode(errors="replace")))
 
 
 def keep_actor_logs(directory: Path) -> list[str]:

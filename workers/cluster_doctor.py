@@ -66,7 +66,7 @@ def examine_cluster(address: str) -> dict[str, list[Finding]]:
     finally:
         ray.shutdown()
 
-    joined = ok("Ray", f"{address!r} answers and accepts the token; {len(nodes)} nodes.")
+    joined = ok("Ray", f"{address!r} answers and accepts the token; nodes: {len(nodes)}.")
     examined = {place: answer for place, answer in nodes.items() if isinstance(answer, Examination)}
     findings = {CLUSTER: [joined, *disagreements(examined)]}
     for place, answer in nodes.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
+from rlsys.config.secrets import redacted
 from rlsys.run.fault_events import FAULT_KINDS, Fault
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,14 @@ class FaultLog:
         fault = Fault(
             kind=kind,
             event=event,
-            reason=reason,
+            reason=redacted(reason),
             action=action,
-            evidence=evidence,
+            evidence=redacted(evidence),
             step=self.step,
             phase=self.phase,
         )
         self._counts[kind] += 1
-        logger.warning("%s%s", fault.line(), f"\n{evidence}" if evidence else "")
+        logger.warning("%s%s", fault.line(), f"\n{fault.evidence}" if evidence else "")
         if self._listener is None:
             self._unseen.append(fault)
         else:

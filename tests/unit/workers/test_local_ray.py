@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 
+from workers import local_ray
 from workers.local_ray import PR_SET_CHILD_SUBREAPER, LocalRay
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -74,6 +75,7 @@ def test_only_own_daemons_and_what_they_leave_behind_are_stopped(
 
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "shutdown", leave)
+    monkeypatch.setattr(local_ray, "_close_session_folder", lambda: None)  # there is no Ray
     local = LocalRay()
     _restoring_signals(local.start)
     _started += [*daemons]
