@@ -55,6 +55,7 @@ class Recovery:
     faults: FaultLog
     initial: Mapping[str, Any] | None = None  # states before the first step, for a new beginning
     victim: Victim | None = None  # of the last failure; None: not known
+    trains: bool = False  # whether a loop has started, so that there may be results
 
     @classmethod
     def of(cls, prepared: Prepared, console: Console) -> Recovery:

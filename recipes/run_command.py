@@ -121,7 +121,7 @@ def _run(invocation: Invocation[RootT], prepare: Prepare[RootT], hardware: Hardw
         if not prepared.resume:
             prepared.directory.discard()
         raise
-    except KeyboardInterrupt:
+    except BaseException:  # an interrupt, or an error of the driver itself
         if storage is not None:
             _store_rest(storage, prepared.directory, console)
         raise

@@ -330,14 +330,16 @@ async def _evaluate(prepared: Prepared, console: Console) -> int:
             complete = await _sample(prepared, one, cluster, scorer, collector, progress)
             if not complete:
                 break
-    except ConfigError:
-        raise
     except Exception as error:
+        # What cannot start is refused. Of the next model that is no reason to lose the one before.
+        if isinstance(error, ConfigError) and not prepared.directory.has_responses:
+            raise
         failure, complete = error, False
     finally:
         try:
             await output.finish()
-            keep_logs(prepared.directory, console)
+            if not isinstance(sys.exception(), ConfigError):  # a refusal changes no file
+                keep_logs(prepared.directory, console)
         finally:
             cluster.shutdown()
 

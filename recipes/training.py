@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,7 +62,8 @@ async def train(
             outcome, step = await _train_once(prepared, recovery, status, log, console, storage)
             break
         except Exception as error:
-            if isinstance(error, ConfigError) and not recovery.restarted:
+            # Refused at set-up. Of later ones there are results, which the caller must not delete.
+            if isinstance(error, ConfigError) and not (recovery.trains or recovery.restarted):
                 raise
             restarted = await _restarted(prepared, error, status, console)
             if restarted is None:
@@ -81,11 +83,9 @@ async def train(
 
 
 def keep_logs(directory: RunDirectory, console: Console) -> None:
-    """Collect what the actors printed, before they are killed; a refusal changes no file."""
+    """Collect what the actors printed, before they are killed."""
     from workers.actor_logs import keep_actor_logs
 
-    if isinstance(sys.exception(), ConfigError):
-        return
     missed = keep_actor_logs(directory.logs)
     warn([f"output of actors was not collected: {line}" for line in missed], console)
 
@@ -104,7 +104,6 @@ async def _train_once(
         How the run ended, and its last step.
     """
     from workers.reward_worker import RewardOutput
-    from workers.stack_dumps import kill_processes
 
     directory, restarted = prepared.directory, recovery.restarted
     earlier_tasks = asyncio.all_tasks()
@@ -122,29 +121,52 @@ async def _train_once(
         started = await recovery.watchdog.guard(starting)
         session = started.session
         reward_output.follow(cluster.supervised_of("reward"))
-        if prepared.resume and not restarted:
+        if prepared.resume and not recovery.trains:
             directory.create(prepared.config, prepared.reasons)
+        recovery.trains = True
         log.end_hold()
         _stop_on_signals(session.request_stop, console)
         if storage is not None:
-            loop = asyncio.get_running_loop()
-            storage.on_loss = lambda: loop.call_soon_threadsafe(session.request_stop)
-            if not restarted:
-                storage.begin()
+            _stop_on_loss(storage, session.request_stop)
+            storage.begin()
         return await started.loop.run(), session.step
     except Exception as error:
         recovery.save_evidence(error, cluster, directory.failures)
         if isinstance(error, PhaseTimeoutError):
             await _end_tasks(earlier_tasks)
-            await kill_processes(cluster.actors)
+            await _kill_processes(cluster)
         raise
     finally:
         try:
             await reward_output.finish()
             await _end_tasks(earlier_tasks)
-            keep_logs(directory, console)
+            if recovery.trains or not isinstance(sys.exception(), ConfigError):
+                keep_logs(directory, console)
         finally:
             cluster.shutdown()
+
+
+async def _kill_processes(cluster: Cluster) -> None:
+    """Kill the processes of a hang, as far as Ray still says which they are."""
+    from workers.stack_dumps import kill_processes
+
+    try:
+        await kill_processes(cluster.actors)
+    except Exception:  # the hang itself decides what follows
+        logging.getLogger(__name__).exception("the processes could not be killed one by one")
+
+
+def _stop_on_loss(storage: RunStorage, request_stop: Callable[[], None]) -> None:
+    """Stop the session where another process takes the storage, or did so before it started."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        with suppress(RuntimeError):  # the event loop has ended with the run
+            loop.call_soon_threadsafe(request_stop)
+
+    storage.on_loss = stop
+    if storage.is_lost:
+        request_stop()
 
 
 async def _end_tasks(earlier: set[asyncio.Task[Any]]) -> None:

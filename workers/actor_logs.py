@@ -207,5 +207,5 @@ def keep_actor_logs(directory: Path) -> list[str]:
     """Do what `collect_actor_logs` does, without raising, since the run's result is decided."""
     try:
         return collect_actor_logs(directory)
-    except (RayError, OSError, RuntimeError) as error:
+    except Exception as error:
         return [f"{type(error).__name__}: {error}"]

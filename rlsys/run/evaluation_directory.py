@@ -26,6 +26,11 @@ class EvaluationDirectory(RunDirectory):
     def results(self) -> Path:
         return self.path / "evaluation.json"
 
+    @property
+    def has_responses(self) -> bool:
+        """Whether responses of some model were written."""
+        return any(self.responses.rglob("*.parquet"))
+
     def responses_of(self, field: str) -> ResponseFiles:
         """Return the responses of the model that a field (model.path, compare) names."""
         return ResponseFiles(self.responses / field.split(".")[0])

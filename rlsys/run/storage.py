@@ -168,6 +168,11 @@ class RunStorage:
         """What messages call the place."""
         return self._place.shown
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the storage."""
+        return self._ownership is not None and self._ownership.lost_to is not None
+
     def claim(self) -> None:
         """Take the storage for this process. `fetch_stored_run` has refused another living one.
 
@@ -208,7 +213,7 @@ class RunStorage:
         if self._thread is not None:
             self._done.wait()
         self._end_ownership()
-        if resumed:
+        if resumed or self.is_lost:
             return
         try:
             for name in self._place.sizes():
@@ -297,8 +302,7 @@ class RunStorage:
 
     def _is_over(self) -> bool:
         """Return whether the user has given up, or the storage is another process's."""
-        lost = self._ownership is not None and self._ownership.lost_to is not None
-        return lost or self._giving_up.is_set()
+        return self.is_lost or self._giving_up.is_set()
 
     def _say_failure(self, error: Exception, pause: float) -> None:
         reason = first_line(error)
@@ -327,7 +331,7 @@ class RunStorage:
         """Raise where the user has given up, or the storage is another process's."""
         if self._giving_up.is_set():
             raise GivenUp
-        if self._ownership is not None and self._ownership.lost_to is not None:
+        if self.is_lost:
             raise StorageLost
 
     def _copy_files(self, *, all_now: bool) -> None:

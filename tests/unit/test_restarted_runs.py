@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError
@@ -111,11 +112,11 @@ def make_run(path: Path, config: RunConfig, hook: Hook, **trainer: object) -> Fa
     )
 
 
-async def finish(run: FakeRun) -> tuple[int, str]:
+async def finish(run: FakeRun, storage: FakeStorage | None = None) -> tuple[int, str]:
     """Return the exit code, and what the console showed."""
     console = Console(record=True, width=300)
     log = HeldLog(run.directory.log, held=False)
-    code = await asyncio.wait_for(train(run, log, console, None), DEADLOCK_S)
+    code = await asyncio.wait_for(train(run, log, console, cast(Any, storage)), DEADLOCK_S)
     return code, console.export_text()
 
 
@@ -176,6 +177,49 @@ async def test_a_run_that_was_hit_has_the_metrics_of_an_undisturbed_one(
     assert status is not None
     assert (status.state, status.step) == ("finished", 8)
     assert len(list(hit.directory.failures.glob("*/error.txt"))) == len(updates)
+
+
+class FakeStorage:
+    """A storage that notes whether it copies, and that another process may have taken."""
+
+    def __init__(self, *, is_lost: bool = False) -> None:
+        self.is_lost = is_lost
+        self.begun = False
+        self.on_loss: Callable[[], object] = lambda: None
+
+    def begin(self) -> None:
+        self.begun = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateRun(FakeRun):
+    """A run of which an actor dies in the first start."""
+
+    async def start(self, cluster: Any, status: StatusWriter, console: Console, faults: FaultLog):
+        if len(self.clusters) == 1:
+            raise ActorDiedError
+        return await super().start(cluster, status, console, faults)
+
+
+async def test_a_failure_of_the_first_start_leaves_nothing_out(tmp_path: Path):
+    """The second one begins to store, and writes the changes of a resumed run."""
+    first = make_run(tmp_path, make_config(steps=2), no_failure)
+    fields = {one.name: getattr(first, one.name) for one in dataclasses.fields(first)}
+    changed = first.config.trainer.model_copy(update={"max_restarts": 7})
+    config = first.config.model_copy(update={"trainer": changed})
+    run = LateRun(**fields | {"config": config, "resume": True})
+    storage = FakeStorage()
+    code, shown = await finish(run, storage)
+    assert (code, len(run.clusters)) == (0, 2), shown
+    assert storage.begun
+    assert "max_restarts: 7" in run.directory.config.read_text()
+
+
+async def test_a_storage_that_was_lost_before_the_loop_ends_the_run(tmp_path: Path):
+    run = make_run(tmp_path, make_config(steps=4), no_failure)
+    code, _ = await finish(run, FakeStorage(is_lost=True))
+    assert code == 130
+    assert not run.updates
 
 
 async def test_a_hang_is_ended_and_healed(tmp_path: Path):

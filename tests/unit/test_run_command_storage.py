@@ -29,6 +29,7 @@ from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.observers.run_status import StatusWriter
 from rlsys.run.storage import check_storage
+from rlsys.run.storage_owner import read_owner
 from rlsys.run.stored_place import StoredPlace
 
 
@@ -64,6 +65,8 @@ class Counter:
                 self.count += 1
             if self.count == 2 and self._broken == "step":
                 raise RuntimeError("the step failed")
+            if self.count == 2 and self._broken == "refused step":
+                raise ConfigError("a plug-in refuses the step")
             values = {"policy/loss": 1.0 / self.count} | self._session.measurements()
             await self._session.end_step(values)
 
@@ -213,6 +216,35 @@ def test_a_run_that_a_worker_refuses_leaves_the_place_free(recipe: Recipe, tmp_p
 
     recipe.broken = ""
     assert recipe.run(*words, "--trainer.steps", "1") == 0
+
+
+def test_a_refusal_after_the_first_step_keeps_the_results(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    stored, directory = tmp_path / "disk" / "mine", tmp_path / "a" / "run"
+    recipe.broken = "refused step"
+    words = ("--run.storage", str(stored), "--run.directory", str(directory))
+    assert recipe.run(*words, "--trainer.checkpoints.every", "1") == 1
+    assert "the run failed: a plug-in refuses the step" in capsys.readouterr().out
+    for place in (directory, stored):
+        assert [path.name for path in (place / "checkpoints").iterdir()] == ["step_000001"]
+        assert steps_of(place) == [1]
+
+
+def test_an_error_of_the_driver_itself_leaves_the_run_stored(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError("the console is gone")
+
+    monkeypatch.setattr("rlsys.run.observers.console.print_summary", fail)
+    stored = tmp_path / "disk" / "mine"
+    words = ("--run.storage", str(stored), "--run.directory", str(tmp_path / "a" / "run"))
+    assert recipe.run(*words, "--trainer.steps", "1") == 1
+    assert (stored / "checkpoints" / "step_000001" / "manifest.json").is_file()
+    owner = read_owner(StoredPlace.open(str(stored)))
+    assert owner is not None
+    assert owner.ended
 
 
 def test_what_a_complete_run_could_not_store_is_stored_by_its_resume(
