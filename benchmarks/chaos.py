@@ -7,8 +7,7 @@ A round is a run of `recipes.ppo_math` with the tiny model and the transformers 
 process gets SIGKILL; with the kind `hang`, the policy's rank gets SIGSTOP instead. A run whose
 driver ends is continued with the same command and --resume. The metrics of every round are compared
 with those of a run that nobody disturbed, and all processes that a round leaves are counted and
-killed. One line of JSON a round goes to DIRECTORY/rounds.jsonl. docs/fault_tolerance.md has a
-recorded result.
+killed. One line of JSON a round goes to DIRECTORY/rounds.jsonl. See docs/fault_tolerance.md.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ def disagreements(nodes: Mapping[str, Examination]) -> list[Finding]:
             warning(
                 "cpu",
                 f"The instructions for bfloat16 differ: {_listed(instructions)}.",
-                "Set generation.dtype and policy.compute_dtype instead of auto, which measures "
-                "the driver's node only.",
+                "With auto, nodes that would choose differently all compute in float32; set "
+                "generation.dtype and policy.compute_dtype to choose yourself.",
             )
         )
     return findings

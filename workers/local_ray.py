@@ -125,7 +125,7 @@ def protect_token() -> None:
     It would make the last one readable for everybody. RAY_AUTH_MODE=disabled is respected.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        logger.warning("RAY_AUTH_MODE is not token: who reaches this Ray's ports runs code")
+        logger.warning("RAY_AUTH_MODE is not token: whoever reaches this Ray's ports can run code")
         return
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return

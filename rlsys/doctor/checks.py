@@ -213,10 +213,10 @@ def check_network(facts: MachineFacts) -> Finding:
     if facts.host_address is None or facts.host_address.startswith("127."):
         return warning(
             "network",
-            f"The name of this host resolves to {facts.host_address or 'nothing'}, so ranks on "
-            f"other nodes may not reach it ({names}).",
-            "On several nodes set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface "
-            "between them.",
+            f"The name of this host resolves to {facts.host_address or 'nothing'} ({names}). Ranks "
+            "use the interface of the node's address in Ray instead.",
+            "Where that is the wrong interface, start Ray with --node-ip-address, or set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.",
         )
     nccl = f"; NCCL {facts.driver.nccl}" if facts.driver.nccl else ""
     return ok("network", f"{names}{nccl}.")

@@ -116,12 +116,13 @@ class Restarts(Observer):
         earlier = Counter(failure.place for failure in self.failures)[place]
         if earlier + 1 >= SAME_PLACE_LIMIT:
             return (
-                f"{kind} has come {SAME_PLACE_LIMIT} times in {self._phase} of step {self._step}, "
-                "so it would come again"
+                f"{SAME_PLACE_LIMIT} failures of the same kind ({kind}) in {self._phase} of step "
+                f"{self._step}, so another restart would not help"
             )
         if self._since_checkpoint >= self._limit:
             return (
-                f"trainer.max_restarts: there were {self._limit} restarts without a new checkpoint"
+                f"trainer.max_restarts is {self._limit}, and there were as many restarts without "
+                "a new checkpoint"
             )
         return None
 

@@ -126,7 +126,9 @@ class Watchdog(Observer):
             logger.exception("the stacks could not be collected")
             found = f"the stacks could not be collected ({type(error).__name__})"
         text = f"{phase} of step {step} hangs: it has taken {seconds:.0f} s"
-        text += f", more than {self.limit(phase):.0f} s (trainer.phase_timeout_s)"
+        text += f", and its limit is {self.limit(phase):.0f} s"
+        if phase != START:
+            text += " (raise trainer.phase_timeout_s if it was only slow)"
         return PhaseTimeoutError(f"{text}; {found}" if found else text)
 
 

@@ -18,7 +18,7 @@ from rlsys.run.observers.observer import Observer
 # What is counted, each as faults/<kind>, with what the kind means.
 FAULT_KINDS: Mapping[str, str] = {
     "generation_worker": "deaths of generation workers",
-    "reward_worker": "deaths of the reward worker",
+    "reward_worker": "deaths of reward workers",
     "reward_process": "deaths of processes that compute rewards, while they were working",
     "advantage_controller": "deaths of the advantage controller",
     "response_filter": "deaths of the worker that chooses responses in expert iteration",

@@ -316,7 +316,7 @@ class RunStorage:
         if self._failure is None:
             self._notify(
                 f"storage {self.shown} failed ({reason}). The run goes on with its files in "
-                f"{self._directory.path}; storing them is tried again and again."
+                f"{self._directory.path}; storing them is tried again until the run ends."
             )
         self._failure = reason
 

@@ -245,7 +245,7 @@ async def test_the_third_failure_at_one_place_ends_the_run_with_the_evidence(tmp
     code, shown = await finish(run)
     assert code == 1
     assert len(run.clusters) == 3
-    assert "no restart: lost process has come 3 times in update of step 3" in shown
+    assert "no restart: 3 failures of the same kind (lost process) in update of step 3" in shown
     assert len(list(run.directory.failures.iterdir())) == 3
     status = read_status(run.directory)
     assert status is not None

@@ -42,7 +42,7 @@ def test_the_third_failure_at_the_same_place_ends_the_run():
     at(restarts, 7)
     refusal = restarts.refusal(LostError())
     assert refusal is not None
-    assert "3 times in update of step 7" in refusal
+    assert "3 failures of the same kind (lost process) in update of step 7" in refusal
 
 
 def test_the_limit_counts_restarts_without_a_new_checkpoint_and_pauses_grow():
@@ -56,7 +56,7 @@ def test_the_limit_counts_restarts_without_a_new_checkpoint_and_pauses_grow():
     at(restarts, 4)
     refusal = restarts.refusal(LostError())
     assert refusal is not None
-    assert "3 restarts without a new checkpoint" in refusal
+    assert "trainer.max_restarts is 3" in refusal
 
     restarts.on_checkpoint(4, "")
     assert restarts.refusal(LostError()) is None

@@ -54,8 +54,8 @@ async def test_a_phase_that_hangs_is_cancelled_after_its_evidence_was_collected(
     assert events == ["collected", "cancelled"]
     assert clock.now == 30.0
     assert str(caught.value) == (
-        "update of step 4 hangs: it has taken 30 s, more than 30 s (trainer.phase_timeout_s); "
-        "the stacks are in a file"
+        "update of step 4 hangs: it has taken 30 s, and its limit is 30 s "
+        "(raise trainer.phase_timeout_s if it was only slow); the stacks are in a file"
     )
 
 

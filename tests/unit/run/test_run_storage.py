@@ -205,7 +205,7 @@ async def test_a_store_that_fails_in_the_middle_is_named_and_used_again(uri: str
     lines = [line for line in run.lines if not line.startswith("storing in ")]  # a slow end
     assert lines[0] == (
         f"storage {place.shown} failed (Could not connect to server). The run goes on with its "
-        f"files in {run.directory.path}; storing them is tried again and again."
+        f"files in {run.directory.path}; storing them is tried again until the run ends."
     )
     assert lines[1].endswith("works again; all files up to now are there")
     assert len(lines) == 2
