@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from recipes.prepared_run import machines_of
 from rlsys.config import ConfigError, GenerationConfig, RunConfig
 from rlsys.config.command_line import HelpRequested, dump_yaml, evolve, parse
 from rlsys.config.errors import Mistakes, as_config_error
@@ -103,7 +104,6 @@ def prepare(
     from rlsys.run.directory import RunDirectory
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.preflight import config_mistakes
-    from workers.cluster_machines import machines_of_cluster
 
     online, mistakes = config.online(), Mistakes()
     place = RunDirectory(Path(config.output).parent, is_given=False, field="output")
@@ -120,7 +120,7 @@ def prepare(
 
     directory = resolve_model(config.model.path)
     check_model(online, ModelDirectories.same(directory))
-    machines = machines_of_cluster(online, directory)
+    machines = machines_of(online, directory)
     choice = choose_dtypes(online, hardware, directory, machines=machines)
     config = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from rlsys.config import RootConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rlsys.driver.faults import FaultLog
     from rlsys.driver.session import HeldOutEvaluation, Session
     from rlsys.run.checkpoints import Checkpoint, CheckpointStore
-    from rlsys.run.compute_dtype import ProductSpeed
+    from rlsys.run.compute_dtype import Machine, ProductSpeed
     from rlsys.run.directory import RunDirectory
     from rlsys.run.observers.console import Progress
     from rlsys.run.observers.observer import Outcome
@@ -136,6 +137,19 @@ class Prepared(Generic[RootT]):
         session = Session(self.config, self.store, observers, evaluator, faults, watchdog, restarts)
         session.register("metrics_position", metrics)
         return session
+
+
+def machines_of(config: RunConfig, model_directory: Path) -> tuple[Machine, ...]:
+    """Return the machines of the cluster that a run joins; none where it starts Ray itself.
+
+    Raises:
+        ConfigError: no cluster answers.
+    """
+    if config.cluster.joined_address is None:
+        return ()
+    from workers.cluster_machines import machines_of_cluster
+
+    return machines_of_cluster(config, model_directory)
 
 
 Prepare = Callable[[Invocation[RootT], Hardware, "Console"], Prepared[RootT] | None]

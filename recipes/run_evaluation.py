@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from recipes.prepared_run import machines_of
 from recipes.run_command import exit_with_code_of
 from recipes.training import keep_logs
 from rlsys.config import ConfigError, RunConfig
@@ -159,12 +160,11 @@ def _with_dtype(
     from rlsys.config.command_line import evolve
     from rlsys.run.compute_dtype import choose_dtypes
     from rlsys.run.evaluated_model import resolve_evaluated
-    from workers.cluster_machines import machines_of_cluster
 
     field, path = config.model_paths[0]
     directory = resolve_evaluated(path, field).directory
     sampling_run = config.sampling_run()
-    machines = machines_of_cluster(sampling_run, directory)
+    machines = machines_of(sampling_run, directory)
     choice = choose_dtypes(sampling_run, hardware, directory, machines=machines)
     chosen = evolve(config, {"generation.dtype": choice.config.generation.dtype})
     return chosen, choice.reasons, choice.warnings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from recipes.prepared_run import Prepared, Started
+from recipes.prepared_run import Prepared, Started, machines_of
 from recipes.run_command import changes_of, run_command, said_complete
 from rlsys.config import RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
@@ -138,7 +138,6 @@ def prepare(
     """
     from rlsys.models import resolve_model
     from rlsys.run.offline_checks import check_offline_model, choose_offline_dtypes
-    from workers.cluster_machines import machines_of_cluster
 
     config = invocation.config
     checked = _check(invocation, hardware)
@@ -152,7 +151,7 @@ def prepare(
     if reference is not None and reference.path:
         reference_directory = resolve_model(reference.path)
     check_offline_model(config, directory, reference_directory)
-    machines = machines_of_cluster(config.online(), directory)
+    machines = machines_of(config.online(), directory)
     dtypes = choose_offline_dtypes(config, hardware, directory, machines)
     loaded = _load(dtypes.config, directory, checked)
     return _assemble_prepared(

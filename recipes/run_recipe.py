@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recipes.prepared_run import Prepared, Started
+from recipes.prepared_run import Prepared, Started, machines_of
 from recipes.run_command import changes_of, run_command, said_complete
 from rlsys.config import RootConfig, RunConfig
 from rlsys.config.command_line import Invocation, dump_yaml
@@ -180,7 +180,6 @@ def choose_models(
     from rlsys.run.evaluated_model import named
     from rlsys.run.model_checks import ModelDirectories, check_model
     from rlsys.run.reward_model_identity import reward_model_identity
-    from workers.cluster_machines import machines_of_cluster
 
     policy = resolve_model(config.model.path)
     reference = config.reference.path
@@ -199,9 +198,7 @@ def choose_models(
     check_model(config, directories)
     return CheckedModels(
         directories=directories,
-        dtypes=choose_dtypes(
-            config, hardware, policy, machines=machines_of_cluster(config, policy)
-        ),
+        dtypes=choose_dtypes(config, hardware, policy, machines=machines_of(config, policy)),
         reward_model=reward_model,
     )
 

@@ -26,13 +26,12 @@ from workers.placement import ClusterNode, call_on_nodes, cluster_nodes
 def machines_of_cluster(config: RunConfig, model_directory: Path) -> tuple[Machine, ...]:
     """Return the nodes of the cluster that a run joins, measured where it leaves a choice open.
 
-    There are none for a run that starts Ray itself, or whose precisions are all explicit.
+    There are none for a run whose precisions are all explicit.
 
     Raises:
         ConfigError: no cluster answers.
     """
-    joins = config.cluster.joined_address is not None
-    if not joins or "auto" not in configured_dtypes(config).values():
+    if "auto" not in configured_dtypes(config).values():
         return ()
     with _connected(config):
         return _measured(config, mlp_shape(model_directory))

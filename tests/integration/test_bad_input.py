@@ -197,7 +197,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "Sample at least 2",
         ),
         (["--generation.max_tokens", "5000"], "generation.max_tokens", "2048 positions"),
-        (["--run.directory", "{files}/used"], "run.directory", "--resume"),
+        (["--run.directory", "{files}/used"], "run.directory", "holds other files and no run"),
         (["--run.directory", "{files}/none", "--resume"], "run.directory", "holds no run"),
         (["--resume"], "run.directory", "Add --run.directory"),
         (["--plugins", "no_such_module"], "plugins", "PYTHONPATH"),
