@@ -41,7 +41,7 @@ from rlsys.config.node_label import split_label
 from rlsys.driver.faults import FaultLog
 from rlsys.models.saving import model_files
 from rlsys.rewards import reward_model_of
-from workers.local_ray import LocalRay, interrupt_on_sigterm
+from workers.local_ray import LocalRay, interrupt_on_sigterm, refuses_token
 from workers.node_folders import NodeFolders
 from workers.placement import (
     COUNT,
@@ -465,6 +465,12 @@ def connect_to_ray(config: RunConfig, local: LocalRay) -> None:
             ray.init(address=address, runtime_env=user_code_environment(config.plugins), **settings)
         except ConnectionError as error:
             setting = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+            if refuses_token(error):
+                raise ConfigError(
+                    f"{setting}: the cluster at {address!r} refuses the token. Set "
+                    "RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token or set "
+                    "RAY_AUTH_TOKEN."
+                ) from error
             raise CapacityError(
                 f"{setting}: no cluster answers at {address!r}. Start the head node with "
                 f"`ray start --head`, or leave {setting} out to start Ray on this machine."

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlsys.doctor.checks import machine_findings
 from rlsys.doctor.facts import gather
 from rlsys.doctor.findings import Finding, failure, ok, warning
+from workers.local_ray import refuses_token
 
 NODE_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
@@ -102,10 +103,10 @@ def connection_error(address: str) -> Finding | None:
 def join_failure(address: str, error: Exception) -> Finding:
     """Return the failure to join a cluster: no cluster, another token, or another version."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "auth" in str(error).lower() or "token" in str(error).lower():
+    if refuses_token(error):
         return failure(
             "Ray",
-            f"The cluster at {address!r} refuses the token: {reason}",
+            f"The cluster at {address!r} refuses the token.",
             "Set RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token or set RAY_AUTH_TOKEN.",
         )
     return failure(

@@ -143,6 +143,19 @@ def protect_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
 
 
+def refuses_token(error: BaseException) -> bool:
+    """Return whether `ray.init` failed because the cluster does not accept this process's token.
+
+    Ray's own error has no word of it; one of those that led to it has.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if "InvalidAuthToken" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def _close_session_folder() -> None:
     """Keep other users out of the folder with Ray's sockets, logs and run-time packages.
 

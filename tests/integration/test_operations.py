@@ -75,13 +75,15 @@ def gauges() -> dict[str, float]:
     return found
 
 
-def wait_for_gauges(wanted: set[str]) -> dict[str, float]:
-    """Return the gauges once all of them are exported, which takes a report interval of Ray."""
+def wait_for_gauges(names: set[str], values: dict[str, float]) -> None:
+    """Wait until gauges are exported, and have these values: Ray exports now and then."""
     end = time.monotonic() + 60
-    while not wanted <= set(found := gauges()):
-        assert time.monotonic() < end, f"missing {wanted - set(found)}"
+    while True:
+        found = gauges()
+        if names <= set(found) and values.items() <= found.items():
+            return
+        assert time.monotonic() < end, f"wanted {names} and {values}, found {found}"
         time.sleep(0.2)
-    return found
 
 
 def doctor(address: str, **environment: str) -> tuple[int, dict]:
@@ -110,9 +112,14 @@ def test_gauges_names_output_and_doctor(tmp_path: Path):
         assert "the plug-in speaks" in (directory / "logs" / f"{name}.out").read_text()
 
     label = "grpo_math run"
-    found = wait_for_gauges({f"ray_rlsys_reward_mean {label}", f"ray_rlsys_time_step {label}"})
-    assert found[f"ray_rlsys_run_step {label}"] == found[f"ray_rlsys_run_steps {label}"] == 1
-    assert found[f"ray_rlsys_run_active {label}"] == 0
+    wait_for_gauges(
+        {f"ray_rlsys_reward_mean {label}", f"ray_rlsys_time_step {label}"},
+        {
+            f"ray_rlsys_run_step {label}": 1,
+            f"ray_rlsys_run_steps {label}": 1,
+            f"ray_rlsys_run_active {label}": 0,
+        },
+    )
 
     address = ray.get_runtime_context().gcs_address
     _, findings = doctor(address)

@@ -116,7 +116,10 @@ def test_the_address_of_a_job_server_is_no_address_of_ray():
 
 
 def test_a_refused_token_has_its_own_remedy():
-    refused = join_failure("auto", RuntimeError("AuthenticationError: invalid token"))
+    cause = RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing")
+    connection = ConnectionError("Failed to connect to Ray cluster")
+    connection.__cause__ = cause
+    refused = join_failure("auto", connection)
     assert "RAY_AUTH_MODE=token" in refused.remedy
     other = join_failure("auto", ConnectionError("could not find any running Ray instance"))
     assert "ray start --head" in other.remedy
