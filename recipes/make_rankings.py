@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def make_rankings(hardware: Hardware) -> RankingsRunConfig:
 
 
 def run_rankings(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command, and exit: 0 done, 2 invalid input, 130 interrupted."""
+    """Run the command, and exit: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
     hardware = detect_hardware()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments, hardware)
@@ -62,6 +63,9 @@ def run_rankings(arguments: Sequence[str] | None = None) -> NoReturn:
         lines = [f"error: {line}" for line in str(error).splitlines()]
         print(shown("\n".join(lines)), file=sys.stderr)
         code = 2
+    except Exception:
+        print(shown(traceback.format_exc()), file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 

@@ -101,7 +101,7 @@ class Recovery:
         self.victim = None
         step = self.restarts.begin_start()
         self.faults.enter(step, "start")
-        self.watchdog.enter(step, "start")
+        self.watchdog.begin_start(step)
         self.watchdog.collect_evidence = collect_evidence
 
     def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:

@@ -186,9 +186,12 @@ def _store_rest(storage: RunStorage, directory: RunDirectory, console: Console) 
     if not missing:
         console.print(f"{'stored':<12} {storage.shown}", highlight=False, soft_wrap=True)
         return True
+    remedy = f"--resume with --run.directory {directory.path} stores them."
+    if storage.is_lost:
+        remedy = "The other process goes on with the run."
     console.print(
         f"not stored in {storage.shown}: {shortened(missing)}. All files are in {directory.path}; "
-        f"--resume with --run.directory {directory.path} stores them.",
+        f"{remedy}",
         style="red",
         highlight=False,
         markup=False,

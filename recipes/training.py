@@ -57,22 +57,16 @@ async def train(
     recovery = Recovery.of(prepared, console)
     prepared = replace(prepared, recovery=recovery)
 
-    while True:
-        try:
-            outcome, step = await _train_once(prepared, recovery, status, log, console, storage)
-            break
-        except Exception as error:
-            # Refused at set-up. Of later ones there are results, which the caller must not delete.
-            if isinstance(error, ConfigError) and not (recovery.trains or recovery.restarted):
-                raise
-            restarted = await _restarted(prepared, error, status, console)
-            if restarted is None:
-                status.fail(f"{type(error).__name__}: {error}")
-                log.end_hold()
-                _report_failure(error, directory, console)
-                return 1
-            prepared = restarted
+    try:
+        ended = await _with_restarts(prepared, recovery, status, log, console, storage)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        if recovery.trains or not prepared.resume:
+            status.interrupt("left while its actors did not run; continue with --resume")
+        raise
+    if ended is None:
+        return 1
 
+    outcome, step = ended
     print_summary(console, read_metrics(directory.metrics), directory, time.monotonic() - began)
     if outcome == "finished":
         return 0
@@ -88,6 +82,36 @@ def keep_logs(directory: RunDirectory, console: Console) -> None:
 
     missed = keep_actor_logs(directory.logs)
     warn([f"output of actors was not collected: {line}" for line in missed], console)
+
+
+async def _with_restarts(
+    prepared: Prepared,
+    recovery: Recovery,
+    status: StatusWriter,
+    log: HeldLog,
+    console: Console,
+    storage: RunStorage | None,
+) -> tuple[Outcome, int] | None:
+    """Return how the run ended and its last step; None where it failed, which is reported.
+
+    Raises:
+        ConfigError: refused at set-up, so that there are no results.
+    """
+    while True:
+        try:
+            return await _train_once(prepared, recovery, status, log, console, storage)
+        except Exception as error:
+            if isinstance(error, ConfigError) and not (recovery.trains or recovery.restarted):
+                raise
+            # No session is there to finish its step.
+            _end_stopping_on_signals()
+            restarted = await begin_restart(prepared, error, console)
+            if restarted is None:
+                status.fail(f"{type(error).__name__}: {error}")
+                log.end_hold()
+                _report_failure(error, prepared.directory, console)
+                return None
+            prepared = restarted
 
 
 async def _train_once(
@@ -197,18 +221,6 @@ async def _start(
     return started
 
 
-async def _restarted(
-    prepared: Prepared[RootT], error: Exception, status: StatusWriter, console: Console
-) -> Prepared[RootT] | None:
-    """Return the run at the checkpoint from which it is restarted; None where it is not."""
-    _end_stopping_on_signals()
-    try:
-        return await begin_restart(prepared, error, console)
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        status.on_end("interrupted", "left before the actors were restarted")
-        raise
-
-
 def _report_failure(error: Exception, directory: RunDirectory, console: Console) -> None:
     """Log the traceback, update the report, and print the error and how to continue."""
     from rlsys.run.observers.html_report import update_report
@@ -254,7 +266,7 @@ def _stop_on_signals(request_stop: Callable[[], None], console: Console) -> None
 
 
 def _end_stopping_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once: no session is there to finish its step."""
+    """Let Ctrl-C and SIGTERM end the process at once."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.remove_signal_handler(number)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +29,13 @@ from typing import Any
 
 import ray
 import ray._private.worker
-from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import ActorUnschedulableError, RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -63,6 +69,7 @@ from workers.user_code import code_mistakes, user_code_environment
 logger = logging.getLogger(__name__)
 
 RESERVATION_TIMEOUT_S = 120.0
+PLACES_EVERY_S = 1.0  # between two looks whether lost places are there again
 
 # An actor that reserves no GPU sees all of them. With a part of its host's it sees that one alone.
 GUEST_GPUS = 0.01
@@ -242,10 +249,7 @@ class Cluster:
         place = shares or role
         options.setdefault("num_cpus", 0)
         position = self._bundle_position(place, index)
-        node = self.node_of(place, index)
-        if position is None:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        else:
+        if position is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self.reservation, placement_group_bundle_index=position
             )
@@ -256,23 +260,32 @@ class Cluster:
                 options["num_cpus"] = bundle.cpus
                 options["num_gpus"] = bundle.gpus - bundle.guests * bundle.guest_gpus
 
-        # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
-        environment = {
-            "OMP_NUM_THREADS": str(self._threads(place, node)),
-            "TOKENIZERS_PARALLELISM": "false",
-        } | ALLOCATOR
         # Ray's type stubs do not accept a class that is known only at run time.
         remote_class: Any = ray.remote(actor_class)
-        options["runtime_env"] = {"env_vars": environment}
-        local = [self.on_node(arg, node) if isinstance(arg, Path) else arg for arg in args]
 
         def start() -> Any:
-            return remote_class.options(**options, **_identity(role, index)).remote(*local)
+            # At every start, since a place may be on another node after the loss of its own.
+            node = self.node_of(place, index)
+            where: dict[str, Any] = {
+                "runtime_env": {"env_vars": self._environment(place, node)},
+            }
+            if position is None:
+                where["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+            local = [self.on_node(arg, node) if isinstance(arg, Path) else arg for arg in args]
+            return remote_class.options(**options, **where, **_identity(role, index)).remote(*local)
 
         name = f"{role}-{index}"
         self._starts[name] = start
         self.actors[name] = start()
         return self.actors[name]
+
+    def _environment(self, place: str, node: str) -> dict[str, str]:
+        """Return the environment variables of an actor."""
+        # By default Ray sets OMP_NUM_THREADS to the number of CPUs that an actor reserves.
+        return {
+            "OMP_NUM_THREADS": str(self._threads(place, node)),
+            "TOKENIZERS_PARALLELISM": "false",
+        } | ALLOCATOR
 
     def supervise(self, role: str, index: int, *, kind: str, called: str) -> SupervisedActor:
         """Return the supervision of a spawned actor, which restarts it when its process dies.
@@ -295,9 +308,32 @@ class Cluster:
         """Start an actor again, with the same arguments in the same place."""
         # One that only cannot be reached may be alive, and its place must be free.
         ray.kill(self.actors[name])
+        await self._wait_for_places(name)
         self.actors[name] = self._starts[name]()
         await self.actors[name].__ray_call__.remote(answer_with_stacks)
         return self.actors[name]
+
+    async def _wait_for_places(self, name: str) -> None:
+        """Wait until the reservation is whole again, where it has lost a node.
+
+        Raises:
+            ActorUnschedulableError: it was not within `cluster.recovery_timeout_s`, and no other
+                actor of the role works meanwhile. A restart of all may do with fewer.
+        """
+        role, _, index = name.rpartition("-")
+        if self._bundle_position(role, int(index)) is None:
+            return
+
+        limit = self.config.cluster.recovery_timeout_s
+        began = time.monotonic()
+        while placement_group_table(self.reservation)["state"] == "RESCHEDULING":
+            alike = (self.supervised[one] for one in self._names_of(role))
+            if time.monotonic() - began >= limit and not any(one.is_ready for one in alike):
+                raise ActorUnschedulableError(
+                    f"{name}: its node is gone, and the cluster had no place for it within "
+                    f"{limit:g} s (cluster.recovery_timeout_s)"
+                )
+            await asyncio.sleep(PLACES_EVERY_S)
 
     def _bundle_position(self, role: str, index: int) -> int | None:
         """Return the position of a bundle in the reservation; None if there is no such bundle."""

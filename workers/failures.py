@@ -32,6 +32,7 @@ LOST = (
     exceptions.LocalRayletDiedError,
     exceptions.ObjectLostError,
     exceptions.ActorUnschedulableError,
+    exceptions.TaskUnschedulableError,
     exceptions.ActorPlacementGroupRemoved,
     exceptions.RpcError,
     dist.DistError,

@@ -18,6 +18,7 @@ import ctypes
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -133,10 +134,8 @@ def protect_token() -> None:
     file = Path.home() / ".ray" / "auth_token"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(generate_new_authentication_token())
+        if not file.exists():
+            _write_token(file)
         file.chmod(0o600)
     except OSError as error:
         logger.info("ray: a token for this run only, since %s (%s)", file, error.strerror)
@@ -154,6 +153,17 @@ def refuses_token(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def _write_token(file: Path) -> None:
+    """Write a new token; of several processes one does, and none reads half of it."""
+    with tempfile.TemporaryDirectory(prefix=".rlsys-", dir=file.parent) as folder:
+        own = Path(folder) / file.name
+        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(generate_new_authentication_token())
+        with suppress(FileExistsError):
+            os.link(own, file)
 
 
 def _close_session_folder() -> None:

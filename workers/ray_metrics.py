@@ -7,6 +7,7 @@ labels `run` (name of the run's directory) and `recipe`. docker/grafana/rlsys.js
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 
 import ray.util.client
@@ -34,6 +35,7 @@ MAIN_GROUPS = ("time/", "throughput/", "memory/", "faults/")
 # Gauges of the run itself.
 ACTIVE, STEP, STEPS = "rlsys_run_active", "rlsys_run_step", "rlsys_run_steps"
 LABELS = ("run", "recipe")
+REPEAT_S = 1.0  # Ray's shortest interval
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +53,31 @@ def gauge_name(metric: str) -> str:
 class RayMetrics(Observer):
     """Observer that sets the gauges.
 
-    They are exported by the node of the driver until its process ends. A process that joined
-    through ray:// is not part of the cluster and exports nothing, which the log says.
+    They are exported by the node of the driver until the run ends. Ray forgets a gauge that was
+    not set for two of its intervals, and a step takes longer: a thread sets them again. A process
+    that joined through ray:// is not part of the cluster and exports nothing, which the log says.
     """
 
     def __init__(self, run: str, recipe: str) -> None:
         self._labels = {"run": run, "recipe": recipe}
         self._gauges: dict[str, Gauge] = {}
+        self._values: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._repeating = threading.Thread(target=self._repeat, daemon=True, name="ray-metrics")
 
     def _set(self, name: str, description: str, value: float) -> None:
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(name, description=description, tag_keys=LABELS)
-        self._gauges[name].set(float(value), tags=self._labels)
+        with self._lock:
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, description=description, tag_keys=LABELS)
+            self._values[name] = float(value)
+            self._gauges[name].set(self._values[name], tags=self._labels)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(REPEAT_S):
+            with self._lock:
+                for name, value in self._values.items():
+                    self._gauges[name].set(value, tags=self._labels)
 
     def on_start(self, first_step: int, total_steps: int) -> None:
         if ray.util.client.ray.is_connected():
@@ -70,6 +85,7 @@ class RayMetrics(Observer):
         self._set(ACTIVE, "1 while the run's loop runs.", 1.0)
         self._set(STEP, "Completed training steps.", first_step - 1)
         self._set(STEPS, "Training steps of the whole run.", total_steps)
+        self._repeating.start()
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         self._set(STEP, "Completed training steps.", step)
@@ -84,4 +100,7 @@ class RayMetrics(Observer):
                 self._set(gauge_name(metric), f"{metric} of the newest step.", value)
 
     def on_end(self, outcome: Outcome, message: str) -> None:
+        self._ended.set()
+        if self._repeating.ident is not None:  # a run may end before it starts
+            self._repeating.join()  # before Ray ends
         self._set(ACTIVE, "1 while the run's loop runs.", 0.0)

@@ -476,7 +476,20 @@ class RewardOutput:
             await asyncio.sleep(OUTPUT_EVERY_S)
 
     async def _write(self) -> None:
-        """Write the lines that have come since the last call."""
-        calls = (actor.present.output.remote() for actor in self._actors)
-        for line in itertools.chain.from_iterable(await asyncio.gather(*calls)):
-            logger.info("%s", line)
+        """Write the lines that have come since the last call; a dead worker has none.
+
+        Raises:
+            RayError: of a worker that did not answer, after the lines of the others.
+        """
+        calls = (_output_of(actor) for actor in self._actors)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            for line in answer if isinstance(answer, list) else ():
+                logger.info("%s", line)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
+
+async def _output_of(actor: SupervisedActor) -> list[str]:
+    return await actor.present.output.remote()

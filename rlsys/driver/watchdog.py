@@ -73,9 +73,18 @@ class Watchdog(Observer):
 
     def enter(self, step: int, phase: str) -> None:
         """Start to time a phase, and keep the time of the one before."""
-        now = self._clock()
-        self._measured(self._phase, now - self._began)
-        self._step, self._phase, self._began = step, phase, now
+        self._measured(self._phase, self._clock() - self._began)
+        self._begin(step, phase)
+
+    def begin_start(self, step: int) -> None:
+        """Start to time the start of the actors.
+
+        What was before counts for no limit: a phase that failed, and the wait for resources.
+        """
+        self._begin(step, START)
+
+    def _begin(self, step: int, phase: str) -> None:
+        self._step, self._phase, self._began = step, phase, self._clock()
 
     def _measured(self, phase: str, seconds: float) -> None:
         self._longest[phase] = max(self._longest.get(phase, 0.0), seconds)

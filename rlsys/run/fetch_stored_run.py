@@ -92,6 +92,7 @@ def _fetch(
         )
     notify(f"fetching the run from {place.shown} into {directory.path}")
     _fetch_newest_checkpoint(place, directory, found, notify)
+    _delete_other_rollouts(directory, stored)
     _fetch_files(place, directory, stored)
     LocalIdentity(run=owner.run, start=owner.start).write(directory)
     return True
@@ -179,6 +180,16 @@ def _fetch_checkpoint(
     shutil.rmtree(final, ignore_errors=True)  # damaged, or of an older start of the run
     os.replace(partial, final)
     return True
+
+
+def _delete_other_rollouts(directory: RunDirectory, stored: dict[str, int]) -> None:
+    """Delete rollouts of steps that a later start of the run took again, or has yet to take.
+
+    They would be stored in the places of the right ones.
+    """
+    for file in directory.rollouts.glob("*"):
+        if stored.get(f"{ROLLOUTS}{file.name}") != file.stat().st_size:
+            file.unlink()
 
 
 def _fetch_files(place: StoredPlace, directory: RunDirectory, stored: dict[str, int]) -> None:

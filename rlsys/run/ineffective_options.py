@@ -361,6 +361,11 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: s.starts_ray,
         because="the run starts Ray on this machine, which is the only node",
     ),
+    _row(
+        "cluster.recovery_timeout_s",
+        when=lambda s: s.starts_ray,
+        because="the run starts Ray on this machine, which loses no node",
+    ),
 )
 
 # Values that switch an option off: whoever sets them expects no effect.

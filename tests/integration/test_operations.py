@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -75,15 +76,32 @@ def gauges() -> dict[str, float]:
     return found
 
 
-def wait_for_gauges(names: set[str], values: dict[str, float]) -> None:
-    """Wait until gauges are exported, and have these values: Ray exports now and then."""
-    end = time.monotonic() + 60
-    while True:
-        found = gauges()
-        if names <= set(found) and values.items() <= found.items():
-            return
-        assert time.monotonic() < end, f"wanted {names} and {values}, found {found}"
-        time.sleep(0.2)
+class SeenGauges:
+    """The newest value of each gauge that the node exported inside of the context."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        while not self._end.wait(0.3):
+            self.values.update(gauges())
+
+    def __enter__(self) -> SeenGauges:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def wait_for(self, names: set[str], values: dict[str, float]) -> None:
+        """Wait until gauges were seen, with these as their newest values."""
+        end = time.monotonic() + 20
+        while not (names <= set(self.values) and values.items() <= self.values.items()):
+            assert time.monotonic() < end, f"wanted {names} and {values}, seen {self.values}"
+            time.sleep(0.1)
 
 
 def doctor(address: str, **environment: str) -> tuple[int, dict]:
@@ -102,24 +120,24 @@ def doctor(address: str, **environment: str) -> tuple[int, dict]:
 @pytest.mark.usefixtures("_ray")
 def test_gauges_names_output_and_doctor(tmp_path: Path):
     directory = tmp_path / "run"
-    with pytest.raises(SystemExit) as ended:
-        run_recipe(grpo_math, [*SMALL, "--run.directory", str(directory)])
-    assert ended.value.code == 0
+    label = "grpo_math run"
+    with SeenGauges() as seen:
+        with pytest.raises(SystemExit) as ended:
+            run_recipe(grpo_math, [*SMALL, "--run.directory", str(directory)])
+        assert ended.value.code == 0
+        seen.wait_for(
+            {f"ray_rlsys_reward_mean {label}", f"ray_rlsys_time_step {label}"},
+            {
+                f"ray_rlsys_run_step {label}": 1,
+                f"ray_rlsys_run_steps {label}": 1,
+                f"ray_rlsys_run_active {label}": 0,
+            },
+        )
 
     names = {"policy-0", "generation-0", "reward-0", "advantage-0"}
     assert names <= {actor["Name"] for actor in ray._private.state.actors().values()}
     for name in names - {"generation-0"}:  # an engine has no use for plug-ins
         assert "the plug-in speaks" in (directory / "logs" / f"{name}.out").read_text()
-
-    label = "grpo_math run"
-    wait_for_gauges(
-        {f"ray_rlsys_reward_mean {label}", f"ray_rlsys_time_step {label}"},
-        {
-            f"ray_rlsys_run_step {label}": 1,
-            f"ray_rlsys_run_steps {label}": 1,
-            f"ray_rlsys_run_active {label}": 0,
-        },
-    )
 
     address = ray.get_runtime_context().gcs_address
     _, findings = doctor(address)

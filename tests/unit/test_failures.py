@@ -37,6 +37,7 @@ GLOO = RuntimeError(
         (exceptions.ActorDiedError(), "lost process"),
         (exceptions.ActorUnavailableError("gone", b"\0" * 16), "lost process"),
         (exceptions.WorkerCrashedError(), "lost process"),
+        (exceptions.TaskUnschedulableError("its node is gone"), "lost process"),
         (of_task(exceptions.ActorDiedError()), "lost process"),
         (of_task(GLOO), "lost process"),
         (of_task(dist.DistBackendError("NCCL watchdog")), "lost process"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rlsys.metrics import mean, values
 from tests.support.killed_actors import FakeActor, supervised_fake
 from workers.advantage_controller import AdvantageControllerClient, CreditFacts
 from workers.response_filter import ChoiceFacts, ResponseFilterClient
-from workers.reward_worker import RewardWorkerClient
+from workers.reward_worker import RewardOutput, RewardWorkerClient
 from workers.supervision import SupervisedActor
 
 
@@ -120,6 +121,25 @@ async def test_deaths_of_reward_processes_are_faults_of_their_own_kind():
         await client.metrics()
     assert faults.metrics()["faults/reward_process"] == 2
     assert faults.metrics()["faults/reward_worker"] == 0
+
+
+async def test_the_output_of_the_others_is_kept_while_one_worker_is_dead(
+    caplog: pytest.LogCaptureFixture,
+):
+    class Printing:
+        def __init__(self, line: str) -> None:
+            self.lines = [line]
+
+        def output(self) -> list[str]:
+            lines, self.lines = self.lines, []
+            return lines
+
+    dead, alive = FakeActor(Printing("lost"), {"output": [0]}), FakeActor(Printing("kept"))
+    output = RewardOutput()
+    with caplog.at_level(logging.INFO):
+        output.follow([dead, alive])
+        await output.finish()
+    assert [record.message for record in caplog.records] == ["kept"]
 
 
 class Controller:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from workers import local_ray
 from workers.local_ray import protect_token
 from workers.training.process_group import open_rendezvous
 
@@ -35,6 +36,22 @@ def test_a_new_token_is_for_its_owner_alone(home: Path):
     assert len(first) >= 32
     protect_token()
     assert token.read_text() == first
+
+
+def test_of_processes_that_start_at_once_none_sees_an_unfinished_token(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    token = home / ".ray" / "auth_token"
+
+    def generate() -> str:
+        assert not token.exists(), "another process would read it"
+        token.write_text("of the other process, which was faster")
+        return "late"
+
+    monkeypatch.setattr(local_ray, "generate_new_authentication_token", generate)
+    protect_token()
+    assert token.read_text() == "of the other process, which was faster"
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
 
 def test_a_token_that_everybody_can_read_is_closed(home: Path):

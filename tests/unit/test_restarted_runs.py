@@ -222,6 +222,27 @@ async def test_a_storage_that_was_lost_before_the_loop_ends_the_run(tmp_path: Pa
     assert not run.updates
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_while_no_actor_runs_is_in_the_status(fails: bool, tmp_path: Path):
+    """In the first start, or in the one after a failure."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class InterruptedRun(FakeRun):
+        async def start(self, *arguments: Any, **named: Any):
+            if fails and len(self.clusters) == 1:
+                return await super().start(*arguments, **named)
+            raise KeyboardInterrupt
+
+    first = make_run(tmp_path, make_config(steps=2), dies_at(1))
+    fields = {one.name: getattr(first, one.name) for one in dataclasses.fields(first)}
+    log = HeldLog(first.directory.log, held=False)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(train(InterruptedRun(**fields), log, Console(), None))
+    status = read_status(first.directory)
+    assert status is not None
+    assert status.state == "interrupted"
+
+
 async def test_a_hang_is_ended_and_healed(tmp_path: Path):
     async def hook(update: int) -> None:
         if update == 3:

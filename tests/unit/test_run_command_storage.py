@@ -28,7 +28,7 @@ from rlsys.run.observers.console import Progress
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.observers.run_status import StatusWriter
-from rlsys.run.storage import check_storage
+from rlsys.run.storage import RunStorage, check_storage
 from rlsys.run.storage_owner import read_owner
 from rlsys.run.stored_place import StoredPlace
 
@@ -245,6 +245,20 @@ def test_an_error_of_the_driver_itself_leaves_the_run_stored(
     owner = read_owner(StoredPlace.open(str(stored)))
     assert owner is not None
     assert owner.ended
+
+
+def test_a_run_whose_storage_was_taken_does_not_tell_to_take_it_back(
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(RunStorage, "is_lost", True)
+    words = ("--run.storage", str(tmp_path / "stored"), "--run.directory", str(tmp_path / "a"))
+    assert recipe.run(*words, "--trainer.steps", "2") == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "not stored in" in output
+    assert "The other process goes on with the run." in output
 
 
 def test_what_a_complete_run_could_not_store_is_stored_by_its_resume(

@@ -113,6 +113,11 @@ class StatusWriter(Observer):
         if not self._status.is_over:
             self._change(state="failed", message=shown(message))
 
+    def interrupt(self, message: str) -> None:
+        """Write that the run was interrupted, unless its end was written already."""
+        if not self._status.is_over:
+            self._change(state="interrupted", message=shown(message))
+
     def _change(self, **fields: object) -> None:
         changed = {"time": time.time(), **fields}
         self._status = replace(self._status, **changed)  # pyright: ignore[reportArgumentType]

@@ -65,6 +65,20 @@ def test_the_start_of_the_actors_is_no_phase_of_a_step():
     assert dog.limit("start") == 10800.0
 
 
+def test_the_time_before_a_start_of_the_actors_counts_for_no_limit():
+    dog, clock = watchdog()
+    clock.now = 50.0  # until Ray runs
+    dog.begin_start(0)
+    assert dog.limit("start") == 10800.0
+
+    clock.now += 5.0
+    dog.on_phase(1, "update")
+    clock.now += 700.0  # a hang, and the wait for resources
+    dog.begin_start(1)
+    assert dog.limit("start") == 600.0
+    assert dog.limit("update") == 10800.0
+
+
 async def test_the_hang_is_ended_although_the_evidence_cannot_be_collected():
     dog, _ = watchdog(30.0)
 

@@ -163,6 +163,7 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("diagnostics.gradient_every", 3, {}, {"diagnostics.gradient": True}, CPU),
     ("reward.workers", 2, MODEL_ALONE, {}, CPU),
     ("cluster.placement", "SPREAD", {}, {"cluster.address": "auto"}, CPU),
+    ("cluster.recovery_timeout_s", 60.0, {}, {"cluster.address": "auto"}, CPU),
     ("cluster.object_store_gib", 2.0, {"cluster.address": "auto"}, {}, CPU),
 ]
 

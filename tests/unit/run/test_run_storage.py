@@ -303,6 +303,30 @@ async def test_a_newer_state_is_never_replaced_by_an_older_one(tmp_path: Path):
     assert stored_steps(place) == ["step_000001", "step_000002"]
 
 
+async def test_rollouts_of_an_abandoned_start_do_not_replace_those_of_a_later_one(tmp_path: Path):
+    first, second = (Machine(tmp_path / name, str(tmp_path / "stored")) for name in "ab")
+    first.start()
+    await first.step(1)
+    assert first.storage.finish() == []
+    for number in (2, 3, 4):  # taken, but without a checkpoint
+        file = first.directory.rollouts / f"step_{number:06d}.parquet"
+        file.write_text(f"abandoned rollouts {number}")
+
+    second.resume()
+    for number in (2, 3):
+        await second.step(number)
+    assert second.storage.finish() == []
+
+    again = Machine(tmp_path / "a", str(tmp_path / "stored"))
+    again.resume()
+    assert again.storage.finish() == []
+    names = [name for name in again.place.sizes("rollouts") if "000001" not in name]
+    assert {name: again.place.read(name) for name in names} == {
+        "rollouts/step_000002.parquet": b"rollouts 2",
+        "rollouts/step_000003.parquet": b"rollouts 3",
+    }
+
+
 async def test_a_damaged_stored_checkpoint_is_named_and_the_previous_one_used(
     uri: str, tmp_path: Path
 ):
