@@ -204,7 +204,12 @@ def write_outputs(
 
 
 def keep_actor_logs(directory: Path) -> list[str]:
-    """Do what `collect_actor_logs` does, without raising, since the run's result is decided."""
+    """Do what `collect_actor_logs` does, without raising, since the run's result is decided.
+
+    Without a connection to Ray there is no output, and Ray's functions would start another Ray.
+    """
+    if not ray.is_initialized():
+        return []
     try:
         return collect_actor_logs(directory)
     except Exception as error:

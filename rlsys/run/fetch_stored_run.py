@@ -187,7 +187,7 @@ def _delete_other_rollouts(directory: RunDirectory, stored: dict[str, int]) -> N
 
     They would be stored in the places of the right ones.
     """
-    for file in directory.rollouts.glob("*"):
+    for file in directory.rollouts.glob("step_*.parquet"):
         if stored.get(f"{ROLLOUTS}{file.name}") != file.stat().st_size:
             file.unlink()
 

@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from rlsys.config.command_line import Invocation
 from rlsys.config.hardware import Hardware
 from rlsys.driver.faults import FaultLog
 from rlsys.driver.session import Session
+from rlsys.run import storage
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.console import Progress
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.observers.run_status import StatusWriter
-from rlsys.run.storage import RunStorage, check_storage
+from rlsys.run.storage import RunStorage, StoragePace, check_storage
 from rlsys.run.storage_owner import read_owner
 from rlsys.run.stored_place import StoredPlace
 
@@ -275,7 +277,7 @@ def test_what_a_complete_run_could_not_store_is_stored_by_its_resume(
         raise OSError("no space left in the store")
 
     monkeypatch.setattr(StoredPlace, "upload", fail)
-    monkeypatch.setattr("rlsys.run.storage.StoragePace.longest_pause", 0.01)
+    monkeypatch.setattr(storage, "StoragePace", partial(StoragePace, longest_pause=0.01))
     words = ("--run.storage", str(stored), "--run.directory", str(directory))
     assert recipe.run(*words, "--trainer.steps", "2") == 1
     output = " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 from ray.exceptions import RayError
 
 from workers import actor_logs
@@ -75,5 +76,14 @@ def test_a_cluster_that_does_not_answer_changes_no_result(
     def fails(directory: Path) -> list[str]:
         raise RayError("no GCS")
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(actor_logs, "collect_actor_logs", fails)
     assert keep_actor_logs(tmp_path) == ["RayError: no GCS"]
+
+
+def test_without_a_connection_no_ray_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[object] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(actor_logs, "collect_actor_logs", started.append)
+    assert keep_actor_logs(tmp_path) == []
+    assert not started
