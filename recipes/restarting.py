@@ -122,6 +122,8 @@ class Recovery:
     def record(self, failure: Failure, action: str, evidence: Path) -> None:
         """Count a failure in the metrics, and show it with what is done about it."""
         event, reason = failure.kind, failure.message
+        if failure.kind == "out of memory":  # Ray's message is a paragraph about its settings
+            reason = "a process was ended, or an allocation failed, since memory ran out"
         if self.victim:
             event, reason = f"{self.victim.name} died", self.victim.reason
         details = evidence / failure.name
