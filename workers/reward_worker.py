@@ -451,29 +451,35 @@ class RewardOutput:
     def __init__(self) -> None:
         self._actors: Sequence[SupervisedActor] = ()
         self._task: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
 
     def follow(self, actors: Sequence[SupervisedActor | Any]) -> None:
         """Begin to copy the output of reward workers, and of their successors."""
         if not actors:
             return
         self._actors = [supervised(actor) for actor in actors]
-        self._task = asyncio.create_task(self._write_forever())
+        self._task = asyncio.create_task(self._write_until_the_end())
 
     async def finish(self) -> None:
         """Write the last lines; call it before the actor is killed."""
         if self._task is None:
             return
 
+        # Not cancelled at once: lines that an actor is about to return would be lost.
+        self._ending.set()
+        await asyncio.wait((self._task,), timeout=LAST_OUTPUT_LIMIT_S)
         self._task.cancel()
-        with contextlib.suppress(RayError, TimeoutError):
-            await asyncio.wait_for(self._write(), LAST_OUTPUT_LIMIT_S)
 
-    async def _write_forever(self) -> None:
-        while True:
+    async def _write_until_the_end(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._ending.is_set()
             # If the actor dies, whoever needs its rewards restarts it.
             with contextlib.suppress(RayError):
                 await self._write()
-            await asyncio.sleep(OUTPUT_EVERY_S)
+            if not is_last:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ending.wait(), OUTPUT_EVERY_S)
 
     async def _write(self) -> None:
         """Write the lines that have come since the last call; a dead worker has none.

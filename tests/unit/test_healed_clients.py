@@ -123,6 +123,34 @@ async def test_deaths_of_reward_processes_are_faults_of_their_own_kind():
     assert faults.metrics()["faults/reward_worker"] == 0
 
 
+async def test_lines_that_a_worker_is_about_to_return_at_the_end_are_kept(
+    caplog: pytest.LogCaptureFixture,
+):
+    asked, answers = asyncio.Event(), asyncio.Event()
+
+    class Output:
+        lines = ("about to come",)
+
+        async def remote(self) -> list[str]:
+            lines, self.lines = self.lines, ()
+            asked.set()
+            await answers.wait()
+            return list(lines)
+
+    class Worker:
+        output = Output()
+
+    output = RewardOutput()
+    with caplog.at_level(logging.INFO, logger="workers.reward_worker"):
+        output.follow([Worker()])
+        await asked.wait()
+        ending = asyncio.create_task(output.finish())
+        await asyncio.sleep(0)  # until it waits
+        answers.set()
+        await ending
+    assert "about to come" in caplog.text
+
+
 async def test_the_output_of_the_others_is_kept_while_one_worker_is_dead(
     caplog: pytest.LogCaptureFixture,
 ):
