@@ -57,10 +57,10 @@ from workers.placement import (
     cluster_nodes,
     driver_node,
     free_resources,
+    in_words,
     label_mistake,
     placement_mistakes,
     places_table,
-    reserved_words,
 )
 from workers.stack_dumps import answer_with_stacks
 from workers.supervision import SupervisedActor
@@ -398,7 +398,7 @@ class Cluster:
                     for role in (bundle.role, *(beside if bundle.guests else ()))
                 ),
                 address=addresses[node],
-                reserves=reserved_words(bundle.resources),
+                reserves=in_words(bundle.resources),
             )
             for bundle, node in zip(self.bundles, nodes, strict=True)
         ]

@@ -137,7 +137,7 @@ def _mistakes_of_role(
     room = sum(_room(first, node) for node in allowed)
     if room < count:
         yield (
-            f"{COUNT[role]}: {count} actors with {_words(first.resources)} each, and the nodes"
+            f"{COUNT[role]}: {count} actors with {in_words(first.resources)} each, and the nodes"
             f"{_with_label(label)} have room for {room:g}: {_all_that_nodes_have(allowed)}. Lower "
             "it or what each reserves, or use a larger cluster."
         )
@@ -199,7 +199,8 @@ def _room(bundle: Bundle, node: ClusterNode) -> float:
     return min((node.has(name) + 1e-6) // need for name, need in needs.items())
 
 
-def _words(resources: Mapping[str, float]) -> str:
+def in_words(resources: Mapping[str, float]) -> str:
+    """Return the CPUs and GPUs of a bundle or a node in words."""
     words = [f"{resources[name]:g} {name}s" for name in ("CPU", "GPU") if name in resources]
     return " and ".join(words) or "no CPUs"
 
@@ -215,15 +216,15 @@ def _what_nodes_have(nodes: Sequence[ClusterNode], resource: str, need: float | 
 
 
 def _all_that_nodes_have(nodes: Sequence[ClusterNode]) -> str:
-    return "; ".join(f"{node.address} has {_words(node.resources)}" for node in nodes)
+    return "; ".join(f"{node.address} has {in_words(node.resources)}" for node in nodes)
 
 
 def free_resources(nodes: Sequence[ClusterNode]) -> str:
     """Return what is free on each node at present, in words."""
     free = available_resources_per_node()
     return "; ".join(
-        f"{node.address} has {_words(dict.fromkeys(('CPU',), 0.0) | free.get(node.node_id, {}))} "
-        f"free of {_words(node.resources)}"
+        f"{node.address} has {in_words(dict.fromkeys(('CPU',), 0.0) | free.get(node.node_id, {}))} "
+        f"free of {in_words(node.resources)}"
         for node in nodes
     )
 
@@ -249,11 +250,6 @@ def places_table(places: Sequence[Place]) -> str:
 
 def _cells(place: Place) -> tuple[str, str, str]:
     return place.actor, place.address, place.reserves
-
-
-def reserved_words(resources: Mapping[str, float]) -> str:
-    """Return what a bundle reserves, in words."""
-    return _words(resources)
 
 
 def bundle_nodes(reservation: Any) -> list[str]:

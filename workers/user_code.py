@@ -21,12 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlsys.run.ray_job import JOB_CONFIG
 from workers.placement import call_on_nodes
 
 # Part of the installation, wherever it lies.
 OWN_PACKAGES = frozenset({"rlsys", "workers", "recipes"})
-# Ray's job server passes the job's runtime environment to the driver in it.
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def user_code_environment(plugins: Sequence[str]) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def user_code_environment(plugins: Sequence[str]) -> dict[str, Any]:
     The plug-ins are imported already. A job that Ray's job server started brings the code of its
     working directory, or its own `py_modules`.
     """
-    job = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     if job.get("py_modules"):
         return {}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of `ray job submit`
+# Ray sets it for the command of `ray job submit`; it holds the job's runtime environment.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 DEFAULT_STOP_WAIT_S = 3  # of Ray 2.60
 SHORT_STOP_WAIT_S = 60

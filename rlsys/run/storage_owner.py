@@ -23,6 +23,7 @@ import psutil
 
 from rlsys.config import ConfigError
 from rlsys.run.directory import RunDirectory, write_whole
+from rlsys.run.process_identity import is_running
 from rlsys.run.stored_place import StoredPlace, StoreErrors
 
 OWNER = "owner.json"
@@ -93,7 +94,7 @@ def refuse_a_living_owner(
     if owner is None or owner.ended:
         return
     if owner.machine == _this_machine():
-        if not _is_alive(owner):
+        if not is_running(owner.number, owner.began):
             return
     else:
         notify(
@@ -106,15 +107,6 @@ def refuse_a_living_owner(
         f"run.storage: {place.shown!r} is being written to by {owner.described()}. Stop that run "
         "first, or name another place."
     )
-
-
-def _is_alive(owner: Owner) -> bool:
-    try:
-        process = psutil.Process(owner.number)
-        running = process.status() != psutil.STATUS_ZOMBIE
-        return running and abs(process.create_time() - owner.began) < 1
-    except psutil.Error:
-        return False
 
 
 def _is_renewed(place: StoredPlace, owner: Owner, limit_s: float) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlsys.plugins import load_plugins
+from rlsys.run.ray_job import JOB_CONFIG
 from workers import user_code as module
 from workers.user_code import (
-    JOB_VARIABLE,
     code_mistakes,
     user_code,
     user_code_environment,
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("work_")]:
         del sys.modules[name]
@@ -64,14 +64,14 @@ def test_installed_packages_and_no_plugins_bring_nothing(folder: Path):
 def test_a_job_brings_its_working_directory_itself(folder: Path, monkeypatch: pytest.MonkeyPatch):
     load_plugins(["work_plugin"])
     job = {"runtime_env": {"working_dir": "gcs://package.zip"}}
-    monkeypatch.setenv(JOB_VARIABLE, json.dumps(job))
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
     assert user_code_environment(["work_plugin"])["py_modules"]  # from elsewhere
 
     monkeypatch.chdir(folder)
     assert user_code_environment(["work_plugin"]) == {}
 
     # Ray refuses two values for one field.
-    monkeypatch.setenv(JOB_VARIABLE, json.dumps({"runtime_env": {"py_modules": ["gcs://a.zip"]}}))
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {"py_modules": ["gcs://a.zip"]}}))
     monkeypatch.chdir("/")
     assert user_code_environment(["work_plugin"]) == {}
 

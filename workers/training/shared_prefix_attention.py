@@ -74,11 +74,7 @@ class CausalBatch(NamedTuple):
     size: int  # b
     tokens: Tensor  # [b * L] into the pack; padding repeats the last token of its sequence
     padding: Tensor | None  # [b, 1, L] bool; None: there is none
-
-    @property
-    def places(self) -> Tensor | None:
-        """The places [r] of `tokens` that are no padding; None: all."""
-        return None if self.padding is None else (~self.padding).flatten().nonzero()[:, 0]
+    places: Tensor | None  # [r] those of `tokens` that are no padding; None: all
 
     def take(self, states: Tensor) -> Tensor:
         """Return [b, h, L, ...] of [1, h, n, ...]."""
@@ -88,10 +84,10 @@ class CausalBatch(NamedTuple):
     def put(self, states: Tensor, values: Tensor) -> None:
         """Write [b, h, L, ...] to its tokens in [1, h, n, ...]."""
         rows = values.transpose(1, 2).flatten(0, 1).to(states.dtype)
-        tokens, places = self.tokens, self.places
-        if places is not None:
-            rows = rows.index_select(0, places)
-            tokens = tokens.index_select(0, places)
+        tokens = self.tokens
+        if self.places is not None:
+            rows = rows.index_select(0, self.places)
+            tokens = tokens.index_select(0, self.places)
         states[0].transpose(0, 1).index_copy_(0, tokens, rows)
 
 
@@ -156,10 +152,12 @@ def _causal_batch(sequences: Sequence[range]) -> CausalBatch:
     last = lengths[:, None] - 1
     tokens = starts[:, None] + torch.minimum(columns, last)
     padding = columns > last
+    is_padded = bool(padding.any())
     return CausalBatch(
         size=len(sequences),
         tokens=tokens.flatten(),
-        padding=padding[:, None] if padding.any() else None,
+        padding=padding[:, None] if is_padded else None,
+        places=(~padding).flatten().nonzero()[:, 0] if is_padded else None,
     )
 
 

@@ -19,6 +19,7 @@ import psutil
 from rlsys.config import ConfigError
 from rlsys.run.directory import RunDirectory, write_whole
 from rlsys.run.observers.observer import Observer, Outcome
+from rlsys.run.process_identity import is_running
 from rlsys.run.shown_text import shown
 
 State = Literal["starting", "running", "restarting", "finished", "interrupted", "failed", "died"]
@@ -52,7 +53,8 @@ def read_status(directory: RunDirectory) -> RunStatus | None:
         status = RunStatus(**json.loads(directory.status.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    if status.is_over or status.host != socket.gethostname() or _is_alive(status):
+    elsewhere = status.host != socket.gethostname()
+    if status.is_over or elsewhere or is_running(status.process, status.process_began):
         return status
     return replace(
         status,
@@ -76,15 +78,6 @@ def refuse_running(directory: RunDirectory) -> None:
         f"{directory.field}: the run in {str(directory.path)!r} is still at work, in process "
         f"{status.process}. Wait for its end, or stop it first."
     )
-
-
-def _is_alive(status: RunStatus) -> bool:
-    try:
-        process = psutil.Process(status.process)
-        running = process.status() != psutil.STATUS_ZOMBIE
-        return running and abs(process.create_time() - status.process_began) < 1
-    except psutil.Error:
-        return False
 
 
 class StatusWriter(Observer):
