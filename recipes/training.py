@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes.restarting import Recovery, begin_restart, reconnect
@@ -35,6 +35,17 @@ TASKS_END_S = 5.0  # for the tasks of a session to be cancelled
 SAME_REQUEST_S = 2.0  # a scheduler may signal a process and its parent, which passes it on
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Surroundings:
+    """What outlives the actors of a run, and where it tells what happens."""
+
+    recovery: Recovery
+    status: StatusWriter
+    log: HeldLog
+    console: Console
+    storage: RunStorage | None
+
+
 async def train(
     prepared: Prepared, log: HeldLog, console: Console, storage: RunStorage | None
 ) -> int:
@@ -56,9 +67,12 @@ async def train(
     status = StatusWriter(directory, held=prepared.resume)
     recovery = Recovery.of(prepared, console)
     prepared = replace(prepared, recovery=recovery)
+    around = _Surroundings(
+        recovery=recovery, status=status, log=log, console=console, storage=storage
+    )
 
     try:
-        ended = await _with_restarts(prepared, recovery, status, log, console, storage)
+        ended = await _with_restarts(prepared, around)
     except (asyncio.CancelledError, KeyboardInterrupt):
         if recovery.trains or not prepared.resume:
             status.interrupt("left while its actors did not run; continue with --resume")
@@ -84,44 +98,31 @@ def keep_logs(directory: RunDirectory, console: Console) -> None:
     warn([f"output of actors was not collected: {line}" for line in missed], console)
 
 
-async def _with_restarts(
-    prepared: Prepared,
-    recovery: Recovery,
-    status: StatusWriter,
-    log: HeldLog,
-    console: Console,
-    storage: RunStorage | None,
-) -> tuple[Outcome, int] | None:
+async def _with_restarts(prepared: Prepared, around: _Surroundings) -> tuple[Outcome, int] | None:
     """Return how the run ended and its last step; None where it failed, which is reported.
 
     Raises:
         ConfigError: refused at set-up, so that there are no results.
     """
+    recovery = around.recovery
     while True:
         try:
-            return await _train_once(prepared, recovery, status, log, console, storage)
+            return await _train_once(prepared, around)
         except Exception as error:
             if isinstance(error, ConfigError) and not (recovery.trains or recovery.restarted):
                 raise
             # No session is there to finish its step.
             _end_stopping_on_signals()
-            restarted = await begin_restart(prepared, error, console)
+            restarted = await begin_restart(prepared, error, around.console)
             if restarted is None:
-                status.fail(f"{type(error).__name__}: {error}")
-                log.end_hold()
-                _report_failure(error, prepared.directory, console)
+                around.status.fail(f"{type(error).__name__}: {error}")
+                around.log.end_hold()
+                _report_failure(error, prepared.directory, around.console)
                 return None
             prepared = restarted
 
 
-async def _train_once(
-    prepared: Prepared,
-    recovery: Recovery,
-    status: StatusWriter,
-    log: HeldLog,
-    console: Console,
-    storage: RunStorage | None,
-) -> tuple[Outcome, int]:
+async def _train_once(prepared: Prepared, around: _Surroundings) -> tuple[Outcome, int]:
     """Start the actors, train until the end or a failure, and stop the actors.
 
     Returns:
@@ -129,10 +130,10 @@ async def _train_once(
     """
     from workers.reward_worker import RewardOutput
 
-    directory, restarted = prepared.directory, recovery.restarted
+    directory, recovery, console = prepared.directory, around.recovery, around.console
     earlier_tasks = asyncio.all_tasks()
     # Not in a thread, although it blocks: Ray sets its signal handlers in the main thread only.
-    if restarted:
+    if recovery.restarted:
         prepared, cluster = await reconnect(prepared, console)
     else:
         cluster = prepared.connect()
@@ -141,18 +142,18 @@ async def _train_once(
 
     try:
         recovery.begin_start(cluster, directory.failures)
-        starting = _start(prepared, recovery, cluster, status, console)
+        starting = _start(prepared, cluster, around)
         started = await recovery.watchdog.guard(starting)
         session = started.session
         reward_output.follow(cluster.supervised_of("reward"))
         if prepared.resume and not recovery.trains:
             directory.create(prepared.config, prepared.reasons)
         recovery.trains = True
-        log.end_hold()
+        around.log.end_hold()
         _stop_on_signals(session.request_stop, console)
-        if storage is not None:
-            _stop_on_loss(storage, session.request_stop)
-            storage.begin()
+        if around.storage is not None:
+            _stop_on_loss(around.storage, session.request_stop)
+            around.storage.begin()
         return await started.loop.run(), session.step
     except Exception as error:
         recovery.save_evidence(error, cluster, directory.failures)
@@ -202,15 +203,10 @@ async def _end_tasks(earlier: set[asyncio.Task[Any]]) -> None:
         await asyncio.wait(left, timeout=TASKS_END_S)
 
 
-async def _start(
-    prepared: Prepared,
-    recovery: Recovery,
-    cluster: Cluster,
-    status: StatusWriter,
-    console: Console,
-) -> Started:
+async def _start(prepared: Prepared, cluster: Cluster, around: _Surroundings) -> Started:
     """Start the actors, and go to the run's checkpoint, or to the beginning without one."""
-    started = await prepared.start(cluster, status, console, recovery.faults)
+    recovery = around.recovery
+    started = await prepared.start(cluster, around.status, around.console, recovery.faults)
     session = started.session
     if prepared.checkpoint:
         await session.restore(prepared.checkpoint)
