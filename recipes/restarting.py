@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlsys.config import ConfigError
 from rlsys.config.secrets import redacted
-from rlsys.driver.restarts import Failure, FailureKind, Restart, Restarts
+from rlsys.driver.restarts import Failure, FailureKind, Restart, Restarts, number_of
 from rlsys.driver.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -78,9 +78,10 @@ class Recovery:
 
         faults = FaultLog(count_faults(directory.faults))
         faults.listen(show)
-        return cls(
-            restarts=Restarts(trainer.max_restarts, failure_kind), watchdog=watchdog, faults=faults
-        )
+        # A resumed run adds to the evidence of the failures before.
+        earlier = max((number_of(one.name) for one in directory.failures.glob("*")), default=0)
+        restarts = Restarts(trainer.max_restarts, failure_kind, earlier=earlier)
+        return cls(restarts=restarts, watchdog=watchdog, faults=faults)
 
     @property
     def restarted(self) -> bool:

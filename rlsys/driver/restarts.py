@@ -26,7 +26,7 @@ FailureKind = Literal["lost process", "out of memory", "hang"]
 class Failure:
     """A failure that a restart may repair, and where it happened."""
 
-    number: int  # of all failures of this process, from 1
+    number: int  # of all failures of the run, from 1
     kind: FailureKind
     step: int  # the one in progress
     phase: str
@@ -57,14 +57,22 @@ class Restarts(Observer):
     It outlives the session that it observes.
     """
 
-    def __init__(self, limit: int, kind_of: Callable[[BaseException], FailureKind | None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        kind_of: Callable[[BaseException], FailureKind | None],
+        *,
+        earlier: int = 0,
+    ) -> None:
         """Allow `limit` restarts without a new checkpoint in between.
 
         Args:
             kind_of: returns None for an error that would come again.
+            earlier: the number of the last failure before the run was resumed.
         """
         self._limit = limit
         self._kind_of = kind_of
+        self._earlier = earlier
         self._step, self._phase = 0, "start"
         self._completed = self._saved = 0
         self._since_checkpoint = 0
@@ -92,7 +100,11 @@ class Restarts(Observer):
     @property
     def next_name(self) -> str:
         """The name of the next failure, as `Failure.name`."""
-        return _name(len(self.failures) + 1, self._step, self._phase)
+        return _name(self._next_number, self._step, self._phase)
+
+    @property
+    def _next_number(self) -> int:
+        return self._earlier + len(self.failures) + 1
 
     def request_stop(self) -> None:
         """Make no further restart: the user ends the run."""
@@ -142,7 +154,7 @@ class Restarts(Observer):
         kind = self._kind_of(error)
         assert kind is not None, "other errors are no failures of the machinery"
         failure = Failure(
-            number=len(self.failures) + 1,
+            number=self._next_number,
             kind=kind,
             step=self._step,
             phase=self._phase,
@@ -154,6 +166,12 @@ class Restarts(Observer):
 
 def _name(number: int, step: int, phase: str) -> str:
     return f"{number:02d}_step_{step:06d}_{phase}"
+
+
+def number_of(name: str) -> int:
+    """Return the number of a failure from `Failure.name`; 0 for another name."""
+    number = name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def last_line(error: BaseException) -> str:

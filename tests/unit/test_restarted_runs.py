@@ -37,6 +37,7 @@ from tests.support.in_process_fakes import (
     make_prompts,
 )
 from tests.support.in_process_runs import DEADLOCK_S, assert_same_metrics, make_config
+from tests.support.prepared_fields import without_notes
 
 Hook = Callable[[int], Awaitable[None]]  # gets the number of the update in the whole test, from 1
 
@@ -96,19 +97,11 @@ def make_run(path: Path, config: RunConfig, hook: Hook, **trainer: object) -> Fa
     directory.create(config)
     return FakeRun(
         config=config,
-        resume=False,
         store=CheckpointStore(directory.checkpoints, keep=2),
-        checkpoint=None,
         directory=directory,
-        plan="",
-        changes=(),
-        notices=(),
-        reasons=(),
-        warnings=(),
-        speed=None,
-        estimate=None,
         prompts=make_prompts(config),
         hook=hook,
+        **without_notes(),
     )
 
 

@@ -18,6 +18,7 @@ from rlsys.driver import restarts as limits
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.directory import RunDirectory
 from rlsys.run.fault_events import read_faults
+from tests.support.prepared_fields import without_notes
 from workers.cluster import CapacityError
 
 
@@ -55,18 +56,10 @@ def make_run(path: Path, *looks: int, recovery_timeout_s: float = 0.0) -> FakeRu
     directory.create(config)
     run = FakeRun(
         config=config,
-        resume=False,
         store=CheckpointStore(directory.checkpoints, keep=2),
-        checkpoint=None,
         directory=directory,
-        plan="",
-        changes=(),
-        notices=(),
-        reasons=(),
-        warnings=(),
-        speed=None,
-        estimate=None,
         resources=Resources(list(looks)),
+        **without_notes(),
     )
     object.__setattr__(run, "recovery", Recovery.of(run, Console(record=True, width=300)))
     return run
@@ -98,6 +91,15 @@ async def test_a_restart_begins_at_the_newest_checkpoint_of_the_moment(tmp_path:
     actions = [fault.action for fault in read_faults(run.directory.faults)]
     assert "restart 1 of all actors, from the beginning" in actions[0]
     assert "restart 2 of all actors, from checkpoint" in actions[1]
+
+
+async def test_a_resumed_run_keeps_the_evidence_of_earlier_failures(tmp_path: Path):
+    (tmp_path / "failures" / "03_step_000001_update").mkdir(parents=True)
+    (tmp_path / "failures" / "notes").mkdir()
+    run = make_run(tmp_path, 3)
+    restarted = await begin_restart(run, ActorDiedError(), Console())
+    assert restarted is not None
+    assert "failures/04_step_" in read_faults(run.directory.faults)[0].action
 
 
 async def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path):
