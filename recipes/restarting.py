@@ -106,17 +106,21 @@ class Recovery:
         self.watchdog.collect_evidence = collect_evidence
 
     def save_evidence(self, error: Exception, cluster: Cluster, failures: Path) -> None:
-        """Write the traceback of a failure."""
-        from workers.failures import victim_of
+        """Write the traceback of a failure, and find out which actor died."""
+        from workers.failures import dead_actor, failure_kind, victim_of
 
         if not self.restarts.is_failure(error):
             return
         directory = failures / self.restarts.next_name
         try:
-            self.victim = victim_of(error, cluster.actors)
             directory.mkdir(parents=True, exist_ok=True)
             text = "".join(traceback.format_exception(error))
             (directory / ERROR_FILE).write_text(redacted(text))
+            self.victim = victim_of(error, cluster.actors)
+            if self.victim is None and failure_kind(error) == "lost process":
+                # A supervised actor may be dead as well, but is restarted by itself.
+                others = cluster.actors.keys() - cluster.supervised.keys()
+                self.victim = dead_actor({name: cluster.actors[name] for name in sorted(others)})
         except Exception:  # the failure itself matters more
             logger.exception("the evidence of a failure could not be saved in %s", directory)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray._private.state
 import torch
 import torch.distributed as dist
 from ray import exceptions
@@ -95,6 +96,18 @@ class Victim:
 
     name: str
     reason: str  # in one line
+
+
+def dead_actor(actors: Mapping[str, Any]) -> Victim | None:
+    """Return an actor that is dead by Ray's table, where the error itself names none.
+
+    So it is where an object is lost with the process that owned it.
+    """
+    for name, actor in actors.items():
+        found = ray._private.state.actors(actor._actor_id.hex())
+        if found and found["State"] == "DEAD":
+            return Victim(name=name, reason="its process died")
+    return None
 
 
 def victim_of(error: BaseException, actors: Mapping[str, Any]) -> Victim | None:

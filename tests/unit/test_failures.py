@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import ray._private.state
 import torch
 import torch.distributed as dist
 from ray import exceptions
@@ -11,7 +14,7 @@ from rlsys.config import ConfigError
 from rlsys.driver.ports import WeightSyncError
 from rlsys.driver.restarts import FailureKind
 from rlsys.driver.watchdog import PhaseTimeoutError
-from workers.failures import failure_kind
+from workers.failures import Victim, dead_actor, failure_kind
 
 
 def of_task(cause: Exception) -> Exception:
@@ -67,3 +70,16 @@ GLOO = RuntimeError(
 )
 def test_the_kind_of_an_error(error: Exception, kind: FailureKind | None):
     assert failure_kind(error) == kind
+
+
+def test_a_dead_actor_is_found_where_the_error_names_none(monkeypatch: pytest.MonkeyPatch):
+    """An object that is lost with its owner reports the owner's number alone."""
+    states = {"a0": {"State": "ALIVE"}, "b0": {"State": "DEAD"}, "c0": None}
+    monkeypatch.setattr(ray._private.state, "actors", states.get)
+    actors = {
+        name: SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda number=number: number))
+        for name, number in (("policy-0", "a0"), ("reference-0", "c0"), ("critic-0", "b0"))
+    }
+    assert dead_actor(actors) == Victim(name="critic-0", reason="its process died")
+    del actors["critic-0"]
+    assert dead_actor(actors) is None
