@@ -192,7 +192,10 @@ def _agreed(choices: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
         reasons = dict.fromkeys(why for _, why in choices.values())
         return dtypes.pop(), f"{', '.join(choices)}: {'; '.join(reasons)}"
     each = "; ".join(f"{name}: {dtype}, {why}" for name, (dtype, why) in choices.items())
-    return "float32", f"the nodes differ, and all parts compute in one precision. {each}"
+    return (
+        "float32",
+        f"the nodes differ, and all workers of a role compute in one precision. {each}",
+    )
 
 
 def _for_gpu(hardware: Hardware) -> tuple[str, str]:
