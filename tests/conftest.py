@@ -15,9 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """Start a real local Ray, shared by the tests of one session."""
+    """Start a real local Ray, shared by the tests of one file.
+
+    It ends with the file: other files run recipes in this process, which start a Ray of their own.
+    """
     import ray
 
     from workers.local_ray import needed_processes_only
