@@ -637,7 +637,9 @@ def random_trial(draw: random.Random, *, runs: bool = False) -> Trial:
     maybe(0.2, "algorithm.entropy.temperature", 0.01)
     if flags.get("algorithm.entropy.temperature"):
         maybe(0.4, "algorithm.entropy.target", 0.5)
-    maybe(0.3, "algorithm.rollout_correction.level", "token", "sequence")
+    maybe(0.3, "algorithm.rollout_correction.level", "token", "sequence", "geometric")
+    maybe(0.2, "algorithm.rollout_correction.max_sequence_kl", 0.01, 0.5)
+    maybe(0.2, "algorithm.rollout_correction.off_policy_mask", 0.05, 0.5)
     maybe(0.2, "algorithm.overlong.mask_truncated", True)
     maybe(0.2, "algorithm.dynamic_sampling.max_rounds", 2, 3)
     maybe(0.3, "policy.epochs", 2)

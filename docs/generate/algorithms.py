@@ -36,6 +36,8 @@ from rlsys.algorithms.loss_aggregation import AGGREGATION_MODES, aggregate_loss
 from rlsys.algorithms.policy_objectives import (
     gradient_coefficient,
     levels_of,
+    off_policy_sequence_mask,
+    responses_within_kl,
     rollout_correction,
 )
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, importance_variances
@@ -167,6 +169,12 @@ def reference() -> str:
         _block(gradient_coefficient),
         "## Mismatch between engine and trainer\n",
         _block(rollout_correction),
+        "### Responses far from the sampler\n",
+        "`algorithm.rollout_correction.max_sequence_kl` and `sequence_kl`.\n",
+        _block(responses_within_kl),
+        "### Far responses with a negative advantage\n",
+        "`algorithm.rollout_correction.off_policy_mask`.\n",
+        _block(off_policy_sequence_mask),
     ]
     lines += ["## Aggregation\n", _block(aggregate_loss)]
     lines += [

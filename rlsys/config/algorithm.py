@@ -175,13 +175,17 @@ class EntropyConfig(Section):
 
 
 class RolloutCorrectionConfig(Section):
-    """Importance weights old / rollout, for the mismatch between engine and trainer."""
+    """Corrections for tokens that another policy sampled than the one that is trained.
 
-    level: Literal["none", "token", "sequence"] = Field(
+    The engine's kernels differ from the trainer's, and in asynchronous training its weights are
+    older.
+    """
+
+    level: Literal["none", "token", "sequence", "geometric"] = Field(
         default="none",
         description="Correct for the log-prob mismatch between engine and trainer by the "
-        "importance ratio old / rollout of each token or of the whole sequence. none: no "
-        "correction.",
+        "importance ratio old / rollout of each token, of the whole sequence, or its geometric "
+        "mean over the sequence. none: no correction.",
     )
     cap: float = Field(
         default=2.0,
@@ -191,14 +195,30 @@ class RolloutCorrectionConfig(Section):
     mask_below: float | None = Field(
         default=None,
         gt=0,
-        description="Mask tokens (level token) or responses (level sequence) with a ratio below "
+        description="Mask tokens (level token) or responses (other levels) with a ratio below "
         "this out of the loss. null: none.",
     )
     mask_above: float | None = Field(
         default=None,
         gt=0,
-        description="Mask tokens (level token) or responses (level sequence) with a ratio above "
+        description="Mask tokens (level token) or responses (other levels) with a ratio above "
         "this out of the loss. null: none.",
+    )
+    max_sequence_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="Mask responses whose estimated KL(rollout || old) per token is above this out "
+        "of the loss, at any level. null: none.",
+    )
+    sequence_kl: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="Estimator of that KL."
+    )
+    off_policy_mask: float | None = Field(
+        default=None,
+        gt=0,
+        description="Mask tokens with a negative advantage out of the loss where the live policy "
+        "has moved away from the response by more than this, as the mean of log rollout - log live "
+        "over its tokens (DeepSeek-V3.2). null: none.",
     )
 
 

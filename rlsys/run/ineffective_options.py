@@ -158,6 +158,11 @@ TABLE: tuple[Ineffective, ...] = (
         because="algorithm.rollout_correction.level is none",
     ),
     _row(
+        "algorithm.rollout_correction.sequence_kl",
+        when=lambda s: s.config.algorithm.rollout_correction.max_sequence_kl is None,
+        because="algorithm.rollout_correction.max_sequence_kl is null",
+    ),
+    _row(
         "algorithm.advantage.auxiliary.",
         when=lambda s: (
             not trains_auxiliary(

@@ -247,7 +247,14 @@ async def test_batch_statistics_and_corrections_do_not_depend_on_ranks_or_packin
         objective=ObjectiveConfig(
             ratio="sequence", weight="adaptive_power", parameters={"target_ess": 0.999}
         ),
-        rollout_correction=RolloutCorrectionConfig(level="sequence", cap=1.5, mask_below=1e-9),
+        rollout_correction=RolloutCorrectionConfig(
+            level="sequence",
+            cap=1.5,
+            mask_below=1e-9,
+            max_sequence_kl=5.0,
+            sequence_kl="k1",
+            off_policy_mask=3.0,
+        ),
         aggregation="token_mean",
     )
 

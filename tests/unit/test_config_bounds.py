@@ -154,6 +154,8 @@ def test_lists_are_not_empty_where_that_means_nothing(name: str):
         ("algorithm.rollout_correction.cap", 0.0),
         ("algorithm.rollout_correction.mask_below", 0.0),
         ("algorithm.rollout_correction.mask_above", 0.0),
+        ("algorithm.rollout_correction.max_sequence_kl", 0.0),
+        ("algorithm.rollout_correction.off_policy_mask", 0.0),
         ("algorithm.dynamic_sampling.max_rounds", 0),
         ("algorithm.advantage.auxiliary.width", 0),
         ("algorithm.advantage.auxiliary.learning_rate", 0.0),

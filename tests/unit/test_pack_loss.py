@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from rlsys.algorithms.kl import KLLossTerms, kl_loss, old_policy_kl
-from rlsys.config import AlgorithmConfig, KLConfig, ObjectiveConfig
+from rlsys.config import (
+    AlgorithmConfig,
+    KLConfig,
+    ObjectiveConfig,
+    RolloutCorrectionConfig,
+)
 from rlsys.data.batches import TrainBatch
 from rlsys.data.packing import pack_rows
 from rlsys.data.padding import ResponsePadding
@@ -115,3 +121,41 @@ def test_without_a_penalty_there_is_no_metric_of_it():
     _, sums = losses_of(batch, torch.zeros(len(batch.rollouts.token_ids)), algorithm, 1000, 0.0)
     assert "kl_old" not in sums
     assert {"kl_ref_k1", "kl_ref_k3"} <= set(sums)
+
+
+@pytest.mark.parametrize("budget", [4, 1000])
+def test_rejected_responses_have_no_gradient(budget: int):
+    """Compare which tokens have a gradient with a plain loop over the responses."""
+    noise = np.random.default_rng(5)
+    batch = example()
+    rollouts_of = batch.rollouts
+    mask = rollouts_of.response_mask
+    drawn = np.where(mask, -noise.random(len(mask)), 0.0).astype(np.float32)
+    sampled = dataclasses.replace(rollouts_of, rollout_logprobs=drawn)
+    advantages = np.where(mask, noise.normal(size=len(mask)), 0.0).astype(np.float32)
+    batch = dataclasses.replace(batch, rollouts=sampled, advantages=advantages, kl_coefficient=0.0)
+    settings = RolloutCorrectionConfig(max_sequence_kl=0.07, sequence_kl="k2", off_policy_mask=0.02)
+    algorithm = AlgorithmConfig(
+        objective=ObjectiveConfig(weight="none"),
+        rollout_correction=settings,
+        aggregation="token_mean",
+    )
+    live_values = np.where(mask, -noise.random(len(mask)), 0.0).astype(np.float32)
+    live = torch.tensor(live_values, requires_grad=True)
+
+    total, sums = losses_of(batch, live, algorithm, budget, 0.0)
+    total.backward()
+
+    assert batch.old_logprobs is not None
+    kept = mask.copy()
+    for start, end in pairwise(sampled.sequence_offsets):
+        tokens = np.arange(start, end)[mask[start:end]]
+        difference = batch.old_logprobs[tokens] - drawn[tokens]
+        if (difference**2 / 2).mean() > 0.07:
+            kept[tokens] = False
+        if (drawn[tokens] - live_values[tokens]).mean() > 0.02:
+            kept[tokens[advantages[tokens] < 0]] = False
+    assert 0 < kept.sum() < mask.sum()
+    assert live.grad is not None
+    assert ((live.grad.numpy() != 0) == kept).all()
+    assert sums["rollout_masked_fraction"] == mask.sum() - kept.sum()

@@ -19,7 +19,9 @@ from rlsys.algorithms.policy_objectives import (
     PolicyObjectiveOutput,
     is_zero_at_zero_advantage,
     log_ratios,
+    off_policy_sequence_mask,
     policy_objective,
+    responses_within_kl,
     rollout_correction,
 )
 from rlsys.config import AlgorithmConfig
@@ -71,14 +73,10 @@ class PolicyLoss:
         token_losses = objective.token_losses
 
         # The correction multiplies the objective only, not the penalties below.
-        if self.algorithm.rollout_correction.level != "none":
-            correction = rollout_correction(
-                columns.pad(old),
-                columns.pad(rollout),
-                mask,
-                **self.algorithm.rollout_correction.model_dump(),
-            )
-            token_losses = token_losses * correction
+        correction = self._rollout_correction(result, columns, old, rollout)
+        if correction is not None:
+            # `where`: an infinite loss of a masked token would become NaN in a product with 0.
+            token_losses = torch.where(correction == 0, 0.0, token_losses * correction)
             sums["rollout_correction"] = float(correction.sum())
             sums["rollout_masked_fraction"] = float((mask & (correction == 0)).sum())
 
@@ -142,6 +140,44 @@ class PolicyLoss:
             weight=objective.weight,
             **self.objective_parameters,
         )
+
+    def _rollout_correction(
+        self, result: PackResult, columns: PackColumns, old: Tensor, rollout: Tensor
+    ) -> Tensor | None:
+        """Return [b, T] the factors of the token losses, 0 at masked tokens; None: all are 1."""
+        settings = self.algorithm.rollout_correction
+        masks = (settings.max_sequence_kl, settings.off_policy_mask)
+        if settings.level == "none" and masks == (None, None):
+            return None
+
+        mask = columns.mask()
+        padded_old, padded_rollout = columns.pad(old), columns.pad(rollout)
+        weights = rollout_correction(
+            padded_old,
+            padded_rollout,
+            mask,
+            level=settings.level,
+            cap=settings.cap,
+            mask_below=settings.mask_below,
+            mask_above=settings.mask_above,
+        )
+        if settings.max_sequence_kl is not None:
+            weights = weights * responses_within_kl(
+                padded_old,
+                padded_rollout,
+                mask,
+                estimator=settings.sequence_kl,
+                threshold=settings.max_sequence_kl,
+            )
+        if settings.off_policy_mask is not None:
+            weights = weights * off_policy_sequence_mask(
+                columns.pad(result.logprobs.detach()),
+                padded_rollout,
+                columns.pad(columns.take(self.batch.advantages)),
+                mask,
+                threshold=settings.off_policy_mask,
+            )
+        return weights
 
     def _reference_kl(
         self, result: PackResult, columns: PackColumns, old: Tensor, ref: Tensor, mask: Tensor

@@ -19,7 +19,11 @@ from rlsys.algorithms.policy_objectives import (  # noqa: F401  (each registers 
 )
 from rlsys.algorithms.policy_objectives.minimum_family import register_ratio_curve
 from rlsys.algorithms.policy_objectives.ratios import RATIOS, log_ratios, register_ratio
-from rlsys.algorithms.policy_objectives.rollout_correction import rollout_correction
+from rlsys.algorithms.policy_objectives.rollout_correction import (
+    off_policy_sequence_mask,
+    responses_within_kl,
+    rollout_correction,
+)
 from rlsys.algorithms.policy_objectives.weights import (
     WEIGHTS,
     BatchTokens,
@@ -55,10 +59,12 @@ __all__ = [
     "is_zero_at_zero_advantage",
     "levels_of",
     "log_ratios",
+    "off_policy_sequence_mask",
     "policy_objective",
     "register_ratio",
     "register_ratio_curve",
     "register_weight",
+    "responses_within_kl",
     "rollout_correction",
 ]
 

@@ -79,6 +79,13 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
         {"algorithm.rollout_correction.level": "token"},
         CPU,
     ),
+    (
+        "algorithm.rollout_correction.sequence_kl",
+        "k1",
+        {},
+        {"algorithm.rollout_correction.max_sequence_kl": 0.1},
+        CPU,
+    ),
     ("algorithm.advantage.auxiliary.width", 8, {}, NETWORK, CPU),
     ("algorithm.advantage.auxiliary.learning_rate", 0.1, {}, NETWORK, CPU),
     ("generation.kv_cache_gib", 2.0, {"generation.engine": "transformers"}, VLLM, CPU),
