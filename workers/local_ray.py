@@ -6,7 +6,7 @@ itself blocks SIGINT.
 
 Therefore this process must also stop them. Ray would send SIGTERM to its daemons, which they do not
 receive, and SIGKILL a second later, one daemon after the other; the daemons could not stop their
-own workers.
+own workers. Where this process is killed, `workers.ray_leftovers` stops them.
 
 Nobody else can use this Ray: all that it opens for the run listens on the loopback address, it asks
 for a token, and its token and its folder are for their owner alone.
@@ -35,6 +35,8 @@ import ray._private.worker
 from ray._private.authentication.authentication_token_generator import (
     generate_new_authentication_token,
 )
+
+from workers.ray_leftovers import LeftoverGuard
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class LocalRay:
 
     def __init__(self) -> None:
         self._daemons: set[psutil.Process] = set()
+        self._guard: LeftoverGuard | None = None
 
     @needed_processes_only()
     def start(self, **settings: Any) -> None:
@@ -89,12 +92,17 @@ class LocalRay:
         # Workers whose raylet is gone become children of this process, so that `stop` finds them.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
-        earlier = set(psutil.Process().children())
         protect_token()
         with _sigterm_held_back(), _on_loopback():
-            ray.init(address="local", include_dashboard=False, **settings)
+            self._guard = LeftoverGuard()
+            earlier = set(psutil.Process().children())
+            with self._guard.marking():
+                ray.init(address="local", include_dashboard=False, **settings)
             _close_session_folder()
             self._daemons = set(psutil.Process().children()) - earlier
+            for daemon in self._daemons:
+                with suppress(psutil.Error):
+                    self._guard.name(daemon.children(recursive=True))
 
     def stop(self) -> None:
         """Leave Ray and stop all its processes, also those that were still starting."""
@@ -111,6 +119,10 @@ class LocalRay:
                 with suppress(psutil.Error):
                     process.kill()
             orphan.wait()
+
+        if self._guard is not None:
+            self._guard.end_leftovers()
+            self._guard = None
 
 
 def interrupt_on_sigterm() -> None:

@@ -198,18 +198,34 @@ def kill_when(
 ) -> str:
     """Send a signal as soon as the status has `reached` a point, and return the whole output.
 
-    The driver alone receives it, or with `group` its whole process group.
+    The driver alone receives it, or with `group` its whole process group. Whatever the signal, no
+    process of the run is left in the end.
     """
+    started: list[psutil.Process] = []
     with ThreadPoolExecutor(1) as reader:  # a full pipe would stop the run
         output = reader.submit(process.communicate, timeout=180)
         while process.poll() is None:
             status = read_status(RunDirectory(directory))
             if status and reached(status):
+                started = psutil.Process(process.pid).children(recursive=True)
                 send = os.killpg if group else os.kill
                 send(process.pid, number)
                 break
             time.sleep(0.01)
-        return output.result()[0]
+        printed = output.result()[0]
+
+    deadline = time.monotonic() + 60
+    while left := [one for one in started if _lives(one)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    return printed
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Return whether a process runs. A zombie does not: it waits for its parent alone."""
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def start(directory: Path, *flags: str) -> subprocess.Popen[str]:
