@@ -39,6 +39,7 @@ HANG = "hang"
 ENDS_THE_DRIVER = ("driver", "raylet", "head")
 STEPS = 6
 PHASE_TIMEOUT_S = 60
+LEFT_AFTER_S = 20.0
 PRINTED = ("round", "kind", "place", "survived", "healed", "lost_s", "lost_steps", "wrong", "left")
 
 
@@ -54,7 +55,7 @@ class Round:
     lost_s: float  # seconds more than the undisturbed run
     lost_steps: int  # taken again
     wrong: int  # metrics and steps that differ, are missing or are there twice
-    left: int  # processes that live after the end
+    left: int  # processes that live LEFT_AFTER_S after the end
     output: str = ""  # of a round that did not survive
 
 
@@ -122,12 +123,12 @@ def _round(
     with DisturbedRun(directory, *flags) as run:
         place = _strike(run, kind, chance, timeout_s)
         ended = run.end(timeout_s)
-        left = len(run.left_over())
+        left = len(run.left_over(LEFT_AFTER_S))
     outputs, healed = [ended], ended.code == 0
     if not healed:
         with DisturbedRun(directory, "--resume") as again:
             outputs.append(again.end(timeout_s))
-            left += len(again.left_over())
+            left += len(again.left_over(LEFT_AFTER_S))
 
     wrong = differences(directory, whole) if outputs[-1].code == 0 else ["the run failed"]
     survived = not wrong

@@ -124,8 +124,14 @@ class DisturbedRun:
             return [process for worker in workers for process in _children(worker)]
         return [process for process in children if _title(process).startswith(ACTORS[kind])]
 
-    def left_over(self) -> list[psutil.Process]:
-        """Return all processes of the run that live."""
+    def left_over(self, after_s: float = 0.0) -> list[psutil.Process]:
+        """Return all processes of the run that live; those that still do after some seconds."""
+        deadline = time.monotonic() + after_s
+        while (left := self._living()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def _living(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
