@@ -23,6 +23,7 @@ from benchmarks.gpu_check.catalogue import Place
 from benchmarks.gpu_check.examples import Sizes, packs_of, random_sequences
 from benchmarks.gpu_check.policy import TINY, Shape, packed, random_model
 from benchmarks.gpu_check.results import Figure, Finding, SkippedError, within
+from rlsys.data.packing import Pack
 from rlsys.data.sequences import TokenSequences
 from workers.training.packed_attention import SHARING_KERNELS
 from workers.training.packed_model import PackedCausalLM, PackTensors
@@ -66,23 +67,30 @@ class Comparison:
         return self._run(PackedCausalLM(model, chunk_tokens=1024, packing=False), shares=False)
 
     def _run(self, module: PackedCausalLM, *, shares: bool) -> Outputs:
-        # Twice: the first pass compiles.
-        for _ in range(2):
-            module.zero_grad()
-            synchronize(self.device)
-            began = time.perf_counter()
-            flat = torch.zeros(len(self.sequences.token_ids))
-            for pack in packs_of(self.sequences, budget=1 << 40, shares=shares):
-                logprobs = module(PackTensors.of(pack, self.device)).logprobs
-                places = torch.from_numpy(pack.flat_positions)
-                if logprobs.requires_grad:
-                    (logprobs * self.weights[places].to(self.device)).sum().backward()
-                flat[places] = logprobs.detach().float().cpu()
-            synchronize(self.device)
-            seconds = time.perf_counter() - began
+        packs = packs_of(self.sequences, budget=1 << 40, shares=shares)
+        self._pass(module, packs)  # compiles
+        module.zero_grad()
+
+        synchronize(self.device)
+        began = time.perf_counter()
+        flat = self._pass(module, packs)
+        synchronize(self.device)
+        seconds = time.perf_counter() - began
+
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         parts = [grad.detach().float().flatten().cpu() for grad in grads]
         return Outputs(flat, torch.cat(parts) if parts else None, seconds)
+
+    def _pass(self, module: PackedCausalLM, packs: list[Pack]) -> Tensor:
+        """Run forward and backward pass, and return [N] log-probs, 0 outside the mask."""
+        flat = torch.zeros(len(self.sequences.token_ids))
+        for pack in packs:
+            logprobs = module(PackTensors.of(pack, self.device)).logprobs
+            places = torch.from_numpy(pack.flat_positions)
+            if logprobs.requires_grad:
+                (logprobs * self.weights[places].to(self.device)).sum().backward()
+            flat[places] = logprobs.detach().float().cpu()
+        return flat
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu_check.catalogue import Place, named
-from benchmarks.gpu_check.results import CheckResult, SkippedError
+from benchmarks.gpu_check.results import CheckResult, Figure, Finding, SkippedError
+
+if TYPE_CHECKING:
+    import torch
 
 # Characters of an error that the report repeats.
 LONGEST_REASON = 400
@@ -25,7 +30,7 @@ def run(name: str, device: str, folder: Path) -> CheckResult:
 
         chosen = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
         place = Place(device=chosen, folder=folder)
-        finding = named(name).load()(place)
+        finding = with_peak_memory(named(name).load()(place), place.device)
     except SkippedError as skipped:
         seconds = time.perf_counter() - began
         return CheckResult(name=name, status="skipped", reason=str(skipped), seconds=seconds)
@@ -36,6 +41,16 @@ def run(name: str, device: str, folder: Path) -> CheckResult:
         reason = f"{type(error).__name__}: {message}"
         return CheckResult(name=name, status="failed", reason=reason, seconds=seconds)
     return CheckResult.of(name, finding, time.perf_counter() - began)
+
+
+def with_peak_memory(finding: Finding, device: torch.device) -> Finding:
+    """Add the peak memory of the GPU in this process, unless the check has measured it by phase."""
+    if device.type != "cuda" or any("peak memory" in figure.name for figure in finding.figures):
+        return finding
+    from workers.training.process_group import peak_memory_gib
+
+    peak = Figure(name="peak memory", value=peak_memory_gib(device), unit="GiB")
+    return replace(finding, figures=(*finding.figures, peak))
 
 
 def main(arguments: list[str]) -> None:

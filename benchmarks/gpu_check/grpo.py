@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from benchmarks.gpu_check.attention import synchronize
 from benchmarks.gpu_check.catalogue import Place
@@ -141,7 +142,8 @@ def learns(place: Place) -> Finding:
     build_tiny_model(directory)
 
     engine = transformers_engine(directory, "float32")
-    model = load_causal_lm(directory, dtype=torch.float32, attention="sdpa").to(device)
+    model = load_causal_lm(directory, dtype=torch.float32, attention="sdpa")
+    nn.Module.to(model, device)
     dtype = "float32" if place.small else "bfloat16"
     role = Role(compute_dtype=dtype, optimizer=SETTINGS)
     backend = backend_of(packed(model, "sdpa"), role, device, directory)

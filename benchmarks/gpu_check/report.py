@@ -18,12 +18,12 @@ INTRODUCTION = """# Measurements on a GPU
 The page is written by one command, on a machine with an NVIDIA GPU:
 
 ```sh
-make check-gpu                        # with the environment of `make setup`
-python -m benchmarks.gpu_check        # with any Python that has torch and transformers
+make check-gpu
 ```
 
-It takes less than ten minutes. Each check runs in a process of its own; what a machine lacks is
-skipped by name.
+That sets up the environment where it is missing. Where it cannot be set up, any Python that has torch
+and transformers will do: `python -m benchmarks.gpu_check` in the repository. It takes less than ten
+minutes. Each check runs in a process of its own; what a machine lacks is skipped by name.
 """
 
 

@@ -60,8 +60,8 @@ def test_products_are_those_that_torch_counts():
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     size = DecoderSize(
