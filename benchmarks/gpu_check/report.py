@@ -21,9 +21,9 @@ The page is written by one command, on a machine with an NVIDIA GPU:
 make check-gpu
 ```
 
-That sets up the environment where it is missing. Where it cannot be set up, any Python that has torch
-and transformers will do: `python -m benchmarks.gpu_check` in the repository. It takes less than ten
-minutes. Each check runs in a process of its own; what a machine lacks is skipped by name.
+That sets up the environment where it is missing. Where it cannot be set up, any Python that has
+torch and transformers will do: `python -m benchmarks.gpu_check` in the repository. It takes less
+than ten minutes. Each check runs in a process of its own; what a machine lacks is skipped by name.
 """
 
 
