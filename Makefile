@@ -3,6 +3,7 @@
 # make test    unit tests of every module and one real run, in 4 minutes: proves the installation
 # make test-nodes  runs on three nodes in namespaces, as root; the rest of what docs/cluster.md claims of several nodes
 # make test-rest   what `make test` leaves out, small campaigns included     make test-all   both
+# make check-gpu   prove the CUDA path on one GPU, in less than ten minutes; writes docs/gpu_measurements.md
 # make check   ruff and pyright
 PYTHON ?= python3.11
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -21,7 +22,7 @@ else
 TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
 endif
 
-.PHONY: setup run test test-rest test-all test-nodes check docs clean
+.PHONY: setup run test test-rest test-all test-nodes check check-gpu docs clean
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
@@ -56,6 +57,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# On a machine that has torch and transformers only: python -m benchmarks.gpu_check
+check-gpu: setup
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 docs: setup
 	$(BIN)/python -m docs.generate.configuration docs/configuration.md

@@ -1,4 +1,4 @@
-"""Mistakes of the user: an error class, and a collector that reports all of them at once."""
+"""Mistakes of the user, collected, so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from rlsys.config_error import ConfigError
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """One or more mistakes that the user can correct, a line each: field, value and remedy.
-
-    A command that ends with it prints the lines and exits with code 2, without a traceback.
-    """
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.config import ConfigError
+from rlsys.config_error import ConfigError
 
 if TYPE_CHECKING:
     import torch

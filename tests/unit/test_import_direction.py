@@ -22,13 +22,14 @@ LIBRARY = (
 )
 # The packages of this project that each package may import, besides itself.
 ALLOWED = {
-    "rlsys.config": (),
+    "rlsys.config": ("rlsys.config_error",),
+    "rlsys.config_error": (),
     "rlsys.math_verifier": (),
     "rlsys.metrics": (),
     "rlsys.registry": (),
     "rlsys.plugins": (),
     "rlsys.algorithms": ("rlsys.config", "rlsys.registry"),
-    "rlsys.models": ("rlsys.config",),
+    "rlsys.models": ("rlsys.config", "rlsys.config_error"),
     "rlsys.data": ("rlsys.config", "rlsys.models"),
     "rlsys.rewards": (
         "rlsys.config",

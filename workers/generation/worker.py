@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
 from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum, peak_memory_gib
 from rlsys.models.weights import WeightManifest
 from workers.generation.engines import make_engine
 from workers.generation.engines.engine import SampledGroup
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 
 class GenerationWorker:

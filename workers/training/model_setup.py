@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 from rlsys.models.loading import load_causal_lm
 from rlsys.models.value_models import ValueLayout, load_value_model
+from workers.training.backends.backend import TrainedRole
 from workers.training.checked_outputs import LOGPROBS, VALUES, CheckedOutput
 from workers.training.forward_check import ForwardCheck, Lengths, check_forward
 from workers.training.packed_attention import register_packed_attention
@@ -28,6 +28,8 @@ from workers.training.process_group import agreed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from rlsys.config import ModelRoleConfig, RunConfig
 
 PackedT = TypeVar("PackedT", bound=PackedModel)
 
@@ -103,7 +105,7 @@ def prepare(
     Raises:
         UnsupportedModelError: no forward pass gives the right outputs.
     """
-    trainable = isinstance(settings, TrainableRoleConfig)
+    trainable = isinstance(settings, TrainedRole)
     stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
 
     kernel = choose_kernel(config.model.attention, device)

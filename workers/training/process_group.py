@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -45,6 +44,8 @@ def use_interface_of(address: str) -> None:
     loopback, at which no other machine reaches it. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where
     they are set, stay as they are, and so does everything on a machine without a network.
     """
+    import psutil
+
     for name, addresses in psutil.net_if_addrs().items():
         own = {entry.address for entry in addresses}
         if address in own and not ipaddress.ip_address(address).is_loopback:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from rlsys.config import RunConfig
 from rlsys.registry import Registry, check_values
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 # The optional fields of `AdvantageInputs`; each is computed only for estimators that need it.
 Need = Literal[
@@ -222,7 +224,7 @@ StepRewardsUse = Literal["added", "needed", "refused"]
 # A constant, or a function of the keyword parameters.
 Declared = bool | Callable[[Mapping[str, Any]], bool]
 # From the configuration and the width of a hidden state.
-BuildAuxiliary = Callable[[RunConfig, int], TokenAuxiliary]
+BuildAuxiliary = Callable[["RunConfig", int], TokenAuxiliary]
 
 
 def _no_check(config: RunConfig) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from rlsys.algorithms.advantages.returns import (
     step_rewards,
     whitened,
 )
-from rlsys.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 
 def _validate(*, gamma: float, lam: float, eps: float, **_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from rlsys.algorithms.advantages.contract import (
 )
 from rlsys.algorithms.advantages.grouping import Groups, broadcast_to_tokens, outcome_rewards
 from rlsys.algorithms.advantages.returns import check_eps
-from rlsys.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 FIELD = "algorithm.advantage.parameters"
 BASELINES = ("subsets", "leave_one_out")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rlsys.algorithms.advantages.contract import AdvantageInputs
-from rlsys.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 # Sums of weighted float32 rewards may leave a range by rounding.
 SLACK = 1e-5

@@ -9,14 +9,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.data.response_text import ResponseText
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
@@ -31,6 +30,32 @@ TRIED_STEPS = 4
 # Mean log-prob differences that are due to rounding, where the standard deviation of the
 # log-probabilities is 1 nat.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+class _Generation(Protocol):
+    @property
+    def dtype(self) -> str: ...
+
+
+class _Data(Protocol):
+    @property
+    def max_prompt_tokens(self) -> int: ...
+
+
+class _Model(Protocol):
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+class EngineSettings(Protocol):
+    """What this engine reads of a `RunConfig`; so it needs neither pydantic nor Ray."""
+
+    @property
+    def generation(self) -> _Generation: ...
+    @property
+    def data(self) -> _Data: ...
+    @property
+    def model(self) -> _Model: ...
 
 
 @dataclass
@@ -60,7 +85,7 @@ class TransformersEngine:
     of the sample). So a response does not depend on the other responses of the batch.
     """
 
-    def __init__(self, config: RunConfig, model_directory: str) -> None:
+    def __init__(self, config: EngineSettings, model_directory: str) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, config.generation.dtype)
         model = load_causal_lm(

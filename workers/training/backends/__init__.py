@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlsys.config import ModelRoleConfig
 from workers.training.backends.backend import ModelBackend
 from workers.training.packed_model import PackedModel
+
+if TYPE_CHECKING:
+    from rlsys.config import ModelRoleConfig
 
 # A module is imported only where it is used: each has dependencies of its own.
 BUILDERS: Mapping[str, str] = {"fsdp2": "workers.training.backends.fsdp2"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,40 @@ from torch import Tensor
 from workers.training.packed_model import PackTensors
 
 ResultT_co = TypeVar("ResultT_co", covariant=True)  # `PackResult` of a language model
+
+
+class OptimizerSettings(Protocol):
+    """What a backend reads of an `OptimizerConfig`."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+class RoleSettings(Protocol):
+    """What a backend reads of a `ModelRoleConfig`; so it needs neither pydantic nor Ray."""
+
+    @property
+    def compute_dtype(self) -> str: ...
+
+
+@runtime_checkable
+class TrainedRole(RoleSettings, Protocol):
+    """What a backend reads of a `TrainableRoleConfig`, which alone has these fields."""
+
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @property
+    def offload_optimizer(self) -> bool: ...
 
 
 class ModelBackend(Protocol[ResultT_co]):

@@ -25,22 +25,22 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
 from rlsys.models.saving import change_model_config, copy_model_files
+from workers.training.backends.backend import OptimizerSettings, RoleSettings, TrainedRole
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
 
 
 def build(
-    module: PackedModel, settings: ModelRoleConfig, device: torch.device, directory: Path
+    module: PackedModel, settings: RoleSettings, device: torch.device, directory: Path
 ) -> FSDP2Backend:
     """Shard `module` over all ranks, in place, and return its backend.
 
     Each decoder block is one FSDP unit; the rest (embeddings, final norm, LM head) is in the root.
     """
-    trained = settings if isinstance(settings, TrainableRoleConfig) else None
+    trained = settings if isinstance(settings, TrainedRole) else None
     blocks = decoder_blocks(module.model)
     if trained and trained.gradient_checkpointing:
         for block in blocks:
@@ -68,7 +68,7 @@ class FSDP2Backend:
         module: PackedModel,
         device: torch.device,
         directory: Path,
-        optimizer: OptimizerConfig | None,
+        optimizer: OptimizerSettings | None,
     ) -> None:
         """Take a sharded `module`, loaded from `directory`; without an `optimizer` it is frozen."""
         self.module = module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from rlsys.algorithms.advantages.hierarchical.grouped_batch import (
     others_variance,
 )
 from rlsys.algorithms.advantages.hierarchical.horizons import FIELD, Horizons
-from rlsys.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 
 class BaselineNetwork(nn.Module):

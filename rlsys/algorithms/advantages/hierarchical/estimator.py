@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,9 @@ from rlsys.algorithms.advantages.hierarchical.shrinkage import (
     sampled,
     weighted_baseline,
 )
-from rlsys.config import RunConfig
+
+if TYPE_CHECKING:
+    from rlsys.config import RunConfig
 
 SOLVERS = ("least_squares", "network")
 SCOPES = ("auto", "group", "batch")
