@@ -108,6 +108,7 @@ class MetricDoc:
 
 # What a metric is taken over.
 ALL = "all samples"
+GROUPS = "groups of the step"
 ALL_AND_GREEDY = "all samples and greedy responses"
 TRAINED = "trained"
 TOKENS = "trained tokens"
@@ -289,6 +290,44 @@ METRICS = (
         STEP,
         "Number of groups without a learning signal that fill the batch, since there were not "
         "enough good ones.",
+    ),
+    MetricDoc(
+        "staleness/mean",
+        "mean",
+        GROUPS,
+        "Asynchronous training: weight versions by which the policy at the start of the update is "
+        "ahead of the weights that sampled a group.",
+    ),
+    MetricDoc("staleness/max", "max", GROUPS, "The same of the oldest group."),
+    MetricDoc(
+        "staleness/dropped_groups",
+        "sum",
+        STEP,
+        "Groups that were older than `trainer.max_staleness` and not trained, since the step "
+        "before: dropped, or sampled again. They belong to all samples of the step.",
+    ),
+    MetricDoc(
+        "queue/ready_groups",
+        "sum",
+        STEP,
+        "Asynchronous training: groups with rewards that wait for a further step, when the groups "
+        "of this one were taken.",
+    ),
+    MetricDoc(
+        "queue/running_groups", "sum", STEP, "Groups that were being sampled or scored then."
+    ),
+    MetricDoc(
+        "idle/trainer",
+        "driver",
+        STEP,
+        "Asynchronous training: seconds for which the trainer waited for groups; `time/generate`.",
+    ),
+    MetricDoc(
+        "idle/generation",
+        "driver",
+        STEP,
+        "Asynchronous training: seconds for which a generation worker had nothing to sample, since "
+        "the step before; mean over the workers.",
     ),
     MetricDoc(
         "advantage/mean_abs",
@@ -629,7 +668,8 @@ METRICS = (
         "throughput/generate",
         "driver",
         ALL_AND_GREEDY,
-        "Sampled tokens per second of `time/generate`.",
+        "Sampled tokens per second of `time/generate`. Absent in asynchronous training, where "
+        "`time/generate` is the wait for groups.",
     ),
     MetricDoc("throughput/update", "driver", STEP, "`policy/tokens` per second of `time/update`."),
     MetricDoc(
