@@ -270,7 +270,8 @@ METRICS = (
         "sampling/rounds",
         "sum",
         STEP,
-        "Number of sampling rounds (only with `algorithm.dynamic_sampling`, as the next three).",
+        "Number of sampling rounds (only with `algorithm.dynamic_sampling`, as the next three). In "
+        "asynchronous training: sampled groups / `trainer.prompts_per_step`.",
     ),
     MetricDoc(
         "sampling/replaced_groups",
@@ -305,6 +306,19 @@ METRICS = (
         STEP,
         "Groups that were older than `trainer.max_staleness` and not trained, since the step "
         "before: dropped, or sampled again. They belong to all samples of the step.",
+    ),
+    MetricDoc(
+        "staleness/effective_sample_size/<age>",
+        "mean",
+        "tokens of the batch that are <age> versions old",
+        "Asynchronous training: effective sample size of the ratios old / rollout, as a fraction "
+        "of the tokens. Absent where nothing reads the old log-probabilities, as the next one.",
+    ),
+    MetricDoc(
+        "staleness/logprob_difference/<age>",
+        "mean",
+        "tokens of the batch that are <age> versions old",
+        "Mean absolute difference of the old and the rollout log-probabilities.",
     ),
     MetricDoc(
         "queue/ready_groups",

@@ -306,13 +306,6 @@ def _asynchronous(config: RunConfig) -> Iterator[str]:
             f"trainer.prompts_per_step {prompts}; a worker gets prompts of one batch at a time. "
             "Lower it."
         )
-    rounds = config.algorithm.dynamic_sampling.max_rounds
-    if rounds > 1:
-        yield (
-            f"algorithm.dynamic_sampling.max_rounds: {rounds} is not supported with "
-            f"{_stale(config)}: rounds belong to a step, and groups are sampled beside it. Set it "
-            "to 1, or trainer.max_staleness to 0."
-        )
     yield from _terms_of_the_present_policy(config)
 
 

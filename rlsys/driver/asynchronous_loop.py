@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.config import RunConfig
-from rlsys.data.batches import PromptBatch
+from rlsys.data.batches import PromptBatch, RewardBatch
 from rlsys.driver.group_queue import FinishedGroup, GroupQueue, QueueLimits, TakenGroups, Ticket
 from rlsys.driver.ports import (
     ExampleSource,
@@ -173,9 +173,14 @@ class Dispatcher:
     async def _score(self, ticket: Ticket, part: VersionedPart) -> None:
         """Wait for the rewards of a group, and let the trainer have it."""
         group = self._sampler.scored(part.part)
-        await group.rewards
+        rewards: RewardBatch = await group.rewards
         self._queue.finish(
-            FinishedGroup(ticket=ticket, group=group, weight_version=part.weight_version)
+            FinishedGroup(
+                ticket=ticket,
+                group=group,
+                weight_version=part.weight_version,
+                has_signal=self._sampler.keeps(rewards),
+            )
         )
         self._changed.set()
         self.wake()  # a group that is too old makes room
@@ -202,6 +207,7 @@ class AsynchronousLoop(SynchronousLoop):
             prompts_per_step=trainer.prompts_per_step,
             max_staleness=trainer.max_staleness,
             on_stale=trainer.asynchronous.on_stale,
+            max_rounds=config.algorithm.dynamic_sampling.max_rounds,
         )
         self._queue = GroupQueue(prompts, limits)
         super().__init__(config, workers, prompts, sampler, session, rollouts_directory, texts)
@@ -258,9 +264,16 @@ class AsynchronousLoop(SynchronousLoop):
             "queue/ready_groups": total(taken.ready),
             "queue/running_groups": total(taken.running),
         }
+        if self._config.algorithm.dynamic_sampling.max_rounds > 1:
+            sampled = len(taken.groups) + len(taken.replaced)
+            metrics |= {
+                "sampling/rounds": total(sampled / len(taken.groups)),
+                "sampling/replaced_groups": total(len(taken.replaced)),
+                "sampling/missing_groups": total(taken.fillers),
+            }
         return SampledGroups(
             kept=[finished.group for finished in taken.groups],
-            dropped=[finished.group for finished in taken.stale],
+            dropped=[finished.group for finished in (*taken.stale, *taken.replaced)],
             metrics=metrics,
         )
 

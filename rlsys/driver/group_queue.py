@@ -16,6 +16,10 @@ ahead of the weights that sampled it (`trainer.max_staleness`, K):
 With K = 0 the P groups of a step are those that are started after the step before, whatever the
 order in which they finish, so the batches are those of the synchronous loop.
 
+Dynamic sampling needs no rounds here. A group without a learning signal is not ready: another
+prompt takes its place, up to (max_rounds - 1) * P times for a step. Those that are still missing
+then fill the batch, and are masked out of the loss.
+
 Which groups overtake others depends on the durations, and so do the batches of K > 0. All else is
 fixed: prompts start in the order of the stream, and their seeds depend on it alone.
 """
@@ -59,14 +63,17 @@ class FinishedGroup:
     ticket: Ticket
     group: ScoredGroup
     weight_version: int  # that sampled it
+    has_signal: bool = True  # False: dynamic sampling does not keep it
 
 
 @dataclass(frozen=True, kw_only=True)
 class TakenGroups:
     """The groups of one step."""
 
-    groups: Sequence[FinishedGroup]  # in the order of the stream
+    groups: Sequence[FinishedGroup]  # in the order of the stream; the fillers last
     stale: Sequence[FinishedGroup]  # that were too old, since the step before
+    replaced: Sequence[FinishedGroup]  # without a learning signal, since the step before
+    fillers: int  # groups without a learning signal that fill the batch
     ready: int  # groups that stay ready
     running: int
 
@@ -79,6 +86,7 @@ class QueueLimits:
     prompts_per_step: int
     max_staleness: int
     on_stale: OnStale
+    max_rounds: int = 1  # of `algorithm.dynamic_sampling`
 
 
 @dataclass
@@ -88,6 +96,7 @@ class _Groups:
     waiting: list[tuple[int, Ticket]] = field(default_factory=list)  # a heap
     running: dict[int, Ticket] = field(default_factory=dict)  # by number
     ready: dict[int, FinishedGroup] = field(default_factory=dict)  # by number
+    equal: dict[int, FinishedGroup] = field(default_factory=dict)  # the same, without a signal
     stale: list[FinishedGroup] = field(default_factory=list)  # for the next step's metrics
 
     def push(self, ticket: Ticket) -> None:
@@ -98,7 +107,7 @@ class _Groups:
         """Those whose prompts must come again after a resume, in the order of the stream."""
         tickets = [ticket for _, ticket in self.waiting]
         tickets += self.running.values()
-        tickets += [finished.ticket for finished in self.ready.values()]
+        tickets += [finished.ticket for finished in (*self.ready.values(), *self.equal.values())]
         return sorted(tickets, key=lambda ticket: ticket.number)
 
 
@@ -134,10 +143,11 @@ class GroupQueue:
         """Note that everything that is started from now on is sampled with these weights."""
         assert version == self._version + 1, "versions come one after the other"
         self._version = version
-        for finished in list(self._groups.ready.values()):
-            if self._is_stale(finished.weight_version):
-                del self._groups.ready[finished.ticket.number]
-                self._refuse(finished)
+        for kind in (self._groups.ready, self._groups.equal):
+            for number, finished in list(kind.items()):
+                if self._is_stale(finished.weight_version):
+                    del kind[number]
+                    self._refuse(finished)
 
     @property
     def room(self) -> int:
@@ -145,7 +155,14 @@ class GroupQueue:
         limits = self._limits
         steps = min(self._version + limits.max_staleness + 1, limits.steps) - self._first_version
         started = self._taken * limits.prompts_per_step + self.running + self.ready
-        return max(0, steps * limits.prompts_per_step - started)
+        # A group without a signal is replaced, as long as there are rounds.
+        fillers = max(0, len(self._groups.equal) - self._replaceable)
+        return max(0, steps * limits.prompts_per_step - started - fillers)
+
+    @property
+    def _replaceable(self) -> int:
+        """The number of groups without a signal that are replaced for one step."""
+        return (self._limits.max_rounds - 1) * self._limits.prompts_per_step
 
     @property
     def running(self) -> int:
@@ -188,24 +205,34 @@ class GroupQueue:
         if self._is_stale(finished.weight_version):
             self._refuse(finished)
         else:
-            self._groups.ready[finished.ticket.number] = finished
+            kind = self._groups.ready if finished.has_signal else self._groups.equal
+            kind[finished.ticket.number] = finished
 
     # Training
 
     @property
     def is_full(self) -> bool:
         """Whether there are enough groups for a step."""
-        return self.ready >= self._limits.prompts_per_step
+        fillers = max(0, len(self._groups.equal) - self._replaceable)
+        return self.ready + fillers >= self._limits.prompts_per_step
 
     def take(self) -> TakenGroups:
         """Return the groups of the next step, which is trained from the newest weights."""
         assert self.is_full, "a step has all of its groups"
-        groups = self._groups
-        numbers = sorted(groups.ready)[: self._limits.prompts_per_step]
-        taken = [groups.ready.pop(number) for number in numbers]
-        stale, groups.stale = groups.stale, []
+        groups, size = self._groups, self._limits.prompts_per_step
+        taken = [groups.ready.pop(number) for number in sorted(groups.ready)[:size]]
+        fillers = size - len(taken)
+        equal = [groups.equal[number] for number in sorted(groups.equal)]
+        stale, groups.stale, groups.equal = groups.stale, [], {}
         self._taken += 1
-        return TakenGroups(groups=taken, stale=stale, ready=self.ready, running=self.running)
+        return TakenGroups(
+            groups=[*taken, *equal[:fillers]],
+            stale=stale,
+            replaced=equal[fillers:],
+            fillers=fillers,
+            ready=self.ready,
+            running=self.running,
+        )
 
     def age(self, finished: FinishedGroup) -> int:
         """Return by how many versions the newest weights are ahead of those of a group."""

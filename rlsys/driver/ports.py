@@ -66,19 +66,23 @@ class StepHandles:
     greedy: Sequence[Handle[RewardBatch]] = ()  # of one greedy response per prompt
     dropped_rollouts: Sequence[Handle[RolloutBatch]] = ()
     dropped_rewards: Sequence[Handle[RewardBatch]] = ()
+    weight_version: int | None = None  # of the policy that is trained; None: it is not known
 
     def all(self) -> list[Handle[Any]]:
         """Return every handle."""
-        return [handle for field in fields(self) for handle in getattr(self, field.name)]
+        return [handle for name in self._names() for handle in getattr(self, name)]
 
     def opened(self, records: Mapping[Handle[Any], Any]) -> StepRecords:
         """Return the records, given that of each handle."""
-        return StepRecords(
-            **{
-                field.name: [records[handle] for handle in getattr(self, field.name)]
-                for field in fields(self)
-            }
-        )
+        opened = {
+            name: [records[handle] for handle in getattr(self, name)] for name in self._names()
+        }
+        return StepRecords(**opened, weight_version=self.weight_version)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Return the fields that hold handles."""
+        return [field.name for field in fields(cls) if field.name != "weight_version"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class StepRecords:
     greedy: Sequence[RewardBatch] = ()
     dropped_rollouts: Sequence[RolloutBatch] = ()
     dropped_rewards: Sequence[RewardBatch] = ()
+    weight_version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

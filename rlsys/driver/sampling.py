@@ -105,6 +105,11 @@ class Sampler:
         """Start computing the rewards of a finished group."""
         return ScoredGroup(part=part, rewards=self._scorer.score(part.rollouts))
 
+    def keeps(self, rewards: RewardBatch) -> bool:
+        """Return whether a group with these rewards may be trained; with dynamic sampling."""
+        dynamic = self._config.algorithm.dynamic_sampling
+        return dynamic.max_rounds == 1 or keeps_group(rewards, dynamic.by)
+
     def training_parameters(self, batch_id: int, round_number: int = 0) -> SamplingParameters:
         """Return the parameters with which the prompts of a batch of the stream are sampled."""
         generation = self._config.generation

@@ -132,6 +132,7 @@ class SynchronousLoop:
                     greedy=[group.rewards for group in greedy],
                     dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
                     dropped_rewards=[group.rewards for group in sampled.dropped],
+                    weight_version=session.step,
                 )
             )
 

@@ -238,6 +238,11 @@ async def test_old_logprobs_are_of_the_weights_that_are_trained(tmp_path: Path) 
     made = await start(tmp_path, config, concurrency=Concurrency(workers=3))
     made.stage.hooks["update"] = lambda: asyncio.sleep(0.01)
     assert await made.finish() == "finished"
+    for version, (_, values) in enumerate(made.recorder.steps):
+        prefix = "staleness/effective_sample_size/"
+        sizes = {int(n.removeprefix(prefix)): v for n, v in values.items() if n.startswith(prefix)}
+        assert {version - age for age in sizes} == made.batches[version]["versions"]
+        assert all((size < 1 - 1e-6) == (age > 0) for age, size in sizes.items())
     ages = [values["staleness/max"] for _, values in made.recorder.steps]
     differences = [batch["old_difference"] for batch in made.batches]
     assert ages[0] == 0
@@ -254,6 +259,33 @@ async def test_learns(tmp_path: Path) -> None:
     rewards = [values["reward/mean"] for _, values in made.recorder.steps]
     assert np.mean(rewards[:3]) < 0.35
     assert np.mean(rewards[-3:]) > 0.8
+
+
+def test_dynamic_sampling_replaces_groups_without_a_signal(tmp_path: Path) -> None:
+    """All trained groups have a signal, except for fillers, which the loss leaves out."""
+
+    async def run(loop: SimulatedLoop) -> Run:
+        config = make_config(steps=12, sampling_rounds=3, by="reward")
+        made = await slowly(tmp_path, with_staleness(config, max_staleness=1), loop, workers=3)
+        assert await made.loop.run() == "finished"
+        return made
+
+    made = simulate(run)
+    values = [values for _, values in made.recorder.steps]
+    assert sum(value["sampling/replaced_groups"] for value in values) > 0
+    for step, value in enumerate(values, start=1):
+        sampled = GROUPS + value["sampling/replaced_groups"] + value["staleness/dropped_groups"]
+        assert value["rollout/responses"] == sampled * 8
+        assert value["trained/responses"] == (GROUPS - value["sampling/missing_groups"]) * 8
+        assert value["sampling/rounds"] <= 3
+        rewards: dict[int, set[float]] = {}
+        for row in read_rollouts(made.directory.rollouts / f"step_{step:06d}.parquet"):
+            if row["trained"]:
+                rewards.setdefault(row["group_id"], set()).add(row["reward"])
+        assert all(len(found) > 1 for found in rewards.values())
+    ids = trained(made)
+    assert len(set(ids)) == len(ids) == 12 * GROUPS
+    assert all(documented(name) for value in values for name in value)
 
 
 # Checkpoints, stops, failures
