@@ -27,8 +27,8 @@ the console prints below the row of a step.
 | word | responses |
 |---|---|
 | all samples | all responses that were sampled for training in the step, including groups that \
-dynamic sampling dropped and responses that are masked out of the loss; without the greedy \
-responses of `remax` and without evaluations |
+dynamic sampling dropped or that were too old, and responses that are masked out of the loss; \
+without the greedy responses of `remax` and without evaluations |
 | trained | the responses that enter the loss: kept by dynamic sampling, and not masked by \
 `algorithm.overlong.mask_truncated`. Groups with equal rewards enter it with advantages of 0 |
 
@@ -79,6 +79,8 @@ critic, and for dropped groups |
 where nothing reads them, and for dropped groups |
 | `token_ids`, `response_mask` | tokens of prompt and response; the mask is true where the policy \
 sampled the token |
+| `weight_version` | of the weights that sampled the response |
+| `batch_id` | of the batch of the stream; in asynchronous training that of the first group |
 | `stop_reason` | `end`, or `length` where the response was truncated |
 
 ## status.json
