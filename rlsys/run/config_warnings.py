@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlsys.algorithms.advantages import is_importance_corrected
+from rlsys.algorithms.advantages import available_advantage_estimators, is_importance_corrected
 from rlsys.algorithms.kl import GRADIENT_KINDS
 from rlsys.algorithms.policy_objectives import ignores_ratio
 from rlsys.config import RunConfig
@@ -65,12 +65,13 @@ def _staleness_warnings(config: RunConfig) -> Iterator[str]:
     advantage = algorithm.advantage
     corrected = is_importance_corrected(advantage.name, advantage.parameters)
     if algorithm.rollout_correction.level == "none" and not corrected:
+        suitable = [e for e in available_advantage_estimators() if is_importance_corrected(e)]
         yield (
             f"trainer.max_staleness: {staleness} without a correction trains samples of older "
             "weights as if the present policy had drawn them: the ratio of the objective is that "
             "of the live policy and the trainer's weights at the start of the update. Set "
             "algorithm.rollout_correction.level to token or sequence, or choose an estimator that "
-            "corrects (hierarchical)."
+            f"corrects ({', '.join(suitable)})."
         )
     if algorithm.kl.coefficient > 0 and algorithm.kl.estimator != "exact":
         yield (
