@@ -318,6 +318,7 @@ def _assemble(
     faults: FaultLog,
 ) -> Started:
     """Build the loop and its session: observers, evaluation and checkpoints."""
+    from rlsys.driver.asynchronous_loop import AsynchronousLoop
     from rlsys.driver.sampling import Sampler
     from rlsys.driver.synchronous_loop import SynchronousLoop
     from rlsys.run.observers.console import Progress
@@ -331,7 +332,8 @@ def _assemble(
     session = prepared.open_session(progress, status, evaluator, faults)
     if prepared.reward_model:
         session.register(REWARD_MODEL_STATE, prepared.reward_model)
-    loop = SynchronousLoop(
+    make_loop = AsynchronousLoop if config.trainer.max_staleness else SynchronousLoop
+    loop = make_loop(
         config,
         workers,
         prepared.prompts.train,

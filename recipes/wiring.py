@@ -26,6 +26,7 @@ from rlsys.data.batches import PromptBatch
 from rlsys.data.probe import probe_sequences
 from rlsys.data.prompt_stream import LoadedPrompts
 from rlsys.driver.ports import (
+    ConcurrentGeneration,
     EvaluationWorkers,
     ExpertIterationWorkers,
     OfflineWorkers,
@@ -151,6 +152,7 @@ async def start_workers(
                 for rank in range(config.policy.ranks)
             ]
         )
+    weights = ObjectStoreWeightSync(policy, engines, config, probe)
     return Workers(
         generator=generator,
         scorer=scorer,
@@ -158,9 +160,10 @@ async def start_workers(
         reference=reference,
         critic=critic,
         advantages=controller,
-        weights=ObjectStoreWeightSync(policy, engines, config, probe),
+        weights=weights,
         put=ray.put,
         reporting=(generator, scorer, controller, *optional),
+        concurrent=ConcurrentGeneration(slots=generator.slots(), publisher=weights),
     )
 
 

@@ -264,14 +264,24 @@ class ActorPool:
             TooManyDeathsError: a member was given up.
         """
         while True:
-            for member in self.members:
-                member.check()
-            asked = [member for member in self.members if member.is_ready]
-            found = await asyncio.gather(*(_answer(member, method, arguments) for member in asked))
-            answers = [answer for answer in found if answer is not None]
+            answers = await self.submit(method, *arguments)
             if answers:
                 return answers
             await self._wait_for_one()
+
+    def submit(self, method: str, *arguments: Any) -> Awaitable[list[tuple[SupervisedActor, Any]]]:
+        """Call a method of every member that is ready; as `ask`, which may also find none.
+
+        The calls are made before this returns, so each member answers before any later call.
+        """
+        for member in self.members:
+            member.check()
+        calls = [
+            _answer(member, member.present, _call(member.present, method, arguments))
+            for member in self.members
+            if member.is_ready
+        ]
+        return _answers(calls)
 
     async def _wait_for_one(self) -> None:
         waiting = [asyncio.create_task(member.ready()) for member in self.members]
@@ -284,13 +294,23 @@ class ActorPool:
                 task.cancel()
 
 
+def _call(actor: Any, method: str, arguments: Sequence[Any]) -> Any:
+    return getattr(actor, method).remote(*arguments)
+
+
+async def _answers(
+    calls: Sequence[Awaitable[tuple[SupervisedActor, Any] | None]],
+) -> list[tuple[SupervisedActor, Any]]:
+    found = await asyncio.gather(*calls)
+    return [answer for answer in found if answer is not None]
+
+
 async def _answer(
-    member: SupervisedActor, method: str, arguments: Sequence[Any]
+    member: SupervisedActor, actor: Any, call: Awaitable[Any]
 ) -> tuple[SupervisedActor, Any] | None:
-    """Return the answer of one member; None where it died."""
-    actor = member.present
+    """Return the answer of one member to a call; None where it died."""
     try:
-        return member, await getattr(actor, method).remote(*arguments)
+        return member, await call
     except Exception as error:
         if not is_death(error):
             raise

@@ -27,8 +27,8 @@ the console prints below the row of a step.
 | word | responses |
 |---|---|
 | all samples | all responses that were sampled for training in the step, including groups that \
-dynamic sampling dropped and responses that are masked out of the loss; without the greedy \
-responses of `remax` and without evaluations |
+dynamic sampling dropped or that were too old, and responses that are masked out of the loss; \
+without the greedy responses of `remax` and without evaluations |
 | trained | the responses that enter the loss: kept by dynamic sampling, and not masked by \
 `algorithm.overlong.mask_truncated`. Groups with equal rewards enter it with advantages of 0 |
 
@@ -79,6 +79,8 @@ critic, and for dropped groups |
 where nothing reads them, and for dropped groups |
 | `token_ids`, `response_mask` | tokens of prompt and response; the mask is true where the policy \
 sampled the token |
+| `weight_version` | of the weights that sampled the response |
+| `batch_id` | of the batch of the stream; in asynchronous training that of the first group |
 | `stop_reason` | `end`, or `length` where the response was truncated |
 
 ## status.json
@@ -108,6 +110,7 @@ class MetricDoc:
 
 # What a metric is taken over.
 ALL = "all samples"
+GROUPS = "groups of the step"
 ALL_AND_GREEDY = "all samples and greedy responses"
 TRAINED = "trained"
 TOKENS = "trained tokens"
@@ -269,7 +272,8 @@ METRICS = (
         "sampling/rounds",
         "sum",
         STEP,
-        "Number of sampling rounds (only with `algorithm.dynamic_sampling`, as the next three).",
+        "Number of sampling rounds (only with `algorithm.dynamic_sampling`, as the next three). In "
+        "asynchronous training: sampled groups / `trainer.prompts_per_step`.",
     ),
     MetricDoc(
         "sampling/replaced_groups",
@@ -289,6 +293,57 @@ METRICS = (
         STEP,
         "Number of groups without a learning signal that fill the batch, since there were not "
         "enough good ones.",
+    ),
+    MetricDoc(
+        "staleness/mean",
+        "mean",
+        GROUPS,
+        "Asynchronous training: weight versions by which the policy at the start of the update is "
+        "ahead of the weights that sampled a group.",
+    ),
+    MetricDoc("staleness/max", "max", GROUPS, "The same of the oldest group."),
+    MetricDoc(
+        "staleness/dropped_groups",
+        "sum",
+        STEP,
+        "Groups that were older than `trainer.max_staleness` and not trained, since the step "
+        "before: dropped, or sampled again. They belong to all samples of the step.",
+    ),
+    MetricDoc(
+        "staleness/effective_sample_size/<age>",
+        "mean",
+        "tokens of the batch that are <age> versions old",
+        "Asynchronous training: effective sample size of the ratios old / rollout, as a fraction "
+        "of the tokens. Absent where nothing reads the old log-probabilities, as the next one.",
+    ),
+    MetricDoc(
+        "staleness/logprob_difference/<age>",
+        "mean",
+        "tokens of the batch that are <age> versions old",
+        "Mean absolute difference of the old and the rollout log-probabilities.",
+    ),
+    MetricDoc(
+        "queue/ready_groups",
+        "sum",
+        STEP,
+        "Asynchronous training: groups with rewards that wait for a further step, when the groups "
+        "of this one were taken.",
+    ),
+    MetricDoc(
+        "queue/running_groups", "sum", STEP, "Groups that were being sampled or scored then."
+    ),
+    MetricDoc(
+        "idle/trainer",
+        "driver",
+        STEP,
+        "Asynchronous training: seconds for which the trainer waited for groups; `time/generate`.",
+    ),
+    MetricDoc(
+        "idle/generation",
+        "driver",
+        STEP,
+        "Asynchronous training: seconds for which a generation worker had nothing to sample, since "
+        "the step before; mean over the workers.",
     ),
     MetricDoc(
         "advantage/mean_abs",
@@ -629,7 +684,8 @@ METRICS = (
         "throughput/generate",
         "driver",
         ALL_AND_GREEDY,
-        "Sampled tokens per second of `time/generate`.",
+        "Sampled tokens per second of `time/generate`. Absent in asynchronous training, where "
+        "`time/generate` is the wait for groups.",
     ),
     MetricDoc("throughput/update", "driver", STEP, "`policy/tokens` per second of `time/update`."),
     MetricDoc(

@@ -43,7 +43,7 @@ def _batches(config: RunConfig) -> Iterator[str]:
             f"reference.ranks: {config.reference.ranks} is above policy.ranks {policy.ranks}, and "
             "each rank of the reference runs beside one of the policy. Lower it, or leave it null."
         )
-    if workers > prompts:
+    if workers > prompts * max(1, config.trainer.max_staleness):
         yield (
             f"generation.workers: {workers} workers share the {prompts} prompts of a step "
             "(trainer.prompts_per_step), so some would never sample. Lower it, or raise "
@@ -288,6 +288,61 @@ def _rollout_correction(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _asynchronous(config: RunConfig) -> Iterator[str]:
+    """Refuse what asynchronous training does not support, or would compute wrongly."""
+    trainer, prompts = config.trainer, config.trainer.prompts_per_step
+    settings = trainer.asynchronous
+    if settings.update == "interrupt":
+        yield (
+            "trainer.asynchronous.update: 'interrupt' is not supported: no engine reports yet "
+            "which weights sampled which token of a response. Set it to drain."
+        )
+    if not trainer.max_staleness:
+        return
+
+    if settings.groups_per_call > prompts:
+        yield (
+            f"trainer.asynchronous.groups_per_call: {settings.groups_per_call} is above "
+            f"trainer.prompts_per_step {prompts}; a worker gets prompts of one batch at a time. "
+            "Lower it."
+        )
+    yield from _terms_of_the_present_policy(config)
+
+
+def _terms_of_the_present_policy(config: RunConfig) -> Iterator[str]:
+    """Refuse terms that are estimated from samples as if the present policy had drawn them.
+
+    `rollout_correction` multiplies the objective, and none of these.
+    """
+    kl, kl_old = config.algorithm.kl, config.algorithm.kl_old
+    entropy, has_kl = config.algorithm.entropy, config.algorithm.kl.coefficient > 0
+    # Field, whether it is refused, its value, and the remedy.
+    rows: tuple[tuple[str, bool, object, str], ...] = (
+        ("critic.enabled", config.critic.enabled, True, "false"),
+        ("algorithm.kl.placement", has_kl and kl.placement != "loss", kl.placement, "loss"),
+        (
+            "algorithm.kl.importance_ratio",
+            has_kl and kl.importance_ratio != "none",
+            kl.importance_ratio,
+            "none, with a kind other than k1",
+        ),
+        ("algorithm.kl.target", kl.target is not None, kl.target, "null"),
+        ("algorithm.kl_old.coefficient", kl_old.coefficient > 0, kl_old.coefficient, "0"),
+        ("algorithm.entropy.temperature", entropy.temperature > 0, entropy.temperature, "0"),
+    )
+    for field, is_refused, value, remedy in rows:
+        if is_refused:
+            yield (
+                f"{field}: {value!r} with {_stale(config)} would be estimated from samples of "
+                "older weights as if the present policy had drawn them, which no correction "
+                f"repairs. Set it to {remedy}, or trainer.max_staleness to 0."
+            )
+
+
+def _stale(config: RunConfig) -> str:
+    return f"trainer.max_staleness {config.trainer.max_staleness}"
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -301,4 +356,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _recomputed_advantages,
     _entropy,
     _rollout_correction,
+    _asynchronous,
 )

@@ -108,3 +108,8 @@ class ExpertIterationRunConfig(OfflineRunConfig):
                 f"policy.ranks: {ranks} ranks for the {size} responses of an update. Raise "
                 "expert.examples_per_update or lower policy.ranks."
             )
+        if self.trainer.max_staleness:
+            yield (
+                f"trainer.max_staleness: {self.trainer.max_staleness} is for RL runs; expert "
+                "iteration samples and learns by turns. Set it to 0."
+            )

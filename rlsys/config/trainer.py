@@ -1,10 +1,12 @@
 """The training loop: number of steps, evaluation and checkpoints."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from rlsys.config.section import Section
+
+OnStale = Literal["drop", "resample", "train"]
 
 
 class EvaluationSchedule(Section):
@@ -76,6 +78,31 @@ PhaseTimeout = Annotated[
 ]
 
 
+class AsynchronousConfig(Section):
+    """Sampling beside training."""
+
+    on_stale: OnStale = Field(
+        default="drop",
+        description="What happens to a group that is older than trainer.max_staleness when it is "
+        "finished or would be trained, because others were finished before it. drop: it is not "
+        "trained, and another prompt takes its place. resample: it is not trained, and its prompt "
+        "is sampled again. train: it is trained.",
+    )
+    update: Literal["drain", "interrupt"] = Field(
+        default="drain",
+        description="How new weights reach a generation worker. drain: it finishes the groups that "
+        "it has under the old weights, and samples the next ones under the new. interrupt, where "
+        "responses go on under the new weights, is refused: no engine reports yet which weights "
+        "sampled which token.",
+    )
+    groups_per_call: int = Field(
+        default=1,
+        ge=1,
+        description="Prompts that a worker samples together; it gets others when all are "
+        "finished. More of them use an engine that batches better, and delay new weights.",
+    )
+
+
 class LoopConfig(Section):
     """What the training loops of all kinds of runs have in common.
 
@@ -110,6 +137,17 @@ class TrainerConfig(LoopConfig):
         description="Training steps; each samples one rollout batch and trains on it.",
     )
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts per step.")
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="Number of weight versions (steps) by which the trained policy may be ahead "
+        "of the weights that sampled a group. 0: sampling and training take turns. Above 0 they "
+        "run at the same time, on samples that may be stale (docs/asynchronous.md).",
+    )
+    asynchronous: AsynchronousConfig = Field(
+        default=AsynchronousConfig(),
+        description="Sampling beside training, for max_staleness above 0.",
+    )
     seed: int = Field(
         default=0,
         ge=0,

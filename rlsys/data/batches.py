@@ -144,13 +144,23 @@ class RolloutBatch:
     def num_response_tokens(self) -> int:
         return self.sequences.num_loss_tokens
 
+    @property
+    def weight_versions(self) -> NDArray[np.int32]:
+        """[N] of the weights that sampled each token; -1 for the tokens of prompts."""
+        # A worker installs weights between its groups, so a response is of one version.
+        assert np.array_equal(self.oldest_weight_version, self.newest_weight_version)
+        versions = np.repeat(self.newest_weight_version, self.sequence_lengths)
+        return np.where(self.response_mask, versions, np.int32(-1))
+
     @staticmethod
     def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-        """Join the parts of one batch, in the order given."""
+        """Join the parts of one step, in the order given; they get the batch id of the first.
+
+        In asynchronous training their prompts may come from several batches of the stream.
+        """
         assert batches, "nothing to concatenate"
         if len(batches) == 1:
             return batches[0]
-        assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
 
         prompts = PromptBatch(
             batch_id=batches[0].batch_id,
@@ -276,9 +286,8 @@ class RewardBatch:
 
     @staticmethod
     def concatenate(batches: Sequence[RewardBatch]) -> RewardBatch:
-        """Join the parts of one batch, in the order given."""
+        """Join the parts of one step, in the order given; see `RolloutBatch.concatenate`."""
         assert batches, "nothing to concatenate"
-        assert len({batch.batch_id for batch in batches}) == 1, "parts of different batches"
 
         # A failure names its row in the part; in the whole batch it moves by the rows before it.
         starts = np.cumsum([0] + [len(batch) for batch in batches]).tolist()

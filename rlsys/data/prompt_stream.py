@@ -27,6 +27,9 @@ class PromptStream:
     Each epoch is a new permutation, and a batch may span two epochs. The stream's whole state is
     the number of prompts and of batches taken, since epoch e is always permuted with the seed
     (seed, e). A resumed run may use another batch size.
+
+    A loop that has taken prompts and not trained on them yet can save them as returned: a resumed
+    run begins with those.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class PromptStream:
         self._digest = digest
         self._batches_taken = 0
         self._prompts_taken = 0
+        self._returned: tuple[int, ...] = ()  # positions below `_prompts_taken`, which come first
 
     def __len__(self) -> int:
         """Return the number of prompts of one epoch."""
@@ -65,11 +69,13 @@ class PromptStream:
         return sum(len(prompt.token_ids) for prompt in self._prompts) / len(self._prompts)
 
     def next_batch(self) -> PromptBatch:
-        """Return the next batch; group ids are unique within the run."""
+        """Return the next batch; group ids, the positions in the stream, are unique in a run."""
         batch_id = self._batches_taken
-        positions = range(self._prompts_taken, self._prompts_taken + self._size)
+        again, self._returned = self._returned[: self._size], self._returned[self._size :]
+        fresh = self._size - len(again)
+        positions = [*again, *range(self._prompts_taken, self._prompts_taken + fresh)]
         self._batches_taken += 1
-        self._prompts_taken += self._size
+        self._prompts_taken += fresh
 
         return PromptBatch(
             batch_id=batch_id,
@@ -77,11 +83,16 @@ class PromptStream:
             group_ids=np.asarray(positions, dtype=np.int64),
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return the position of the stream, ready for JSON."""
+    def state(self, returned: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the position of the stream, ready for JSON.
+
+        Args:
+            returned: group ids that were taken and must come again, first and in this order.
+        """
         return {
             "batches_taken": self._batches_taken,
             "prompts_taken": self._prompts_taken,
+            "returned": [*returned, *self._returned],
             "prompts": len(self._prompts),
             "problems_digest": self._digest,
         }
@@ -109,6 +120,7 @@ class PromptStream:
 
         self._batches_taken = int(state["batches_taken"])
         self._prompts_taken = int(state["prompts_taken"])
+        self._returned = tuple(state.get("returned", ()))  # absent in earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ from rlsys.driver.advantage_estimation import (
 from rlsys.driver.batch_metrics import batch_metrics
 from rlsys.driver.dynamic_sampling import kept_responses
 from rlsys.driver.ports import StepRecords
+from rlsys.driver.staleness_metrics import staleness_metrics
 from rlsys.metrics import Metric, mean, total
 
 
@@ -146,6 +147,8 @@ class CreditAssigner:
         batch, metrics = self.assign(
             rollouts, rewards, records.old, records.ref, greedy, values=records.values
         )
+        if self._config.trainer.max_staleness and records.weight_version is not None:
+            metrics |= staleness_metrics(batch, records.weight_version)
         return Credited(batch, dropped, batch_metrics(batch, dropped, greedy) | metrics)
 
     def assign(

@@ -8,7 +8,7 @@ that are awaited come back when the work is done, with small records only.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -66,19 +66,23 @@ class StepHandles:
     greedy: Sequence[Handle[RewardBatch]] = ()  # of one greedy response per prompt
     dropped_rollouts: Sequence[Handle[RolloutBatch]] = ()
     dropped_rewards: Sequence[Handle[RewardBatch]] = ()
+    weight_version: int | None = None  # of the policy that is trained; None: it is not known
 
     def all(self) -> list[Handle[Any]]:
         """Return every handle."""
-        return [handle for field in fields(self) for handle in getattr(self, field.name)]
+        return [handle for name in self._names() for handle in getattr(self, name)]
 
     def opened(self, records: Mapping[Handle[Any], Any]) -> StepRecords:
         """Return the records, given that of each handle."""
-        return StepRecords(
-            **{
-                field.name: [records[handle] for handle in getattr(self, field.name)]
-                for field in fields(self)
-            }
-        )
+        opened = {
+            name: [records[handle] for handle in getattr(self, name)] for name in self._names()
+        }
+        return StepRecords(**opened, weight_version=self.weight_version)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Return the fields that hold handles."""
+        return [field.name for field in fields(cls) if field.name != "weight_version"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class StepRecords:
     greedy: Sequence[RewardBatch] = ()
     dropped_rollouts: Sequence[RolloutBatch] = ()
     dropped_rewards: Sequence[RewardBatch] = ()
+    weight_version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,41 @@ class CreditedBatch:
     batch: Handle[ScoredBatch]
     dropped: Handle[ScoredBatch] | None = None  # sampled and not kept; None: everything was kept
     metrics: MetricMap = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionedPart:
+    """A finished group, with the version of the weights that sampled all of its tokens."""
+
+    part: RolloutPart
+    weight_version: int
+
+
+class WorkerDiedError(RuntimeError):
+    """A generation worker died; the prompts that it did not answer may go to another one."""
+
+
+class GenerationSlot(Protocol):
+    """One generation worker, to which the driver itself gives groups."""
+
+    async def ready(self) -> None:
+        """Wait until the worker can take prompts: not while it is restarted."""
+        ...
+
+    def generate(
+        self, prompts: PromptBatch, positions: Sequence[int], sampling: SamplingParameters
+    ) -> AsyncIterator[VersionedPart]:
+        """Sample responses on this worker, under the weights that were published last.
+
+        Parts come as they finish; their `prompt_index` is among `positions`.
+
+        Args:
+            positions: of the prompts in their batch of the stream, which the seeds depend on.
+
+        Raises:
+            WorkerDiedError: the prompts without a part have to be sampled again.
+        """
+        ...
 
 
 class Generator(Protocol):
@@ -293,6 +333,22 @@ class WeightSync(Protocol):
         ...
 
 
+class WeightPublisher(Protocol):
+    """The transfer of the policy's weights while the generation group goes on."""
+
+    async def publish(self, version: int) -> Awaitable[MetricMap]:
+        """Give the policy's present weights to all workers as `version`.
+
+        When this returns, the policy may be updated again, and everything that a worker is given
+        from now on is sampled under these weights: it installs them between the groups that it has
+        and those that it gets. The result ends when all workers have installed and verified them.
+
+        Raises:
+            WeightSyncError: see `WeightSync`; raised by the result.
+        """
+        ...
+
+
 class WeightSyncError(RuntimeError):
     """A disagreement of engine and trainer after a weight sync.
 
@@ -305,7 +361,9 @@ class PromptSource(Protocol):
 
     def next_batch(self) -> PromptBatch: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self, returned: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the position; the group ids `returned` were taken and have to come again."""
+        ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
@@ -330,6 +388,16 @@ class Workers:
     # Into the object store; None is enough where no pretraining text is read.
     put: Callable[[ExampleBatch], Handle[ExampleBatch]] | None = None
     reporting: Sequence[HasMetrics] = ()
+    # None is enough where sampling and training take turns.
+    concurrent: ConcurrentGeneration | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcurrentGeneration:
+    """The generation group as asynchronous training uses it, beside its other methods."""
+
+    slots: Sequence[GenerationSlot]
+    publisher: WeightPublisher
 
 
 class ExampleLearner(Trained, Protocol):

@@ -93,14 +93,32 @@ class Sampler:
         """Return one group per prompt, in prompt order; their rewards may still be pending."""
         groups: dict[int, ScoredGroup] = {}
         async for part in self._generator.generate(prompts, sampling):
-            rewards = self._scorer.score(part.rollouts)
-            groups[part.prompt_index] = ScoredGroup(part=part, rewards=rewards)
+            groups[part.prompt_index] = self.scored(part)
 
         # A generation group that lost a prompt would silently bias the update.
         assert sorted(groups) == list(range(len(prompts))), (
             "the generation group must answer each prompt once"
         )
         return [groups[index] for index in sorted(groups)]
+
+    def scored(self, part: RolloutPart) -> ScoredGroup:
+        """Start computing the rewards of a finished group."""
+        return ScoredGroup(part=part, rewards=self._scorer.score(part.rollouts))
+
+    def keeps(self, rewards: RewardBatch) -> bool:
+        """Return whether a group with these rewards may be trained; with dynamic sampling."""
+        dynamic = self._config.algorithm.dynamic_sampling
+        return dynamic.max_rounds == 1 or keeps_group(rewards, dynamic.by)
+
+    def training_parameters(self, batch_id: int, round_number: int = 0) -> SamplingParameters:
+        """Return the parameters with which the prompts of a batch of the stream are sampled."""
+        generation = self._config.generation
+        return sampling_parameters(
+            self._config,
+            samples=generation.samples_per_prompt,
+            temperature=generation.temperature,
+            seed=batch_seed(self._config.trainer.seed, batch_id, round_number),
+        )
 
     async def rewards(self, groups: Sequence[ScoredGroup], occasion: str) -> list[RewardBatch]:
         """Wait for the rewards of `groups`; they are small records, a few numbers per response.
@@ -163,14 +181,7 @@ class Sampler:
 
     async def _sample_round(self, prompts: PromptBatch, round_number: int) -> list[ScoredGroup]:
         """Sample one group per prompt, with a greedy response each where the estimator reads it."""
-        generation = self._config.generation
-        seed = self._config.trainer.seed
-        sampling = sampling_parameters(
-            self._config,
-            samples=generation.samples_per_prompt,
-            temperature=generation.temperature,
-            seed=batch_seed(seed, prompts.batch_id, round_number),
-        )
+        sampling = self.training_parameters(prompts.batch_id, round_number)
         groups = await self.sample(prompts, sampling)
         if not self._compares_with_greedy:
             return groups

@@ -70,21 +70,22 @@ class HeldOutEvaluation(Protocol):
 class PhaseClock:
     """Seconds spent in each phase of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._clock = clock
+        self._start = clock()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._clock()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
 
     def values(self) -> dict[str, float]:
         """Return time/<phase>, time/other and time/step."""
-        total = time.perf_counter() - self._start
+        total = self._clock() - self._start
         phases = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         return phases | {"time/other": total - sum(self.seconds.values()), "time/step": total}
 
@@ -101,6 +102,8 @@ class Session:
         faults: FaultLog | None = None,
         watchdog: Watchdog | None = None,
         restarts: Restarts | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Create the session of a run.
 
@@ -108,6 +111,7 @@ class Session:
             faults: the log that the worker groups write to.
             watchdog: ends a phase that hangs; None: phases may take any time.
             restarts: know whether a failure ends the run; None: every failure does.
+            clock: returns seconds; another one for runs in simulated time.
         """
         self._config = config
         self._trainer: LoopConfig = config.trainer
@@ -125,7 +129,8 @@ class Session:
         self._evaluated_step = -1
         self._save_time: dict[str, float] = {}  # goes with the next step, beyond its time/step
         self._place = "start"
-        self._clock = PhaseClock()
+        self.now = clock
+        self._clock = PhaseClock(clock)
         self.faults = faults or FaultLog()
         self.faults.listen(lambda fault: self._notify(lambda observer: observer.on_fault(fault)))
 
@@ -179,14 +184,14 @@ class Session:
     async def save(self) -> None:
         """Write a checkpoint of the completed steps."""
         self._enter("checkpoint")
-        start = time.perf_counter()
+        start = self.now()
         state: dict[str, Any] = {"step": self.step, "evaluated_step": self._evaluated_step}
         state |= await self.states()
         state |= describe_origin(self._config)
 
         path = await self._checkpoints.save(self.step, self._write_models, state)
         self._saved_step = self.step
-        self._save_time = {"time/checkpoint": time.perf_counter() - start}
+        self._save_time = {"time/checkpoint": self.now() - start}
         self._notify(lambda observer: observer.on_checkpoint(self.step, str(path)))
 
     async def _write_models(self, checkpoint: Path) -> None:
@@ -259,7 +264,7 @@ class Session:
     def begin_step(self) -> int:
         """Start the clock of the next step, and return its number."""
         self._current_step = self.step + 1
-        self._clock = PhaseClock()
+        self._clock = PhaseClock(self.now)
         return self._current_step
 
     @contextmanager
@@ -297,12 +302,12 @@ class Session:
             return
 
         self._enter("evaluate")
-        start = time.perf_counter()
+        start = self.now()
         report = await _unless_stopped(self._evaluator.evaluate(), self._stop_requested)
         if report is None:
             return
 
-        values = {**report, "time/evaluate": time.perf_counter() - start}
+        values = {**report, "time/evaluate": self.now() - start}
         self._notify(lambda observer: observer.on_evaluation(self.step, values))
         self._evaluated_step = self.step
 

@@ -37,8 +37,8 @@ from rlsys.driver.ports import (
     StepHandles,
     Workers,
 )
-from rlsys.driver.sampling import Sampler
-from rlsys.driver.session import Session
+from rlsys.driver.sampling import SampledGroups, Sampler
+from rlsys.driver.session import HasState, Session
 from rlsys.metrics import MetricMap, combine, values
 from rlsys.run.observers.observer import Outcome
 from rlsys.run.required_inputs import required_inputs
@@ -77,13 +77,17 @@ class SynchronousLoop:
         self._rollouts_directory = rollouts_directory
         self._texts = texts
         self._needs = required_inputs(config)
-        session.register("prompts", prompts)
+        session.register("prompts", self._resumable_prompts())
         if texts is not None:
             session.register("texts", texts)
         session.register("advantages", workers.advantages)
         session.register_model(workers.policy)
         if workers.critic:
             session.register_model(workers.critic, CRITIC_DIRECTORY)
+
+    def _resumable_prompts(self) -> HasState:
+        """Return what keeps the position in the prompts in a checkpoint."""
+        return self._prompts
 
     async def run(self) -> Outcome:
         """Train until the last step or a stop request; the resulting weights are always saved."""
@@ -106,7 +110,7 @@ class SynchronousLoop:
         step = session.begin_step()
 
         with session.phase("generate"):
-            sampled = await self._sampler.sample_step(self._prompts)
+            sampled = await self._sample_step(step)
         groups = sampled.kept
         rollouts = [group.part.rollouts for group in groups]
         rewards = [group.rewards for group in groups]
@@ -128,16 +132,29 @@ class SynchronousLoop:
                     greedy=[group.rewards for group in greedy],
                     dropped_rollouts=[group.part.rollouts for group in sampled.dropped],
                     dropped_rewards=[group.rewards for group in sampled.dropped],
+                    weight_version=session.step,
                 )
             )
 
         updates = await self._updates(step, credited, outputs.ref_hidden)
         with session.phase("sync"):
-            sync = await workers.weights.sync(step)
+            sync = await self._sync_weights(step)
 
-        memory = await asyncio.gather(*(worker.metrics() for worker in workers.reporting))
+        memory = await self._memory()
         metrics = combine([sampled.metrics, credited.metrics, *updates, sync, *memory])
         return with_throughput(values(metrics) | session.measurements())
+
+    async def _sample_step(self, step: int) -> SampledGroups:
+        """Return the groups to train on in this step, with rewards that may still be pending."""
+        return await self._sampler.sample_step(self._prompts)
+
+    async def _sync_weights(self, step: int) -> MetricMap:
+        """Give the weights after this step to the engines."""
+        return await self._workers.weights.sync(step)
+
+    async def _memory(self) -> list[MetricMap]:
+        """Return what the workers report about themselves."""
+        return await asyncio.gather(*(worker.metrics() for worker in self._workers.reporting))
 
     async def _model_outputs(self, rollouts: Sequence[Handle]) -> _ModelOutputs:
         """Compute each output that is needed; concurrently unless one needs another."""

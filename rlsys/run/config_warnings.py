@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlsys.algorithms.advantages import available_advantage_estimators, is_importance_corrected
 from rlsys.algorithms.kl import GRADIENT_KINDS
 from rlsys.algorithms.policy_objectives import ignores_ratio
 from rlsys.config import RunConfig
@@ -20,6 +21,7 @@ def config_warnings(config: RunConfig) -> Iterator[str]:
     """
     yield from _objective_warnings(config)
     yield from _kl_warnings(config)
+    yield from _staleness_warnings(config)
     yield from _schedule_warnings(config)
     yield from _reward_warnings(config)
 
@@ -51,6 +53,32 @@ def _kl_warnings(config: RunConfig) -> Iterator[str]:
             f"algorithm.kl.importance_ratio: {kl.importance_ratio!r} with kind {kl.estimator!r} "
             "changes nothing in the one update per batch, where live and old policy are the same. "
             "Set it to none, or raise policy.num_mini_batches or policy.epochs."
+        )
+
+
+def _staleness_warnings(config: RunConfig) -> Iterator[str]:
+    """Warn where nothing corrects for samples of older weights, or only a part is corrected."""
+    staleness, algorithm = config.trainer.max_staleness, config.algorithm
+    if not staleness:
+        return
+
+    advantage = algorithm.advantage
+    corrected = is_importance_corrected(advantage.name, advantage.parameters)
+    if algorithm.rollout_correction.level == "none" and not corrected:
+        suitable = [e for e in available_advantage_estimators() if is_importance_corrected(e)]
+        yield (
+            f"trainer.max_staleness: {staleness} without a correction trains samples of older "
+            "weights as if the present policy had drawn them: the ratio of the objective is that "
+            "of the live policy and the trainer's weights at the start of the update. Set "
+            "algorithm.rollout_correction.level to token or sequence, or choose an estimator that "
+            f"corrects ({', '.join(suitable)})."
+        )
+    if algorithm.kl.coefficient > 0 and algorithm.kl.estimator != "exact":
+        yield (
+            f"algorithm.kl.kind: {algorithm.kl.estimator!r} estimates the KL from the sampled "
+            f"tokens, and with trainer.max_staleness {staleness} older weights have drawn them; "
+            "no correction reaches this term. Set kind exact, which does not depend on the sampled "
+            "token."
         )
 
 

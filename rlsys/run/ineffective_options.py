@@ -171,6 +171,12 @@ TABLE: tuple[Ineffective, ...] = (
         ),
         because="the estimator (algorithm.advantage) has no network with these parameters",
     ),
+    # Asynchronous training.
+    _row(
+        "trainer.asynchronous.",
+        when=lambda s: s.config.trainer.max_staleness == 0,
+        because="trainer.max_staleness is 0, so sampling and training take turns",
+    ),
     # The engines.
     *map(_of_some_engines, ENGINE_OPTIONS),
     _row(

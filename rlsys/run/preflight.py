@@ -240,6 +240,7 @@ def _estimator_contradictions(config: RunConfig) -> Iterator[str]:
     yield from _group_contradictions(config, name)
     yield from _kl_contradictions(config, name)
     yield from _recompute_contradictions(config, name)
+    yield from _staleness_contradictions(config, name)
     yield from _critic_contradictions(config, name)
     yield from _step_contradictions(config, name)
     yield from estimator_spec(name).check(config)
@@ -366,6 +367,17 @@ def _recompute_contradictions(config: RunConfig, name: str) -> Iterator[str]:
             f"always 1, and neither the objective nor {name!r}{shown_parameters(parameters)} "
             "corrects for the policy having moved. Set it to false; it is for "
             f"{', '.join(suitable)}, as whole weights of the score."
+        )
+
+
+def _staleness_contradictions(config: RunConfig, name: str) -> Iterator[str]:
+    """Yield estimators that cannot be computed from groups of older weights."""
+    staleness = config.trainer.max_staleness
+    if staleness and "greedy_rewards" in estimator_needs(name):
+        yield (
+            f"algorithm.advantage.name: {name!r} compares with a greedy response under the same "
+            f"weights, which is not sampled with trainer.max_staleness {staleness}. Choose another "
+            "estimator, or set trainer.max_staleness to 0."
         )
 
 

@@ -40,7 +40,16 @@ from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.data.sequences import TokenSequences
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
-from rlsys.driver.ports import CreditedBatch, Handle, RolloutPart, StepHandles, Workers
+from rlsys.driver.ports import (
+    ConcurrentGeneration,
+    CreditedBatch,
+    Handle,
+    RolloutPart,
+    StepHandles,
+    VersionedPart,
+    WorkerDiedError,
+    Workers,
+)
 from rlsys.metrics import Metric, maximum, mean, total
 
 T = TypeVar("T")
@@ -315,6 +324,18 @@ class TableGenerator:
         self.logits = np.full(shape, np.nan)  # until the first sync
         self.version = -1
         self.requests: list[SamplingParameters] = []
+        self.slots: list[TableSlot] = []
+
+    def add_slots(
+        self, count: int, seconds: Callable[[int], float] = lambda group: 0.0
+    ) -> list[TableSlot]:
+        """Add workers for asynchronous training; a group takes `seconds(group id)`."""
+        self.slots += [TableSlot(self, self._stage, seconds) for _ in range(count)]
+        return self.slots
+
+    def install(self, logits: NDArray[np.float64], version: int) -> None:
+        """Take new weights, under which everything is sampled that begins after this."""
+        self.logits, self.version = logits, version
 
     async def generate(
         self, prompts: PromptBatch, sampling: SamplingParameters
@@ -328,14 +349,21 @@ class TableGenerator:
                 prompts=prompts.prompts[index : index + 1],
                 group_ids=prompts.group_ids[index : index + 1],
             )
-            rollouts = self._sample(part, sampling)
+            rollouts = self.sample(part, sampling)
             yield RolloutPart(
                 prompt_index=index,
                 num_response_tokens=rollouts.num_response_tokens,
                 rollouts=self._stage.put(rollouts),
             )
 
-    def _sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> RolloutBatch:
+    def sample(
+        self,
+        prompts: PromptBatch,
+        sampling: SamplingParameters,
+        weights: tuple[NDArray[np.float64], int] | None = None,
+    ) -> RolloutBatch:
+        """Return responses under some weights with their version; None: under the newest."""
+        logits, version = weights or (self.logits, self.version)
         responses: list[list[int]] = []
         logprobs: list[float] = []
         texts: list[str] = []
@@ -345,7 +373,7 @@ class TableGenerator:
 
         for prompt, group in zip(prompts.prompts, prompts.group_ids, strict=True):
             generator = np.random.default_rng([sampling.seed, int(group)])
-            table = _log_softmax(self.logits[prompt.token_ids[0]] / temperature)
+            table = _log_softmax(logits[prompt.token_ids[0]] / temperature)
             for _ in range(samples):
                 # The maximum of logits with Gumbel noise is a sample of their softmax.
                 noise = 0.0 if greedy else generator.gumbel(size=table.shape)
@@ -364,8 +392,8 @@ class TableGenerator:
                 group_ids=np.repeat(prompts.group_ids, samples),
             ),
             rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
-            oldest_weight_version=np.full(count, self.version, dtype=np.int32),
-            newest_weight_version=np.full(count, self.version, dtype=np.int32),
+            oldest_weight_version=np.full(count, version, dtype=np.int32),
+            newest_weight_version=np.full(count, version, dtype=np.int32),
             stop_reasons=np.full(count, StopReason.LENGTH, dtype=np.int8),
             response_texts=tuple(texts),
             temperature=temperature,
@@ -373,6 +401,62 @@ class TableGenerator:
 
     async def metrics(self) -> dict[str, Metric]:
         return {"memory/generation": maximum(0.0)}
+
+
+class TableSlot:
+    """A `ports.GenerationSlot`: one worker, which takes time and may die.
+
+    Like an actor it does one thing after the other: weights that are published while it samples
+    are installed when it has finished.
+    """
+
+    def __init__(
+        self, generator: TableGenerator, stage: Stage, seconds: Callable[[int], float]
+    ) -> None:
+        self._generator = generator
+        self._stage = stage
+        self._seconds = seconds
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.deaths: set[int] = set()  # ids of groups at which it dies once
+        self.groups: list[int] = []  # that it has sampled
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0)
+
+    async def wait_until_idle(self) -> None:
+        """Wait until it has finished what it is sampling."""
+        await self._idle.wait()
+
+    async def generate(
+        self, prompts: PromptBatch, positions: Sequence[int], sampling: SamplingParameters
+    ) -> AsyncIterator[VersionedPart]:
+        assert self._idle.is_set(), "a worker gets groups when it is free"
+        self._idle.clear()
+        weights = self._generator.logits, self._generator.version
+        try:
+            for index, position in enumerate(positions):
+                group = int(prompts.group_ids[index])
+                await self._stage.enter("group")
+                await asyncio.sleep(self._seconds(group))
+                if group in self.deaths:
+                    self.deaths.discard(group)
+                    raise WorkerDiedError("on request")
+                self.groups.append(group)
+                one = PromptBatch(
+                    batch_id=prompts.batch_id,
+                    prompts=prompts.prompts[index : index + 1],
+                    group_ids=prompts.group_ids[index : index + 1],
+                )
+                rollouts = self._generator.sample(one, sampling, weights)
+                part = RolloutPart(
+                    prompt_index=position,
+                    num_response_tokens=rollouts.num_response_tokens,
+                    rollouts=self._stage.put(rollouts),
+                )
+                yield VersionedPart(part=part, weight_version=weights[1])
+        finally:
+            self._idle.set()
 
 
 class FirstTokenScorer:
@@ -535,7 +619,7 @@ def _largest_difference(
 
 
 class TableSync:
-    """A `ports.WeightSync` that copies the table."""
+    """A `ports.WeightSync` and `ports.WeightPublisher` that copies the table."""
 
     def __init__(self, stage: Stage, policy: TablePolicy, generator: TableGenerator) -> None:
         self._stage = stage
@@ -543,9 +627,18 @@ class TableSync:
         self._generator = generator
 
     async def sync(self, version: int) -> dict[str, Metric]:
+        return await (await self.publish(version))
+
+    async def publish(self, version: int) -> asyncio.Task[dict[str, Metric]]:
         await self._stage.enter("sync")
-        self._generator.logits = self._policy.logits.copy()
-        self._generator.version = version
+        # As with actors, what is busy now installs these weights later; what is given to a worker
+        # from now on is sampled under them.
+        self._generator.install(self._policy.logits.copy(), version)
+        busy = [slot.wait_until_idle() for slot in self._generator.slots]
+        return asyncio.create_task(self._installed(busy))
+
+    async def _installed(self, busy: Sequence[Coroutine[Any, Any, None]]) -> dict[str, Metric]:
+        await asyncio.gather(*busy)
         return {"sync/bytes": total(self._policy.logits.nbytes)}
 
 
@@ -561,6 +654,7 @@ def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
 
     critic = TableCritic(stage, config) if config.critic.enabled else None
 
+    sync = TableSync(stage, policy, generator)
     return Workers(
         generator=generator,
         scorer=scorer,
@@ -568,7 +662,8 @@ def in_process_workers(stage: Stage, config: RunConfig) -> Workers:
         reference=reference,
         critic=critic,
         advantages=advantages,
-        weights=TableSync(stage, policy, generator),
+        weights=sync,
+        concurrent=ConcurrentGeneration(slots=generator.slots, publisher=sync),
         put=stage.put,
         reporting=(generator, scorer, advantages),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from rlsys.config import (
     TrainerConfig,
 )
 from rlsys.config.algorithm import GroupFilter
+from rlsys.config.trainer import AsynchronousConfig, OnStale
 from rlsys.data.batches import RewardBatch, RewardFailure, RolloutBatch
+from rlsys.driver.asynchronous_loop import AsynchronousLoop
 from rlsys.driver.evaluation import Evaluator, TextEvaluator
 from rlsys.driver.ports import Handle, Workers
 from rlsys.driver.sampling import Sampler
@@ -59,6 +62,25 @@ class AlgorithmOptions(TypedDict, total=False):
     temperature: float
     sampling_rounds: int
     by: GroupFilter
+
+
+class AsynchronousOptions(TypedDict, total=False):
+    """The fields of asynchronous training that tests vary."""
+
+    max_staleness: int
+    on_stale: OnStale
+    groups_per_call: int
+
+
+def with_staleness(config: RunConfig, **options: Unpack[AsynchronousOptions]) -> RunConfig:
+    """Return the configuration with asynchronous training."""
+    settings: dict[str, Any] = {**options}
+    update = {
+        "max_staleness": settings.pop("max_staleness", 1),
+        "asynchronous": AsynchronousConfig(**settings),
+    }
+    trainer = config.trainer.model_copy(update=update)
+    return RunConfig.model_validate(config.model_copy(update={"trainer": trainer}).model_dump())
 
 
 def make_config(
@@ -152,7 +174,7 @@ class Run:
     store: CheckpointStore
     directory: RunDirectory
     session: Session
-    loop: SynchronousLoop
+    loop: SynchronousLoop  # or its subclass, the asynchronous one
 
     async def finish(self) -> Outcome:
         """Run the loop to its end."""
@@ -174,13 +196,32 @@ class Run:
         return self.workers.advantages.batches
 
 
-async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Concurrency:
+    """How an asynchronous run samples."""
+
+    workers: int = 2
+    seconds: Callable[[int], float] = lambda group: 0.0  # that a group takes, by its id
+
+
+async def start(
+    path: Path,
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    concurrency: Concurrency | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Run:
     """Return a run with new workers, as in a new process.
 
-    With `resume` it is restored from the newest checkpoint.
+    With `resume` it is restored from the newest checkpoint. With `concurrency` it is that of the
+    asynchronous loop, whatever the staleness.
     """
     stage = Stage()
     workers = in_process_workers(stage, config)
+    if concurrency is not None:
+        assert isinstance(workers.generator, TableGenerator)
+        workers.generator.add_slots(concurrency.workers, concurrency.seconds)
     directory = RunDirectory(path)
     directory.create(config)
     store = CheckpointStore(directory.checkpoints, keep=config.trainer.checkpoints.keep)
@@ -195,9 +236,10 @@ async def start(path: Path, config: RunConfig, *, resume: bool = False) -> Run:
     if config.evaluates_text:
         evaluator = TextEvaluator(workers, random_texts(3), evaluator)
 
-    session = Session(config, store, [log, recorder], evaluator)
+    session = Session(config, store, [log, recorder], evaluator, clock=clock)
     session.register("metrics_position", log)
-    loop = SynchronousLoop(
+    make_loop = SynchronousLoop if concurrency is None else AsynchronousLoop
+    loop = make_loop(
         config,
         workers,
         make_prompts(config),

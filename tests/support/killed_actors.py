@@ -34,6 +34,7 @@ class FakeActor:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._fates = {name: deque(found) for name, found in (fates or {}).items()}
         self.is_dead = False
+        self.unfinished: set[asyncio.Future[Any]] = set()  # calls that are no streams
 
     def __getattr__(self, method: str) -> _FakeMethod:
         return _FakeMethod(self, method)
@@ -60,8 +61,10 @@ class _FakeMethod:
         self._actor.calls.append((self._method, arguments))
         fate = self._actor.fate_of(self._method)
         if self._results == "streaming":
-            return self._stream(arguments, fate)
+            return self._stream(arguments, fate, set(self._actor.unfinished))
         called = asyncio.ensure_future(self._call(arguments, fate))
+        self._actor.unfinished.add(called)
+        called.add_done_callback(self._actor.unfinished.discard)
         if self._results == 1:
             return called
         assert isinstance(self._results, int)
@@ -75,8 +78,10 @@ class _FakeMethod:
         return getattr(self._actor.target, self._method)(*arguments)
 
     async def _stream(
-        self, arguments: tuple[Any, ...], fate: int | None
+        self, arguments: tuple[Any, ...], fate: int | None, before: set[asyncio.Future[Any]]
     ) -> AsyncIterator[Awaitable[Any]]:
+        if before:  # an actor takes calls in their order
+            await asyncio.wait(before)
         items: Iterator[Any] = getattr(self._actor.target, self._method)(*arguments)
         passed = 0
         while True:

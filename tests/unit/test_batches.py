@@ -1,5 +1,6 @@
 """Batch records: joining, scattering, padding, Parquet."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,18 @@ def test_concatenation_keeps_every_row():
     assert len(rewards) == 3
 
 
-def test_parts_of_different_batches_are_refused():
-    with pytest.raises(AssertionError, match="different batches"):
-        RolloutBatch.concatenate([random_rollouts(0), rollouts([([1], [[2]])], batch_id=9)])
+def test_a_step_of_several_batches_of_the_stream_has_the_id_of_its_first_part():
+    parts = [rollouts([([1], [[2]])], batch_id=9), rollouts([([3], [[4]])], first_group=1)]
+    assert RolloutBatch.concatenate(parts).batch_id == 9
+    assert RewardBatch.concatenate([rewards_of(part) for part in parts]).batch_id == 9
+
+
+def test_each_token_has_the_version_of_its_weights():
+    parts = [rollouts([([1, 2], [[3], [4, 5]])]), rollouts([([6], [[7]])], first_group=1)]
+    newer = np.full(1, 4, dtype=np.int32)
+    parts[1] = replace(parts[1], oldest_weight_version=newer, newest_weight_version=newer)
+    joined = RolloutBatch.concatenate(parts)
+    assert joined.weight_versions.tolist() == [-1, -1, 0, -1, -1, 0, 0, -1, 4]
 
 
 def test_scatter_puts_rows_of_two_ranks_in_order():

@@ -1,5 +1,6 @@
 """Warnings about configurations that are accepted but may not do what was intended."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
 from rlsys.config.presets import PRESETS
 from rlsys.run.config_warnings import config_warnings
+from rlsys.run.directory import RunDirectory
+from rlsys.run.preflight import config_mistakes
 
 
 def config(preset: str, **policy: Any) -> RunConfig:
@@ -143,3 +146,32 @@ def test_a_warm_up_of_the_rate_of_critic_or_policy_that_never_ends_is_a_warning(
         in policy
     )
     assert critic.startswith("critic.optimizer.warmup_steps: 61 is above trainer.steps 60")
+
+
+def test_stale_samples_without_a_correction():
+    """A correction, or an estimator that contains it, ends the warning; the KL has its own."""
+
+    def warned(preset: str, **changes: Any) -> list[str]:
+        return list(config_warnings(evolve(config(preset, num_mini_batches=4), changes)))
+
+    stale = {"trainer.max_staleness": 2}
+    (warning,) = warned("dapo", **stale)
+    assert warning.startswith("trainer.max_staleness: 2 without a correction trains samples of")
+    assert "(hierarchical)" in warning
+    correction = {"algorithm.rollout_correction.level": "token"}
+    assert not warned("dapo", **stale, **correction)
+    assert not warned("hierarchical", **stale)
+
+    kl = {"algorithm.kl.coefficient": 0.1}
+    (warning,) = warned("dapo", **stale, **correction, **kl)
+    assert warning.startswith("algorithm.kl.kind: 'k3' estimates the KL from the sampled tokens")
+    assert not warned("dapo", **stale, **correction, **kl, **{"algorithm.kl.kind": "exact"})
+
+
+def test_an_estimator_that_compares_with_a_greedy_response_is_refused_with_stale_samples():
+    changes = {"algorithm.advantage.name": "remax", "trainer.max_staleness": 1}
+    made = evolve(config("grpo"), changes | {"generation.engine": "transformers"})
+    machine = Hardware(gpus=0, gpu_memory_gib=0, cpus=4, memory_gib=32)
+    found = config_mistakes(made, RunDirectory(Path("runs/never-made")), machine, resume=False)
+    (mistake,) = [line for line in found if "remax" in line]
+    assert "greedy response under the same weights" in mistake

@@ -12,7 +12,7 @@ import pytest
 from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, SamplingParameters
 from rlsys.driver.faults import FaultLog
-from rlsys.driver.ports import WeightSyncError
+from rlsys.driver.ports import GenerationSlot, WeightSyncError, WorkerDiedError
 from rlsys.run.fault_events import Fault
 from tests.support.killed_actors import FakeActor, supervised_fake
 from tests.support.rollout_examples import rollouts
@@ -280,6 +280,59 @@ async def test_a_restarted_worker_that_fails_the_probe_ends_the_run():
     await sync_of(pool).sync(0)
     with pytest.raises(WeightSyncError, match=r"a restarted worker and the trainer differ by 0\.5"):
         await asyncio.wait_for(answers(GenerationGroup(pool), prompts(2)), 10)
+
+
+async def take(slot: GenerationSlot, first: int, count: int) -> dict[int, tuple[Any, int]]:
+    """Let one worker sample some prompts; return record and version by position."""
+    whole = prompts(first + count)
+    own = PromptBatch(batch_id=3, prompts=whole.prompts[first:], group_ids=whole.group_ids[first:])
+    positions = tuple(range(first, first + count))
+    return {
+        part.part.prompt_index: (await part.part.rollouts, part.weight_version)
+        async for part in slot.generate(own, positions, SAMPLING)
+    }
+
+
+async def test_a_group_has_the_version_of_the_weights_that_were_published_last():
+    """Between the call of a publication and its end, a worker gets a group: under the new weights.
+
+    An actor takes calls in their order, as the fakes do.
+    """
+    pool, _ = pool_of([], [])
+    sync, (first, second) = sync_of(pool), GenerationGroup(pool).slots()
+    await sync.sync(0)
+    assert await take(first, 2, 2) == {
+        2: (("p2", 2, 3, 0.5), 0),
+        3: (("p3", 3, 3, 0.5), 0),
+    }
+    installed = await sync.publish(1)
+    assert await take(second, 4, 1) == {4: (("p4", 4, 3, 1.5), 1)}
+    assert set(await installed) >= {"sync/bytes", "sync/logprob_difference_mean"}
+
+
+async def test_a_slot_whose_worker_dies_says_so_and_is_ready_with_present_weights():
+    faults = FaultLog()
+    pool, _ = pool_of([{"generate": [2]}], [], faults=faults)
+    sync, (slot, _) = sync_of(pool), GenerationGroup(pool).slots()
+    await sync.sync(0)
+    with pytest.raises(WorkerDiedError, match="generation worker 0 died"):
+        await take(slot, 0, 3)
+    assert faults.metrics()["faults/generation_worker"] == 1
+
+    await (await sync.publish(1))
+    await asyncio.wait_for(slot.ready(), 10)
+    assert await take(slot, 1, 1) == {1: (("p1", 1, 3, 1.5), 1)}
+
+
+async def test_an_engine_with_other_weights_fails_the_publication_and_not_the_trainer():
+    class Stale(Engine):
+        def install_weights(self, manifest: Any, *shards: float) -> None:
+            self.version = manifest.version
+
+    pool = ActorPool([supervised_fake(lambda number: FakeActor(Stale()))])
+    installed = await sync_of(pool).publish(0)
+    with pytest.raises(WeightSyncError, match=r"worker 0 and the trainer differ by 0\.5"):
+        await installed
 
 
 async def test_workers_report_while_one_restarts():

@@ -54,3 +54,29 @@ def test_a_state_without_a_hash_is_compared_by_number_alone():
     assert taken(resumed, 1)[1] == list(range(14, 21))
     with pytest.raises(ValueError, match="with 40 prompts, now there are 39"):
         stream(count=39).load_state(state)
+
+
+def test_returned_prompts_come_first_and_once():
+    """5 and 9 were taken and not trained; a batch follows that begins with them."""
+    source = stream()
+    before = taken(source, 2)
+    state = json.loads(json.dumps(source.state([9, 5])))
+    assert state["returned"] == [9, 5]
+
+    resumed = stream()
+    resumed.load_state(state)
+    problems, groups, batches = taken(resumed, 1)
+    assert groups == [9, 5, *range(14, 19)]
+    assert problems[:2] == [before[0][9], before[0][5]]
+    assert batches == [2], "seeds of sampling are not used twice"
+    assert resumed.state()["returned"] == []
+    assert taken(resumed, 1)[1] == list(range(19, 26))
+
+
+def test_more_returned_prompts_than_a_batch_holds():
+    source = stream()
+    taken(source, 2)
+    source.load_state(source.state(list(range(9))))
+    assert taken(source, 1)[1] == list(range(7))
+    assert source.state()["returned"] == [7, 8]
+    assert taken(source, 1)[1] == [7, 8, *range(14, 19)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.data.batches import PromptBatch, SamplingParameters
-from rlsys.driver.ports import RolloutPart
+from rlsys.driver.ports import GenerationSlot, RolloutPart, VersionedPart, WorkerDiedError
 from rlsys.metrics import Metric, combine
 from workers.supervision import ActorPool, SupervisedActor, as_pool, is_death
 
@@ -74,22 +74,63 @@ class GenerationGroup:
         stream = actor.generate.options(num_returns="streaming").remote(
             work.prompts_at(positions), positions, sampling, self._pool.version
         )
-        # The items alternate: a reference that is passed on, and a small one that is fetched.
-        async for rollouts in stream:
-            try:
-                head = await anext(stream)
-            except StopAsyncIteration:
-                await rollouts  # the last item of a stream that failed is its error
-                raise
-            position, tokens = await head
-            work.finish(
-                RolloutPart(prompt_index=position, num_response_tokens=tokens, rollouts=rollouts)
-            )
+        async for part in _parts(stream):
+            work.finish(part)
         work.check_finished(positions)
+
+    def slots(self) -> list[GenerationSlot]:
+        """Return the workers one by one, for a driver that gives out the groups itself."""
+        return [WorkerSlot(worker, self._pool) for worker in self._pool.members]
 
     async def metrics(self) -> dict[str, Metric]:
         """Return the peak memory over the workers that are not restarting."""
         return combine([report for _, report in await self._pool.ask("metrics")])
+
+
+class WorkerSlot:
+    """The `ports.GenerationSlot` of one supervised actor."""
+
+    def __init__(self, worker: SupervisedActor, pool: ActorPool) -> None:
+        self._worker = worker
+        self._pool = pool
+
+    async def ready(self) -> None:
+        """See `ports.GenerationSlot`."""
+        await self._worker.ready()
+
+    async def generate(
+        self, prompts: PromptBatch, positions: Sequence[int], sampling: SamplingParameters
+    ) -> AsyncIterator[VersionedPart]:
+        """See `ports.GenerationSlot`."""
+        actor = await self._worker.ready()
+        # The actor takes calls in their order, so it has these weights when it comes to this one.
+        version = self._pool.version
+        assert version is not None, "weights are published before anything is sampled"
+        stream = actor.generate.options(num_returns="streaming").remote(
+            prompts, positions, sampling, version
+        )
+        try:
+            async for part in _parts(stream):
+                yield VersionedPart(part=part, weight_version=version)
+        except Exception as error:
+            if not is_death(error):
+                raise
+            action = "its unfinished prompts go to the next free worker, and it is restarted"
+            self._worker.died(actor, error, action)
+            raise WorkerDiedError(f"{self._worker.name} died") from error
+
+
+async def _parts(stream: Any) -> AsyncIterator[RolloutPart]:
+    """Yield the parts of a stream of a generation worker."""
+    # The items alternate: a reference that is passed on, and a small one that is fetched.
+    async for rollouts in stream:
+        try:
+            head = await anext(stream)
+        except StopAsyncIteration:
+            await rollouts  # the last item of a stream that failed is its error
+            raise
+        position, tokens = await head
+        yield RolloutPart(prompt_index=position, num_response_tokens=tokens, rollouts=rollouts)
 
 
 class _OpenWork:

@@ -8,7 +8,7 @@ the trainer, which may be in the middle of an update by then.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,8 @@ class WeightSource(Protocol):
         self, sequences: Sequence[NDArray[np.int32]], temperature: float
     ) -> list[NDArray[np.float32]]: ...
 
+
+Answers = list[tuple[SupervisedActor, Any]]  # of generation workers
 
 # Mean log-prob differences measured with SmolLM2-135M on prompts are 2e-5 in float32 and 0.045 in
 # bfloat16, steady over steps. A stale LM head gives 0.2, and the difference grows.
@@ -93,6 +95,10 @@ class ObjectStoreWeightSync:
 
         A worker that dies meanwhile gets these weights when it is restarted.
         """
+        return await (await self.publish(version))
+
+    async def publish(self, version: int) -> Awaitable[dict[str, Metric]]:
+        """See `ports.WeightPublisher`; workers answer the calls that they get in their order."""
         # From here on no worker can become ready with older weights.
         present = self._present = asyncio.get_running_loop().create_future()
         try:
@@ -103,11 +109,28 @@ class ObjectStoreWeightSync:
             raise
         present.set_result(weights)
 
-        await self._pool.ask("install_weights", weights.manifest, *weights.shards)
+        # Without a pause until both calls are made and the version is set: nothing that samples
+        # can come in between.
+        calls = [self._pool.submit("install_weights", weights.manifest, *weights.shards)]
+        if weights.expected is not None:
+            calls.append(self._pool.submit("probe_logprobs", self._probe))
+        self._pool.version = version
+        return asyncio.ensure_future(self._verified(weights, calls))
+
+    async def _verified(
+        self, weights: PresentWeights, calls: Sequence[Awaitable[Answers]]
+    ) -> dict[str, Metric]:
+        """Wait until the workers have these weights; compare the probe, and return the metrics.
+
+        Args:
+            calls: that install the weights and, where there is a comparison, compute the probe.
+        """
+        *_, answers = await asyncio.gather(*calls)
         metrics = {"sync/bytes": total(weights.manifest.num_bytes)}
         if weights.expected is not None:
-            metrics |= await self._compare(weights, weights.expected)
-        self._pool.version = version
+            # Where all have died meanwhile, the first that is restarted is asked.
+            answers = answers or await self._pool.ask("probe_logprobs", self._probe)
+            metrics |= await self._compare(weights, weights.expected, answers)
         return metrics
 
     async def _export(self, version: int) -> PresentWeights:
@@ -140,14 +163,13 @@ class ObjectStoreWeightSync:
                 return
 
     async def _compare(
-        self, weights: PresentWeights, expected: NDArray[np.float32]
+        self, weights: PresentWeights, expected: NDArray[np.float32], answers: Answers
     ) -> dict[str, Metric]:
         """Compare the log-probabilities of the probe on both sides.
 
         Raises:
             WeightSyncError: the mean difference of an engine is above the tolerance.
         """
-        answers = await self._pool.ask("probe_logprobs", self._probe)
         differences = [np.abs(np.concatenate(engine) - expected) for _, engine in answers]
         means = [float(difference.mean()) for difference in differences]
         worst = int(np.argmax(means))

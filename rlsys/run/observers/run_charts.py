@@ -202,6 +202,17 @@ CHARTS = (
         may_be_log=True,
     ),
     ChartSpec(
+        "Age of the trained samples (weight versions)",
+        (("mean", "staleness/mean", "train"), ("oldest", "staleness/max", "train")),
+    ),
+    ChartSpec(
+        "Idle time (seconds per step)",
+        (
+            ("trainer", "idle/trainer", "train"),
+            ("generation workers, mean", "idle/generation", "train"),
+        ),
+    ),
+    ChartSpec(
         "Learning rate",
         (
             ("policy", "policy/learning_rate", "train"),

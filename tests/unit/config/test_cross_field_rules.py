@@ -20,6 +20,7 @@ RECIPE = grpo_math(CPU)
 RECOMPUTE = {"algorithm.advantage.recompute": True, "algorithm.objective.weight": "none"}
 MASK = "algorithm.rollout_correction.mask_"
 KL = {"algorithm.kl.coefficient": 0.1}
+STALE = {"trainer.max_staleness": 2}
 CRITIC = {"critic.enabled": True}
 
 
@@ -34,6 +35,39 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
         (
             {"policy.num_mini_batches": 3},
             "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8.",
+        ),
+        (
+            {"trainer.asynchronous.update": "interrupt"},
+            "trainer.asynchronous.update: 'interrupt' is not supported",
+        ),
+        (
+            {**STALE, "trainer.asynchronous.groups_per_call": 9},
+            "trainer.asynchronous.groups_per_call: 9 is above trainer.prompts_per_step 8",
+        ),
+        (
+            {**STALE, "generation.workers": 17},
+            "generation.workers: 17 workers share the 8 prompts",
+        ),
+        ({**STALE, **CRITIC}, "critic.enabled: True with trainer.max_staleness 2 would be"),
+        (
+            {**STALE, **KL, "algorithm.kl.placement": "reward"},
+            "algorithm.kl.placement: 'reward' with trainer.max_staleness 2",
+        ),
+        (
+            {**STALE, **KL, "algorithm.kl.importance_ratio": "token"},
+            "algorithm.kl.importance_ratio: 'token' with trainer.max_staleness 2",
+        ),
+        (
+            {**STALE, **KL, "algorithm.kl.target": 0.1},
+            "algorithm.kl.target: 0.1 with trainer.max_staleness 2",
+        ),
+        (
+            {**STALE, "algorithm.kl_old.coefficient": 0.1, "policy.epochs": 2},
+            "algorithm.kl_old.coefficient: 0.1 with trainer.max_staleness 2",
+        ),
+        (
+            {**STALE, "algorithm.entropy.temperature": 0.1},
+            "algorithm.entropy.temperature: 0.1 with trainer.max_staleness 2",
         ),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),

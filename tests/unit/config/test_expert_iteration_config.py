@@ -90,6 +90,7 @@ def test_the_online_run_has_the_same_sections_and_no_reference():
         ({"policy.ranks": 4, "expert.examples_per_update": 2}, "4 ranks for the 2 responses"),
         ({"generation.min_tokens": 20}, r"generation\.min_tokens: 20 is above"),
         ({"generation.workers": 65}, r"generation\.workers: 65 workers share the 64 prompts"),
+        ({"trainer.max_staleness": 1}, r"trainer\.max_staleness: 1 is for RL runs"),
         ({"expert.epochs": 0}, r"expert\.epochs"),
         ({"policy.num_mini_batches": 2}, "num_mini_batches"),
         ({"algorithm.advantage.name": "rloo"}, "algorithm"),

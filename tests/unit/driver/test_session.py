@@ -270,6 +270,7 @@ async def test_checkpoint_holds_the_state_for_a_resume(tmp_path: Path) -> None:
     assert state["prompts"] == {
         "batches_taken": 2,
         "prompts_taken": taken,
+        "returned": [],
         "prompts": PROBLEMS,
         "problems_digest": None,  # the prompts of these fakes have no problems behind them
     }

@@ -127,6 +127,7 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
         {"data.train": "a.jsonl"},
         CPU,
     ),
+    ("trainer.asynchronous.on_stale", "resample", {}, {"trainer.max_staleness": 1}, CPU),
     ("ptx.examples_per_step", 4, {}, PTX, CPU),
     ("ptx.train", "synthetic", {"ptx.eval": "off"}, {}, CPU),
     ("ptx.train", "synthetic", {"ptx.eval": "synthetic"}, {}, CPU),
