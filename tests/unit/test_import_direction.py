@@ -42,6 +42,7 @@ ALLOWED = {
     "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins"),
     "rlsys.doctor": ("rlsys.config", "rlsys.models", "rlsys.run"),
     "rlsys.driver": (*LIBRARY, "rlsys.metrics", "rlsys.run"),
+    "rlsys.simulate": (*LIBRARY, "rlsys.metrics", "rlsys.run", "rlsys.driver"),
     "workers": ("rlsys",),
     "recipes": ("rlsys", "workers"),
 }

@@ -20,6 +20,7 @@ from rlsys.driver.ports import WeightSyncError
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import read_metrics
 from rlsys.run.observers.observer import Outcome
+from rlsys.simulate.simulated_time import SimulatedLoop, simulate
 from tests.support.in_process_runs import (
     Concurrency,
     Run,
@@ -28,7 +29,6 @@ from tests.support.in_process_runs import (
     with_staleness,
     without_times,
 )
-from tests.support.simulated_time import SimulatedLoop, simulate
 
 OWN = ("staleness/", "queue/", "idle/")  # metrics that the synchronous loop has not
 GROUPS = 4  # per step, of `make_config`
