@@ -17,6 +17,8 @@ import argparse
 import csv
 import itertools
 import re
+import signal
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(read_samples(options.plot[0]), options.plot[1])
         return
 
+    # So that the run does not outlive this command.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     directory = options.directory or Path(tempfile.mkdtemp(prefix="rlsys-soak-"))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "soak.csv"
