@@ -19,8 +19,8 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,16 +119,34 @@ class Node:
         ray = str(Path(sys.executable).parent / "ray")
         self.run(ray, "start", *own, *options, variables=variables)
 
-    def kill(self) -> None:
-        """End the node with all its processes, as a power cut would."""
-        self.init.kill()
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Return the living processes of the node whose title begins so; Ray's are `ray::...`."""
+        found = []
+        for process in self.init.children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCluster:
     """Nodes on one network; node 1 comes first."""
 
-    nodes: Sequence[Node]
+    nodes: list[Node]
+    _switch: psutil.Process
+    _boot: Callable[[int], Node]
+
+    def cut_power(self, node: Node) -> None:
+        """End a node: the others hear nothing more of it, not even that connections close."""
+        _in_network(self._switch, "ip", "link", "delete", _port(node.number))
+        node.init.kill()
+        psutil.wait_procs([node.init], timeout=END_LIMIT_S)
+
+    def boot(self, number: int) -> Node:
+        """Let a node without power come back, with its address and its files, without Ray."""
+        self.nodes[number - 1] = self._boot(number)
+        return self.nodes[number - 1]
 
     @property
     def address(self) -> str:
@@ -159,15 +177,17 @@ def node_cluster(folder: Path, nodes: int = 3) -> Iterator[NodeCluster]:
         _in_network(switch, "ip", "link", "add", "bridge", "type", "bridge")
         _in_network(switch, "ip", "address", "add", f"{NETWORK}.254/24", "dev", "bridge")
         _in_network(switch, "ip", "link", "set", "bridge", "up")
-        made, token = [], secrets.token_hex(16)
-        for number in range(1, nodes + 1):
+        token = secrets.token_hex(16)
+
+        def boot(number: int) -> Node:
             own = folder / f"node{number}"
             init = stack.enter_context(_node_namespaces(number, own))
             _plug_in(switch, init, number)
-            made.append(
-                Node(number=number, folder=own, init=init, environment=_environment(number, token))
-            )
-        yield NodeCluster(nodes=made)
+            environment = _environment(number, token)
+            return Node(number=number, folder=own, init=init, environment=environment)
+
+        made = [boot(number) for number in range(1, nodes + 1)]
+        yield NodeCluster(nodes=made, _switch=switch, _boot=boot)
 
 
 def _environment(number: int, token: str) -> dict[str, str]:
@@ -197,9 +217,14 @@ def _in_network(member: psutil.Process, *words: str) -> None:
     assert done.returncode == 0, f"{words}: {done.stderr}"
 
 
+def _port(number: int) -> str:
+    """Return the name of a node's port at the bridge."""
+    return f"port{number}"
+
+
 def _plug_in(switch: psutil.Process, init: psutil.Process, number: int) -> None:
     """Connect a node to the bridge, and give it its address."""
-    port = f"port{number}"
+    port = _port(number)
     peer = ["peer", "name", "eth0", "netns", str(init.pid)]
     _in_network(switch, "ip", "link", "add", port, "type", "veth", *peer)
     _in_network(switch, "ip", "link", "set", port, "master", "bridge", "up")
@@ -214,7 +239,7 @@ def _plug_in(switch: psutil.Process, init: psutil.Process, number: int) -> None:
 def _node_namespaces(number: int, folder: Path) -> Iterator[psutil.Process]:
     """Make the namespaces of a node, with `folder` as its /tmp; yield their first process."""
     for own in (folder / "home", folder / "work"):
-        own.mkdir(parents=True)
+        own.mkdir(parents=True, exist_ok=True)
     mounts = [
         f"mount --bind {ROOT} {ROOT}",
         f"mount -o remount,bind,ro {ROOT}",
