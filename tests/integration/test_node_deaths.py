@@ -16,7 +16,7 @@ import pytest
 
 from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.run_status import RunStatus, read_status
-from tests.support.disturbed_runs import FLAGS, PLUGINS, differences, faults_of
+from tests.support.disturbed_runs import FLAGS, PLUGINS, differences, faults_of, undisturbed
 from tests.support.node_cluster import (
     ROOT,
     Node,
@@ -35,7 +35,8 @@ TIMEOUT_S = 600.0
 LOOK_EVERY_S = 0.05
 TRAIN, SAMPLE = "pool=train", "pool=sample"
 LABELS = [["--labels", SAMPLE], ["--labels", TRAIN], ["--labels", TRAIN]]
-STEPS = ("--trainer.steps", "5")
+STEPS = ("--trainer.steps", "5", "--policy.threads_per_rank", "1")
+TWO_RANKS = ("--policy.ranks", "2")
 REWARDS = ("--reward.workers", "3")
 
 
@@ -91,6 +92,21 @@ def running(cluster: NodeCluster, name: str, *flags: str) -> Iterator[NodeRun]:
         run.close()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run undisturbed on this machine: the result does not depend on the places of the actors."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with undisturbed(directory, *FLAGS, *STEPS, timeout_s=TIMEOUT_S):
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def whole_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("whole_of_two") / "run"
+    with undisturbed(directory, *FLAGS, *STEPS, *TWO_RANKS, timeout_s=TIMEOUT_S):
+        yield directory
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[NodeCluster]:
     with node_cluster(tmp_path) as made:
@@ -104,14 +120,12 @@ def node_with(cluster: NodeCluster, title: str) -> Node:
     return found
 
 
-def test_the_ranks_of_a_dead_node_move_to_another(cluster: NodeCluster):
+def test_the_ranks_of_a_dead_node_move_to_another(whole: Path, cluster: NodeCluster):
     """The policy's node dies; of two generation workers, one must make room for the policy."""
     flags = [
         *("--policy.node_label", TRAIN, "--generation.cpus_per_worker", "1", *REWARDS),
         *("--cluster.recovery_timeout_s", "5"),
     ]
-    with running(cluster, "whole", *flags) as whole:
-        whole.end()
     with running(cluster, "run", *flags) as run:
         run.wait_for(lambda status, _: status.step >= 3)
         lost = node_with(cluster, "PolicyWorker")
@@ -119,21 +133,19 @@ def test_the_ranks_of_a_dead_node_move_to_another(cluster: NodeCluster):
         cluster.cut_power(lost)
         output = run.end()
 
-    assert differences(run.path, whole.path) == []
+    assert differences(run.path, whole) == []
     assert "waiting at most 5 s for resources" in output
     assert "going on with 1 of 2 generation workers" in output
     assert "step_000002 (1 step lost)" in output
     assert "training_group" in [fault["kind"] for fault in faults_of(run.path)]
 
 
-def test_ranks_wait_for_their_node(cluster: NodeCluster):
+def test_ranks_wait_for_their_node(whole_of_two_ranks: Path, cluster: NodeCluster):
     """A rank is on each of the nodes 2 and 3; node 3 comes back, with an empty /dev/shm."""
     flags = [
-        *("--policy.node_label", TRAIN, "--policy.ranks", "2", "--cluster.placement", "SPREAD"),
+        *("--policy.node_label", TRAIN, *TWO_RANKS, "--cluster.placement", "SPREAD"),
         *("--generation.node_label", SAMPLE, *REWARDS),
     ]
-    with running(cluster, "whole", *flags) as whole:
-        whole.end()
     with running(cluster, "run", *flags) as run:
         run.wait_for(lambda status, _: status.step >= 3)
         cluster.cut_power(cluster.nodes[2])
@@ -142,25 +154,23 @@ def test_ranks_wait_for_their_node(cluster: NodeCluster):
         back.start_ray("--object-store-memory=100000000", "--num-cpus=1", *LABELS[2])
         output = run.end()
 
-    assert differences(run.path, whole.path) == []
+    assert differences(run.path, whole_of_two_ranks) == []
     assert "step_000002 (1 step lost)" in output
     assert back.processes("ray::PolicyWorker") == []
 
 
-def test_a_node_with_a_generation_worker_only_costs_no_restart(cluster: NodeCluster):
+def test_a_node_with_only_an_engine_costs_no_restart(whole: Path, cluster: NodeCluster):
     """The other worker goes on, and the lost one comes back with its node."""
     flags = [
         *("--policy.node_label", SAMPLE, "--generation.node_label", TRAIN),
         *("--generation.cpus_per_worker", "1", *REWARDS),
     ]
-    with running(cluster, "whole", *flags) as whole:
-        whole.end()
     with running(cluster, "run", *flags) as run:
         run.wait_for(lambda status, _: status.step >= 1)
         cluster.cut_power(cluster.nodes[1])
         output = run.end()
 
-    assert differences(run.path, whole.path) == []
+    assert differences(run.path, whole) == []
     kinds = {fault["kind"] for fault in faults_of(run.path)}
     assert "generation_worker" in kinds
     assert "training_group" not in kinds

@@ -14,12 +14,14 @@ ends. So no process, interface or mount is left behind.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,9 +162,13 @@ class NodeCluster:
             per_node: further options of node 1, node 2, ...
         """
         common = ["--object-store-memory=100000000", *options]
-        for index, node in enumerate(self.nodes):
-            own = per_node[index] if per_node else ()
-            node.start_ray(*common, *own)
+        head, *others = [
+            functools.partial(node.start_ray, *common, *(per_node[index] if per_node else ()))
+            for index, node in enumerate(self.nodes)
+        ]
+        head()
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda start: start(), others))
 
 
 @contextmanager
@@ -204,6 +210,7 @@ def _environment(number: int, token: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "passive",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # the nodes share the cores of one machine
         "RAY_raylet_start_wait_time_s": "300",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
