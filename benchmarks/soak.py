@@ -190,7 +190,7 @@ def sizes(folder: Path) -> dict[str, int]:
     found: dict[str, int] = defaultdict(int)
     for entry in folder.iterdir():
         # Numbers of processes and of parts of a log: worker-3f..-01000000-123.out, gcs.out.1
-        name = re.sub(r"[-_.][0-9a-f]*\d[0-9a-f]*(?=[-_.]|$)", "", entry.name)
+        name = re.sub(r"[-_.](?:[0-9a-f]*\d[0-9a-f]*|f+)(?=[-_.]|$)", "", entry.name)
         with suppress(OSError):
             files = entry.rglob("*") if entry.is_dir() else [entry]
             found[name] += sum(file.stat().st_size for file in files if file.is_file())
@@ -240,7 +240,9 @@ def slope_per_1000(steps: np.ndarray, values: np.ndarray) -> float:
     late = steps >= steps.min() + 0.2 * (steps.max() - steps.min())
     if len(np.unique(steps[late])) < 2:
         return 0.0
-    return float(np.polyfit(steps[late], values[late], 1)[0]) * 1000
+    x = steps[late] - steps[late].mean()
+    y = values[late] - values[late][0]  # exactly 0 where nothing changes
+    return float((x * y).sum() / (x * x).sum()) * 1000
 
 
 def table(found: Sequence[Sample]) -> str:
