@@ -269,12 +269,12 @@ def draw(found: Sequence[Sample], path: Path) -> None:
     from matplotlib import pyplot
 
     series = series_of(found)
-    figure, axes = pyplot.subplots(4, 2, figsize=(12, 15), layout="constrained")
+    figure, axes = pyplot.subplots(4, 2, figsize=(11, 13.5), layout="constrained")
     for axis, (title, measure) in zip(axes.flat, PANELS.items(), strict=True):
         own = {name: pair for (key, name), pair in series.items() if key == measure}
         _draw_panel(axis, title, own)
     figure.suptitle(f"{max(one.step for one in found):,} steps")
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=64)
     pyplot.close(figure)
 
 
