@@ -168,7 +168,8 @@ def _lost_steps(directory: Path, outputs: Sequence[Ended], place: str) -> int:
         lost += int(named.group(1)) if named else 0
     if len(outputs) > 1:
         step = re.search(r"of step (\d+)", place)
-        resumed = re.search(r"resuming from \S*step_(\d+)", outputs[1].output)
+        newest = r"(?:resuming from|already complete:) \S*step_(\d+)"
+        resumed = re.search(newest, outputs[1].output)
         completed = max(0, int(step.group(1)) - 1) if step else 0
         lost += max(0, completed - (int(resumed.group(1)) if resumed else 0))
     return lost

@@ -40,7 +40,7 @@ from rlsys.rewards.scoring import (
     run_function,
 )
 
-START_LIMIT_S = 120.0  # importing the plug-ins
+START_LIMIT_S = 600.0  # importing the plug-ins, also on a machine that is busy with other work
 FIRST_CALL_S = 10.0  # more for a function's first answer in a process, which may import modules
 END_LIMIT_S = 1.0  # for a process to end that has closed its connection
 KEPT_LINES = 1000  # of output, until they are taken
@@ -321,7 +321,10 @@ class _Process:
             answer = self.receive(START_LIMIT_S)
         except (EOFError, OSError) as error:
             if isinstance(error, TimeoutError):
-                raise
+                raise TimeoutError(
+                    f"a reward process did not start within {START_LIMIT_S:g} s: a plug-in that is "
+                    "imported takes too long, or the machine is overloaded"
+                ) from error
             raise RuntimeError(f"a reward process could not start: {self.ending()}") from error
         if not isinstance(answer, Ready):
             raise RuntimeError(f"a reward process could not start: {answer}")

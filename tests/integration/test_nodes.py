@@ -26,8 +26,12 @@ pytestmark = [
 
 # The reward code of a user, in the working folder of the driver: a plug-in and what it imports.
 PLUGIN = """
+import socket
+
 from my_scores import digits
 from rlsys.rewards import register_reward_function
+
+print("imported on", socket.gethostname())
 
 
 @register_reward_function("my_digits")
@@ -58,6 +62,16 @@ PLACED = [
     *("--policy.ranks", "2", "--policy.node_label", TRAIN, "--cluster.placement", "SPREAD"),
     *("--generation.node_label", SAMPLE, "--reward.workers", "3"),
 ]
+# Writes the measurement of a CPU into the cache of a node, as a run does.
+QUICK_IN_BFLOAT16 = """
+from rlsys.config.hardware import detect_hardware
+from rlsys.models import resolve_model
+from rlsys.models.loading import mlp_shape
+from rlsys.run import compute_dtype
+
+compute_dtype.measure_products = lambda _: compute_dtype.ProductSpeed(float32=50, bfloat16=100)
+compute_dtype.cached_product_speed(detect_hardware(), mlp_shape(resolve_model("tiny")))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,14 @@ def test_a_run_on_three_nodes_that_share_nothing(cluster: NodeCluster):
     log = (run / "run.log").read_text()
     assert "scored on node1" in log
     assert "scored on node2" in log
+
+    # What the actors printed was collected from all nodes, by the name of the actor.
+    printed = {path.name: path.read_text() for path in (run / "logs").glob("*.out")}
+    nodes = re.findall(r"imported on (node\d)", printed["policy-0.out"] + printed["policy-1.out"])
+    assert sorted(nodes) == ["node2", "node3"]
+    assert "imported on node1" in printed["advantage-0.out"]
+    assert "imported on node3" in printed["reward-2.out"]
+    assert [name for name in printed if not re.fullmatch(r"[a-z]+-\d\.out", name)] == []
 
     # The model was sent once to each node that lacked it, and nothing else was left there.
     assert received(driver) == []
@@ -200,8 +222,13 @@ def test_a_local_model_directory_and_its_reference_reach_other_nodes(cluster: No
 
 @pytest.mark.nodes
 def test_nodes_with_different_cpus_agree_on_float32(tmp_path: Path):
+    """Node 1 has bfloat16 instructions, which its measurement found fast, and node 2 has none."""
     with node_cluster(tmp_path, nodes=2) as made:
         first, second = made.nodes
+        cpu = "model name\t: Quick\nflags\t\t: avx512_bf16\n"
+        (first.work / "cpuinfo").write_text(cpu)
+        first.run("mount", "--bind", "cpuinfo", "/proc/cpuinfo")
+        first.python("-c", QUICK_IN_BFLOAT16)
         common = ["--object-store-memory=100000000", "--num-cpus=1"]
         first.start_ray(*common)
         avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -212,8 +239,8 @@ def test_nodes_with_different_cpus_agree_on_float32(tmp_path: Path):
             *(made, "auto", *SMALL, "--cluster.placement", "SPREAD", "--dry-run"),
             *("--generation.dtype", "auto", "--policy.compute_dtype", "auto"),
         )
-    if "the nodes differ" not in done.stdout:
-        assert "auto -> float32 (10.77.0.1, 10.77.0.2: " in done.stdout
-        pytest.skip("this CPU multiplies faster in float32, so no node chooses bfloat16")
+
     assert "auto -> float32 (the nodes differ" in done.stdout
-    assert "10.77.0.1: bfloat16" in done.stdout
+    assert "10.77.0.1: bfloat16, Quick, avx512_bf16: measured" in done.stdout
+    assert "10.77.0.2: float32, " in done.stdout
+    assert re.findall(r"(?:compute_)?dtype: (?:auto|bfloat16)", done.stdout) == []

@@ -134,6 +134,10 @@ def test_gauges_names_output_and_doctor(tmp_path: Path):
             },
         )
 
+    # Ray's head keeps no record of each call, with which it would grow.
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    assert accessor.get_task_events() == []
+
     names = {"policy-0", "generation-0", "reward-0", "advantage-0"}
     assert names <= {actor["Name"] for actor in ray._private.state.actors().values()}
     for name in names - {"generation-0"}:  # an engine has no use for plug-ins

@@ -14,13 +14,15 @@ ends. So no process, interface or mount is left behind.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,16 +121,34 @@ class Node:
         ray = str(Path(sys.executable).parent / "ray")
         self.run(ray, "start", *own, *options, variables=variables)
 
-    def kill(self) -> None:
-        """End the node with all its processes, as a power cut would."""
-        self.init.kill()
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Return the living processes of the node whose title begins so; Ray's are `ray::...`."""
+        found = []
+        for process in self.init.children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCluster:
     """Nodes on one network; node 1 comes first."""
 
-    nodes: Sequence[Node]
+    nodes: list[Node]
+    _switch: psutil.Process
+    _boot: Callable[[int], Node]
+
+    def cut_power(self, node: Node) -> None:
+        """End a node: the others hear nothing more of it, not even that connections close."""
+        _in_network(self._switch, "ip", "link", "delete", _port(node.number))
+        node.init.kill()
+        psutil.wait_procs([node.init], timeout=END_LIMIT_S)
+
+    def boot(self, number: int) -> Node:
+        """Let a node without power come back, with its address and its files, without Ray."""
+        self.nodes[number - 1] = self._boot(number)
+        return self.nodes[number - 1]
 
     @property
     def address(self) -> str:
@@ -142,9 +162,13 @@ class NodeCluster:
             per_node: further options of node 1, node 2, ...
         """
         common = ["--object-store-memory=100000000", *options]
-        for index, node in enumerate(self.nodes):
-            own = per_node[index] if per_node else ()
-            node.start_ray(*common, *own)
+        head, *others = [
+            functools.partial(node.start_ray, *common, *(per_node[index] if per_node else ()))
+            for index, node in enumerate(self.nodes)
+        ]
+        head()
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda start: start(), others))
 
 
 @contextmanager
@@ -159,15 +183,17 @@ def node_cluster(folder: Path, nodes: int = 3) -> Iterator[NodeCluster]:
         _in_network(switch, "ip", "link", "add", "bridge", "type", "bridge")
         _in_network(switch, "ip", "address", "add", f"{NETWORK}.254/24", "dev", "bridge")
         _in_network(switch, "ip", "link", "set", "bridge", "up")
-        made, token = [], secrets.token_hex(16)
-        for number in range(1, nodes + 1):
+        token = secrets.token_hex(16)
+
+        def boot(number: int) -> Node:
             own = folder / f"node{number}"
             init = stack.enter_context(_node_namespaces(number, own))
             _plug_in(switch, init, number)
-            made.append(
-                Node(number=number, folder=own, init=init, environment=_environment(number, token))
-            )
-        yield NodeCluster(nodes=made)
+            environment = _environment(number, token)
+            return Node(number=number, folder=own, init=init, environment=environment)
+
+        made = [boot(number) for number in range(1, nodes + 1)]
+        yield NodeCluster(nodes=made, _switch=switch, _boot=boot)
 
 
 def _environment(number: int, token: str) -> dict[str, str]:
@@ -184,6 +210,7 @@ def _environment(number: int, token: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "passive",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # the nodes share the cores of one machine
         "RAY_raylet_start_wait_time_s": "300",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -197,9 +224,14 @@ def _in_network(member: psutil.Process, *words: str) -> None:
     assert done.returncode == 0, f"{words}: {done.stderr}"
 
 
+def _port(number: int) -> str:
+    """Return the name of a node's port at the bridge."""
+    return f"port{number}"
+
+
 def _plug_in(switch: psutil.Process, init: psutil.Process, number: int) -> None:
     """Connect a node to the bridge, and give it its address."""
-    port = f"port{number}"
+    port = _port(number)
     peer = ["peer", "name", "eth0", "netns", str(init.pid)]
     _in_network(switch, "ip", "link", "add", port, "type", "veth", *peer)
     _in_network(switch, "ip", "link", "set", port, "master", "bridge", "up")
@@ -214,7 +246,7 @@ def _plug_in(switch: psutil.Process, init: psutil.Process, number: int) -> None:
 def _node_namespaces(number: int, folder: Path) -> Iterator[psutil.Process]:
     """Make the namespaces of a node, with `folder` as its /tmp; yield their first process."""
     for own in (folder / "home", folder / "work"):
-        own.mkdir(parents=True)
+        own.mkdir(parents=True, exist_ok=True)
     mounts = [
         f"mount --bind {ROOT} {ROOT}",
         f"mount -o remount,bind,ro {ROOT}",

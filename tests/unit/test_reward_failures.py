@@ -521,6 +521,20 @@ def test_a_plugin_that_fails_in_the_processes_only_is_named(
         pool.warm_up()
 
 
+def test_a_process_that_starts_too_slowly_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[RewardPool]
+):
+    (tmp_path / "slow_import.py").write_text(
+        "import sys, time\nif sys.argv[0].endswith('pool.py'): time.sleep(600)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("rlsys.rewards.pool.START_LIMIT_S", 0.01)
+    pool = RewardPool(configured("math"), ("slow_import",))
+    pools.append(pool)
+    with pytest.raises(TimeoutError, match=r"did not start within 0\.01 s: a plug-in"):
+        pool.warm_up()
+
+
 # --- records --------------------------------------------------------------------------------------
 
 
