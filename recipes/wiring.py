@@ -65,7 +65,7 @@ from workers.training.rank_group import (
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.training.reward_scoring import scoring_worker
-from workers.weight_sync.object_store import ObjectStoreWeightSync
+from workers.weight_sync.synchronizer import EngineWeightSync
 
 
 def probe_tokens(
@@ -158,7 +158,7 @@ async def start_workers(
         reference=reference,
         critic=critic,
         advantages=controller,
-        weights=ObjectStoreWeightSync(policy, engines, config, probe),
+        weights=EngineWeightSync(policy, engines, config, probe),
         put=ray.put,
         reporting=(generator, scorer, controller, *optional),
     )
@@ -219,7 +219,7 @@ async def start_offline_workers(
         evaluation=EvaluationWorkers(
             generator=generator,
             scorer=scorer,
-            weights=ObjectStoreWeightSync(trained, engines, online, probe),
+            weights=EngineWeightSync(trained, engines, online, probe),
         ),
         reporting=(generator, scorer, *optional),
     )

@@ -288,6 +288,15 @@ def _rollout_correction(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _sync(config: RunConfig) -> Iterator[str]:
+    sync = config.sync
+    if sync.chosen_transport == "disk" and sync.directory is None:
+        yield (
+            "sync.directory: null, but sync.transport is 'disk'. Set it to a directory on storage "
+            "that all nodes share, or choose object_store."
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -301,4 +310,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _recomputed_advantages,
     _entropy,
     _rollout_correction,
+    _sync,
 )

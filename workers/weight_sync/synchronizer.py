@@ -1,14 +1,17 @@
-"""Weight sync from the policy to the engines through Ray's object store.
+"""Weight sync from the policy to the engines, by any transport.
 
-After every sync a probe compares the log-probabilities of both sides. The weights stay in the store
-until the next sync, so that a generation worker that is restarted gets the present ones without
-the trainer, which may be in the middle of an update by then.
+After a sync a probe compares the log-probabilities of both sides. What was sent stays stored until
+the next sync, so that a generation worker that is restarted gets the present weights without the
+trainer, which may be in the middle of an update by then. That is memory of the object store, or
+space on the disk, for one version of the weights in the precision of the engines; no process holds
+them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,14 +21,16 @@ from numpy.typing import NDArray
 from rlsys.config import RunConfig
 from rlsys.driver.ports import WeightSyncError
 from rlsys.metrics import Metric, maximum, mean, total
-from rlsys.models.weights import WeightManifest, unpack_weights
+from rlsys.models.weights import StoredWeights
 from workers.supervision import ActorPool, SupervisedActor, as_pool
 
 
 class WeightSource(Protocol):
     """The policy group as weight sync needs it."""
 
-    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]: ...
+    async def export_weights(
+        self, version: int, keep: Sequence[StoredWeights] = ()
+    ) -> StoredWeights: ...
 
     async def probe_logprobs(
         self, sequences: Sequence[NDArray[np.int32]], temperature: float
@@ -55,15 +60,17 @@ def difference_tolerance(config: RunConfig) -> float:
 class PresentWeights:
     """The weights of the last sync, with what proves that an engine has them."""
 
-    manifest: WeightManifest
-    shards: Sequence[Any]  # references
-    expected: NDArray[np.float32] | None  # log-probabilities of the probe; None: no comparison
+    stored: StoredWeights
+    # Log-probabilities of the probe, which the trainer may still compute; None: no comparison.
+    expected: asyncio.Task[NDArray[np.float32]] | None
 
 
-class ObjectStoreWeightSync:
-    """The `ports.WeightSync` through the object store.
+class EngineWeightSync:
+    """The `ports.WeightSync` of a policy and the generation workers.
 
-    Rank 0 puts shards into the store; all engines of a node read the same memory.
+    rank 0 --buckets--> store --buckets--> engines
+       |                                      |
+       +---- log-probs of the probe, compared +
     """
 
     def __init__(
@@ -82,7 +89,11 @@ class ObjectStoreWeightSync:
         self._policy = policy
         self._pool = as_pool(workers)
         self._tolerance = difference_tolerance(config)
+        self._probe_every = config.generation.probe_every
         self._probe = probe
+        self._syncs = 0
+        self._unproven = False  # whether a restarted worker has weights that were not compared
+        self._read: list[StoredWeights] = []  # by restarted workers, at this moment
         # None before the first sync; pending while the trainer exports.
         self._present: asyncio.Future[PresentWeights] | None = None
         for worker in self._pool.members:
@@ -93,31 +104,54 @@ class ObjectStoreWeightSync:
 
         A worker that dies meanwhile gets these weights when it is restarted.
         """
+        start = time.perf_counter()
         # From here on no worker can become ready with older weights.
         present = self._present = asyncio.get_running_loop().create_future()
         try:
-            weights = await self._export(version)
+            stored = await self._policy.export_weights(version, tuple(self._read))
         except BaseException as error:
             present.set_exception(RuntimeError(f"the export of the weights failed: {error}"))
             present.exception()  # nobody may be waiting for it
             raise
-        present.set_result(weights)
+        exported = time.perf_counter()
 
-        await self._pool.ask("install_weights", weights.manifest, *weights.shards)
-        metrics = {"sync/bytes": total(weights.manifest.num_bytes)}
-        if weights.expected is not None:
-            metrics |= await self._compare(weights, weights.expected)
+        # The trainer computes the probe while the engines load.
+        expected = None
+        if self._is_probed():
+            expected = asyncio.create_task(self._trainers_probe())
+        present.set_result(PresentWeights(stored=stored, expected=expected))
+        try:
+            await self._pool.ask("install_weights", stored)
+            installed = time.perf_counter()
+            metrics = {
+                "sync/bytes": total(stored.manifest.num_bytes),
+                "time/sync_export": total(exported - start),
+                "time/sync_load": total(installed - exported),
+            }
+            if expected is not None:
+                metrics |= await self._compare(stored, expected)
+                metrics["time/sync_probe"] = total(time.perf_counter() - installed)
+        except BaseException:
+            _give_up(expected)
+            raise
         self._pool.version = version
         return metrics
 
-    async def _export(self, version: int) -> PresentWeights:
-        """Let the trainer put its weights into the store, and compute the probe."""
-        # The shards are references here; Ray resolves them on the workers' nodes.
-        manifest, shards = await self._policy.export_weights(version)
-        expected = None
-        if self._tolerance:
-            expected = np.concatenate(await self._policy.probe_logprobs(self._probe, 1.0))
-        return PresentWeights(manifest=manifest, shards=shards, expected=expected)
+    def _is_probed(self) -> bool:
+        """Count a sync, and return whether it is compared.
+
+        Every `probe_every`-th is, from the first on, and the next one after a restarted worker got
+        weights that no probe has proven.
+        """
+        due = self._syncs % self._probe_every == 0 or self._unproven
+        self._syncs += 1
+        if not self._tolerance or not due:
+            return False
+        self._unproven = False
+        return True
+
+    async def _trainers_probe(self) -> NDArray[np.float32]:
+        return np.concatenate(await self._policy.probe_logprobs(self._probe, 1.0))
 
     async def _bring_up_to_date(self, actor: Any) -> None:
         """Install the present weights on a worker that was restarted, and compare it.
@@ -130,31 +164,44 @@ class ObjectStoreWeightSync:
         while self._present is not None:
             present = self._present
             weights = await asyncio.shield(present)
-            await actor.install_weights.remote(weights.manifest, *weights.shards)
-            if weights.expected is not None:
-                engine = np.concatenate(await actor.probe_logprobs.remote(self._probe))
-                difference = float(np.abs(engine - weights.expected).mean())
-                if not difference <= self._tolerance:
-                    raise await self._error(weights, actor, "a restarted worker", difference)
+            # From here on a sync that begins does not delete them.
+            self._read.append(weights.stored)
+            try:
+                await self._install_and_compare(actor, weights)
+            finally:
+                self._read.remove(weights.stored)
             if self._present is present:  # else there was a sync meanwhile
                 return
 
+    async def _install_and_compare(self, actor: Any, weights: PresentWeights) -> None:
+        await actor.install_weights.remote(weights.stored)
+        if weights.expected is None:
+            self._unproven = True
+            return
+        expected = await asyncio.shield(weights.expected)
+        engine = np.concatenate(await actor.probe_logprobs.remote(self._probe))
+        difference = float(np.abs(engine - expected).mean())
+        if not difference <= self._tolerance:
+            raise await self._error(weights.stored, actor, "a restarted worker", difference)
+
     async def _compare(
-        self, weights: PresentWeights, expected: NDArray[np.float32]
+        self, stored: StoredWeights, trainer: Awaitable[NDArray[np.float32]]
     ) -> dict[str, Metric]:
         """Compare the log-probabilities of the probe on both sides.
 
         Raises:
             WeightSyncError: the mean difference of an engine is above the tolerance.
         """
-        answers = await self._pool.ask("probe_logprobs", self._probe)
+        answers, expected = await asyncio.gather(
+            self._pool.ask("probe_logprobs", self._probe), trainer
+        )
         differences = [np.abs(np.concatenate(engine) - expected) for _, engine in answers]
         means = [float(difference.mean()) for difference in differences]
         worst = int(np.argmax(means))
         # Written so that NaN is an error.
         if not means[worst] <= self._tolerance:
             worker, _ = answers[worst]
-            raise await self._error(weights, worker.present, worker.name, means[worst])
+            raise await self._error(stored, worker.present, worker.name, means[worst])
 
         num_tokens = sum(difference.size for difference in differences)
         largest = max(float(difference.max()) for difference in differences)
@@ -164,14 +211,10 @@ class ObjectStoreWeightSync:
         }
 
     async def _error(
-        self, weights: PresentWeights, actor: Any, name: str, difference: float
+        self, stored: StoredWeights, actor: Any, name: str, difference: float
     ) -> WeightSyncError:
         """Return the error for a generation worker, with the parameter groups that differ."""
-        manifest = weights.manifest
-        names = [entry.name for entry in manifest.entries]
-        held = await actor.weight_checksums.remote(names)
-        different = differing_groups(manifest, [await shard for shard in weights.shards], held)
-
+        different = await actor.differing_weights.remote(stored)
         found = ", ".join(different)
         if not different:
             found = (
@@ -179,34 +222,15 @@ class ObjectStoreWeightSync:
                 "(suspect the LM head of tied embeddings)"
             )
         return WeightSyncError(
-            f"after the sync of weights version {manifest.version}, {name} and "
+            f"after the sync of weights version {stored.manifest.version}, {name} and "
             f"the trainer differ by {difference:.4f} in mean log-probability "
             f"(generation.logprob_difference_tolerance is {self._tolerance}). "
             f"Parameter groups that differ: {found}."
         )
 
 
-def differing_groups(
-    manifest: WeightManifest,
-    shards: Sequence[NDArray[np.uint8]],
-    held: Mapping[tuple[str, ...], float],
-    *,
-    tolerance: float = 1e-3,
-) -> list[str]:
-    """Return the weights whose sums of squares in an engine differ from those that were sent.
-
-    Args:
-        held: the sum of each parameter of the engine, by the names of the weights it is made of.
-        tolerance: the relative difference that counts as equal.
-    """
-    sent = {
-        name: float(tensor.float().square().sum())
-        for name, tensor in unpack_weights(manifest, shards)
-    }
-
-    different = []
-    for names, value in held.items():
-        expected = sum(sent[name] for name in names)
-        if abs(value - expected) > tolerance * max(expected, 1e-12):
-            different.append(" + ".join(names))
-    return different
+def _give_up(task: asyncio.Task[Any] | None) -> None:
+    """End a task whose result nobody needs any more."""
+    if task is not None:
+        task.cancel()
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
