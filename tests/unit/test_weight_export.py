@@ -27,7 +27,8 @@ def config(directory: Path, weights: Path, dtype: str) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": str(directory), "attention": "sdpa"},
-            "generation": {"engine": "transformers", "dtype": dtype},
+            "data": {"max_prompt_tokens": 100},  # some models have 512 positions
+            "generation": {"engine": "transformers", "dtype": dtype, "max_tokens": 28},
             "policy": {"compute_dtype": "float32", "microbatch_tokens": 64},
             "sync": {"transport": "disk", "directory": str(weights), "bucket_mb": 1},
         }

@@ -133,7 +133,7 @@ class FSDP2Backend:
 
         # One weight at a time, or those that transformers can only convert together.
         for group in self._names.groups:
-            gathered = {name: _unsharded(state[name]).detach().cpu() for name in group.names}
+            gathered = {name: _gathered(state[name]) for name in group.names}
             if self._rank == 0:
                 yield from self._names.convert(group, gathered).items()
             del gathered  # before the next is gathered
@@ -186,6 +186,14 @@ class FSDP2Backend:
 def _unsharded(tensor: Any) -> Tensor:
     """Gather a sharded tensor; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(tensor: Any) -> Tensor:
+    """Return a whole parameter on the CPU; where it is there already, without a copy."""
+    # A single rank has all of it; a gather would only add its bookkeeping.
+    alone = isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1
+    whole = tensor.to_local() if alone else _unsharded(tensor)
+    return whole.detach().cpu()
 
 
 def _local(tensor: Any) -> Tensor:
