@@ -66,7 +66,7 @@ from workers.training.rank_group import (
 from workers.training.rank_worker import RankWorker
 from workers.training.reference import ReferenceWorker
 from workers.training.reward_scoring import scoring_worker
-from workers.weight_sync.object_store import ObjectStoreWeightSync
+from workers.weight_sync.synchronizer import EngineWeightSync
 
 
 def probe_tokens(
@@ -152,7 +152,7 @@ async def start_workers(
                 for rank in range(config.policy.ranks)
             ]
         )
-    weights = ObjectStoreWeightSync(policy, engines, config, probe)
+    weights = EngineWeightSync(policy, engines, config, probe)
     return Workers(
         generator=generator,
         scorer=scorer,
@@ -222,7 +222,7 @@ async def start_offline_workers(
         evaluation=EvaluationWorkers(
             generator=generator,
             scorer=scorer,
-            weights=ObjectStoreWeightSync(trained, engines, online, probe),
+            weights=EngineWeightSync(trained, engines, online, probe),
         ),
         reporting=(generator, scorer, *optional),
     )

@@ -43,7 +43,7 @@ from workers.training.backends.fsdp2 import FSDP2Backend
 from workers.training.losses import backward_passes
 from workers.training.packed_model import PackTensors
 
-# The bounds of `workers.weight_sync.object_store` on the mean difference after a sync.
+# The bounds of `workers.weight_sync.synchronizer` on the mean difference after a sync.
 LIMIT = {"float32": 0.01, "bfloat16": 0.15}
 # The updates before the sync must change the weights more than the bound, or it proves nothing.
 LEAST_CHANGE = 4.0

@@ -56,7 +56,7 @@ other flags change fields of it. docs/algorithms.md compares the settings of all
 # Sections that have the same fields as those of an RL run.
 SHARED_SECTIONS = (
     *("recipe", "plugins", "model", "cluster", "run", "policy", "reward_model", "reference"),
-    *("generation", "reward"),
+    *("generation", "sync", "reward"),
 )
 OTHER_KINDS: dict[type[RootConfig], str] = {
     SupervisedRunConfig: """
@@ -66,7 +66,7 @@ OTHER_KINDS: dict[type[RootConfig], str] = {
 `recipes.process_reward_model_math` have configurations of their own. The sections that are not
 listed here have the fields of an RL run: `model`, `policy` (in a run of a reward model
 `reward_model`) without `epochs` and `num_mini_batches`, `reference`, `generation` without
-`samples_per_prompt` and `temperature`, `reward`, `cluster` and `run`.
+`samples_per_prompt` and `temperature`, `sync`, `reward`, `cluster` and `run`.
 """,
     PreferenceRunConfig: "",
     RewardModelRunConfig: "",
@@ -76,8 +76,9 @@ listed here have the fields of an RL run: `model`, `policy` (in a run of a rewar
 EXPERT_ITERATION = """
 ## Expert iteration
 
-`recipes.expert_iteration_math` has the sections `model`, `data`, `generation`, `reward`, `trainer`,
-`cluster` and `run` of an RL run, `policy` without `epochs` and `num_mini_batches`, and those below.
+`recipes.expert_iteration_math` has the sections `model`, `data`, `generation`, `sync`, `reward`,
+`trainer`, `cluster` and `run` of an RL run, `policy` without `epochs` and `num_mini_batches`, and
+those below.
 `recipes.expert_iteration_grid` has the section `grid` too ([how to](expert_iteration.md)).
 """
 OWN_SECTIONS = ("expert", "objective", "grid")

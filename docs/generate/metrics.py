@@ -666,6 +666,26 @@ METRICS = (
         "Seconds of the update, and of writing the rollout file.",
     ),
     MetricDoc("time/sync", "driver", STEP, "Seconds of the weight sync and its check."),
+    MetricDoc(
+        "time/sync_export",
+        "sum",
+        STEP,
+        "Part of `time/sync`: seconds until all weights are gathered and stored.",
+    ),
+    MetricDoc(
+        "time/sync_load",
+        "sum",
+        STEP,
+        "Part of `time/sync`: seconds until all engines have loaded them.",
+    ),
+    MetricDoc(
+        "time/sync_probe",
+        "sum",
+        STEP,
+        "Part of `time/sync`: seconds by which the check prolongs it. The trainer computes its "
+        "side while the engines load. Absent where the sync is not checked "
+        "(`generation.probe_every`).",
+    ),
     MetricDoc("time/other", "driver", STEP, "Seconds of the rest of the step."),
     MetricDoc(
         "time/step",

@@ -27,6 +27,7 @@ from rlsys.config.reward import RewardConfig, RewardFunctionConfig
 from rlsys.config.root import ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
+from rlsys.config.sync import SyncConfig
 from rlsys.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "SyncConfig",
     "SyntheticConfig",
     "TextColumns",
     "TrainableRoleConfig",

@@ -343,6 +343,15 @@ def _stale(config: RunConfig) -> str:
     return f"trainer.max_staleness {config.trainer.max_staleness}"
 
 
+def _sync(config: RunConfig) -> Iterator[str]:
+    sync = config.sync
+    if sync.chosen_transport == "disk" and sync.directory is None:
+        yield (
+            "sync.directory: null, but sync.transport is 'disk'. Set it to a directory on storage "
+            "that all nodes share, or choose object_store."
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -357,4 +366,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _entropy,
     _rollout_correction,
     _asynchronous,
+    _sync,
 )

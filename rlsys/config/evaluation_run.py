@@ -106,6 +106,7 @@ class EvaluationGenerationConfig(EngineConfig):
     )
     # There is no trainer to compare log-probabilities with.
     logprob_difference_tolerance: ClassVar[None] = None  # pyright: ignore
+    probe_every: ClassVar[int] = 1  # pyright: ignore
 
     @field_validator("temperature")
     @classmethod

@@ -25,6 +25,7 @@ from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
+from rlsys.config.sync import SyncConfig
 from rlsys.config.trainer import TrainerConfig
 
 
@@ -72,6 +73,10 @@ class ExpertIterationRunConfig(OfflineRunConfig):
     data: DataConfig = Field(default=DataConfig(), description="Problems and prompts.")
     generation: GenerationConfig = Field(
         default=GenerationConfig(), description="The generation group."
+    )
+    sync: SyncConfig = Field(
+        default=SyncConfig(),
+        description="The transfer of the trained weights to the generation workers.",
     )
     reward: RewardConfig = Field(
         default=RewardConfig(), description="Rewards, which decide what is correct."

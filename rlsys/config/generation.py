@@ -105,6 +105,12 @@ class EngineConfig(Section):
         "some held-out prompts. The run stops if their mean absolute difference is above this. 0: "
         "no check. null: 0.01 where both compute in float32, else 0.15.",
     )
+    probe_every: int = Field(
+        default=1,
+        ge=1,
+        description="Make that check after every N-th weight sync only, from the first on, and "
+        "after the restart of a worker. `time/sync_probe` is what it costs.",
+    )
 
     @field_validator("engine")
     @classmethod

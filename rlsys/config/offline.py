@@ -26,6 +26,7 @@ from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
 from rlsys.config.run import RunConfig
 from rlsys.config.section import Section
+from rlsys.config.sync import SyncConfig
 from rlsys.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -366,7 +367,7 @@ class OfflineRunConfig(RootConfig):
             "run": self.run.model_dump(),
         }
         if self.samples:
-            for name in ("generation", "reward"):
+            for name in ("generation", "reward", "sync"):
                 sections[name] = getattr(self, name).model_dump()
         else:
             sections["generation"] = {
@@ -422,6 +423,10 @@ class SupervisedRunConfig(OfflineRunConfig):
     )
     generation: EngineConfig = Field(
         default=EngineConfig(), description="The generation group of the held-out evaluation."
+    )
+    sync: SyncConfig = Field(
+        default=SyncConfig(),
+        description="The transfer of the trained weights to the generation workers.",
     )
     reward: RewardConfig = Field(
         default=RewardConfig(), description="Rewards, which decide held-out accuracy."
@@ -489,6 +494,10 @@ class PreferenceRunConfig(OfflineRunConfig):
     )
     generation: EngineConfig = Field(
         default=EngineConfig(), description="The generation group of the held-out evaluation."
+    )
+    sync: SyncConfig = Field(
+        default=SyncConfig(),
+        description="The transfer of the trained weights to the generation workers.",
     )
     reward: RewardConfig = Field(
         default=RewardConfig(), description="Rewards, which decide held-out accuracy."

@@ -91,6 +91,7 @@ RULES: tuple[ResumeRule, ...] = (
         "starts without the state of the old one.",
     ),
     _rule("generation.", "accepted", ""),
+    _rule("sync.", "silent", "It decides how weights travel."),
     _rule(
         "reward.functions",
         "accepted",

@@ -18,6 +18,7 @@ from rlsys.config.presets import preset_called
 from rlsys.config.ptx import PtxConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, ClusterConfig, RootConfig, RunSection
+from rlsys.config.sync import SyncConfig
 from rlsys.config.trainer import TrainerConfig
 
 
@@ -46,6 +47,10 @@ class RunConfig(RootConfig):
     data: DataConfig = Field(default=DataConfig(), description="Problems and prompts.")
     generation: GenerationConfig = Field(
         default=GenerationConfig(), description="The generation group."
+    )
+    sync: SyncConfig = Field(
+        default=SyncConfig(),
+        description="The transfer of the trained weights to the generation workers.",
     )
     policy: PolicyConfig = Field(default=PolicyConfig(), description="The policy.")
     critic: CriticConfig = Field(default=CriticConfig(), description="The value function.")

@@ -189,6 +189,17 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: s.reads("kv_cache_gib") and s.has_gpus,
         because="it is for CPUs; on a GPU generation.gpu_memory_utilization limits the cache",
     ),
+    # The weight sync.
+    _row(
+        "generation.probe_every",
+        when=lambda s: s.config.generation.logprob_difference_tolerance == 0,
+        because="generation.logprob_difference_tolerance is 0, so nothing is compared",
+    ),
+    _row(
+        "sync.directory",
+        when=lambda s: s.config.sync.chosen_transport != "disk",
+        because="only the transport disk (sync.transport) writes files",
+    ),
     # GPUs.
     _row(
         "policy.gpus_per_rank",

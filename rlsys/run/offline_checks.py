@@ -30,7 +30,7 @@ from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
 from rlsys.run.model_checks import ModelDirectories, check_model
-from rlsys.run.plan import describe_places
+from rlsys.run.plan import describe_places, describe_sync
 from rlsys.run.preflight import config_mistakes
 from rlsys.run.step_time import StepEstimate
 
@@ -181,6 +181,7 @@ def describe_offline_plan(
         "data": f"{examples.describe()}, template {config.data.template}",
         "step": f"{config.trainer.examples_per_step} examples, one optimizer step",
         "evaluation": _evaluation(config, examples),
+        **_weight_sync(config, examples, parameters),
         "run": describe_places(config, directory),
     }
     width = max(map(len, rows)) + 2
@@ -199,6 +200,17 @@ def _evaluation(config: OfflineRunConfig, examples: SourcedExamples) -> str:
             f"{generation.workers} x {generation.engine}"
         )
     return f"{text}; every {every} steps"
+
+
+def _weight_sync(
+    config: OfflineRunConfig, examples: SourcedExamples, parameters: int
+) -> dict[str, str]:
+    """Return the row about the transfer of weights, of a run whose evaluation samples."""
+    trainer = config.trainer
+    evaluates = bool(examples.held_out) and trainer.evaluation.every > 0
+    if not (evaluates and config.samples and trainer.evaluation.problems):
+        return {}
+    return {"weight sync": describe_sync(config.online(), parameters)}
 
 
 def offline_notices(config: OfflineRunConfig, loaded: LoadedExamples) -> Iterator[str]:

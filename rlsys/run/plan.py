@@ -61,6 +61,7 @@ def plan_rows(
         "ray": config.cluster.joined_address or "started on this machine",
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         "generation": _generation(config, hardware, parameters),
+        "weight sync": describe_sync(config, parameters),
         "policy": _policy(config, hardware, parameters),
         "reference": _reference(config),
         "critic": _critic(config, directories.critic),
@@ -94,6 +95,22 @@ def _generation(config: RunConfig, hardware: Hardware, parameters: int) -> str:
         f"{generation.workers} x {generation.engine}, {generation.cpus_per_worker} CPU{gpu} each; "
         f"{weights_gib:.2f} GiB weights ({generation.dtype}), {cache}"
     )
+
+
+def describe_sync(config: RunConfig, parameters: int) -> str:
+    """Return the row of a plan about the transfer of weights to the engines."""
+    sync, generation = config.sync, config.generation
+    place = sync.chosen_transport
+    if place == "disk":
+        place += f" ({sync.directory})"
+    bytes_each = 2 if generation.dtype == "bfloat16" else 4
+    size = parameters * bytes_each / 1024**3
+
+    every = generation.probe_every
+    probe = "each compared on a probe" if every == 1 else f"one in {every} compared on a probe"
+    if generation.logprob_difference_tolerance == 0:
+        probe = "not compared (generation.logprob_difference_tolerance is 0)"
+    return f"{place}, {size:.2f} GiB in buckets of {sync.bucket_mb} MB; {probe}"
 
 
 def _policy(config: RunConfig, hardware: Hardware, parameters: int) -> str:

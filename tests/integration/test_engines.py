@@ -19,10 +19,10 @@ from rlsys.data.batches import Prompt, PromptBatch, RolloutBatch, SamplingParame
 from rlsys.driver.ports import WeightSyncError
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm, load_tokenizer
-from rlsys.models.weights import WeightManifest, pack_weights
+from rlsys.models.weights import StoredWeights, pack_weights
 from workers.generation.group import GenerationGroup
-from workers.generation.worker import GenerationWorker
-from workers.weight_sync.object_store import ObjectStoreWeightSync, differing_groups
+from workers.generation.worker import GenerationWorker, differing_groups
+from workers.weight_sync.synchronizer import EngineWeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 SAMPLING = SamplingParameters(
@@ -321,22 +321,22 @@ async def test_by_default_a_short_right_answer_ends(worker, prompts: PromptBatch
     assert batch.response_lengths[0] == 2
 
 
-async def install(
-    worker, model: torch.nn.Module, version: int
-) -> tuple[WeightManifest, list[np.ndarray]]:
+async def install(worker, model: torch.nn.Module, version: int) -> None:
     """Install the weights of `model` in the engine of `worker`."""
-    manifest, shards = packed(model, version)
+    stored = packed(model, version)
     # The actors outlive single tests, so versions only grow.
-    manifest = replace(manifest, version=max(version, await worker.version.remote()))
-    await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
-    return manifest, shards
+    manifest = replace(stored.manifest, version=max(version, await worker.version.remote()))
+    await worker.install_weights.remote(stored._replace(manifest=manifest))
 
 
-def packed(model: torch.nn.Module, version: int) -> tuple[WeightManifest, list[np.ndarray]]:
+def packed(model: torch.nn.Module, version: int) -> StoredWeights:
     """Return the weights of `model` as the trainer sends them, without the tied LM head."""
     tensors = model.state_dict()
     tensors.pop("lm_head.weight", None)
-    return pack_weights(tensors.items(), version=version, dtype=torch.float32)
+    manifest, buckets = pack_weights(
+        tensors.items(), version=version, dtype=torch.float32, bucket_bytes=2**18
+    )
+    return StoredWeights(manifest, [ray.put(bucket) for bucket in buckets])
 
 
 def changed(model: torch.nn.Module, scale: float) -> torch.nn.Module:
@@ -383,10 +383,10 @@ async def test_new_weights_are_used_by_every_layer_and_by_the_tied_head(
 
 
 async def test_older_weights_are_refused(worker, model: torch.nn.Module):
-    manifest, shards = packed(model, -5)
+    stored = packed(model, -5)
     await install(worker, model, 3)
     with pytest.raises(Exception, match=r"weights version -5 is older than the installed"):
-        await worker.install_weights.remote(manifest, *[ray.put(shard) for shard in shards])
+        await worker.install_weights.remote(stored)
 
 
 async def test_two_workers_cover_all_prompts_in_order(
@@ -422,9 +422,10 @@ class TrainerSide:
         self._model = model
         self._exported = exported
 
-    async def export_weights(self, version: int):
-        manifest, shards = packed(self._exported, version)
-        return manifest, [ray.put(shard) for shard in shards]
+    async def export_weights(
+        self, version: int, keep: Sequence[StoredWeights] = ()
+    ) -> StoredWeights:
+        return packed(self._exported, version)
 
     async def probe_logprobs(
         self, sequences: Sequence[np.ndarray], temperature: float
@@ -441,12 +442,12 @@ class TrainerSide:
 async def test_sync_is_proven_by_a_probe(worker, model: torch.nn.Module):
     probe = [np.arange(10, 10 + length, dtype=np.int32) for length in (12, 5, 40)]
     version = await worker.version.remote() + 1
-    good = ObjectStoreWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
+    good = EngineWeightSync(TrainerSide(model, model), [worker], config("vllm"), probe)
     report = await good.sync(version)
     assert report["sync/logprob_difference_mean"].value < 1e-3
 
     wrong = TrainerSide(changed(model, 0.5), model)
-    bad = ObjectStoreWeightSync(wrong, [worker], config("vllm"), probe)
+    bad = EngineWeightSync(wrong, [worker], config("vllm"), probe)
     with pytest.raises(
         WeightSyncError,
         match=r"differ by \d\.\d+ in mean log-probability .*Parameter groups that differ",
@@ -460,9 +461,8 @@ def test_parameter_groups_that_differ_are_named():
         "model.layers.0.k_proj.weight": torch.ones(3),
         "model.norm.weight": torch.ones(4),
     }
-    manifest, shards = pack_weights(tensors.items(), version=0, dtype=torch.float32)
     fused = ("model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight")
     norm = ("model.norm.weight",)
-    assert differing_groups(manifest, shards, {fused: 5.0, norm: 4.0}) == []
-    assert differing_groups(manifest, shards, {fused: 5.0, norm: 9.0}) == ["model.norm.weight"]
-    assert differing_groups(manifest, shards, {fused: 6.0}) == [" + ".join(fused)]
+    assert differing_groups(tensors.items(), {fused: 5.0, norm: 4.0}) == []
+    assert differing_groups(tensors.items(), {fused: 5.0, norm: 9.0}) == ["model.norm.weight"]
+    assert differing_groups(tensors.items(), {fused: 6.0}) == [" + ".join(fused)]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from rlsys.config import DataConfig, GenerationConfig, RunConfig
-from rlsys.models.checkpoint_names import names_without_mapping, to_checkpoint
-from rlsys.models.weights import pack_weights
+from rlsys.models.checkpoint_names import (
+    CheckpointNames,
+    names_without_mapping,
+    untied_state_dict,
+)
+from rlsys.models.weights import pack_weights, unpack_weights
 from tests.support.model_families import build_family, load_family
-from workers.training.backends.fsdp2 import full_state_dict
-from workers.weight_sync.object_store import DEFAULT_TOLERANCE
+from workers.weight_sync.synchronizer import DEFAULT_TOLERANCE
 
 LENGTHS = (9, 40, 70)  # tokens: within the window of 16, beyond it, and beyond it twice over
 LIMIT_S = 150
@@ -68,10 +71,9 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
         stale = np.concatenate([forward_logprobs(old, sequence) for sequence in sequences])
         rollouts = make_engine(config, scratch)
 
-    module: Any = SimpleNamespace(model=model)
-    weights = to_checkpoint(model, full_state_dict(module))
-    manifest, shards = pack_weights(weights.items(), version=1, dtype=torch.float32)
-    rollouts.install_weights(manifest, shards)
+    weights = as_sent(model)
+    sent = pack_weights(weights, version=1, dtype=torch.float32, bucket_bytes=2**16)
+    rollouts.install_weights(unpack_weights(*sent))
     found = np.concatenate(rollouts.probe_logprobs(sequences))
 
     differences = np.abs(found - expected)
@@ -83,6 +85,14 @@ def compare(family: str, engine: str = "vllm") -> dict[str, float]:
         "max_difference": float(differences.max()),
         "max_difference_of_old_weights": float(np.abs(found - stale).max()),
     }
+
+
+def as_sent(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights as a trainer sends them: by the names of the checkpoint, in groups."""
+    state = untied_state_dict(model)
+    names = CheckpointNames(model, state)
+    for group in names.groups:
+        yield from names.convert(group, {name: state[name] for name in group.names}).items()
 
 
 @torch.no_grad()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlsys.config import RunConfig
+from rlsys.config import GenerationConfig, RunConfig
 from rlsys.data.batches import PromptBatch, SamplingParameters
 from rlsys.driver.faults import FaultLog
 from rlsys.driver.ports import GenerationSlot, WeightSyncError, WorkerDiedError
+from rlsys.models.weights import StoredWeights, WeightManifest
 from rlsys.run.fault_events import Fault
 from tests.support.killed_actors import FakeActor, supervised_fake
 from tests.support.rollout_examples import rollouts
 from workers.generation.group import GenerationGroup
 from workers.supervision import ActorPool, TooManyDeathsError
-from workers.weight_sync.object_store import ObjectStoreWeightSync
+from workers.weight_sync.synchronizer import EngineWeightSync
 
 SAMPLING = SamplingParameters(
     samples_per_prompt=1,
@@ -57,14 +59,14 @@ class Engine:
             yield (prompt.problem_id, group, own.batch_id, self.weights)
             yield (position, 10 + position)
 
-    def install_weights(self, manifest: Any, *shards: float) -> None:
-        self.weights, self.version = shards[0], manifest.version
+    def install_weights(self, stored: StoredWeights) -> None:
+        self.weights, self.version = stored.parts[0], stored.manifest.version
 
     def probe_logprobs(self, probe: Any) -> list[np.ndarray]:
         return [np.full(3, self.weights, dtype=np.float32)]
 
-    def weight_checksums(self, names: Any) -> dict:
-        return {}
+    def differing_weights(self, stored: StoredWeights) -> list[str]:
+        return []
 
     def metrics(self) -> dict:
         return {}
@@ -181,43 +183,34 @@ async def test_a_worker_that_leaves_out_a_prompt_is_an_error():
         await answers(GenerationGroup(pool), prompts(3))
 
 
-class Manifest:
-    """The part of a manifest that a sync reads."""
-
-    def __init__(self, version: int) -> None:
-        self.version, self.num_bytes, self.entries = version, 8, ()
-
-
-class Shard(float):
-    """A shard that is its own reference."""
-
-    def __await__(self) -> Iterator[Any]:
-        yield from ()
-
-
 class Trainer:
     """The policy's side of the sync; its weights are the version plus a half."""
 
     def __init__(self) -> None:
-        self.exports = 0
+        self.exports = self.probes = 0
+        self.kept: list[list[int]] = []  # versions that each export must keep
         self.released = asyncio.Event()
         self.released.set()
         self.weights = 0.0
 
-    async def export_weights(self, version: int) -> Any:
+    async def export_weights(
+        self, version: int, keep: Sequence[StoredWeights] = ()
+    ) -> StoredWeights:
         await self.released.wait()
         self.exports += 1
+        self.kept.append([stored.manifest.version for stored in keep])
         self.weights = version + 0.5
-        return Manifest(version), [Shard(self.weights)]
+        return StoredWeights(WeightManifest(version=version, buckets=()), [self.weights])
 
     async def probe_logprobs(self, sequences: Any, temperature: float) -> list[np.ndarray]:
+        self.probes += 1
         return [np.full(3, self.weights, dtype=np.float32)]
 
 
-def sync_of(pool: ActorPool, trainer: Trainer | None = None) -> ObjectStoreWeightSync:
+def sync_of(pool: ActorPool, trainer: Trainer | None = None, **generation: Any) -> EngineWeightSync:
     """Return the sync between a trainer and the engines of a pool."""
-    probe = [np.arange(4, dtype=np.int32)]
-    return ObjectStoreWeightSync(trainer or Trainer(), pool, RunConfig(), probe)  # pyright: ignore[reportArgumentType]
+    config = RunConfig(generation=GenerationConfig(**generation))
+    return EngineWeightSync(trainer or Trainer(), pool, config, [np.arange(4, dtype=np.int32)])
 
 
 async def test_a_restarted_worker_samples_with_the_present_weights():
@@ -270,8 +263,8 @@ async def test_a_worker_may_die_in_a_sync(method: str, workers: int):
 
 async def test_a_restarted_worker_that_fails_the_probe_ends_the_run():
     class Stale(Engine):
-        def install_weights(self, manifest: Any, *shards: float) -> None:
-            self.version = manifest.version
+        def install_weights(self, stored: StoredWeights) -> None:
+            self.version = stored.manifest.version
 
     def start(number: int) -> FakeActor:
         return FakeActor(Stale() if number else Engine(), {} if number else {"generate": [0]})
@@ -342,3 +335,66 @@ async def test_workers_report_while_one_restarts():
     assert faults.metrics()["faults/generation_worker"] == 1
     await pool.members[0].ready()
     assert [len(found) for found in engines] == [2, 1]
+
+
+async def test_a_probe_may_be_made_after_some_syncs_only():
+    pool, _ = pool_of([], [])
+    trainer = Trainer()
+    sync = sync_of(pool, trainer, probe_every=3)
+    probed = ["time/sync_probe" in await sync.sync(version) for version in range(7)]
+    assert probed == [True, False, False, True, False, False, True]
+    assert trainer.probes == 3
+    for member in pool.members:
+        assert [name for name, _ in member.present.calls].count("probe_logprobs") == 3
+
+
+async def test_without_a_tolerance_nothing_is_probed():
+    pool, _ = pool_of([])
+    trainer = Trainer()
+    report = await sync_of(pool, trainer, logprob_difference_tolerance=0.0).sync(0)
+    assert "time/sync_probe" not in report
+    assert not trainer.probes
+
+
+async def test_the_sync_after_an_unproven_restart_is_probed():
+    pool, engines = pool_of([{"generate": [None, 2]}], [])
+    trainer = Trainer()
+    sync, group = sync_of(pool, trainer, probe_every=100), GenerationGroup(pool)
+    await sync.sync(0)
+    await answers(group, prompts(6))
+    assert "time/sync_probe" not in await sync.sync(1)
+    await answers(group, prompts(6))  # a worker dies; version 1 has no probe
+    await pool.members[0].ready()
+    assert engines[0][-1].version == 1
+    assert "time/sync_probe" in await sync.sync(2)
+    assert "time/sync_probe" not in await sync.sync(3)
+
+
+async def test_weights_that_a_restarted_worker_still_reads_are_kept():
+    class Slow(FakeActor):
+        """Installs weights when it is released."""
+
+        def __getattr__(self, method: str) -> Any:
+            if method != "install_weights":
+                return super().__getattr__(method)
+            return SimpleNamespace(remote=self._later)
+
+        async def _later(self, stored: StoredWeights) -> None:
+            began.set()
+            await released.wait()
+            self.target.install_weights(stored)
+
+    began, released = asyncio.Event(), asyncio.Event()
+    made = [FakeActor(Engine(), {"generate": [0]}), Slow(Engine())]
+    pool = ActorPool([supervised_fake(lambda number: made[number]), FakeActor(Engine())])
+    trainer = Trainer()
+    sync, group = sync_of(pool, trainer), GenerationGroup(pool)
+    await sync.sync(0)
+    await answers(group, prompts(4))
+    await began.wait()
+    await sync.sync(1)
+    released.set()
+    await pool.members[0].ready()
+    assert made[1].target.version == 1
+    await sync.sync(2)
+    assert trainer.kept == [[], [0], []]

@@ -63,6 +63,7 @@ BELOW_PARTS = (
     "workers.stack_dumps",
     "workers.supervision",
     "workers.user_code",
+    "workers.weight_sync.transports",
 )
 
 

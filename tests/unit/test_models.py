@@ -9,7 +9,7 @@ import torch
 
 from rlsys.models import check_model_path, resolve_model
 from rlsys.models.loading import context_length, load_causal_lm, load_tokenizer, parameter_count
-from rlsys.models.weights import pack_weights, unpack_weights
+from rlsys.models.weights import WeightEntry, buckets_of, pack_weights, unpack_weights
 
 
 def test_tiny_is_the_same_model_every_time(tmp_path: Path):
@@ -71,21 +71,55 @@ def test_weights_survive_the_journey_in_either_precision():
         "c": torch.randn(1, 1),
     }
     for dtype in (torch.float32, torch.bfloat16):
-        manifest, shards = pack_weights(tensors.items(), version=4, dtype=dtype, shard_bytes=16)
-        assert len(shards) > 1
-        assert manifest.num_bytes == sum(shard.nbytes for shard in shards)
-        for shard in shards:
-            shard.flags.writeable = False  # as Ray hands them out
-        received = dict(unpack_weights(manifest, shards))
+        manifest, buckets = pack_weights(tensors.items(), version=4, dtype=dtype, bucket_bytes=16)
+        assert len(buckets) > 1
+        arrays = [array for bucket in buckets for array in bucket]
+        assert manifest.num_bytes == sum(array.nbytes for array in arrays)
+        for array in arrays:
+            array.flags.writeable = False  # as Ray hands them out
+        received = dict(unpack_weights(manifest, buckets))
         assert all(
             torch.equal(received[name], tensor.to(dtype)) for name, tensor in tensors.items()
         )
 
 
-def test_damaged_or_missing_shards_are_refused():
-    manifest, shards = pack_weights([("a", torch.arange(8.0))], version=1, dtype=torch.float32)
-    with pytest.raises(ValueError, match="a lies outside the shards"):
+def test_buckets_hold_as_many_tensors_as_fit_and_none_is_split():
+    sizes = (3, 3, 9, 1, 5, 2)
+    tensors = [(str(i), torch.arange(float(size))) for i, size in enumerate(sizes)]
+    packed = buckets_of(tensors, dtype=torch.float32, bucket_bytes=4 * 7)
+    found = [[int(entry.name) for entry in bucket.entries] for bucket in packed]
+    assert found == [[0, 1], [2], [3, 4], [5]]
+
+
+def test_a_tensor_that_needs_no_cast_is_not_copied():
+    weight = torch.ones(4)
+    (bucket,) = buckets_of([("a", weight)], dtype=torch.float32, bucket_bytes=100)
+    weight[0] = 5
+    assert bucket.arrays[0].view(np.float32).tolist() == [5, 1, 1, 1]
+
+
+def test_damaged_or_missing_buckets_are_refused():
+    manifest, buckets = pack_weights([("a", torch.arange(8.0))], version=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="a lies outside the buckets"):
         list(unpack_weights(manifest, []))
-    shards[0] = np.roll(shards[0], 1)
     with pytest.raises(ValueError, match="a was damaged on the way"):
-        list(unpack_weights(manifest, shards))
+        list(unpack_weights(manifest, [[np.roll(buckets[0][0], 1)]]))
+
+
+@pytest.mark.parametrize("length", [0, 5, 4096, 3 * 4096 + 7])
+def test_every_changed_byte_and_exchanged_block_changes_the_checksum(length: int):
+    generator = np.random.default_rng(0)
+    values = torch.from_numpy(generator.integers(0, 256, length).astype(np.uint8))
+    ((entry,), (data,)) = _only_bucket(values)
+    for place in {0, length // 2, length - 1} & set(range(length)):
+        other = values.clone()
+        other[place] ^= 1
+        assert _only_bucket(other)[0][0].checksum != entry.checksum
+    if length > 2 * 4096:
+        swapped = np.concatenate([data[4096:8192], data[:4096], data[8192:]])
+        assert _only_bucket(torch.from_numpy(swapped))[0][0].checksum != entry.checksum
+
+
+def _only_bucket(values: torch.Tensor) -> tuple[tuple[WeightEntry, ...], tuple[np.ndarray, ...]]:
+    (bucket,) = buckets_of([("a", values)], dtype=torch.uint8, bucket_bytes=2**20)
+    return bucket.entries, bucket.arrays

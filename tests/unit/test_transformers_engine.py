@@ -11,7 +11,7 @@ from rlsys.config import GenerationConfig, RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.models.checkpoint_names import to_checkpoint
 from rlsys.models.loading import load_causal_lm
-from rlsys.models.weights import pack_weights
+from rlsys.models.weights import pack_weights, unpack_weights
 from tests.support.architectures import ARCHITECTURES, save_tiny_model
 from tests.support.model_families import WINDOW, build_family, load_family
 from workers.generation.engines.transformers import TransformersEngine
@@ -37,7 +37,8 @@ def test_logprobs_are_the_models_own_after_new_weights(family: str, tmp_path: Pa
     engine = TransformersEngine(RunConfig(generation=generation), str(tmp_path))
     model = load_family(tmp_path, seed=2)
     weights = to_checkpoint(model, model.state_dict())
-    engine.install_weights(*pack_weights(weights.items(), version=1, dtype=torch.float32))
+    sent = pack_weights(weights.items(), version=1, dtype=torch.float32)
+    engine.install_weights(unpack_weights(*sent))
 
     prompt = Prompt(problem_id="", token_ids=(9, 4, 7), text="", problem="", ground_truth="")
     ((group,),) = engine.generate([prompt], [0], SAMPLING)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlsys.data.batches import PromptBatch, RolloutBatch, SamplingParameters
 from rlsys.data.sequences import TokenSequences
 from rlsys.metrics import Metric, maximum, peak_memory_gib
-from rlsys.models.weights import WeightManifest
+from rlsys.models.weights import StoredWeights
 from workers.generation.engines import make_engine
 from workers.generation.engines.engine import SampledGroup
+from workers.weight_sync.transports import make_transport
 
 if TYPE_CHECKING:
     from rlsys.config import RunConfig
@@ -25,6 +27,7 @@ class GenerationWorker:
 
     def __init__(self, config: RunConfig, model_directory: str) -> None:
         self._engine = make_engine(config, model_directory)
+        self._transport = make_transport(config.sync)
         self._version = -1
 
     def generate(
@@ -57,19 +60,20 @@ class GenerationWorker:
                 yield batch
                 yield (positions[group.index], batch.num_response_tokens)
 
-    def install_weights(self, manifest: WeightManifest, *shards: NDArray[np.uint8]) -> None:
-        """Install the weights of `manifest.version`.
+    def install_weights(self, stored: StoredWeights) -> None:
+        """Install weights from where a transport has stored them.
 
         Raises:
             ValueError: they are older than the installed ones.
         """
-        if manifest.version < self._version:
+        version = stored.manifest.version
+        if version < self._version:
             raise ValueError(
-                f"weights version {manifest.version} is older than the installed {self._version}"
+                f"weights version {version} is older than the installed {self._version}"
             )
         # Only after the weights are installed, so that a failure does not change the version.
-        self._engine.install_weights(manifest, shards)
-        self._version = manifest.version
+        self._engine.install_weights(self._transport.read(stored))
+        self._version = version
 
     def version(self) -> int:
         """Return the version of the installed weights; -1 before the first sync."""
@@ -79,9 +83,11 @@ class GenerationWorker:
         """See `RolloutEngine`."""
         return self._engine.probe_logprobs(sequences)
 
-    def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
-        """See `RolloutEngine`."""
-        return self._engine.weight_checksums(names)
+    def differing_weights(self, stored: StoredWeights) -> list[str]:
+        """Return the groups of weights that the engine holds otherwise than they are stored."""
+        names = [entry.name for entry in stored.manifest.entries]
+        held = self._engine.weight_checksums(names)
+        return differing_groups(self._transport.read(stored), held)
 
     def metrics(self) -> dict[str, Metric]:
         """Return the peak memory of this process or, if it has one, of its GPU."""
@@ -127,3 +133,25 @@ def build_rollouts(
         response_texts=tuple(response.text for _, _, response in rows),
         temperature=sampling.temperature or 1.0,  # greedy log-probabilities are at 1
     )
+
+
+def differing_groups(
+    sent: Iterable[tuple[str, Tensor]],
+    held: Mapping[tuple[str, ...], float],
+    *,
+    tolerance: float = 1e-3,
+) -> list[str]:
+    """Return the weights whose sums of squares in an engine differ from those that were sent.
+
+    Args:
+        held: the sum of each parameter of the engine, by the names of the weights it is made of.
+        tolerance: the relative difference that counts as equal.
+    """
+    sums = {name: float(tensor.float().square().sum()) for name, tensor in sent}
+
+    different = []
+    for names, value in held.items():
+        expected = sum(sums[name] for name in names)
+        if abs(value - expected) > tolerance * max(expected, 1e-12):
+            different.append(" + ".join(names))
+    return different

@@ -37,7 +37,7 @@ from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.folder_files import all_files
 from rlsys.models.loading import UnsupportedModelError
-from rlsys.models.weights import WeightManifest
+from rlsys.models.weights import StoredWeights
 from workers.node_folders import NodeFolders, collect
 
 
@@ -139,10 +139,16 @@ class TrainedGroup(RankGroup):
 class TrainedCausalLMGroup(TrainedGroup):
     """The ranks of a trained model whose weights engines use."""
 
-    async def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]]:
-        """Return the manifest and the object references of the present weights."""
+    async def export_weights(
+        self, version: int, keep: Sequence[StoredWeights] = ()
+    ) -> StoredWeights:
+        """Store the present weights; return their manifest and where they are.
+
+        Args:
+            keep: older weights that are still read, where they are files.
+        """
         exports = await asyncio.gather(
-            *(worker.export_weights.remote(version) for worker in self._workers)
+            *(worker.export_weights.remote(version, keep) for worker in self._workers)
         )
         return exports[0]
 

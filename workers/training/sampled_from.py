@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -15,16 +13,19 @@ from rlsys.data.packing import pack_rows
 from rlsys.data.sequences import TokenSequences
 from rlsys.models.checkpoint_names import names_without_mapping
 from rlsys.models.loading import UnsupportedModelError
-from rlsys.models.weights import WeightManifest, pack_weights
+from rlsys.models.weights import StoredWeights, buckets_of
 from workers.training.model_setup import DTYPES
 from workers.training.rank_worker import CausalLMWorker
+from workers.weight_sync.transports import WeightTransport, make_transport
 
 
 class SampledFromWorker(CausalLMWorker):
     """One rank of a model whose weights the engines get.
 
-    After each transfer both sides compute the log-probabilities of a probe.
+    After a transfer both sides compute the log-probabilities of a probe.
     """
+
+    _transport: WeightTransport | None = None  # on rank 0, from the first export on
 
     def check_export(self) -> None:
         """Refuse a model whose weights cannot be exported by the names of its checkpoint.
@@ -47,18 +48,31 @@ class SampledFromWorker(CausalLMWorker):
                 "Use --generation.engine transformers."
             )
 
-    def export_weights(self, version: int) -> tuple[WeightManifest, list[Any]] | None:
-        """Put the weights into the object store; collective.
+    def export_weights(
+        self, version: int, keep: Sequence[StoredWeights] = ()
+    ) -> StoredWeights | None:
+        """Gather the weights and store them, bucket by bucket; collective.
+
+        Args:
+            keep: older weights that are still read, where they are files.
 
         Returns:
-            On rank 0 the manifest and references to the shards, None on the other ranks.
+            On rank 0 the manifest and where the buckets are, None on the other ranks.
         """
+        weights = self.backend.weights()
         # All ranks gather the weights; rank 0 alone gets them.
-        dtype = DTYPES[self.config.generation.dtype]
-        manifest, shards = pack_weights(self.backend.weights(), version=version, dtype=dtype)
         if self.rank != 0:
+            assert not list(weights), "only rank 0 gets weights"
             return None
-        return manifest, [ray.put(shard) for shard in shards]
+
+        if self._transport is None:
+            self._transport = make_transport(self.config.sync)
+        buckets = buckets_of(
+            weights,
+            dtype=DTYPES[self.config.generation.dtype],
+            bucket_bytes=self.config.sync.bucket_bytes,
+        )
+        return self._transport.write(version, buckets, keep=keep)
 
     @torch.no_grad()
     def probe_logprobs(

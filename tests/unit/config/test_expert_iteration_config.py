@@ -76,7 +76,8 @@ def test_one_sample_per_problem_is_enough():
 def test_the_online_run_has_the_same_sections_and_no_reference():
     config = expert_iteration_math(machine())
     online = config.online()
-    for section in ("model", "data", "generation", "reward", "trainer", "cluster", "run"):
+    sections = ("model", "data", "generation", "sync", "reward", "trainer", "cluster", "run")
+    for section in sections:
         assert getattr(online, section) == getattr(config, section)
     assert online.algorithm.kl.coefficient == 0
     assert not online.critic.enabled

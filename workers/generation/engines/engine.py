@@ -7,15 +7,15 @@ worker -----------------> RolloutEngine -------------------> worker
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
-from rlsys.models.weights import WeightManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def install_weights(
-        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
-    ) -> None:
-        """Replace all weights; the next token is sampled with the new ones."""
+    def install_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights; the next token is sampled with the new ones.
+
+        Args:
+            weights: by their names in the checkpoint. They may be shared memory: read them, never
+                write, and keep none of them, so that each can be freed when the next is read.
+        """
         ...
 
     def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:

@@ -6,7 +6,7 @@ Tests compare the other engines with this one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, Protocol
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.data.response_text import ResponseText
-from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
+from rlsys.models.checkpoint_names import CheckpointNames, to_checkpoint, untied_state_dict
 from rlsys.models.loading import end_token_ids, load_causal_lm, load_tokenizer
-from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engines.engine import SampledGroup, SampledResponse
 
 logger = logging.getLogger(__name__)
@@ -98,6 +97,7 @@ class TransformersEngine:
         model.eval()
         torch.nn.Module.to(model, self._device)
         self._model = model
+        self._names: CheckpointNames | None = None  # planned at the first sync
         self._tokenizer = load_tokenizer(
             model_directory, trust_remote_code=config.model.trust_remote_code
         )
@@ -242,15 +242,11 @@ class TransformersEngine:
             return StopReason.END
         return StopReason.LENGTH if count >= sampling.max_tokens else None
 
-    def install_weights(
-        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
-    ) -> None:
+    def install_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine`."""
-        weights = from_checkpoint(self._model, dict(unpack_weights(manifest, shards)))
-        parameters = self._model.state_dict()
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                parameters[name].copy_(tensor)
+        if self._names is None:
+            self._names = CheckpointNames(self._model, untied_state_dict(self._model))
+        self._names.load(weights)
 
     @torch.no_grad()
     def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:

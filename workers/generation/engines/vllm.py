@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from rlsys.config import RunConfig
 from rlsys.data.batches import Prompt, SamplingParameters, StopReason
 from rlsys.models.loading import end_token_ids, load_tokenizer
-from rlsys.models.weights import WeightManifest, unpack_weights
 from workers.generation.engines.engine import SampledGroup, SampledResponse
 
 # Below this temperature vLLM takes the likeliest token.
@@ -155,13 +154,11 @@ class VLLMEngine:
             if pending:
                 self._engine.abort_request(list(pending))
 
-    def install_weights(
-        self, manifest: WeightManifest, shards: Sequence[NDArray[np.uint8]]
-    ) -> None:
+    def install_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `RolloutEngine`."""
-        # vLLM's loaders may write into their input, and the shards are shared memory. So each
-        # tensor is copied when its turn comes.
-        tensors = ((name, tensor.clone()) for name, tensor in unpack_weights(manifest, shards))
+        # vLLM's loaders may write into their input, which is shared memory, and keep it until a
+        # layer is complete. So each tensor is copied when its turn comes.
+        tensors = ((name, tensor.clone()) for name, tensor in weights)
         self._engine.collective_rpc(partial(_reload_weights, tensors=tensors))
 
         if not torch.cuda.is_available():

@@ -23,9 +23,13 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
-from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
+from rlsys.models.checkpoint_names import (
+    CheckpointNames,
+    from_checkpoint,
+    tied_names,
+    untied_state_dict,
+)
 from rlsys.models.saving import change_model_config, copy_model_files
 from workers.training.backends.backend import OptimizerSettings, RoleSettings, TrainedRole
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
@@ -76,6 +80,7 @@ class FSDP2Backend:
         self._directory = directory
         self._ranks = dist.get_world_size()
         self._rank = dist.get_rank()
+        self._names: CheckpointNames | None = None  # planned at the first export
 
         # A module whose forward pass was the last shows unsharded parameters without gradients.
         self._parameters = list(module.parameters())
@@ -122,11 +127,16 @@ class FSDP2Backend:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `ModelBackend`."""
-        # All weights are gathered before the first is yielded: names of the checkpoint are made
-        # from the complete set, since transformers may hold several of its weights as one tensor.
-        gathered = full_state_dict(self.module)
-        if self._rank == 0:
-            yield from to_checkpoint(self.module.model, gathered).items()
+        state = untied_state_dict(self.module.model)
+        if self._names is None:
+            self._names = CheckpointNames(self.module.model, state)
+
+        # One weight at a time, or those that transformers can only convert together.
+        for group in self._names.groups:
+            gathered = {name: _gathered(state[name]) for name in group.names}
+            if self._rank == 0:
+                yield from self._names.convert(group, gathered).items()
+            del gathered  # before the next is gathered
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
@@ -178,6 +188,14 @@ def _unsharded(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _gathered(tensor: Any) -> Tensor:
+    """Return a whole parameter on the CPU; where it is there already, without a copy."""
+    # A single rank has all of it; a gather would only add its bookkeeping.
+    alone = isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1
+    whole = tensor.to_local() if alone else _unsharded(tensor)
+    return whole.detach().cpu()
+
+
 def _local(tensor: Any) -> Tensor:
     """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -188,21 +206,8 @@ def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
 
     Tied tensors appear once.
     """
-    tied = _tied_names(packed.model)
-    return {
-        name: _unsharded(tensor).detach().cpu()
-        for name, tensor in packed.model.state_dict().items()
-        if name not in tied
-    }
-
-
-def _tied_names(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the LM head's weight if it is the embedding's, else nothing."""
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return frozenset()
-    return frozenset(name + ".weight" for name, module in model.named_modules() if module is head)
+    state = untied_state_dict(packed.model)
+    return {name: _unsharded(tensor).detach().cpu() for name, tensor in state.items()}
 
 
 def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> None:
@@ -213,7 +218,7 @@ def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> Non
     Raises:
         ValueError: a parameter is missing or has another shape.
     """
-    tied = _tied_names(packed.model)
+    tied = tied_names(packed.model)
     for name, parameter in packed.model.state_dict().items():
         if name in tied:
             continue
