@@ -76,7 +76,9 @@ def rank_process(rank: int, ranks: int, layers: int, folder: Path, results: Any)
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet{ranks}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-    settings = RunConfig.model_validate({"policy": {"ranks": ranks}}).policy
+    settings = RunConfig.model_validate(
+        {"policy": {"ranks": ranks, "compute_dtype": "float32"}}
+    ).policy
     module = PackedCausalLM(LlamaForCausalLM(model_config(layers)), chunk_tokens=256)
     backend = build(module, settings, torch.device("cpu"), folder / "model")
     for parameter in module.parameters():

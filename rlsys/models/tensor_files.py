@@ -73,10 +73,7 @@ class TensorFacts:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file; a context manager.
-
-    If the block raises, the file stays incomplete.
-    """
+    """Writes one safetensors file; `close` it, or use it as a context manager."""
 
     def __init__(
         self, path: Path, tensors: Sequence[TensorFacts], metadata: Mapping[str, str]
@@ -128,9 +125,19 @@ class TensorFileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stream.close()
         if error is None:
-            assert not self._missing, f"{self._path}: never written: {sorted(self._missing)[:3]}"
+            self.close()
+        else:
+            self._stream.close()
+
+    def close(self) -> None:
+        """Close the file, in which every tensor has been written.
+
+        Raises:
+            OSError: the last bytes cannot be written.
+        """
+        self._stream.close()
+        assert not self._missing, f"{self._path}: never written: {sorted(self._missing)[:3]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ the weights of one block).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +37,9 @@ from workers.training.former_optimizer_files import FormerOptimizerFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ResultT = TypeVar("ResultT")
 
 
 class StateSource(Protocol):
@@ -77,36 +80,45 @@ class WeightPlan:
         return WeightPlan(units=units, owners=owners, files=files, writers=writers)
 
 
-class WrittenByRank:
-    """The files of one rank, which goes on with the other ranks where its disk fails.
+class RankFiles:
+    """What one rank writes. It goes on with the other ranks where its disk fails.
 
-    An error while the others wait in a collective operation would leave them waiting.
+    An error while the others wait in a collective operation would leave them waiting:
+
+        files = RankFiles(path)
+        files.attempt(lambda: ...)              # anything that writes
+        save_weights(..., files)                # collective
+        save_optimizer(..., files)              # collective
+        files.finish()                          # raises the first error
     """
 
-    def __init__(self) -> None:
-        self.error: Exception | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rank = dist.get_rank()
+        self.ranks = dist.get_world_size()
+        self._error: Exception | None = None
 
-    def attempt(self, write: Callable[[], Any]) -> Any:
-        """Return the result of `write`; None, once a call has failed."""
-        if self.error is not None:
+    def attempt(self, write: Callable[[], ResultT]) -> ResultT | None:
+        """Return the result of `write`; None from the first call on that has failed."""
+        if self._error is not None:
             return None
         try:
             return write()
-        except Exception as error:  # raised by `finish`
-            self.error = error
+        except Exception as error:  # `finish` raises it
+            self._error = error
             return None
 
     def finish(self) -> None:
         """Raise the first error."""
-        if self.error is not None:
-            raise self.error
+        if self._error is not None:
+            raise self._error
 
 
 def save_weights(
     model: PreTrainedModel,
     weights: Sequence[TensorFacts],
     whole: Callable[[str], Tensor],
-    path: Path,
+    files: RankFiles,
     *,
     file_bytes: int = FILE_BYTES,
 ) -> None:
@@ -114,41 +126,47 @@ def save_weights(
 
     Args:
         weights: of the whole model, the same on all ranks.
-        whole: gathers a weight by its name; collective, and called in the same order everywhere.
-
-    Raises:
-        OSError: this rank could not write its files.
+        whole: gathers a weight by its name, on the CPU; collective, and called in the same order
+            on all ranks.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    plan = WeightPlan.of(export_units(model, weights), ranks=ranks, file_bytes=file_bytes)
+    units = export_units(model, weights)
+    plan = WeightPlan.of(units, ranks=files.ranks, file_bytes=file_bytes)
+    writers = files.attempt(lambda: _open_writers(plan, files)) or {}
+
+    for unit, owner in zip(plan.units, plan.owners, strict=True):
+        gathered: dict[str, Tensor] = {}
+        for facts in unit.weights:
+            tensor = whole(facts.name)
+            if owner == files.rank:
+                gathered[facts.name] = tensor
+            del tensor  # before the next one comes
+        if owner == files.rank:
+            files.attempt(partial(_write_unit, model, gathered, writers))
+
+    for writer in dict.fromkeys(writers.values()):
+        files.attempt(writer.close)
+    if files.rank == 0:
+        files.attempt(lambda: weight_files.write_index(files.path, plan.files))
+
+
+def _open_writers(plan: WeightPlan, files: RankFiles) -> dict[str, TensorFileWriter]:
+    """Return the open file of each tensor that this rank writes, by its name in the checkpoint."""
     names = weight_files.file_names(len(plan.files))
-    written = WrittenByRank()
-    with ExitStack() as stack:
-        places: dict[str, TensorFileWriter] = {}
+    found: dict[str, TensorFileWriter] = {}
+    for name, tensors, writer in zip(names, plan.files, plan.writers, strict=True):
+        if writer == files.rank:
+            file = TensorFileWriter(files.path / name, tensors, FORMAT)
+            found |= dict.fromkeys((facts.name for facts in tensors), file)
+    return found
 
-        def open_files() -> None:
-            for name, tensors, writer in zip(names, plan.files, plan.writers, strict=True):
-                if writer == rank:
-                    file = stack.enter_context(TensorFileWriter(path / name, tensors, FORMAT))
-                    places.update(dict.fromkeys((facts.name for facts in tensors), file))
 
-        def write(tensors: Mapping[str, Tensor]) -> None:
-            for name, tensor in to_checkpoint(model, tensors).items():
-                places[name].write(name, tensor)
-
-        written.attempt(open_files)
-        for unit, owner in zip(plan.units, plan.owners, strict=True):
-            gathered: dict[str, Tensor] = {}
-            for facts in unit.weights:
-                tensor = whole(facts.name)
-                if owner == rank:
-                    gathered[facts.name] = tensor
-                del tensor
-            if owner == rank:
-                written.attempt(lambda gathered=gathered: write(gathered))
-        if rank == 0:
-            written.attempt(lambda: weight_files.write_index(path, plan.files))
-        written.finish()
+def _write_unit(
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    writers: Mapping[str, TensorFileWriter],
+) -> None:
+    for name, tensor in to_checkpoint(model, weights).items():
+        writers[name].write(name, tensor)
 
 
 def load_weights(
@@ -166,24 +184,19 @@ def load_weights(
         yield from readers(model, unit, files).items()
 
 
-def save_optimizer(pieces: Iterable[Piece], path: Path) -> None:
-    """Write this rank's pieces of the optimizer's state; collective.
-
-    Raises:
-        OSError: this rank could not write its file.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    written = WrittenByRank()
-    own = written.attempt(
-        lambda: sharded_state.write_shard(path, list(pieces), rank=rank, ranks=ranks)
+def save_optimizer(pieces: Iterable[Piece], files: RankFiles) -> None:
+    """Write this rank's pieces of the optimizer's state; collective."""
+    own = files.attempt(
+        lambda: sharded_state.write_shard(
+            files.path, list(pieces), rank=files.rank, ranks=files.ranks
+        )
     )
-    places: list[list[PlacedPiece] | None] = [None] * ranks
+    places: list[list[PlacedPiece] | None] = [None] * files.ranks
     dist.all_gather_object(places, own)
-    if rank == 0:
-        # Where a rank has failed, it raises, and the checkpoint does not come to exist.
+    if files.rank == 0:
+        # A rank that has failed raises, so that no checkpoint comes of this index.
         found = [place for of_rank in places for place in of_rank or ()]
-        written.attempt(lambda: sharded_state.write_index(path, found))
-    written.finish()
+        files.attempt(lambda: sharded_state.write_index(files.path, found))
 
 
 def optimizer_state(path: Path, parameters: Sequence[TensorFacts]) -> StateSource:

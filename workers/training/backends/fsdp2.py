@@ -34,6 +34,7 @@ from rlsys.models.tensor_files import TensorFacts
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.sharded_checkpoint import (
+    RankFiles,
     load_weights,
     optimizer_state,
     save_optimizer,
@@ -139,16 +140,21 @@ class FSDP2Backend:
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
+        files = RankFiles(path)
         if self._rank == 0:
-            copy_model_files(self._directory, path)
-            if fields := self.module.config_fields():
-                change_model_config(path, fields)
+            files.attempt(lambda: self._copy_model_files(path))
 
         model = self.module.model
         state = model.state_dict()
         facts = _saved_weights(model)
-        save_weights(model, facts, lambda name: _unsharded(state[name]).detach().cpu(), path)
-        save_optimizer(self._optimizer_pieces(), path)
+        save_weights(model, facts, lambda name: _unsharded(state[name]).detach().cpu(), files)
+        save_optimizer(self._optimizer_pieces(), files)
+        files.finish()
+
+    def _copy_model_files(self, path: Path) -> None:
+        copy_model_files(self._directory, path)
+        if fields := self.module.config_fields():
+            change_model_config(path, fields)
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
