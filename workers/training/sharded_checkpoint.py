@@ -117,7 +117,7 @@ class RankFiles:
 def save_weights(
     model: PreTrainedModel,
     weights: Sequence[TensorFacts],
-    whole: Callable[[str], Tensor],
+    gather: Callable[[str, bool], Tensor | None],
     files: RankFiles,
     *,
     file_bytes: int = FILE_BYTES,
@@ -126,21 +126,18 @@ def save_weights(
 
     Args:
         weights: of the whole model, the same on all ranks.
-        whole: gathers a weight by its name, on the CPU; collective, and called in the same order
-            on all ranks.
+        gather: returns a whole weight by its name, on the CPU, where its second argument is True,
+            and None elsewhere; collective, and called in the same order on all ranks.
     """
     units = export_units(model, weights)
     plan = WeightPlan.of(units, ranks=files.ranks, file_bytes=file_bytes)
     writers = files.attempt(lambda: _open_writers(plan, files)) or {}
 
     for unit, owner in zip(plan.units, plan.owners, strict=True):
-        gathered: dict[str, Tensor] = {}
-        for facts in unit.weights:
-            tensor = whole(facts.name)
-            if owner == files.rank:
-                gathered[facts.name] = tensor
-            del tensor  # before the next one comes
-        if owner == files.rank:
+        found = [(one.name, gather(one.name, owner == files.rank)) for one in unit.weights]
+        gathered = {name: tensor for name, tensor in found if tensor is not None}
+        del found
+        if gathered:
             files.attempt(partial(_write_unit, model, gathered, writers))
 
     for writer in dict.fromkeys(writers.values()):

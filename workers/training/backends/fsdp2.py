@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
@@ -41,6 +41,8 @@ from workers.training.sharded_checkpoint import (
     save_weights,
 )
 from workers.training.weight_decay import parameter_groups
+
+GATHERED_BYTES = 16 << 20  # of all ranks together, while a whole weight is gathered in blocks
 
 
 def build(
@@ -147,7 +149,7 @@ class FSDP2Backend:
         model = self.module.model
         state = model.state_dict()
         facts = _saved_weights(model)
-        save_weights(model, facts, lambda name: _unsharded(state[name]).detach().cpu(), files)
+        save_weights(model, facts, lambda name, wanted: gathered(state[name], wanted), files)
         save_optimizer(self._optimizer_pieces(), files)
         files.finish()
 
@@ -260,6 +262,40 @@ def _saved_weights(model: PreTrainedModel) -> list[TensorFacts]:
         for name, tensor in model.state_dict().items()
         if name not in tied
     ]
+
+
+def gathered(tensor: Tensor, wanted: bool) -> Tensor | None:
+    """Return a whole tensor on the CPU of the ranks that want it, None on the others; collective.
+
+    The rows come in blocks, so that a rank which does not want the tensor never holds all of it,
+    and one which does holds it once.
+    """
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach().cpu() if wanted else None
+
+    assert tensor.placements == (Shard(0),), "FSDP2 shards parameters along their first dimension"
+    ranks, group = tensor.device_mesh.size(), tensor.device_mesh.get_group()
+    local = tensor.to_local().detach()
+    # FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what is left.
+    rows = tensor.shape[0]
+    rows_of_rank = -(-rows // ranks)
+    row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    block = max(1, GATHERED_BYTES // max(1, row_bytes * ranks))
+
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype) if wanted else None
+    for first in range(0, rows_of_rank, block):
+        count = min(block, rows_of_rank - first)
+        own = local[first : first + count]
+        sent = local.new_zeros(count, *tensor.shape[1:])
+        sent[: len(own)] = own
+        received = [torch.empty_like(sent) for _ in range(ranks)]
+        dist.all_gather(received, sent, group=group)
+        for rank, part in enumerate(received if whole is not None else ()):
+            assert whole is not None
+            start = rank * rows_of_rank + first
+            whole[start : start + count] = part[: max(0, rows - start)]
+    return whole
 
 
 def _unsharded(tensor: Any) -> Tensor:
