@@ -12,7 +12,10 @@ from typing import Any
 from rlsys.models.catalogue import MANIFEST
 
 WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+    {
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
+        *(".npz", ".shard"),
+    }
 )
 # model.safetensors.index.json, pytorch_model.bin.index.fp16.json and the like, and weights beside
 # an ONNX graph.
@@ -26,6 +29,7 @@ STATE_FILES = frozenset(
         "policy_state.json",
         "critic_state.json",
         "reward_model_state.json",
+        "optimizer_shards.json",
     }
 )
 

@@ -4,8 +4,9 @@ A checkpoint is written to a directory beside its final name. The directory gets
 checksums, is flushed to the disk, and is renamed last.
 
     checkpoints/step_000020/
-        config.json, model.safetensors, tokenizer    Hugging Face format, for `from_pretrained`
-        optimizer_rank0.pt, policy_state.json        state of the policy group
+        config.json, model*.safetensors, tokenizer   Hugging Face format, for `from_pretrained`
+        optimizer-*.shard, optimizer_shards.json     moments of the policy's optimizer, by ranks
+        policy_state.json                            the rest of the policy's state
         critic/                                      the same of the critic, where there is one
         trainer_state.json                           state of the driver: step, data position, ...
         manifest.json                                size and checksum of every file; written last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +11,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
 
 from rlsys.config import RunConfig
 from rlsys.data.batches import TrainBatch, ValueBatch
 from rlsys.metrics import values
 from rlsys.models import resolve_model
 from tests.support.critic_examples import critic_config, example
+from tests.support.saved_weights import saved_weights
 from workers.training.critic import CriticWorker
 from workers.training.rank_group import CriticGroup
 
@@ -57,7 +56,7 @@ async def updated(
         report = values(await group.update(ray.put(batch)))
         after = await values_of(group, batch)
         await group.save(directory)
-        return load_file(directory / "model.safetensors"), after, report
+        return saved_weights(directory), after, report
 
 
 async def test_an_update_does_not_depend_on_ranks_or_packing(tmp_path: Path):
@@ -83,20 +82,21 @@ async def test_an_update_does_not_depend_on_ranks_or_packing(tmp_path: Path):
         assert other["critic/updates"] == report["critic/updates"] == 4
 
 
-async def test_two_ranks_continue_where_they_were_saved(tmp_path: Path):
-    config, batch = critic_config(ranks=2), example()
-    async with critic_group(config) as group:
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
+async def test_any_number_of_ranks_continues_where_it_was_saved(
+    tmp_path: Path, before: int, after: int
+):
+    batch = example()
+    async with critic_group(critic_config(ranks=before)) as group:
         await group.update(ray.put(batch))
         await group.save(tmp_path)
         uninterrupted = values(await group.update(ray.put(batch)))
         expected = await values_of(group, batch)
 
-    async with critic_group(config) as group:
+    async with critic_group(critic_config(ranks=after)) as group:
         await group.load(tmp_path)
         resumed = values(await group.update(ray.put(batch)))
-        np.testing.assert_allclose(await values_of(group, batch), expected, atol=1e-6)
-    assert resumed["critic/loss"] == pytest.approx(uninterrupted["critic/loss"], abs=1e-7)
-
-    async with critic_group(critic_config()) as one:
-        with pytest.raises(ValueError, match=r"critic\.ranks: .* was written by 2 ranks"):
-            await asyncio.wait_for(one.load(tmp_path), 60)
+        found = await values_of(group, batch)
+    np.testing.assert_allclose(found, expected, atol=1e-6 if before == after else 1e-5)
+    for metric in ("critic/loss", "critic/grad_norm", "critic/learning_rate"):
+        assert resumed[metric] == pytest.approx(uninterrupted[metric], rel=1e-5, abs=1e-6), metric

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
 
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.data.example_stream import ExampleBatch
 from rlsys.metrics import values
 from rlsys.models import resolve_model
 from tests.support.rollout_examples import random_rollouts
+from tests.support.saved_weights import saved_weights
 from workers.training.expert_iteration import ExpertIterationWorker
 from workers.training.rank_group import OfflineGroup
 
@@ -73,7 +73,7 @@ async def updated(
     async with started(settings) as group:
         reports = [values(await group.update(ray.put(batch))) for batch in batches]
         await group.save(directory)
-        return load_file(directory / "model.safetensors"), reports
+        return saved_weights(directory), reports
 
 
 async def test_updates_do_not_depend_on_the_number_of_ranks(tmp_path: Path):

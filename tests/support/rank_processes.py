@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from rlsys.config import RunConfig
 from rlsys.models import resolve_model
+from tests.support.former_checkpoints import rewrite_as_former
+from workers.training.backends.fsdp2 import FSDP2Backend
 from workers.training.policy import PolicyWorker
 from workers.training.rank_group import PolicyGroup
 
@@ -27,6 +30,11 @@ class PolicyRank(PolicyWorker):
         """Start over as a new worker, with nothing left of the one before."""
         vars(self).clear()
         super().__init__(config, model_directory, rank, world_size)
+
+    def rewrite_as_former(self, directory: str) -> None:
+        """Replace the files of `save` by those of an earlier version; collective."""
+        assert isinstance(self.backend, FSDP2Backend)
+        rewrite_as_former(self.backend, Path(directory), rank=self.rank)
 
 
 class RankProcesses:

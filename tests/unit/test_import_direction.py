@@ -40,6 +40,7 @@ ALLOWED = {
     ),
     "rlsys.evaluation": ("rlsys.data", "rlsys.math_verifier"),
     "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins"),
+    "rlsys.export": ("rlsys.config", "rlsys.models", "rlsys.run"),
     "rlsys.doctor": ("rlsys.config", "rlsys.models", "rlsys.run"),
     "rlsys.driver": (*LIBRARY, "rlsys.metrics", "rlsys.run"),
     "rlsys.simulate": (*LIBRARY, "rlsys.metrics", "rlsys.run", "rlsys.driver"),

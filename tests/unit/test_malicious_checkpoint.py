@@ -16,10 +16,12 @@ from rlsys.config import RunConfig
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_causal_lm, load_tokenizer
 from rlsys.run.checkpoints import CheckpointStore
+from tests.support.former_checkpoints import rewrite_as_former
 from workers.training.auxiliary import FILE as AUXILIARY
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
+from workers.training.backends.fsdp2 import FSDP2Backend
 from workers.training.model_setup import prepare, value_model
 from workers.training.saved_state import load_state
 
@@ -75,8 +77,17 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelBackend]:
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
     directory = resolve_model("tiny")
     model, _ = prepare(value_model(), CONFIG, CONFIG.policy, directory, CPU)
-    yield build_backend(model, CONFIG.policy, CPU, directory)
+    built = build_backend(model, CONFIG.policy, CPU, directory)
+    _take_a_step(built)
+    yield built
     dist.destroy_process_group()
+
+
+def _take_a_step(backend: ModelBackend) -> None:
+    """Give the optimizer a state."""
+    for parameter in backend.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    backend.step(1e-3)
 
 
 class Width:
@@ -100,14 +111,30 @@ def checkpoint(backend: ModelBackend, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [plain_pickle, torch_archive])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer_rank0.pt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer-00001-of-00001.shard", "optimizer_shards.json"]
+)
 def test_weights_and_optimizer_are_refused(
     form: Callable[[Payload], bytes], name: str, checkpoint: Path, backend: ModelBackend
 ):
     backend.load(checkpoint)  # as it was written
     marker = checkpoint.parent / "executed"
     (checkpoint / name).write_bytes(form(Payload(marker)))
-    with pytest.raises(Exception, match=r"(?i)header|weights.only|unsupported"):
+    with pytest.raises(ValueError, match=r"its header would have|not readable as the JSON"):
+        backend.load(checkpoint)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", [plain_pickle, torch_archive])
+def test_an_optimizer_in_files_of_earlier_versions_is_refused(
+    form: Callable[[Payload], bytes], checkpoint: Path, backend: ModelBackend
+):
+    assert isinstance(backend, FSDP2Backend)
+    rewrite_as_former(backend, checkpoint, rank=0)
+    backend.load(checkpoint)  # as it was written
+    marker = checkpoint.parent / "executed"
+    (checkpoint / "optimizer_rank0.pt").write_bytes(form(Payload(marker)))
+    with pytest.raises(Exception, match=r"(?i)weights.only|mmap can only"):
         backend.load(checkpoint)
     assert not marker.exists()
 
@@ -136,7 +163,7 @@ async def test_states_and_manifest_are_refused(tmp_path: Path, backend: ModelBac
         (saved / name).write_bytes(plain_pickle(Payload(marker)))
         assert CheckpointStore(tmp_path / "checkpoints", keep=2).latest() is None
     with pytest.raises(ValueError, match=r"(?i)decode|json|expecting"):
-        load_state(backend, saved, role="policy", ranks=1)
+        load_state(backend, saved, role="policy")
     assert not marker.exists()
 
 

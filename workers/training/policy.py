@@ -466,10 +466,10 @@ class PolicyWorker(SampledFromWorker):
         """Continue from what `save` wrote; collective.
 
         Raises:
-            ValueError: the checkpoint is of another number of ranks or of another model.
+            ValueError: the checkpoint is of another model, or its files are damaged.
         """
         path = Path(directory)
-        facts = load_state(self.backend, path, role=self.role, ranks=self.world_size)
+        facts = load_state(self.backend, path, role=self.role)
         self.steps.completed = facts["steps"]
         # Checkpoints of earlier versions have no state of the estimator.
         self.estimator_state = facts.get("estimator", {})

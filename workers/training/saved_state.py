@@ -18,27 +18,18 @@ def state_file(role: str) -> str:
 def save_state(
     backend: ModelBackend[Any], path: Path, *, role: str, rank: int, facts: Mapping[str, Any]
 ) -> None:
-    """Write weights, optimizer state and `facts`, which are the same on all ranks; collective.
-
-    `facts` contain `ranks`, the number of them.
-    """
+    """Write weights, optimizer state and `facts`, which are the same on all ranks; collective."""
     backend.save(path)
     if rank == 0:
         (path / state_file(role)).write_text(json.dumps(dict(facts)))
 
 
-def load_state(backend: ModelBackend[Any], path: Path, *, role: str, ranks: int) -> dict[str, Any]:
-    """Load what `save_state` wrote, and return its facts; collective.
+def load_state(backend: ModelBackend[Any], path: Path, *, role: str) -> dict[str, Any]:
+    """Load what any number of ranks wrote with `save_state`, and return its facts; collective.
 
     Raises:
-        ValueError: the checkpoint is of another number of ranks or of another model.
+        ValueError: the checkpoint is of another model, or its files are damaged.
     """
     facts = json.loads((path / state_file(role)).read_text())
-    if facts["ranks"] != ranks:
-        raise ValueError(
-            f"{role}.ranks: {path} was written by {facts['ranks']} ranks, now there are {ranks}. "
-            f"Resume with --{role}.ranks {facts['ranks']}, or start a new run with --model.path "
-            f"{path}."
-        )
     backend.load(path)
     return facts

@@ -28,7 +28,7 @@ class TrainedWorker(RankWorker):
         """Continue from what `save` wrote; collective.
 
         Raises:
-            ValueError: the checkpoint is of another number of ranks or of another model.
+            ValueError: the checkpoint is of another model, or its files are damaged.
         """
-        facts = load_state(self.backend, Path(directory), role=self.role, ranks=self.world_size)
+        facts = load_state(self.backend, Path(directory), role=self.role)
         self.steps.completed = facts["steps"]

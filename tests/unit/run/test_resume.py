@@ -90,17 +90,18 @@ def test_other_libraries_are_told() -> None:
     assert differences(checkpoint, config()) == [f"torch: 1.0 -> {present}"]
 
 
-def test_another_model_or_sharding_is_refused_with_reason_and_remedy() -> None:
-    other = config(model={"path": "tiny"}, policy={"ranks": 2})
+def test_another_model_or_seed_is_refused_with_reason_and_remedy() -> None:
+    other = config(model={"path": "tiny"}, trainer={"seed": 2})
     with pytest.raises(ValueError, match="checkpoint") as caught:
         check_resumable(checkpoint_of(config()), other)
     assert str(caught.value).splitlines() == [
         "model.path: 'tiny', but checkpoint runs/a/checkpoints/step_000020 was written with "
         "'smollm2-135m'. The checkpoint holds the weights of that model. Resume with --model.path "
         "smollm2-135m, or start a new run with --model.path runs/a/checkpoints/step_000020.",
-        "policy.ranks: 2, but checkpoint runs/a/checkpoints/step_000020 was written with 1. The "
-        "optimizer state is saved per rank. Resume with --policy.ranks 1, or start a new "
-        "run with --model.path runs/a/checkpoints/step_000020.",
+        "trainer.seed: 2, but checkpoint runs/a/checkpoints/step_000020 was written with 0. It "
+        "decides the order of the data: some prompts would repeat, others never come. Resume with "
+        "--trainer.seed 0, or start a new run with --model.path "
+        "runs/a/checkpoints/step_000020.",
     ]
 
 
@@ -126,6 +127,8 @@ def test_what_would_make_the_result_meaningless_is_refused(name: str, value: Any
         ("generation.samples_per_prompt", 4),
         ("generation.dtype", "bfloat16"),
         ("policy.compute_dtype", "bfloat16"),
+        ("policy.ranks", 2),
+        ("critic.ranks", 1),
         ("reward.functions", [{"name": "format_boxed"}]),
         ("data.train", "moved.parquet"),  # the hash of the problems decides
     ],

@@ -91,13 +91,16 @@ class ModelBackend(Protocol[ResultT_co]):
         ...
 
     def save(self, path: Path) -> None:
-        """Write weights in Hugging Face layout and each rank's optimizer state to `path`."""
+        """Write weights in Hugging Face layout, and the optimizer's state in shards, to `path`.
+
+        See `workers.training.sharded_checkpoint`.
+        """
         ...
 
     def load(self, path: Path) -> None:
-        """Continue from what `save` wrote.
+        """Continue from what `save` of any number of ranks wrote.
 
         Raises:
-            ValueError: the checkpoint is of another model or of another number of ranks.
+            ValueError: the checkpoint is of another model, or its files are damaged.
         """
         ...

@@ -7,13 +7,13 @@ before you build the backend.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -22,19 +22,27 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
 
-from rlsys.models.checkpoint_names import (
-    CheckpointNames,
-    from_checkpoint,
-    tied_names,
-    untied_state_dict,
-)
+from rlsys.models.checkpoint_names import CheckpointNames, untied_state_dict
 from rlsys.models.saving import change_model_config, copy_model_files
+from rlsys.models.sharded_state import Piece
+from rlsys.models.tensor_files import TensorFacts
 from workers.training.backends.backend import OptimizerSettings, RoleSettings, TrainedRole
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
+from workers.training.sharded_checkpoint import (
+    RankFiles,
+    load_weights,
+    optimizer_state,
+    save_optimizer,
+    save_weights,
+)
 from workers.training.weight_decay import parameter_groups
+
+GATHERED_BYTES = 16 << 20  # of all ranks together, while a whole weight is gathered in blocks
 
 
 def build(
@@ -133,72 +141,168 @@ class FSDP2Backend:
 
         # One weight at a time, or those that transformers can only convert together.
         for group in self._names.groups:
-            gathered = {name: _gathered(state[name]) for name in group.names}
+            whole = {name: gathered(state[name], self._rank == 0) for name in group.names}
+            here = {name: weight for name, weight in whole.items() if weight is not None}
             if self._rank == 0:
-                yield from self._names.convert(group, gathered).items()
-            del gathered  # before the next is gathered
+                yield from self._names.convert(group, here).items()
+            del whole, here  # before the next is gathered
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
-        # safetensors needs contiguous tensors that share no memory; some are views of a larger one.
-        weights = {
-            name: tensor.clone(memory_format=torch.contiguous_format)
-            for name, tensor in self.weights()
-        }
+        files = RankFiles(path)
         if self._rank == 0:
-            copy_model_files(self._directory, path)
-            if fields := self.module.config_fields():
-                change_model_config(path, fields)
-            save_file(weights, path / "model.safetensors", {"format": "pt"})
+            files.attempt(lambda: self._copy_model_files(path))
 
-        torch.save(self._optimizer_shards(), path / f"optimizer_rank{self._rank}.pt")
+        model = self.module.model
+        state = model.state_dict()
+        facts = _saved_weights(model)
+        save_weights(model, facts, lambda name, wanted: gathered(state[name], wanted), files)
+        save_optimizer(self._optimizer_pieces(), files)
+        files.finish()
+
+    def _copy_model_files(self, path: Path) -> None:
+        copy_model_files(self._directory, path)
+        if fields := self.module.config_fields():
+            change_model_config(path, fields)
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
-        saved = load_file(path / "model.safetensors")
-        load_full_state_dict(self.module, from_checkpoint(self.module.model, saved))
+        model = self.module.model
+        state = model.state_dict()
+        for name, read in load_weights(model, _saved_weights(model), path):
+            shard = DTensorShard.of(state[name])
+            with torch.no_grad():
+                shard.local.copy_(read(shard.start, shard.stop).reshape(shard.local.shape))
 
-        shards = torch.load(path / f"optimizer_rank{self._rank}.pt", weights_only=True)
-        self._load_optimizer_shards(shards)
+        self._load_optimizer(path)
 
-    def _optimizer_shards(self) -> list[dict[str, Tensor]]:
-        """Return Adam's moments of this rank's shards, in parameter order."""
-        return [
-            {key: _local(value) for key, value in self.optimizer.state[parameter].items()}
-            for parameter in self._parameters
-        ]
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Return the parameters in their order, by their names in the model."""
+        prefix = "model."  # of the packed model's only submodule
+        named = [(name.removeprefix(prefix), one) for name, one in self.module.named_parameters()]
+        return [(name, one) for (name, _), one in zip(named, self._parameters, strict=True)]
 
-    def _load_optimizer_shards(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        for parameter, state in zip(self._parameters, shards, strict=True):
-            for key, value in state.items():
-                # Moments are sharded like their parameter; the step count is one number.
-                if key != "step" and isinstance(parameter, DTensor):
-                    value = DTensor.from_local(
-                        value.to(self.device),
-                        parameter.device_mesh,
-                        parameter.placements,
-                        shape=parameter.shape,
-                        stride=parameter.stride(),
+    def _optimizer_pieces(self) -> Iterator[Piece]:
+        """Yield Adam's moments of this rank's shards, and from one rank the step counts."""
+        for name, parameter in self._named_parameters():
+            for kind, value in self.optimizer.state[parameter].items():
+                shard = DTensorShard.of(value)
+                if shard.is_first_copy:
+                    yield Piece(
+                        name=f"{kind}/{name}",
+                        shape=tuple(value.shape),
+                        start=shard.start,
+                        values=shard.local,
                     )
-                self.optimizer.state[parameter][key] = value
+
+    def _load_optimizer(self, path: Path) -> None:
+        named = self._named_parameters()
+        source = optimizer_state(path, [TensorFacts.of(name, one) for name, one in named])
+        kinds = sorted({name.partition("/")[0] for name in source.tensors})
+        self.optimizer.state.clear()
+        for name, parameter in named:
+            shard = DTensorShard.of(parameter)
+            for kind in kinds:
+                facts = source.tensors.get(f"{kind}/{name}")
+                if facts is None:  # a parameter that never had a gradient
+                    continue
+                # Moments are sharded like their parameter; the step count is one number.
+                start, stop = (shard.start, shard.stop) if facts.shape else (0, 1)
+                value = source.read(facts.name, start, stop).to(shard.local.device)
+                self.optimizer.state[parameter][kind] = (
+                    _sharded_like(parameter, value) if facts.shape else value.reshape(())
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DTensorShard:
+    """This rank's part of a tensor: consecutive elements in row-major order."""
+
+    local: Tensor
+    start: int
+    stop: int
+    is_first_copy: bool  # of ranks that have the same part, this is the first
+
+    @staticmethod
+    def of(tensor: Tensor) -> DTensorShard:
+        """Return the part of a tensor that is sharded along its first dimension, or replicated."""
+        if not isinstance(tensor, DTensor):
+            return DTensorShard(
+                local=tensor, start=0, stop=tensor.numel(), is_first_copy=dist.get_rank() == 0
+            )
+        local = tensor.to_local()
+        mesh, placements = tensor.device_mesh, tensor.placements
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "sharded along the first dimension"
+
+        row = math.prod(tensor.shape[1:])
+        start = offset[0] * row if local.numel() else 0
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None, "every rank is in the mesh"
+        replicas = zip(coordinate, placements, strict=True)
+        return DTensorShard(
+            local=local,
+            start=start,
+            stop=start + local.numel(),
+            is_first_copy=all(not place for place, kind in replicas if kind.is_replicate()),
+        )
+
+
+def _sharded_like(parameter: Tensor, flat: Tensor) -> Tensor:
+    """Return a tensor whose shard on this rank has the values `flat`, sharded like a parameter."""
+    if not isinstance(parameter, DTensor):
+        return flat.reshape(parameter.shape)
+    return DTensor.from_local(
+        flat.reshape(parameter.to_local().shape),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _saved_weights(model: PreTrainedModel) -> list[TensorFacts]:
+    """Return the weights of a checkpoint by the model's names; tied ones once."""
+    return [TensorFacts.of(name, tensor) for name, tensor in untied_state_dict(model).items()]
+
+
+def gathered(tensor: Tensor, wanted: bool) -> Tensor | None:
+    """Return a whole tensor on the CPU of the ranks that want it, None on the others; collective.
+
+    The rows come in blocks, so that a rank which does not want the tensor never holds all of it,
+    and one which does holds it once.
+    """
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach().cpu() if wanted else None
+
+    assert tensor.placements == (Shard(0),), "FSDP2 shards parameters along their first dimension"
+    ranks, group = tensor.device_mesh.size(), tensor.device_mesh.get_group()
+    local = tensor.to_local().detach()
+    # FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what is left.
+    rows = tensor.shape[0]
+    rows_of_rank = -(-rows // ranks)
+    row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    block = max(1, GATHERED_BYTES // max(1, row_bytes * ranks))
+
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype) if wanted else None
+    for first in range(0, rows_of_rank, block):
+        count = min(block, rows_of_rank - first)
+        own = local[first : first + count]
+        sent = local.new_zeros(count, *tensor.shape[1:])
+        sent[: len(own)] = own
+        received = [torch.empty_like(sent) for _ in range(ranks)]
+        dist.all_gather(received, sent, group=group)
+        for rank, part in enumerate(received if whole is not None else ()):
+            assert whole is not None
+            start = rank * rows_of_rank + first
+            whole[start : start + count] = part[: max(0, rows - start)]
+    return whole
 
 
 def _unsharded(tensor: Any) -> Tensor:
     """Gather a sharded tensor; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _gathered(tensor: Any) -> Tensor:
-    """Return a whole parameter on the CPU; where it is there already, without a copy."""
-    # A single rank has all of it; a gather would only add its bookkeeping.
-    alone = isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1
-    whole = tensor.to_local() if alone else _unsharded(tensor)
-    return whole.detach().cpu()
-
-
-def _local(tensor: Any) -> Tensor:
-    """Return this rank's shard of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
@@ -208,38 +312,3 @@ def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
     """
     state = untied_state_dict(packed.model)
     return {name: _unsharded(tensor).detach().cpu() for name, tensor in state.items()}
-
-
-def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> None:
-    """Copy unsharded weights into the sharded parameters; collective.
-
-    Every rank must pass the same weights.
-
-    Raises:
-        ValueError: a parameter is missing or has another shape.
-    """
-    tied = tied_names(packed.model)
-    for name, parameter in packed.model.state_dict().items():
-        if name in tied:
-            continue
-        if name not in weights or weights[name].shape != parameter.shape:
-            raise ValueError(
-                f"checkpoint: it has no weight {name} of shape {tuple(parameter.shape)}, so it "
-                "belongs to another model. Resume with the model that it was written with."
-            )
-
-        with torch.no_grad():
-            if isinstance(parameter, DTensor):
-                local = parameter.to_local()
-                local.copy_(_own_shard(weights[name], local, parameter))
-            else:
-                parameter.copy_(weights[name])
-
-
-def _own_shard(weight: Tensor, local: Tensor, parameter: DTensor) -> Tensor:
-    """Return this rank's rows of a weight that is sharded along its first dimension."""
-    mesh = parameter.device_mesh
-    # FSDP2 gives every rank ceil(rows / ranks) rows, and the last ranks what is left.
-    rows = -(-weight.shape[0] // mesh.size()) if weight.ndim else 1
-    start = min(rows * mesh.get_local_rank(), weight.shape[0])
-    return weight[start : start + local.shape[0]].to(local.dtype)

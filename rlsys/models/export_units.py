@@ -1,0 +1,159 @@
+"""A model's weights in the smallest parts that can be brought into the form of a checkpoint alone.
+
+`to_checkpoint` and its inverse on one part at a time: nobody has to hold all weights for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlsys.models.checkpoint_names import to_checkpoint
+from rlsys.models.tensor_files import TensorFacts
+from rlsys.models.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BLOCK = re.compile(r"(.*?\.\d+)\.")  # model.layers.0 of model.layers.0.mlp.experts.down_proj
+
+ReadRange = Callable[[int, int], Tensor]  # start, stop -> those elements, in row-major order
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportUnit:
+    """Weights of a model, and the tensors of a checkpoint that they become."""
+
+    weights: tuple[TensorFacts, ...]  # by the names of the model
+    exported: tuple[TensorFacts, ...]  # by the names of the checkpoint
+    only_renamed: bool  # one weight that becomes one tensor with the same values
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in a file."""
+        return sum(facts.num_bytes for facts in self.exported)
+
+
+def export_units(model: PreTrainedModel, weights: Sequence[TensorFacts]) -> list[ExportUnit]:
+    """Divide weights of `model` into units, in their order.
+
+    Conventions: a unit is one weight where every weight can be converted without the others, else
+    the weights of one block, else all. That is found out by converting tensors without values.
+    """
+    complete = _unit(model, weights)
+    by_weight = [[facts] for facts in weights]
+    for parts in (by_weight, _by_block(weights)):
+        try:
+            units = [_unit(model, part) for part in parts]
+        except (ValueError, KeyError, IndexError, RuntimeError):
+            continue  # a conversion lacks the other weights that it needs
+        exported = [facts for unit in units for facts in unit.exported]
+        if _by_name(exported) == _by_name(complete.exported):
+            return units
+    return [complete]
+
+
+def _by_name(tensors: Iterable[TensorFacts]) -> list[tuple[str, TensorFacts]]:
+    return sorted(((facts.name, facts) for facts in tensors), key=lambda pair: pair[0])
+
+
+def _by_block(weights: Sequence[TensorFacts]) -> list[list[TensorFacts]]:
+    """Return the weights of each block together, and all that are in none."""
+    blocks: dict[str, list[TensorFacts]] = {}
+    for facts in weights:
+        found = BLOCK.match(facts.name)
+        blocks.setdefault(found[1] if found else "", []).append(facts)
+    return list(blocks.values())
+
+
+def _unit(model: PreTrainedModel, weights: Sequence[TensorFacts]) -> ExportUnit:
+    empty = {
+        facts.name: torch.empty(facts.shape, device="meta", dtype=facts.dtype) for facts in weights
+    }
+    converted = to_checkpoint(model, empty)
+    # A conversion makes new tensors; a renaming hands on the one that it got.
+    pairs = zip(empty.values(), converted.values(), strict=False)
+    same = len(empty) == len(converted) == 1 and all(given is made for given, made in pairs)
+    return ExportUnit(
+        weights=tuple(weights),
+        exported=tuple(TensorFacts.of(name, tensor) for name, tensor in converted.items()),
+        only_renamed=same,
+    )
+
+
+def check_weights(units: Iterable[ExportUnit], files: WeightFiles) -> None:
+    """Refuse files that lack a weight.
+
+    Raises:
+        ValueError: a weight is missing or has another shape.
+    """
+    for facts in (facts for unit in units for facts in unit.exported):
+        found = files.tensors.get(facts.name)
+        if found is None or found.shape != facts.shape:
+            raise ValueError(
+                f"checkpoint: {files.directory} has no weight {facts.name} of shape {facts.shape}, "
+                "so it belongs to another model. Resume with the model that it was written with."
+            )
+
+
+def readers(
+    model: PreTrainedModel, unit: ExportUnit, files: WeightFiles
+) -> Mapping[str, ReadRange]:
+    """Return for each weight of a unit, by its name in the model, how to read a part of it.
+
+    The files have passed `check_weights`. Of a weight that was only renamed no more than the part
+    is read; others are read with their whole unit, here and now.
+    """
+    if unit.only_renamed:
+        name = unit.exported[0].name
+        return {unit.weights[0].name: partial(files.read, name)}
+    whole = _converted_back(model, unit, files)
+    return {name: partial(_range, tensor.reshape(-1)) for name, tensor in whole.items()}
+
+
+def _range(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat[start:stop]
+
+
+def _converted_back(
+    model: PreTrainedModel, unit: ExportUnit, files: WeightFiles
+) -> dict[str, Tensor]:
+    """Return the weights of a unit in the form of the model: `to_checkpoint` inverted.
+
+    transformers can invert a conversion only while it loads a whole model. But conversions move
+    values and do not change them, so that where each one went is seen from numbered elements.
+
+    Raises:
+        ValueError: a conversion does change values.
+    """
+    numbered, end = {}, 0
+    for facts in unit.weights:
+        numbered[facts.name] = torch.arange(end, end + facts.numel).reshape(facts.shape)
+        end += facts.numel
+    moved = to_checkpoint(model, numbered)
+    del numbered
+
+    flat = torch.empty(end, dtype=files.tensors[unit.exported[0].name].dtype)
+    seen = torch.zeros(end, dtype=torch.bool)
+    for name in list(moved):
+        places = moved.pop(name).reshape(-1)
+        flat[places] = files.read(name)
+        seen[places] = True
+    if not seen.all():
+        raise ValueError(
+            f"checkpoint: the weights {', '.join(facts.name for facts in unit.weights[:3])} cannot "
+            "be told from the tensors in the files, so this model cannot be resumed."
+        )
+
+    sizes = [facts.numel for facts in unit.weights]
+    parts = flat.split(sizes)
+    return {
+        facts.name: part.reshape(facts.shape)
+        for facts, part in zip(unit.weights, parts, strict=True)
+    }

@@ -1,0 +1,14 @@
+"""The weights of a checkpoint, in however many files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def saved_weights(directory: Path) -> dict[str, Tensor]:
+    """Return all weights of a model directory."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

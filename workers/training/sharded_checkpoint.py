@@ -1,0 +1,221 @@
+"""Checkpoints that all ranks write together, and any number of ranks reads; of any backend.
+
+A backend says which weights there are and gathers one of them, and which pieces of the optimizer's
+state this rank has. No rank holds more than its part and one weight (of some mixtures of experts:
+the weights of one block).
+
+    model-00001-of-00002.safetensors, ...    weights in Hugging Face layout; each rank writes the
+    model.safetensors.index.json             files of its part of the model
+    optimizer-00001-of-00002.shard, ...      each rank's pieces of the optimizer's state
+    optimizer_shards.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from rlsys.models import sharded_state, weight_files
+from rlsys.models.checkpoint_names import to_checkpoint
+from rlsys.models.export_units import (
+    ExportUnit,
+    ReadRange,
+    check_weights,
+    export_units,
+    readers,
+)
+from rlsys.models.sharded_state import Piece, PlacedPiece, ShardedState
+from rlsys.models.tensor_files import TensorFacts, TensorFileWriter
+from rlsys.models.weight_files import FILE_BYTES, FORMAT, WeightFiles
+from workers.training.former_optimizer_files import FormerOptimizerFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+ResultT = TypeVar("ResultT")
+
+
+class StateSource(Protocol):
+    """Tensors of an optimizer's state, of which parts can be read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]: ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPlan:
+    """Which rank writes which weights into which files; the same on all ranks."""
+
+    units: Sequence[ExportUnit]
+    owners: Sequence[int]  # the rank that writes each unit
+    files: Sequence[Sequence[TensorFacts]]
+    writers: Sequence[int]  # the rank that writes each file
+
+    @staticmethod
+    def of(units: Sequence[ExportUnit], *, ranks: int, file_bytes: int) -> WeightPlan:
+        """Give each rank a part of the units of about the same size, in their order."""
+        total = max(1, sum(unit.num_bytes for unit in units))
+        owners, before = [], 0
+        for unit in units:
+            middle = before + unit.num_bytes / 2
+            owners.append(min(ranks - 1, int(ranks * middle / total)))
+            before += unit.num_bytes
+
+        files: list[Sequence[TensorFacts]] = []
+        writers: list[int] = []
+        for rank in range(ranks):
+            own = [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]
+            parts = weight_files.divided([one for unit in own for one in unit.exported], file_bytes)
+            files += parts
+            writers += [rank] * len(parts)
+        return WeightPlan(units=units, owners=owners, files=files, writers=writers)
+
+
+class RankFiles:
+    """What one rank writes. It goes on with the other ranks where its disk fails.
+
+    An error while the others wait in a collective operation would leave them waiting:
+
+        files = RankFiles(path)
+        files.attempt(lambda: ...)              # anything that writes
+        save_weights(..., files)                # collective
+        save_optimizer(..., files)              # collective
+        files.finish()                          # raises the first error
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rank = dist.get_rank()
+        self.ranks = dist.get_world_size()
+        self._error: Exception | None = None
+
+    def attempt(self, write: Callable[[], ResultT]) -> ResultT | None:
+        """Return the result of `write`; None from the first call on that has failed."""
+        if self._error is not None:
+            return None
+        try:
+            return write()
+        except Exception as error:  # `finish` raises it
+            self._error = error
+            return None
+
+    def finish(self) -> None:
+        """Raise the first error."""
+        if self._error is not None:
+            raise self._error
+
+
+def save_weights(
+    model: PreTrainedModel,
+    weights: Sequence[TensorFacts],
+    gather: Callable[[str, bool], Tensor | None],
+    files: RankFiles,
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write the weights of a model, in the names and shapes of its checkpoint; collective.
+
+    Args:
+        weights: of the whole model, the same on all ranks.
+        gather: returns a whole weight by its name, on the CPU, where its second argument is True,
+            and None elsewhere; collective, and called in the same order on all ranks.
+    """
+    units = export_units(model, weights)
+    plan = WeightPlan.of(units, ranks=files.ranks, file_bytes=file_bytes)
+    writers = files.attempt(lambda: _open_writers(plan, files)) or {}
+
+    for unit, owner in zip(plan.units, plan.owners, strict=True):
+        found = [(one.name, gather(one.name, owner == files.rank)) for one in unit.weights]
+        gathered = {name: tensor for name, tensor in found if tensor is not None}
+        del found
+        if gathered:
+            files.attempt(partial(_write_unit, model, gathered, writers))
+
+    for writer in dict.fromkeys(writers.values()):
+        files.attempt(writer.close)
+    if files.rank == 0:
+        files.attempt(lambda: weight_files.write_index(files.path, plan.files))
+
+
+def _open_writers(plan: WeightPlan, files: RankFiles) -> dict[str, TensorFileWriter]:
+    """Return the open file of each tensor that this rank writes, by its name in the checkpoint."""
+    names = weight_files.file_names(len(plan.files))
+    found: dict[str, TensorFileWriter] = {}
+    for name, tensors, writer in zip(names, plan.files, plan.writers, strict=True):
+        if writer == files.rank:
+            file = TensorFileWriter(files.path / name, tensors, FORMAT)
+            found |= dict.fromkeys((facts.name for facts in tensors), file)
+    return found
+
+
+def _write_unit(
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    writers: Mapping[str, TensorFileWriter],
+) -> None:
+    for name, tensor in to_checkpoint(model, weights).items():
+        writers[name].write(name, tensor)
+
+
+def load_weights(
+    model: PreTrainedModel, weights: Sequence[TensorFacts], path: Path
+) -> Iterator[tuple[str, ReadRange]]:
+    """Yield for each weight of the model its name, and how to read a part of it.
+
+    Raises:
+        ValueError: files are missing or damaged, or are of another model.
+    """
+    files = WeightFiles.of(path)
+    units = export_units(model, weights)
+    check_weights(units, files)
+    for unit in units:
+        yield from readers(model, unit, files).items()
+
+
+def save_optimizer(pieces: Iterable[Piece], files: RankFiles) -> None:
+    """Write this rank's pieces of the optimizer's state; collective."""
+    own = files.attempt(
+        lambda: sharded_state.write_shard(
+            files.path, list(pieces), rank=files.rank, ranks=files.ranks
+        )
+    )
+    places: list[list[PlacedPiece] | None] = [None] * files.ranks
+    dist.all_gather_object(places, own)
+    if files.rank == 0:
+        # A rank that has failed raises, so that no checkpoint comes of this index.
+        found = [place for of_rank in places for place in of_rank or ()]
+        files.attempt(lambda: sharded_state.write_index(files.path, found))
+
+
+def optimizer_state(path: Path, parameters: Sequence[TensorFacts]) -> StateSource:
+    """Return the optimizer's state in a checkpoint.
+
+    Args:
+        parameters: all of the model, whole, in their order.
+
+    Raises:
+        ValueError: files are missing or damaged, or are of another model.
+    """
+    if FormerOptimizerFiles.are_in(path):
+        source: StateSource = FormerOptimizerFiles(path, parameters)
+    else:
+        source = ShardedState.of(path)
+
+    shapes = {facts.name: facts.shape for facts in parameters}
+    for name, facts in source.tensors.items():
+        parameter = name.partition("/")[2]
+        if facts.shape and facts.shape != shapes.get(parameter):
+            raise ValueError(
+                f"checkpoint: {path} has optimizer state {name} of shape {facts.shape}, so it "
+                "belongs to another model. Resume with the model that it was written with."
+            )
+    return source
