@@ -21,6 +21,7 @@ RECOMPUTE = {"algorithm.advantage.recompute": True, "algorithm.objective.weight"
 MASK = "algorithm.rollout_correction.mask_"
 KL = {"algorithm.kl.coefficient": 0.1}
 CRITIC = {"critic.enabled": True}
+ZERO_1 = {"policy.backend": "deepspeed", "policy.deepspeed.zero_stage": 1}
 
 
 @pytest.mark.parametrize("hardware", [CPU, GPU])
@@ -36,6 +37,15 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
             "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8.",
         ),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
+        (
+            {**ZERO_1, "policy.deepspeed.offload_weights": True},
+            "policy.deepspeed.offload_weights: true needs sharded weights, and "
+            "policy.deepspeed.zero_stage is 1. Set the stage to 3",
+        ),
+        (
+            {**ZERO_1, "diagnostics.gradient": True},
+            "diagnostics.gradient: true differentiates a part of the model by itself, which",
+        ),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
         (
             {**CRITIC, "critic.num_mini_batches": 3},

@@ -16,6 +16,7 @@ from rlsys.run.machine_checks import machine_mistakes
 
 CPU = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)
+DEEPSPEED = {"policy.backend": "deepspeed"}
 
 
 def mistakes(changes: Mapping[str, Any], hardware: Hardware = CPU) -> list[str]:
@@ -45,6 +46,22 @@ def test_the_recipe_of_a_machine_fits_it(hardware: Hardware):
             {"model.attention": "flex_attention", "policy.gpus_per_rank": 0.0},
             GPU,
             "model.attention: 'flex_attention' needs a GPU, and policy.gpus_per_",
+        ),
+        (
+            {**DEEPSPEED, "policy.deepspeed.offload_weights": True},
+            CPU,
+            "policy.deepspeed.offload_weights: true moves weights from a GPU to its host, and "
+            "this machine has no GPU. Set it to false",
+        ),
+        (
+            {
+                **DEEPSPEED,
+                "policy.deepspeed.offload_weights": True,
+                "policy.gpus_per_rank": 0.0,
+            },
+            GPU,
+            "policy.deepspeed.offload_weights: true moves weights from a GPU to its host, and "
+            "policy.gpus_per_rank is 0",
         ),
         (
             {"generation.tensor_parallel": 2},

@@ -18,7 +18,10 @@ from workers.training.backends.backend import ModelBackend
 from workers.training.packed_model import PackedModel
 
 # A module is imported only where it is used: each has dependencies of its own.
-BUILDERS: Mapping[str, str] = {"fsdp2": "workers.training.backends.fsdp2"}
+BUILDERS: Mapping[str, str] = {
+    "fsdp2": "workers.training.backends.fsdp2",
+    "deepspeed": "workers.training.backends.deepspeed",
+}
 
 
 def build_backend(
