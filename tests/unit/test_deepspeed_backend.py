@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.value_models import load_value_model
 from tests.support.backend_ranks import CPU, Case, example, running, tiny
 from workers.training.backends import build_backend
-from workers.training.backends.deepspeed import check_modules
+from workers.training.backends.deepspeed import check_modules, import_deepspeed
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_value_model import PackedValueModel, ValueResult
@@ -68,6 +69,12 @@ def test_names_are_checked_by_the_shapes_of_whole_weights():
     model = running(Case(zero_stage=3)).backend.module.model
     assert {tensor.numel() for tensor in model.state_dict().values()} == {0}
     assert names_without_mapping(model, resolve_model("tiny")) == []
+
+
+def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="'deepspeed' cannot be imported on a node of the ranks"):
+        import_deepspeed(CPU)
 
 
 def test_a_module_for_each_expert_is_refused():

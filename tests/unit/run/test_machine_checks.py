@@ -129,6 +129,12 @@ def test_flex_attention_is_fine_on_a_gpu_and_flash_where_it_is_installed(
     assert mistakes({"model.attention": "flash_attention_2"}, GPU) == []
 
 
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine_checks, "_is_installed", lambda *names: names != ("deepspeed",))
+    (mistake,) = mistakes(DEEPSPEED)
+    assert mistake.startswith("policy.backend: 'deepspeed' is not installed. Install it")
+
+
 def test_on_another_cluster_nothing_is_assumed_of_its_machines():
     changes = {
         "cluster.address": "auto",

@@ -92,11 +92,21 @@ def check_modules(module: PackedModel) -> None:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for `device`, and forget the process group of a former model."""
+    """Import DeepSpeed for `device`, and forget the process group of a former model.
+
+    Raises:
+        ValueError: it cannot be imported here.
+    """
     # DeepSpeed takes its device from the environment. Ray shows each rank its own GPU only.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ["LOCAL_RANK"] = "0"
-    deepspeed: Any = importlib.import_module("deepspeed")
+    try:
+        deepspeed = _library()
+    except ImportError as error:
+        raise ValueError(
+            f"backend: 'deepspeed' cannot be imported on a node of the ranks ({error}). Install it "
+            "there, or choose fsdp2."
+        ) from error
     deepspeed.ops.__compatible_ops__[COMPILED_ON_CPU] = False
 
     # It keeps the groups that it was first used with, also when they have been destroyed.
@@ -106,7 +116,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def _library() -> Any:
-    """Return DeepSpeed, which `build` has imported."""
+    """Return DeepSpeed, which is imported only where it is used."""
     return importlib.import_module("deepspeed")
 
 
