@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_a_module_for_each_expert_is_refused():
     module = tiny(Case())
     check_modules(module)
 
-    layer = module.model.get_decoder().layers[1]
-    layer.mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+    decoder: Any = module.model.get_decoder()
+    decoder.layers[1].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts of .* a module for"):
         check_modules(module)
