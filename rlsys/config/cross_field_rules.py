@@ -94,6 +94,24 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _backend(config: RunConfig) -> Iterator[str]:
+    policy = config.policy
+    if policy.backend != "deepspeed":
+        return
+
+    if policy.deepspeed.offload_weights and policy.deepspeed.zero_stage != 3:
+        yield (
+            "policy.deepspeed.offload_weights: true needs sharded weights, and "
+            f"policy.deepspeed.zero_stage is {policy.deepspeed.zero_stage}. Set the stage to 3, or "
+            "leave the weights on the GPU."
+        )
+    if config.diagnostics.gradient:
+        yield (
+            "diagnostics.gradient: true differentiates a part of the model by itself, which the "
+            "hooks of policy.backend 'deepspeed' do not follow. Set it to false, or use fsdp2."
+        )
+
+
 def _critic(config: RunConfig) -> Iterator[str]:
     critic, policy, prompts = config.critic, config.policy, config.trainer.prompts_per_step
     if not critic.enabled:
@@ -357,6 +375,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _lengths,
     _evaluation,
     _optimizer,
+    _backend,
     _critic,
     _ptx,
     _rewards,

@@ -12,11 +12,32 @@ from rlsys.config.section import Section
 Packing = bool | Literal["auto"]
 
 
+class DeepSpeedConfig(Section):
+    """Settings of the backend deepspeed."""
+
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=3,
+        description="What is sharded over the ranks. 1: the optimizer state, with the master "
+        "weights. 2: the gradients as well. 3: the weights as well, which are gathered layer by "
+        "layer. Lower stages communicate less and hold more on each rank.",
+    )
+    offload_weights: bool = Field(
+        default=False,
+        description="Keep the weights in host memory between their uses; zero_stage 3 on GPUs "
+        "only.",
+    )
+
+
 class ModelRoleConfig(Section):
     """Settings that the models of all roles have in common."""
 
-    backend: Literal["fsdp2"] = Field(
-        default="fsdp2", description="Training backend, which shards the model over the ranks."
+    backend: Literal["fsdp2", "deepspeed"] = Field(
+        default="fsdp2",
+        description="Training backend, which shards the model over the ranks: PyTorch's FSDP2, or "
+        "DeepSpeed's ZeRO.",
+    )
+    deepspeed: DeepSpeedConfig = Field(
+        default=DeepSpeedConfig(), description="Settings of the backend deepspeed."
     )
     ranks: int = Field(
         default=1,

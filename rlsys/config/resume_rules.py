@@ -48,12 +48,20 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("model.path", "refused", "The checkpoint holds the weights of that model."),
     _rule("model.", "accepted", ""),
     _rule("policy.backend", "refused", "The format of the optimizer state depends on it."),
+    _rule(
+        "policy.deepspeed.zero_stage", "refused", "The optimizer state is saved as it is sharded."
+    ),
     _rule("policy.ranks", "accepted", "Each rank reads its part of the checkpoint."),
     _rule("critic.enabled", "refused", "The checkpoint has a critic, or has none."),
     _rule("critic.path", "refused", "The checkpoint holds the weights of that critic."),
     _rule("critic.ranks", "accepted", "Each rank reads its part of the checkpoint."),
     _rule("critic.", "accepted", "The optimizer keeps its moments."),
     _rule("reward_model.backend", "refused", "The format of the optimizer state depends on it."),
+    _rule(
+        "reward_model.deepspeed.zero_stage",
+        "refused",
+        "The optimizer state is saved as it is sharded.",
+    ),
     _rule("reward_model.ranks", "accepted", "Each rank reads its part of the checkpoint."),
     _rule("reward_model.", "accepted", "The optimizer keeps its moments."),
     _rule("reference.", "accepted", ""),

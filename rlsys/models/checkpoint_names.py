@@ -253,10 +253,13 @@ def names_without_mapping(model: PreTrainedModel, directory: Path | str) -> list
     if not on_disk:
         return []
 
-    # Names do not depend on values: tensors without storage suffice.
+    # Names do not depend on values: tensors without storage suffice. DeepSpeed's ZeRO 3 leaves
+    # empty parameters behind, with the whole shape as an attribute.
     shapes = {
-        name: torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
-        for name, tensor in model.state_dict().items()
+        name: torch.empty(
+            getattr(tensor, "ds_shape", tensor.shape), device="meta", dtype=tensor.dtype
+        )
+        for name, tensor in model.state_dict(keep_vars=True).items()
     }
     exported = to_checkpoint(model, shapes)
     return sorted(

@@ -215,6 +215,11 @@ TABLE: tuple[Ineffective, ...] = (
     ),
     # The policy.
     _row(
+        "policy.deepspeed.",
+        when=lambda s: s.config.policy.backend != "deepspeed",
+        because="policy.backend is not deepspeed",
+    ),
+    _row(
         "policy.shared_prefix_packing",
         when=lambda s: s.config.policy.packing is False,
         because="policy.packing is false, so every sequence is computed separately",

@@ -24,6 +24,7 @@ def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     if config.cluster.joined_address is not None:
         return
     yield from _threads(config, hardware)
+    yield from _backend(config, hardware)
     yield from _attention(config, hardware)
     yield from engine_mistakes(config, hardware)
     yield from memory_mistakes(config, hardware)
@@ -37,6 +38,24 @@ def _threads(config: RunConfig, hardware: Hardware) -> Iterator[str]:
         yield (
             f"policy.threads_per_rank: {threads} threads for the {hardware.cpus} CPUs of this "
             "machine. Lower it, or leave it at 0, which divides the CPUs among the ranks."
+        )
+
+
+def _backend(config: RunConfig, hardware: Hardware) -> Iterator[str]:
+    policy = config.policy
+    if policy.backend != "deepspeed":
+        return
+
+    if not _is_installed("deepspeed"):
+        yield (
+            "policy.backend: 'deepspeed' is not installed. Install it (pip install deepspeed), or "
+            "choose fsdp2."
+        )
+    if policy.deepspeed.offload_weights and not (hardware.gpus and policy.gpus_per_rank):
+        where = "policy.gpus_per_rank is 0" if hardware.gpus else "this machine has no GPU"
+        yield (
+            "policy.deepspeed.offload_weights: true moves weights from a GPU to its host, and "
+            f"{where}. Set it to false."
         )
 
 

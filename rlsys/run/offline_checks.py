@@ -30,7 +30,7 @@ from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
 from rlsys.run.model_checks import ModelDirectories, check_model
-from rlsys.run.plan import describe_places, describe_sync
+from rlsys.run.plan import describe_places, describe_sync, training_bytes
 from rlsys.run.preflight import config_mistakes
 from rlsys.run.step_time import StepEstimate
 
@@ -161,8 +161,7 @@ def describe_offline_plan(
     """Describe what a run would start, with a rough estimate of its memory; see `describe_plan`."""
     parameters = parameter_count(model_directory)
     trained = config.trained
-    compute_copy = 2 if trained.compute_dtype == "bfloat16" else 0  # bytes per parameter
-    rank_gib = parameters * (16 / trained.ranks + compute_copy) / 1024**3
+    rank_gib = parameters * training_bytes(trained) / 1024**3
     gpu = f" + {trained.gpus_per_rank:g} GPU" if hardware.gpus else ""
     rows = {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",

@@ -34,10 +34,9 @@ def describe_plan(
 ) -> str:
     """Describe what a run would start, with a rough estimate of its memory. Nothing is started.
 
-    Memory of a rank of the policy or the critic: (4 weights + 4 gradients + 8 Adam) bytes per
-    parameter, divided by the ranks, and a copy of the weights in bfloat16 where that is the compute
-    dtype. Memory of an engine: its weights and the KV cache. Activations are not included; they
-    grow with policy.microbatch_tokens, or with ptx.max_tokens where a text is longer than that.
+    Memory of a rank of the policy or the critic: see `training_bytes`. Memory of an engine: its
+    weights and the KV cache. Activations are not included; they grow with policy.microbatch_tokens,
+    or with ptx.max_tokens where a text is longer than that.
     """
     return as_table(plan_rows(config, hardware, data, directories, directory))
 
@@ -124,9 +123,24 @@ def _policy(config: RunConfig, hardware: Hardware, parameters: int) -> str:
 
 def _training_memory(role: TrainableRoleConfig, parameters: int) -> str:
     """Describe the memory of one rank of a trained model."""
-    compute_copy = 2 if role.compute_dtype == "bfloat16" else 0  # bytes per parameter
-    rank_gib = parameters * (16 / role.ranks + compute_copy) / 1024**3
+    rank_gib = parameters * training_bytes(role) / 1024**3
     return f"{rank_gib:.2f} GiB weights, gradients and Adam ({role.compute_dtype}), and activations"
+
+
+def training_bytes(role: TrainableRoleConfig) -> float:
+    """Return the bytes per parameter that one rank of a trained model needs.
+
+    Masters and gradients are float32 (4 bytes each), Adam has two moments (8). The copy in the
+    compute dtype is counted whole, since FSDP2 gathers it; DeepSpeed has one in float32 as well.
+    """
+    copy = 2 if role.compute_dtype == "bfloat16" else 4
+    if role.backend == "fsdp2":
+        return 16 / role.ranks + (copy if copy == 2 else 0)
+
+    stage = role.deepspeed.zero_stage
+    gradients = 4 / role.ranks if stage >= 2 else 4
+    weights = copy / role.ranks if stage == 3 else copy
+    return 12 / role.ranks + gradients + weights
 
 
 def _critic(config: RunConfig, directory: Path) -> str:

@@ -16,8 +16,9 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlsys.config import RunConfig
@@ -34,12 +35,19 @@ NOT_REPRODUCIBLE = ("time/", "memory/", "throughput/", "faults/")  # measured, n
 STEPS = 3
 
 
-def run_preset(name: str, directory: Path) -> dict[str, list[float]]:
-    """Train the preset `name` on the running Ray, and return each metric's value at each step."""
+def run_preset(
+    name: str, directory: Path, changes: Mapping[str, Any] | None = None
+) -> dict[str, list[float]]:
+    """Train the preset `name` on the running Ray, and return each metric's value at each step.
+
+    Args:
+        changes: fields that differ from those of the numbers on record.
+    """
     from recipes.run_recipe import run_recipe
+    from rlsys.config.command_line import evolve
     from rlsys.run.observers.metrics_log import read_metrics
 
-    config = preset_config(name, directory)
+    config = evolve(preset_config(name, directory), changes or {})
     try:
         run_recipe(lambda _: config, [])
     except SystemExit as end:

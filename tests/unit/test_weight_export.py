@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from rlsys.config import RunConfig
 from rlsys.models.checkpoint_names import to_checkpoint, untied_state_dict
@@ -18,7 +19,6 @@ from rlsys.models.weights import Bucket, StoredWeights, buckets_of
 from tests.support.model_families import build_family, load_family
 from workers.generation.engines.transformers import TransformersEngine
 from workers.generation.worker import differing_groups
-from workers.training.backends.fsdp2 import load_full_state_dict
 from workers.training.policy import PolicyWorker
 from workers.weight_sync.transports import make_transport
 
@@ -46,6 +46,14 @@ def one_rank(settings: RunConfig) -> Iterator[PolicyWorker]:
         worker.shutdown()
 
 
+@torch.no_grad()
+def set_weights(worker: PolicyWorker, model: PreTrainedModel) -> None:
+    """Copy the weights of a model into the only shard of a policy."""
+    state = worker.backend.module.model.state_dict()
+    for name, weight in untied_state_dict(model).items():
+        state[name].to_local().copy_(weight)
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", "bfloat16"), ("qwen3_moe", "float32"), ("gpt2", "float32")]
 )
@@ -57,7 +65,7 @@ def test_an_engine_gets_exactly_the_weights_of_the_policy(family: str, dtype: st
     probe = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 30)]
 
     with one_rank(settings) as worker:
-        load_full_state_dict(worker.backend.module, expected.state_dict())
+        set_weights(worker, expected)
         stored = worker.export_weights(3)
         trainer = worker.probe_logprobs(probe, 1.0)
     assert stored is not None

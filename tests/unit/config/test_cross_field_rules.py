@@ -22,6 +22,7 @@ MASK = "algorithm.rollout_correction.mask_"
 KL = {"algorithm.kl.coefficient": 0.1}
 STALE = {"trainer.max_staleness": 2}
 CRITIC = {"critic.enabled": True}
+ZERO_1 = {"policy.backend": "deepspeed", "policy.deepspeed.zero_stage": 1}
 
 
 @pytest.mark.parametrize("hardware", [CPU, GPU])
@@ -70,6 +71,15 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
             "algorithm.entropy.temperature: 0.1 with trainer.max_staleness 2",
         ),
         ({"policy.ranks": 65}, "policy.ranks: 65 ranks for fewer responses per step. Raise"),
+        (
+            {**ZERO_1, "policy.deepspeed.offload_weights": True},
+            "policy.deepspeed.offload_weights: true needs sharded weights, and "
+            "policy.deepspeed.zero_stage is 1. Set the stage to 3",
+        ),
+        (
+            {**ZERO_1, "diagnostics.gradient": True},
+            "diagnostics.gradient: true differentiates a part of the model by itself, which",
+        ),
         ({"reference.ranks": 2}, "reference.ranks: 2 is above policy.ranks 1, and each rank"),
         (
             {**CRITIC, "critic.num_mini_batches": 3},

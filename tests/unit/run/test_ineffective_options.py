@@ -97,6 +97,8 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("generation.max_model_tokens", 500, {"generation.engine": "transformers"}, VLLM, CPU),
     ("policy.gpus_per_rank", 0.5, {}, {"cluster.address": "auto"}, CPU),
     ("policy.offload_optimizer", True, {}, {"cluster.address": "auto"}, CPU),
+    ("policy.deepspeed.zero_stage", 2, {}, {"policy.backend": "deepspeed"}, CPU),
+    ("policy.deepspeed.offload_weights", True, {}, {"policy.backend": "deepspeed"}, GPU),
     ("generation.gpus_per_worker", 0.5, {}, {"cluster.address": "auto"}, CPU),
     ("policy.threads_per_rank", 2, {}, {"policy.gpus_per_rank": 0.0}, GPU),
     ("policy.shared_prefix_packing", True, {"policy.packing": False}, {}, CPU),

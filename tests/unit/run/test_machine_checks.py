@@ -16,6 +16,7 @@ from rlsys.run.machine_checks import machine_mistakes
 
 CPU = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)
+DEEPSPEED = {"policy.backend": "deepspeed"}
 
 
 def mistakes(changes: Mapping[str, Any], hardware: Hardware = CPU) -> list[str]:
@@ -45,6 +46,22 @@ def test_the_recipe_of_a_machine_fits_it(hardware: Hardware):
             {"model.attention": "flex_attention", "policy.gpus_per_rank": 0.0},
             GPU,
             "model.attention: 'flex_attention' needs a GPU, and policy.gpus_per_",
+        ),
+        (
+            {**DEEPSPEED, "policy.deepspeed.offload_weights": True},
+            CPU,
+            "policy.deepspeed.offload_weights: true moves weights from a GPU to its host, and "
+            "this machine has no GPU. Set it to false",
+        ),
+        (
+            {
+                **DEEPSPEED,
+                "policy.deepspeed.offload_weights": True,
+                "policy.gpus_per_rank": 0.0,
+            },
+            GPU,
+            "policy.deepspeed.offload_weights: true moves weights from a GPU to its host, and "
+            "policy.gpus_per_rank is 0",
         ),
         (
             {"generation.tensor_parallel": 2},
@@ -110,6 +127,12 @@ def test_flex_attention_is_fine_on_a_gpu_and_flash_where_it_is_installed(
     assert mistake.startswith("model.attention: 'flash_attention_2' needs the package flash-attn")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert mistakes({"model.attention": "flash_attention_2"}, GPU) == []
+
+
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine_checks, "_is_installed", lambda *names: names != ("deepspeed",))
+    (mistake,) = mistakes(DEEPSPEED)
+    assert mistake.startswith("policy.backend: 'deepspeed' is not installed. Install it")
 
 
 def test_on_another_cluster_nothing_is_assumed_of_its_machines():

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rlsys.config import ModelRoleConfig
 
 # A module is imported only where it is used: each has dependencies of its own.
-BUILDERS: Mapping[str, str] = {"fsdp2": "workers.training.backends.fsdp2"}
+BUILDERS: Mapping[str, str] = {
+    "fsdp2": "workers.training.backends.fsdp2",
+    "deepspeed": "workers.training.backends.deepspeed",
+}
 
 
 def build_backend(
