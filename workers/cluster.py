@@ -59,6 +59,7 @@ from workers.placement import (
     free_resources,
     in_words,
     label_mistake,
+    node_answers,
     placement_mistakes,
     places_table,
 )
@@ -308,7 +309,12 @@ class Cluster:
         """Start an actor again, with the same arguments in the same place."""
         # One that only cannot be reached may be alive, and its place must be free.
         ray.kill(self.actors[name])
+        role, _, index = name.rpartition("-")
         await self._wait_for_places(name)
+        # An actor's death is seen at once, that of its node only after a time.
+        while not await node_answers(self.node_of(role, int(index))):
+            await asyncio.sleep(PLACES_EVERY_S)
+            await self._wait_for_places(name)
         self.actors[name] = self._starts[name]()
         await self.actors[name].__ray_call__.remote(answer_with_stacks)
         return self.actors[name]

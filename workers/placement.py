@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 import ray.util.client
 from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -89,6 +90,25 @@ def call_on_nodes(
         for node in nodes
     ]
     return dict(zip(nodes, ray.get(calls), strict=True))
+
+
+async def node_answers(node: str) -> bool:
+    """Return whether a node is alive, also where Ray has not noticed its death yet.
+
+    It waits until Ray has.
+    """
+    if node == driver_node():
+        return True
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(_answer)
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        await remote.options(scheduling_strategy=place).remote()
+    except RayError:
+        return False
+    return True
+
+
+def _answer() -> None: ...
 
 
 def own_label(node: ClusterNode) -> str:

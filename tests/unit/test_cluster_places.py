@@ -30,6 +30,10 @@ class FakeRay:
         self.nodes = ["node-a"]
         self.states = list(states)
         self.started: list[tuple[Any, ...]] = []
+        self.dead: set[str] = set()
+
+    async def answers(self, node: str) -> bool:
+        return node not in self.dead
 
     def table(self, reservation: Any) -> dict[str, str]:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
@@ -67,6 +71,7 @@ def make_cluster(monkeypatch: pytest.MonkeyPatch, fake: FakeRay, timeout_s: floa
     monkeypatch.setattr(cluster_module, "_identity", lambda role, index: {})
     monkeypatch.setattr(cluster_module, "_cores_of", lambda node: 4)
     monkeypatch.setattr(cluster_module, "PLACES_EVERY_S", 0.0)
+    monkeypatch.setattr(cluster_module, "node_answers", fake.answers)
     monkeypatch.setattr(cluster_module, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
     config = RunConfig()
     section = config.cluster.model_copy(update={"recovery_timeout_s": timeout_s})
@@ -85,6 +90,18 @@ async def test_an_actor_that_moves_to_another_node_gets_its_files_there(
     monkeypatch: pytest.MonkeyPatch,
 ):
     fake = FakeRay("RESCHEDULING", "RESCHEDULING", "CREATED")
+    cluster = make_cluster(monkeypatch, fake, 60.0)
+    cluster.spawn("generation", 0, object, Path("/models/mine"))
+    cluster.supervise("generation", 0, kind="generation_worker", called="generation worker 0")
+    await cluster._restart("generation-0")
+    assert fake.started == [("/node-a/mine",), ("/node-b/mine",)]
+
+
+async def test_a_node_whose_death_was_not_noticed_yet_is_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    fake = FakeRay("UNNOTICED", "RESCHEDULING", "CREATED")
+    fake.dead = {"node-a"}
     cluster = make_cluster(monkeypatch, fake, 60.0)
     cluster.spawn("generation", 0, object, Path("/models/mine"))
     cluster.supervise("generation", 0, kind="generation_worker", called="generation worker 0")
