@@ -17,6 +17,8 @@ import pytest
 
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.hardware import detect_hardware
+from rlsys.plan.__main__ import configuration
+from rlsys.plan.__main__ import parser as plan_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
@@ -92,6 +94,9 @@ def check_python(module: str, arguments: list[str]) -> None:
 
     if module.startswith("recipes."):
         invocation(module, arguments)
+    elif module == "rlsys.plan":
+        options, fields = plan_parser().parse_known_args(arguments)
+        configuration(fields, on_gpu=options.gpu is not None)
     elif module != "pytest":
         check_flags_in_source(Path(found.origin), arguments)
 
