@@ -6,9 +6,10 @@ benchmarks/memory_plan.py compares resident memory of whole processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,7 +150,10 @@ def peak_bytes(run: Callable[[], None]) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
-    recorded = profile.profiler.kineto_results.events()
+    assert profile.profiler is not None
+    results = profile.profiler.kineto_results
+    assert results is not None
+    recorded: Sequence[Any] = results.events()  # the stubs leave out the bytes of an event
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"
     )
