@@ -17,6 +17,8 @@ import pytest
 
 from rlsys.config.command_line import HelpRequested, Invocation, parse
 from rlsys.config.hardware import detect_hardware
+from rlsys.plan.__main__ import configuration
+from rlsys.plan.__main__ import parser as plan_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
@@ -92,15 +94,17 @@ def check_python(module: str, arguments: list[str]) -> None:
 
     if module.startswith("recipes."):
         invocation(module, arguments)
+    elif module == "rlsys.plan":
+        options, fields = plan_parser().parse_known_args(arguments)
+        configuration(fields, on_gpu=options.gpu is not None)
     elif module != "pytest":
         check_flags_in_source(Path(found.origin), arguments)
 
 
 def check_flags_in_source(file: Path, arguments: list[str]) -> None:
     """Check that a module's parser has these flags; it is not started, which would import torch."""
-    if file.name == "__init__.py":
-        file = file.with_name("__main__.py")
-    source = file.read_text()
+    files = file.parent.glob("*.py") if file.name == "__init__.py" else (file,)
+    source = "\n".join(one.read_text() for one in files)
     for word in arguments:
         flag = word.partition("=")[0]
         assert not flag.startswith("--") or f'"{flag}"' in source, f"{file.name} has no {flag}"
@@ -128,7 +132,8 @@ def test_a_documented_command_names_what_exists_and_takes_its_flags(command: Com
         return
 
     if words[0] == "ray" and "--" in words:
-        words = words[words.index("--") + 1 :]  # ray job submit ... -- python -m ...
+        words = words[words.index("--") + 1 :]  # ray job submit ... -- exec python -m ...
+        words = words[1:] if words[0] == "exec" else words
         words[0] = words[0].removeprefix("/opt/rlsys/bin/")
 
     if words[0] == "make":

@@ -41,6 +41,7 @@ ALLOWED = {
     "rlsys.evaluation": ("rlsys.data", "rlsys.math_verifier"),
     "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins"),
     "rlsys.export": ("rlsys.config", "rlsys.models", "rlsys.run"),
+    "rlsys.plan": ("rlsys.config", "rlsys.models", "rlsys.rewards"),
     "rlsys.doctor": ("rlsys.config", "rlsys.models", "rlsys.run"),
     "rlsys.driver": (*LIBRARY, "rlsys.metrics", "rlsys.run"),
     "rlsys.simulate": (*LIBRARY, "rlsys.metrics", "rlsys.run", "rlsys.driver"),
@@ -137,7 +138,11 @@ def test_a_part_of_the_workers_imports_no_other_part(name: str, file: Path):
 
 @pytest.mark.parametrize(
     "statement",
-    ["import rlsys.config.command_line", "import recipes.grpo_math, recipes.run_recipe"],
+    [
+        "import rlsys.config.command_line",
+        "import recipes.grpo_math, recipes.run_recipe",
+        "import rlsys.plan.__main__",
+    ],
 )
 def test_the_command_line_loads_nothing_heavy(statement: str):
     heavy = ("torch", "numpy", "ray", "vllm", "transformers", "pyarrow")

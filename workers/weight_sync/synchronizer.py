@@ -153,9 +153,7 @@ class EngineWeightSync:
         sent = _SentWeights(stored=stored, installed=installed, expected=expected, answers=answers)
         return asyncio.ensure_future(self._verified(sent, metrics))
 
-    async def _verified(
-        self, sent: _SentWeights, metrics: dict[str, Metric]
-    ) -> dict[str, Metric]:
+    async def _verified(self, sent: _SentWeights, metrics: dict[str, Metric]) -> dict[str, Metric]:
         """Wait until the workers have these weights; compare the probe, and return the metrics."""
         start = time.perf_counter()
         try:
