@@ -319,8 +319,8 @@ async def test_a_slot_whose_worker_dies_says_so_and_is_ready_with_present_weight
 
 async def test_an_engine_with_other_weights_fails_the_publication_and_not_the_trainer():
     class Stale(Engine):
-        def install_weights(self, manifest: Any, *shards: float) -> None:
-            self.version = manifest.version
+        def install_weights(self, stored: StoredWeights) -> None:
+            self.version = stored.manifest.version
 
     pool = ActorPool([supervised_fake(lambda number: FakeActor(Stale()))])
     installed = await sync_of(pool).publish(0)
