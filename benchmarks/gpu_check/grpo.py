@@ -35,7 +35,7 @@ from rlsys.algorithms.policy_objectives import PolicyObjectiveInputs, policy_obj
 from rlsys.data.batches import Prompt, PromptBatch, RolloutBatch, SamplingParameters
 from rlsys.models.loading import load_causal_lm, load_tokenizer
 from rlsys.models.tiny import build_tiny_model
-from rlsys.models.weights import pack_weights
+from rlsys.models.weights import pack_weights, unpack_weights
 from workers.generation.engines.engine import RolloutEngine
 from workers.generation.worker import build_rollouts
 from workers.training.backends.fsdp2 import FSDP2Backend
@@ -124,8 +124,8 @@ def step(number: int, prompts: PromptBatch, engine: RolloutEngine, backend: FSDP
     difference = sum(pack_loss.sums["difference"] for _, _, pack_loss in passes)
     backend.step(SETTINGS.learning_rate)
 
-    manifest, shards = pack_weights(backend.weights(), version=number + 1, dtype=torch.float32)
-    engine.install_weights(manifest, shards)
+    stored = pack_weights(backend.weights(), version=number + 1, dtype=torch.float32)
+    engine.install_weights(unpack_weights(*stored))
     synchronize(backend.device)
     return Step(
         reward=float(rewards.mean()),

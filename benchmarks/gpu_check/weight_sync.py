@@ -36,7 +36,7 @@ from benchmarks.gpu_check.results import Figure, Finding, at_least, within
 from benchmarks.gpu_check.update import likelihood_loss, sizes_of
 from rlsys.data.sequences import TokenSequences
 from rlsys.models.loading import load_causal_lm
-from rlsys.models.weights import WeightManifest, pack_weights
+from rlsys.models.weights import StoredWeights, pack_weights, unpack_weights
 from workers.generation.engines.engine import RolloutEngine
 from workers.generation.engines.transformers import TransformersEngine
 from workers.training.backends.fsdp2 import FSDP2Backend
@@ -147,8 +147,7 @@ def engine_logprobs(engine: RolloutEngine, probe: list[NDArray[np.int32]]) -> ND
 class Exported:
     """The trainer's side of a sync."""
 
-    manifest: WeightManifest
-    shards: list[NDArray[np.uint8]]
+    stored: StoredWeights
     expected: NDArray[np.float32]  # log-probs of the probe
     seconds: float  # of gathering and packing
 
@@ -169,9 +168,9 @@ def train_and_export(directory: Path, dtype: str) -> Exported:
 
     synchronize(device)
     began = time.perf_counter()
-    manifest, shards = pack_weights(backend.weights(), version=1, dtype=getattr(torch, dtype))
+    stored = pack_weights(backend.weights(), version=1, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - began
-    return Exported(manifest=manifest, shards=shards, expected=expected, seconds=seconds)
+    return Exported(stored=stored, expected=expected, seconds=seconds)
 
 
 def in_another_process(directory: Path, dtype: str) -> Exported:
@@ -201,7 +200,7 @@ def sync(
     stale = np.abs(engine_logprobs(engine, probe) - exported.expected)
 
     began = time.perf_counter()
-    engine.install_weights(exported.manifest, exported.shards)
+    engine.install_weights(unpack_weights(*exported.stored))
     synchronize(place.device)
     installed = time.perf_counter() - began
     fresh = np.abs(engine_logprobs(engine, probe) - exported.expected)
@@ -226,7 +225,7 @@ def finding(
         Figure(name="mean log-prob difference before the sync", value=before, unit="nats"),
         Figure(name="mean log-prob difference after the sync", value=after, unit="nats"),
         Figure(name="largest log-prob difference after it", value=float(fresh.max()), unit="nats"),
-        Figure(name="weights", value=exported.manifest.num_bytes / 2**20, unit="MiB"),
+        Figure(name="weights", value=exported.stored.manifest.num_bytes / 2**20, unit="MiB"),
         Figure(name="gathering and packing them", value=exported.seconds, unit="s"),
         Figure(name="installing them", value=installed, unit="s"),
         Figure(

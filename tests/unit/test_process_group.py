@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from workers.training import process_group
 from workers.training.process_group import use_interface_of
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -21,7 +21,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         name: [SimpleNamespace(address=address) for address in addresses]
         for name, addresses in interfaces.items()
     }
-    monkeypatch.setattr(process_group.psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "")  # so that it is as before after the test
         monkeypatch.delenv(variable)

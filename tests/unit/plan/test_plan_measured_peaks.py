@@ -6,7 +6,7 @@ benchmarks/memory_plan.py compares resident memory of whole processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def peak_bytes(run: Callable[[], None]) -> int:
     assert profile.profiler is not None
     results = profile.profiler.kineto_results
     assert results is not None
-    recorded: Sequence[Any] = results.events()  # the stubs leave out the bytes of an event
+    recorded: Any = results.events()  # the stubs leave out the bytes of an event
     changes = sorted(
         (event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"
     )

@@ -311,10 +311,10 @@ class DeepSpeedBackend:
     def _load_optimizer_state(self, path: Path) -> None:
         assert self._optimizer is not None, "a frozen model has no optimizer state"
         # The first rank's file tells of how many ranks there were, where this one has none.
-        file = path / self._optimizer_file
-        if not file.exists():
-            file = path / "optimizer_rank0.pt"
-        saved = torch.load(file, weights_only=True, map_location=self.device)
+        files = [path / self._optimizer_file, path / "optimizer_rank0.pt"]
+        saved = None
+        if file := next(filter(Path.exists, files), None):
+            saved = torch.load(file, weights_only=True, map_location=self.device)
         if not isinstance(saved, dict) or saved["zero_stage"] != self._zero_stage:
             stage = saved["zero_stage"] if isinstance(saved, dict) else None
             was = f"zero_stage {stage}" if stage else "another backend"
