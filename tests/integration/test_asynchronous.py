@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -32,12 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN = ("staleness/", "queue/", "idle/")
 
 
+def pid_of(actor: Any) -> int:
+    """Return the number of an actor's process, which is on this machine."""
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
 class KillsAnEngine(Observer):
     """Kills a generation worker, which is busy, when a phase of a step begins."""
 
     def __init__(self, cluster: Cluster, name: str, moment: tuple[int, str]) -> None:
-        actor = cluster.actors[name]
-        self._pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+        self._pid = pid_of(cluster.actors[name])
         self._moment = moment
 
     def on_phase(self, step: int, phase: str) -> None:
