@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlsys.config.model_role import TrainableRoleConfig
     from rlsys.config.run import RunConfig
 
 LONGEST_TIMEOUT_S = 86_400.0
 LARGEST_MEMORY_GIB = 1e6
+LORA_BACKENDS: tuple[str, ...] = ("fsdp2",)
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -288,6 +290,33 @@ def _rollout_correction(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _lora(config: RunConfig) -> Iterator[str]:
+    rank = config.model.lora.rank
+    if not rank:
+        return
+    roles: dict[str, TrainableRoleConfig] = {"policy": config.policy}
+    if config.critic.enabled:
+        roles["critic"] = config.critic_role()
+
+    for name, role in roles.items():
+        if role.frozen:
+            yield (
+                f"{name}.frozen: {', '.join(role.frozen)} has no use with model.lora.rank {rank}, "
+                "which freezes all weights but the adapters. Leave it empty, and choose the "
+                "adapted layers with model.lora.target_modules."
+            )
+        if role.backend not in LORA_BACKENDS:
+            yield (
+                f"model.lora.rank: {rank} is not supported by {name}.backend {role.backend!r}. "
+                f"Set the backend to {' or '.join(LORA_BACKENDS)}, or the rank to 0."
+            )
+    if config.diagnostics.gradient:
+        yield (
+            f"diagnostics.gradient: true measures the gradient of a weight that model.lora.rank "
+            f"{rank} freezes. Set it to false."
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -301,4 +330,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _recomputed_advantages,
     _entropy,
     _rollout_correction,
+    _lora,
 )

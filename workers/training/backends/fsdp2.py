@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
 from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
 from rlsys.models.saving import change_model_config, copy_model_files
+from workers.training.lora import Adapters, exported_state, save_adapters, saved_adapters
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
@@ -78,13 +79,14 @@ class FSDP2Backend:
         self._rank = dist.get_rank()
 
         # A module whose forward pass was the last shows unsharded parameters without gradients.
-        self._parameters = list(module.parameters())
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._parameters = [parameter for _, parameter in named]
         self._max_norm = math.inf
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self._max_norm = optimizer.max_grad_norm or math.inf
             self._optimizer = torch.optim.AdamW(
-                parameter_groups(module.named_parameters(), optimizer.weight_decay),
+                parameter_groups(named, optimizer.weight_decay),
                 lr=optimizer.learning_rate,
                 betas=optimizer.betas,
                 eps=optimizer.eps,
@@ -130,23 +132,36 @@ class FSDP2Backend:
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
+        if self._rank == 0:
+            copy_model_files(self._directory, path)
+            if fields := self.module.config_fields():
+                change_model_config(path, fields)
+
+        adapters = self.module.adapters
+        if adapters is not None:
+            target = path if self._rank == 0 else None
+            save_adapters(self.module.model, adapters, self._directory, target, _unsharded)
+        else:
+            self._save_weights(path)
+        torch.save(self._optimizer_shards(), path / f"optimizer_rank{self._rank}.pt")
+
+    def _save_weights(self, path: Path) -> None:
         # safetensors needs contiguous tensors that share no memory; some are views of a larger one.
         weights = {
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self.weights()
         }
         if self._rank == 0:
-            copy_model_files(self._directory, path)
-            if fields := self.module.config_fields():
-                change_model_config(path, fields)
             save_file(weights, path / "model.safetensors", {"format": "pt"})
-
-        torch.save(self._optimizer_shards(), path / f"optimizer_rank{self._rank}.pt")
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
-        saved = load_file(path / "model.safetensors")
-        load_full_state_dict(self.module, from_checkpoint(self.module.model, saved))
+        adapters = self.module.adapters
+        if adapters is not None:
+            load_adapters(self.module, adapters, path)
+        else:
+            saved = load_file(path / "model.safetensors")
+            load_full_state_dict(self.module, from_checkpoint(self.module.model, saved))
 
         shards = torch.load(path / f"optimizer_rank{self._rank}.pt", weights_only=True)
         self._load_optimizer_shards(shards)
@@ -186,12 +201,12 @@ def _local(tensor: Any) -> Tensor:
 def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
     """Return all weights, unsharded and on the CPU, by the model's names; collective.
 
-    Tied tensors appear once.
+    Tied tensors appear once, and adapters are merged into the weights of their layers.
     """
     tied = _tied_names(packed.model)
     return {
-        name: _unsharded(tensor).detach().cpu()
-        for name, tensor in packed.model.state_dict().items()
+        name: tensor.detach().cpu()
+        for name, tensor in exported_state(packed.model, packed.adapters, _unsharded)
         if name not in tied
     }
 
@@ -223,12 +238,33 @@ def load_full_state_dict(packed: PackedModel, weights: dict[str, Tensor]) -> Non
                 "belongs to another model. Resume with the model that it was written with."
             )
 
-        with torch.no_grad():
-            if isinstance(parameter, DTensor):
-                local = parameter.to_local()
-                local.copy_(_own_shard(weights[name], local, parameter))
-            else:
-                parameter.copy_(weights[name])
+        _copy_whole(parameter, weights[name])
+
+
+def load_adapters(packed: PackedModel, adapters: Adapters, path: Path) -> None:
+    """Copy saved adapters into the sharded parameters; collective.
+
+    Raises:
+        ValueError: the checkpoint has no adapters, or those of other layers or another rank.
+    """
+    state = packed.model.state_dict()
+    for name, weight in saved_adapters(packed.model, adapters, path).items():
+        if weight.shape != state[name].shape:
+            raise ValueError(
+                f"model.lora.rank: {name} in {path} has the shape {tuple(weight.shape)} instead of "
+                f"{tuple(state[name].shape)}. Resume with the rank that it was written with."
+            )
+        _copy_whole(state[name], weight)
+
+
+@torch.no_grad()
+def _copy_whole(parameter: Tensor, weight: Tensor) -> None:
+    """Copy an unsharded weight into a parameter, of which a rank may hold a shard."""
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        local.copy_(_own_shard(weight, local, parameter))
+    else:
+        parameter.copy_(weight)
 
 
 def _own_shard(weight: Tensor, local: Tensor, parameter: DTensor) -> Tensor:
