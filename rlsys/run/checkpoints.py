@@ -5,6 +5,7 @@ checksums, is flushed to the disk, and is renamed last.
 
     checkpoints/step_000020/
         config.json, model.safetensors, tokenizer    Hugging Face format, for `from_pretrained`
+            (adapter_model.safetensors, in PEFT's format, where adapters are trained)
         optimizer_rank0.pt, policy_state.json        state of the policy group
         critic/                                      the same of the critic, where there is one
         trainer_state.json                           state of the driver: step, data position, ...
