@@ -429,7 +429,7 @@ def test_a_whole_checkpoint_is_no_checkpoint_of_adapters(llama: Path, tmp_path: 
 def test_contradictions_are_refused_by_name():
     for change, message in (
         ({"policy": {"frozen": ["model.*"]}}, r"policy\.frozen: model\.\* has no use with"),
-        ({"diagnostics": {"gradient": True}}, r"diagnostics\.gradient: true .* rank 8 freezes"),
+        ({"diagnostics": {"gradient": True}}, r"diagnostics\.gradient: true .*rank 8 freezes"),
     ):
         with pytest.raises(ValueError, match=message):
             RunConfig.model_validate({"model": {"lora": {"rank": 8}}, **change})

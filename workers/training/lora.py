@@ -10,6 +10,7 @@ A new head of a value model is trained whole beside them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # PEFT's name of the only adapter.
 _ADAPTER = "default"
 _BASE = ".base_layer."
+
+_digest_of_base = functools.cache(weights_digest)  # it reads every file, and does not change
 
 
 class TrainedParametersError(UnsupportedModelError):
@@ -326,7 +329,7 @@ def save_adapters(
         target_modules=[*adapters.targets],
         modules_to_save=[*adapters.heads] or None,
     ).save_pretrained(str(target))
-    AdapterBase(path=adapters.base, weights=weights_digest(source)).write(target)
+    AdapterBase(path=adapters.base, weights=_digest_of_base(source)).write(target)
 
 
 def saved_adapters(
