@@ -30,7 +30,8 @@ SUFFIXES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 def config(directory: Path, **changes: Any) -> RunConfig:
     tree: dict[str, Any] = {
         "model": {"path": str(directory), "lora": {"rank": RANK, "alpha": ALPHA}},
-        "generation": {"dtype": "float32"},
+        "data": {"max_prompt_tokens": 64},
+        "generation": {"dtype": "float32", "max_tokens": 64},
         "policy": {
             "compute_dtype": "float32",
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},

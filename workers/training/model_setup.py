@@ -151,8 +151,10 @@ def prepare(
 
     verdict = agreed(check)
     # Sharding needs a single dtype, and some models keep a few parameters in float32 regardless of
-    # the dtype they are loaded with.
-    nn.Module.to(model, stored)
+    # the dtype they are loaded with. Buffers stay as they are: rounded frequencies of RoPE would be
+    # those of another model.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
     adapters = None
     if isinstance(settings, TrainableRoleConfig):
         role = role or Role(section="policy", path=config.model.path)
@@ -178,7 +180,7 @@ def _choose_trained(
         return None
 
     # The passes cast every weight to the compute dtype, so storing a frozen one in it changes no
-    # output. Buffers, such as the frequencies of RoPE, stay as they are.
+    # output.
     heads = kind.heads(model)
     whole = {parameter for head in heads for parameter in head.parameters()}
     for parameter in model.parameters():
