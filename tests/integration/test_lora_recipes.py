@@ -1,4 +1,4 @@
-"""Adapters on one rank and two: the same updates, critic included; and a run from end to end."""
+"""Runs with adapters from end to end: RL with a critic, and training on examples."""
 
 from __future__ import annotations
 
@@ -7,93 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlsys.config import RunConfig
-from rlsys.metrics import values
 from rlsys.models import resolve_model
-from rlsys.models.weights import unpack_weights
 from rlsys.run.observers.metrics_log import read_metrics
-from tests.support.rank_processes import RankProcesses
-from tests.support.rollout_examples import random_rollouts, train_batch
 
 pytestmark = [pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
-
-
-def config(ranks: int, **policy: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"path": "tiny", "lora": {"rank": 4}},
-            "generation": {"dtype": "float32"},
-            "policy": {
-                "ranks": ranks,
-                "compute_dtype": "float32",
-                "optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.5},
-                **policy,
-            },
-        }
-    )
-
-
-@pytest.fixture
-def ranks(ray_cluster: None) -> Iterator[RankProcesses]:
-    processes = RankProcesses()
-    yield processes
-    processes.kill()
-
-
-async def test_updates_do_not_depend_on_ranks_or_packing(ranks: RankProcesses, tmp_path: Path):
-    """Three updates; two ranks continue from their checkpoint as if nothing had happened."""
-    batches = [train_batch(random_rollouts(seed, groups=6, samples=4)) for seed in range(3)]
-    plans = [
-        config(1),
-        config(2, microbatch_tokens=50, gradient_checkpointing=True),
-        config(2, microbatch_tokens=64, packing=False),
-    ]
-    weights, reports = [], []
-    for number, plan in enumerate(plans):
-        async with ranks.group(plan) as group:
-            for batch in batches[:2]:
-                await group.update(ray.put(batch))
-            if number == 1:
-                await group.save(tmp_path)
-            reports.append(values(await group.update(ray.put(batches[2]))))
-            manifest, refs = await group.export_weights(1)
-            shards = [await ref for ref in refs]
-            weights.append({n: t.clone() for n, t in unpack_weights(manifest, shards)})
-
-    base = load_file(resolve_model("tiny") / "model.safetensors")
-    first = weights[0]
-    assert max(float((first[name] - base[name]).abs().max()) for name in base) > 5e-4
-    for other, report in zip(weights[1:], reports[1:], strict=True):
-        for name, tensor in other.items():
-            # In Adam's first steps the sign of a gradient of about 0 is rounding.
-            agree = (tensor - first[name]).abs() < 1e-5
-            assert agree.float().mean() > 0.999, name
-        for metric in ("policy/loss", "policy/grad_norm", "policy/entropy"):
-            assert report[metric] == pytest.approx(reports[0][metric], rel=1e-4, abs=1e-6), metric
-
-    async with ranks.group(plans[1]) as group:
-        await group.load(tmp_path)
-        resumed = values(await group.update(ray.put(batches[2])))
-    for metric in ("policy/loss", "policy/grad_norm", "policy/entropy"):
-        assert resumed[metric] == pytest.approx(reports[1][metric], rel=1e-6), metric
-    with (tmp_path / "optimizer_rank0.pt").open("rb") as file:
-        held = torch.load(file, weights_only=True)
-    shapes = [tensor.shape for tensor in load_file(tmp_path / "adapter_model.safetensors").values()]
-    assert len(held) == len(shapes) == 28  # moments of the adapters alone
 
 
 def run(recipe: str, directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
