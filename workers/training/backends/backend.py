@@ -8,7 +8,7 @@ save, load           for checkpoints
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -52,6 +52,8 @@ class TrainedRole(RoleSettings, Protocol):
     def gradient_checkpointing(self) -> bool: ...
     @property
     def offload_optimizer(self) -> bool: ...
+    @property
+    def frozen(self) -> Sequence[str]: ...  # patterns of parameters that are not trained
 
 
 class ModelBackend(Protocol[ResultT_co]):
@@ -93,7 +95,8 @@ class ModelBackend(Protocol[ResultT_co]):
     def save(self, path: Path) -> None:
         """Write weights in Hugging Face layout, and the optimizer's state in shards, to `path`.
 
-        See `workers.training.sharded_checkpoint`.
+        See `workers.training.sharded_checkpoint`. Of a model with adapters the weights are those
+        in PEFT's layout.
         """
         ...
 
