@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from workers.training.process_group import agreed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlsys.config import ModelRoleConfig, RunConfig
+    from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 
 PackedT = TypeVar("PackedT", bound=PackedModel)
 
@@ -158,9 +158,10 @@ def prepare(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored)
     adapters = None
-    if isinstance(settings, TrainedRole):
+    if trainable:
         role = role or Role(section="policy", path=config.model.path)
-        adapters = _choose_trained(kind, model, config, settings, role)
+        trained = cast("TrainableRoleConfig", settings)
+        adapters = _choose_trained(kind, model, config, trained, role)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
     packed = kind.wrap(model, settings, verdict.packing)
@@ -172,7 +173,7 @@ def _choose_trained(
     kind: ModelKind[PackedT],
     model: PreTrainedModel,
     config: RunConfig,
-    settings: TrainedRole,
+    settings: TrainableRoleConfig,
     role: Role,
 ) -> Adapters | None:
     """Freeze what is not trained, and add adapters where they are configured."""

@@ -8,7 +8,7 @@ save, load           for checkpoints
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -52,8 +52,6 @@ class TrainedRole(RoleSettings, Protocol):
     def gradient_checkpointing(self) -> bool: ...
     @property
     def offload_optimizer(self) -> bool: ...
-    @property
-    def frozen(self) -> Sequence[str]: ...  # patterns of parameters that are not trained
 
 
 class ModelBackend(Protocol[ResultT_co]):
