@@ -57,6 +57,8 @@ from workers.training.rank_group import (
     CriticGroup,
     ExampleReferenceGroup,
     OfflineGroup,
+    OwnExampleReferenceGroup,
+    OwnReferenceGroup,
     PolicyGroup,
     RankGroup,
     ReferenceGroup,
@@ -111,7 +113,7 @@ async def start_workers(
     rewards = spawn_reward_workers(cluster, config, model)
     cluster.spawn("advantage", 0, AdvantageController, config)
     reference_actors = []
-    if config.algorithm.kl.coefficient > 0:
+    if config.algorithm.kl.coefficient > 0 and not config.is_own_reference:
         role = config.reference_role()
         reference_actors = _spawn_ranks(
             cluster, ReferenceWorker, config, role, directories.reference, shares="policy"
@@ -139,12 +141,15 @@ async def start_workers(
             "advantage", 0, kind="advantage_controller", called="the advantage controller"
         )
     )
-    reference = ReferenceGroup(reference_actors) if reference_actors else None
+    other = ReferenceGroup(reference_actors) if reference_actors else None
     critic = CriticGroup(critic_actors) if critic_actors else None
-    optional = [group for group in (reference, critic, reward_model) if group]
+    optional = [group for group in (other, critic, reward_model) if group]
 
     for note in await set_up_models(cluster, [policy, *optional]):
         notify(note)
+    reference = other
+    if config.algorithm.kl.coefficient > 0 and config.is_own_reference:
+        reference = OwnReferenceGroup(policy_actors)
     if reference and config.algorithm.kl.estimator == "exact":
         await policy.load_reference_head(
             [
@@ -186,7 +191,8 @@ async def start_offline_workers(
         cluster, kind.worker, config, config.trained, model_directory, place="policy"
     )
     role, reference_actors = config.reference_role(), []
-    if role is not None:
+    owns_reference = role is not None and online.is_own_reference
+    if role is not None and not owns_reference:
         reference_actors = _spawn_ranks(
             cluster,
             ExampleReferenceWorker,
@@ -201,11 +207,12 @@ async def start_offline_workers(
         rewards = spawn_reward_workers(cluster, online)
 
     trained = kind.group(trained_actors)
-    reference = ExampleReferenceGroup(reference_actors) if reference_actors else None
-    groups = [trained, reference] if reference else [trained]
-    for note in await set_up_models(cluster, groups):
+    optional = [ExampleReferenceGroup(reference_actors)] if reference_actors else []
+    for note in await set_up_models(cluster, [trained, *optional]):
         notify(note)
-    optional = [reference] if reference else []
+    reference = optional[0] if optional else None
+    if owns_reference:
+        reference = OwnExampleReferenceGroup(trained_actors)
     if problems is None:
         return OfflineWorkers(trained=trained, put=ray.put, reference=reference, reporting=optional)
 

@@ -5,7 +5,8 @@
     python -m rlsys.export runs/NAME/checkpoints/step_000020/critic OUT
 
 OUT gets config, tokenizer and weights in files of at most 5 GB, without optimizer and training
-state. One tensor at a time is in memory.
+state. One tensor at a time is in memory. Adapters are first merged with their base in the cache of
+models, in the type of the base's files.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 import torch
 
 from rlsys.config.command_line import CONFIG_FILE
-from rlsys.models import weight_files
+from rlsys.models import resolve_model, weight_files
+from rlsys.models.adapters import holds_adapters
 from rlsys.models.saving import change_model_config, copy_model_files
 from rlsys.models.tensor_files import TensorFacts, TensorFileWriter
 from rlsys.models.weight_files import FILE_BYTES, FORMAT, WeightFiles
 from rlsys.run.checkpoints import TRAINER_STATE
-from rlsys.run.evaluated_model import resolve_evaluated
+from rlsys.run.evaluated_model import named, resolve_evaluated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIELD = "RUN_OR_CHECKPOINT"  # in messages
@@ -73,8 +75,10 @@ def _converted(facts: TensorFacts, dtype: torch.dtype | None) -> TensorFacts:
 def model_directory(path: str) -> Path:
     """Return the directory of the model that a path names: of a run, the newest checkpoint.
 
+    Adapters are merged with their base.
+
     Raises:
-        ValueError: it names no model, or a damaged checkpoint.
+        ValueError: it names no model, or a damaged checkpoint; the base of adapters is missing.
     """
     place = Path(path).expanduser()
     if (place / CONFIG_FILE).is_file() or (place / TRAINER_STATE).is_file():
@@ -84,6 +88,8 @@ def model_directory(path: str) -> Path:
             f"{FIELD}: {path!r} is no run, checkpoint or model directory. Give runs/NAME, "
             "runs/NAME/checkpoints/step_N, or the critic/ of one."
         )
+    if holds_adapters(place):
+        return named(FIELD, lambda: resolve_model(path))
     return place
 
 

@@ -230,7 +230,7 @@ def finding(
         Figure(name="installing them", value=installed, unit="s"),
         Figure(
             name="copying as many bytes in host memory",
-            value=copy_seconds(exported.shards),
+            value=copy_seconds([array for part in exported.stored.parts for array in part]),
             unit="s",
         ),
     )

@@ -18,7 +18,7 @@ from rlsys.config.data import ColumnNames, DataConfig, SyntheticConfig
 from rlsys.config.diagnostics import DiagnosticsConfig
 from rlsys.config.errors import ConfigError
 from rlsys.config.generation import EngineConfig, GenerationConfig
-from rlsys.config.model import Dtype, ModelConfig
+from rlsys.config.model import Dtype, LoraConfig, ModelConfig
 from rlsys.config.model_role import ModelRoleConfig, ReferenceConfig, TrainableRoleConfig
 from rlsys.config.optimizer import OptimizerConfig
 from rlsys.config.policy import PolicyConfig
@@ -57,6 +57,7 @@ __all__ = [
     "GenerationConfig",
     "KLConfig",
     "LoopConfig",
+    "LoraConfig",
     "ModelConfig",
     "ModelRoleConfig",
     "ObjectiveConfig",

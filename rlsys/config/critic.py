@@ -77,3 +77,8 @@ class CriticConfig(Section):
         description="Keep master weights and optimizer state in host memory (GPU only). null: as "
         "the policy.",
     )
+    frozen: tuple[str, ...] = Field(
+        default=(),
+        description="Parameters of the critic that are not trained, as in policy.frozen. []: all "
+        "are trained.",
+    )

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlsys.config.model_role import TrainableRoleConfig
     from rlsys.config.run import RunConfig
 
 LONGEST_TIMEOUT_S = 86_400.0
 LARGEST_MEMORY_GIB = 1e6
+LORA_BACKENDS: tuple[str, ...] = ("fsdp2",)  # of frozen parameters as well
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -370,6 +372,40 @@ def _sync(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _trained_parameters(config: RunConfig) -> Iterator[str]:
+    """Refuse adapters and frozen parameters where a backend or another option excludes them."""
+    roles: dict[str, TrainableRoleConfig] = {"policy": config.policy}
+    if config.critic.enabled:
+        roles["critic"] = config.critic_role()
+
+    rank, backends = config.model.lora.rank, " or ".join(LORA_BACKENDS)
+    for name, role in roles.items():
+        patterns = ", ".join(role.frozen)
+        if role.frozen and rank:
+            yield (
+                f"{name}.frozen: {patterns} has no use with model.lora.rank {rank}, which freezes "
+                "all weights but the adapters. Leave it empty, and choose the adapted layers with "
+                "model.lora.target_modules."
+            )
+        if role.backend in LORA_BACKENDS:
+            continue
+        if rank:
+            yield (
+                f"model.lora.rank: {rank} is not supported by {name}.backend {role.backend!r}. "
+                f"Set the backend to {backends}, or the rank to 0."
+            )
+        if role.frozen:
+            yield (
+                f"{name}.frozen: {patterns} is not supported by {name}.backend {role.backend!r}. "
+                f"Set the backend to {backends}, or leave it empty."
+            )
+    if rank and config.diagnostics.gradient:
+        yield (
+            f"diagnostics.gradient: true measures the gradient of a weight that model.lora.rank "
+            f"{rank} freezes. Set it to false."
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -386,4 +422,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _rollout_correction,
     _asynchronous,
     _sync,
+    _trained_parameters,
 )

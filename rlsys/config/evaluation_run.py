@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from rlsys.config.cross_field_rules import contradictions
 from rlsys.config.data import DataConfig, SyntheticConfig
 from rlsys.config.generation import EngineConfig
-from rlsys.config.model import ModelConfig
+from rlsys.config.model import SampledModelConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, RunSection, UnhealedClusterConfig
 from rlsys.config.run import RunConfig
@@ -21,7 +21,7 @@ from rlsys.config.storage_uri import unsupported_storage
 LOWEST_TEMPERATURE = 0.01  # above 0; vLLM's lower limit
 
 
-class EvaluatedModelConfig(ModelConfig):
+class EvaluatedModelConfig(SampledModelConfig):
     """The model that is evaluated."""
 
     path: str = Field(

@@ -1,12 +1,33 @@
 """The language model."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlsys.config.section import Section
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: the trained part of a model whose own weights are frozen."""
+
+    rank: int = Field(
+        default=0,
+        ge=0,
+        description="Rank of the adapters of every trained model of the run (LoRA). 0: off, all "
+        "weights are trained. See docs/lora.md.",
+    )
+    alpha: float = Field(
+        default=32.0,
+        gt=0,
+        description="Scale of the adapters: their product is multiplied by alpha / rank.",
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=(),
+        description="Linear layers of the decoder blocks that get adapters, by the last parts of "
+        "their names: [q_proj, v_proj]. []: all of them.",
+    )
 
 
 class ModelConfig(Section):
@@ -28,3 +49,10 @@ class ModelConfig(Section):
         description="Run the Python code that comes with a model or its tokenizer, with your "
         "rights, in every process that loads it. Read the code first.",
     )
+    lora: LoraConfig = Field(default=LoraConfig(), description="Low-rank adapters.")
+
+
+class SampledModelConfig(ModelConfig):
+    """A model that is sampled from and not trained."""
+
+    lora: ClassVar[LoraConfig] = LoraConfig()  # pyright: ignore

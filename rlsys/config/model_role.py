@@ -106,6 +106,11 @@ class TrainableRoleConfig(ModelRoleConfig):
         default=False,
         description="Keep master weights and optimizer state in host memory (GPU only).",
     )
+    frozen: tuple[str, ...] = Field(
+        default=(),
+        description="Parameters that are not trained: patterns of their names in transformers, "
+        "such as [model.embed_tokens.*, model.layers.0.*]. []: all are trained.",
+    )
 
 
 class ReferenceConfig(Section):

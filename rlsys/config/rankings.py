@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rlsys.config.data import ColumnNames, SyntheticConfig
 from rlsys.config.generation import GenerationConfig
-from rlsys.config.model import ModelConfig
+from rlsys.config.model import SampledModelConfig
 from rlsys.config.reward import RewardConfig
 from rlsys.config.root import CONTRADICTIONS_LATER, RootConfig, UnhealedClusterConfig
 from rlsys.config.run import RunConfig
@@ -46,7 +46,9 @@ class RankingsRunConfig(RootConfig):
     output: str = Field(
         default="rankings.parquet", description="Parquet file to write; it may not exist yet."
     )
-    model: ModelConfig = Field(default=ModelConfig(), description="The model that is sampled from.")
+    model: SampledModelConfig = Field(  # pyright: ignore
+        default=SampledModelConfig(), description="The model that is sampled from."
+    )
     data: ProblemSourceConfig = Field(default=ProblemSourceConfig(), description="Problems.")
     responses: int = Field(
         default=4,

@@ -34,6 +34,7 @@ def _rule(field: str, verdict: Verdict, reason: str) -> ResumeRule:
 
 
 _SAME_ORDER = "It decides the order of the data: some prompts would repeat, others never come."
+_MOMENTS = "The optimizer state is that of the trained parameters."
 
 # The first rule that matches a field applies.
 RULES: tuple[ResumeRule, ...] = (
@@ -46,7 +47,11 @@ RULES: tuple[ResumeRule, ...] = (
         "It replaces the section algorithm, policy.num_mini_batches and critic.enabled.",
     ),
     _rule("model.path", "refused", "The checkpoint holds the weights of that model."),
+    _rule("model.lora.", "refused", "The checkpoint holds adapters of that form, or none."),
     _rule("model.", "accepted", ""),
+    _rule("policy.frozen", "refused", _MOMENTS),
+    _rule("critic.frozen", "refused", _MOMENTS),
+    _rule("reward_model.frozen", "refused", _MOMENTS),
     _rule("policy.backend", "refused", "The format of the optimizer state depends on it."),
     _rule(
         "policy.deepspeed.zero_stage", "refused", "The optimizer state is saved as it is sharded."

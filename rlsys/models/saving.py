@@ -20,9 +20,12 @@ WEIGHT_SUFFIXES = frozenset(
 # model.safetensors.index.json, pytorch_model.bin.index.fp16.json and the like, and weights beside
 # an ONNX graph.
 WEIGHT_NAMES = re.compile(r".*\.index\.(\w+\.)?json|.*\.onnx_data.*")
-# Written by the model catalogue, or by a checkpoint of another run that the model comes from.
+# Written by the model catalogue, or by a checkpoint of another run that the model comes from. With
+# a description of adapters transformers would look for them beside the merged weights.
 STATE_FILES = frozenset(
     {
+        "adapter_config.json",
+        "adapter_base.json",
         MANIFEST,
         "manifest.json",
         "trainer_state.json",

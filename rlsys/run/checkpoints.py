@@ -5,6 +5,7 @@ checksums, is flushed to the disk, and is renamed last.
 
     checkpoints/step_000020/
         config.json, model*.safetensors, tokenizer   Hugging Face format, for `from_pretrained`
+            (adapter_model.safetensors, in PEFT's format, where adapters are trained)
         optimizer-*.shard, optimizer_shards.json     moments of the policy's optimizer, by ranks
         policy_state.json                            the rest of the policy's state
         critic/                                      the same of the critic, where there is one

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rlsys.config.command_line import CONFIG_FILE
 from rlsys.models import check_model_path, resolve_model
+from rlsys.models.adapters import holds_adapters
 from rlsys.run.checkpoints import MANIFEST, TRAINER_STATE, CheckpointStore, find_damage
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class EvaluatedModel:
     @property
     def name(self) -> str:
         """The name for people: the path, with the step where the user named a run."""
-        is_run = self.step is not None and Path(self.path).expanduser() != self.directory
+        is_run = self.step is not None and _step(Path(self.path).expanduser()) is None
         return f"{self.path} (step {self.step})" if is_run else self.path
 
 
@@ -48,7 +49,7 @@ def check_evaluated_path(path: str, field: str) -> None:
 
 
 def resolve_evaluated(path: str, field: str) -> EvaluatedModel:
-    """Return the model of a path; it is built or fetched on first use.
+    """Return the model of a path; it is built, merged or fetched on first use.
 
     Raises:
         ValueError: see `check_evaluated_path` and `resolve_model`.
@@ -56,7 +57,10 @@ def resolve_evaluated(path: str, field: str) -> EvaluatedModel:
     directory = _checkpoint_directory(path, field)
     if directory is None:
         directory = named(field, lambda: resolve_model(path))
-    return EvaluatedModel(field=field, path=path, directory=directory, step=_step(directory))
+    whole = directory
+    if holds_adapters(directory):
+        whole = named(field, lambda: resolve_model(str(directory)))
+    return EvaluatedModel(field=field, path=path, directory=whole, step=_step(directory))
 
 
 def named(field: str, check: Callable[[], T]) -> T:

@@ -234,6 +234,20 @@ TABLE: tuple[Ineffective, ...] = (
         when=lambda s: s.config.policy.optimizer.schedule == "constant",
         because="policy.optimizer.schedule is constant",
     ),
+    _row(
+        "model.lora.alpha",
+        "model.lora.target_modules",
+        when=lambda s: s.config.model.lora.rank == 0,
+        because="model.lora.rank is 0, so there are no adapters",
+    ),
+    _row(
+        "reference.ranks",
+        "reference.compute_dtype",
+        "reference.microbatch_tokens",
+        when=lambda s: s.config.is_own_reference,
+        because="with model.lora.rank above 0 and without reference.path the policy without its "
+        "adapters is the reference",
+    ),
     # The critic.
     _row(
         "critic.",

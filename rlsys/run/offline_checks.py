@@ -30,7 +30,7 @@ from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
 from rlsys.run.model_checks import ModelDirectories, check_model
-from rlsys.run.plan import describe_places, describe_sync, training_bytes
+from rlsys.run.plan import OWN_REFERENCE, describe_places, describe_sync, training_memory
 from rlsys.run.preflight import config_mistakes
 from rlsys.run.step_time import StepEstimate
 
@@ -161,7 +161,6 @@ def describe_offline_plan(
     """Describe what a run would start, with a rough estimate of its memory; see `describe_plan`."""
     parameters = parameter_count(model_directory)
     trained = config.trained
-    rank_gib = parameters * training_bytes(trained) / 1024**3
     gpu = f" + {trained.gpus_per_rank:g} GPU" if hardware.gpus else ""
     rows = {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
@@ -169,13 +168,14 @@ def describe_offline_plan(
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         config.trained_field: (
             f"{trained.ranks} x {trained.backend}, {trained.cpus_per_rank} CPU{gpu} each; "
-            f"{rank_gib:.2f} GiB weights, gradients and Adam ({trained.compute_dtype}), and "
-            "activations"
+            f"{training_memory(trained, config.model.lora, model_directory)}"
         ),
     }
     reference = config.reference_role()
     if reference is not None:
         rows["reference"] = f"{reference.ranks} ranks beside the policy"
+        if config.online().is_own_reference:
+            rows["reference"] = OWN_REFERENCE
     rows |= {
         "data": f"{examples.describe()}, template {config.data.template}",
         "step": f"{config.trainer.examples_per_step} examples, one optimizer step",

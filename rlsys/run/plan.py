@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import RootConfig, RunConfig, TrainableRoleConfig
+from rlsys.config import LoraConfig, RootConfig, RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.data.text_stream import SourcedTexts
+from rlsys.models.adapters import adapter_parameters
 from rlsys.models.loading import parameter_count
 from rlsys.rewards import pool_functions, reward_model_role, with_token_limit
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.required_inputs import estimator_parameters
+
+OWN_REFERENCE = "the policy without its adapters (model.lora.rank)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ def describe_plan(
 ) -> str:
     """Describe what a run would start, with a rough estimate of its memory. Nothing is started.
 
-    Memory of a rank of the policy or the critic: see `training_bytes`. Memory of an engine: its
+    Memory of a rank of the policy or the critic: see `training_memory`. Memory of an engine: its
     weights and the KV cache. Activations are not included; they grow with policy.microbatch_tokens,
     or with ptx.max_tokens where a text is longer than that.
     """
@@ -61,7 +64,7 @@ def plan_rows(
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         "generation": _generation(config, hardware, parameters),
         "weight sync": describe_sync(config, parameters),
-        "policy": _policy(config, hardware, parameters),
+        "policy": _policy(config, hardware, directories.policy),
         "reference": _reference(config),
         "critic": _critic(config, directories.critic),
         "rewards": _rewards(config),
@@ -112,17 +115,26 @@ def describe_sync(config: RunConfig, parameters: int) -> str:
     return f"{place}, {size:.2f} GiB in buckets of {sync.bucket_mb} MB; {probe}"
 
 
-def _policy(config: RunConfig, hardware: Hardware, parameters: int) -> str:
+def _policy(config: RunConfig, hardware: Hardware, directory: Path) -> str:
     policy = config.policy
     gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
     return (
         f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; "
-        f"{_training_memory(policy, parameters)}"
+        f"{training_memory(policy, config.model.lora, directory)}"
     )
 
 
-def _training_memory(role: TrainableRoleConfig, parameters: int) -> str:
-    """Describe the memory of one rank of a trained model."""
+def training_memory(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> str:
+    """Describe the memory of one rank of a trained model; see `describe_plan`."""
+    parameters = parameter_count(directory)
+    if lora.rank:
+        stored = 2 if role.compute_dtype == "bfloat16" else 4  # bytes per parameter
+        adapters = adapter_parameters(directory, lora)
+        rank_gib = (parameters * stored + adapters * 16) / role.ranks / 1024**3
+        return (
+            f"{rank_gib:.2f} GiB weights ({role.compute_dtype}), with adapters of rank {lora.rank} "
+            f"({adapters / 1e6:.2f} M parameters), their gradients and Adam, and activations"
+        )
     rank_gib = parameters * training_bytes(role) / 1024**3
     return f"{rank_gib:.2f} GiB weights, gradients and Adam ({role.compute_dtype}), and activations"
 
@@ -147,13 +159,15 @@ def _critic(config: RunConfig, directory: Path) -> str:
     if not config.critic.enabled:
         return "none (critic.enabled is false)"
     role = config.critic_role()
-    memory = _training_memory(role, parameter_count(directory))
+    memory = training_memory(role, config.model.lora, directory)
     return f"{role.ranks} ranks beside the policy; {memory}"
 
 
 def _reference(config: RunConfig) -> str:
     if config.algorithm.kl.coefficient == 0:
         return "none (algorithm.kl.coefficient is 0)"
+    if config.is_own_reference:
+        return OWN_REFERENCE
     return f"{config.reference_role().ranks} ranks beside the policy"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rlsys.config import ConfigError, CriticConfig, PtxConfig, RootConfig
+from rlsys.config import ConfigError, CriticConfig, LoraConfig, PtxConfig, RootConfig
 from rlsys.config.command_line import flat
 from rlsys.config.engines import ENGINES
 from rlsys.config.renamed_fields import translated
@@ -46,6 +46,9 @@ def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     # Earlier versions of RL runs had no critic and no text; other kinds have none.
     off = {"critic": CriticConfig(), "ptx": PtxConfig()}
     absent = {name: section.model_dump(mode="json") for name, section in off.items()}
+    if "model" in saved:
+        lora = {"lora": LoraConfig().model_dump(mode="json")}
+        saved = {**saved, "model": lora | saved["model"]}
     return absent | saved if "algorithm" in saved else saved
 
 

@@ -16,8 +16,9 @@ from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
+from workers.training.lora import TrainedParametersError
 from workers.training.losses import Denominators, backward_passes
-from workers.training.model_setup import prepare, value_model
+from workers.training.model_setup import Role, prepare, value_model
 from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.trained_worker import TrainedWorker
 from workers.training.value_loss import ValueLoss
@@ -39,10 +40,14 @@ class CriticWorker(TrainedWorker):
         Raises:
             UnsupportedModelError: the model of `critic.path` can give no right values.
         """
+        path = self.config.critic.path or self.config.model.path
+        role = Role(section=self.role, path=path)
         try:
             module, verdict = prepare(
-                value_model(), self.config, self.settings, self.model_directory, device
+                value_model(), self.config, self.settings, self.model_directory, device, role
             )
+        except TrainedParametersError:
+            raise
         except UnsupportedModelError as error:
             reason = str(error).removeprefix("model.path: ")
             raise UnsupportedModelError(f"critic.path: {reason}") from error

@@ -1,26 +1,28 @@
 """Load a model and prepare it for sharding by any backend.
 
-load -> compare the packed forward pass with the model's own -> register the attention kernel
+load -> compare the packed forward pass with the model's own -> freeze, or add adapters
+     -> register the attention kernel
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlsys.models.loading import load_causal_lm
-from rlsys.models.value_models import ValueLayout, load_value_model
+from rlsys.models.value_models import ValueLayout, load_value_model, value_head
 from workers.training.backends.backend import TrainedRole
 from workers.training.checked_outputs import LOGPROBS, VALUES, CheckedOutput
 from workers.training.forward_check import ForwardCheck, Lengths, check_forward
+from workers.training.lora import Adapters, add_adapters, freeze
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackedCausalLM, PackedModel
 from workers.training.packed_value_model import PackedValueModel
@@ -29,7 +31,7 @@ from workers.training.process_group import agreed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlsys.config import ModelRoleConfig, RunConfig
+    from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 
 PackedT = TypeVar("PackedT", bound=PackedModel)
 
@@ -60,6 +62,8 @@ class ModelKind(Generic[PackedT]):
     load: Callable[..., PreTrainedModel]
     wrap: Callable[[PreTrainedModel, ModelRoleConfig, bool], PackedT]  # the last: packing
     checked: CheckedOutput
+    # Modules that are trained whole beside adapters.
+    heads: Callable[[PreTrainedModel], Sequence[nn.Module]] = lambda model: ()
 
 
 LANGUAGE_MODEL = ModelKind(
@@ -79,6 +83,7 @@ def value_model(
         load=partial(load_value_model, prefer=prefer, head_seed=head_seed),
         wrap=lambda model, settings, packing: PackedValueModel(model, packing=packing),
         checked=VALUES,
+        heads=lambda model: (value_head(model),),
     )
 
 
@@ -89,21 +94,34 @@ def prepare_model(
     return prepare(LANGUAGE_MODEL, config, settings, directory, device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """A trained model in the configuration."""
+
+    section: str  # of its settings
+    path: str  # of the model, in the forms of model.path
+
+
 def prepare(
     kind: ModelKind[PackedT],
     config: RunConfig,
     settings: ModelRoleConfig,
     directory: Path,
     device: torch.device,
+    role: Role | None = None,
 ) -> tuple[PackedT, ForwardCheck]:
     """Load a model and find out which forward pass it can run; collective.
 
-    A trainable model has float32 weights (the masters); a frozen one is stored in the compute
-    dtype. Both run in evaluation mode: dropout and router jitter would make the outputs of one
-    model differ from pass to pass.
+    Trained weights are float32 (the masters), frozen models and the base of adapters are stored in
+    the compute dtype. All run in evaluation mode: dropout and router jitter would make the outputs
+    of one model differ from pass to pass.
+
+    Args:
+        role: of a trained model; None: the policy, from `model.path`.
 
     Raises:
-        UnsupportedModelError: no forward pass gives the right outputs.
+        UnsupportedModelError: no forward pass gives the right outputs; the parameters to train do
+            not fit the model.
     """
     trainable = isinstance(settings, TrainedRole)
     stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
@@ -135,11 +153,44 @@ def prepare(
 
     verdict = agreed(check)
     # Sharding needs a single dtype, and some models keep a few parameters in float32 regardless of
-    # the dtype they are loaded with.
-    nn.Module.to(model, stored)
+    # the dtype they are loaded with. Buffers stay as they are: rounded frequencies of RoPE would be
+    # those of another model.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored)
+    adapters = None
+    if trainable:
+        role = role or Role(section="policy", path=config.model.path)
+        trained = cast("TrainableRoleConfig", settings)
+        adapters = _choose_trained(kind, model, config, trained, role)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
-    return kind.wrap(model, settings, verdict.packing), verdict
+    packed = kind.wrap(model, settings, verdict.packing)
+    packed.adapters = adapters
+    return packed, verdict
+
+
+def _choose_trained(
+    kind: ModelKind[PackedT],
+    model: PreTrainedModel,
+    config: RunConfig,
+    settings: TrainableRoleConfig,
+    role: Role,
+) -> Adapters | None:
+    """Freeze what is not trained, and add adapters where they are configured."""
+    lora = config.model.lora
+    if not lora.rank:
+        freeze(model, settings.frozen, field=f"{role.section}.frozen")
+        return None
+
+    # The passes cast every weight to the compute dtype, so storing a frozen one in it changes no
+    # output.
+    heads = kind.heads(model)
+    whole = {parameter for head in heads for parameter in head.parameters()}
+    for parameter in model.parameters():
+        if parameter not in whole:
+            parameter.data = parameter.data.to(DTYPES[settings.compute_dtype])
+    blocks = decoder_blocks(model)
+    return add_adapters(model, blocks, lora, seed=config.trainer.seed, base=role.path, heads=heads)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -31,7 +30,7 @@ from rlsys.models.value_models import separate_padding
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
-from workers.training.model_setup import prepare, value_model
+from workers.training.model_setup import Role, prepare, value_model
 from workers.training.offline_losses import (
     OfflineLoss,
     PreferenceLoss,
@@ -40,7 +39,7 @@ from workers.training.offline_losses import (
     SupervisedLoss,
 )
 from workers.training.optimizer_steps import OptimizerSteps
-from workers.training.rank_worker import CausalLMWorker
+from workers.training.reference import OwnReferenceWorker, ReferencePasses
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.trained_worker import TrainedWorker
 
@@ -155,7 +154,7 @@ class SupervisedWorker(LanguageModelWorker):
         return SupervisedLoss(objective=self.offline.objective)
 
 
-class PreferenceWorker(LanguageModelWorker):
+class PreferenceWorker(LanguageModelWorker, OwnReferenceWorker):
     """One rank of a policy that learns from preference pairs."""
 
     offline: PreferenceRunConfig
@@ -169,7 +168,7 @@ class PreferenceWorker(LanguageModelWorker):
         )
 
 
-class ExampleReferenceWorker(CausalLMWorker):
+class ExampleReferenceWorker(ReferencePasses):
     """One rank of the frozen reference of preference pairs."""
 
     role = "reference"
@@ -180,27 +179,6 @@ class ExampleReferenceWorker(CausalLMWorker):
         super().__init__(
             online_of(config), config.reference_role(), model_directory, rank, world_size
         )
-
-    @torch.no_grad()
-    def example_logprobs(self, batch: ExampleBatch) -> ReferenceLogprobs:
-        """Return the log-probabilities of this rank's responses, summed over learned tokens."""
-        rows: list[NDArray[np.int64]] = []
-        sums: list[NDArray[np.float32]] = []
-        for pack in self.packs_of_sequences(batch.sequences, np.arange(len(batch))):
-            logprobs = self.run(pack, 1.0).logprobs
-            if pack.is_padding:
-                continue
-            columns = PackColumns(pack, self.backend.device)
-            rows.append(pack.rows)
-            sums.append(columns.pad(logprobs).sum(dim=1).cpu().numpy())
-        return ReferenceLogprobs(
-            rows=np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64),
-            logprobs=np.concatenate(sums) if sums else np.zeros(0, dtype=np.float32),
-        )
-
-    def put_example_logprobs(self, batch: ExampleBatch) -> Any:
-        """Put the result of `example_logprobs` into the object store; return its reference."""
-        return ray.put(self.example_logprobs(batch))
 
 
 class RewardModelWorker(OfflineWorker):
@@ -219,7 +197,10 @@ class RewardModelWorker(OfflineWorker):
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """See `RankWorker`; a new head has the layout of sequence classification."""
         kind = value_model("sequence", head_seed=self.config.trainer.seed)
-        module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
+        role = Role(section=self.role, path=self.config.model.path)
+        module, verdict = prepare(
+            kind, self.config, self.settings, self.model_directory, device, role
+        )
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
 
@@ -273,7 +254,10 @@ class ProcessRewardModelWorker(OfflineWorker):
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """See `RankWorker`; a new head has the layout of token classification."""
         kind = value_model("token", head_seed=self.config.trainer.seed)
-        module, verdict = prepare(kind, self.config, self.settings, self.model_directory, device)
+        role = Role(section=self.role, path=self.config.model.path)
+        module, verdict = prepare(
+            kind, self.config, self.settings, self.model_directory, device, role
+        )
         backend = build_backend(module, self.settings, device, self.model_directory)
         return backend, verdict.reason
 

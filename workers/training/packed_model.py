@@ -24,6 +24,7 @@ from rlsys.algorithms.vocabulary_kl import LMHead, vocabulary_kl
 from rlsys.data.hidden_states import JoinedStates
 from rlsys.data.packing import Pack
 from workers.training.lm_head import logit_transform
+from workers.training.lora import Adapters
 from workers.training.packed_attention import PackedLayout
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         self.packing = packing  # else every pack is padded to a rectangle
+        self.adapters: Adapters | None = None  # None: the weights themselves are trained
 
     def hidden_states(self, pack: PackTensors) -> Tensor:
         """Return [m, d] the last hidden states at the positions that predict a sampled token."""

@@ -44,12 +44,13 @@ from workers.training.pretraining_text import (
     text_metrics,
     text_parts,
 )
+from workers.training.reference import OwnReferenceWorker
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
 from workers.training.update_metrics import loss_metrics
 
 
-class PolicyWorker(SampledFromWorker):
+class PolicyWorker(SampledFromWorker, OwnReferenceWorker):
     """One rank of the policy."""
 
     role = "policy"

@@ -2,6 +2,7 @@
 
 RankGroup              the ranks of any model
 ReferenceGroup         the ranks of the frozen reference
+OwnReferenceGroup      the ranks of the policy as its own reference, without its adapters
 TrainedGroup           the ranks of any model that is trained
 TrainedCausalLMGroup   the ranks of a trained model whose weights engines use
 PolicyGroup            the ranks of the policy
@@ -97,6 +98,49 @@ class ReferenceGroup(RankGroup):
             *(worker.put_logprobs_and_hidden.remote(*rollouts) for worker in self._workers)
         )
         return [logprobs for logprobs, _ in pairs], [hidden for _, hidden in pairs]
+
+
+class OwnReferenceGroup:
+    """The ranks of a policy as its own reference, with their adapters off.
+
+    `workers` are those of a `PolicyGroup`, which sets them up.
+    """
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self._workers = workers
+
+    async def logprobs(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> Sequence[Handle[LogprobBatch]]:
+        """See `ports.LogprobSource`."""
+        return await asyncio.gather(
+            *(worker.put_reference_logprobs.remote(*rollouts) for worker in self._workers)
+        )
+
+    async def logprobs_and_hidden(
+        self, rollouts: Sequence[Handle[RolloutBatch]]
+    ) -> tuple[Sequence[Handle[LogprobBatch]], Sequence[Handle[HiddenStates | None]]]:
+        """See `ports.Reference`."""
+        pairs = await asyncio.gather(
+            *(
+                worker.put_reference_logprobs_and_hidden.remote(*rollouts)
+                for worker in self._workers
+            )
+        )
+        return [logprobs for logprobs, _ in pairs], [hidden for _, hidden in pairs]
+
+
+class OwnExampleReferenceGroup:
+    """The ranks of a policy as the reference of its preference pairs, with their adapters off."""
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self._workers = workers
+
+    async def logprobs(self, batch: Handle[ExampleBatch]) -> Sequence[Handle[ReferenceLogprobs]]:
+        """See `ports.ExampleReference`."""
+        return await asyncio.gather(
+            *(worker.put_reference_example_logprobs.remote(batch) for worker in self._workers)
+        )
 
 
 class TrainedGroup(RankGroup):

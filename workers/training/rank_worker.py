@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from rlsys.config import ModelRoleConfig, RunConfig
+from rlsys.config import ModelRoleConfig, RunConfig, TrainableRoleConfig
 from rlsys.data.batches import LogprobBatch, RolloutBatch
 from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.packing import Pack, pack_rows
@@ -30,6 +30,7 @@ from rlsys.plugins import load_plugins
 from workers.node_folders import OnSomeNode
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
+from workers.training.lora import describe_trained
 from workers.training.model_setup import choose_kernel, prepare_model
 from workers.training.packed_attention import SHARING_KERNELS
 from workers.training.packed_model import PackResult, PackTensors
@@ -88,9 +89,13 @@ class RankWorker(OnSomeNode):
             and kernel in SHARING_KERNELS
         )
 
-        if padded_because is None:
-            return ()
-        return (f"{self.role}: runs padded instead of packed, which is slower ({padded_because})",)
+        notes = []
+        if padded_because is not None:
+            notes.append(f"runs padded instead of packed, which is slower ({padded_because})")
+        if isinstance(self.settings, TrainableRoleConfig):
+            module = self.backend.module
+            notes += describe_trained(module.model, module.adapters)
+        return tuple(f"{self.role}: {note}" for note in notes)
 
     def build(self, device: torch.device) -> tuple[ModelBackend[Any], str | None]:
         """Load and shard the model. Return it, and the reason if it cannot run packed."""

@@ -200,7 +200,7 @@ def optimizer_state(path: Path, parameters: Sequence[TensorFacts]) -> StateSourc
     """Return the optimizer's state in a checkpoint.
 
     Args:
-        parameters: all of the model, whole, in their order.
+        parameters: all that are trained, whole, in their order.
 
     Raises:
         ValueError: files are missing or damaged, or are of another model.

@@ -93,7 +93,8 @@ class ModelBackend(Protocol[ResultT_co]):
     def save(self, path: Path) -> None:
         """Write weights in Hugging Face layout, and the optimizer's state in shards, to `path`.
 
-        See `workers.training.sharded_checkpoint`.
+        See `workers.training.sharded_checkpoint`. Of a model with adapters the weights are those
+        in PEFT's layout.
         """
         ...
 

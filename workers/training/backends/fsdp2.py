@@ -7,7 +7,7 @@ before you build the backend.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,20 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from rlsys.models.adapters import merged_weight
 from rlsys.models.checkpoint_names import CheckpointNames, untied_state_dict
 from rlsys.models.saving import change_model_config, copy_model_files
 from rlsys.models.sharded_state import Piece
 from rlsys.models.tensor_files import TensorFacts
 from workers.training.backends.backend import OptimizerSettings, RoleSettings, TrainedRole
+from workers.training.lora import (
+    AdapterParts,
+    Adapters,
+    ExportedWeight,
+    exported_weights,
+    saved_adapters,
+    write_adapters,
+)
 from workers.training.model_setup import DTYPES, decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.sharded_checkpoint import (
@@ -90,14 +99,20 @@ class FSDP2Backend:
         self._rank = dist.get_rank()
         self._names: CheckpointNames | None = None  # planned at the first export
 
-        # A module whose forward pass was the last shows unsharded parameters without gradients.
-        self._parameters = list(module.parameters())
+        # Those that are trained, by their names in the model, which is the packed model's only
+        # submodule. A module whose forward pass was the last shows unsharded parameters without
+        # gradients, so they are listed once.
+        self._trained = {
+            name.removeprefix("model."): parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
         self._max_norm = math.inf
         self._optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self._max_norm = optimizer.max_grad_norm or math.inf
             self._optimizer = torch.optim.AdamW(
-                parameter_groups(module.named_parameters(), optimizer.weight_decay),
+                parameter_groups(self._trained.items(), optimizer.weight_decay),
                 lr=optimizer.learning_rate,
                 betas=optimizer.betas,
                 eps=optimizer.eps,
@@ -122,7 +137,7 @@ class FSDP2Backend:
     def step(self, learning_rate: float) -> float:
         """See `ModelBackend`."""
         optimizer = self.optimizer
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self._max_norm)
         value = float(_unsharded(norm))
 
         if math.isfinite(value):
@@ -135,17 +150,26 @@ class FSDP2Backend:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `ModelBackend`."""
-        state = untied_state_dict(self.module.model)
+        model = self.module.model
+        exported = exported_weights(untied_state_dict(model), self.module.adapters)
         if self._names is None:
-            self._names = CheckpointNames(self.module.model, state)
+            stored = {name: weight.stored for name, weight in exported.items()}
+            self._names = CheckpointNames(model, stored)
 
         # One weight at a time, or those that transformers can only convert together.
         for group in self._names.groups:
-            whole = {name: gathered(state[name], self._rank == 0) for name in group.names}
+            whole = {name: self._gathered(exported[name]) for name in group.names}
             here = {name: weight for name, weight in whole.items() if weight is not None}
             if self._rank == 0:
                 yield from self._names.convert(group, here).items()
             del whole, here  # before the next is gathered
+
+    def _gathered(self, weight: ExportedWeight) -> Tensor | None:
+        """Return a whole weight on rank 0, merged with its adapter; collective."""
+        stored, adapter = weight.stored, weight.adapter
+        if adapter is not None:
+            stored = _merged(stored, adapter)
+        return gathered(stored, self._rank == 0)
 
     def save(self, path: Path) -> None:
         """See `ModelBackend`."""
@@ -153,12 +177,27 @@ class FSDP2Backend:
         if self._rank == 0:
             files.attempt(lambda: self._copy_model_files(path))
 
-        model = self.module.model
+        model, adapters = self.module.model, self.module.adapters
         state = model.state_dict()
-        facts = _saved_weights(model)
-        save_weights(model, facts, lambda name, wanted: gathered(state[name], wanted), files)
+        if adapters is None:
+            facts = _saved_weights(model)
+            save_weights(model, facts, lambda name, wanted: gathered(state[name], wanted), files)
+        else:
+            self._save_adapters(adapters, state, files)
         save_optimizer(self._optimizer_pieces(), files)
         files.finish()
+
+    def _save_adapters(
+        self, adapters: Adapters, state: Mapping[str, Tensor], files: RankFiles
+    ) -> None:
+        """Write the adapters, and the heads that are trained whole, on rank 0; collective."""
+        weights: dict[str, Tensor] = {}
+        for name, saved in adapters.saved_names(state).items():
+            whole = gathered(state[name], self._rank == 0)
+            if whole is not None:
+                weights[saved] = whole
+        if self._rank == 0:
+            files.attempt(lambda: write_adapters(adapters, weights, self._directory, files.path))
 
     def _copy_model_files(self, path: Path) -> None:
         copy_model_files(self._directory, path)
@@ -167,24 +206,22 @@ class FSDP2Backend:
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
-        model = self.module.model
+        model, adapters = self.module.model, self.module.adapters
         state = model.state_dict()
-        for name, read in load_weights(model, _saved_weights(model), path):
-            shard = DTensorShard.of(state[name])
-            with torch.no_grad():
-                shard.local.copy_(read(shard.start, shard.stop).reshape(shard.local.shape))
+        if adapters is None:
+            for name, read in load_weights(model, _saved_weights(model), path):
+                shard = DTensorShard.of(state[name])
+                shard.copy(read(shard.start, shard.stop))
+        else:
+            for name, weight in saved_adapters(adapters, state, path).items():
+                shard = DTensorShard.of(state[name])
+                shard.copy(weight.reshape(-1)[shard.start : shard.stop])
 
         self._load_optimizer(path)
 
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters in their order, by their names in the model."""
-        prefix = "model."  # of the packed model's only submodule
-        named = [(name.removeprefix(prefix), one) for name, one in self.module.named_parameters()]
-        return [(name, one) for (name, _), one in zip(named, self._parameters, strict=True)]
-
     def _optimizer_pieces(self) -> Iterator[Piece]:
         """Yield Adam's moments of this rank's shards, and from one rank the step counts."""
-        for name, parameter in self._named_parameters():
+        for name, parameter in self._trained.items():
             for kind, value in self.optimizer.state[parameter].items():
                 shard = DTensorShard.of(value)
                 if shard.is_first_copy:
@@ -196,11 +233,11 @@ class FSDP2Backend:
                     )
 
     def _load_optimizer(self, path: Path) -> None:
-        named = self._named_parameters()
-        source = optimizer_state(path, [TensorFacts.of(name, one) for name, one in named])
+        facts_of_trained = [TensorFacts.of(name, one) for name, one in self._trained.items()]
+        source = optimizer_state(path, facts_of_trained)
         kinds = sorted({name.partition("/")[0] for name in source.tensors})
         self.optimizer.state.clear()
-        for name, parameter in named:
+        for name, parameter in self._trained.items():
             shard = DTensorShard.of(parameter)
             for kind in kinds:
                 facts = source.tensors.get(f"{kind}/{name}")
@@ -247,6 +284,11 @@ class DTensorShard:
             is_first_copy=all(not place for place, kind in replicas if kind.is_replicate()),
         )
 
+    @torch.no_grad()
+    def copy(self, flat: Tensor) -> None:
+        """Copy [stop - start] elements, in row-major order, into the part."""
+        self.local.copy_(flat.reshape(self.local.shape))
+
 
 def _sharded_like(parameter: Tensor, flat: Tensor) -> Tensor:
     """Return a tensor whose shard on this rank has the values `flat`, sharded like a parameter."""
@@ -264,6 +306,21 @@ def _sharded_like(parameter: Tensor, flat: Tensor) -> Tensor:
 def _saved_weights(model: PreTrainedModel) -> list[TensorFacts]:
     """Return the weights of a checkpoint by the model's names; tied ones once."""
     return [TensorFacts.of(name, tensor) for name, tensor in untied_state_dict(model).items()]
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, adapter: AdapterParts) -> Tensor:
+    """Return W + scale * B A in float32, sharded like W; collective.
+
+    W and B have the same number of rows, and so the same rows on a rank: it merges its own, with
+    the whole of A.
+    """
+    local = DTensorShard.of(weight).local
+    down = gathered(adapter.down, True)
+    assert down is not None
+    up = DTensorShard.of(adapter.up).local
+    merged = merged_weight(local, down.to(local.device), up, adapter.scale)
+    return _sharded_like(weight, merged)
 
 
 def gathered(tensor: Tensor, wanted: bool) -> Tensor | None:
@@ -303,12 +360,3 @@ def gathered(tensor: Tensor, wanted: bool) -> Tensor | None:
 def _unsharded(tensor: Any) -> Tensor:
     """Gather a sharded tensor; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def full_state_dict(packed: PackedModel) -> dict[str, Tensor]:
-    """Return all weights, unsharded and on the CPU, by the model's names; collective.
-
-    Tied tensors appear once.
-    """
-    state = untied_state_dict(packed.model)
-    return {name: _unsharded(tensor).detach().cpu() for name, tensor in state.items()}
