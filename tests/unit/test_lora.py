@@ -299,7 +299,9 @@ def test_the_path_of_a_checkpoint_is_the_merged_model(
 def test_merging_keeps_dtype_and_files_of_the_base(llama: Path, tmp_path: Path):
     """The base is in two bfloat16 files; the merge is rounded once."""
     base, saved, out = tmp_path / "base", tmp_path / "saved", tmp_path / "out"
-    load_family(llama, seed=3).to(torch.bfloat16).save_pretrained(base, max_shard_size="100KB")
+    model = load_family(llama, seed=3)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="100KB")
     assert len([*base.glob("*.safetensors")]) > 1
     for file in llama.glob("token*"):
         (base / file.name).write_bytes(file.read_bytes())
