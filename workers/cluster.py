@@ -370,7 +370,8 @@ class Cluster:
         """
         # The processes of a cluster that was joined have other working folders.
         directory = directory.absolute()
-        nodes = {node, *bundle_nodes(self.reservation)}
+        # The place of a node that died has no node until it is made again.
+        nodes = {node, *filter(None, bundle_nodes(self.reservation))}
         self.folders.deliver(directory, model_files(directory), nodes)
         return self.folders.on(directory, node)
 

@@ -273,6 +273,9 @@ def _cells(place: Place) -> tuple[str, str, str]:
 
 
 def bundle_nodes(reservation: Any) -> list[str]:
-    """Return the node id of each bundle of a placement group that was made."""
+    """Return the node id of each bundle of a placement group that was made.
+
+    It is empty for a bundle whose node has died.
+    """
     found = placement_group_table(reservation)["bundles_to_node_id"]
     return [found[position] for position in range(len(found))]

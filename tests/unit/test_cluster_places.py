@@ -17,7 +17,11 @@ from workers.stack_dumps import answer_with_stacks
 class FakeFolders:
     """Every node has a model under a path of its own."""
 
-    def deliver(self, directory: Path, files: Any, nodes: Any) -> None: ...
+    def __init__(self) -> None:
+        self.delivered: list[set[str]] = []
+
+    def deliver(self, directory: Path, files: Any, nodes: Any) -> None:
+        self.delivered.append(set(nodes))
 
     def on(self, directory: Path, node: str) -> str:
         return f"/{node}/{directory.name}"
@@ -120,3 +124,13 @@ async def test_a_place_that_does_not_come_back_is_a_failure_that_a_restart_repai
     with pytest.raises(ActorUnschedulableError, match="recovery_timeout_s"):
         await cluster._restart("generation-0")
     assert len(fake.started) == 1
+
+
+def test_a_place_without_a_node_gets_no_files(monkeypatch: pytest.MonkeyPatch):
+    """As when a reward worker is started again while the place of a rank is lost."""
+    fake = FakeRay("RESCHEDULING")
+    fake.nodes = ["", "node-b"]
+    cluster = make_cluster(monkeypatch, fake, 60.0)
+    assert cluster.on_node(Path("/models/mine"), "node-c") == "/node-c/mine"
+    assert isinstance(cluster.folders, FakeFolders)
+    assert cluster.folders.delivered == [{"node-b", "node-c"}]

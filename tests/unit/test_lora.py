@@ -227,7 +227,8 @@ def test_a_resumed_rank_goes_on_exactly(llama: Path, tmp_path: Path):
 
 
 def test_one_weight_at_a_time_is_gathered_and_merged(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    gathered, calls = fsdp2.gathered, []
+    gathered = fsdp2.gathered
+    calls: list[torch.Size] = []
 
     def counted(tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         calls.append(tensor.shape)
