@@ -8,7 +8,13 @@ One policy rank and one generation worker, without training: every sync sends al
 is `numpy.copyto` between two warm buffers, made right before each sync, so that both meet the same
 load of the machine. The figures are the fastest of all repetitions after the first. Memory is
 what a process has allocated beyond its state before the sync, at its highest; shared memory is
-counted as the object store's. Results are recorded in docs/measurements.md.
+counted as the object store's.
+
+The work on one bucket of 64 MiB without processes, next to a copy of it:
+
+    python -m benchmarks.weight_sync --pieces
+
+Results are recorded in docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +44,7 @@ from rlsys.data.prompt_stream import load_prompts
 from rlsys.metrics import values
 from rlsys.models import resolve_model
 from rlsys.models.loading import load_tokenizer, parameter_count
+from rlsys.models.weights import StoredWeights, pack_weights, unpack_weights
 from rlsys.run.model_checks import ModelDirectories
 from workers.cluster import Cluster
 
@@ -187,6 +195,38 @@ async def measure(path: Path, config: RunConfig, repetitions: int) -> dict[str, 
     }
 
 
+def pieces(repetitions: int) -> dict[str, float]:
+    """Return the least processor time of each piece of work on a bucket of bfloat16, in seconds."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(2**20, generator=generator) for _ in range(32)]
+    source = torch.cat(masters).bfloat16().view(torch.uint8).numpy()
+    target = np.ones_like(source)
+    named = [(str(number), master) for number, master in enumerate(masters)]
+
+    def build() -> StoredWeights:
+        return pack_weights(named, version=0, dtype=torch.bfloat16, bucket_bytes=source.nbytes)
+
+    sent = build()
+    work: dict[str, Callable[[], Any]] = {
+        "copy": lambda: np.copyto(target, source),
+        "adler32 of all bytes (before)": lambda: zlib.adler32(source.data),
+        "cast from float32": lambda: [master.bfloat16() for master in masters],
+        "cast and checksum: what rank 0 does before the store": build,
+        "compare the checksum: what an engine does before it loads": lambda: list(
+            unpack_weights(*sent)
+        ),
+    }
+    return {name: min(_seconds(run) for _ in range(repetitions)) for name, run in work.items()}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Return the processor time of `run`, which other processes of the machine do not lengthen."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
 def main() -> None:
     """Measure each model and print its row."""
     parser = argparse.ArgumentParser(
@@ -199,7 +239,12 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--probe-every", type=int, default=1, help="0: no probe at all")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--pieces", action="store_true", help="one bucket, without processes")
     arguments = parser.parse_args()
+    if arguments.pieces:
+        for piece, seconds in pieces(20 * arguments.repetitions).items():
+            print(f"| {piece} | {seconds * 1e3:.1f} |", flush=True)
+        return
 
     print(
         "| model | MiB | copy ms | sync ms | ratio | export ms | load ms | probe ms (tokens) |",
