@@ -258,7 +258,8 @@ def test_the_path_of_a_checkpoint_is_the_merged_model(
 def test_merging_keeps_dtype_and_files_of_the_base(llama: Path, tmp_path: Path):
     """The base is in two bfloat16 files; the merge is rounded once."""
     base, saved, out = tmp_path / "base", tmp_path / "saved", tmp_path / "out"
-    load_family(llama, seed=3).to(torch.bfloat16).save_pretrained(base, max_shard_size="100KB")
+    model: Any = load_family(llama, seed=3)
+    model.to(torch.bfloat16).save_pretrained(base, max_shard_size="100KB")
     assert len([*base.glob("*.safetensors")]) > 1
     for file in llama.glob("token*"):
         (base / file.name).write_bytes(file.read_bytes())
@@ -269,8 +270,8 @@ def test_merging_keeps_dtype_and_files_of_the_base(llama: Path, tmp_path: Path):
         expected = exported(worker)
 
     merge_adapters(saved, base, out)
-    model = load_causal_lm(out, dtype=torch.bfloat16, attention="eager")
-    for name, tensor in model.state_dict().items():
+    merged = load_causal_lm(out, dtype=torch.bfloat16, attention="eager")
+    for name, tensor in merged.state_dict().items():
         assert torch.equal(tensor, expected[name].bfloat16()), name
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"]} == {*expected}
