@@ -16,7 +16,13 @@ from rlsys.config.hardware import Hardware
 
 RECIPE = grpo_math(Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0))
 # An empty list that says "none".
-MAY_BE_EMPTY = {"plugins", "generation.stop"}
+MAY_BE_EMPTY = {
+    "plugins",
+    "generation.stop",
+    "model.lora.target_modules",
+    "policy.frozen",
+    "critic.frozen",
+}
 
 
 def kinds(annotation: Any) -> set[type]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import asyncio
 import json
 import os
 import signal
@@ -419,7 +420,11 @@ async def test_a_process_that_lost_the_storage_writes_no_more(tmp_path: Path):
     await run.step(1)
     owner = read_owner(run.place)
     assert owner is not None
-    run.place.write_json(OWNER, replace(owner, process="another", host="node7").__dict__)
+    other = replace(owner, process="another", host="node7")
+    # A renewal that has read the file before may write it after.
+    while not run.storage.is_lost:
+        run.place.write_json(OWNER, other.__dict__)
+        await asyncio.sleep(0.01)
     await run.step(2)
     assert "checkpoints/step_000002" in run.storage.finish()
     assert ended == ["ends"]

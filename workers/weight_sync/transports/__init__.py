@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from rlsys.config import SyncConfig
+from typing import TYPE_CHECKING
+
 from workers.weight_sync.transports.transport import WeightTransport
+
+if TYPE_CHECKING:
+    from rlsys.config import SyncConfig
 
 __all__ = ["WeightTransport", "make_transport"]
 
