@@ -103,6 +103,8 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
         CPU,
     ),
     ("sync.directory", "weights", {}, {"sync.transport": "disk"}, CPU),
+    ("model.lora.alpha", 16.0, {}, {"model.lora.rank": 8}, CPU),
+    ("model.lora.target_modules", ["q_proj"], {}, {"model.lora.rank": 8}, CPU),
     ("policy.gpus_per_rank", 0.5, {}, {"cluster.address": "auto"}, CPU),
     ("policy.offload_optimizer", True, {}, {"cluster.address": "auto"}, CPU),
     ("policy.deepspeed.zero_stage", 2, {}, {"policy.backend": "deepspeed"}, CPU),
