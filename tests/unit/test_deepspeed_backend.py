@@ -72,6 +72,15 @@ def test_names_are_checked_by_the_shapes_of_whole_weights():
     assert names_without_mapping(model, resolve_model("tiny")) == []
 
 
+@pytest.mark.usefixtures("alone")
+def test_one_weight_at_a_time_is_gathered(monkeypatch: pytest.MonkeyPatch):
+    backend = running(Case(zero_stage=3)).backend
+    whole, gathered = backend._whole, []
+    monkeypatch.setattr(backend, "_whole", lambda tensor: gathered.append(0) or whole(tensor))
+    for count, _ in enumerate(backend.weights(), start=1):
+        assert len(gathered) == count
+
+
 def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match="'deepspeed' cannot be imported on a node of the ranks"):
