@@ -204,7 +204,6 @@ TABLE: tuple[Ineffective, ...] = (
     _row(
         "policy.gpus_per_rank",
         "policy.offload_optimizer",
-        "policy.deepspeed.offload_weights",
         "generation.gpus_per_worker",
         when=lambda s: s.has_no_gpu,
         because="this machine has no GPU",

@@ -116,13 +116,6 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("reference.ranks", 1, KL | {"model.lora.rank": 4}, KL, CPU),
     ("policy.deepspeed.zero_stage", 2, {}, {"policy.backend": "deepspeed"}, CPU),
     ("policy.deepspeed.offload_weights", True, {}, {"policy.backend": "deepspeed"}, GPU),
-    (
-        "policy.deepspeed.offload_weights",
-        True,
-        {"policy.backend": "deepspeed"},
-        {"policy.backend": "deepspeed", "cluster.address": "auto"},
-        CPU,
-    ),
     ("generation.gpus_per_worker", 0.5, {}, {"cluster.address": "auto"}, CPU),
     ("policy.threads_per_rank", 2, {}, {"policy.gpus_per_rank": 0.0}, GPU),
     ("policy.shared_prefix_packing", True, {"policy.packing": False}, {}, CPU),
