@@ -23,6 +23,7 @@ from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
 from rlsys.models.checkpoint_names import CheckpointNames, from_checkpoint, tied_names
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.saving import change_model_config, copy_model_files
+from rlsys.models.weight_files import weight_paths
 from workers.training.model_setup import decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
@@ -256,7 +257,11 @@ class DeepSpeedBackend:
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
-        saved = from_checkpoint(self.module.model, load_file(path / "model.safetensors"))
+        # Several files are those of fsdp2, whose optimizer state is refused by name below.
+        found = {
+            name: tensor for file in weight_paths(path) for name, tensor in load_file(file).items()
+        }
+        saved = from_checkpoint(self.module.model, found)
         for name, tensor in _named_tensors(self.module):
             shape = whole_shape(tensor)
             if name not in saved or saved[name].shape != shape:
