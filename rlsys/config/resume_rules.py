@@ -34,6 +34,7 @@ def _rule(field: str, verdict: Verdict, reason: str) -> ResumeRule:
 
 
 _SAME_ORDER = "It decides the order of the data: some prompts would repeat, others never come."
+_PARTS = "Each rank reads its part of the checkpoint. With the backend deepspeed it is refused."
 _MOMENTS = "The optimizer state is that of the trained parameters."
 
 # The first rule that matches a field applies.
@@ -56,10 +57,10 @@ RULES: tuple[ResumeRule, ...] = (
     _rule(
         "policy.deepspeed.zero_stage", "refused", "The optimizer state is saved as it is sharded."
     ),
-    _rule("policy.ranks", "accepted", "Each rank reads its part of the checkpoint."),
+    _rule("policy.ranks", "accepted", _PARTS),
     _rule("critic.enabled", "refused", "The checkpoint has a critic, or has none."),
     _rule("critic.path", "refused", "The checkpoint holds the weights of that critic."),
-    _rule("critic.ranks", "accepted", "Each rank reads its part of the checkpoint."),
+    _rule("critic.ranks", "accepted", _PARTS),
     _rule("critic.", "accepted", "The optimizer keeps its moments."),
     _rule("reward_model.backend", "refused", "The format of the optimizer state depends on it."),
     _rule(
@@ -67,7 +68,7 @@ RULES: tuple[ResumeRule, ...] = (
         "refused",
         "The optimizer state is saved as it is sharded.",
     ),
-    _rule("reward_model.ranks", "accepted", "Each rank reads its part of the checkpoint."),
+    _rule("reward_model.ranks", "accepted", _PARTS),
     _rule("reward_model.", "accepted", "The optimizer keeps its moments."),
     _rule("reference.", "accepted", ""),
     _rule("policy.", "accepted", "The optimizer keeps its moments."),

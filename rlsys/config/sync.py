@@ -30,8 +30,8 @@ class SyncConfig(Section):
     directory: str | None = Field(
         default=None,
         description="Directory of this run alone, on storage that all nodes with generation "
-        "workers share, for the transport disk. It holds one version of the weights, or two while "
-        "a restarted worker reads the older one. null: none.",
+        "workers share, for the transport disk. It holds one version of the weights, and those "
+        "that a worker has still to read (trainer.max_staleness). null: none.",
     )
 
     @field_validator("transport", mode="before")

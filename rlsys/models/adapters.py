@@ -44,7 +44,17 @@ _VARIANTS = (
     "lora_bias",
     "target_parameters",
     "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
+# Values of init_lora_weights that leave the base as it is; others, such as pissa, change it.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_WITH_A_HEAD_OF_ITS_OWN = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +120,12 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
     layers = {name.removesuffix(DOWN) for name in weights if name.endswith(DOWN)}
     whole = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+    if other := sorted(n for n in {*weights} - {*whole} if not n.endswith((DOWN, UP))):
+        raise ValueError(
+            f"model.path: {other[0]} in {str(adapters)!r} is no adapter of a linear layer. Merge "
+            "them with PEFT (merge_and_unload), and give the result."
+        )
+    replaces_head = _facts(adapters).get("task_type") in _WITH_A_HEAD_OF_ITS_OWN
 
     target.mkdir(parents=True, exist_ok=True)
     copy_model_files(adapters, target)
@@ -119,8 +135,8 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
     for number, file in enumerate(files, start=1):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(file):
-            if name in whole or (whole and name.startswith("lm_head.")):
-                continue  # a trained head replaces that of the base
+            if name in whole or (whole and replaces_head and name.startswith("lm_head.")):
+                continue  # what was trained whole replaces that of the base
             layer = _layer_of(name, layers)
             if layer is not None:
                 down, up = weights[layer + DOWN], weights[layer + UP]
@@ -191,6 +207,8 @@ def _scale(adapters: Path) -> float:
     found = [f"{name}: {facts[name]}" for name in _VARIANTS if facts.get(name)]
     if facts.get("bias", "none") != "none":
         found.append(f"bias: {facts['bias']}")
+    if facts.get("init_lora_weights") not in _PLAIN_STARTS:
+        found.append(f"init_lora_weights: {facts['init_lora_weights']}")
     if kind != "LORA" or found:
         raise ValueError(
             f"model.path: the adapters in {str(adapters)!r} are not plain LoRA "

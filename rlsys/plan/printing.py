@@ -12,12 +12,12 @@ from rlsys.plan.run_memory import CONTEXT_BYTES, RolePlan, RunMemory
 from rlsys.plan.shapes import ModelShape
 
 CHECKED_ON_CPU = (
-    "checked: one policy rank on a CPU: every phase on SmolLM2-135M by resident memory, update and "
-    "log-probs of two small shapes by the allocator (docs/planning_memory.md)"
+    "checked: one policy rank on a CPU: set-up, update and log-probs on SmolLM2-135M by resident "
+    "memory, update and log-probs of two small shapes by the allocator (docs/planning_memory.md)"
 )
 NEVER_CHECKED = (
-    "never checked: several ranks; reference, critic and reward model; engines and object store, "
-    "which are counted by their tensors"
+    "never checked: several ranks; sync and checkpoint; reference, critic and reward model; "
+    "engines and object store, which are counted by their tensors"
 )
 NEVER_ON_GPU = (
     "never checked: anything on a GPU. Its formulas are those of the CPU, with the masks and "

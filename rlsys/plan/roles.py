@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from rlsys.plan import formulas
 from rlsys.plan.shapes import ModelShape
 
+GATHERED_BYTES = 16 << 20  # as in `backends/fsdp2.py`, which imports torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
@@ -247,66 +249,78 @@ def forward_moments(
 
 
 def sync_moments(
-    shape: ModelShape, settings: RankSettings, *, engine_bytes: int
+    shape: ModelShape, settings: RankSettings, *, engine_bytes: int, bucket_bytes: int
 ) -> tuple[Moment, ...]:
-    """Return the moment of rank 0 in a weight sync: all weights, and a copy for the engines.
+    """Return the moment of rank 0 in a weight sync: one weight, and one bucket for the engines.
 
-        host:  4 P gathered in float32 on every rank, except where a single rank on a CPU has them
-               already; e P more on rank 0, e bytes in the engine
-        GPU:   one gathered tensor at a time, the largest 4 V h, twice on several ranks
+        host:  4 w, the largest weight in float32, except where a single rank on a CPU has it
+               already; a bucket of `bucket_bytes`, or of one weight where that is larger (e w, e
+               bytes in the engine); it is a view where nothing is gathered or cast
+        ranks: each has a block of rows of the weight; see `_rows`
 
-    **Source:** `FSDP2Backend.weights` gathers all tensors on every rank before the first is read;
-    `pack_weights`.
+    The copies in the object store are not counted here.
+
+    **Source:** `FSDP2Backend.weights`, `rlsys.models.weights.buckets_of`.
     """
-    parameters = shape.parameters()
-    largest = formulas.FLOAT32 * shape.embedding_parameters * (2 if settings.gathers else 1)
-    gathered = {
-        "gathered weights": _gathered(parameters, settings),
-        "copy for the engines": float(engine_bytes * parameters),
-    }
+    largest = _largest_weight(shape)
+    bucket = min(engine_bytes * shape.parameters(), max(bucket_bytes, engine_bytes * largest))
+    if _is_in_place(settings) and engine_bytes == formulas.FLOAT32:
+        bucket = 0
     return (
         _moment(
-            "all weights gathered",
+            "a bucket filled",
             settings,
             sharded=resting(shape, settings),
-            computing={"gathered tensor": float(largest)} if settings.on_gpu else {},
-            host=gathered,
+            computing=_rows(largest, settings),
+            host={"gathered weight": _gathered(largest, settings), "bucket": float(bucket)},
         ),
     )
 
 
-def _gathered(parameters: int, settings: RankSettings) -> float:
-    """Return the host memory of all weights in float32.
+def _largest_weight(shape: ModelShape) -> int:
+    """Return the parameters w of the largest weight: V h, h i or h q."""
+    widths = (shape.vocabulary, shape.intermediate, shape.query_width)
+    return shape.hidden * max(widths)
 
-    A tensor on a single rank is whole, and on a CPU where it has to be: nothing is copied.
+
+def _is_in_place(settings: RankSettings) -> bool:
+    """Return whether weights are whole, and on a CPU where they have to be: nothing is copied."""
+    return settings.ranks == 1 and not settings.on_gpu
+
+
+def _gathered(parameters: int, settings: RankSettings) -> float:
+    """Return the host memory of a gathered weight in float32."""
+    return 0.0 if _is_in_place(settings) else float(formulas.FLOAT32 * parameters)
+
+
+def _rows(parameters: int, settings: RankSettings) -> dict[str, float]:
+    """Return what several ranks exchange of a weight at a time: the rows of all, and their own.
+
+    **Source:** `gathered` of `backends/fsdp2.py`.
     """
-    in_place = settings.ranks == 1 and not settings.on_gpu
-    return 0.0 if in_place else float(formulas.FLOAT32 * parameters)
+    if settings.ranks == 1:
+        return {}
+    of_all = min(GATHERED_BYTES, formulas.FLOAT32 * parameters)
+    return {"exchanged rows": of_all * (1 + 1 / settings.ranks)}
 
 
 def checkpoint_moments(shape: ModelShape, settings: RankSettings) -> tuple[Moment, ...]:
-    """Return the moment of rank 0 in a checkpoint: all weights twice.
+    """Return the moment of a rank in a checkpoint, in which it writes the largest weight.
 
-        host:  4 P gathered on every rank, as in a sync; 4 P more on rank 0, a copy that
-               safetensors can write
+        host:  4 w, as in a sync; one rank at a time has a whole weight
 
-    The optimizer's state is written from where it is.
+    The optimizer's state is written from where it is, from a GPU one shard at a time.
 
-    **Source:** `FSDP2Backend.save`.
+    **Source:** `FSDP2Backend.save`, `sharded_checkpoint.save_weights`.
     """
-    parameters = shape.parameters(value_head=settings.value_head)
-    whole = float(formulas.FLOAT32 * parameters)
-    largest = formulas.FLOAT32 * shape.embedding_parameters * (2 if settings.gathers else 1)
+    largest = _largest_weight(shape)
     return (
         _moment(
-            "all weights copied",
+            "a weight written",
             settings,
             sharded=resting(shape, settings),
-            computing={"gathered tensor": float(largest)} if settings.on_gpu else {},
-            host={
-                "gathered weights": _gathered(parameters, settings),
-                "copy to write": whole,
-            },
+            computing=_rows(largest, settings),
+            host={"gathered weight": _gathered(largest, settings)},
         ),
     )
 

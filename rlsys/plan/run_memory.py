@@ -154,14 +154,20 @@ def plan_run(
 
 
 def object_store_bytes(config: RunConfig, machine: Machine, shape: ModelShape) -> float:
-    """Return what Ray's object store holds at once: the weights of a sync, and a batch.
+    """Return what Ray's object store holds at once: versions of the weights, and batches.
 
-    e P + 21 N,    N tokens of all sequences of a step at full length
+    v (e P + 21 N),    N tokens of all sequences of a step at full length, v versions: 1, and with
+    asynchronous training one more for each step of `trainer.max_staleness`, as long as workers
+    have not installed them. Of the transport disk, without e P.
     """
     generation = config.generation
     length = config.data.max_prompt_tokens + generation.max_tokens
     tokens = config.trainer.prompts_per_step * generation.samples_per_prompt * length
-    return engine_bytes(config, machine) * shape.parameters() + BATCH_TOKEN_BYTES * tokens
+    weights = engine_bytes(config, machine) * shape.parameters()
+    if config.sync.chosen_transport == "disk":
+        weights = 0
+    versions = 1 + config.trainer.max_staleness
+    return versions * float(weights + BATCH_TOKEN_BYTES * tokens)
 
 
 def refuse_uncovered(config: RunConfig, machine: Machine) -> None:
@@ -193,6 +199,24 @@ def refuse_uncovered(config: RunConfig, machine: Machine) -> None:
             "algorithm.advantage.recompute: the plan does not cover true, which adds an estimator "
             "to the update. Choose false."
         )
+    if config.policy.backend != "fsdp2":
+        lines.append(
+            f"policy.backend: the plan does not cover {config.policy.backend!r}, which shards and "
+            "gathers otherwise. Choose fsdp2; --dry-run of a recipe has a rough sum for it."
+        )
+    if config.model.lora.rank:
+        lines.append(
+            f"model.lora.rank: the plan does not cover {config.model.lora.rank}: with adapters the "
+            "base has no gradients and no moments. Set it to 0; --dry-run of a recipe has a rough "
+            "sum for it."
+        )
+    frozen = {"policy": config.policy.frozen, "critic": config.critic.frozen}
+    lines += [
+        f"{role}.frozen: the plan does not cover frozen parameters, which have no gradients and no "
+        "moments. Leave it empty for an upper bound."
+        for role, patterns in frozen.items()
+        if patterns
+    ]
     if config.diagnostics.gradient:
         lines.append(
             "diagnostics.gradient: the plan does not cover true, which keeps gradients of its own. "
@@ -265,7 +289,12 @@ def _roles(
         return shape if path is None else shape_of(path)
 
     policy = rank_settings(config, config.policy, machine)
-    sync = sync_moments(shape, policy, engine_bytes=engine_bytes(config, machine))
+    sync = sync_moments(
+        shape,
+        policy,
+        engine_bytes=engine_bytes(config, machine),
+        bucket_bytes=config.sync.bucket_bytes,
+    )
     yield _trained("policy", shape, policy, {"sync": sync})
     if config.algorithm.kl.coefficient:
         reference = rank_settings(config, config.reference_role(), machine)
@@ -344,8 +373,8 @@ def engine_plan(config: RunConfig, machine: Machine, shape: ModelShape) -> Engin
     )
 
 
-# What only rank 0 of a group has.
-OF_FIRST_RANK = ("copy for the engines", "copy to write")
+# What only one rank of a group has at a time.
+OF_FIRST_RANK = ("gathered weight", "bucket")
 SHARED_BY_RANKS = ("mapped files",)
 
 

@@ -37,6 +37,7 @@ from rlsys.run.step_time import StepEstimate
 # Sections and fields that only an evaluation by sampling reads.
 SAMPLING_OPTIONS = (
     "generation.",
+    "sync.",
     "reward.",
     "trainer.evaluation.samples_per_prompt",
     "trainer.evaluation.temperature",

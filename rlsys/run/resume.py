@@ -55,6 +55,8 @@ def saved_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def check_resumable(checkpoint: Checkpoint, config: RootConfig) -> None:
     """Refuse to continue with changes that rlsys.config.resume_rules does not allow.
 
+    Nor may the ranks of a model change whose backend is deepspeed.
+
     Raises:
         ConfigError: a line for each field, with both values, the reason and the remedy.
     """
@@ -68,8 +70,31 @@ def check_resumable(checkpoint: Checkpoint, config: RootConfig) -> None:
             f"{rule.reason} Resume with --{name} {before}, or start a new run with --model.path "
             f"{checkpoint.path}."
         )
+    mistakes += _other_ranks_of_deepspeed(checkpoint, config)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+def _other_ranks_of_deepspeed(checkpoint: Checkpoint, config: RootConfig) -> Iterator[str]:
+    """Yield the trained models whose optimizer state is that of another number of ranks."""
+    saved, now = flat(saved_config(checkpoint)), flat(config.model_dump(mode="json"))
+
+    def ranks(values: Mapping[str, Any], section: str) -> Any:
+        return values.get(f"{section}.ranks") or values.get("policy.ranks")
+
+    # The critic has the policy's backend, and its ranks where it has none of its own.
+    sections = {"policy": "policy", "reward_model": "reward_model"}
+    if now.get("critic.enabled"):
+        sections["critic"] = "policy"
+    for section, owner in sections.items():
+        before, after = ranks(saved, section), ranks(now, section)
+        if now.get(f"{owner}.backend") == "deepspeed" and before != after:
+            yield (
+                f"{section}.ranks: {after}, but checkpoint {checkpoint.path} was written by "
+                f"{before} ranks, and {owner}.backend 'deepspeed' saves the optimizer state as it "
+                f"is sharded. Resume with --{section}.ranks {before}, or start a new run with "
+                f"--model.path {checkpoint.path}."
+            )
 
 
 def differences(checkpoint: Checkpoint, config: RootConfig) -> list[str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlsys.models import resolve_model
 from rlsys.models.checkpoint_names import names_without_mapping
 from rlsys.models.loading import UnsupportedModelError
+from rlsys.models.tensor_files import TensorFacts
 from rlsys.models.value_models import load_value_model
+from rlsys.models.weight_files import file_names, write_index
 from tests.support.backend_ranks import CPU, Case, example, running, tiny
 from workers.training.backends import build_backend
 from workers.training.backends.deepspeed import check_modules, import_deepspeed
@@ -70,6 +74,30 @@ def test_names_are_checked_by_the_shapes_of_whole_weights():
     model = running(Case(zero_stage=3)).backend.module.model
     assert {tensor.numel() for tensor in model.state_dict().values()} == {0}
     assert names_without_mapping(model, resolve_model("tiny")) == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_weight_at_a_time_is_gathered(monkeypatch: pytest.MonkeyPatch):
+    backend: Any = running(Case(zero_stage=3)).backend
+    whole, gathered = backend._whole, []
+    monkeypatch.setattr(backend, "_whole", lambda tensor: gathered.append(0) or whole(tensor))
+    for count, _ in enumerate(backend.weights(), start=1):
+        assert len(gathered) == count
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_in_several_files_is_read_and_its_optimizer_refused(tmp_path: Path):
+    backend = running(Case(zero_stage=1)).backend
+    weights = {name: torch.full_like(tensor, 0.5) for name, tensor in backend.weights()}
+    half = len(weights) // 2
+    parts = [dict(list(weights.items())[:half]), dict(list(weights.items())[half:])]
+    for name, part in zip(file_names(2), parts, strict=True):
+        save_file(part, tmp_path / name)
+    write_index(tmp_path, [[TensorFacts.of(*pair) for pair in part.items()] for part in parts])
+
+    with pytest.raises(ValueError, match="was saved with another backend"):
+        backend.load(tmp_path)
+    assert all(bool((tensor == 0.5).all()) for _, tensor in backend.weights())
 
 
 def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -91,7 +91,8 @@ class PolicyWorker(SampledFromWorker, OwnReferenceWorker):
         """
         module = self.backend.module
         check_packed_for_exact_kl(self.role, packing=module.packing)
-        role = self.config.reference_role()
+        # The hidden states come from the ranks of this policy where it is its own reference.
+        role = self.settings if self.config.is_own_reference else self.config.reference_role()
         reference = load_causal_lm(
             directory,
             dtype=DTYPES[role.compute_dtype],

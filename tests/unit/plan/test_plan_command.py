@@ -118,6 +118,13 @@ def test_a_store_that_is_too_small_is_a_problem(capsys: pytest.CaptureFixture[st
     assert any(line.startswith("cluster.object_store_gib: 1 ") for line in found["problems"])
 
 
+def test_stale_training_keeps_versions_in_the_store(capsys: pytest.CaptureFixture[str]):
+    fields = ["--size", "1.5b", "--cluster.object_store_gib", "20"]
+    stale = ["--trainer.max_staleness", "2"]
+    alone = answer(capsys, *fields)["object_store_gib"]
+    assert answer(capsys, *fields, *stale)["object_store_gib"] == pytest.approx(3 * alone, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -132,6 +139,9 @@ def test_a_store_that_is_too_small_is_a_problem(capsys: pytest.CaptureFixture[st
         (["--size", "7b", "--dry-run"], "--dry-run: the plan starts nothing"),
         (["--size", "7b", "--policy.rank", "2"], "policy.rank"),
         (["--size", "7b", "--policy.packing", "false"], "policy.packing: the plan does not cover"),
+        (["--size", "7b", "--policy.backend", "deepspeed"], "policy.backend: the plan does not"),
+        (["--size", "7b", "--model.lora.rank", "8"], "model.lora.rank: the plan does not cover 8"),
+        (["--size", "7b", "--policy.frozen", "[lm_head.*]"], "policy.frozen: the plan does not"),
         (["--size", "7b", "--model.attention", "eager"], "model.attention: the plan does not"),
     ],
 )

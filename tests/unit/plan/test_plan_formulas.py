@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsys.config.errors import ConfigError
 from rlsys.data.packing import SegmentGroup
-from rlsys.plan import formulas
+from rlsys.plan import formulas, roles
 from rlsys.plan.roles import (
     Peak,
     RankSettings,
@@ -20,6 +20,7 @@ from rlsys.plan.roles import (
     update_moments,
 )
 from rlsys.plan.shapes import LLAMA_LIKE, NAMED_SHAPES, ModelShape, shape_of_config
+from workers.training.backends import fsdp2
 from workers.training.packed_attention import PackedLayout, register_packed_attention
 
 # q = 8, k = 4. Block: 2 * 8 * (8 + 4) = 192, 3 * 8 * 16 = 384, norms 16: 592.
@@ -134,11 +135,23 @@ def test_peaks_of_the_other_phases_by_hand():
     assert host_peak(forward_moments(SMALL, ONE_RANK, rested)) == ("block", block)
 
     two = replace(ONE_RANK, ranks=2)
-    assert host_peak(sync_moments(SMALL, ONE_RANK, engine_bytes=2))[1] == 12 * 1448 + 2 * 1448
-    assert host_peak(sync_moments(SMALL, two, engine_bytes=2))[1] == (6 + 4 + 2) * 1448
-    assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == (12 + 4) * 1448
-    assert host_peak(checkpoint_moments(SMALL, two))[1] == (6 + 4 + 4) * 1448
+    # The largest weight is the embedding, 256. A bucket of 1000 bytes holds more than that of 512.
+    for ranks, size, expected in (
+        (ONE_RANK, 4, 12 * 1448),  # nothing is gathered or cast
+        (ONE_RANK, 2, 12 * 1448 + 1000),
+        (two, 2, 6 * 1448 + 4 * 256 + 1000 + 4 * 256 * 1.5),
+    ):
+        synced = sync_moments(SMALL, ranks, engine_bytes=size, bucket_bytes=1000)
+        assert host_peak(synced)[1] == expected
+    (wide,) = sync_moments(SMALL, two, engine_bytes=2, bucket_bytes=100)
+    assert wide.host["bucket"] == 2 * 256
+    assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == 12 * 1448
+    assert host_peak(checkpoint_moments(SMALL, two))[1] == 6 * 1448 + 4 * 256 * 2.5
     assert host_peak(setup_moments(SMALL, two)) == ("loading", (4 + 4) * 1448)
+
+
+def test_the_exchanged_rows_are_those_of_the_backend():
+    assert roles.GATHERED_BYTES == fsdp2.GATHERED_BYTES
 
 
 def test_on_a_gpu_set_up_needs_the_whole_model_whatever_the_ranks():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlsys.config import RunConfig
+from rlsys.config import ConfigError, RunConfig
 from rlsys.config.command_line import all_fields, flat
 from rlsys.config.expert_iteration import ExpertIterationRunConfig
 from rlsys.config.offline import (
@@ -67,6 +68,22 @@ def test_changes_are_listed_with_both_values() -> None:
         "generation.stop: [] -> ['</answer>']",
         "trainer.steps: 60 -> 80",
     ]
+
+
+def test_ranks_of_deepspeed_stay_and_others_may_change() -> None:
+    def run(backend: str, ranks: int, critic: Mapping[str, Any] = {}) -> RunConfig:
+        return config(policy={"backend": backend, "ranks": ranks}, critic=critic)
+
+    check_resumable(checkpoint_of(run("fsdp2", 2)), run("fsdp2", 4))
+    check_resumable(checkpoint_of(run("deepspeed", 2)), run("deepspeed", 2))
+    with pytest.raises(ConfigError, match=r"^policy.ranks: 4, but .* by 2 ranks.*deepspeed"):
+        check_resumable(checkpoint_of(run("deepspeed", 2)), run("deepspeed", 4))
+
+    # The critic has the policy's ranks where it has none of its own.
+    before = checkpoint_of(run("deepspeed", 2, {"enabled": True}))
+    check_resumable(before, run("deepspeed", 2, {"enabled": True, "ranks": 2}))
+    with pytest.raises(ConfigError, match=r"^critic.ranks: 1, but .* by 2 ranks"):
+        check_resumable(before, run("deepspeed", 2, {"enabled": True, "ranks": 1}))
 
 
 def test_a_run_from_before_critics_and_texts_had_them_off() -> None:

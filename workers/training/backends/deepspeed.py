@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlsys.config import ModelRoleConfig, OptimizerConfig, TrainableRoleConfig
-from rlsys.models.checkpoint_names import from_checkpoint, to_checkpoint
+from rlsys.models.checkpoint_names import CheckpointNames, from_checkpoint, tied_names
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.saving import change_model_config, copy_model_files
+from rlsys.models.weight_files import weight_paths
 from workers.training.model_setup import decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
@@ -187,6 +188,7 @@ class DeepSpeedBackend:
         self._optimizer = optimizer
         self._ranks = dist.get_world_size()
         self._rank = dist.get_rank()
+        self._names: CheckpointNames | None = None  # planned at the first export
 
     def forward(self, pack: PackTensors) -> Any:
         """See `ModelBackend`."""
@@ -210,16 +212,24 @@ class DeepSpeedBackend:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `ModelBackend`."""
-        # Names of the checkpoint are made from the complete set, since transformers may hold
-        # several of its weights as one tensor. Rank 0 alone has it; the others have one weight.
-        gathered: dict[str, Tensor] = {}
-        for name, tensor in _named_tensors(self.module):
-            whole = self._whole(tensor)
-            if self._rank == 0:
-                gathered[name] = whole.detach().to("cpu", copy=True)
+        tensors = dict(_named_tensors(self.module))
+        if self._names is None:
+            shapes = {
+                name: torch.empty(whole_shape(tensor), device="meta", dtype=tensor.dtype)
+                for name, tensor in tensors.items()
+            }
+            self._names = CheckpointNames(self.module.model, shapes)
 
-        if self._rank == 0:
-            yield from to_checkpoint(self.module.model, gathered).items()
+        # One weight at a time, or those that transformers can only convert together.
+        for group in self._names.groups:
+            here: dict[str, Tensor] = {}
+            for name in group.names:
+                whole = self._whole(tensors[name])
+                if self._rank == 0:
+                    here[name] = whole.detach().to("cpu", copy=True)
+                del whole  # before the next is gathered
+            if self._rank == 0:
+                yield from self._names.convert(group, here).items()
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """Return a weight unsharded, in float32 if it is trained; collective."""
@@ -247,7 +257,11 @@ class DeepSpeedBackend:
 
     def load(self, path: Path) -> None:
         """See `ModelBackend`."""
-        saved = from_checkpoint(self.module.model, load_file(path / "model.safetensors"))
+        # Several files are those of fsdp2, whose optimizer state is refused by name below.
+        found = {
+            name: tensor for file in weight_paths(path) for name, tensor in load_file(file).items()
+        }
+        saved = from_checkpoint(self.module.model, found)
         for name, tensor in _named_tensors(self.module):
             shape = whole_shape(tensor)
             if name not in saved or saved[name].shape != shape:
@@ -339,11 +353,8 @@ class DeepSpeedBackend:
 
 def _named_tensors(module: PackedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and saved buffers by the model's names; a tied LM head is left out."""
-    model = module.model
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    left_out = {f"{name}.weight" for name, part in model.named_modules() if tied and part is head}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    left_out = tied_names(module.model)
+    for name, tensor in module.model.state_dict(keep_vars=True).items():
         if name not in left_out:
             yield name, tensor
 
