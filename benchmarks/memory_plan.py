@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsys.config.sync import SyncConfig
 from rlsys.plan.roles import (
     Moment,
     Peak,
@@ -38,6 +39,7 @@ from rlsys.plan.roles import (
     sync_moments,
     update_moments,
 )
+from rlsys.plan.run_memory import OF_FIRST_RANK
 from rlsys.plan.shapes import ModelShape, shape_of_model
 
 if TYPE_CHECKING:
@@ -142,7 +144,12 @@ def predicted(case: Case, shape: ModelShape, rank: int) -> dict[str, tuple[float
         "first update": first,
         "update": update_moments(shape, settings),
         "log-probs": forward_moments(shape, settings, resting(shape, settings)),
-        "sync": sync_moments(shape, settings, engine_bytes=2 if case.dtype == "bfloat16" else 4),
+        "sync": sync_moments(
+            shape,
+            settings,
+            engine_bytes=2 if case.dtype == "bfloat16" else 4,
+            bucket_bytes=SyncConfig().bucket_bytes,
+        ),
         "checkpoint": checkpoint_moments(shape, settings),
     }
     return {
@@ -158,8 +165,7 @@ def on_rank(moment: Moment, rank: int) -> Moment:
     """Leave out what only rank 0 has."""
     if rank == 0:
         return moment
-    only_first = ("copy for the engines", "copy to write")
-    return replace(moment, host={k: v for k, v in moment.host.items() if k not in only_first})
+    return replace(moment, host={k: v for k, v in moment.host.items() if k not in OF_FIRST_RANK})
 
 
 def shape_of(name: str) -> ModelShape:
@@ -266,13 +272,15 @@ def phases(
     worker: PolicyWorker, address: str, case: Case, vocabulary: int, folder: str
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield each phase of a rank, in the order in which they must run."""
-    from rlsys.models.weights import pack_weights
+    from rlsys.models.weights import buckets_of
     from workers.training.model_setup import DTYPES
 
     batch = example(case, vocabulary)
 
     def sync() -> None:
-        pack_weights(worker.backend.weights(), version=1, dtype=DTYPES[case.dtype])
+        weights, size = worker.backend.weights(), SyncConfig().bucket_bytes
+        for bucket in buckets_of(weights, dtype=DTYPES[case.dtype], bucket_bytes=size):
+            del bucket  # it would go to the object store
 
     def save() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as directory:

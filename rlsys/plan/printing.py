@@ -12,12 +12,12 @@ from rlsys.plan.run_memory import CONTEXT_BYTES, RolePlan, RunMemory
 from rlsys.plan.shapes import ModelShape
 
 CHECKED_ON_CPU = (
-    "checked: one policy rank on a CPU: every phase on SmolLM2-135M by resident memory, update and "
-    "log-probs of two small shapes by the allocator (docs/planning_memory.md)"
+    "checked: one policy rank on a CPU: set-up, update and log-probs on SmolLM2-135M by resident "
+    "memory, update and log-probs of two small shapes by the allocator (docs/planning_memory.md)"
 )
 NEVER_CHECKED = (
-    "never checked: several ranks; reference, critic and reward model; engines and object store, "
-    "which are counted by their tensors"
+    "never checked: sync and checkpoint; several ranks; reference, critic and reward model; "
+    "engines and object store, which are counted by their tensors"
 )
 NEVER_ON_GPU = (
     "never checked: anything on a GPU. Its formulas are those of the CPU, with the masks and "
@@ -116,7 +116,7 @@ def _lines(memory: RunMemory, name: str, shape: ModelShape) -> Iterator[str]:
         yield f"fullest GPU  {gib(memory.training_gpu):.2f} GiB of the ranks{beside}"
     hosts = ", ".join(f"{phase} {gib(size):.1f}" for phase, size in memory.node.items())
     yield f"host         of the first node, GiB: {hosts}"
-    yield f"object store {gib(memory.object_store):.2f} GiB: weights of a sync, and a batch"
+    yield f"object store {gib(memory.object_store):.2f} GiB: weights for the engines, and batches"
     yield "fits         " + ("yes" if memory.fits else "NO")
     yield from (f"  {problem}" for problem in memory.problems)
     yield from checks(machine.gpu is not None)

@@ -246,67 +246,74 @@ def forward_moments(
     return tuple(moments)
 
 
+# `GATHERED_BYTES` of backends/fsdp2.py: what all ranks send at once while a weight is gathered.
+GATHERED_BYTES = 16 << 20
+
+
 def sync_moments(
-    shape: ModelShape, settings: RankSettings, *, engine_bytes: int
+    shape: ModelShape, settings: RankSettings, *, engine_bytes: int, bucket_bytes: int
 ) -> tuple[Moment, ...]:
-    """Return the moment of rank 0 in a weight sync: all weights, and a copy for the engines.
+    """Return the moment of rank 0 in a weight sync: a bucket for the engines, and one weight.
 
-        host:  4 P gathered in float32 on every rank, except where a single rank on a CPU has them
-               already; e P more on rank 0, e bytes in the engine
-        GPU:   one gathered tensor at a time, the largest 4 V h, twice on several ranks
+        host:  the bucket, at most e P, and at least the largest weight e V h; 4 V h, that weight
+               in float32
+        GPU:   on several ranks the blocks of rows that they exchange, which on a CPU are in its
+               memory
 
-    **Source:** `FSDP2Backend.weights` gathers all tensors on every rank before the first is read;
-    `pack_weights`.
+    A single rank on a CPU has its weights whole, and sends them as they are where their precision
+    is the engine's.
+
+    **Source:** `gathered` of backends/fsdp2.py, `buckets_of`.
     """
-    parameters = shape.parameters()
-    largest = formulas.FLOAT32 * shape.embedding_parameters * (2 if settings.gathers else 1)
-    gathered = {
-        "gathered weights": _gathered(parameters, settings),
-        "copy for the engines": float(engine_bytes * parameters),
-    }
+    bucket = max(
+        min(bucket_bytes, engine_bytes * shape.parameters()),
+        engine_bytes * shape.embedding_parameters,
+    )
+    if _is_whole(settings) and engine_bytes == formulas.FLOAT32:
+        bucket = 0
     return (
         _moment(
-            "all weights gathered",
+            "a bucket",
             settings,
             sharded=resting(shape, settings),
-            computing={"gathered tensor": float(largest)} if settings.on_gpu else {},
-            host=gathered,
+            computing=_exchanged(settings),
+            host={**_gathered_weight(shape, settings), "bucket": float(bucket)},
         ),
     )
 
 
-def _gathered(parameters: int, settings: RankSettings) -> float:
-    """Return the host memory of all weights in float32.
+def _is_whole(settings: RankSettings) -> bool:
+    """Whether the weights need not be copied to be whole in host memory."""
+    return settings.ranks == 1 and not settings.on_gpu
 
-    A tensor on a single rank is whole, and on a CPU where it has to be: nothing is copied.
-    """
-    in_place = settings.ranks == 1 and not settings.on_gpu
-    return 0.0 if in_place else float(formulas.FLOAT32 * parameters)
+
+def _gathered_weight(shape: ModelShape, settings: RankSettings) -> dict[str, float]:
+    """Return the largest weight, whole in host memory."""
+    size = 0 if _is_whole(settings) else formulas.FLOAT32 * shape.embedding_parameters
+    return {"gathered weight": float(size)}
+
+
+def _exchanged(settings: RankSettings) -> dict[str, float]:
+    """Return the blocks of rows that ranks exchange: those of all, and a rank's own."""
+    size = GATHERED_BYTES * (1 + 1 / settings.ranks) if settings.gathers else 0.0
+    return {"exchanged rows": size}
 
 
 def checkpoint_moments(shape: ModelShape, settings: RankSettings) -> tuple[Moment, ...]:
-    """Return the moment of rank 0 in a checkpoint: all weights twice.
+    """Return the moment of a rank in a checkpoint: one weight, 4 V h, and the exchanged rows.
 
-        host:  4 P gathered on every rank, as in a sync; 4 P more on rank 0, a copy that
-               safetensors can write
+    Each rank gathers and writes its part of the weights, one after the other; the largest is the
+    embedding, of rank 0. The optimizer's state is written from where it is.
 
-    The optimizer's state is written from where it is.
-
-    **Source:** `FSDP2Backend.save`.
+    **Source:** `save_weights` and `save_optimizer` of sharded_checkpoint.py.
     """
-    parameters = shape.parameters(value_head=settings.value_head)
-    whole = float(formulas.FLOAT32 * parameters)
-    largest = formulas.FLOAT32 * shape.embedding_parameters * (2 if settings.gathers else 1)
     return (
         _moment(
-            "all weights copied",
+            "a weight",
             settings,
             sharded=resting(shape, settings),
-            computing={"gathered tensor": float(largest)} if settings.on_gpu else {},
-            host={
-                "gathered weights": _gathered(parameters, settings),
-                "copy to write": whole,
-            },
+            computing=_exchanged(settings),
+            host=_gathered_weight(shape, settings),
         ),
     )
 

@@ -154,14 +154,18 @@ def plan_run(
 
 
 def object_store_bytes(config: RunConfig, machine: Machine, shape: ModelShape) -> float:
-    """Return what Ray's object store holds at once: the weights of a sync, and a batch.
+    """Return what Ray's object store holds at once: weights for the engines, and batches.
 
-    e P + 21 N,    N tokens of all sequences of a step at full length
+    (K + 1) (e P + 21 N),    K trainer.max_staleness, N tokens of a step's sequences at full length
+
+    With sync.transport disk the weights are in files instead.
     """
     generation = config.generation
     length = config.data.max_prompt_tokens + generation.max_tokens
     tokens = config.trainer.prompts_per_step * generation.samples_per_prompt * length
-    return engine_bytes(config, machine) * shape.parameters() + BATCH_TOKEN_BYTES * tokens
+    stored = config.sync.chosen_transport == "object_store"
+    weights = engine_bytes(config, machine) * shape.parameters() if stored else 0
+    return (config.trainer.max_staleness + 1) * (weights + BATCH_TOKEN_BYTES * tokens)
 
 
 def refuse_uncovered(config: RunConfig, machine: Machine) -> None:
@@ -193,6 +197,12 @@ def refuse_uncovered(config: RunConfig, machine: Machine) -> None:
             "algorithm.advantage.recompute: the plan does not cover true, which adds an estimator "
             "to the update. Choose false."
         )
+    if config.model.lora.rank:
+        lines.append(
+            f"model.lora.rank: the plan does not cover {config.model.lora.rank}, where the frozen "
+            "weights have no gradients and moments. Set it to 0."
+        )
+    lines += _uncovered_of_ranks(config)
     if config.diagnostics.gradient:
         lines.append(
             "diagnostics.gradient: the plan does not cover true, which keeps gradients of its own. "
@@ -200,6 +210,25 @@ def refuse_uncovered(config: RunConfig, machine: Machine) -> None:
         )
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+def _uncovered_of_ranks(config: RunConfig) -> Iterator[str]:
+    roles: dict[str, ModelRoleConfig] = {"policy": config.policy}
+    if config.critic.enabled:
+        roles["critic"] = config.critic_role()
+    if config.algorithm.kl.coefficient:
+        roles["reference"] = config.reference_role()
+    for name, role in roles.items():
+        if role.backend != "fsdp2":
+            yield (
+                f"{name}.backend: the plan does not cover {role.backend!r}, which shards in "
+                "its own way. Choose fsdp2."
+            )
+        if frozen := getattr(role, "frozen", ()):
+            yield (
+                f"{name}.frozen: the plan does not cover {', '.join(frozen)}, which have no "
+                "gradients and moments. Leave it empty."
+            )
 
 
 def compute_bytes(dtype: str, machine: Machine) -> int:
@@ -265,7 +294,12 @@ def _roles(
         return shape if path is None else shape_of(path)
 
     policy = rank_settings(config, config.policy, machine)
-    sync = sync_moments(shape, policy, engine_bytes=engine_bytes(config, machine))
+    sync = sync_moments(
+        shape,
+        policy,
+        engine_bytes=engine_bytes(config, machine),
+        bucket_bytes=config.sync.bucket_bytes,
+    )
     yield _trained("policy", shape, policy, {"sync": sync})
     if config.algorithm.kl.coefficient:
         reference = rank_settings(config, config.reference_role(), machine)
@@ -345,7 +379,7 @@ def engine_plan(config: RunConfig, machine: Machine, shape: ModelShape) -> Engin
 
 
 # What only rank 0 of a group has.
-OF_FIRST_RANK = ("copy for the engines", "copy to write")
+OF_FIRST_RANK = ("bucket", "gathered weight")
 SHARED_BY_RANKS = ("mapped files",)
 
 
@@ -382,7 +416,7 @@ def _problems(config: RunConfig, memory: RunMemory, margin: float) -> Iterator[s
     if memory.object_store > config.cluster.object_store_gib * GIB:
         yield (
             f"cluster.object_store_gib: {config.cluster.object_store_gib:g} is less than the "
-            f"{memory.object_store / GIB:.1f} GiB of a weight sync and a batch. Set it to at least "
+            f"{memory.object_store / GIB:.1f} GiB of weights and batches. Set it to at least "
             f"{memory.object_store / GIB + 0.5:.0f}."
         )
     if memory.engine.at_once < 1:

@@ -132,6 +132,9 @@ def test_a_store_that_is_too_small_is_a_problem(capsys: pytest.CaptureFixture[st
         (["--size", "7b", "--dry-run"], "--dry-run: the plan starts nothing"),
         (["--size", "7b", "--policy.rank", "2"], "policy.rank"),
         (["--size", "7b", "--policy.packing", "false"], "policy.packing: the plan does not cover"),
+        (["--size", "7b", "--model.lora.rank", "8"], "model.lora.rank: the plan does not cover 8"),
+        (["--size", "7b", "--policy.backend", "deepspeed"], "policy.backend: the plan does not"),
+        (["--size", "7b", "--policy.frozen", "[lm_head.*]"], "policy.frozen: the plan does not"),
         (["--size", "7b", "--model.attention", "eager"], "model.attention: the plan does not"),
     ],
 )

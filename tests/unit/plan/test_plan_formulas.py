@@ -134,10 +134,34 @@ def test_peaks_of_the_other_phases_by_hand():
     assert host_peak(forward_moments(SMALL, ONE_RANK, rested)) == ("block", block)
 
     two = replace(ONE_RANK, ranks=2)
-    assert host_peak(sync_moments(SMALL, ONE_RANK, engine_bytes=2))[1] == 12 * 1448 + 2 * 1448
-    assert host_peak(sync_moments(SMALL, two, engine_bytes=2))[1] == (6 + 4 + 2) * 1448
-    assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == (12 + 4) * 1448
-    assert host_peak(checkpoint_moments(SMALL, two))[1] == (6 + 4 + 4) * 1448
+    # One rank has its weights whole; two gather the largest, of 256 numbers, in blocks of rows.
+    blocks = 3 * 2**23
+    assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == 12 * 1448
+    assert host_peak(checkpoint_moments(SMALL, two))[1] == 6 * 1448 + 4 * 256 + blocks
+
+
+def test_peaks_of_a_weight_sync_by_hand():
+    def peak(settings, **sizes):
+        return host_peak(sync_moments(SMALL, settings, **sizes))[1]
+
+    two, blocks = replace(ONE_RANK, ranks=2), 3 * 2**23
+    # A bucket is never smaller than the largest weight, nor larger than all of them.
+    assert peak(ONE_RANK, engine_bytes=2, bucket_bytes=1) == 12 * 1448 + 2 * 256
+    assert peak(ONE_RANK, engine_bytes=2, bucket_bytes=1000) == 12 * 1448 + 1000
+    assert peak(ONE_RANK, engine_bytes=2, bucket_bytes=2**20) == 12 * 1448 + 2 * 1448
+    assert peak(ONE_RANK, engine_bytes=4, bucket_bytes=2**20) == 12 * 1448
+    assert peak(two, engine_bytes=4, bucket_bytes=1) == 6 * 1448 + 2 * 4 * 256 + blocks
+
+    on_gpu = Peak.of(
+        "",
+        sync_moments(SMALL, replace(two, on_gpu=True), engine_bytes=2, bucket_bytes=1),
+    )
+    assert on_gpu.device.device["exchanged rows"] == blocks
+    assert on_gpu.host.host_bytes == 2 * 256 + 4 * 256
+
+
+def test_set_up_by_hand():
+    two = replace(ONE_RANK, ranks=2)
     assert host_peak(setup_moments(SMALL, two)) == ("loading", (4 + 4) * 1448)
 
 
