@@ -147,12 +147,12 @@ CHECKS = (
     Check(
         name="weight_sync_cuda_ipc",
         proves="Weights reach an engine on the same GPU through CUDA IPC",
-        not_implemented="weights travel through the object store alone",
+        not_implemented="weights travel through the object store or files",
     ),
     Check(
         name="weight_sync_nccl",
         proves="Weights reach an engine on another GPU through NCCL",
-        not_implemented="weights travel through the object store alone",
+        not_implemented="weights travel through the object store or files",
     ),
     Check(
         name="sleep_and_wake",

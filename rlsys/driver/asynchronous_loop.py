@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,11 @@ class Dispatcher:
         """Let one worker sample group after group."""
         while True:
             await slot.ready()
-            await self._sample(slot, await self._next_tickets())
+            tickets = await self._next_tickets()
+            if slot.is_ready:
+                await self._sample(slot, tickets)
+            else:  # it died while it waited, and its restart may wait for a place without a limit
+                self._give_back(tickets)
 
     async def _next_tickets(self) -> list[Ticket]:
         """Wait for prompts; the worker that waits longest gets the next ones."""
@@ -164,11 +168,15 @@ class Dispatcher:
                 ticket = left.pop(part.part.prompt_index)
                 self._spawn(self._score(ticket, part))
         except WorkerDiedError:
-            self._queue.give_back(left.values())
-            self.wake()
+            self._give_back(left.values())
             return
         # A prompt that is lost would silently bias the update.
         assert not left, f"a generation worker left out the prompts {sorted(left)}"
+
+    def _give_back(self, tickets: Iterable[Ticket]) -> None:
+        """Let another worker sample prompts."""
+        self._queue.give_back(tickets)
+        self.wake()
 
     async def _score(self, ticket: Ticket, part: VersionedPart) -> None:
         """Wait for the rewards of a group, and let the trainer have it."""

@@ -125,6 +125,11 @@ class WorkerDiedError(RuntimeError):
 class GenerationSlot(Protocol):
     """One generation worker, to which the driver itself gives groups."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `ready` would return at once."""
+        ...
+
     async def ready(self) -> None:
         """Wait until the worker can take prompts: not while it is restarted."""
         ...

@@ -36,7 +36,9 @@ class EngineSpeed:
         """
         (n, first_rate), (m, second_rate) = sorted((first, second))
         first_s, second_s = n / first_rate, m / second_rate
-        if n == m or second_s < first_s or second_s * n > first_s * m:
+        # Written so that NaN is an error.
+        grows = first_s <= second_s and second_s * n <= first_s * m
+        if not (0 < n < m and first_s > 0 and grows):
             raise ValueError(
                 f"engine: {n} sequences at {first_rate:g} tokens/s and {m} at {second_rate:g} are "
                 "no step time that grows with the batch, and at most in proportion to it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +39,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
 
     work = parser.add_argument_group("work of a step")
-    work.add_argument("--prompts-per-gpu", type=float, default=2.0, help="prompts of a step")
+    work.add_argument("--prompts-per-gpu", type=_rate, default=2.0, help="prompts of a step")
     work.add_argument("--samples", type=_positive, default=16, help="responses to a prompt")
     work.add_argument(
         "--lengths",
@@ -46,10 +47,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="lognormal:1500,1.0,16000",
         help="lognormal:MEDIAN,SIGMA,LONGEST, constant:TOKENS, or a Parquet file of rollouts",
     )
-    work.add_argument("--train-tokens", type=float, default=7000.0, help="per second and GPU")
-    work.add_argument("--train-fixed-s", type=float, default=1.0, help="of each update")
-    work.add_argument("--sync-s", type=float, default=3.0, help="of the weights")
-    work.add_argument("--reward-s", type=float, default=1.0, help="of a response")
+    work.add_argument("--train-tokens", type=_rate, default=7000.0, help="per second and GPU")
+    work.add_argument("--train-fixed-s", type=_seconds, default=1.0, help="of each update")
+    work.add_argument("--sync-s", type=_seconds, default=3.0, help="of the weights")
+    work.add_argument("--reward-s", type=_seconds, default=1.0, help="of a response")
 
     loop = parser.add_argument_group("loop")
     loop.add_argument(
@@ -82,6 +83,20 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return number
 
 

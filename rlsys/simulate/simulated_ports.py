@@ -88,6 +88,11 @@ class SimulatedWorker:
         if self._fate is not None:
             self._fate.cancel()
 
+    @property
+    def is_ready(self) -> bool:
+        """See `ports.GenerationSlot`."""
+        return self._ready.is_set()
+
     async def ready(self) -> None:
         """See `ports.GenerationSlot`."""
         await self._ready.wait()

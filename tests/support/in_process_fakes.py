@@ -420,9 +420,15 @@ class TableSlot:
         self._idle.set()
         self.deaths: set[int] = set()  # ids of groups at which it dies once
         self.groups: list[int] = []  # that it has sampled
+        self.working = asyncio.Event()  # not set while it is restarted
+        self.working.set()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.working.is_set()
 
     async def ready(self) -> None:
-        await asyncio.sleep(0)
+        await self.working.wait()
 
     async def wait_until_idle(self) -> None:
         """Wait until it has finished what it is sampling."""
@@ -431,6 +437,7 @@ class TableSlot:
     async def generate(
         self, prompts: PromptBatch, positions: Sequence[int], sampling: SamplingParameters
     ) -> AsyncIterator[VersionedPart]:
+        await self.working.wait()
         assert self._idle.is_set(), "a worker gets groups when it is free"
         self._idle.clear()
         weights = self._generator.logits, self._generator.version

@@ -94,6 +94,11 @@ class WorkerSlot:
         self._worker = worker
         self._pool = pool
 
+    @property
+    def is_ready(self) -> bool:
+        """See `ports.GenerationSlot`."""
+        return self._worker.is_ready
+
     async def ready(self) -> None:
         """See `ports.GenerationSlot`."""
         await self._worker.ready()

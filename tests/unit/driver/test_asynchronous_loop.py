@@ -362,6 +362,25 @@ async def test_the_groups_of_a_worker_that_dies_go_to_another(tmp_path: Path) ->
     assert {1, 6, 9} <= set(ids)
 
 
+def test_a_worker_that_dies_while_it_is_idle_holds_up_no_prompts(tmp_path: Path) -> None:
+    """It waits for a place, perhaps until the end of the run; the other samples everything."""
+
+    async def run(loop: SimulatedLoop) -> Run:
+        config = with_staleness(make_config(steps=5), max_staleness=1)
+        made = await slowly(tmp_path, config, loop)
+
+        async def update() -> None:
+            await asyncio.sleep(9.0)  # by then nothing is left to sample
+            made.generator.slots[0].working.clear()
+
+        made.stage.hooks["update"] = update
+        assert await made.loop.run() == "finished"
+        return made
+
+    ids = trained(simulate(run))
+    assert len(set(ids)) == len(ids) == 5 * GROUPS
+
+
 async def test_an_error_of_a_worker_or_a_reward_ends_the_run(tmp_path: Path) -> None:
     async def fail() -> None:
         raise RuntimeError("broken")

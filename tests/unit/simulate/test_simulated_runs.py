@@ -14,6 +14,7 @@ import pytest
 from rlsys.simulate.__main__ import main
 from rlsys.simulate.engine import EngineSpeed
 from rlsys.simulate.length_laws import LogNormalLengths, MeasuredLengths, parse_law
+from rlsys.simulate.options import parse_options
 from rlsys.simulate.run import run_scenario
 from rlsys.simulate.scenario import Failures, Scenario, Workload, layouts
 
@@ -171,3 +172,24 @@ def test_wrong_flags_are_refused(
     with pytest.raises(SystemExit, match="2"):
         main([*COMMAND, *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--train-tokens 0",
+        "--train-tokens nan",
+        "--prompts-per-gpu -1",
+        "--sync-s -1",
+        "--reward-s inf",
+        "--engine 1:nan,256:12000",
+        "--engine 0:1,256:12000",
+        "--engine=-1:-120,256:12000",
+    ],
+)
+def test_numbers_that_no_cluster_has_are_refused(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(words.split())
+    assert words.split("=")[0].split()[0] in capsys.readouterr().err
