@@ -68,7 +68,7 @@ def test_a_run_with_a_critic_learns_resumes_and_leaves_adapters_of_both(tmp_path
         *("--policy.compute_dtype", "float32", "--generation.samples_per_prompt", "4"),
         *("--generation.cpus_per_worker", "0", "--trainer.prompts_per_step", "4"),
         *("--trainer.steps", "4", "--trainer.checkpoints.every", "2"),
-        *("--policy.num_mini_batches", "1", "--policy.epochs", "1", "--critic.warmup_steps", "1"),
+        *("--policy.num_mini_batches", "1", "--policy.epochs", "1", "--critic.warmup_steps", "0"),
         *("--trainer.evaluation.every", "0", "--algorithm.kl.coefficient", "0.05"),
         *("--plugins", "rlsys_example_plugin", "--reward.functions", "[{name: example_digits}]"),
         *("--policy.optimizer.learning_rate", "1e-2", "--critic.optimizer.learning_rate", "1e-2"),
