@@ -20,6 +20,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -143,7 +144,7 @@ class NodeCluster:
         """End a node: the others hear nothing more of it, not even that connections close."""
         _in_network(self._switch, "ip", "link", "delete", _port(node.number))
         node.init.kill()
-        psutil.wait_procs([node.init], timeout=END_LIMIT_S)
+        _wait_for_the_end([node.init])
 
     def boot(self, number: int) -> Node:
         """Let a node without power come back, with its address and its files, without Ray."""
@@ -288,4 +289,17 @@ def _namespaces(kinds: Sequence[str], script: str) -> Iterator[psutil.Process]:
         process.kill()
         process.wait()
         # The kernel ends all processes of a namespace with its first, and its mounts with them.
-        psutil.wait_procs(children, timeout=END_LIMIT_S)
+        _wait_for_the_end(children)
+
+
+def _wait_for_the_end(processes: Sequence[psutil.Process]) -> None:
+    """Wait until processes have ended; a zombie has, though its parent may never ask for it."""
+    deadline = time.monotonic() + END_LIMIT_S
+    while any(map(_lives, processes)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
