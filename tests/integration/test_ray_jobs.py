@@ -154,7 +154,7 @@ def start_node(
     environment = environment_of(home, place, binaries)
     if index == 0:
         flags = ("--dashboard-port", str(dashboard), "--ray-client-server-port", str(client))
-        script = node_script(block_with("ray start --head"), gcs, place, *flags, *more)
+        script = node_script(block_with("\nray start --head"), gcs, place, *flags, *more)
         return RayNode.start(script, place, environment)
 
     # The page copies the token by ssh.
