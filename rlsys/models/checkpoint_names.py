@@ -8,6 +8,7 @@ which vLLM, `from_pretrained` and every other program read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,16 +149,30 @@ class CheckpointNames:
 
         Places count through the elements of all weights of the group, one after the other.
         """
-        start, numbered = 0, {}
-        for name in group.names:
-            size = state[name].numel()
-            numbered[name] = torch.arange(start, start + size).view(state[name].shape)
-            start += size
-
-        places = to_checkpoint(self._model, numbered)
+        places = element_places(self._model, {name: state[name].shape for name in group.names})
         found = torch.cat([place.flatten() for place in places.values()])
-        assert torch.equal(found.sort().values, torch.arange(start)), f"{group.names}: not a move"
+        size = sum(state[name].numel() for name in group.names)
+        assert torch.equal(found.sort().values, torch.arange(size)), f"{group.names}: not a move"
         return places
+
+
+def element_places(
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return for each tensor of the checkpoint which elements of the weights it consists of.
+
+    Places count through the elements of all weights, one weight after the other. Conversions move
+    elements and do not change them, so `to_checkpoint` of numbered elements shows where each goes.
+
+    Args:
+        shapes: of weights that can be converted without others, by their names in the model.
+    """
+    start, numbered = 0, {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        numbered[name] = torch.arange(start, start + size).view(tuple(shape))
+        start += size
+    return to_checkpoint(model, numbered)
 
 
 def _smallest_groups(

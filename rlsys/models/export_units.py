@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlsys.models.checkpoint_names import to_checkpoint
+from rlsys.models.checkpoint_names import element_places, to_checkpoint
 from rlsys.models.tensor_files import TensorFacts
 from rlsys.models.weight_files import WeightFiles
 
@@ -126,18 +126,14 @@ def _converted_back(
 ) -> dict[str, Tensor]:
     """Return the weights of a unit in the form of the model: `to_checkpoint` inverted.
 
-    transformers can invert a conversion only while it loads a whole model. But conversions move
-    values and do not change them, so that where each one went is seen from numbered elements.
+    transformers can invert a conversion only while it loads a whole model.
 
     Raises:
         ValueError: a conversion does change values.
     """
-    numbered, end = {}, 0
-    for facts in unit.weights:
-        numbered[facts.name] = torch.arange(end, end + facts.numel).reshape(facts.shape)
-        end += facts.numel
-    moved = to_checkpoint(model, numbered)
-    del numbered
+    sizes = [facts.numel for facts in unit.weights]
+    end = sum(sizes)
+    moved = element_places(model, {facts.name: facts.shape for facts in unit.weights})
 
     flat = torch.empty(end, dtype=files.tensors[unit.exported[0].name].dtype)
     seen = torch.zeros(end, dtype=torch.bool)
@@ -151,7 +147,6 @@ def _converted_back(
             "be told from the tensors in the files, so this model cannot be resumed."
         )
 
-    sizes = [facts.numel for facts in unit.weights]
     parts = flat.split(sizes)
     return {
         facts.name: part.reshape(facts.shape)
