@@ -6,6 +6,7 @@ benchmarks/memory_plan.py compares resident memory of whole processes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +147,8 @@ def packs_of(example: Example) -> list[Pack]:
 
 def peak_bytes(run: Callable[[], None]) -> int:
     """Return the largest sum of the CPU allocations that `run` makes, less what it frees."""
+    # Cycles hold what an earlier test left. Collected during the profile, its frees would count.
+    gc.collect()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
