@@ -1,5 +1,7 @@
 """The generation group: engine, sampling, and the allowed mismatch of engine and trainer."""
 
+from typing import Any
+
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -97,6 +99,12 @@ class EngineConfig(Section):
     )
     tensor_parallel: int = Field(
         default=1, ge=1, description="GPUs over which each engine splits the model."
+    )
+    engine_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the engine, under its own names (vLLM: the fields of "
+        "EngineArgs), such as max_num_seqs. Those that another field sets, and those that would "
+        "change what is sampled, are refused.",
     )
     logprob_difference_tolerance: float | None = Field(
         default=None,

@@ -92,8 +92,9 @@ _SINGLE_UPDATE = (
 def _of_some_engines(option: str) -> Ineffective:
     """Return the row of a field of `generation` that only some engines read."""
     engines = " or ".join(engines_with(option))
+    end = "." if option == "engine_arguments" else ""  # a mapping
     return _row(
-        f"generation.{option}",
+        f"generation.{option}{end}",
         when=lambda s: not s.reads(option),
         because=f"only the engine {engines} reads it (generation.engine)",
     )

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rlsys.config import RunConfig
 from rlsys.config.engines import ENGINES
 from rlsys.config.hardware import Hardware
+from rlsys.run.engine_arguments import argument_mistakes
 
 GPU_KERNELS = ("flash_attention_2", "flex_attention")
 COMPILERS = ("c++", "g++", "clang++")
@@ -81,6 +82,7 @@ def engine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
             f"generation.engine: {generation.engine!r} is not installed. Install it, or choose "
             "transformers."
         )
+    yield from argument_mistakes(generation)
 
     tensor_parallel = generation.tensor_parallel if "tensor_parallel" in traits.options else 1
     if tensor_parallel > 1 and not hardware.gpus:

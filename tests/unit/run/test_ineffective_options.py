@@ -96,6 +96,13 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("generation.tensor_parallel", 2, {"generation.engine": "transformers"}, VLLM, GPU),
     ("generation.max_model_tokens", 500, {"generation.engine": "transformers"}, VLLM, CPU),
     (
+        "generation.engine_arguments.max_num_seqs",
+        8,
+        {"generation.engine": "transformers"},
+        VLLM,
+        CPU,
+    ),
+    (
         "generation.probe_every",
         5,
         {"generation.logprob_difference_tolerance": 0.0},

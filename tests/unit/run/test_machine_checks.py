@@ -75,6 +75,27 @@ def test_the_recipe_of_a_machine_fits_it(hardware: Hardware):
             "generation.gpus_per_worker: 0.5 with generation.tensor_parallel 2",
         ),
         (
+            {"generation.engine_arguments": {"dtype": "float16"}},
+            CPU,
+            "generation.engine_arguments.dtype: not to be set here. Set generation.dtype.",
+        ),
+        (
+            {"generation.engine_arguments.data_parallel_size": 2},
+            CPU,
+            "generation.engine_arguments.data_parallel_size: not to be set here. Each engine is",
+        ),
+        (
+            {"generation.engine_arguments.enable_lora": True},
+            CPU,
+            "generation.engine_arguments.enable_lora: not to be set here. Each weight sync",
+        ),
+        (
+            {"generation.engine_arguments.max_num_sequences": 64},
+            CPU,
+            "generation.engine_arguments.max_num_sequences: the installed vllm has no such "
+            "argument. Did you mean max_num_seqs",
+        ),
+        (
             {"generation.kv_cache_gib": 1.4},
             CPU,
             "generation.kv_cache_gib: vllm takes whole GiB on a CPU, not 1.4. Give 1.",

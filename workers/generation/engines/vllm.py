@@ -53,7 +53,7 @@ def _prepare_environment(config: RunConfig) -> None:
         os.environ.setdefault(name, value)
 
 
-def _engine_settings(config: RunConfig, model_directory: str) -> dict[str, Any]:
+def engine_settings(config: RunConfig, model_directory: str) -> dict[str, Any]:
     """Return the keyword arguments of vLLM's `EngineArgs`."""
     generation = config.generation
     assert generation.dtype != "auto"  # to vLLM it means the checkpoint's own dtype
@@ -77,7 +77,7 @@ def _engine_settings(config: RunConfig, model_directory: str) -> dict[str, Any]:
         settings["gpu_memory_utilization"] = generation.gpu_memory_utilization
     else:
         settings["block_size"] = CPU_BLOCK_TOKENS
-    return settings
+    return settings | generation.engine_arguments
 
 
 class VLLMEngine:
@@ -94,7 +94,7 @@ class VLLMEngine:
         from vllm import EngineArgs, LLMEngine
 
         self._engine = LLMEngine.from_engine_args(
-            EngineArgs(**_engine_settings(config, model_directory))
+            EngineArgs(**engine_settings(config, model_directory))
         )
         self._engine.collective_rpc(_report_untruncated_logprobs)
 
