@@ -248,6 +248,8 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rlsys.models.saving import save_new_model
+
     logger.info("converting %s once into %s", gguf.name, directory.parent)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -260,5 +262,4 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
 
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_new_model(model, tokenizer, directory)

@@ -1,15 +1,19 @@
-"""The files that a saved model inherits from the directory that it was loaded from."""
+"""Files of saved models: new ones, and those inherited from where a model was loaded from."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsys.models.catalogue import MANIFEST
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -35,6 +39,20 @@ STATE_FILES = frozenset(
         "optimizer_shards.json",
     }
 )
+
+
+def save_new_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write a model and its tokenizer into `directory`, as transformers does."""
+    # accelerate imports DeepSpeed to recognise its engine, which warns where there is no GPU.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    finally:
+        logging.disable(before)
 
 
 def copy_model_files(source: Path, target: Path) -> None:

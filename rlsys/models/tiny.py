@@ -23,6 +23,8 @@ def build_tiny_model(directory: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from rlsys.models.saving import save_new_model
+
     tokenizer = _build_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,8 +46,7 @@ def build_tiny_model(directory: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
 
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_new_model(model, tokenizer, directory)
 
 
 def _build_tokenizer() -> Any:
