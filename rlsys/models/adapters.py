@@ -115,7 +115,7 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     scale = _scale(adapters)
-    _check_base(adapters, base)
+    check_base(adapters, base)
     saved = load_file(adapters / ADAPTER_WEIGHTS)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
     layers = {name.removesuffix(DOWN) for name in weights if name.endswith(DOWN)}
@@ -129,7 +129,7 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
 
     target.mkdir(parents=True, exist_ok=True)
     copy_model_files(adapters, target)
-    files = _weight_files(base)
+    files = _model_weight_files(base)
     places: dict[str, str] = {}
     merged: set[str] = set()
     for number, file in enumerate(files, start=1):
@@ -218,7 +218,12 @@ def _scale(adapters: Path) -> float:
     return facts["lora_alpha"] / facts["r"]
 
 
-def _check_base(adapters: Path, base: Path) -> None:
+def check_base(adapters: Path, base: Path) -> None:
+    """Refuse a base whose weights are not those that the adapters were trained on.
+
+    Raises:
+        ValueError: they differ, by the hash beside the adapters.
+    """
     record = _base_record(adapters)
     if record is not None and weights_digest(base) != record.weights:
         raise ValueError(
@@ -245,6 +250,18 @@ def _layer_of(name: str, layers: set[str]) -> str | None:
 def _weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("*.safetensors"))
     return found or sorted(directory.glob("pytorch_model*.bin"))
+
+
+def _model_weight_files(directory: Path) -> list[Path]:
+    """Return the files of a model's weights, without other copies of them beside them.
+
+    Repositories of Mistral have consolidated.safetensors beside the files that the index names.
+    """
+    from rlsys.models.weight_files import INDEX, SINGLE, weight_paths
+
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return weight_paths(directory)
+    return _weight_files(directory)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from rlsys.models.adapters import merged_weight
+from rlsys.models.adapters import check_base, merged_weight
 from rlsys.models.checkpoint_names import CheckpointNames, untied_state_dict
 from rlsys.models.saving import change_model_config, copy_model_files
 from rlsys.models.sharded_state import Piece
@@ -213,6 +213,8 @@ class FSDP2Backend:
                 shard = DTensorShard.of(state[name])
                 shard.copy(read(shard.start, shard.stop))
         else:
+            if self._rank == 0:  # which reads all files of the base
+                check_base(path, self._directory)
             for name, weight in saved_adapters(adapters, state, path).items():
                 shard = DTensorShard.of(state[name])
                 shard.copy(weight.reshape(-1)[shard.start : shard.stop])
