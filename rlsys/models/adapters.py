@@ -54,6 +54,8 @@ _VARIANTS = (
 )
 # Values of init_lora_weights that leave the base as it is; others, such as pissa, change it.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Endings of the names of the two weights that may be tied.
+_EMBEDDINGS, _LM_HEAD = ("embed_tokens.weight", "wte.weight"), "lm_head.weight"
 _WITH_A_HEAD_OF_ITS_OWN = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -130,6 +132,8 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     copy_model_files(adapters, target)
     files = _model_weight_files(base)
+    if not replaces_head:
+        _check_tied(adapters, whole, files)
     places: dict[str, str] = {}
     merged: set[str] = set()
     for number, file in enumerate(files, start=1):
@@ -229,6 +233,25 @@ def check_base(adapters: Path, base: Path) -> None:
         raise ValueError(
             f"model.path: the adapters in {str(adapters)!r} were trained on other weights than "
             f"those in {str(base)!r} ({record.path!r} has changed since). Restore that model."
+        )
+
+
+def _check_tied(adapters: Path, whole: Mapping[str, Tensor], base: Sequence[Path]) -> None:
+    """Refuse a trained copy of one of two tied weights: the merged model would tie them again.
+
+    Conventions: they are tied where the base has no weight of an LM head.
+    """
+    trained = [name for name in whole if name.endswith((*_EMBEDDINGS, _LM_HEAD))]
+    if not trained or _facts(adapters).get("ensure_weight_tying"):
+        return
+    if any(name == _LM_HEAD for file in base for name, _ in _tensors(file)):
+        return
+    first, *others = (whole[name] for name in trained)
+    if not others or not all(first.equal(other) for other in others):
+        raise ValueError(
+            f"model.path: {trained[0]} in {str(adapters)!r} was trained apart from the weight that "
+            "it is tied to in the base. Merge them with PEFT (merge_and_unload), untie them in its "
+            "config.json (tie_word_embeddings), and give the result."
         )
 
 
