@@ -56,7 +56,9 @@ def export(
     try:
         copy_model_files(source, partial)
         if dtype is not None:
-            change_model_config(partial, {"dtype": str(dtype).removeprefix("torch.")})
+            # The second is the name that older configs and readers have for it.
+            fields = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+            change_model_config(partial, fields)
         for name, part in zip(weight_files.file_names(len(parts)), parts, strict=True):
             with TensorFileWriter(partial / name, part, FORMAT) as file:
                 for facts in part:

@@ -54,6 +54,8 @@ _VARIANTS = (
 )
 # Values of init_lora_weights that leave the base as it is; others, such as pissa, change it.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Endings of the names of the two weights that may be tied.
+_EMBEDDINGS, _LM_HEAD = ("embed_tokens.weight", "wte.weight"), "lm_head.weight"
 _WITH_A_HEAD_OF_ITS_OWN = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -115,7 +117,7 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     scale = _scale(adapters)
-    _check_base(adapters, base)
+    check_base(adapters, base)
     saved = load_file(adapters / ADAPTER_WEIGHTS)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
     layers = {name.removesuffix(DOWN) for name in weights if name.endswith(DOWN)}
@@ -129,7 +131,9 @@ def merge_adapters(adapters: Path, base: Path, target: Path) -> None:
 
     target.mkdir(parents=True, exist_ok=True)
     copy_model_files(adapters, target)
-    files = _weight_files(base)
+    files = _model_weight_files(base)
+    if not replaces_head:
+        _check_tied(adapters, whole, files)
     places: dict[str, str] = {}
     merged: set[str] = set()
     for number, file in enumerate(files, start=1):
@@ -218,12 +222,36 @@ def _scale(adapters: Path) -> float:
     return facts["lora_alpha"] / facts["r"]
 
 
-def _check_base(adapters: Path, base: Path) -> None:
+def check_base(adapters: Path, base: Path) -> None:
+    """Refuse a base whose weights are not those that the adapters were trained on.
+
+    Raises:
+        ValueError: they differ, by the hash beside the adapters.
+    """
     record = _base_record(adapters)
     if record is not None and weights_digest(base) != record.weights:
         raise ValueError(
             f"model.path: the adapters in {str(adapters)!r} were trained on other weights than "
             f"those in {str(base)!r} ({record.path!r} has changed since). Restore that model."
+        )
+
+
+def _check_tied(adapters: Path, whole: Mapping[str, Tensor], base: Sequence[Path]) -> None:
+    """Refuse a trained copy of one of two tied weights: the merged model would tie them again.
+
+    Conventions: they are tied where the base has no weight of an LM head.
+    """
+    trained = [name for name in whole if name.endswith((*_EMBEDDINGS, _LM_HEAD))]
+    if not trained or _facts(adapters).get("ensure_weight_tying"):
+        return
+    if any(name == _LM_HEAD for file in base for name, _ in _tensors(file)):
+        return
+    first, *others = (whole[name] for name in trained)
+    if not others or not all(first.equal(other) for other in others):
+        raise ValueError(
+            f"model.path: {trained[0]} in {str(adapters)!r} was trained apart from the weight that "
+            "it is tied to in the base. Merge them with PEFT (merge_and_unload), untie them in its "
+            "config.json (tie_word_embeddings), and give the result."
         )
 
 
@@ -245,6 +273,18 @@ def _layer_of(name: str, layers: set[str]) -> str | None:
 def _weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("*.safetensors"))
     return found or sorted(directory.glob("pytorch_model*.bin"))
+
+
+def _model_weight_files(directory: Path) -> list[Path]:
+    """Return the files of a model's weights, without other copies of them beside them.
+
+    Repositories of Mistral have consolidated.safetensors beside the files that the index names.
+    """
+    from rlsys.models.weight_files import INDEX, SINGLE, weight_paths
+
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return weight_paths(directory)
+    return _weight_files(directory)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

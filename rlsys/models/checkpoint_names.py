@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlsys.models.tensor_files import TensorFacts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -98,6 +100,7 @@ class CheckpointNames:
         made = {name: tensor for name, tensor in whole.items() if id(tensor) not in names}
         groups += _smallest_groups(model, others, made)
 
+        self.exported = {name: TensorFacts.of(name, tensor) for name, tensor in whole.items()}
         place = {name: position for position, name in enumerate(shapes)}
         self.groups = tuple(sorted(groups, key=lambda group: place[group.names[0]]))
 
@@ -256,6 +259,17 @@ def untied_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     tied = tied_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def buffer_names(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the saved buffers in the checkpoint, such as the biases of a router."""
+    saved = model.state_dict()
+    shapes = {
+        name: torch.empty(buffer.shape, device="meta", dtype=buffer.dtype)
+        for name, buffer in model.named_buffers()
+        if name in saved
+    }
+    return frozenset(to_checkpoint(model, shapes) if shapes else ())
 
 
 def names_without_mapping(model: PreTrainedModel, directory: Path | str) -> list[str]:

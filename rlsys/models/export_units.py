@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlsys.models.checkpoint_names import element_places, to_checkpoint
+from rlsys.models.checkpoint_names import CheckpointNames, element_places
 from rlsys.models.tensor_files import TensorFacts
 from rlsys.models.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BLOCK = re.compile(r"(.*?\.\d+)\.")  # model.layers.0 of model.layers.0.mlp.experts.down_proj
 
 ReadRange = Callable[[int, int], Tensor]  # start, stop -> those elements, in row-major order
 
@@ -41,50 +38,23 @@ class ExportUnit:
 
 
 def export_units(model: PreTrainedModel, weights: Sequence[TensorFacts]) -> list[ExportUnit]:
-    """Divide weights of `model` into units, in their order.
-
-    Conventions: a unit is one weight where every weight can be converted without the others, else
-    the weights of one block, else all. That is found out by converting tensors without values.
-    """
-    complete = _unit(model, weights)
-    by_weight = [[facts] for facts in weights]
-    for parts in (by_weight, _by_block(weights)):
-        try:
-            units = [_unit(model, part) for part in parts]
-        except (ValueError, KeyError, IndexError, RuntimeError):
-            continue  # a conversion lacks the other weights that it needs
-        exported = [facts for unit in units for facts in unit.exported]
-        if _by_name(exported) == _by_name(complete.exported):
-            return units
-    return [complete]
-
-
-def _by_name(tensors: Iterable[TensorFacts]) -> list[tuple[str, TensorFacts]]:
-    return sorted(((facts.name, facts) for facts in tensors), key=lambda pair: pair[0])
-
-
-def _by_block(weights: Sequence[TensorFacts]) -> list[list[TensorFacts]]:
-    """Return the weights of each block together, and all that are in none."""
-    blocks: dict[str, list[TensorFacts]] = {}
-    for facts in weights:
-        found = BLOCK.match(facts.name)
-        blocks.setdefault(found[1] if found else "", []).append(facts)
-    return list(blocks.values())
-
-
-def _unit(model: PreTrainedModel, weights: Sequence[TensorFacts]) -> ExportUnit:
-    empty = {
-        facts.name: torch.empty(facts.shape, device="meta", dtype=facts.dtype) for facts in weights
-    }
-    converted = to_checkpoint(model, empty)
-    # A conversion makes new tensors; a renaming hands on the one that it got.
-    pairs = zip(empty.values(), converted.values(), strict=False)
-    same = len(empty) == len(converted) == 1 and all(given is made for given, made in pairs)
-    return ExportUnit(
-        weights=tuple(weights),
-        exported=tuple(TensorFacts.of(name, tensor) for name, tensor in converted.items()),
-        only_renamed=same,
+    """Divide weights of `model` into units, in their order; see `CheckpointNames`."""
+    given = {facts.name: facts for facts in weights}
+    names = CheckpointNames(
+        model,
+        {
+            name: torch.empty(facts.shape, device="meta", dtype=facts.dtype)
+            for name, facts in given.items()
+        },
     )
+    return [
+        ExportUnit(
+            weights=tuple(given[name] for name in group.names),
+            exported=tuple(names.exported[name] for name in group.outputs),
+            only_renamed=group.renamed,
+        )
+        for group in names.groups
+    ]
 
 
 def check_weights(units: Iterable[ExportUnit], files: WeightFiles) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,29 +64,37 @@ class Bucket:
 
 
 def buckets_of(
-    tensors: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype, bucket_bytes: int
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+    bucket_bytes: int,
+    kept: Collection[str] = (),
 ) -> Iterator[Bucket]:
     """Cast `tensors` to `dtype` and yield them in buckets of at most `bucket_bytes`.
 
     A tensor is never split; one that is larger has a bucket of its own. A tensor that has the dtype
     already is not copied, so a bucket must be copied or written before the model changes. If the
     caller drops a bucket before it asks for the next, only one is in memory.
+
+    Args:
+        kept: names of tensors that keep their own dtype.
     """
     entries: list[WeightEntry] = []
     arrays: list[NDArray[np.uint8]] = []
     size = 0
     for name, tensor in tensors:
-        num_bytes = tensor.numel() * dtype.itemsize
+        sent = tensor.dtype if name in kept else dtype
+        num_bytes = tensor.numel() * sent.itemsize
         if entries and size + num_bytes > bucket_bytes:
             yield Bucket(entries=tuple(entries), arrays=tuple(arrays))
             entries, arrays, size = [], [], 0
 
-        data = _bytes_of(tensor.detach().to(dtype))
+        data = _bytes_of(tensor.detach().to(sent))
         entries.append(
             WeightEntry(
                 name=name,
                 shape=tuple(tensor.shape),
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=str(sent).removeprefix("torch."),
                 num_bytes=num_bytes,
                 checksum=_checksum(data),
             )

@@ -21,7 +21,7 @@ from rlsys.models.tensor_files import TensorFacts
 from rlsys.models.value_models import load_value_model
 from rlsys.models.weight_files import file_names, write_index
 from tests.support.backend_ranks import CPU, Case, example, running, tiny
-from workers.training.backends import build_backend
+from workers.training.backends import build_backend, fsdp2
 from workers.training.backends.deepspeed import check_modules, import_deepspeed
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
 from workers.training.packed_attention import register_packed_attention
@@ -114,3 +114,11 @@ def test_a_module_for_each_expert_is_refused():
     decoder.layers[1].mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts of .* a module for"):
         check_modules(module)
+
+    fsdp2.check_modules(module, 1)
+    with pytest.raises(
+        UnsupportedModelError, match=r"ranks: 2 .*layers\.1\.mlp\.experts of .*frozen"
+    ):
+        fsdp2.check_modules(module, 2)
+    decoder.layers[1].mlp.experts.requires_grad_(False)
+    fsdp2.check_modules(module, 2)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsys.config.command_line import CONFIG_FILE
 from rlsys.export import export, main
 from rlsys.models import resolve_model
+from rlsys.models.saving import change_model_config
 from rlsys.models.weight_files import INDEX, WeightFiles
 from rlsys.run.checkpoints import CheckpointStore
 from tests.support.saved_weights import saved_weights
@@ -55,7 +56,9 @@ def test_a_run_a_checkpoint_and_a_critic_become_models(place: str, run: Path, tm
 
 
 def test_several_files_in_another_type_load_the_same(tmp_path: Path):
-    source, out = resolve_model("tiny"), tmp_path / "out"
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(resolve_model("tiny"), source)
+    change_model_config(source, {"torch_dtype": "float32"})  # as older configs name it
     export(source, out, dtype=torch.bfloat16, file_bytes=20_000)
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
@@ -63,6 +66,7 @@ def test_several_files_in_another_type_load_the_same(tmp_path: Path):
     assert set(json.loads((out / INDEX).read_text())["weight_map"].values()) == {
         file.name for file in files
     }
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()

@@ -59,7 +59,7 @@ def test_experts_are_not_only_renamed_and_others_are(tmp_path: Path):
     }
 
 
-def test_a_conversion_that_needs_several_weights_gets_those_of_a_block(
+def test_a_conversion_that_needs_several_weights_gets_those_of_its_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The biases of q and k are one tensor on the disk of this imagined model."""
@@ -79,7 +79,11 @@ def test_a_conversion_that_needs_several_weights_gets_those_of_a_block(
     monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", revert)
     state = model.state_dict()
     units = export_units(model, [TensorFacts.of(name, one) for name, one in state.items()])
-    assert len(units) == 1 + model.config.num_hidden_layers
+    together = [{one.name for one in unit.weights} for unit in units if len(unit.weights) > 1]
+    assert together == [
+        {f"model.layers.{layer}.self_attn.{part}_proj.bias" for part in "qk"}
+        for layer in range(model.config.num_hidden_layers)
+    ]
 
     exported = [one for unit in units for one in unit.exported]
     with TensorFileWriter(tmp_path / weight_files.SINGLE, exported, {}) as file:

@@ -21,10 +21,12 @@ ADAPTER = {
 }
 
 
-def merged(folder: Path, facts: dict[str, Any], further: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(
+    folder: Path, facts: dict[str, Any], further: dict[str, Tensor], *, tied: bool = False
+) -> dict[str, Tensor]:
     """Merge an adapter of scale 2, and what is trained whole, with a base of zeros."""
     base, adapters = folder / "base", folder / "adapters"
-    names = (f"{LAYER}.weight", "model.embed_tokens.weight", "lm_head.weight")
+    names = (f"{LAYER}.weight", "model.embed_tokens.weight", "lm_head.weight")[: 2 if tied else 3]
     for directory in (base, adapters):
         directory.mkdir()
     save_file({name: torch.zeros(2, 2) for name in names}, base / "model.safetensors")
@@ -59,3 +61,17 @@ def test_an_adapter_of_an_embedding_is_refused(tmp_path: Path):
     further = {"model.embed_tokens.lora_embedding_A": torch.ones(2, 2)}
     with pytest.raises(ValueError, match=r"embed_tokens.lora_embedding_A in .* is no adapter of a"):
         merged(tmp_path, {}, further)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_one_of_two_tied_weights_that_was_trained_whole_is_refused(tmp_path: Path, name: str):
+    """PEFT trains a copy of it, so that the two differ; the merged model would tie them again."""
+    with pytest.raises(ValueError, match=rf"^model\.path: .*{name} .* tied .*merge_and"):
+        merged(tmp_path, {"task_type": "CAUSAL_LM"}, {name: torch.ones(2, 2)}, tied=True)
+
+
+def test_tied_weights_that_are_saved_as_equal_are_merged(tmp_path: Path):
+    """PEFT saves both where the vocabulary has grown."""
+    both = {name: torch.ones(2, 2) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    found = merged(tmp_path, {"task_type": "CAUSAL_LM"}, both, tied=True)
+    assert torch.equal(found["model.embed_tokens.weight"], torch.ones(2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,21 @@ def test_a_resumed_rank_goes_on_exactly(llama: Path, tmp_path: Path):
         assert found[metric].value == pytest.approx(expected[metric].value, rel=1e-6)
 
 
+def test_a_rank_does_not_resume_on_a_base_that_has_changed(llama: Path, tmp_path: Path):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    shutil.copytree(llama, base)
+    saved.mkdir()
+    with one_rank(config(base), base) as worker:
+        worker.save(str(saved))
+
+    load_family(base, seed=7).save_pretrained(base)
+    with (
+        one_rank(config(base), base) as worker,
+        pytest.raises(ValueError, match=r"^model\.path: the adapters .* other weights .* Restore"),
+    ):
+        worker.load(str(saved))
+
+
 def test_one_weight_at_a_time_is_gathered_and_merged(llama: Path, monkeypatch: pytest.MonkeyPatch):
     gathered = fsdp2.gathered
     calls: list[torch.Size] = []
@@ -306,6 +322,8 @@ def test_merging_keeps_dtype_and_files_of_the_base(llama: Path, tmp_path: Path):
     assert len([*base.glob("*.safetensors")]) > 1
     for file in llama.glob("token*"):
         (base / file.name).write_bytes(file.read_bytes())
+    # Another copy of the weights, which the index does not name.
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2)}, base / "consolidated.safetensors")
     saved.mkdir()
     with one_rank(config(base), base) as worker:
         step(worker)

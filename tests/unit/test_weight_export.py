@@ -86,6 +86,30 @@ def test_an_engine_gets_exactly_the_weights_of_the_policy(family: str, dtype: st
         np.testing.assert_allclose(np.concatenate(found), np.concatenate(trainer), atol=1e-4)
 
 
+def test_buffers_keep_their_type(tmp_path: Path):
+    """The trainer reads the biases of the router in float32; in bfloat16 those of 8.01 to 8.04 tie.
+
+    An engine reads them in float32 from the model's file.
+    """
+    build_family("deepseek_v3", tmp_path / "model")
+    settings = config(tmp_path / "model", tmp_path / "weights", "bfloat16")
+    engine = TransformersEngine(settings, settings.model.path)
+    biases = torch.tensor([8.01, 8.02, 8.03, 8.04])
+    with one_rank(settings) as worker:
+        state = worker.backend.module.model.state_dict()
+        (name,) = (name for name in state if name.endswith("e_score_correction_bias"))
+        state[name].copy_(biases)
+        stored = worker.export_weights(0)
+
+    assert stored is not None
+    engine.install_weights(make_transport(settings.sync).read(stored))
+    held: Any = engine._model.state_dict()
+    assert torch.equal(held[name], biases)
+    types = {entry.name: entry.dtype for entry in stored.manifest.entries}
+    assert types.pop(name) == "float32"
+    assert set(types.values()) == {"bfloat16"}
+
+
 class Watching:
     """A transport that counts how many arrays of earlier buckets are alive at each new bucket."""
 

@@ -53,9 +53,13 @@ def check_diagnosable(model: PackedCausalLM) -> None:
     """Refuse a model whose gradients cannot be measured, before the first rollouts.
 
     Raises:
-        UnsupportedModelError: it has no down projection, or it does not run packed.
+        UnsupportedModelError: it has no down projection, does not train it, or does not run packed.
     """
-    last_down_projection(model)
+    if not last_down_projection(model).weight.requires_grad:
+        raise UnsupportedModelError(
+            "diagnostics.gradient: true measures the gradient of mlp.down_proj in the last layer, "
+            "which policy.frozen leaves untrained. Set it to false, or train that layer."
+        )
     if not model.packing:
         raise UnsupportedModelError(
             "diagnostics.gradient: true needs the packed forward pass, and "

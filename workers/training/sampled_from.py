@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rlsys.config.engines import ENGINES
 from rlsys.data.packing import pack_rows
 from rlsys.data.sequences import TokenSequences
-from rlsys.models.checkpoint_names import names_without_mapping
+from rlsys.models.checkpoint_names import buffer_names, names_without_mapping
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import StoredWeights, buckets_of
 from workers.training.model_setup import DTYPES
@@ -71,6 +71,8 @@ class SampledFromWorker(CausalLMWorker):
             weights,
             dtype=DTYPES[self.config.generation.dtype],
             bucket_bytes=self.config.sync.bucket_bytes,
+            # Both sides read buffers as they are, whatever the dtype of the weights.
+            kept=buffer_names(self.backend.module.model),
         )
         return self._transport.write(version, buckets, keep=keep)
 

@@ -138,7 +138,7 @@ def save_weights(
         gathered = {name: tensor for name, tensor in found if tensor is not None}
         del found
         if gathered:
-            files.attempt(partial(_write_unit, model, gathered, writers))
+            files.attempt(partial(_write_unit, model, unit, gathered, writers))
 
     for writer in dict.fromkeys(writers.values()):
         files.attempt(writer.close)
@@ -159,10 +159,15 @@ def _open_writers(plan: WeightPlan, files: RankFiles) -> dict[str, TensorFileWri
 
 def _write_unit(
     model: PreTrainedModel,
+    unit: ExportUnit,
     weights: Mapping[str, Tensor],
     writers: Mapping[str, TensorFileWriter],
 ) -> None:
-    for name, tensor in to_checkpoint(model, weights).items():
+    if unit.only_renamed:
+        written = {unit.exported[0].name: weights[unit.weights[0].name]}
+    else:
+        written = to_checkpoint(model, weights)
+    for name, tensor in written.items():
         writers[name].write(name, tensor)
 
 

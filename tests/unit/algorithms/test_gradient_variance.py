@@ -27,6 +27,7 @@ from workers.training.gradient_diagnostics import (
     gradient_metrics,
     last_down_projection,
 )
+from workers.training.lora import freeze
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackedCausalLM, PackTensors
 
@@ -190,3 +191,10 @@ def test_a_model_that_runs_padded_is_refused():
     padded = PackedCausalLM(llama, chunk_tokens=1, packing=False)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM runs padded"):
         check_diagnosable(padded)
+
+
+def test_a_projection_that_is_frozen_is_refused():
+    llama = tiny_model(Architecture(model_type="llama"))
+    freeze(llama, ["model.layers.*"], field="policy.frozen")
+    with pytest.raises(UnsupportedModelError, match=r"diagnostics\.gradient: .* policy\.frozen"):
+        check_diagnosable(PackedCausalLM(llama, chunk_tokens=1))

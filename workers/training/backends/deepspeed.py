@@ -24,6 +24,7 @@ from rlsys.models.checkpoint_names import CheckpointNames, from_checkpoint, tied
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.saving import change_model_config, copy_model_files
 from rlsys.models.weight_files import weight_paths
+from workers.training.expert_modules import experts_of_their_own
 from workers.training.model_setup import decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
 from workers.training.weight_decay import parameter_groups
@@ -84,12 +85,12 @@ def check_modules(module: PackedModel) -> None:
     Raises:
         UnsupportedModelError: names the module.
     """
-    for name, part in module.model.named_modules():
-        if isinstance(part, nn.ModuleList) and "expert" in name.rpartition(".")[2].lower():
-            raise UnsupportedModelError(
-                f"backend: 'deepspeed' needs the same modules on all ranks, and {name} of "
-                f"{type(module.model).__name__} has a module for each expert. Use fsdp2."
-            )
+    for name, _ in experts_of_their_own(module.model):
+        raise UnsupportedModelError(
+            f"backend: 'deepspeed' needs the same modules on all ranks, and {name} of "
+            f"{type(module.model).__name__} has a module for each expert. Use fsdp2, which trains "
+            "them on one rank."
+        )
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -26,12 +26,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from rlsys.models.adapters import merged_weight
+from rlsys.models.adapters import check_base, merged_weight
 from rlsys.models.checkpoint_names import CheckpointNames, untied_state_dict
+from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.saving import change_model_config, copy_model_files
 from rlsys.models.sharded_state import Piece
 from rlsys.models.tensor_files import TensorFacts
 from workers.training.backends.backend import OptimizerSettings, RoleSettings, TrainedRole
+from workers.training.expert_modules import experts_of_their_own
 from workers.training.lora import (
     AdapterParts,
     Adapters,
@@ -81,6 +83,24 @@ def build(
     return FSDP2Backend(module, device, directory, trained.optimizer if trained else None)
 
 
+def check_modules(module: PackedModel, ranks: int) -> None:
+    """Refuse to train experts that are modules of their own on several ranks.
+
+    FSDP2 reduces the gradients that a unit has on a rank. An expert that this rank did not run has
+    none there, so that the ranks would add up the gradients of different experts.
+
+    Raises:
+        UnsupportedModelError: names the module.
+    """
+    for name, experts in experts_of_their_own(module.model):
+        if ranks > 1 and any(parameter.requires_grad for parameter in experts.parameters()):
+            raise UnsupportedModelError(
+                f"ranks: {ranks} ranks of the backend 'fsdp2' must run the same modules, and "
+                f"{name} of {type(module.model).__name__} has a module for each expert. Set it to "
+                "1, or leave the experts untrained (frozen, or model.lora.target_modules)."
+            )
+
+
 class FSDP2Backend:
     """The `ModelBackend` of a model that FSDP2 has sharded."""
 
@@ -91,11 +111,16 @@ class FSDP2Backend:
         directory: Path,
         optimizer: OptimizerSettings | None,
     ) -> None:
-        """Take a sharded `module`, loaded from `directory`; without an `optimizer` it is frozen."""
+        """Take a sharded `module`, loaded from `directory`; without an `optimizer` it is frozen.
+
+        Raises:
+            UnsupportedModelError: see `check_modules`.
+        """
         self.module = module
         self.device = device
         self._directory = directory
         self._ranks = dist.get_world_size()
+        check_modules(module, self._ranks)
         self._rank = dist.get_rank()
         self._names: CheckpointNames | None = None  # planned at the first export
 
@@ -213,6 +238,8 @@ class FSDP2Backend:
                 shard = DTensorShard.of(state[name])
                 shard.copy(read(shard.start, shard.stop))
         else:
+            if self._rank == 0:  # which reads all files of the base
+                check_base(path, self._directory)
             for name, weight in saved_adapters(adapters, state, path).items():
                 shard = DTensorShard.of(state[name])
                 shard.copy(weight.reshape(-1)[shard.start : shard.stop])
