@@ -58,6 +58,10 @@ class SampledFromWorker(CausalLMWorker):
 
         Returns:
             On rank 0 the manifest and where the buckets are, None on the other ranks.
+
+        Raises:
+            Exception: on rank 0, that the buckets cannot be stored. All ranks have gathered every
+                weight by then, so they answer the next call.
         """
         weights = self.backend.weights()
         # All ranks gather the weights; rank 0 alone gets them.
@@ -72,7 +76,13 @@ class SampledFromWorker(CausalLMWorker):
             dtype=DTYPES[self.config.generation.dtype],
             bucket_bytes=self.config.sync.bucket_bytes,
         )
-        return self._transport.write(version, buckets, keep=keep)
+        try:
+            return self._transport.write(version, buckets, keep=keep)
+        except Exception:
+            # The other ranks gather on to the last weight; without this rank they would wait.
+            for _ in weights:
+                pass
+            raise
 
     @torch.no_grad()
     def probe_logprobs(
