@@ -34,7 +34,8 @@ class SyncConfig(Section):
         default=None,
         description="Directory of this run alone, on storage that all nodes with generation "
         "workers share, for the transport disk. It holds one version of the weights, and those "
-        "that a worker has still to read (trainer.max_staleness). null: none.",
+        "that a worker has still to read (trainer.max_staleness). A relative path starts where "
+        "the command does. null: none.",
     )
 
     @field_validator("transport", mode="before")
