@@ -59,7 +59,7 @@ def plan_rows(
 ) -> dict[str, str]:
     """Return the rows of a plan by their names; see `describe_plan`."""
     parameters = parameter_count(directories.policy)
-    planned = planned_memory(config, hardware, directories.policy)
+    planned = planned_memory(config, hardware, directories)
     return {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
         "ray": config.cluster.joined_address or "started on this machine",

@@ -14,23 +14,32 @@ from rlsys.models.adapters import adapter_parameters
 from rlsys.plan import formulas
 from rlsys.plan.gpus import GIB, Gpu
 from rlsys.plan.run_memory import Machine, RolePlan, plan_run
-from rlsys.plan.shapes import shape_of_model
+from rlsys.plan.shapes import ModelShape, shape_of_model
+from rlsys.run.model_checks import ModelDirectories
 
 BLOCK = re.compile(r".*?\.\d+\.")  # model.layers.0. of model.layers.0.mlp.down_proj.weight
 
 
-def planned_memory(config: RunConfig, hardware: Hardware, directory: Path) -> Mapping[str, str]:
+def planned_memory(
+    config: RunConfig, hardware: Hardware, directories: ModelDirectories
+) -> Mapping[str, str]:
     """Return the peaks of each role as text, by `python -m rlsys.plan`.
 
     Empty where its formulas do not cover a model or an option of the run.
-
-    Args:
-        directory: of the policy's model.
     """
+    found = {
+        config.reference.path: directories.reference,
+        config.critic.path: directories.critic,
+    }
+
+    def shape_of(path: str) -> ModelShape:
+        # A path that is none of these is that of the reward model.
+        return shape_of_model(str(found.get(path, directories.reward_model)))
+
     gpu = Gpu(name="here", memory_gib=hardware.gpu_memory_gib) if hardware.gpus else None
     try:
         machine = Machine(gpu=gpu, gpus=hardware.gpus)
-        memory = plan_run(config, machine, shape_of_model(str(directory)), shape_of_model)
+        memory = plan_run(config, machine, shape_of_model(str(directories.policy)), shape_of)
     except ConfigError:
         return {}
     return {role.role: _peaks(role, on_gpu=gpu is not None) for role in memory.roles}

@@ -46,3 +46,10 @@ def test_a_part_can_be_pickled_and_a_generator_could_not():
 def test_several_gpus_have_processes_of_vllm_and_not_actors():
     assert vllm._engine_settings(config(2), "m")["distributed_executor_backend"] == "mp"
     assert vllm._engine_settings(config(1), "m")["distributed_executor_backend"] is None
+
+
+def test_sums_of_split_weights_add_up_and_those_of_whole_ones_do_not():
+    norm, halves = 3.0, (1.5, 2.5)
+    found = [{"norm": norm, "down_proj": half} for half in halves]
+    assert vllm.sums_of_all_processes(found) == {"norm": 3.0, "down_proj": 4.0}
+    assert vllm.sums_of_all_processes(found[:1]) == found[0]

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from rlsys.config import LoraConfig, RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
-from rlsys.plan.gpus import GIB
+from rlsys.plan.gpus import GIB, Gpu
 from rlsys.plan.run_memory import Machine, plan_run
 from rlsys.plan.shapes import shape_of_model
+from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.role_memory import planned_memory, rough_memory, training_bytes
 
 CPU = Hardware(cpus=2, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
@@ -45,16 +46,22 @@ def config(**changes: object) -> RunConfig:
 
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_covered_runs_have_the_peaks_of_the_planner(llama: Path, gpus: int):
-    settings = config(**{"policy.ranks": 2, "algorithm.kl.coefficient": 0.1})
+    larger = llama / "larger"
+    larger.mkdir()
+    facts = json.loads((llama / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": 16}))
+    changes = {"policy.ranks": 2, "algorithm.kl.coefficient": 0.1, "reference.path": "org/larger"}
+    settings = config(**changes)
     hardware = Hardware(cpus=2, memory_gib=24.0, gpus=gpus, gpu_memory_gib=80.0 if gpus else 0.0)
-    found = planned_memory(settings, hardware, llama)
+    found = planned_memory(
+        settings, hardware, ModelDirectories(policy=llama, reference=larger, critic=llama)
+    )
     assert found.keys() == {"policy", "reference"}
-
-    from rlsys.plan.gpus import Gpu
 
     gpu = Gpu(name="any", memory_gib=80.0) if gpus else None
     machine = Machine(gpu=gpu, gpus=gpus)
-    memory = plan_run(settings, machine, shape_of_model(str(llama)), shape_of_model)
+    shape = shape_of_model(str(llama))
+    memory = plan_run(settings, machine, shape, lambda _: shape_of_model(str(larger)))
     for role in memory.roles:
         for peak in role.peaks:
             size = peak.device.device_bytes if gpus else peak.host.host_bytes
@@ -70,12 +77,12 @@ def test_covered_runs_have_the_peaks_of_the_planner(llama: Path, gpus: int):
     ],
 )
 def test_what_the_planner_does_not_cover_has_a_rough_sum(llama: Path, changes: dict):
-    assert planned_memory(config(**changes), CPU, llama) == {}
+    assert planned_memory(config(**changes), CPU, ModelDirectories.same(llama)) == {}
 
 
 def test_other_architectures_have_a_rough_sum(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert planned_memory(config(), CPU, tmp_path) == {}
+    assert planned_memory(config(), CPU, ModelDirectories.same(tmp_path)) == {}
 
 
 def test_frozen_parameters_have_no_gradients_and_no_moments():

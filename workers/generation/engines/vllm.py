@@ -6,7 +6,7 @@ This is the only module of the generation group that imports vLLM.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -209,7 +209,7 @@ class VLLMEngine:
 
     def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
         """See `RolloutEngine`."""
-        held = self._engine.apply_model(_sums_of_squares)[0]
+        held = sums_of_all_processes(self._engine.apply_model(_sums_of_squares))
         return {parts: held[name] for name, parts in parts_of(names, held).items() if name in held}
 
 
@@ -243,6 +243,20 @@ def parts_of(names: Sequence[str], held: Collection[str]) -> dict[str, tuple[str
             parameter = ".".join(FUSED.get(part, part) for part in name.split("."))
         parts[parameter] = (*parts.get(parameter, ()), name)
     return parts
+
+
+def sums_of_all_processes(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sum of squares of each whole parameter from those in each process.
+
+    A parameter that every process has whole has the same sum everywhere; that of others is split.
+    """
+    first = found[0]
+    return {
+        name: sum(sums[name] for sums in found)
+        if any(sums[name] != first[name] for sums in found)
+        else first[name]
+        for name in first
+    }
 
 
 def _as_transformers_reads(config: Any) -> Any:
