@@ -196,19 +196,19 @@ class RolloutCorrectionConfig(Section):
         default=None,
         gt=0,
         description="Mask tokens (level token) or responses (other levels) with a ratio below "
-        "this out of the loss. null: none.",
+        "this out of the objective. null: none.",
     )
     mask_above: float | None = Field(
         default=None,
         gt=0,
         description="Mask tokens (level token) or responses (other levels) with a ratio above "
-        "this out of the loss. null: none.",
+        "this out of the objective. null: none.",
     )
     max_sequence_kl: float | None = Field(
         default=None,
         gt=0,
         description="Mask responses whose estimated KL(rollout || old) per token is above this out "
-        "of the loss, at any level. null: none.",
+        "of the objective, at any level. null: none.",
     )
     sequence_kl: Literal["k1", "k2", "k3"] = Field(
         default="k3", description="Estimator of that KL."
@@ -216,9 +216,9 @@ class RolloutCorrectionConfig(Section):
     off_policy_mask: float | None = Field(
         default=None,
         gt=0,
-        description="Mask tokens with a negative advantage out of the loss where the live policy "
-        "has moved away from the response by more than this, as the mean of log rollout - log live "
-        "over its tokens (DeepSeek-V3.2). null: none.",
+        description="Mask tokens with a negative advantage out of the objective where the live "
+        "policy has moved away from the response by more than this, as the mean of log rollout - "
+        "log live over its tokens (DeepSeek-V3.2). null: none.",
     )
 
 

@@ -1,5 +1,6 @@
 """The transfer of the trained weights to the generation workers."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -9,6 +10,8 @@ from rlsys.config.section import Section
 
 # Transports that vLLM has on GPUs, and rlsys does not use yet.
 NOT_YET = ("nccl", "ipc")
+# The file by which a directory of the transport disk is known.
+OWNER_FILE = "rlsys_owner"
 
 
 class SyncConfig(Section):
@@ -31,7 +34,8 @@ class SyncConfig(Section):
         default=None,
         description="Directory of this run alone, on storage that all nodes with generation "
         "workers share, for the transport disk. It holds one version of the weights, and those "
-        "that a worker has still to read (trainer.max_staleness). null: none.",
+        "that a worker has still to read (trainer.max_staleness). A relative path starts where "
+        "the command does. null: none.",
     )
 
     @field_validator("transport", mode="before")
@@ -41,6 +45,12 @@ class SyncConfig(Section):
             message = f"{value!r} is not available yet. Use auto, object_store or disk"
             raise PydanticCustomError("transport", message)  # pyright: ignore[reportArgumentType]
         return value
+
+    @field_validator("directory")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        # The ranks that write there do not have the working directory of the command.
+        return None if value is None else str(Path(value).expanduser().absolute())
 
     @property
     def chosen_transport(self) -> Literal["object_store", "disk"]:

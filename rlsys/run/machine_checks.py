@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rlsys.config import RunConfig
 from rlsys.config.engines import ENGINES
 from rlsys.config.hardware import Hardware
+from rlsys.config.sync import OWNER_FILE
 from rlsys.run.engine_arguments import argument_mistakes
 
 GPU_KERNELS = ("flash_attention_2", "flex_attention")
@@ -29,6 +31,7 @@ def machine_mistakes(config: RunConfig, hardware: Hardware) -> Iterator[str]:
     yield from _attention(config, hardware)
     yield from engine_mistakes(config, hardware)
     yield from memory_mistakes(config, hardware)
+    yield from _sync_mistakes(config)
     yield from _actors(config, hardware)
     yield from label_mistakes(config)
 
@@ -177,3 +180,19 @@ def _is_installed(*packages: str) -> bool:
             continue
         return True
     return False
+
+
+def _sync_mistakes(config: RunConfig) -> Iterator[str]:
+    """Yield why the transport disk would refuse its directory, where this machine sees it."""
+    sync = config.sync
+    if sync.chosen_transport != "disk" or sync.directory is None:
+        return
+    directory = Path(sync.directory)
+    if directory.exists() and not directory.is_dir():
+        yield f"sync.directory: {str(directory)!r} is not a directory. Choose another path."
+        return
+    is_ours = (directory / OWNER_FILE).is_file()
+    if directory.is_dir() and not is_ours and any(directory.iterdir()):
+        yield (
+            f"sync.directory: {str(directory)!r} holds other files. Give it a directory of its own."
+        )

@@ -30,8 +30,9 @@ from rlsys.run.config_warnings import config_warnings
 from rlsys.run.directory import RunDirectory
 from rlsys.run.ineffective_options import ineffective_options
 from rlsys.run.model_checks import ModelDirectories, check_model
-from rlsys.run.plan import OWN_REFERENCE, describe_places, describe_sync, training_memory
+from rlsys.run.plan import OWN_REFERENCE, describe_places, describe_sync
 from rlsys.run.preflight import config_mistakes
+from rlsys.run.role_memory import rough_memory
 from rlsys.run.step_time import StepEstimate
 
 # Sections and fields that only an evaluation by sampling reads.
@@ -169,7 +170,7 @@ def describe_offline_plan(
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         config.trained_field: (
             f"{trained.ranks} x {trained.backend}, {trained.cpus_per_rank} CPU{gpu} each; "
-            f"{training_memory(trained, config.model.lora, model_directory)}"
+            f"{rough_memory(trained, config.model.lora, model_directory)}"
         ),
     }
     reference = config.reference_role()

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import LoraConfig, RootConfig, RunConfig, TrainableRoleConfig
+from rlsys.config import RootConfig, RunConfig
 from rlsys.config.hardware import Hardware
 from rlsys.data.prompt_stream import LoadedProblems
 from rlsys.data.text_stream import SourcedTexts
-from rlsys.models.adapters import adapter_parameters
 from rlsys.models.loading import parameter_count
 from rlsys.rewards import pool_functions, reward_model_role, with_token_limit
 from rlsys.run.directory import RunDirectory
 from rlsys.run.model_checks import ModelDirectories
 from rlsys.run.required_inputs import estimator_parameters
+from rlsys.run.role_memory import planned_memory, rough_memory
 
 OWN_REFERENCE = "the policy without its adapters (model.lora.rank)"
 
@@ -35,11 +35,12 @@ def describe_plan(
     directories: ModelDirectories,
     directory: RunDirectory,
 ) -> str:
-    """Describe what a run would start, with a rough estimate of its memory. Nothing is started.
+    """Describe what a run would start, with an estimate of its memory. Nothing is started.
 
-    Memory of a rank of the policy or the critic: see `training_memory`. Memory of an engine: its
-    weights and the KV cache. Activations are not included; they grow with policy.microbatch_tokens,
-    or with ptx.max_tokens where a text is longer than that.
+    Memory of a rank: the peaks of `rlsys.plan`; where its formulas do not cover the run, those of
+    policy and critic are rough sums without activations, which grow with policy.microbatch_tokens,
+    or with ptx.max_tokens where a text is longer than that. Memory of an engine: its weights and
+    the KV cache.
     """
     return as_table(plan_rows(config, hardware, data, directories, directory))
 
@@ -58,15 +59,16 @@ def plan_rows(
 ) -> dict[str, str]:
     """Return the rows of a plan by their names; see `describe_plan`."""
     parameters = parameter_count(directories.policy)
+    planned = planned_memory(config, hardware, directories)
     return {
         "machine": f"{hardware.cpus} CPUs, {hardware.memory_gib:.0f} GiB, {hardware.gpus} GPUs",
         "ray": config.cluster.joined_address or "started on this machine",
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         "generation": _generation(config, hardware, parameters),
         "weight sync": describe_sync(config, parameters),
-        "policy": _policy(config, hardware, directories.policy),
-        "reference": _reference(config),
-        "critic": _critic(config, directories.critic),
+        "policy": _policy(config, hardware, directories.policy, planned),
+        "reference": _reference(config, planned),
+        "critic": _critic(config, directories.critic, planned),
         "rewards": _rewards(config),
         "reward model": _reward_model(config, directories.reward_model),
         "advantages": _advantages(config),
@@ -115,60 +117,30 @@ def describe_sync(config: RunConfig, parameters: int) -> str:
     return f"{place}, {size:.2f} GiB in buckets of {sync.bucket_mb} MB; {probe}"
 
 
-def _policy(config: RunConfig, hardware: Hardware, directory: Path) -> str:
+def _policy(
+    config: RunConfig, hardware: Hardware, directory: Path, planned: Mapping[str, str]
+) -> str:
     policy = config.policy
+    memory = planned.get("policy") or rough_memory(policy, config.model.lora, directory)
     gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
-    return (
-        f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; "
-        f"{training_memory(policy, config.model.lora, directory)}"
-    )
+    return f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; {memory}"
 
 
-def training_memory(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> str:
-    """Describe the memory of one rank of a trained model; see `describe_plan`."""
-    parameters = parameter_count(directory)
-    if lora.rank:
-        stored = 2 if role.compute_dtype == "bfloat16" else 4  # bytes per parameter
-        adapters = adapter_parameters(directory, lora)
-        rank_gib = (parameters * stored + adapters * 16) / role.ranks / 1024**3
-        return (
-            f"{rank_gib:.2f} GiB weights ({role.compute_dtype}), with adapters of rank {lora.rank} "
-            f"({adapters / 1e6:.2f} M parameters), their gradients and Adam, and activations"
-        )
-    rank_gib = parameters * training_bytes(role) / 1024**3
-    return f"{rank_gib:.2f} GiB weights, gradients and Adam ({role.compute_dtype}), and activations"
-
-
-def training_bytes(role: TrainableRoleConfig) -> float:
-    """Return the bytes per parameter that one rank of a trained model needs.
-
-    Masters and gradients are float32 (4 bytes each), Adam has two moments (8). The copy in the
-    compute dtype is counted whole, since FSDP2 gathers it; DeepSpeed has one in float32 as well.
-    """
-    copy = 2 if role.compute_dtype == "bfloat16" else 4
-    if role.backend == "fsdp2":
-        return 16 / role.ranks + (copy if copy == 2 else 0)
-
-    stage = role.deepspeed.zero_stage
-    gradients = 4 / role.ranks if stage >= 2 else 4
-    weights = copy / role.ranks if stage == 3 else copy
-    return 12 / role.ranks + gradients + weights
-
-
-def _critic(config: RunConfig, directory: Path) -> str:
+def _critic(config: RunConfig, directory: Path, planned: Mapping[str, str]) -> str:
     if not config.critic.enabled:
         return "none (critic.enabled is false)"
     role = config.critic_role()
-    memory = training_memory(role, config.model.lora, directory)
+    memory = planned.get("critic") or rough_memory(role, config.model.lora, directory)
     return f"{role.ranks} ranks beside the policy; {memory}"
 
 
-def _reference(config: RunConfig) -> str:
+def _reference(config: RunConfig, planned: Mapping[str, str]) -> str:
     if config.algorithm.kl.coefficient == 0:
         return "none (algorithm.kl.coefficient is 0)"
     if config.is_own_reference:
         return OWN_REFERENCE
-    return f"{config.reference_role().ranks} ranks beside the policy"
+    memory = f"; {planned['reference']}" if "reference" in planned else ""
+    return f"{config.reference_role().ranks} ranks beside the policy{memory}"
 
 
 def _rewards(config: RunConfig) -> str:

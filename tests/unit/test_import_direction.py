@@ -39,7 +39,7 @@ ALLOWED = {
         "rlsys.math_verifier",
     ),
     "rlsys.evaluation": ("rlsys.data", "rlsys.math_verifier"),
-    "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins"),
+    "rlsys.run": (*LIBRARY, "rlsys.metrics", "rlsys.plugins", "rlsys.plan"),
     "rlsys.export": ("rlsys.config", "rlsys.models", "rlsys.run"),
     "rlsys.plan": ("rlsys.config", "rlsys.models", "rlsys.rewards"),
     "rlsys.doctor": ("rlsys.config", "rlsys.models", "rlsys.run"),

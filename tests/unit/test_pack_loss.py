@@ -159,3 +159,22 @@ def test_rejected_responses_have_no_gradient(budget: int):
     assert live.grad is not None
     assert ((live.grad.numpy() != 0) == kept).all()
     assert sums["rollout_masked_fraction"] == mask.sum() - kept.sum()
+
+
+def test_masked_tokens_keep_their_penalties_and_count_in_averages():
+    batch = example()
+    algorithm = AlgorithmConfig(
+        kl=KLS["tokens"],
+        objective=ObjectiveConfig(weight="none"),
+        # No ratio of two random policies is in this band.
+        rollout_correction=RolloutCorrectionConfig(level="token", mask_above=1e-6),
+        aggregation="token_mean",
+    )
+    without = dataclasses.replace(batch, advantages=np.zeros_like(batch.advantages))
+    plain = algorithm.model_copy(update={"rollout_correction": RolloutCorrectionConfig()})
+    live = torch.zeros(len(batch.rollouts.token_ids))
+    masked, sums = losses_of(batch, live, algorithm, 1000, 0.5)
+    penalties, _ = losses_of(without, live, plain, 1000, 0.5)
+    assert sums["rollout_masked_fraction"] == batch.rollouts.response_mask.sum()
+    assert float(penalties) != 0
+    assert float(masked) == float(penalties)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from rlsys.config import RunConfig
@@ -23,13 +26,13 @@ from workers.training.policy import PolicyWorker
 from workers.weight_sync.transports import make_transport
 
 
-def config(directory: Path, weights: Path, dtype: str) -> RunConfig:
+def config(directory: Path, weights: Path, dtype: str, ranks: int = 1) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": str(directory), "attention": "sdpa"},
             "data": {"max_prompt_tokens": 100},  # some models have 512 positions
             "generation": {"engine": "transformers", "dtype": dtype, "max_tokens": 28},
-            "policy": {"compute_dtype": "float32", "microbatch_tokens": 64},
+            "policy": {"ranks": ranks, "compute_dtype": "float32", "microbatch_tokens": 64},
             "sync": {"transport": "disk", "directory": str(weights), "bucket_mb": 1},
         }
     )
@@ -142,3 +145,55 @@ def test_one_bucket_at_a_time_is_in_memory():
     transport.write(0, packed, keep=())
     assert len(transport.alive) == 8  # five weights of 2,000 bytes each
     assert max(transport.alive) <= 1  # the last weight of the bucket before
+
+
+def one_of_two(directory: Path, rank: int, addresses: Queue[Any], results: Queue[Any]) -> None:
+    """Export twice, on a rank in a process of its own; rank 0 cannot write the first time."""
+    settings = config(directory / "model", directory / "weights", "float32", ranks=2)
+    worker = PolicyWorker(settings, settings.model.path, rank, 2)
+    if rank == 0:
+        address = worker.rendezvous()
+        addresses.put(address)
+    else:
+        address = addresses.get(timeout=60)
+    worker.setup(address)
+
+    refusal = ""
+    try:
+        worker.export_weights(0)
+    except ValueError as error:
+        refusal = str(error)
+    results.put((rank, refusal))
+    if rank == 0:
+        (directory / "weights" / "of_another_program").unlink()
+    results.put((rank, worker.export_weights(1)))
+    worker.shutdown()
+
+
+def test_ranks_do_not_wait_for_a_rank_0_that_cannot_write(tmp_path: Path):
+    build_family("llama", tmp_path / "model")
+    foreign = tmp_path / "weights" / "of_another_program"
+    foreign.parent.mkdir()
+    foreign.touch()
+    context = multiprocessing.get_context("spawn")
+    addresses: Any = context.Queue()
+    results: Any = context.Queue()
+    arguments = [(tmp_path, rank, addresses, results) for rank in (0, 1)]
+    processes = [context.Process(target=one_of_two, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    try:
+        answers = [results.get(timeout=200) for _ in range(4)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+    of_rank = {rank: [found for one, found in answers if one == rank] for rank in (0, 1)}
+    assert of_rank[1] == ["", None]
+    refusal, stored = of_rank[0]
+    assert "holds other files" in refusal
+    found = dict(make_transport(config(tmp_path, foreign.parent, "float32").sync).read(stored))
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -58,6 +58,10 @@ class SampledFromWorker(CausalLMWorker):
 
         Returns:
             On rank 0 the manifest and where the buckets are, None on the other ranks.
+
+        Raises:
+            Exception: on rank 0, that the buckets cannot be stored. All ranks have gathered every
+                weight by then, so they answer the next call.
         """
         weights = self.backend.weights()
         # All ranks gather the weights; rank 0 alone gets them.
@@ -74,7 +78,13 @@ class SampledFromWorker(CausalLMWorker):
             # Both sides read buffers as they are, whatever the dtype of the weights.
             kept=buffer_names(self.backend.module.model),
         )
-        return self._transport.write(version, buckets, keep=keep)
+        try:
+            return self._transport.write(version, buckets, keep=keep)
+        except Exception:
+            # The other ranks gather on to the last weight; without this rank they would wait.
+            for _ in weights:
+                pass
+            raise
 
     @torch.no_grad()
     def probe_logprobs(

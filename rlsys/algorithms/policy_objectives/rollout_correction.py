@@ -47,7 +47,8 @@ def rollout_correction(
     Shapes: [B, T] -> [B, T] float32 or better, no gradient, 0 outside the mask.
 
     Conventions: truncation is done in log space, before the exponential, so that d of +-80 does not
-    overflow; the bounds compare rho before the cap. `none`: 1 on the mask.
+    overflow; the bounds compare rho before the cap. `none`: 1 on the mask. A token of weight 0 has
+    no objective; it keeps its KL and entropy terms, and counts where losses are averaged.
 
     Raises:
         ValueError: unknown level, cap not positive, or an empty band.

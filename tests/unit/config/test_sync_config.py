@@ -1,11 +1,13 @@
 """The settings of the weight sync: what is chosen, refused, and said in the plan."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from rlsys.config import RunConfig
+from rlsys.config.command_line import evolve
 from rlsys.run.plan import describe_sync
 
 
@@ -24,6 +26,15 @@ def test_files_need_a_directory():
         config({"transport": "disk"})
     chosen = config({"transport": "disk", "directory": "/shared/weights"}).sync
     assert chosen.chosen_transport == "disk"
+
+
+def test_a_directory_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, expected in (("w", str(tmp_path / "w")), ("~/w", "/home/me/w"), ("/w", "/w")):
+        assert config({"transport": "disk", "directory": given}).sync.directory == expected
+        changes = {"sync.transport": "disk", "sync.directory": given}
+        assert evolve(config({}), changes).sync.directory == expected
 
 
 @pytest.mark.parametrize("bad", [{"bucket_mb": 0}, {"transport": "carrier_pigeon"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
 from rlsys.run import machine_checks
 from rlsys.run.machine_checks import machine_mistakes
+from workers.weight_sync.transports.disk import DiskTransport
 
 CPU = Hardware(cpus=8, memory_gib=24.0, gpus=0, gpu_memory_gib=0.0)
 GPU = Hardware(cpus=16, memory_gib=128.0, gpus=2, gpu_memory_gib=80.0)
@@ -182,3 +184,20 @@ def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
     assert mistake.startswith("generation.compile: true needs a C++ compiler")
     monkeypatch.setenv("CXX", "/opt/c++")
     assert mistakes({"generation.compile": True}) == []
+
+
+def test_a_directory_of_weights_holds_nothing_else(tmp_path: Path):
+    def of(directory: Path) -> list[str]:
+        return mistakes({"sync.transport": "disk", "sync.directory": str(directory)})
+
+    assert of(tmp_path) == of(tmp_path / "new") == []
+    (tmp_path / "of_another_program").touch()
+    (refused,) = of(tmp_path)
+    assert refused.startswith("sync.directory:")
+    assert "holds other files" in refused
+    (refused,) = of(tmp_path / "of_another_program")
+    assert "is not a directory" in refused
+    # A later run takes the directory over.
+    DiskTransport(str(tmp_path / "earlier")).write(0, iter(()), keep=())
+    assert of(tmp_path / "earlier") == []
+    assert mistakes({"sync.directory": str(tmp_path)}) == []  # nothing is written there

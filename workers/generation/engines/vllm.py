@@ -6,7 +6,7 @@ This is the only module of the generation group that imports vLLM.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+# Of the weights that travel together to an engine of several processes.
+PART_BYTES = 2**26
 # vLLM caches whole blocks only: with its default of 128 no shorter prompt would be cached.
 CPU_BLOCK_TOKENS = 32
 
@@ -64,6 +66,9 @@ def engine_settings(config: RunConfig, model_directory: str) -> dict[str, Any]:
         "max_model_len": generation.max_model_tokens or needed_tokens,
         "enforce_eager": not generation.compile,
         "tensor_parallel_size": generation.tensor_parallel,
+        # Inside of a placement group vLLM would start its processes as Ray actors, which need
+        # bundles of one GPU each.
+        "distributed_executor_backend": "mp" if generation.tensor_parallel > 1 else None,
         "enable_prefix_caching": True,
         "logprobs_mode": "raw_logprobs",
         # Equal seeds must give equal schedules.
@@ -97,6 +102,7 @@ class VLLMEngine:
             EngineArgs(**engine_settings(config, model_directory))
         )
         self._engine.collective_rpc(_report_untruncated_logprobs)
+        self._in_this_process = config.generation.tensor_parallel == 1
 
         tokenizer = load_tokenizer(
             model_directory, trust_remote_code=config.model.trust_remote_code
@@ -134,7 +140,7 @@ class VLLMEngine:
         # They come from torch's global generator: seeds of single requests do not work with
         # chunked prefill on a CPU.
         seed = np.random.SeedSequence([sampling.seed, *positions[:1]]).generate_state(1)[0].item()
-        torch.manual_seed(seed)
+        self._engine.collective_rpc(partial(_seed_sampling, seed=seed))
 
         pending: dict[str, int] = {}
         for index, prompt in enumerate(prompts):
@@ -156,15 +162,29 @@ class VLLMEngine:
 
     def install_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `RolloutEngine`."""
-        # vLLM's loaders may write into their input, which is shared memory, and keep it until a
-        # layer is complete. So each tensor is copied when its turn comes.
-        tensors = ((name, tensor.clone()) for name, tensor in weights)
-        self._engine.collective_rpc(partial(_reload_weights, tensors=tensors))
+        if self._in_this_process:
+            # vLLM's loaders may write into their input, which is shared memory, and keep it until a
+            # layer is complete. So each tensor is copied when its turn comes.
+            tensors = ((name, tensor.clone()) for name, tensor in weights)
+            self._engine.collective_rpc(partial(_reload_weights, tensors=tensors))
+        else:
+            self._send_weights(weights)
 
         if not torch.cuda.is_available():
             self._engine.apply_model(_refresh_tied_head)
         # The cache holds keys and values of the former weights.
         self._engine.reset_prefix_cache()
+
+    def _send_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Install weights in vLLM's own processes: a call is pickled, so no generator can travel.
+
+        In parts, so that neither side holds all weights of the model as a copy.
+        """
+        self._engine.collective_rpc(_begin_reload)
+        for part in _parts(weights, PART_BYTES):
+            self._engine.collective_rpc(partial(_load_part, tensors=part))
+            del part  # before the next is collected
+        self._engine.collective_rpc(_end_reload)
 
     def probe_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """See `RolloutEngine`."""
@@ -189,7 +209,7 @@ class VLLMEngine:
 
     def weight_checksums(self, names: Sequence[str]) -> dict[tuple[str, ...], float]:
         """See `RolloutEngine`."""
-        held = self._engine.apply_model(_sums_of_squares)[0]
+        held = sums_of_all_processes(self._engine.apply_model(_sums_of_squares))
         return {parts: held[name] for name, parts in parts_of(names, held).items() if name in held}
 
 
@@ -223,6 +243,20 @@ def parts_of(names: Sequence[str], held: Collection[str]) -> dict[str, tuple[str
             parameter = ".".join(FUSED.get(part, part) for part in name.split("."))
         parts[parameter] = (*parts.get(parameter, ()), name)
     return parts
+
+
+def sums_of_all_processes(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sum of squares of each whole parameter from those in each process.
+
+    A parameter that every process has whole has the same sum everywhere; that of others is split.
+    """
+    first = found[0]
+    return {
+        name: sum(sums[name] for sums in found)
+        if any(sums[name] != first[name] for sums in found)
+        else first[name]
+        for name in first
+    }
 
 
 def _as_transformers_reads(config: Any) -> Any:
@@ -281,6 +315,11 @@ def _report_untruncated_logprobs(worker: Any) -> None:
     sampler.__class__ = UntruncatedSampler
 
 
+def _seed_sampling(worker: Any, seed: int) -> None:
+    """Seed the process that samples, alike in all that share a model."""
+    torch.manual_seed(seed)
+
+
 def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Replace all weights of a worker.
 
@@ -309,7 +348,70 @@ def _reload_weights(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]]) ->
     finally:
         del model.load_weights
 
-    missing = sorted(expected - loaded)
+    _check_loaded(model, expected, loaded)
+
+
+def _begin_reload(worker: Any) -> None:
+    """Let a worker take weights in parts; `vllm.model_executor.model_loader.reload.inplace`."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    model = worker.model_runner.get_model()
+    worker.rlsys_expected = _loadable_parameters(model)
+    worker.rlsys_loaded = set()
+    if not torch.cuda.is_available():
+        _forget_expert_kernels(model)
+    with set_current_vllm_config(worker.vllm_config):
+        layerwise.initialize_layerwise_reload(model)
+
+
+def _load_part(worker: Any, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load some of the weights, between `_begin_reload` and `_end_reload`."""
+    from vllm.config import set_current_vllm_config
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        found = model.load_weights(iter(tensors))
+    worker.rlsys_loaded |= worker.rlsys_expected if found is None else set(found)
+
+
+def _end_reload(worker: Any) -> None:
+    """Make the weights of all parts those of the model.
+
+    Raises:
+        RuntimeError: some of the worker's weights were in no part.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    runner = worker.model_runner
+    model = runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        layerwise.finalize_layerwise_reload(model, worker.vllm_config.model_config)
+    runner.reset_lora_state()
+    runner.reset_encoder_cache()
+    runner.reset_mm_cache()
+    _check_loaded(model, worker.rlsys_expected, worker.rlsys_loaded)
+
+
+def _parts(
+    weights: Iterable[tuple[str, torch.Tensor]], part_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield the weights in lists of about `part_bytes`; they are views."""
+    part: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        part.append((name, tensor))
+        size += tensor.nbytes
+        if size >= part_bytes:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _check_loaded(model: torch.nn.Module, expected: Collection[str], loaded: set[str]) -> None:
+    missing = sorted(set(expected) - loaded)
     if missing:
         raise RuntimeError(
             f"generation.engine: the trainer sends no weights for {', '.join(missing[:3])} "

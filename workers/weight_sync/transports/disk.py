@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlsys.config.sync import OWNER_FILE
 from rlsys.models.weights import (
     Bucket,
     StoredWeights,
@@ -29,7 +30,6 @@ from rlsys.models.weights import (
     unpack_weights,
 )
 
-OWNER = "rlsys_owner"
 PARTIAL = ".partial"
 
 
@@ -80,7 +80,7 @@ class DiskTransport:
 
     def _claim(self) -> None:
         """Make the directory this run's own at the first write, and see later that it still is."""
-        owner = self._directory / OWNER
+        owner = self._directory / OWNER_FILE
         if not self._written:
             self._directory.mkdir(parents=True, exist_ok=True)
             # What is not from rlsys must not be deleted.
