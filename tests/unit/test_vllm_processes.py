@@ -44,8 +44,8 @@ def test_a_part_can_be_pickled_and_a_generator_could_not():
 
 
 def test_several_gpus_have_processes_of_vllm_and_not_actors():
-    assert vllm._engine_settings(config(2), "m")["distributed_executor_backend"] == "mp"
-    assert vllm._engine_settings(config(1), "m")["distributed_executor_backend"] is None
+    assert vllm.engine_settings(config(2), "m")["distributed_executor_backend"] == "mp"
+    assert vllm.engine_settings(config(1), "m")["distributed_executor_backend"] is None
 
 
 def test_sums_of_split_weights_add_up_and_those_of_whole_ones_do_not():
