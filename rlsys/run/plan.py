@@ -120,12 +120,30 @@ def _policy(config: RunConfig, hardware: Hardware, directory: Path) -> str:
     gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
     return (
         f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; "
-        f"{training_memory(policy, config.model.lora, directory)}"
+        f"{training_memory(policy, config, directory)}"
     )
 
 
-def training_memory(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> str:
+def training_memory(role: TrainableRoleConfig, config: RootConfig, directory: Path) -> str:
     """Describe the memory of one rank of a trained model; see `describe_plan`."""
+    text = _rank_memory(role, config.model.lora, directory)
+    if not config.trainer.checkpoints.asynchronous:
+        return text
+    copy_gib = checkpoint_copy_bytes(role, config.model.lora, directory) / 1024**3
+    return f"{text}; {copy_gib:.2f} GiB of host memory for the copy that checkpoints are made of"
+
+
+def checkpoint_copy_bytes(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> float:
+    """Return the bytes of a rank's copy with `trainer.checkpoints.asynchronous`.
+
+    Masters (4 bytes) and moments (8) are those of the rank; the first has all adapters.
+    """
+    if lora.rank:
+        return adapter_parameters(directory, lora) * (4 + 8 / role.ranks)
+    return parameter_count(directory) * 12 / role.ranks
+
+
+def _rank_memory(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> str:
     parameters = parameter_count(directory)
     if lora.rank:
         stored = 2 if role.compute_dtype == "bfloat16" else 4  # bytes per parameter
@@ -159,7 +177,7 @@ def _critic(config: RunConfig, directory: Path) -> str:
     if not config.critic.enabled:
         return "none (critic.enabled is false)"
     role = config.critic_role()
-    memory = training_memory(role, config.model.lora, directory)
+    memory = training_memory(role, config, directory)
     return f"{role.ranks} ranks beside the policy; {memory}"
 
 
