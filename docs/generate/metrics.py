@@ -697,15 +697,22 @@ METRICS = (
         "time/checkpoint",
         "driver",
         "the checkpoint before the step",
-        "Seconds for which training stood still to save a checkpoint, reported with the next "
-        "step. With `trainer.checkpoints.asynchronous` those of the copy into host memory.",
+        "Seconds of saving a checkpoint, reported with the next step.",
+    ),
+    MetricDoc(
+        "time/checkpoint_copy",
+        "driver",
+        "the checkpoint before the step",
+        "With `trainer.checkpoints.asynchronous`, in place of `time/checkpoint`: seconds for which "
+        "training stood still to copy its state into host memory. Reported with the next step.",
     ),
     MetricDoc(
         "time/checkpoint_wait",
         "driver",
         "the checkpoint before the step",
-        "Seconds for which training stood still before `time/checkpoint`, since the files of the "
-        "checkpoint before were still being written. Absent where they were complete.",
+        "Seconds for which training stood still before `time/checkpoint_copy` or "
+        "`time/checkpoint`, since the files of the checkpoint before were still being written. "
+        "Absent where they were complete.",
     ),
     MetricDoc(
         "time/checkpoint_write",

@@ -183,18 +183,20 @@ class Session:
         as long as there is another step that can be taken meanwhile.
         """
         await self._finish_background()
-        self._enter("checkpoint")
+        in_background = self._trainer.checkpoints.asynchronous and self.goes_on()
+        phase = "checkpoint_copy" if in_background else "checkpoint"
+        self._enter(phase)
         start = self.now()
         state: dict[str, Any] = {"step": self.step, "evaluated_step": self._evaluated_step}
         state |= await self.states()
         state |= describe_origin(self._config)
 
-        if self._trainer.checkpoints.asynchronous and self.goes_on():
+        if in_background:
             await self._begin_background(deepcopy(state))
         else:
             path = await self._checkpoints.save(self.step, self._write_models, state)
             self._sealed(self.step, path)
-        self._save_time["time/checkpoint"] = self.now() - start
+        self._save_time[f"time/{phase}"] = self.now() - start
 
     def _sealed(self, step: int, path: Path) -> None:
         self._saved_step = step

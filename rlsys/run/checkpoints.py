@@ -77,7 +77,7 @@ class CheckpointStore:
         try:
             await write(partial)
             (partial / TRAINER_STATE).write_text(text)
-            await asyncio.to_thread(_seal, partial)
+            await asyncio.to_thread(seal, partial)
         except asyncio.CancelledError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -193,7 +193,7 @@ def _checksum(file: Path) -> int:
     return value
 
 
-def _seal(directory: Path) -> None:
+def seal(directory: Path) -> None:
     """Flush every file to the disk, then write the manifest."""
     files = {}
     for path in sorted(directory.rglob("*")):

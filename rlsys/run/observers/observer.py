@@ -29,8 +29,8 @@ class Observer:
     def on_phase(self, step: int, phase: str) -> None:
         """React to the start of a phase: one of `PHASES`, "evaluate" or "checkpoint".
 
-        "checkpoint_write" is the wait for the files of a checkpoint that is written in the
-        background; `step` is that of the checkpoint.
+        Of a checkpoint that is written in the background, "checkpoint_copy" is the pause in which
+        its state is copied, and "checkpoint_write" a wait for its files; `step` is its own.
         """
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:

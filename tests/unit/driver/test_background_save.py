@@ -120,7 +120,7 @@ async def test_the_newest_checkpoint_is_the_one_before_until_it_is_sealed(tmp_pa
     assert left_over(run) == []
 
     values = dict(run.recorder.steps)
-    assert "time/checkpoint" in values[3]
+    assert "time/checkpoint_copy" in values[3]
     assert "time/checkpoint_write" in values[5]
 
 
@@ -140,7 +140,11 @@ async def test_a_second_checkpoint_waits_for_the_first_and_says_how_long(tmp_pat
     assert run.recorder.checkpoints == [2, 4, 5]
     assert steps_of(run) == [5]  # keep is 1
     phases = [event for event in run.stage.journal if event.startswith("phase:checkpoint")]
-    assert phases[:3] == ["phase:checkpoint", "phase:checkpoint_write", "phase:checkpoint"]
+    assert phases == [
+        *("phase:checkpoint_copy", "phase:checkpoint_write", "phase:checkpoint_copy"),
+        *(["phase:checkpoint_write"] if len(phases) == 5 else []),
+        "phase:checkpoint",
+    ]
     values = dict(run.recorder.steps)
     assert "time/checkpoint_wait" not in values[3]
     assert 0.2 <= values[5]["time/checkpoint_wait"] <= values[5]["time/checkpoint_write"]
@@ -204,7 +208,7 @@ async def test_a_copy_that_fails_ends_the_run_in_the_pause(tmp_path: Path) -> No
     run.stage.hooks = {"copy": fail}
     with pytest.raises(MemoryError) as caught:
         await run.finish()
-    assert "checkpoint of step 2; there is no checkpoint yet" in caught.value.__notes__[0]
+    assert "checkpoint_copy of step 2; there is no checkpoint yet" in caught.value.__notes__[0]
     assert run.recorder.steps[-1][0] == 2
     assert left_over(run) == []
 
@@ -288,18 +292,18 @@ async def test_a_checkpoint_whose_files_are_complete_is_sealed_in_spite_of_a_fai
     run = await start(tmp_path, background(make_config(steps=6, save=2)))
     failed = asyncio.Event()
     loop = asyncio.get_running_loop()
-    seal = checkpoints._seal
+    at_once = checkpoints.seal
 
     def slow(directory: Path) -> None:
         asyncio.run_coroutine_threadsafe(failed.wait(), loop).result(DEADLOCK_S)
-        seal(directory)
+        at_once(directory)
 
     async def die() -> None:
         if run.recorder.steps and run.recorder.steps[-1][0] == 2:
             loop.call_later(0.05, failed.set)
             raise ConnectionError("a rank died")
 
-    monkeypatch.setattr(checkpoints, "_seal", slow)
+    monkeypatch.setattr(checkpoints, "seal", slow)
     run.stage.hooks = {"update": die}
     with pytest.raises(ConnectionError) as caught:
         await run.finish()
@@ -326,5 +330,6 @@ async def test_the_times_are_written_with_the_steps(tmp_path: Path) -> None:
     run = await start(tmp_path, background(make_config(steps=6, save=2)))
     assert await run.finish() == "finished"
     records = {record.step: record.values for record in read_metrics(run.directory.metrics)}
-    assert "time/checkpoint" in records[3]
+    assert "time/checkpoint_copy" in records[3]
+    assert not any("time/checkpoint" in values for values in records.values())
     assert sum("time/checkpoint_write" in values for values in records.values()) == 2
