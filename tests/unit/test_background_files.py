@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlsys.config import RunConfig
 from rlsys.config.offline import RewardModelRunConfig, SupervisedRunConfig
 from rlsys.models import resolve_model
 from rlsys.models.tensor_files import TensorFileWriter
@@ -63,6 +64,13 @@ def end_of_files(worker: SavedWorker) -> None:
     assert worker._in_background is not None
     worker._in_background.wait()
     assert worker.seconds_of_files() is not None
+
+
+@torch.no_grad()
+def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give the only rank of a model other weights."""
+    for name, parameter in model.state_dict().items():
+        parameter.to_local().copy_(weights[name])
 
 
 def made(path: Path) -> Path:
@@ -140,12 +148,16 @@ def test_the_copy_is_one_more_of_what_is_trained(held: threading.Event, tmp_path
 def test_weights_that_are_converted_together_are_those_of_the_copy(
     held: threading.Event, tmp_path: Path
 ):
-    from tests.unit.test_saved_policy import config, set_weights
-
     model = tmp_path / "model"
     build_family("qwen3_moe", model)
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": str(model), "attention": "sdpa"},
+            "policy": {"compute_dtype": "float32"},
+        }
+    )
     seeds = iter(range(9))
-    with started(PolicyWorker, config(model), model) as worker:
+    with started(PolicyWorker, config, model) as worker:
         inner: Any = worker.backend.module.model
         check_files(
             worker,
