@@ -31,6 +31,7 @@ from rlsys.config import RunConfig
 from rlsys.export import export
 from workers.training.backends.fsdp2 import build
 from workers.training.packed_model import PackedCausalLM
+from workers.training.saved_state import save_backend
 
 ALLOWANCE_MB = 200
 
@@ -92,7 +93,7 @@ def rank_process(rank: int, ranks: int, layers: int, folder: Path, results: Any)
 
     dist.barrier()
     path = folder / f"checkpoint{ranks}"
-    results.put(("save", rank, measured(lambda: backend.save(path))))
+    results.put(("save", rank, measured(lambda: save_backend(backend, path))))
     dist.barrier()
     results.put(("load", rank, measured(lambda: backend.load(path))))
     dist.barrier()

@@ -699,6 +699,29 @@ METRICS = (
         "the checkpoint before the step",
         "Seconds of saving a checkpoint, reported with the next step.",
     ),
+    MetricDoc(
+        "time/checkpoint_copy",
+        "driver",
+        "the checkpoint before the step",
+        "With `trainer.checkpoints.asynchronous`, in place of `time/checkpoint`: seconds for which "
+        "training stood still to copy its state into host memory. Reported with the next step.",
+    ),
+    MetricDoc(
+        "time/checkpoint_wait",
+        "driver",
+        "the checkpoint before the step",
+        "Seconds for which training stood still before `time/checkpoint_copy` or "
+        "`time/checkpoint`, since the files of the checkpoint before were still being written. "
+        "Absent where they were complete.",
+    ),
+    MetricDoc(
+        "time/checkpoint_write",
+        "driver",
+        "a checkpoint",
+        "Seconds from the copy into host memory until the checkpoint was complete, beside "
+        "training. Reported with the first step after it, only with "
+        "`trainer.checkpoints.asynchronous`.",
+    ),
     MetricDoc("time/evaluate", "driver", "an evaluation", "Seconds of an evaluation."),
     MetricDoc(
         "throughput/generate",

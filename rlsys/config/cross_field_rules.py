@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LONGEST_TIMEOUT_S = 86_400.0
 LARGEST_MEMORY_GIB = 1e6
+BACKGROUND_BACKENDS: tuple[str, ...] = ("fsdp2",)  # that copy before they write
 LORA_BACKENDS: tuple[str, ...] = ("fsdp2",)  # of frozen parameters as well
 
 
@@ -406,6 +407,20 @@ def _trained_parameters(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _background_checkpoints(config: RunConfig) -> Iterator[str]:
+    roles: dict[str, TrainableRoleConfig] = {"policy": config.policy}
+    if config.critic.enabled:
+        roles["critic"] = config.critic_role()
+
+    for name, role in roles.items():
+        if config.trainer.checkpoints.asynchronous and role.backend not in BACKGROUND_BACKENDS:
+            yield (
+                "trainer.checkpoints.asynchronous: true is not supported by "
+                f"{name}.backend {role.backend!r}, which writes while it gathers. Set it to "
+                f"false, or the backend to {' or '.join(BACKGROUND_BACKENDS)}."
+            )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _batches,
     _lengths,
@@ -423,4 +438,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _asynchronous,
     _sync,
     _trained_parameters,
+    _background_checkpoints,
 )

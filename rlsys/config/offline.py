@@ -393,6 +393,7 @@ class OfflineRunConfig(RootConfig):
             # Rules about the prompts of a step do not concern an evaluation.
             "prompts_per_step": 2**16,
             "evaluation": trainer.evaluation.model_dump(exclude={"problems"}),
+            "checkpoints": trainer.checkpoints.model_dump(),
         }
 
     @model_validator(mode="after")

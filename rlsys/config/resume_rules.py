@@ -82,6 +82,11 @@ RULES: tuple[ResumeRule, ...] = (
     _rule("objective.", "accepted", ""),
     _rule("expert.", "accepted", "The next step chooses and learns by the new values."),
     _rule("trainer.seed", "refused", _SAME_ORDER),
+    _rule(
+        "trainer.checkpoints.asynchronous",
+        "silent",
+        "It decides when the files of a checkpoint are written, not what is in them.",
+    ),
     _rule("trainer.", "accepted", "The position in the data is counted in prompts."),
     _rule("data.shuffle", "refused", _SAME_ORDER),
     _rule("data.train", "same problems", "The file may be moved, but its content may not change."),

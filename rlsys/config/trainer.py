@@ -55,6 +55,13 @@ class CheckpointConfig(Section):
     keep: int = Field(
         default=2, ge=1, description="Number of checkpoints to keep, the newest ones."
     )
+    asynchronous: bool = Field(
+        default=False,
+        description="Write files while training goes on: each rank copies its state into host "
+        "memory, which needs as much of it again, and a thread writes from there. The last "
+        "checkpoint of a run is written at once. Not with the backend deepspeed "
+        "(docs/checkpoints.md).",
+    )
 
 
 MaxRestarts = Annotated[

@@ -30,6 +30,7 @@ from rlsys.data.batches import (
 )
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
+from rlsys.driver.background_save import Written
 from rlsys.metrics import MetricMap
 
 T_co = TypeVar("T_co", covariant=True)
@@ -223,6 +224,14 @@ class Trained(Protocol):
         """Write weights (Hugging Face layout), optimizer, schedule and RNG below `directory`.
 
         The directory exists and is empty.
+        """
+        ...
+
+    async def copy_state(self, directory: Path) -> Written:
+        """Copy what `save` writes into host memory, and begin to write the same files from there.
+
+        Training may go on when it returns. The result waits until the files are complete, and
+        raises what went wrong with them.
         """
         ...
 

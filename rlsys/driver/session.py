@@ -3,7 +3,7 @@
 A loop registers the parts of a checkpoint, and lets the session run it:
 
     session.register("prompts", stream)       # anything with state() and load_state()
-    session.register_model(policy)            # anything with save(directory) and load(directory)
+    session.register_model(policy)            # a `HasFiles`, which writes files itself
     outcome = await session.run(train)
 
     async def train():
@@ -22,10 +22,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rlsys.config import LoopConfig, RootConfig
+from rlsys.driver.background_save import BackgroundSave, HasFiles
 from rlsys.driver.faults import FaultLog
 from rlsys.driver.restarts import Restarts
 from rlsys.driver.watchdog import Watchdog
@@ -51,14 +53,6 @@ class HasState(Protocol):
     def load_state(self, state: Any, /) -> Any:
         """Continue from what `state` returned."""
         ...
-
-
-class HasFiles(Protocol):
-    """A part of a run whose state is large: a model with its optimizer."""
-
-    async def save(self, directory: Path) -> None: ...
-
-    async def load(self, directory: Path) -> None: ...
 
 
 class HeldOutEvaluation(Protocol):
@@ -126,6 +120,7 @@ class Session:
         self.step = 0  # completed steps, which is also the version of the policy's weights
         self._current_step = 0  # the one in progress; between two steps the completed one
         self._saved_step = 0
+        self._background: BackgroundSave | None = None  # the last checkpoint that was begun so
         self._evaluated_step = -1
         self._save_time: dict[str, float] = {}  # goes with the next step, beyond its time/step
         self._place = "start"
@@ -182,17 +177,69 @@ class Session:
             await _settled(part.load_state(states[name]))
 
     async def save(self) -> None:
-        """Write a checkpoint of the completed steps."""
-        self._enter("checkpoint")
+        """Write a checkpoint of the completed steps; one that is still being written comes first.
+
+        With `trainer.checkpoints.asynchronous` it returns when the ranks have copied their state,
+        as long as there is another step that can be taken meanwhile.
+        """
+        await self._finish_background()
+        in_background = self._trainer.checkpoints.asynchronous and self.goes_on()
+        phase = "checkpoint_copy" if in_background else "checkpoint"
+        self._enter(phase)
         start = self.now()
         state: dict[str, Any] = {"step": self.step, "evaluated_step": self._evaluated_step}
         state |= await self.states()
         state |= describe_origin(self._config)
 
-        path = await self._checkpoints.save(self.step, self._write_models, state)
-        self._saved_step = self.step
-        self._save_time = {"time/checkpoint": self.now() - start}
-        self._notify(lambda observer: observer.on_checkpoint(self.step, str(path)))
+        if in_background:
+            await self._begin_background(deepcopy(state))
+        else:
+            path = await self._checkpoints.save(self.step, self._write_models, state)
+            self._sealed(self.step, path)
+        self._save_time[f"time/{phase}"] = self.now() - start
+
+    def _sealed(self, step: int, path: Path) -> None:
+        self._saved_step = step
+        self._notify(lambda observer: observer.on_checkpoint(step, str(path)))
+
+    async def _begin_background(self, state: dict[str, Any]) -> None:
+        """Let the ranks copy their state; the rest follows while training goes on."""
+        step = self.step
+
+        def sealed(path: Path, seconds: float) -> None:
+            self._save_time["time/checkpoint_write"] = seconds
+            self._sealed(step, path)
+
+        self._background = BackgroundSave(
+            step, self._models, self._checkpoints, state, sealed, self.now
+        )
+        await self._background.copied()
+        self._enter("other")
+
+    async def _finish_background(self) -> None:
+        """Wait for a checkpoint that is still being written.
+
+        Raises:
+            Exception: it could not be written.
+        """
+        if self._background is None:
+            return
+        if not self._background.is_done:
+            self._enter("checkpoint_write", self._background.step)
+            start = self.now()
+            await self._background.finish()
+            self._save_time["time/checkpoint_wait"] = self.now() - start
+        self._raise_background_failure()
+
+    def _raise_background_failure(self) -> None:
+        """End the run where a checkpoint could not be written, as where it is saved at once."""
+        if self._background is None or not self._background.is_done:
+            return
+        try:
+            self._background.raise_failure()
+        except Exception:
+            self._enter("checkpoint_write", self._background.step)
+            raise
 
     async def _write_models(self, checkpoint: Path) -> None:
         for directory, model in self._models.items():
@@ -216,9 +263,13 @@ class Session:
             work = self._train_and_save(train)
             await (self._watchdog.guard(work) if self._watchdog else work)
         except (asyncio.CancelledError, KeyboardInterrupt):
+            if self._background:
+                self._background.cancel()
             self._end("interrupted", f"left during {self._place}; {self._newest_checkpoint()}")
             raise
         except Exception as error:
+            if self._background:
+                await self._background.leave(error)
             reason = (str(error).strip().splitlines() or [""])[-1]
             error.add_note(f"This happened during {self._place}; {self._newest_checkpoint()}.")
             message = f"{self._place}: {type(error).__name__}: {reason}"
@@ -231,6 +282,7 @@ class Session:
 
     async def _train_and_save(self, train: Callable[[], Awaitable[None]]) -> None:
         await train()
+        await self._finish_background()
         if self._saved_step < self.step:
             await self.save()
 
@@ -289,6 +341,7 @@ class Session:
         self._save_time = {}
         self._notify(lambda observer: observer.on_step(self.step, reported))
 
+        self._raise_background_failure()
         await self.evaluate_if_due()
         every = self._trainer.checkpoints.every
         if every and self.step % every == 0:
@@ -316,8 +369,8 @@ class Session:
             self.step, self._evaluated_step
         )
 
-    def _enter(self, phase: str) -> None:
-        step = self._current_step
+    def _enter(self, phase: str, step: int | None = None) -> None:
+        step = self._current_step if step is None else step
         self._place = f"{phase} of step {step}"
         self.faults.enter(step, phase)
         self._notify(lambda observer: observer.on_phase(step, phase))

@@ -17,6 +17,7 @@ T = TypeVar("T")
 FACTOR = 10.0  # times the longest measured time
 SHORTEST_S = 600.0
 UNMEASURED_S = 10800.0
+WRITE = "checkpoint_write"  # of a checkpoint that is written beside training
 START = "start"  # of the actors, which is no phase of a step: its limit is always derived
 EVIDENCE_TIMEOUT_S = 90.0  # for collecting the stacks
 CANCEL_TIMEOUT_S = 5.0
@@ -93,13 +94,16 @@ class Watchdog(Observer):
         self.enter(step, phase)
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        # As a phase it is only the wait for what is left of it, which may be most of it or nothing.
+        self._measured(WRITE, values.get(f"time/{WRITE}", 0.0))
         self.enter(step, "other")
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self.enter(step, "other")
 
     def on_checkpoint(self, step: int, path: str) -> None:
-        self.enter(step, "other")
+        if self._phase == "checkpoint":  # one that is written beside training ends no phase
+            self.enter(step, "other")
 
     async def guard(self, work: Awaitable[T]) -> T:
         """Return the result of `work`.

@@ -53,20 +53,8 @@ def shard_name(rank: int, ranks: int) -> str:
     return f"optimizer-{rank + 1:05d}-of-{ranks:05d}.shard"
 
 
-def write_shard(
-    directory: Path, pieces: Sequence[Piece], *, rank: int, ranks: int
-) -> list[PlacedPiece]:
-    """Write the pieces of one rank, and return their places for `write_index`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    pieces = [piece for piece in pieces if piece.values.numel()]
-    name = shard_name(rank, ranks)
-    facts = [TensorFacts.of(piece.name, piece.values) for piece in pieces]
-    with TensorFileWriter(directory / name, facts, {}) as file:
-        for piece in pieces:
-            file.write(piece.name, piece.values)
+def places(pieces: Sequence[Piece], *, rank: int, ranks: int) -> list[PlacedPiece]:
+    """Return where `write_shard` writes the pieces of a rank, for `write_index`."""
     return [
         PlacedPiece(
             name=piece.name,
@@ -74,10 +62,24 @@ def write_shard(
             shape=piece.shape,
             start=piece.start,
             stop=piece.start + piece.values.numel(),
-            file=name,
+            file=shard_name(rank, ranks),
         )
         for piece in pieces
+        if piece.values.numel()
     ]
+
+
+def write_shard(directory: Path, pieces: Sequence[Piece], *, rank: int, ranks: int) -> None:
+    """Write the pieces of one rank.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    pieces = [piece for piece in pieces if piece.values.numel()]
+    facts = [TensorFacts.of(piece.name, piece.values) for piece in pieces]
+    with TensorFileWriter(directory / shard_name(rank, ranks), facts, {}) as file:
+        for piece in pieces:
+            file.write(piece.name, piece.values)
 
 
 def write_index(directory: Path, places: Iterable[PlacedPiece]) -> None:

@@ -7,12 +7,13 @@ moment does not count in it, so a peak is less than the sum of everything that a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlsys.plan import formulas
 from rlsys.plan.shapes import ModelShape
 
 GATHERED_BYTES = 16 << 20  # as in `backends/fsdp2.py`, which imports torch
+CHECKPOINT_COPY = "copy for checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class RankSettings:
     entropy_bonus: bool = False
     value_head: bool = False  # a critic or reward model
     on_gpu: bool = False
+    checkpoint_copy: bool = False  # of checkpoints that are written in the background
 
     def __post_init__(self) -> None:
         for name in ("ranks", "tokens", "response_tokens", "chunk_tokens"):
@@ -323,6 +325,24 @@ def checkpoint_moments(shape: ModelShape, settings: RankSettings) -> tuple[Momen
             host={"gathered weight": _gathered(largest, settings)},
         ),
     )
+
+
+def with_checkpoint_copy(
+    shape: ModelShape, settings: RankSettings, moments: tuple[Moment, ...]
+) -> tuple[Moment, ...]:
+    """Return the moments of a phase with the copy from which checkpoints are written.
+
+        host:  12 P / R, masters and moments once more, with `trainer.checkpoints.asynchronous`
+
+    The rank keeps that memory from its first such checkpoint on. The weights are divided by whole
+    tensors, so that a rank may have up to one weight more than that.
+
+    **Source:** `BackgroundFiles`, `WeightPlan`.
+    """
+    if not settings.checkpoint_copy:
+        return moments
+    copy = {CHECKPOINT_COPY: sum(resting(shape, settings).values())}
+    return tuple(replace(moment, host={**moment.host, **copy}) for moment in moments)
 
 
 def setup_moments(shape: ModelShape, settings: RankSettings) -> tuple[Moment, ...]:

@@ -15,6 +15,7 @@ from rlsys.config.errors import ConfigError
 from rlsys.plan import formulas
 from rlsys.plan.gpus import GIB, Gpu
 from rlsys.plan.roles import (
+    CHECKPOINT_COPY,
     Peak,
     RankSettings,
     checkpoint_moments,
@@ -24,6 +25,7 @@ from rlsys.plan.roles import (
     setup_moments,
     sync_moments,
     update_moments,
+    with_checkpoint_copy,
 )
 from rlsys.plan.shapes import ModelShape
 
@@ -274,6 +276,7 @@ def rank_settings(
         entropy_bonus=config.algorithm.entropy.bonus > 0,
         value_head=value_head,
         on_gpu=machine.gpu is not None,
+        checkpoint_copy=config.trainer.checkpoints.asynchronous,
     )
 
 
@@ -311,14 +314,16 @@ def _roles(
 def _trained(
     role: str, shape: ModelShape, settings: RankSettings, further: Mapping[str, tuple]
 ) -> RolePlan:
-    phases = {
-        "set-up": setup_moments(shape, settings),
+    trained = {
         "log-probs": forward_moments(shape, settings, resting(shape, settings)),
         "update": update_moments(shape, settings),
         **further,
         "checkpoint": checkpoint_moments(shape, settings),
     }
-    return _role(role, shape, settings, phases)
+    copied = {
+        name: with_checkpoint_copy(shape, settings, moments) for name, moments in trained.items()
+    }
+    return _role(role, shape, settings, {"set-up": setup_moments(shape, settings), **copied})
 
 
 def _frozen(role: str, shape: ModelShape, settings: RankSettings) -> RolePlan:
@@ -400,7 +405,7 @@ def _host_of_role(role: RolePlan, phase: str, ranks: int) -> float:
     peak = next((peak for peak in role.peaks if peak.phase == phase), None)
     if peak is None:  # it rests
         forward = next(peak for peak in role.peaks if peak.phase == "log-probs")
-        held = ("masters", "moments", "weights")
+        held = ("masters", "moments", "weights", CHECKPOINT_COPY)
         return ranks * sum(forward.host.host.get(name, 0.0) for name in held)
     once = OF_FIRST_RANK + SHARED_BY_RANKS
     return sum(size * (1 if name in once else ranks) for name, size in peak.host.host.items())

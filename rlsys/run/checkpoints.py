@@ -69,14 +69,18 @@ class CheckpointStore:
             OSError: the disk failed or is full, whatever `write` raised in the latter case.
             Exception: any other that `write` raised.
         """
+        text = json.dumps(state, indent=1)  # training may go on while `write` works
         final = self._directory / f"{PREFIX}{step:06d}"
         partial = final.with_name(final.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             await write(partial)
-            (partial / TRAINER_STATE).write_text(json.dumps(state, indent=1))
-            await asyncio.to_thread(_seal, partial)
+            (partial / TRAINER_STATE).write_text(text)
+            await asyncio.to_thread(seal, partial)
+        except asyncio.CancelledError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         except Exception as error:
             self._refuse_a_full_disk(partial, error)
             raise
@@ -189,7 +193,7 @@ def _checksum(file: Path) -> int:
     return value
 
 
-def _seal(directory: Path) -> None:
+def seal(directory: Path) -> None:
     """Flush every file to the disk, then write the manifest."""
     files = {}
     for path in sorted(directory.rglob("*")):

@@ -352,8 +352,15 @@ TABLE: tuple[Ineffective, ...] = (
     # The loop.
     _row(
         "trainer.checkpoints.keep",
+        "trainer.checkpoints.asynchronous",
         when=lambda s: s.config.trainer.checkpoints.every == 0,
         because="trainer.checkpoints.every is 0, so only the last step is saved",
+    ),
+    _row(
+        "trainer.checkpoints.asynchronous",
+        when=lambda s: s.config.trainer.checkpoints.every >= s.config.trainer.steps,
+        because="trainer.checkpoints.every is not below trainer.steps, so only the last step is "
+        "saved, and there is nothing to train meanwhile",
     ),
     _row(
         "trainer.evaluation.samples_per_prompt",

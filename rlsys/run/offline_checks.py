@@ -170,7 +170,7 @@ def describe_offline_plan(
         "model": f"{config.model.path}: {parameters / 1e6:.1f} M parameters",
         config.trained_field: (
             f"{trained.ranks} x {trained.backend}, {trained.cpus_per_rank} CPU{gpu} each; "
-            f"{rough_memory(trained, config.model.lora, model_directory)}"
+            f"{rough_memory(trained, config, model_directory)}"
         ),
     }
     reference = config.reference_role()

@@ -121,7 +121,7 @@ def _policy(
     config: RunConfig, hardware: Hardware, directory: Path, planned: Mapping[str, str]
 ) -> str:
     policy = config.policy
-    memory = planned.get("policy") or rough_memory(policy, config.model.lora, directory)
+    memory = planned.get("policy") or rough_memory(policy, config, directory)
     gpu = f" + {policy.gpus_per_rank:g} GPU" if hardware.gpus else ""
     return f"{policy.ranks} x {policy.backend}, {policy.cpus_per_rank} CPU{gpu} each; {memory}"
 
@@ -130,7 +130,7 @@ def _critic(config: RunConfig, directory: Path, planned: Mapping[str, str]) -> s
     if not config.critic.enabled:
         return "none (critic.enabled is false)"
     role = config.critic_role()
-    memory = planned.get("critic") or rough_memory(role, config.model.lora, directory)
+    memory = planned.get("critic") or rough_memory(role, config, directory)
     return f"{role.ranks} ranks beside the policy; {memory}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rlsys.config import ConfigError, LoraConfig, RunConfig, TrainableRoleConfig
+from rlsys.config import ConfigError, LoraConfig, RootConfig, RunConfig, TrainableRoleConfig
 from rlsys.config.hardware import Hardware
 from rlsys.models.adapters import adapter_parameters
 from rlsys.plan import formulas
@@ -55,9 +55,38 @@ def _peaks(role: RolePlan, *, on_gpu: bool) -> str:
     return f"GiB {place} at the peak of each phase: {phases}"
 
 
-def rough_memory(role: TrainableRoleConfig, lora: LoraConfig, directory: Path) -> str:
+def rough_memory(role: TrainableRoleConfig, config: RootConfig, directory: Path) -> str:
     """Describe the memory of one rank of a trained model by its parameters, without activations."""
-    shapes = _shapes(directory)
+    shapes, lora = _shapes(directory), config.model.lora
+    text = _rank_memory(role, lora, directory, shapes)
+    if not config.trainer.checkpoints.asynchronous:
+        return text
+    copy_gib = checkpoint_copy_bytes(role, lora, directory, shapes) / GIB
+    return f"{text}; {copy_gib:.2f} GiB of host memory for the copy that checkpoints are made of"
+
+
+def checkpoint_copy_bytes(
+    role: TrainableRoleConfig,
+    lora: LoraConfig,
+    directory: Path,
+    shapes: Mapping[str, Sequence[int]],
+) -> float:
+    """Return the bytes of a rank's copy with `trainer.checkpoints.asynchronous`.
+
+    Masters (4 bytes) and moments (8) are those of the rank; the first has all adapters.
+    """
+    if lora.rank:
+        return adapter_parameters(directory, lora) * (4 + 8 / role.ranks)
+    parameters = sum(map(math.prod, shapes.values()))
+    return (4 * parameters + 8 * trained_parameters(shapes, role.frozen)) / role.ranks
+
+
+def _rank_memory(
+    role: TrainableRoleConfig,
+    lora: LoraConfig,
+    directory: Path,
+    shapes: Mapping[str, Sequence[int]],
+) -> str:
     parameters = sum(map(math.prod, shapes.values()))
     if lora.rank:
         stored = 2 if role.compute_dtype == "bfloat16" else 4  # bytes per parameter

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlsys.data.batches import Prompt, PromptBatch, RewardBatch, RolloutBatch, SamplingParameters
 from rlsys.data.prompt_stream import PromptStream
+from rlsys.driver.background_save import Written
 from rlsys.driver.ports import (
     ConcurrentGeneration,
     CreditedBatch,
@@ -238,6 +239,9 @@ class SimulatedPolicy:
 
     async def save(self, directory: Path) -> None:
         """Write nothing: there are no weights."""
+
+    async def copy_state(self, directory: Path) -> Written:
+        raise AssertionError("a simulated run saves its last step only, which is not copied")
 
     async def load(self, directory: Path) -> None:
         raise AssertionError("a simulated run is not resumed")

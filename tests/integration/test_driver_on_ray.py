@@ -33,6 +33,7 @@ from rlsys.run.directory import RunDirectory
 from rlsys.run.observers.metrics_log import MetricsLog, read_metrics
 from rlsys.run.observers.observer import Observer
 from tests.support.real_parts import make_config, started
+from tests.support.saved_at_once import SavedAtOnce
 from workers.cluster import Cluster
 from workers.generation.group import GenerationGroup
 
@@ -184,7 +185,7 @@ class Trainer:
         return len(batch.rollouts.token_ids)
 
 
-class TrainerClient:
+class TrainerClient(SavedAtOnce):
     """The ports over a `Trainer`."""
 
     def __init__(self, actor: Any) -> None:

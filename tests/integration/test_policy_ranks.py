@@ -42,7 +42,7 @@ from rlsys.models.weight_files import file_names
 from rlsys.models.weights import unpack_weights
 from tests.support.rank_processes import RankProcesses
 from tests.support.rollout_examples import random_rollouts, rewards_of, train_batch
-from tests.support.saved_weights import saved_weights
+from tests.support.saved_weights import contents, saved_weights
 from workers.training.rank_group import PolicyGroup, ReferenceGroup
 from workers.training.reference import ReferenceWorker
 
@@ -733,6 +733,35 @@ async def test_the_baseline_network_learns_the_same_on_any_ranks_and_is_saved(
     ):
         assert two[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
     assert second["advantage/shrinkage_network"] > 0
+
+
+async def test_two_ranks_write_in_the_background_what_they_were(
+    tmp_path: Path, ranks: RankProcesses
+):
+    """Threads that wait while the ranks train on write the files of a save at once, to the bit."""
+    batch = dataclasses.replace(example(), ref_logprobs=None, kl_coefficient=0.0)
+    assert batch.old_logprobs is not None
+    batch = dataclasses.replace(
+        batch, rollouts=dataclasses.replace(batch.rollouts, rollout_logprobs=batch.old_logprobs)
+    )
+    once, later, afterwards = (tmp_path / name for name in ("once", "later", "afterwards"))
+    for directory in (once, later, afterwards):
+        directory.mkdir()
+
+    async with ranks.group(with_baseline_network(2)) as group:
+        await group.update(ray.put(batch))
+        await group.save(once)
+        await asyncio.gather(*(worker.hold_files.remote() for worker in group.workers))
+        written = asyncio.ensure_future((await group.copy_state(later))())
+        await asyncio.wait_for(group.update(ray.put(batch)), 60)
+        assert not written.done()
+        await asyncio.gather(*(worker.release_files.remote() for worker in group.workers))
+        await asyncio.wait_for(written, 60)
+        await group.save(afterwards)
+
+    assert len(list(later.glob("*.safetensors"))) == len(list(later.glob("*.shard"))) == 2
+    assert contents(later) == contents(once)
+    assert contents(later) != contents(afterwards)
 
 
 async def test_what_the_estimator_keeps_between_mini_batches_is_saved(

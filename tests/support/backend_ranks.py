@@ -31,6 +31,7 @@ from workers.training.losses import Denominators, PackColumns, PackLoss, backwar
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackedCausalLM, PackResult, PackTensors
 from workers.training.process_group import join_process_group, open_rendezvous
+from workers.training.saved_state import save_backend
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -260,7 +261,7 @@ def saved_and_continued(case: Case, path: Path) -> tuple[dict[str, Tensor], dict
     run = running(case)
     for _ in range(3):
         run.update()
-    run.backend.save(path)
+    save_backend(run.backend, path)
     for _ in range(2):
         run.update()
     straight = run.weights()

@@ -39,6 +39,7 @@ from rlsys.data.hidden_states import HiddenStates, JoinedStates
 from rlsys.data.prompt_stream import PromptStream
 from rlsys.data.rollout_files import write_rollouts
 from rlsys.data.sequences import TokenSequences
+from rlsys.driver.background_save import Written
 from rlsys.driver.credit_assignment import CreditAssigner, LiveLogprobs, recomputed
 from rlsys.driver.ports import (
     ConcurrentGeneration,
@@ -288,8 +289,21 @@ class TablePolicy:
 
     async def save(self, directory: Path) -> None:
         await self._stage.enter("save")
-        np.savez(directory / "policy.npz", logits=self.logits, momentum=self.momentum)
-        (directory / "policy_state.json").write_text(json.dumps({"updates": self.updates}))
+        self._write(directory, self.logits, self.momentum, self.updates)
+
+    async def copy_state(self, directory: Path) -> Written:
+        await self._stage.enter("copy")
+        copies = self.logits.copy(), self.momentum.copy(), self.updates
+
+        async def written() -> None:
+            await self._stage.enter("write")
+            self._write(directory, *copies)
+
+        return written
+
+    def _write(self, directory: Path, logits: NDArray, momentum: NDArray, updates: int) -> None:
+        np.savez(directory / "policy.npz", logits=logits, momentum=momentum)
+        (directory / "policy_state.json").write_text(json.dumps({"updates": updates}))
 
     async def load(self, directory: Path) -> None:
         await self._stage.enter("load")
@@ -550,8 +564,21 @@ class TableCritic:
 
     async def save(self, directory: Path) -> None:
         await self._stage.enter("save:critic")
-        np.save(directory / "critic.npy", self.table)
-        (directory / "critic_state.json").write_text(json.dumps({"updates": self.updates}))
+        self._write(directory, self.table, self.updates)
+
+    async def copy_state(self, directory: Path) -> Written:
+        await self._stage.enter("copy:critic")
+        copies = self.table.copy(), self.updates
+
+        async def written() -> None:
+            await self._stage.enter("write:critic")
+            self._write(directory, *copies)
+
+        return written
+
+    def _write(self, directory: Path, table: NDArray, updates: int) -> None:
+        np.save(directory / "critic.npy", table)
+        (directory / "critic_state.json").write_text(json.dumps({"updates": updates}))
 
     async def load(self, directory: Path) -> None:
         await self._stage.enter("load:critic")

@@ -6,15 +6,18 @@ Starting a process takes longer than what most tests do with it.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from torch import Tensor
 
 from rlsys.config import RunConfig
 from rlsys.models import resolve_model
+from rlsys.models.tensor_files import TensorFileWriter
 from tests.support.former_checkpoints import rewrite_as_former
 from workers.training.backends.fsdp2 import FSDP2Backend
 from workers.training.policy import PolicyWorker
@@ -30,6 +33,24 @@ class PolicyRank(PolicyWorker):
         """Start over as a new worker, with nothing left of the one before."""
         vars(self).clear()
         super().__init__(config, model_directory, rank, world_size)
+
+    def hold_files(self) -> None:
+        """Let the thread that writes checkpoints wait before each tensor, until `release_files`."""
+        self._released = threading.Event()
+        write = TensorFileWriter.write
+
+        def held(file: TensorFileWriter, name: str, tensor: Tensor) -> None:
+            if threading.current_thread().name == "checkpoint":
+                self._released.wait()
+            write(file, name, tensor)
+
+        self._write = write
+        TensorFileWriter.write = held
+
+    def release_files(self) -> None:
+        """End `hold_files`."""
+        self._released.set()
+        TensorFileWriter.write = self._write
 
     def rewrite_as_former(self, directory: str) -> None:
         """Replace the files of `save` by those of an earlier version; collective."""

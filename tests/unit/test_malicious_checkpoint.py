@@ -23,7 +23,7 @@ from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
 from workers.training.backends.fsdp2 import FSDP2Backend
 from workers.training.model_setup import prepare, value_model
-from workers.training.saved_state import load_state
+from workers.training.saved_state import load_state, save_backend
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig.model_validate(
@@ -105,8 +105,8 @@ def checkpoint(backend: ModelBackend, tmp_path: Path) -> Path:
     """Write a checkpoint with every kind of file."""
     path = tmp_path / "step_000001"
     path.mkdir()
-    backend.save(path)
-    network().save(path)
+    save_backend(backend, path)
+    (path / AUXILIARY).write_bytes(network().content())
     return path
 
 

@@ -40,6 +40,7 @@ from workers.training.model_setup import prepare, prepare_model, value_model
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackTensors
 from workers.training.packed_value_model import PackedValueModel
+from workers.training.saved_state import save_backend
 
 CPU = torch.device("cpu")
 LENGTHS = Lengths(prompt=24, response=40)
@@ -190,7 +191,7 @@ def test_a_saved_model_has_the_same_values_in_transformers(layout: ValueLayout, 
         # transformers reads such a model after the last token of a sequence.
         sequences = sequences.marked_after(last_tokens(sequences))
     expected = packed_values(module, sequences)
-    build_backend(module, CONFIG.policy, CPU, directory).save(target)
+    save_backend(build_backend(module, CONFIG.policy, CPU, directory), target)
 
     assert saved_value_layout(target) == layout
     again = load_value_model(target, dtype=torch.float32, attention="sdpa", prefer="token")
@@ -231,7 +232,7 @@ def test_a_checkpoint_of_the_policy_becomes_a_value_model(tmp_path: Path):
         for parameter in module.model.parameters():
             parameter.add_(0.01)
     expected = {name: tensor.clone() for name, tensor in module.model.base_model.named_parameters()}
-    build_backend(module, CONFIG.policy, CPU, directory).save(tmp_path)
+    save_backend(build_backend(module, CONFIG.policy, CPU, directory), tmp_path)
     (tmp_path / "policy_state.json").write_text("{}")
 
     own = load_value_model(tmp_path, dtype=torch.float32, attention="sdpa").base_model

@@ -33,9 +33,10 @@ from rlsys.run.observers.run_status import StatusWriter
 from rlsys.run.storage import RunStorage, StoragePace, check_storage
 from rlsys.run.storage_owner import read_owner
 from rlsys.run.stored_place import StoredPlace
+from tests.support.saved_at_once import SavedAtOnce
 
 
-class Counter:
+class Counter(SavedAtOnce):
     """A loop that counts its steps; the count is its model and its state."""
 
     def __init__(self, session: Session, broken: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlsys.models.sharded_state import INDEX, Piece, ShardedState, write_index, write_shard
+from rlsys.models.sharded_state import INDEX, Piece, ShardedState, places, write_index, write_shard
 from rlsys.models.tensor_files import TensorFacts
 from workers.training.former_optimizer_files import FormerOptimizerFiles
 
@@ -23,7 +23,7 @@ def whole() -> dict[str, Tensor]:
 
 def write(directory: Path, ranks: int, *, rows: bool) -> None:
     """Write `whole()` as ranks of FSDP2 do (rows), or as partitions of the flattened tensors."""
-    places = []
+    found = []
     for rank in range(ranks):
         pieces = []
         for name, tensor in whole().items():
@@ -32,8 +32,9 @@ def write(directory: Path, ranks: int, *, rows: bool) -> None:
             start = min(rank * size, tensor.numel())
             values = tensor.reshape(-1)[start : start + size]
             pieces.append(Piece(name=name, shape=tuple(tensor.shape), start=start, values=values))
-        places += write_shard(directory, pieces, rank=rank, ranks=ranks)
-    write_index(directory, places)
+        write_shard(directory, pieces, rank=rank, ranks=ranks)
+        found += places(pieces, rank=rank, ranks=ranks)
+    write_index(directory, found)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -9,6 +9,7 @@ The outputs for a mini-batch are computed before the network is trained on that 
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Protocol
 
@@ -78,12 +79,14 @@ class AuxiliaryLearner:
         numbers = self.auxiliary.step()
         return {f"advantage/{name}": mean(value) for name, value in numbers.items()}
 
-    def save(self, directory: Path) -> None:
-        """Write the network; one rank does it, since all have the same."""
-        torch.save(self.auxiliary.state_dict(), directory / FILE)
+    def content(self) -> bytes:
+        """Return the network as the content of a file called `FILE`; all ranks have the same."""
+        content = io.BytesIO()
+        torch.save(self.auxiliary.state_dict(), content)
+        return content.getvalue()
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote.
+        """Continue from the file with `content`.
 
         A checkpoint of a run without a network leaves the network as it was built.
 

@@ -41,6 +41,7 @@ from workers.training.offline_losses import (
 from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.reference import OwnReferenceWorker, ReferencePasses
 from workers.training.sampled_from import SampledFromWorker
+from workers.training.sharded_checkpoint import RankFiles
 from workers.training.trained_worker import TrainedWorker
 
 # The entry of config.json with the mean reward over held-out responses.
@@ -226,16 +227,17 @@ class RewardModelWorker(OfflineWorker):
         """Keep the mean reward of the held-out responses for the next checkpoint."""
         self.reward_mean = value
 
-    def save(self, directory: str) -> None:
+    def write_checkpoint(self, files: RankFiles) -> None:
         """See `OfflineWorker`; config.json gets the mean reward, to be subtracted by readers.
 
         Where it was not measured, the entry is null: that of the model at the start is of others.
         """
-        super().save(directory)
+        super().write_checkpoint(files)
         if self.rank == 0:
             trust = self.config.model.trust_remote_code
-            separate_padding(Path(directory), trust_remote_code=trust)
-            change_model_config(Path(directory), {REWARD_MEAN: self.reward_mean})
+            fields = {REWARD_MEAN: self.reward_mean}
+            files.write(lambda: separate_padding(files.path, trust_remote_code=trust))
+            files.write(lambda: change_model_config(files.path, fields))
 
     def load(self, directory: str) -> None:
         """See `OfflineWorker`."""

@@ -28,6 +28,7 @@ from rlsys.driver.credit_assignment import LiveLogprobs, recomputed
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.loading import UnsupportedModelError, load_causal_lm
 from rlsys.run.required_inputs import required_inputs
+from workers.training.auxiliary import FILE as AUXILIARY_FILE
 from workers.training.auxiliary import AuxiliaryLearner
 from workers.training.backends import build_backend
 from workers.training.backends.backend import ModelBackend
@@ -47,10 +48,12 @@ from workers.training.pretraining_text import (
 from workers.training.reference import OwnReferenceWorker
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
+from workers.training.sharded_checkpoint import RankFiles
+from workers.training.trained_worker import SavedWorker
 from workers.training.update_metrics import loss_metrics
 
 
-class PolicyWorker(SampledFromWorker, OwnReferenceWorker):
+class PolicyWorker(SavedWorker, SampledFromWorker, OwnReferenceWorker):
     """One rank of the policy."""
 
     role = "policy"
@@ -450,9 +453,8 @@ class PolicyWorker(SampledFromWorker, OwnReferenceWorker):
         entropy = (self.config.trainer.seed, batch.batch_id, done)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    def save(self, directory: str) -> None:
-        """Write the model in Hugging Face layout and all state of the policy; collective."""
-        path = Path(directory)
+    def write_checkpoint(self, files: RankFiles) -> None:
+        """See `SavedWorker`."""
         facts = {
             "ranks": self.world_size,
             "steps": self.steps.completed,
@@ -460,9 +462,10 @@ class PolicyWorker(SampledFromWorker, OwnReferenceWorker):
             "old_kl_coefficient": self.old_kl_coefficient,
             "old_kl_start": self.config.algorithm.kl_old.coefficient,
         }
-        save_state(self.backend, path, role=self.role, rank=self.rank, facts=facts)
+        save_state(self.backend, files, role=self.role, facts=facts)
         if self.auxiliary and self.rank == 0:
-            self.auxiliary.save(path)
+            file, content = files.path / AUXILIARY_FILE, self.auxiliary.content()
+            files.write(lambda: file.write_bytes(content))
 
     def load(self, directory: str) -> None:
         """Continue from what `save` wrote; collective.

@@ -34,12 +34,16 @@ from rlsys.data.batches import (
 )
 from rlsys.data.example_stream import ExampleBatch, ReferenceLogprobs
 from rlsys.data.hidden_states import HiddenStates
+from rlsys.driver.background_save import Written, all_of
 from rlsys.driver.ports import Handle
 from rlsys.metrics import Metric, combine, mean
 from rlsys.models.folder_files import all_files
 from rlsys.models.loading import UnsupportedModelError
 from rlsys.models.weights import StoredWeights
 from workers.node_folders import NodeFolders, collect
+
+CLOSING_S = 1.0  # for ranks that are not busy
+ASKED_EVERY_S = 0.2  # whether the files of a checkpoint are written
 
 
 class RankGroup:
@@ -149,16 +153,43 @@ class TrainedGroup(RankGroup):
     async def save(self, directory: Path) -> None:
         """See `ports.Trained`; what ranks on other machines write is brought to this one."""
         directory = directory.absolute()
-        paths = dict.fromkeys(self._workers, str(directory))
         elsewhere = await self._without(directory)
         try:
-            for worker in elsewhere:
-                paths[worker] = await worker.open_outbox.remote()
+            paths = await self._open_outboxes(directory, elsewhere)
             await asyncio.gather(*(worker.save.remote(path) for worker, path in paths.items()))
             for worker in elsewhere:
                 await collect(worker, directory)
         finally:
-            await asyncio.gather(*(worker.close_outbox.remote() for worker in elsewhere))
+            await _close_outboxes(elsewhere)
+
+    async def copy_state(self, directory: Path) -> Written:
+        """See `ports.Trained`; files on other machines are brought here between two tasks."""
+        directory = directory.absolute()
+        elsewhere = await self._without(directory)
+        try:
+            paths = await self._open_outboxes(directory, elsewhere)
+            copies = (worker.copy_state.remote(path) for worker, path in paths.items())
+            await asyncio.gather(*copies)
+        except BaseException:
+            await _begin_to_close(elsewhere)
+            raise
+        return lambda: self._written(directory, elsewhere)
+
+    async def _written(self, directory: Path, elsewhere: Sequence[Any]) -> None:
+        """Wait until all ranks have written their files, and bring them here."""
+        try:
+            await all_of(_until_written(worker) for worker in self._workers)
+            for worker in elsewhere:
+                await collect(worker, directory)
+        finally:
+            await _begin_to_close(elsewhere)
+
+    async def _open_outboxes(self, directory: Path, elsewhere: Sequence[Any]) -> dict[Any, str]:
+        """Return where each rank writes; those elsewhere into a folder of their machine."""
+        paths = dict.fromkeys(self._workers, str(directory))
+        for worker in elsewhere:
+            paths[worker] = await worker.open_outbox.remote()
+        return paths
 
     async def load(self, directory: Path) -> None:
         """See `ports.Trained`; ranks on other machines get a copy of the files."""
@@ -178,6 +209,26 @@ class TrainedGroup(RankGroup):
                 *(worker.sees.remote(mark.name) for worker in self._workers)
             )
         return [worker for worker, sees in zip(self._workers, seen, strict=True) if not sees]
+
+
+async def _close_outboxes(workers: Sequence[Any]) -> None:
+    await asyncio.gather(*(worker.close_outbox.remote() for worker in workers))
+
+
+async def _begin_to_close(workers: Sequence[Any]) -> None:
+    """Close outboxes; ranks that are busy or dead are not waited for."""
+    if workers:
+        await asyncio.wait((asyncio.ensure_future(_close_outboxes(workers)),), timeout=CLOSING_S)
+
+
+async def _until_written(worker: Any) -> None:
+    """Wait until a rank has written its files.
+
+    A call that waited on the rank would hold up its next task; so it is asked, and answers between
+    two tasks.
+    """
+    while await worker.seconds_of_files.remote() is None:
+        await asyncio.sleep(ASKED_EVERY_S)
 
 
 class TrainedCausalLMGroup(TrainedGroup):

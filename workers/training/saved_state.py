@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.training.backends.backend import ModelBackend
+from workers.training.sharded_checkpoint import RankFiles
 
 
 def state_file(role: str) -> str:
@@ -15,13 +16,21 @@ def state_file(role: str) -> str:
     return f"{role}_state.json"
 
 
+def save_backend(backend: ModelBackend[Any], path: Path) -> None:
+    """Write weights and optimizer state; collective."""
+    files = RankFiles(path)
+    backend.save(files)
+    files.finish()
+
+
 def save_state(
-    backend: ModelBackend[Any], path: Path, *, role: str, rank: int, facts: Mapping[str, Any]
+    backend: ModelBackend[Any], files: RankFiles, *, role: str, facts: Mapping[str, Any]
 ) -> None:
     """Write weights, optimizer state and `facts`, which are the same on all ranks; collective."""
-    backend.save(path)
-    if rank == 0:
-        (path / state_file(role)).write_text(json.dumps(dict(facts)))
+    backend.save(files)
+    if files.rank == 0:
+        file, text = files.path / state_file(role), json.dumps(dict(facts))
+        files.write(lambda: file.write_text(text))
 
 
 def load_state(backend: ModelBackend[Any], path: Path, *, role: str) -> dict[str, Any]:

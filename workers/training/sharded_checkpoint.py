@@ -13,7 +13,7 @@ the weights of one block).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -81,15 +81,18 @@ class WeightPlan:
 
 
 class RankFiles:
-    """What one rank writes. It goes on with the other ranks where its disk fails.
+    """What one rank writes, at once. It goes on with the other ranks where its disk fails.
 
     An error while the others wait in a collective operation would leave them waiting:
 
         files = RankFiles(path)
-        files.attempt(lambda: ...)              # anything that writes
+        files.write(lambda: ...)                # anything that writes
         save_weights(..., files)                # collective
         save_optimizer(..., files)              # collective
         files.finish()                          # raises the first error
+
+    `BackgroundFiles` writes the same later. So what `write` gets must depend on nothing that
+    training changes: tensors go through `kept`, and other state is read before.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,15 +101,23 @@ class RankFiles:
         self.ranks = dist.get_world_size()
         self._error: Exception | None = None
 
-    def attempt(self, write: Callable[[], ResultT]) -> ResultT | None:
-        """Return the result of `write`; None from the first call on that has failed."""
+    def attempt(self, work: Callable[[], ResultT]) -> ResultT | None:
+        """Return the result of `work`; None from the first call on that has failed."""
         if self._error is not None:
             return None
         try:
-            return write()
+            return work()
         except Exception as error:  # `finish` raises it
             self._error = error
             return None
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that has these values when `write` uses it; `name` is its own."""
+        return tensor
+
+    def write(self, write: Callable[[], object]) -> None:
+        """Call `write`, which writes files; in the order of the calls."""
+        self.attempt(write)
 
     def finish(self) -> None:
         """Raise the first error."""
@@ -131,44 +142,60 @@ def save_weights(
     """
     units = export_units(model, weights)
     plan = WeightPlan.of(units, ranks=files.ranks, file_bytes=file_bytes)
-    writers = files.attempt(lambda: _open_writers(plan, files)) or {}
+    writers = _WeightWriters(files.path)
+    files.write(lambda: writers.open(plan, files.rank))
 
     for unit, owner in zip(plan.units, plan.owners, strict=True):
         found = [(one.name, gather(one.name, owner == files.rank)) for one in unit.weights]
         gathered = {name: tensor for name, tensor in found if tensor is not None}
         del found
         if gathered:
-            files.attempt(partial(_write_unit, model, unit, gathered, writers))
+            files.attempt(partial(_write_unit, model, unit, gathered, writers, files))
 
-    for writer in dict.fromkeys(writers.values()):
-        files.attempt(writer.close)
+    files.write(writers.close)
     if files.rank == 0:
-        files.attempt(lambda: weight_files.write_index(files.path, plan.files))
+        files.write(lambda: weight_files.write_index(files.path, plan.files))
 
 
-def _open_writers(plan: WeightPlan, files: RankFiles) -> dict[str, TensorFileWriter]:
-    """Return the open file of each tensor that this rank writes, by its name in the checkpoint."""
-    names = weight_files.file_names(len(plan.files))
-    found: dict[str, TensorFileWriter] = {}
-    for name, tensors, writer in zip(names, plan.files, plan.writers, strict=True):
-        if writer == files.rank:
-            file = TensorFileWriter(files.path / name, tensors, FORMAT)
-            found |= dict.fromkeys((facts.name for facts in tensors), file)
-    return found
+class _WeightWriters:
+    """The open files of weights of one rank."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._by_tensor: dict[str, TensorFileWriter] = {}
+
+    def open(self, plan: WeightPlan, rank: int) -> None:
+        """Open the files that this rank writes."""
+        names = weight_files.file_names(len(plan.files))
+        for name, tensors, writer in zip(names, plan.files, plan.writers, strict=True):
+            if writer == rank:
+                file = TensorFileWriter(self._path / name, tensors, FORMAT)
+                self._by_tensor |= dict.fromkeys((facts.name for facts in tensors), file)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, by its name in the checkpoint."""
+        self._by_tensor[name].write(name, tensor)
+
+    def close(self) -> None:
+        """Close the files, in which every tensor has been written."""
+        for writer in dict.fromkeys(self._by_tensor.values()):
+            writer.close()
 
 
 def _write_unit(
     model: PreTrainedModel,
     unit: ExportUnit,
     weights: Mapping[str, Tensor],
-    writers: Mapping[str, TensorFileWriter],
+    writers: _WeightWriters,
+    files: RankFiles,
 ) -> None:
     if unit.only_renamed:
         written = {unit.exported[0].name: weights[unit.weights[0].name]}
     else:
         written = to_checkpoint(model, weights)
     for name, tensor in written.items():
-        writers[name].write(name, tensor)
+        kept = files.kept(f"weight/{name}", tensor)
+        files.write(partial(writers.write, name, kept))
 
 
 def load_weights(
@@ -188,17 +215,25 @@ def load_weights(
 
 def save_optimizer(pieces: Iterable[Piece], files: RankFiles) -> None:
     """Write this rank's pieces of the optimizer's state; collective."""
-    own = files.attempt(
-        lambda: sharded_state.write_shard(
-            files.path, list(pieces), rank=files.rank, ranks=files.ranks
-        )
-    )
+    own = files.attempt(lambda: _kept_pieces(pieces, files)) or []
+    placed = sharded_state.places(own, rank=files.rank, ranks=files.ranks)
     places: list[list[PlacedPiece] | None] = [None] * files.ranks
-    dist.all_gather_object(places, own)
+    dist.all_gather_object(places, placed)
+
+    files.write(
+        lambda: sharded_state.write_shard(files.path, own, rank=files.rank, ranks=files.ranks)
+    )
     if files.rank == 0:
         # A rank that has failed raises, so that no checkpoint comes of this index.
         found = [place for of_rank in places for place in of_rank or ()]
-        files.attempt(lambda: sharded_state.write_index(files.path, found))
+        files.write(lambda: sharded_state.write_index(files.path, found))
+
+
+def _kept_pieces(pieces: Iterable[Piece], files: RankFiles) -> list[Piece]:
+    return [
+        replace(piece, values=files.kept(f"optimizer/{piece.name}", piece.values))
+        for piece in pieces
+    ]
 
 
 def optimizer_state(path: Path, parameters: Sequence[TensorFacts]) -> StateSource:

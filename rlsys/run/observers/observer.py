@@ -27,7 +27,11 @@ class Observer:
         """React to the start of the loop; `first_step` is above 1 after a resume."""
 
     def on_phase(self, step: int, phase: str) -> None:
-        """React to the start of a phase: one of `PHASES`, "evaluate" or "checkpoint"."""
+        """React to the start of a phase: one of `PHASES`, "evaluate" or "checkpoint".
+
+        Of a checkpoint that is written in the background, "checkpoint_copy" is the pause in which
+        its state is copied, and "checkpoint_write" a wait for its files; `step` is its own.
+        """
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """React to the metrics of a complete training step. Steps count from 1."""
@@ -36,7 +40,7 @@ class Observer:
         """React to the metrics of an evaluation after `step` steps (0: before training)."""
 
     def on_checkpoint(self, step: int, path: str) -> None:
-        """React to a complete checkpoint."""
+        """React to a complete checkpoint; of one in the background, `step` is an earlier one."""
 
     def on_fault(self, fault: Fault) -> None:
         """React to the death of a process, when it is noticed."""

@@ -38,6 +38,10 @@ def test_the_recipe_of_a_machine_contradicts_nothing(hardware: Hardware):
             "policy.num_mini_batches: 3 does not divide trainer.prompts_per_step 8.",
         ),
         (
+            {**ZERO_1, "trainer.checkpoints.asynchronous": True},
+            "trainer.checkpoints.asynchronous: true is not supported by policy.backend 'deepspeed'",
+        ),
+        (
             {"trainer.asynchronous.update": "interrupt"},
             "trainer.asynchronous.update: 'interrupt' is not supported",
         ),

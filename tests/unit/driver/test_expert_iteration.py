@@ -41,6 +41,7 @@ from tests.support.in_process_fakes import (
     make_prompts,
 )
 from tests.support.in_process_runs import DEADLOCK_S, Recorder, assert_same_metrics
+from tests.support.saved_at_once import SavedAtOnce
 
 
 def make_config(**changes: Any) -> ExpertIterationRunConfig:
@@ -58,7 +59,7 @@ def make_config(**changes: Any) -> ExpertIterationRunConfig:
     return evolve(ExpertIterationRunConfig(), {**small, **dotted})
 
 
-class TableLearner:
+class TableLearner(SavedAtOnce):
     """A `ports.ExpertLearner`: counts of the kept tokens are mixed into a table of chances.
 
     The most likely table for the kept responses has their frequencies; the learner moves halfway.

@@ -25,6 +25,7 @@ from tests.support.in_process_fakes import (
     make_prompts,
 )
 from tests.support.in_process_runs import assert_same_metrics, make_config
+from tests.support.saved_at_once import SavedAtOnce
 
 
 class CollectingLoop:
@@ -125,7 +126,7 @@ async def test_a_loop_that_trains_nothing_is_evaluated_saved_stopped_and_resumed
     assert_same_metrics(tmp_path / "whole", tmp_path / "stopped")
 
 
-class Weights:
+class Weights(SavedAtOnce):
     """A model of one number."""
 
     def __init__(self, value: int) -> None:

@@ -170,3 +170,29 @@ async def test_an_error_and_a_cancellation_pass_through():
 
 async def _guard_by_real_clock(work: Callable[[], Awaitable[None]]) -> None:
     await Watchdog(1e9).guard(work())
+
+
+async def test_a_checkpoint_in_the_background_ends_no_phase():
+    """The update began at 0 s and may take 30 s, whatever is sealed meanwhile."""
+    dog, clock = watchdog(30.0)
+
+    async def work() -> None:
+        dog.on_phase(4, "update")
+        await clock.sleep(20.0)
+        dog.on_checkpoint(2, "step_000002")
+        await forever()
+
+    with pytest.raises(PhaseTimeoutError, match="update of step 4 hangs"):
+        await dog.guard(work())
+    assert clock.now < 40.0
+
+
+def test_the_wait_for_a_checkpoint_is_limited_by_the_time_that_one_takes():
+    """The waits so far were short, but the last checkpoint has nothing to hide behind."""
+    dog, clock = watchdog()
+    dog.on_phase(2, "checkpoint_write")
+    clock.now += 1.0
+    dog.on_phase(4, "checkpoint")
+    assert dog.limit("checkpoint_write") == 600.0
+    dog.on_step(5, {"time/checkpoint_write": 90.0})
+    assert dog.limit("checkpoint_write") == 900.0

@@ -53,6 +53,18 @@ def test_json_has_every_phase_and_says_what_was_checked(capsys: pytest.CaptureFi
         )
 
 
+def test_a_run_with_checkpoints_in_the_background_needs_more_of_its_host(
+    capsys: pytest.CaptureFixture[str],
+):
+    """From the first one on, in all phases: also while the ranks rest."""
+    plain = answer(capsys, *SIZES)
+    found = answer(capsys, *SIZES, "--trainer.checkpoints.asynchronous", "true")
+    phases = found["roles"]["policy"]["phases"]
+    for name in ("log-probs", "update", "sync", "checkpoint"):
+        assert "copy for checkpoints" in phases[name]["host"]["parts_gib"], name
+    assert phases["set-up"] == plain["roles"]["policy"]["phases"]["set-up"]
+
+
 def test_sizes_given_by_flags_are_those_of_the_formulas(capsys: pytest.CaptureFixture[str]):
     assert answer(capsys, *SIZES)["roles"]["policy"]["parameters"] == 1448
 

@@ -10,6 +10,7 @@ from rlsys.config.errors import ConfigError
 from rlsys.data.packing import SegmentGroup
 from rlsys.plan import formulas, roles
 from rlsys.plan.roles import (
+    CHECKPOINT_COPY,
     Peak,
     RankSettings,
     checkpoint_moments,
@@ -18,6 +19,7 @@ from rlsys.plan.roles import (
     setup_moments,
     sync_moments,
     update_moments,
+    with_checkpoint_copy,
 )
 from rlsys.plan.shapes import LLAMA_LIKE, NAMED_SHAPES, ModelShape, shape_of_config
 from workers.training.backends import fsdp2
@@ -148,6 +150,20 @@ def test_peaks_of_the_other_phases_by_hand():
     assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == 12 * 1448
     assert host_peak(checkpoint_moments(SMALL, two))[1] == 6 * 1448 + 4 * 256 * 2.5
     assert host_peak(setup_moments(SMALL, two)) == ("loading", (4 + 4) * 1448)
+
+
+def test_checkpoints_in_the_background_need_masters_and_moments_once_more():
+    two = replace(ONE_RANK, ranks=2, checkpoint_copy=True)
+    moments = checkpoint_moments(SMALL, two)
+    (copied,) = with_checkpoint_copy(SMALL, two, moments)
+    assert copied.host_bytes == moments[0].host_bytes + 6 * 1448
+    on_gpu = replace(two, on_gpu=True)
+    (copied,) = with_checkpoint_copy(SMALL, on_gpu, checkpoint_moments(SMALL, on_gpu))
+    assert copied.host[CHECKPOINT_COPY] == 6 * 1448
+    assert CHECKPOINT_COPY not in copied.device
+
+    at_once = replace(two, checkpoint_copy=False)
+    assert with_checkpoint_copy(SMALL, at_once, moments) == moments
 
 
 def test_the_exchanged_rows_are_those_of_the_backend():

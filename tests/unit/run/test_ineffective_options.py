@@ -190,6 +190,14 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
     ("data.eval_limit", 9, {"data.eval": "off"}, {}, CPU),
     ("trainer.evaluation.every", 5, {"data.eval": "off"}, {}, CPU),
     ("trainer.checkpoints.keep", 3, {"trainer.checkpoints.every": 0}, {}, CPU),
+    ("trainer.checkpoints.asynchronous", True, {"trainer.checkpoints.every": 0}, {}, CPU),
+    (
+        "trainer.checkpoints.asynchronous",
+        True,
+        {"trainer.checkpoints.every": 60, "trainer.steps": 60},
+        {"trainer.checkpoints.every": 59, "trainer.steps": 60},
+        CPU,
+    ),
     ("trainer.evaluation.samples_per_prompt", 4, {"trainer.evaluation.every": 0}, {}, CPU),
     (
         "trainer.evaluation.temperature",

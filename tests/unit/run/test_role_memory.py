@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlsys.config import LoraConfig, RunConfig
+from rlsys.config import RunConfig
 from rlsys.config.command_line import evolve
 from rlsys.config.hardware import Hardware
 from rlsys.plan.gpus import GIB, Gpu
@@ -111,8 +111,8 @@ def test_the_text_names_the_trained_parameters(tmp_path: Path):
         {name: torch.zeros(1000 * rows, columns) for name, (rows, columns) in ROUGH.items()},
         tmp_path / "model.safetensors",
     )
-    role = config(**{"policy.frozen": ["model.embed_tokens.*"]}).policy
-    assert rough_memory(role, LoraConfig(), tmp_path) == (
+    settings = config(**{"policy.frozen": ["model.embed_tokens.*"]})
+    assert rough_memory(settings.policy, settings, tmp_path) == (
         "0.02 GiB weights, gradients and Adam of the 1.0 M trained parameters (bfloat16), "
         "and activations"
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.training.packed_model import PackTensors
+from workers.training.sharded_checkpoint import RankFiles
 
 ResultT_co = TypeVar("ResultT_co", covariant=True)  # `PackResult` of a language model
 
@@ -90,11 +91,11 @@ class ModelBackend(Protocol[ResultT_co]):
         """
         ...
 
-    def save(self, path: Path) -> None:
-        """Write weights in Hugging Face layout, and the optimizer's state in shards, to `path`.
+    def save(self, files: RankFiles) -> None:
+        """Write weights in Hugging Face layout, and the optimizer's state in shards.
 
         See `workers.training.sharded_checkpoint`. Of a model with adapters the weights are those
-        in PEFT's layout.
+        in PEFT's layout. `files.finish` raises what could not be written.
         """
         ...
 

@@ -27,6 +27,7 @@ from rlsys.models.weight_files import weight_paths
 from workers.training.expert_modules import experts_of_their_own
 from workers.training.model_setup import decoder_blocks, recompute_in_backward
 from workers.training.packed_model import PackedModel, PackTensors
+from workers.training.sharded_checkpoint import RankFiles
 from workers.training.weight_decay import parameter_groups
 
 # Gradients per collective. DeepSpeed holds buffers of this size; its own default is ten times it.
@@ -242,8 +243,9 @@ class DeepSpeedBackend:
         with _library().zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
-    def save(self, path: Path) -> None:
-        """See `ModelBackend`."""
+    def save(self, files: RankFiles) -> None:
+        """See `ModelBackend`; it writes at once, and raises its errors itself."""
+        path = files.path
         weights = {
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self.weights()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +197,10 @@ class FSDP2Backend:
             stored = _merged(stored, adapter)
         return gathered(stored, self._rank == 0)
 
-    def save(self, path: Path) -> None:
+    def save(self, files: RankFiles) -> None:
         """See `ModelBackend`."""
-        files = RankFiles(path)
         if self._rank == 0:
-            files.attempt(lambda: self._copy_model_files(path))
+            files.write(lambda: self._copy_model_files(files.path))
 
         model, adapters = self.module.model, self.module.adapters
         state = model.state_dict()
@@ -210,7 +210,6 @@ class FSDP2Backend:
         else:
             self._save_adapters(adapters, state, files)
         save_optimizer(self._optimizer_pieces(), files)
-        files.finish()
 
     def _save_adapters(
         self, adapters: Adapters, state: Mapping[str, Tensor], files: RankFiles
@@ -220,9 +219,10 @@ class FSDP2Backend:
         for name, saved in adapters.saved_names(state).items():
             whole = gathered(state[name], self._rank == 0)
             if whole is not None:
-                weights[saved] = whole
+                kept = files.attempt(partial(files.kept, f"weight/{saved}", whole))
+                weights |= {} if kept is None else {saved: kept}
         if self._rank == 0:
-            files.attempt(lambda: write_adapters(adapters, weights, self._directory, files.path))
+            files.write(lambda: write_adapters(adapters, weights, self._directory, files.path))
 
     def _copy_model_files(self, path: Path) -> None:
         copy_model_files(self._directory, path)
