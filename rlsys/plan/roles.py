@@ -345,19 +345,31 @@ def with_checkpoint_copy(
     return tuple(replace(moment, host={**moment.host, **copy}) for moment in moments)
 
 
-def setup_moments(shape: ModelShape, settings: RankSettings) -> tuple[Moment, ...]:
-    """Return the moments of loading, before the model is sharded.
+def setup_moments(
+    shape: ModelShape, settings: RankSettings, *, frozen: bool = False
+) -> tuple[Moment, ...]:
+    """Return the moments of loading, until the model is sharded.
 
-        host:  4 P: every rank loads the whole model in float32, from files that it has mapped
-               (f P, f bytes in the file). Mapped pages count as resident, but the system can take
-               them back.
+    One rank:
+
+        host:  4 P: it loads the whole model in float32, from files that it has mapped (f P, f bytes
+               in the file). Mapped pages count as resident, but the system can take them back.
         GPU:   4 P: it is moved there, and checked in float32, before it is sharded; then each unit
                is copied into its shard, 4 p / R, before the whole unit is freed
 
-    The forward passes of the check are not counted; so this is a lower bound on a GPU.
+    Several ranks:
 
-    **Source:** `model_setup.prepare`, `FSDPParam._init_sharded_param`.
+        host:  the largest weight w of the file and in float32, (4 + f) w, and the mapped files
+        GPU:   4 P / R: the rows of the rank. The check runs on them; it gathers embeddings and head
+               for all of its passes, 4 r, and one block at a time, 8 p with the flat buffer.
+
+    The forward passes of the check are not counted; so this is a lower bound on a GPU. A frozen
+    model is checked in float32 as well, beside its rows in the compute dtype.
+
+    **Source:** `model_setup.prepare`, `sharded_loading`, `FSDPParam._init_sharded_param`.
     """
+    if settings.ranks > 1:
+        return _sharded_setup_moments(shape, settings, frozen=frozen)
     parameters = shape.parameters(value_head=settings.value_head)
     whole = float(formulas.FLOAT32 * parameters)
     loading = Moment(
@@ -365,8 +377,35 @@ def setup_moments(shape: ModelShape, settings: RankSettings) -> tuple[Moment, ..
         host={"whole model": whole, "mapped files": float(shape.file_bytes * parameters)},
     )
     unit = max(shape.block_parameters, shape.root_parameters(value_head=settings.value_head))
-    shards = formulas.FLOAT32 * (unit if settings.ranks == 1 else shape.block_parameters)
-    moved = {"whole model": whole, "shard of a unit": shards / settings.ranks}
+    moved = {"whole model": whole, "shard of a unit": float(formulas.FLOAT32 * unit)}
     if not settings.on_gpu:
         return (loading, Moment(name="sharding", host=moved))
     return (loading, Moment(name="sharding", device=moved))
+
+
+def _sharded_setup_moments(
+    shape: ModelShape, settings: RankSettings, *, frozen: bool
+) -> tuple[Moment, ...]:
+    """Return the moments of several ranks; see `setup_moments`."""
+    parameters = shape.parameters(value_head=settings.value_head)
+    checked = float(formulas.FLOAT32 * parameters / settings.ranks)
+    rows = settings.compute_bytes * parameters / settings.ranks if frozen else checked
+    largest = max(shape.embedding_parameters, shape.mlp_parameters)
+
+    reading = {
+        "largest weight": float((formulas.FLOAT32 + shape.file_bytes) * largest),
+        "mapped files": float(shape.file_bytes * parameters),
+    }
+    # The check shares the rows where they are float32 and on its device.
+    root = shape.root_parameters(value_head=settings.value_head)
+    copied = rows < checked or (settings.on_gpu and settings.offload)
+    checking = {
+        "rows in float32": checked if copied else 0.0,
+        "embeddings and head": float(formulas.FLOAT32 * root),
+        "block": float(2 * formulas.FLOAT32 * shape.block_parameters),
+    }
+    held = {"rows": rows}
+    return (
+        _moment("loading", settings, computing={}, sharded=held, host=reading),
+        _moment("check", settings, computing=checking, sharded=held),
+    )

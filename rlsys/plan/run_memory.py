@@ -79,6 +79,12 @@ class RolePlan:
         """What the process takes of its GPU."""
         return max(peak.device.device_bytes for peak in self.peaks) + CONTEXT_BYTES
 
+    @property
+    def set_up_bytes(self) -> float:
+        """What loading and checking the model take of its GPU."""
+        (set_up,) = (peak for peak in self.peaks if peak.phase == "set-up")
+        return set_up.device.device_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
@@ -329,7 +335,7 @@ def _trained(
 def _frozen(role: str, shape: ModelShape, settings: RankSettings) -> RolePlan:
     weights = frozen_weights(shape, settings)
     phases = {
-        "set-up": setup_moments(shape, settings),
+        "set-up": setup_moments(shape, settings, frozen=True),
         "log-probs": forward_moments(shape, settings, weights),
     }
     return _role(role, shape, settings, phases)
@@ -438,14 +444,15 @@ def _problems(config: RunConfig, memory: RunMemory, margin: float) -> Iterator[s
             "generation.gpus_per_worker below 1."
         )
     limit = (1 - margin) * machine.gpu.memory
-    whole = sum(formulas.FLOAT32 * role.parameters + CONTEXT_BYTES for role in memory.roles) + (
+    set_up = sum(role.set_up_bytes + CONTEXT_BYTES for role in memory.roles) + (
         memory.engine.reserved if memory.shared else 0.0
     )
-    if whole > limit:
+    if set_up > limit:
         yield (
-            f"set-up: each rank's GPU gets the whole model in float32 before it is sharded, "
-            f"{whole / GIB:.1f} GiB with all that share it, and has {machine.gpu.memory_gib:g}. "
-            "No number of ranks changes that: it needs a smaller model or a larger GPU."
+            "set-up: a rank's GPU gets its shard in float32, and one block with the embeddings "
+            f"and the head whole, {set_up / GIB:.1f} GiB with all that share it, and has "
+            f"{machine.gpu.memory_gib:g}. Raise policy.ranks, or use a smaller model or a larger "
+            "GPU."
         )
     elif memory.training_gpu > limit:
         yield (

@@ -11,6 +11,8 @@ allows, go through three forward passes:
 
 The verdict depends on the model's configuration and code, not on its weights, so it is cached.
 
+A model that no rank holds whole is run by all ranks together, see `check_forward_on_ranks`.
+
 A value model is checked in the same way, by its values under a head of random weights: a new head
 is 0, which would hide every difference. Its pass `alone` is that of the class of transformers that
 saved models are loaded with, head included.
@@ -28,10 +30,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ from rlsys.models.loading import UnsupportedModelError
 from workers.training.checked_outputs import CHUNK_TOKENS, LOGPROBS, CheckedOutput
 from workers.training.packed_attention import SHARING_KERNELS, register_packed_attention
 from workers.training.packed_model import PackTensors
+from workers.training.process_group import agreed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +88,17 @@ class Lengths:
     response: int
 
 
+class CheckOptions(TypedDict):
+    """The keywords of both forms of the check."""
+
+    kernel: str
+    lengths: Lengths
+    packing: Packing
+    device: torch.device
+    code: Path
+    checked: CheckedOutput
+
+
 def check_forward(
     model: PreTrainedModel,
     *,
@@ -116,6 +131,40 @@ def check_forward(
     return verdict
 
 
+def check_forward_on_ranks(
+    model: PreTrainedModel,
+    runs: Callable[[torch.dtype], PreTrainedModel],
+    *,
+    kernel: str,
+    lengths: Lengths,
+    packing: Packing,
+    device: torch.device,
+    code: Path | None = None,
+    checked: CheckedOutput = LOGPROBS,
+) -> ForwardCheck:
+    """Return the verdict of `check_forward` on a model that no rank holds whole; collective.
+
+    Args:
+        model: of which only the configuration and the class are read.
+        runs: returns a copy in a dtype whose forward pass all ranks run together.
+    """
+    file = _cache_file(model, kernel, lengths, packing, device, code)
+    (verdict,) = agreed(lambda: (_read(file),))
+    if verdict is None:
+        verdict = try_forward(
+            runs(torch.float32),
+            kernel=kernel,
+            lengths=lengths,
+            packing=packing,
+            device=device,
+            checked=checked,
+            runs=runs,
+        )
+        if dist.get_rank() == 0:
+            _write(file, verdict)
+    return verdict
+
+
 def try_forward(
     model: PreTrainedModel,
     *,
@@ -124,10 +173,15 @@ def try_forward(
     packing: Packing,
     device: torch.device,
     checked: CheckedOutput = LOGPROBS,
+    runs: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> ForwardCheck:
-    """Run the check of `check_forward`, without the cache."""
+    """Run the check of `check_forward`, without the cache.
+
+    Args:
+        runs: see `check_forward_on_ranks`; None: this process runs `model` alone.
+    """
     batch = check_batch(lengths, vocabulary=model.config.get_text_config().vocab_size)
-    passes = _Passes(model=model, batch=batch, checked=checked, device=device)
+    passes = _Passes(model=model, batch=batch, checked=checked, device=device, runs=runs)
     with checked.weights(model):
         return _compare(passes, kernel, packing)
 
@@ -209,6 +263,7 @@ class _Passes:
     batch: TokenSequences
     checked: CheckedOutput
     device: torch.device
+    runs: Callable[[torch.dtype], PreTrainedModel] | None = None  # None: one process runs it
 
     @property
     def name(self) -> str:
@@ -231,6 +286,15 @@ class _Passes:
                 f"model.path: the forward pass of {self.name} on token ids fails "
                 f"({_short(error)}). Choose another model."
             ) from error
+
+    def in_bfloat16(self) -> _Passes:
+        """Return the passes of the model with rounded weights."""
+        if self.runs is not None:
+            return replace(self, model=self.runs(torch.bfloat16))
+
+        model = copy.deepcopy(self.model)
+        nn.Module.to(model, torch.bfloat16)
+        return replace(self, model=model)
 
     def packed(self, *, shared_prefix_packing: bool) -> Tensor:
         """Run all sequences in one pack."""
@@ -261,8 +325,13 @@ class _Passes:
                 shared_prefix_packing=shared_prefix_packing,
             )
             for pack in packs:
-                result = outputs(PackTensors.of(pack, self.device))
+                # A rounded copy is another model, whose weights have not been set yet.
+                with self.checked.weights(self.model):
+                    result = outputs(PackTensors.of(pack, self.device))
                 flat[torch.from_numpy(pack.flat_positions)] = result.float().cpu()
+        if self.runs is not None:
+            # All ranks decide by the same numbers, and so run the same passes.
+            dist.broadcast(flat, src=0)
         return flat
 
 
@@ -273,9 +342,7 @@ def _try_packed(
     noise = 0.0
     if kernel in LOW_PRECISION_KERNELS:
         # The noise is the rounding of the model's own pass in the same precision.
-        model = copy.deepcopy(passes.model)
-        nn.Module.to(model, torch.bfloat16)
-        passes = replace(passes, model=model)
+        passes = passes.in_bfloat16()
         noise = _largest(passes.own(together=False), alone)
 
     shares = kernel in SHARING_KERNELS

@@ -11,7 +11,7 @@ A new head of a value model is trained whole beside them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -116,6 +116,7 @@ def add_adapters(
     seed: int,
     base: str,
     heads: Sequence[nn.Module] = (),
+    runs: PreTrainedModel | None = None,
 ) -> Adapters:
     """Freeze `model` and put adapters beside its linear layers, in place.
 
@@ -124,6 +125,7 @@ def add_adapters(
         seed: of A, which is the same on all ranks.
         base: path of the model, in the forms of model.path.
         heads: modules that are trained whole.
+        runs: a copy whose forward pass all ranks run together; None: `model` has its weights.
 
     Raises:
         TrainedParametersError: `target_modules` names no linear layer of the blocks, or the model
@@ -134,7 +136,7 @@ def add_adapters(
 
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     chosen = _chosen_layers(model, blocks, lora, names)
-    _check_called(model, chosen)
+    _check_called(runs or model, chosen)
     targets = _targets(model, set(chosen))
 
     model.requires_grad_(False)
@@ -195,7 +197,7 @@ def _targets(model: PreTrainedModel, chosen: set[str]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _check_called(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> None:
+def _check_called(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Refuse layers whose weights the model reads without calling them: adapters would do nothing.
 
     Conventions: of layers whose names differ in numbers only, such as experts, one call is enough.
@@ -205,6 +207,7 @@ def _check_called(model: PreTrainedModel, layers: Mapping[str, nn.Linear]) -> No
     def remember(name: str) -> Callable[..., None]:
         return lambda *_: called.add(_without_numbers(name))
 
+    layers = {name: model.get_submodule(name) for name in names}
     hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()]
     try:
         tokens = torch.arange(1, 9, device=model.device)[None]
@@ -235,8 +238,12 @@ def _draw(layers: Mapping[str, nn.Module], seed: int) -> None:
         down, up = (parts[_part(name, letter).removeprefix(f"{name}.")] for letter in "AB")
         bound = down.shape[1] ** -0.5
         drawn = torch.empty(down.shape).uniform_(-bound, bound, generator=generator)
-        down.data = drawn.to(down.device)
-        up.data = torch.zeros(up.shape, device=up.device)
+        # Beside a weight without storage PEFT leaves them without one; sharding moves them then.
+        device = torch.device("cpu") if down.is_meta else down.device
+        values = {"A": drawn.to(device), "B": torch.zeros(up.shape, device=device)}
+        for letter, value in values.items():
+            part = layer.get_submodule(f"lora_{letter}.{_ADAPTER}")
+            part.weight = nn.Parameter(value)
 
 
 def _task(model: PreTrainedModel) -> str:

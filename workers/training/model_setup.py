@@ -2,11 +2,15 @@
 
 load -> compare the packed forward pass with the model's own -> freeze, or add adapters
      -> register the attention kernel
+
+A model that fsdp2 shards over several ranks has no weights until it is sharded: each rank keeps its
+own rows (`sharded_loading`).
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,12 +26,26 @@ from rlsys.models.loading import load_causal_lm
 from rlsys.models.value_models import ValueLayout, load_value_model, value_head
 from workers.training.backends.backend import TrainedRole
 from workers.training.checked_outputs import LOGPROBS, VALUES, CheckedOutput
-from workers.training.forward_check import ForwardCheck, Lengths, check_forward
+from workers.training.forward_check import (
+    CheckOptions,
+    ForwardCheck,
+    Lengths,
+    check_forward,
+    check_forward_on_ranks,
+)
 from workers.training.lora import Adapters, add_adapters, freeze
 from workers.training.packed_attention import register_packed_attention
 from workers.training.packed_model import PackedCausalLM, PackedModel
 from workers.training.packed_value_model import PackedValueModel
 from workers.training.process_group import agreed
+from workers.training.sharded_loading import (
+    OwnRows,
+    keep_own_rows,
+    runnable,
+    tie,
+    to_device,
+    true_on_all_ranks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,31 +146,38 @@ def prepare(
     stored = torch.float32 if trainable else DTYPES[settings.compute_dtype]
 
     kernel = choose_kernel(config.model.attention, device)
-    model = kind.load(
+    load = partial(
+        kind.load,
         directory,
         dtype=stored,
         attention=OWN_KERNEL.get(kernel, kernel),
         trust_remote_code=config.model.trust_remote_code,
     )
+    model, rows = load_on_ranks(load, settings, device)
     model.requires_grad_(trainable)
-    nn.Module.to(model, device)
+    to_device(model, device)
+
+    options = CheckOptions(
+        kernel=kernel,
+        lengths=Lengths(
+            prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
+        ),
+        packing=settings.packing,
+        device=device,
+        code=directory,
+        checked=kind.checked,
+    )
+
+    def runs(dtype: torch.dtype) -> PreTrainedModel:
+        assert rows is not None
+        return runnable(model, rows, decoder_blocks, device=device, dtype=dtype)
 
     def check() -> ForwardCheck:
         # In bfloat16 rounding would hide the difference that a missing feature makes.
         nn.Module.to(model, torch.float32)
-        return check_forward(
-            model,
-            kernel=kernel,
-            lengths=Lengths(
-                prompt=config.data.max_prompt_tokens, response=config.generation.max_tokens
-            ),
-            packing=settings.packing,
-            device=device,
-            code=directory,
-            checked=kind.checked,
-        )
+        return check_forward(model, **options)
 
-    verdict = agreed(check)
+    verdict = check_forward_on_ranks(model, runs, **options) if rows else agreed(check)
     # Sharding needs a single dtype, and some models keep a few parameters in float32 regardless of
     # the dtype they are loaded with. Buffers stay as they are: rounded frequencies of RoPE would be
     # those of another model.
@@ -161,12 +187,42 @@ def prepare(
     if trainable:
         role = role or Role(section="policy", path=config.model.path)
         trained = cast("TrainableRoleConfig", settings)
-        adapters = _choose_trained(kind, model, config, trained, role)
+        run = partial(runs, torch.float32) if rows else None
+        adapters = _choose_trained(kind, model, config, trained, role, run)
     if verdict.packing:
         model.set_attn_implementation(register_packed_attention(kernel))
     packed = kind.wrap(model, settings, verdict.packing)
     packed.adapters = adapters
+    if rows:
+        packed.own_rows = rows.by_name(packed)
+        gc.collect()  # cycles hold the copies that ran
     return packed, verdict
+
+
+def load_on_ranks(
+    load: Callable[[], PreTrainedModel], settings: ModelRoleConfig, device: torch.device
+) -> tuple[PreTrainedModel, OwnRows | None]:
+    """Return a loaded model and the rows of it that this rank keeps; None: it is whole.
+
+    Collective where `settings` divide the model among several ranks.
+    """
+    rows = _own_rows(settings, device)
+    if rows is None:
+        return load(), None
+    with keep_own_rows(rows):
+        model = load()
+    tie(model, rows, true_on_all_ranks)
+    return model, rows
+
+
+def _own_rows(settings: ModelRoleConfig, device: torch.device) -> OwnRows | None:
+    """Return where this rank keeps its rows; None where it loads the model whole."""
+    ranks = dist.get_world_size()
+    if settings.backend != "fsdp2" or ranks == 1:
+        return None
+    offloads = isinstance(settings, TrainedRole) and settings.offload_optimizer
+    kept_on = torch.device("cpu") if offloads else device
+    return OwnRows(rank=dist.get_rank(), ranks=ranks, device=kept_on)
 
 
 def _choose_trained(
@@ -175,8 +231,13 @@ def _choose_trained(
     config: RunConfig,
     settings: TrainableRoleConfig,
     role: Role,
+    run: Callable[[], PreTrainedModel] | None,
 ) -> Adapters | None:
-    """Freeze what is not trained, and add adapters where they are configured."""
+    """Freeze what is not trained, and add adapters where they are configured.
+
+    Args:
+        run: returns a copy that all ranks run together; None: `model` has its weights.
+    """
     lora = config.model.lora
     if not lora.rank:
         freeze(model, settings.frozen, field=f"{role.section}.frozen")
@@ -189,8 +250,15 @@ def _choose_trained(
     for parameter in model.parameters():
         if parameter not in whole:
             parameter.data = parameter.data.to(DTYPES[settings.compute_dtype])
-    blocks = decoder_blocks(model)
-    return add_adapters(model, blocks, lora, seed=config.trainer.seed, base=role.path, heads=heads)
+    return add_adapters(
+        model,
+        decoder_blocks(model),
+        lora,
+        seed=config.trainer.seed,
+        base=role.path,
+        heads=heads,
+        runs=run() if run else None,
+    )
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

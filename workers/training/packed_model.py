@@ -87,6 +87,8 @@ class PackedModel(nn.Module):
         self.model = model
         self.packing = packing  # else every pack is padded to a rectangle
         self.adapters: Adapters | None = None  # None: the weights themselves are trained
+        # Rows of this rank by name, of parameters on the meta device; the backend takes them.
+        self.own_rows: dict[str, Tensor] = {}
 
     def hidden_states(self, pack: PackTensors) -> Tensor:
         """Return [m, d] the last hidden states at the positions that predict a sampled token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from workers.training.backends.backend import ModelBackend
 from workers.training.gradient_diagnostics import check_diagnosable, gradient_metrics
 from workers.training.lm_head import check_packed_for_exact_kl, lm_head_of
 from workers.training.losses import Denominators, PackColumns, PackLoss, backward_passes
-from workers.training.model_setup import DTYPES, prepare_model
+from workers.training.model_setup import DTYPES, load_on_ranks, prepare_model
 from workers.training.optimizer_steps import OptimizerSteps
 from workers.training.policy_loss import PolicyLoss, joined_tokens, pack_tokens
 from workers.training.pretraining_text import (
@@ -49,6 +50,7 @@ from workers.training.reference import OwnReferenceWorker
 from workers.training.sampled_from import SampledFromWorker
 from workers.training.saved_state import load_state, save_state
 from workers.training.sharded_checkpoint import RankFiles
+from workers.training.sharded_loading import gather
 from workers.training.trained_worker import SavedWorker
 from workers.training.update_metrics import loss_metrics
 
@@ -96,13 +98,18 @@ class PolicyWorker(SavedWorker, SampledFromWorker, OwnReferenceWorker):
         check_packed_for_exact_kl(self.role, packing=module.packing)
         # The hidden states come from the ranks of this policy where it is its own reference.
         role = self.settings if self.config.is_own_reference else self.config.reference_role()
-        reference = load_causal_lm(
+        load = partial(
+            load_causal_lm,
             directory,
             dtype=DTYPES[role.compute_dtype],
             attention="eager",
             trust_remote_code=self.config.model.trust_remote_code,
         )
-        head = lm_head_of(reference).to(self.backend.device)
+        device = self.backend.device
+        reference, rows = load_on_ranks(load, self.settings, device)
+        if rows is not None:
+            gather(reference.get_output_embeddings(), rows, device)
+        head = lm_head_of(reference).to(device)
         if len(head.weight) != module.vocabulary_size:
             raise UnsupportedModelError(
                 "algorithm.kl.kind: 'exact' needs one vocabulary, and the policy's has "

@@ -149,7 +149,10 @@ def test_peaks_of_the_other_phases_by_hand():
     assert wide.host["bucket"] == 2 * 256
     assert host_peak(checkpoint_moments(SMALL, ONE_RANK))[1] == 12 * 1448
     assert host_peak(checkpoint_moments(SMALL, two))[1] == 6 * 1448 + 4 * 256 * 2.5
-    assert host_peak(setup_moments(SMALL, two)) == ("loading", (4 + 4) * 1448)
+    assert host_peak(setup_moments(SMALL, ONE_RANK)) == ("loading", (4 + 4) * 1448)
+    # A half of the rows; the embedding, 256, as it is read, and the mapped file.
+    read = 4 * 1448 / 2 + (4 + 4) * 256 + 4 * 1448
+    assert host_peak(setup_moments(SMALL, two)) == ("loading", read)
 
 
 def test_checkpoints_in_the_background_need_masters_and_moments_once_more():
@@ -170,11 +173,25 @@ def test_the_exchanged_rows_are_those_of_the_backend():
     assert roles.GATHERED_BYTES == fsdp2.GATHERED_BYTES
 
 
-def test_on_a_gpu_set_up_needs_the_whole_model_whatever_the_ranks():
-    for ranks in (1, 8, 64):
-        settings = replace(ONE_RANK, ranks=ranks, on_gpu=True, offload=True)
-        device = Peak.of("", setup_moments(SMALL, settings)).device
-        assert device.device["whole model"] == 4 * 1448
+def test_on_a_gpu_set_up_needs_the_whole_model_on_one_rank_only():
+    on_gpu = replace(ONE_RANK, on_gpu=True)
+    device = Peak.of("", setup_moments(SMALL, on_gpu)).device
+    assert device.device["whole model"] == 4 * 1448
+
+    # Its rows; embeddings and head, 264, and a block, 592, which is gathered through a buffer.
+    gathered = 4 * 264 + 8 * 592
+    for ranks in (2, 8, 64):
+        settings = replace(on_gpu, ranks=ranks)
+        rows = 4 * 1448 / ranks
+        assert Peak.of("", setup_moments(SMALL, settings)).device.device_bytes == rows + gathered
+
+        # The check copies rows that are in host memory, or in bfloat16.
+        away = Peak.of("", setup_moments(SMALL, replace(settings, offload=True)))
+        assert away.device.device_bytes == rows + gathered
+        assert away.host.host["rows"] == rows
+        half = replace(settings, compute_bytes=2)
+        frozen = Peak.of("", setup_moments(SMALL, half, frozen=True)).device
+        assert frozen.device_bytes == 1.5 * rows + gathered
 
 
 def test_offload_moves_the_sharded_tensors_to_the_host():

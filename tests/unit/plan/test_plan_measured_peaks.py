@@ -6,11 +6,9 @@ benchmarks/memory_plan.py compares resident memory of whole processes.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from rlsys.config import PolicyConfig
 from rlsys.data.packing import Pack, pack_rows
 from rlsys.plan.roles import Peak, RankSettings, forward_moments, resting, update_moments
 from rlsys.plan.shapes import ModelShape
+from tests.support.peak_memory import peak_bytes
 from tests.support.rollout_examples import rollouts
 from workers.training.backends.fsdp2 import FSDP2Backend, build
 from workers.training.packed_attention import register_packed_attention
@@ -143,25 +142,6 @@ def packs_of(example: Example) -> list[Pack]:
     )
     assert [pack.num_tokens for pack in packs] == [example.tokens] * 2
     return packs
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Return the largest sum of the CPU allocations that `run` makes, less what it frees."""
-    # Cycles hold what an earlier test left. Collected during the profile, its frees would count.
-    gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    assert profile.profiler is not None
-    results = profile.profiler.kineto_results
-    assert results is not None
-    recorded: Any = results.events()  # the stubs leave out the bytes of an event
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"
-    )
-    assert changes
-    return int(np.max(np.cumsum([size for _, size in changes])))
 
 
 @pytest.mark.usefixtures("alone")

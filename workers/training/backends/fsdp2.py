@@ -52,6 +52,7 @@ from workers.training.sharded_checkpoint import (
     save_optimizer,
     save_weights,
 )
+from workers.training.sharded_loading import fill
 from workers.training.weight_decay import parameter_groups
 
 GATHERED_BYTES = 16 << 20  # of all ranks together, while a whole weight is gathered in blocks
@@ -81,6 +82,7 @@ def build(
     # Blocks first: the root then takes only the parameters that are left.
     for unit in (*blocks, module):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fill(module, module.own_rows)
     return FSDP2Backend(module, device, directory, trained.optimizer if trained else None)
 
 
