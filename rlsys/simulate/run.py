@@ -152,7 +152,7 @@ def _result(scenario: Scenario, recorder: _Recorder, skipped: int) -> SimulatedR
         step_s=seconds / len(steps),
         tokens_per_s=(last.trained_tokens - first.trained_tokens) / seconds,
         engine_use=(last.sampled_tokens - first.sampled_tokens) / most,
-        generation_idle=1 - (last.engines_busy_s - first.engines_busy_s) / engine_s,
+        generation_idle=max(0.0, 1 - (last.engines_busy_s - first.engines_busy_s) / engine_s),
         training_idle=1 - (last.trainer_busy_s - first.trainer_busy_s) / seconds,
         staleness_mean=sum(step.get("staleness/mean", 0.0) for step in steps) / len(steps),
         staleness_max=max(step.get("staleness/max", 0.0) for step in steps),
