@@ -106,7 +106,7 @@ async def _train(
     folder: Path,
 ) -> None:
     """Run the loop that the scenario asks for."""
-    config = _config(scenario, steps)
+    config = make_config(scenario, steps)
     sampler = Sampler(config, cluster.workers.generator, cluster.workers.scorer)
     store = CheckpointStore(folder / "checkpoints", keep=1)
     session = Session(config, store, [recorder], clock=loop.time)
@@ -117,7 +117,7 @@ async def _train(
     await training.run()
 
 
-def _config(scenario: Scenario, steps: int) -> RunConfig:
+def make_config(scenario: Scenario, steps: int) -> RunConfig:
     """Return the configuration of the loop. No model is ever loaded."""
     workload = scenario.workload
     trainer = TrainerConfig(
