@@ -244,7 +244,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = [row for row in found if not row.setting]
     gpus = sorted({row.layout.gpus for row in rows})
@@ -269,7 +269,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     figure.legend(loc="outside lower center", ncols=len(schedules), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
