@@ -41,9 +41,7 @@ SENSITIVITY: dict[str, tuple[str, ...]] = {
     "tail sigma 1.5": ("--lengths", "lognormal:1050,1.5,16000"),
     "sync 0 s": ("--sync-s", "0"),
     "sync 30 s": ("--sync-s", "30"),
-    "training half as fast": ("--train-tokens", "3500"),
     "training twice as fast": ("--train-tokens", "14000"),
-    "4 times the batch": ("--prompts-per-gpu", "8"),
 }
 COLUMNS = (
     *("GPUs", "schedule", "layout", "step s", "tokens/s", "speed-up", "generation idle"),
@@ -78,12 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.process_time()
     found = sizes(sorted(options.sizes), options.steps)
     print_sizes(found)
-    if SENSITIVITY_GPUS in options.sizes:
-        varied = sensitivity(found, options.steps)
-        print_sensitivity(found, varied)
-        found = [*found, *varied]
     write(found, options.directory / "data" / "simulated_clusters.csv")
     draw(found, options.directory / "images" / "simulated_clusters.png")
+    if SENSITIVITY_GPUS in options.sizes:
+        print_sensitivity(found, sensitivity(found, options.steps))
     log(f"{time.process_time() - start:.0f} s of one core")
 
 
@@ -224,7 +220,7 @@ def print_sensitivity(base: Sequence[Found], varied: Sequence[Found]) -> None:
 
 
 def write(found: Sequence[Found], path: Path) -> None:
-    """Write all figures, a row for each setting, size and schedule."""
+    """Write all figures, a row for each size and schedule."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         fields = [field.name for field in dataclasses.fields(SimulatedRun)]
@@ -232,11 +228,11 @@ def write(found: Sequence[Found], path: Path) -> None:
         fields.remove("driver_cpu_s")
         writer = csv.writer(file, lineterminator="\n")
         layout = ("gpus", "generation_gpus", "training_gpus")
-        writer.writerow(["setting", *layout, "max_staleness", *fields])
+        writer.writerow([*layout, "max_staleness", *fields])
         for row in found:
             place = [getattr(row.layout, name) for name in layout]
             numbers = [f"{getattr(row.result, name):.6g}" for name in fields]
-            writer.writerow([row.setting, *place, row.max_staleness, *numbers])
+            writer.writerow([*place, row.max_staleness, *numbers])
 
 
 def draw(found: Sequence[Found], path: Path) -> None:
@@ -246,14 +242,17 @@ def draw(found: Sequence[Found], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    rows = [row for row in found if not row.setting]
-    gpus = sorted({row.layout.gpus for row in rows})
-    schedules = list(dict.fromkeys(row.schedule for row in rows))
+    gpus = sorted({row.layout.gpus for row in found})
+    schedules = list(dict.fromkeys(row.schedule for row in found))
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
-    titles = ("trained tokens/s and GPU", "idle share of all GPUs", "staleness, mean (bar: max)")
+    titles = (
+        "trained tokens/s and GPU",
+        "idle share of all GPUs",
+        "staleness: mean, and line up to the maximum",
+    )
     width = 0.8 / len(schedules)
     for number, schedule in enumerate(schedules):
-        own = [row for row in rows if row.schedule == schedule]
+        own = [row for row in found if row.schedule == schedule]
         at = [gpus.index(row.layout.gpus) - 0.4 + (number + 0.5) * width for row in own]
         color = f"C{number}"
         rates = [row.result.tokens_per_s / row.layout.gpus for row in own]
