@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+
 import pytest
 
 from benchmarks.driver_scale import GROUPS_PER_CALL, SAMPLES, measure
@@ -65,3 +67,15 @@ def test_the_driver_opens_no_record_and_workers_have_work() -> None:
     cost = measure(workers=4, tokens=100)
     assert cost.in_flight == pytest.approx(4 * GROUPS_PER_CALL / 2 * SAMPLES, rel=0.25)
     assert cost.cpu_s > 0
+
+
+def test_the_work_of_the_driver_does_not_depend_on_the_tokens() -> None:
+    """It makes as many function calls with four times the tokens."""
+
+    def calls(tokens: int) -> int:
+        profile = cProfile.Profile()
+        profile.runcall(measure, workers=4, tokens=tokens)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(1000)  # what is done once
+    assert calls(4000) == pytest.approx(calls(1000), rel=0.03)
