@@ -65,7 +65,7 @@ def test_the_way_up_leads_to_the_best_split(first: int, peak: int) -> None:
 def test_the_driver_opens_no_record_and_workers_have_work() -> None:
     """A handle of responses raises where the driver opens it."""
     cost = measure(workers=4, tokens=100)
-    assert cost.in_flight == pytest.approx(4 * GROUPS_PER_CALL / 2 * SAMPLES, rel=0.25)
+    assert cost.in_flight == pytest.approx(4 * GROUPS_PER_CALL / 2 * SAMPLES, rel=0.5)
     assert cost.cpu_s > 0
 
 
