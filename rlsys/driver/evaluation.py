@@ -12,7 +12,7 @@ from rlsys.config import RunConfig
 from rlsys.data.batches import PromptBatch, RewardBatch
 from rlsys.data.example_stream import ExampleBatch
 from rlsys.driver.ports import Workers
-from rlsys.driver.sampling import Sampler, sampling_parameters
+from rlsys.driver.sampling import Sampler
 from rlsys.evaluation.estimators import pass_at_k
 from rlsys.metrics import values
 from rlsys.rewards import has_accuracy, reward_model_of
@@ -73,8 +73,8 @@ class Evaluator:
 
     async def _sample(self, *, samples: int, temperature: float) -> _Sampled:
         """Sample `samples` responses to each prompt, with their rewards."""
-        sampling = sampling_parameters(
-            self._config, samples=samples, temperature=temperature, seed=EVALUATION_SEED
+        sampling = self._sampler.parameters(
+            samples=samples, temperature=temperature, seed=EVALUATION_SEED
         )
         groups = await self._sampler.sample(self._prompts, sampling)
         rewards = await self._sampler.rewards(groups, "evaluation")

@@ -43,9 +43,19 @@ class SampledGroups:
 
 
 def sampling_parameters(
-    config: RunConfig, *, samples: int, temperature: float, seed: int
+    config: RunConfig,
+    *,
+    samples: int,
+    temperature: float,
+    seed: int,
+    stop: tuple[str, ...] | None = None,
 ) -> SamplingParameters:
-    """Return the parameters of sampling; at temperature 0 it is greedy, without top_p and top_k."""
+    """Return the parameters of sampling; at temperature 0 it is greedy, without top_p and top_k.
+
+    Args:
+        stop: strings that end a response; None: those of the configuration, which may mean that
+            the file of the prompt template is read.
+    """
     generation = config.generation
     greedy = temperature == 0
     return SamplingParameters(
@@ -55,7 +65,7 @@ def sampling_parameters(
         top_k=0 if greedy else generation.top_k,
         min_tokens=generation.min_tokens,
         max_tokens=generation.max_tokens,
-        stop=stop_strings(config.data.template, generation.stop),
+        stop=stop_strings(config.data.template, generation.stop) if stop is None else stop,
         seed=seed,
     )
 
@@ -87,6 +97,9 @@ class Sampler:
         self._generator = generator
         self._scorer = scorer
         self._reward_failures = RewardFailureWatch(notify)
+        # Read once: a call of a worker takes microseconds and the template milliseconds, and a run
+        # must not change where somebody edits the file.
+        self._stop = stop_strings(config.data.template, config.generation.stop)
         self._compares_with_greedy = "greedy_rewards" in required_inputs(config)
 
     async def sample(self, prompts: PromptBatch, sampling: SamplingParameters) -> list[ScoredGroup]:
@@ -110,11 +123,16 @@ class Sampler:
         dynamic = self._config.algorithm.dynamic_sampling
         return dynamic.max_rounds == 1 or keeps_group(rewards, dynamic.by)
 
+    def parameters(self, *, samples: int, temperature: float, seed: int) -> SamplingParameters:
+        """See `sampling_parameters`."""
+        return sampling_parameters(
+            self._config, samples=samples, temperature=temperature, seed=seed, stop=self._stop
+        )
+
     def training_parameters(self, batch_id: int, round_number: int = 0) -> SamplingParameters:
         """Return the parameters with which the prompts of a batch of the stream are sampled."""
         generation = self._config.generation
-        return sampling_parameters(
-            self._config,
+        return self.parameters(
             samples=generation.samples_per_prompt,
             temperature=generation.temperature,
             seed=batch_seed(self._config.trainer.seed, batch_id, round_number),
@@ -186,9 +204,7 @@ class Sampler:
         if not self._compares_with_greedy:
             return groups
 
-        one_greedy = sampling_parameters(
-            self._config, samples=1, temperature=0.0, seed=sampling.seed
-        )
+        one_greedy = self.parameters(samples=1, temperature=0.0, seed=sampling.seed)
         greedy = await self.sample(prompts, one_greedy)
         return [replace(group, greedy=own) for group, own in zip(groups, greedy, strict=True)]
 

@@ -60,7 +60,7 @@ def simulate_cluster(gpus: int, options: argparse.Namespace) -> list[Row]:
     for layout in layouts(gpus, options.gpus_per_engine):
         # Where all GPUs take turns there is nothing to overlap.
         for staleness in (0,) if layout.colocated else (0, *options.staleness):
-            scenario = _scenario(layout, staleness, options)
+            scenario = make_scenario(layout, staleness, options)
             found.append(Row(layout=layout, max_staleness=staleness, result=run_scenario(scenario)))
     return found
 
@@ -75,7 +75,8 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _scenario(layout: Layout, staleness: int, options: argparse.Namespace) -> Scenario:
+def make_scenario(layout: Layout, staleness: int, options: argparse.Namespace) -> Scenario:
+    """Return the run of a layout with a schedule."""
     workload = Workload(
         prompts_per_step=max(layout.engines, math.ceil(options.prompts_per_gpu * layout.gpus)),
         samples_per_prompt=options.samples,
@@ -97,7 +98,8 @@ def _scenario(layout: Layout, staleness: int, options: argparse.Namespace) -> Sc
     )
 
 
-def _name(layout: Layout) -> str:
+def name_of(layout: Layout) -> str:
+    """Return what a layout is called in tables."""
     if layout.colocated:
         return "all, by turns"
     return f"{layout.generation_gpus} + {layout.training_gpus}"
@@ -113,7 +115,7 @@ def _print(tables: Sequence[Sequence[Row]]) -> None:
             result = row.result
             cells = [
                 row.layout.gpus,
-                _name(row.layout),
+                name_of(row.layout),
                 row.max_staleness,
                 f"{result.step_s:.0f}",
                 f"{result.tokens_per_s:.0f}",

@@ -11,9 +11,11 @@ determine it (`EngineSpeed.through`).
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+ROUNDING_S = 1e-6  # an end that is this close has come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,80 +60,143 @@ class EngineSpeed:
         return self.step_s + sequences * self.sequence_s
 
 
+@dataclass(eq=False)
+class _Group:
+    """Sequences that are given to an engine together; only the end of the last one matters."""
+
+    ended: asyncio.Future[None]
+    left: int  # sequences that have not ended
+    last: tuple[float, int] = (0.0, 0)  # the latest end of those that were started
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineTotals:
+    """What an engine has done since its start."""
+
+    busy_s: float  # seconds with at least one sequence
+    tokens: float  # sampled
+
+
 class SimulatedEngine:
     """One engine. All running sequences advance together, so one clock of steps serves all.
 
-    A sequence of N tokens that starts at step count S ends at S + N. So only the next end needs a
-    timer, and a change of the batch changes the speed of the clock alone.
+    A sequence of N tokens that starts at step count S ends at S + N, and the batch is constant
+    between two ends. So the present state follows from that of any earlier moment (`_advance`), and
+    a timer is needed only for the next end of a whole group.
     """
 
     def __init__(self, speed: EngineSpeed) -> None:
         self._speed = speed
         self._steps = 0.0  # engine steps so far
         self._updated = asyncio.get_running_loop().time()
-        self._running: list[tuple[float, int, asyncio.Future[None]]] = []  # a heap, by last step
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        # By the step in which they end and their number, the next one last.
+        self._running: list[tuple[float, int, _Group]] = []
+        self._waiting: deque[tuple[int, _Group]] = deque()
         self._started = 0
         self._timer: asyncio.TimerHandle | None = None
-        self.busy_s = 0.0  # seconds with at least one sequence
-        self.tokens = 0.0
+        self._timer_is_late = False
+        self._busy_s = 0.0
+        self._tokens = 0.0
 
-    async def generate(self, tokens: int) -> None:
-        """Wait until a sequence of this length has been sampled."""
-        ended = asyncio.get_running_loop().create_future()
+    async def generate(self, lengths: Sequence[int]) -> None:
+        """Wait until sequences of these numbers of tokens have been sampled."""
+        group = _Group(ended=asyncio.get_running_loop().create_future(), left=len(lengths))
         self._advance()
-        self._waiting.append((tokens, ended))
+        self._waiting.extend((tokens, group) for tokens in lengths)
         self._admit()
-        await ended
+        self._update_timer()
+        await group.ended
 
     def fail(self, error: BaseException) -> None:
         """Let all sequences fail, as when the process dies."""
         self._advance()
-        sequences = [ended for _, _, ended in self._running]
-        sequences += [ended for _, ended in self._waiting]
+        groups = {group for _, _, group in self._running} | {group for _, group in self._waiting}
         self._running.clear()
         self._waiting.clear()
-        for ended in sequences:
-            if not ended.done():
-                ended.set_exception(error)
-        self._set_timer()
+        for group in groups:
+            if not group.ended.done():
+                group.ended.set_exception(error)
+        self._update_timer()
+
+    def totals(self) -> EngineTotals:
+        """Return what it has done so far."""
+        self._advance()
+        return EngineTotals(busy_s=self._busy_s, tokens=self._tokens)
 
     def _advance(self) -> None:
-        """Bring the clock of steps to the present."""
+        """Bring the clock of steps to the present, and end what has ended since then."""
         now = asyncio.get_running_loop().time()
-        passed, self._updated = now - self._updated, now
-        if self._running:
-            steps = passed / self._speed.step_seconds(len(self._running))
-            self._steps += steps
-            self.busy_s += passed
-            self.tokens += steps * len(self._running)
+        while self._running:
+            count, last = len(self._running), self._running[-1][0]
+            step_s = self._speed.step_seconds(count)
+            seconds = (last - self._steps) * step_s
+            if self._updated + seconds > now + ROUNDING_S:
+                seconds = max(0.0, now - self._updated)
+                self._pass(seconds, seconds / step_s * count)
+                self._steps += seconds / step_s
+                break
+            self._pass(seconds, (last - self._steps) * count)
+            self._steps = last
+            self._end_until(last)
+        self._updated = now
+
+    def _pass(self, seconds: float, tokens: float) -> None:
+        self._updated += seconds
+        self._busy_s += seconds
+        self._tokens += tokens
+
+    def _end_until(self, last: float) -> None:
+        """End the sequences whose last token is that of this step, and start others."""
+        while self._running and self._running[-1][0] <= last:
+            _, _, group = self._running.pop()
+            group.left -= 1
+            if not group.left and not group.ended.done():
+                group.ended.set_result(None)
+        if self._waiting:
+            self._admit()
 
     def _admit(self) -> None:
         """Start sequences that wait, as far as there is room."""
-        while self._waiting and len(self._running) < self._speed.max_sequences:
-            tokens, ended = self._waiting.popleft()
+        room = min(len(self._waiting), self._speed.max_sequences - len(self._running))
+        for _ in range(room):
+            tokens, group = self._waiting.popleft()
             self._started += 1
-            heapq.heappush(self._running, (self._steps + tokens, self._started, ended))
-        self._set_timer()
+            end = (self._steps + tokens, self._started)
+            group.last = max(group.last, end)
+            self._running.append((*end, group))
+        if room > 0:
+            self._running.sort(key=_end_of, reverse=True)
+
+    def _update_timer(self) -> None:
+        """Set the timer again, once for all groups that come at the same time."""
+        if not self._timer_is_late:
+            self._timer_is_late = True
+            asyncio.get_running_loop().call_soon(self._set_timer)
 
     def _set_timer(self) -> None:
+        self._timer_is_late = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._running:
-            left = max(0.0, self._running[0][0] - self._steps)
-            seconds = left * self._speed.step_seconds(len(self._running))
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._end_next)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._next_end(), self._end_groups)
 
-    def _end_next(self) -> None:
-        """End the sequences whose last token was sampled now."""
+    def _next_end(self) -> float:
+        """Return when the next group ends; while sequences wait, when the next one is started."""
+        at, steps, count = self._updated, self._steps, len(self._running)
+        for last, number, group in reversed(self._running):
+            at += (last - steps) * self._speed.step_seconds(count)
+            if self._waiting or group.last == (last, number):
+                break
+            steps = last
+            count -= 1
+        return at
+
+    def _end_groups(self) -> None:
         self._advance()
-        last, _, ended = heapq.heappop(self._running)
-        self._steps = last  # exactly, whatever the rounding
-        if not ended.done():
-            ended.set_result(None)
-        while self._running and self._running[0][0] <= last:
-            _, _, ended = heapq.heappop(self._running)
-            if not ended.done():
-                ended.set_result(None)
-        self._admit()
+        self._set_timer()
+
+
+def _end_of(sequence: tuple[float, int, _Group]) -> tuple[float, int]:
+    return sequence[:2]

@@ -59,7 +59,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     loop.add_argument(
         "--groups-per-call", type=_positive, default=8, help="trainer.asynchronous.groups_per_call"
     )
-    loop.add_argument("--steps", type=_positive, default=12)
+    loop.add_argument("--steps", type=_positive, default=12, help="that count")
     loop.add_argument("--seed", type=int, default=0)
 
     output = parser.add_argument_group("output")

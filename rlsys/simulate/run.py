@@ -23,7 +23,7 @@ from rlsys.simulate.simulated_time import SimulatedLoop, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRun:
-    """What a scenario achieves, over the steps after the start."""
+    """What a scenario achieves, over the steps that count."""
 
     step_s: float  # seconds of a step, simulated
     tokens_per_s: float  # response tokens that were trained
@@ -66,10 +66,11 @@ class _Moment:
 
     @staticmethod
     def of(cluster: SimulatedCluster, loop: SimulatedLoop) -> _Moment:
+        engines = [worker.engine.totals() for worker in cluster.engines]
         return _Moment(
             now=loop.now,
-            engines_busy_s=sum(worker.engine.busy_s for worker in cluster.engines),
-            sampled_tokens=sum(worker.engine.tokens for worker in cluster.engines),
+            engines_busy_s=sum(engine.busy_s for engine in engines),
+            sampled_tokens=sum(engine.tokens for engine in engines),
             trainer_busy_s=cluster.policy.busy_s,
             trained_tokens=cluster.policy.tokens,
             cpu_s=time.process_time(),
@@ -77,39 +78,35 @@ class _Moment:
 
 
 def run_scenario(scenario: Scenario) -> SimulatedRun:
-    """Simulate a run; the first steps, in which the queue fills, do not count.
+    """Simulate a run, with further steps before and after those that count.
 
-    Raises:
-        ValueError: the run has too few steps for that.
+    In the first ones the queue fills, and in the last ones there is less and less left to sample.
     """
-    skipped = scenario.max_staleness + 1
-    if scenario.steps < skipped + 2:
-        raise ValueError(
-            f"steps: {scenario.steps} are too few: the first {skipped} fill the queue and do not "
-            f"count. Simulate at least {skipped + 2}."
-        )
+    first = scenario.max_staleness + 1
+    steps = first + scenario.steps + scenario.max_staleness
 
     async def work(loop: SimulatedLoop) -> SimulatedRun:
         cluster = build_cluster(scenario)
         recorder = _Recorder(cluster, loop)
         with tempfile.TemporaryDirectory() as folder:
-            await _train(scenario, cluster, recorder, loop, Path(folder))
+            await _train(scenario, steps, cluster, recorder, loop, Path(folder))
         for worker in cluster.engines:
             worker.end()
-        return _result(scenario, recorder, skipped)
+        return _result(scenario, recorder, first)
 
     return simulate(work)
 
 
 async def _train(
     scenario: Scenario,
+    steps: int,
     cluster: SimulatedCluster,
     recorder: _Recorder,
     loop: SimulatedLoop,
     folder: Path,
 ) -> None:
     """Run the loop that the scenario asks for."""
-    config = _config(scenario)
+    config = make_config(scenario, steps)
     sampler = Sampler(config, cluster.workers.generator, cluster.workers.scorer)
     store = CheckpointStore(folder / "checkpoints", keep=1)
     session = Session(config, store, [recorder], clock=loop.time)
@@ -120,11 +117,11 @@ async def _train(
     await training.run()
 
 
-def _config(scenario: Scenario) -> RunConfig:
+def make_config(scenario: Scenario, steps: int) -> RunConfig:
     """Return the configuration of the loop. No model is ever loaded."""
     workload = scenario.workload
     trainer = TrainerConfig(
-        steps=scenario.steps,
+        steps=steps,
         prompts_per_step=workload.prompts_per_step,
         max_staleness=scenario.max_staleness,
         asynchronous=AsynchronousConfig(
@@ -141,9 +138,10 @@ def _config(scenario: Scenario) -> RunConfig:
 
 
 def _result(scenario: Scenario, recorder: _Recorder, skipped: int) -> SimulatedRun:
-    """Return the averages between the first step that counts and the last."""
-    first, last = recorder.moments[skipped - 1], recorder.moments[-1]
-    steps = recorder.steps[skipped:]
+    """Return the averages of the steps that count, which follow those that are skipped."""
+    end = skipped + scenario.steps
+    first, last = recorder.moments[skipped - 1], recorder.moments[end - 1]
+    steps = recorder.steps[skipped:end]
     seconds = last.now - first.now
     engine_s = seconds * scenario.engines
     most = engine_s * scenario.engine.most_tokens_per_s
@@ -154,7 +152,7 @@ def _result(scenario: Scenario, recorder: _Recorder, skipped: int) -> SimulatedR
         step_s=seconds / len(steps),
         tokens_per_s=(last.trained_tokens - first.trained_tokens) / seconds,
         engine_use=(last.sampled_tokens - first.sampled_tokens) / most,
-        generation_idle=1 - (last.engines_busy_s - first.engines_busy_s) / engine_s,
+        generation_idle=max(0.0, 1 - (last.engines_busy_s - first.engines_busy_s) / engine_s),
         training_idle=1 - (last.trainer_busy_s - first.trainer_busy_s) / seconds,
         staleness_mean=sum(step.get("staleness/mean", 0.0) for step in steps) / len(steps),
         staleness_max=max(step.get("staleness/max", 0.0) for step in steps),

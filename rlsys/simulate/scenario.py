@@ -38,7 +38,7 @@ class Scenario:
     engines: int
     engine: EngineSpeed
     max_staleness: int  # 0: sampling and training take turns
-    steps: int
+    steps: int  # that count
     groups_per_call: int = 1
     on_stale: OnStale = "drop"
     failures: Failures | None = None

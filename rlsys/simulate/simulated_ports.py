@@ -126,7 +126,7 @@ class SimulatedWorker:
             np.random.default_rng((self._scenario.seed, 2, group, sampling.seed)),
             sampling.samples_per_prompt,
         )
-        await asyncio.gather(*(self.engine.generate(int(tokens)) for tokens in lengths))
+        await self.engine.generate(lengths.tolist())
         tokens = int(lengths.sum())
         return RolloutPart(
             prompt_index=position, num_response_tokens=tokens, rollouts=Tokens(tokens)

@@ -56,6 +56,24 @@ async def test_sampling_seed_depends_on_run_and_batch_alone(tmp_path: Path) -> N
     assert all(request.stop == ("</answer>",) for request in run.generator.requests)
 
 
+async def test_the_prompt_template_is_read_once(tmp_path: Path) -> None:
+    """Not for each call of a worker; and a run does not notice that the file is gone."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("---\nstop: END\n---\n{{ problem }}")
+    config = make_config(steps=2, evaluate=1)
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"template": str(template)}),
+            "generation": config.generation.model_copy(update={"stop": ()}),
+        }
+    )
+    run = await start(tmp_path / "run", config)
+    template.unlink()
+    assert await run.finish() == "finished"
+    assert len(run.recorder.evaluations) == 3
+    assert {request.stop for request in run.generator.requests} == {("END",)}
+
+
 async def test_a_generator_that_loses_a_prompt_is_detected(tmp_path: Path) -> None:
     run = await start(tmp_path, make_config())
     generate = run.generator.generate

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from rlsys.simulate.engine import EngineSpeed, SimulatedEngine
+from rlsys.simulate.engine import EngineSpeed, EngineTotals, SimulatedEngine
 from rlsys.simulate.simulated_time import SimulatedLoop, simulate
 
 SPEED = EngineSpeed(step_s=1.0, sequence_s=0.5, max_sequences=2)
@@ -20,7 +20,7 @@ def ends_of(lengths: list[int], starts: list[float]) -> list[float]:
 
         async def one(tokens: int, start: float) -> float:
             await asyncio.sleep(start)
-            await engine.generate(tokens)
+            await engine.generate([tokens])
             return loop.now
 
         return list(await asyncio.gather(*map(one, lengths, starts)))
@@ -47,14 +47,53 @@ def test_what_is_above_the_limit_waits():
     assert ends_of([2, 4, 2], [0.0, 0.0, 0.0]) == pytest.approx([4.0, 8.0, 8.0])
 
 
+def test_a_group_ends_with_its_last_sequence_beside_others():
+    """Three sequences: steps of 2.5 s until 1, of 2 s until 3, and of 1.5 s until 6."""
+    speed = EngineSpeed(step_s=1.0, sequence_s=0.5, max_sequences=3)
+
+    async def work(loop: SimulatedLoop) -> tuple[list[float], list[EngineTotals]]:
+        engine = SimulatedEngine(speed)
+        totals = []
+
+        async def one(lengths: list[int]) -> float:
+            await engine.generate(lengths)
+            return loop.now
+
+        async def look() -> float:
+            await asyncio.sleep(3.5)
+            totals.append(engine.totals())
+            return loop.now
+
+        ends = await asyncio.gather(one([3, 1]), one([6]), look())
+        totals.append(engine.totals())
+        return list(ends), totals
+
+    ends, (early, late) = simulate(work)
+    assert ends == pytest.approx([2.5 + 2 * 2.0, 2.5 + 2 * 2.0 + 3 * 1.5, 3.5])
+    # 1.5 steps: one of three sequences, and the half of one of two.
+    assert (early.busy_s, early.tokens) == pytest.approx((3.5, 4.0))
+    assert (late.busy_s, late.tokens) == pytest.approx((11.0, 10.0))
+
+
+def test_a_group_with_more_sequences_than_may_run():
+    """Two at a time: 1 and 4 tokens, then 2 beside the 4, then 1."""
+
+    async def work(loop: SimulatedLoop) -> float:
+        await SimulatedEngine(SPEED).generate([1, 4, 2, 1])
+        return loop.now
+
+    # Steps 1 to 4 have two sequences: 1, then 2 and 1 beside the 4.
+    assert simulate(work) == pytest.approx(4 * 2.0)
+
+
 def test_a_death_ends_all_sequences():
     async def work(loop: SimulatedLoop) -> tuple[list[object], float]:
         engine = SimulatedEngine(SPEED)
-        three = [asyncio.ensure_future(engine.generate(100)) for _ in range(3)]
+        three = [asyncio.ensure_future(engine.generate([100])) for _ in range(3)]
         await asyncio.sleep(5.0)
         engine.fail(RuntimeError("dead"))
         found = await asyncio.gather(*three, return_exceptions=True)
-        await engine.generate(2)  # restarted, it works as before
+        await engine.generate([2])  # restarted, it works as before
         return [str(one) for one in found], loop.now
 
     assert simulate(work) == (["dead"] * 3, pytest.approx(8.0))
