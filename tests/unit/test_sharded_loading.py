@@ -368,6 +368,7 @@ def one_of_two(directory: Path, rank: int, addresses: Any, results: Any) -> None
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_on_two_ranks_they_equal_models_that_were_loaded_whole(tmp_path: Path):
     for family in ("llama", "gemma2", "qwen3_moe", "bloom"):
         build_family(family, tmp_path / family)
