@@ -138,14 +138,13 @@ def fit(few: Mapping[str, float], many: Mapping[str, float]) -> Constants:
     Raises:
         ValueError: an engine's step with more sequences took less time, which is noise.
     """
-    points = (
-        (case.samples, case.batch_tokens / metrics["time/generate"])
-        for case, metrics in ((FEW, few), (MANY, many))
-    )
     first, second = (sum(metrics[name] for name in TRAINING) for metrics in (few, many))
     token_s = max(0.0, (second - first) / (MANY.batch_tokens - FEW.batch_tokens))
     return Constants(
-        engine=EngineSpeed.through(*points),
+        engine=EngineSpeed.through(
+            (FEW.samples, FEW.batch_tokens / few["time/generate"]),
+            (MANY.samples, MANY.batch_tokens / many["time/generate"]),
+        ),
         train_fixed_s=max(0.0, first - token_s * FEW.batch_tokens),
         train_token_s=token_s,
         sync_s=statistics.mean((few["time/sync"], many["time/sync"])),

@@ -57,8 +57,8 @@ def export(
         copy_model_files(source, partial)
         if dtype is not None:
             # The second is the name that older configs and readers have for it.
-            fields = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-            change_model_config(partial, fields)
+            name = str(dtype).removeprefix("torch.")
+            change_model_config(partial, {"dtype": name, "torch_dtype": name})
         for name, part in zip(weight_files.file_names(len(parts)), parts, strict=True):
             with TensorFileWriter(partial / name, part, FORMAT) as file:
                 for facts in part:

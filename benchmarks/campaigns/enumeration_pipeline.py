@@ -44,6 +44,7 @@ from rlsys.run.required_inputs import required_inputs
 from tests.support.enumerable_policy import ResponseSpace
 from workers.training.packed_model import PackResult, PackTensors
 from workers.training.policy import PolicyWorker
+from workers.training.sharded_checkpoint import RankFiles
 
 PROMPT_TOKEN = 7
 DRIFT = 0.5  # of logits, in standard deviations
@@ -202,7 +203,7 @@ class TableBackend:
         """Yield the table."""
         yield "table", self.module.table.detach()
 
-    def save(self, path: Path) -> None:
+    def save(self, files: RankFiles) -> None:
         """Refuse: a table is never saved."""
         raise NotImplementedError
 

@@ -36,13 +36,13 @@ class PolicyRank(PolicyWorker):
 
     def hold_files(self) -> None:
         """Let the thread that writes checkpoints wait before each tensor, until `release_files`."""
-        self._released = threading.Event()
+        released = self._released = threading.Event()
         write = TensorFileWriter.write
 
-        def held(file: TensorFileWriter, name: str, tensor: Tensor) -> None:
+        def held(self: TensorFileWriter, name: str, tensor: Tensor) -> None:
             if threading.current_thread().name == "checkpoint":
-                self._released.wait()
-            write(file, name, tensor)
+                released.wait()
+            write(self, name, tensor)
 
         self._write = write
         TensorFileWriter.write = held

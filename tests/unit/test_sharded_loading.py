@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -139,7 +139,7 @@ def test_files_with_both_copies_of_a_tied_weight(equal: bool, tmp_path: Path):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0 if equal else 1)
 
     rewrite(tmp_path, add_head)
-    model = language_model(tmp_path)()
+    model: Any = language_model(tmp_path)()
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == equal
     assert_same(language_model(tmp_path))
 
@@ -207,7 +207,8 @@ def test_the_peak_is_the_shard_and_one_layer(
     model = LlamaForCausalLM(config)
     whole = sum(one.numel() * one.element_size() for one in model.parameters())
     layer = sum(one.numel() * one.element_size() for one in model.model.layers[0].parameters())
-    model.to(stored).save_pretrained(tmp_path)
+    nn.Module.to(model, stored)
+    model.save_pretrained(tmp_path)
     del model
     load, ranks = language_model(tmp_path), 16
     load()  # what is allocated once, at the first call
@@ -319,9 +320,10 @@ def check_gathered_head(directory: Path) -> None:
         load = language_model(directory / family, torch.bfloat16)
         model, rows = model_setup.load_on_ranks(load, config.policy, CPU)
         assert rows is not None
-        gather(model.get_output_embeddings(), rows, CPU)
-        whole = load().get_output_embeddings().weight
-        assert torch.equal(model.get_output_embeddings().weight, whole)
+        head: Any = model.get_output_embeddings()
+        gather(head, rows, CPU)
+        whole: Any = load().get_output_embeddings()
+        assert torch.equal(head.weight, whole.weight)
 
 
 def check_verdicts(directory: Path) -> None:

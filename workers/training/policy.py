@@ -107,8 +107,9 @@ class PolicyWorker(SavedWorker, SampledFromWorker, OwnReferenceWorker):
         )
         device = self.backend.device
         reference, rows = load_on_ranks(load, self.settings, device)
-        if rows is not None:
-            gather(reference.get_output_embeddings(), rows, device)
+        output = reference.get_output_embeddings()
+        if rows is not None and output is not None:
+            gather(output, rows, device)
         head = lm_head_of(reference).to(device)
         if len(head.weight) != module.vocabulary_size:
             raise UnsupportedModelError(

@@ -28,13 +28,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
+
+# The driver imports this module too. FSDP and DTensor, which are slow to import, are imported where
+# they are used.
 
 # transformers marks each weight that it has read; a weight without the mark is drawn later.
 _MARK = "_is_hf_initialized"
@@ -72,7 +75,8 @@ class OwnRows:
 def keep_own_rows(rows: OwnRows) -> Iterator[None]:
     """Keep the rows of this rank of each weight that transformers loads inside the context."""
 
-    def replace(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # torch takes what it returns for the parameter; None leaves it. Its stub says None only.
+    def replace(_: nn.Module, __: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or not parameter.ndim:
             return None
         return rows.keep(parameter) if getattr(parameter, _MARK, False) else None
@@ -123,7 +127,11 @@ def fill(module: nn.Module, pending: dict[str, Tensor], *, shares: bool = False)
         pending: the rows by name; empty afterwards, so that they are freed one by one.
         shares: do not copy rows that have the right dtype.
     """
-    names = {one: name for name, one in module.named_parameters() if name in pending}
+    from torch.distributed.tensor import DTensor
+
+    names: dict[Tensor, str] = {
+        one: name for name, one in module.named_parameters() if name in pending
+    }
 
     def filled(tensor: Tensor) -> Tensor:
         name = names.pop(tensor, None) if tensor.is_meta else None
@@ -134,7 +142,7 @@ def fill(module: nn.Module, pending: dict[str, Tensor], *, shares: bool = False)
         if shares:
             return _sharded(own, tensor, tensor.device_mesh, tensor.dtype)
         # Of a mesh of GPUs, too, the shards may be in host memory, where `from_local` moves them.
-        placed = torch.empty_like(tensor, device=own.device)
+        placed: Any = torch.empty_like(tensor, device=own.device)
         placed.to_local().copy_(own)
         return placed
 
@@ -145,6 +153,8 @@ def fill(module: nn.Module, pending: dict[str, Tensor], *, shares: bool = False)
 
 def _sharded(own: Tensor, like: Tensor, mesh: DeviceMesh, dtype: torch.dtype) -> DTensor:
     """Return the sharded tensor of which this rank has the rows `own`."""
+    from torch.distributed.tensor import DTensor, Shard
+
     return DTensor.from_local(
         own.to(dtype),
         mesh,
@@ -174,6 +184,9 @@ def runnable(
     Its `blocks` are sharded, and gathered one at a time; what is beside them, the embeddings and
     the head, is whole. Any module in it can be called, where FSDP2 needs calls of the root.
     """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     copied: Any = copy.deepcopy(model)
     nn.Module.to(copied, dtype)
     pending = {name: own.to(device) for name, own in rows.by_name(model).items()}

@@ -314,10 +314,16 @@ async def test_a_checkpoint_whose_files_are_complete_is_sealed_in_spite_of_a_fai
 async def test_an_interrupt_discards_what_is_not_complete(tmp_path: Path) -> None:
     run = await start(tmp_path, background(make_config(steps=6, save=2)))
     task = asyncio.create_task(run.finish())
-    run.stage.hooks = {"write": lambda: asyncio.Event().wait()}
-    run.recorder.react = lambda step, phase: (
-        task.cancel() if (step, phase) == (3, "update") else None
-    )
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    def interrupt(step: int, phase: str) -> None:
+        if (step, phase) == (3, "update"):
+            task.cancel()
+
+    run.stage.hooks = {"write": hang}
+    run.recorder.react = interrupt
     with pytest.raises(asyncio.CancelledError):
         await task
     await asyncio.sleep(0)

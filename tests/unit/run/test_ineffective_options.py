@@ -109,7 +109,7 @@ CASES: list[tuple[str, Any, Mapping[str, Any], Mapping[str, Any], Hardware]] = [
         {"generation.logprob_difference_tolerance": 0.1},
         CPU,
     ),
-    ("sync.directory", "weights", {}, {"sync.transport": "disk"}, CPU),
+    ("sync.directory", "/weights", {}, {"sync.transport": "disk"}, CPU),
     ("model.lora.alpha", 16.0, {}, {"model.lora.rank": 8}, CPU),
     ("model.lora.target_modules", ["q_proj"], {}, {"model.lora.rank": 8}, CPU),
     ("policy.gpus_per_rank", 0.5, {}, {"cluster.address": "auto"}, CPU),
