@@ -80,8 +80,9 @@ GUEST_GPUS = 0.01
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
-# How many actors of a name this process has started.
-_STARTED: Counter[str] = Counter()
+# How many actors of a name this process has started, by the address of the cluster, the job and the
+# name.
+_STARTED: Counter[tuple[str, str, str]] = Counter()
 
 
 class CapacityError(ConfigError):
@@ -477,11 +478,13 @@ def _identity(role: str, index: int) -> dict[str, str]:
     It is role and index, as in `policy-0`; a later actor in the same place is `policy-0.2`, since
     Ray frees a name only some time after the actor's end. Jobs have namespaces of their own.
     """
-    name = f"{role}-{index}"
-    _STARTED[name] += 1
-    if _STARTED[name] > 1:
-        name = f"{name}.{_STARTED[name]}"
-    return {"name": name, "namespace": f"rlsys-{ray.get_runtime_context().get_job_id()}"}
+    context = ray.get_runtime_context()
+    name, job = f"{role}-{index}", context.get_job_id()
+    place = (context.gcs_address, job, name)
+    _STARTED[place] += 1
+    if _STARTED[place] > 1:
+        name = f"{name}.{_STARTED[place]}"
+    return {"name": name, "namespace": f"rlsys-{job}"}
 
 
 def _stay_connected() -> None:
