@@ -2,7 +2,8 @@
 # make run     train the embedded model with GRPO, one command, no downloads beyond the package registry
 # make test    unit tests of every module and one real run, in 4 minutes: proves the installation
 # make test-nodes  runs on three nodes in namespaces, as root; the rest of what docs/cluster.md claims of several nodes
-# make test-rest   what `make test` leaves out, small campaigns included     make test-all   both
+# make test-rest   what `make test` leaves out, small campaigns included, but for what only `make test-long` runs
+# make test-all    all of these, without test-nodes
 # make check-gpu   prove the CUDA path on one GPU, in less than ten minutes; writes docs/gpu_measurements.md
 # make check   ruff and pyright
 PYTHON ?= python3.11
@@ -22,7 +23,7 @@ else
 TORCH_SOURCE := torch==$(TORCH_VERSION) --torch-backend auto
 endif
 
-.PHONY: setup run test test-rest test-all test-nodes check check-gpu docs clean
+.PHONY: setup run test test-rest test-long test-all test-nodes check check-gpu docs clean
 setup: $(STAMP)
 
 # --no-config: the overrides that keep torch out of the lock would keep it out of this command as well.
@@ -45,7 +46,10 @@ test: setup
 	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow and not nodes")
 
 test-rest: setup
-	$(BIN)/python -m pytest $(or $(ARGS),-m slow)
+	$(BIN)/python -m pytest $(or $(ARGS),-m "slow and not long")
+
+test-long: setup
+	$(BIN)/python -m pytest $(or $(ARGS),-m long)
 
 test-all: setup
 	$(BIN)/python -m pytest $(or $(ARGS),-m "not nodes")

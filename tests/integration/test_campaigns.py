@@ -67,6 +67,7 @@ def test_a_wrong_weight_is_found():
     assert "estimator=rloo" in done.stdout
 
 
+@pytest.mark.long
 def test_a_missing_preflight_is_found():
     arguments = ("--processes", "1", "--trials", "0", "--only", "parameter")
     done = run("-c", NO_PREFLIGHT, *arguments)

@@ -169,6 +169,7 @@ def test_entropy_is_the_mean_of_the_log_probabilities(compared: tuple[Path, str]
     assert entropy == pytest.approx((sums / counts).mean(), rel=1e-6)
 
 
+@pytest.mark.long
 def test_interrupted_and_resumed_it_samples_the_same_responses(
     tmp_path: Path, compared: tuple[Path, str], problems: Path
 ):

@@ -92,6 +92,7 @@ def test_a_run_trains_on_correct_responses_and_shows_what_it_did(whole: Path):
     assert "Entropy (nats per token)" in page
 
 
+@pytest.mark.long
 def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(whole: Path, tmp_path: Path):
     """The interrupted run is one of three steps, and the resumed one makes four."""
     parts = tmp_path / "parts"
@@ -167,6 +168,7 @@ def test_bad_input_is_refused_in_one_line(
     assert errors.startswith("error: ")
 
 
+@pytest.mark.long
 def test_a_grid_makes_each_run_once_and_summarizes_them(tmp_path: Path):
     directory = ("--run.directory", str(tmp_path / "grid"))
     values = ("--grid.samples", "2,4", "--grid.epochs", "1", "--grid.problems", "4")

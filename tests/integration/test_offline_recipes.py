@@ -142,6 +142,7 @@ def test_a_run_is_complete_and_a_resumed_one_gives_the_same_numbers(
     assert "changed: trainer.steps: 4 -> 6" in output
 
 
+@pytest.mark.long
 def test_an_interrupt_saves_and_the_resumed_run_gives_the_same_numbers(
     train: Callable[[str], tuple[Path, str]], tmp_path: Path
 ):

@@ -103,6 +103,7 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(whole: Path, tmp_
         assert found[step] == pytest.approx(values, abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_policy_and_the_critic_of_another(whole: Path, tmp_path: Path):
     checkpoint = whole / "checkpoints" / "step_000006"
     models = ("--model.path", str(checkpoint), "--critic.path", str(checkpoint / "critic"))

@@ -21,15 +21,10 @@ from tests.support.golden_runs import PORTABLE, STEPS
 
 USUAL = (
     "adaptive_power",
-    "clip_cov",
     "dapo",
     "grpo",
-    "gspo",
     "hierarchical",
     "ppo",
-    "raft_plus_plus",
-    "rloo",
-    "token_kl_grpo",
 )
 CHOSEN = sorted(PRESETS) if os.environ.get("GOLDEN_PRESETS") == "all" else USUAL
 # The runs of all presets count for the first test.

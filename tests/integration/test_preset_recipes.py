@@ -109,6 +109,7 @@ def test_masking_every_response_trains_nothing_and_says_so(
     assert re.search("(no response entered|masked out of) the loss", printed)
 
 
+@pytest.mark.long
 def test_gspo_on_two_ranks_with_vllm(tmp_path: Path):
     """Train the real model with a sharded policy."""
     flags = ("--preset", "gspo", "--policy.ranks", "2")

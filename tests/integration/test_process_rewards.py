@@ -141,6 +141,7 @@ def test_grpo_process_compares_the_steps_of_a_group(tmp_path: Path):
     assert all(documented(name) for name in second.values)
 
 
+@pytest.mark.long
 def test_gae_learns_from_the_rewards_of_steps(tmp_path: Path):
     directory = tmp_path / "run"
     done = run(

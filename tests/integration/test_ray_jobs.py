@@ -242,6 +242,7 @@ def test_a_client_without_the_token_is_refused(cluster: Cluster):
     assert "token" in output.lower(), output
 
 
+@pytest.mark.long
 def test_nodes_without_the_environment_get_it_from_another_path():
     """The head is started from an environment in which neither torch nor rlsys can be imported."""
     with cluster_of_nodes(1, bare=True) as cluster:

@@ -63,6 +63,7 @@ def test_a_killed_rank_costs_the_steps_since_the_checkpoint_and_nothing_else(
     assert "of step 4; the newest checkpoint is that of step 2" in error.read_text()
 
 
+@pytest.mark.long
 def test_a_hang_leaves_the_stacks_of_all_actors_and_heals(whole: Path, tmp_path: Path):
     directory = tmp_path / "run"
     with DisturbedRun(directory, *FLAGS, *STEPS, "--trainer.phase_timeout_s", "30") as run:

@@ -190,6 +190,7 @@ def test_rule_and_model_are_shown_side_by_side(whole: Path):
     assert "Reward by function (unweighted mean)" in (whole / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_run_continues_with_the_same_model_only(whole: Path, tmp_path: Path):
     other = build_reward_model(tmp_path / "other", mean=0.25, seed=1)
     flags = ("--resume", "--trainer.steps", "3", "--reward.functions")
