@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="directory with Debian and Python")
     parser.add_argument("--command", default="python --version", help="to run in the image")
-    parser.add_argument("--keep", action="append", default=[], help="NAME=VALUE for each RUN")
+    parser.add_argument("--keep", action="append", default=[], help="a variable, NAME=VALUE")
     parser.add_argument("--share", action="append", default=[], help="directory to mount in it")
     parser.add_argument("--copy", action="append", default=[], help="file to copy into it")
     parser.add_argument("--built", action="store_true", help="it is built: run the command only")

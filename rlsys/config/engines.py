@@ -17,8 +17,8 @@ class EngineTraits:
     summary: str  # shown by --help
     packages: tuple[str, ...] = ()  # distributions, any of which provides it; (): part of rlsys
     options: frozenset[str] = frozenset()  # fields of `generation` that only some engines read
-    # Names in `generation.engine_arguments` that are refused, with the remedy or the reason. A name
-    # that ends in * stands for all that begin so.
+    # Names in `generation.engine_arguments` that are refused, with the remedy or the reason. Names
+    # are patterns, in which * stands for any characters; the first that fits counts.
     refused_arguments: Mapping[str, str] = field(default_factory=dict)
     arguments_class: str = ""  # package:path/of/file.py:Class, whose fields are all arguments
     takes_checkpoint_names: bool  # names of synced weights: the checkpoint's, or the trainer's
@@ -57,7 +57,6 @@ _VLLM_REFUSES = {
     "hf_config_path": "The engine reads the configuration of the model as the trainer does.",
     "quantization*": _WEIGHTS,
     "*_lora*": _WEIGHTS,
-    "*_loras": _WEIGHTS,
     "lora_*": _WEIGHTS,
     "weight_transfer_config": "Set sync.transport.",
     "enable_sleep_mode": "Nothing puts the engine to sleep. Lower "
